@@ -1,0 +1,66 @@
+"""What every experiment shares. The defaults of each data set start from here."""
+
+import ml_collections
+
+
+def get_default_config() -> ml_collections.ConfigDict:
+    """Returns a new config without data set, method and network, which the experiment adds."""
+    config = ml_collections.ConfigDict()
+    config.seed = 42
+    config.device = "auto"  # "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
+
+    config.data = data = ml_collections.ConfigDict()
+    data.data_dir = ""  # where the data lies; "" for the default folder of the data set
+    data.num_channels = 3
+    data.random_flip = True
+    data.uniform_dequantization = False
+
+    config.training = training = ml_collections.ConfigDict()
+    training.batch_size = 128
+    training.n_iters = 1300001
+    training.snapshot_freq = 50000  # steps between numbered checkpoints
+    training.snapshot_freq_for_preemption = 10000  # steps between overwritten ones, for resuming
+    training.snapshot_sampling = True  # draw samples with every numbered checkpoint
+    training.log_freq = 50
+    training.eval_freq = 100  # steps between losses on the test split
+
+    config.optim = optim = ml_collections.ConfigDict()
+    optim.optimizer = "Adam"
+    optim.lr = 2e-4
+    optim.beta1 = 0.9
+    optim.eps = 1e-8
+    optim.weight_decay = 0.0
+    optim.warmup = 5000  # steps over which the learning rate rises linearly from zero
+    optim.cooldown = 0  # steps at the end over which it falls linearly to zero
+    optim.grad_clip = 1.0  # largest global norm of the gradient; negative: no clipping
+
+    config.model = model = ml_collections.ConfigDict()
+    model.nf = 128  # channels at the highest resolution
+    model.dropout = 0.1
+    model.embedding_type = "fourier"  # how NCSN++ embeds its condition: "fourier", "positional"
+    model.scale_by_sigma = False  # divide the output by the noise level
+    model.num_scales = 1000  # noise levels, or time steps of an SDE's discretisation
+    model.sigma_min = 0.01  # VE SDE: smallest and largest noise level
+    model.sigma_max = 50.0
+    model.beta_min = 0.1  # VP and sub-VP SDE
+    model.beta_max = 20.0
+
+    config.sampling = sampling = ml_collections.ConfigDict()
+    sampling.noise_removal = True  # end with a step of denoising
+    sampling.probability_flow = False  # the predictor follows the ODE in place of the SDE
+    sampling.n_steps_each = 1  # corrector steps per noise level
+    sampling.snr = 0.16  # signal-to-noise ratio of the corrector
+
+    config.eval = evaluate = ml_collections.ConfigDict()
+    evaluate.begin_ckpt = 9  # checkpoints to evaluate, counted in training.snapshot_freq steps
+    evaluate.end_ckpt = 26
+    evaluate.batch_size = 1024
+    evaluate.enable_loss = True
+    evaluate.enable_bpd = False
+    evaluate.enable_sampling = False
+    evaluate.num_samples = 50000
+    evaluate.features = "inception"  # what FID compares: "inception", "pixels"
+    evaluate.dataset = "test"  # the split that loss and likelihood are computed on
+    evaluate.bpd_dataset = evaluate.get_ref("dataset")  # its published name: one value, two keys
+
+    return config

@@ -1,0 +1,45 @@
+"""scikit-learn's handwritten digits, 8 x 8 grey: the experiments that two CPU cores train."""
+
+import ml_collections
+
+from configs import default
+
+# For `config.update(...)` after method and network: what suits small images and little time.
+SMALL = {
+    "training": {
+        "n_iters": 2000,
+        "log_freq": 20,
+        "eval_freq": 200,
+        "snapshot_freq_for_preemption": 200,
+    },
+    "optim": {"lr": 1e-3, "warmup": 50, "cooldown": 600},
+    "model": {
+        "nf": 32,
+        "ch_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attn_resolutions": (4,),
+        "dropout": 0.0,
+        "ema_rate": 0.995,
+    },
+    "eval": {
+        "begin_ckpt": 4,
+        "end_ckpt": 4,
+        "batch_size": 500,
+        "num_samples": 1000,
+        "features": "pixels",
+        "enable_loss": True,
+        "enable_bpd": True,
+        "enable_sampling": True,
+    },
+}
+
+
+def get_default_config() -> ml_collections.ConfigDict:
+    """Returns the shared default with the digits as data and a checkpoint at each quarter."""
+    config = default.get_default_config()
+    config.data.dataset = "digits"
+    config.data.image_size = 8
+    config.data.num_channels = 1
+    config.data.random_flip = False
+    config.training.snapshot_freq = config.training.get_ref("n_iters") // 4
+    return config

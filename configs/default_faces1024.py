@@ -1,0 +1,18 @@
+"""CelebA-HQ and FFHQ, 1024 x 1024. The experiment names the data set and its file."""
+
+import ml_collections
+
+from configs import default_lsun
+
+
+def get_default_config() -> ml_collections.ConfigDict:
+    """Returns LSUN's default with the changes for faces of 1024 x 1024."""
+    config = default_lsun.get_default_config()
+    config.data.image_size = 1024
+    config.training.batch_size = 8
+    config.optim.amsgrad = False
+    config.model.sigma_max = 1348.0
+    config.sampling.snr = 0.15
+    config.eval.begin_ckpt = 1
+    config.eval.batch_size = 1024
+    return config

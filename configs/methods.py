@@ -1,0 +1,92 @@
+"""What each method changes, for `config.update(...)`."""
+
+# Poisson flow (Xu et al., NeurIPS 2022). M, z_max and upper_norm are those of CIFAR-10;
+# hyper_parameters.py computes them for other data.
+POISSON = {
+    "seed": 49,
+    "data": {"centered": True, "channels": 3},
+    "training": {
+        "sde": "poisson",
+        "model": "ddpmpp",  # a label, nothing depends on it
+        "batch_size": 4096,  # charges that make up the field
+        "small_batch_size": 128,  # of which so many are perturbed
+        "continuous": True,
+        "reduce_mean": False,  # sum over the entries of the field, not their mean
+        "gamma": 5.0,  # added to the field's norm before it divides
+        "M": 291,  # perturbed points lie up to about sigma_end * (1 + tau)^M away
+        "tau": 0.03,
+        "restrict_M": True,  # a smaller M close to the data
+        "eval_freq": 10000,
+    },
+    "model": {
+        "sigma_end": 0.01,  # perturbation of points next to the data
+        "ema_rate": 0.9999,
+        "scale_by_sigma": False,
+    },
+    "sampling": {
+        "method": "ode",
+        "ode_solver": "rk45",  # "rk45", "forward_euler", "improved_euler"
+        "N": 100,  # steps of the solvers with fixed steps
+        "z_max": 40.0,  # the prior's plane, where the ODE starts
+        "z_min": 1e-3,  # where it ends
+        "z_exp": 5.0,  # below it, z itself gives the field's z entry in place of the network
+        "upper_norm": 3000.0,  # the prior sample's norm is clipped to it
+        "vs": False,  # keep the intermediate images
+    },
+    "eval": {
+        "begin_ckpt": 8,
+        "batch_size": 1000,
+        "num_samples": 10000,
+        "enable_loss": False,
+        "enable_sampling": False,
+        "enable_interpolate": False,
+        "enable_rescale": False,
+        "save_images": False,
+    },
+}
+
+# Variance exploding SDE, sampled by predictor and corrector (Song et al., ICLR 2021).
+VE = {
+    "data": {"centered": False},
+    "training": {
+        "sde": "vesde",
+        "continuous": True,
+        "reduce_mean": False,
+        "likelihood_weighting": False,
+    },
+    "model": {"ema_rate": 0.999, "scale_by_sigma": True},
+    "sampling": {"method": "pc", "predictor": "reverse_diffusion", "corrector": "langevin"},
+}
+
+# Variance preserving SDE (same paper).
+VP = {
+    "data": {"centered": True},
+    "training": {
+        "sde": "vpsde",
+        "continuous": True,
+        "reduce_mean": True,
+        "likelihood_weighting": False,
+    },
+    "model": {"ema_rate": 0.9999, "scale_by_sigma": False},
+    "sampling": {"method": "pc", "predictor": "euler_maruyama", "corrector": "none"},
+}
+
+# sub-VP SDE (same paper).
+SUBVP = {**VP, "training": {**VP["training"], "sde": "subvpsde"}}
+
+# Score matching with annealed Langevin dynamics (Song and Ermon, NeurIPS 2019): VE with discrete
+# noise levels, sampled by the corrector alone. The numbered variants add techniques of the same
+# authors' NeurIPS 2020 paper: 1 largest noise level, 2 number of levels, 4 step size of the
+# sampler, 5 moving average of the weights. NCSNv2 has these and 3, noise level outside the network.
+SMLD = {
+    "data": {"centered": False},
+    "training": {
+        "sde": "vesde",
+        "continuous": False,
+        "reduce_mean": False,
+        "likelihood_weighting": False,
+    },
+    "optim": {"lr": 1e-3, "warmup": 0, "grad_clip": -1.0, "amsgrad": False},
+    "model": {"ema_rate": 0.999},
+    "sampling": {"method": "pc", "predictor": "none", "corrector": "ald", "n_steps_each": 5},
+}

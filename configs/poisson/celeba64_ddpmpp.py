@@ -1,0 +1,21 @@
+"""PFGM with DDPM++ on CelebA, 64 x 64."""
+
+import ml_collections
+
+from configs.default_celeba import get_default_config
+from configs.methods import POISSON
+from configs.networks import DDPMPP
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = get_default_config()
+    config.update(POISSON)
+    config.update(DDPMPP)
+    config.seed = 42
+    config.training.batch_size = 512
+    config.training.eval_freq = 5000
+    config.sampling.z_max = 60.0
+    config.sampling.z_exp = 1.0
+    config.sampling.upper_norm = 6000.0
+    config.eval.begin_ckpt = 5
+    return config

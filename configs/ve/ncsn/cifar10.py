@@ -1,0 +1,19 @@
+"""NCSN on CIFAR-10."""
+
+import ml_collections
+
+from configs.default_cifar10 import get_default_config
+from configs.methods import SMLD
+from configs.networks import NCSN
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = get_default_config()
+    config.update(SMLD)
+    config.update(NCSN)
+    config.model.ema_rate = 0.0
+    config.model.num_scales = 10
+    config.model.sigma_max = 1.0
+    config.sampling.n_steps_each = 100
+    config.sampling.snr = 0.316
+    return config
