@@ -1,0 +1,157 @@
+"""What a training step minimises, and the step itself: optimiser, schedule, clipping, EMA."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from methods import Method, poisson_field
+
+__all__ = [
+    "ExponentialMovingAverage",
+    "TrainState",
+    "get_loss_fn",
+    "learning_rate_factor",
+    "poisson_field",
+    "train_step",
+]
+
+
+def get_loss_fn(config, method: Method) -> Callable[..., Tensor]:
+    """The regression loss of `method`.
+
+    Returns:
+        `loss_fn(net, batch, generator=None, charges=None)`: a scalar, the squared error between
+        prediction and target, half its sum over the entries of an example or, with
+        `training.reduce_mean`, their mean, averaged over the examples. For `batch` and `charges`
+        see `Method.regress`.
+    """
+    reduce_mean = config.training.reduce_mean
+
+    def loss_fn(net, batch, generator=None, charges=None):
+        prediction, target = method.regress(net, batch, generator, charges)
+        squared = (prediction - target).square()
+        return squared.mean() if reduce_mean else 0.5 * squared.sum(1).mean()
+
+    return loss_fn
+
+
+def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int = 0) -> float:
+    """Share of the learning rate that update `step` (from 0) of `n_iters` uses.
+
+    It rises linearly over the first `warmup` updates and falls linearly to 0 over the last
+    `cooldown` ones.
+    """
+    rise = min(1.0, step / warmup) if warmup else 1.0
+    fall = min(1.0, (n_iters - step) / cooldown) if cooldown else 1.0
+    return rise * max(0.0, fall)
+
+
+class ExponentialMovingAverage:
+    """Running average of parameters; at update k the decay is min(decay, (1 + k) / (10 + k))."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        """Starts from a copy of `parameters`; `decay` in [0, 1]."""
+        self.decay = decay
+        self.num_updates = 0
+        self.shadow_params = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Moves the average towards `parameters`, in the order of construction."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped_into(self, parameters: Iterable[nn.Parameter]):
+        """Within the `with` block, `parameters` hold the average."""
+        parameters = list(parameters)
+        self._swap(parameters)
+        try:
+            yield
+        finally:
+            self._swap(parameters)
+
+    def _swap(self, parameters: list[nn.Parameter]) -> None:
+        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+            shadow.data, parameter.data = parameter.data, shadow.data
+
+    def state_dict(self) -> dict:
+        return {
+            "decay": self.decay,
+            "num_updates": self.num_updates,
+            "shadow_params": self.shadow_params,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.decay = state["decay"]
+        self.num_updates = state["num_updates"]
+        for shadow, loaded in zip(self.shadow_params, state["shadow_params"], strict=True):
+            shadow.copy_(loaded)
+
+
+class TrainState:
+    """Everything that training changes: the network, its average, the optimiser, the step count."""
+
+    def __init__(self, config, model: nn.Module):
+        """Builds the optimiser and the EMA that `config.optim` and `config.model` ask for."""
+        optim, training = config.optim, config.training
+        if optim.optimizer != "Adam":
+            raise ValueError(f"unknown optimizer optim.optimizer={optim.optimizer!r}; known: Adam")
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.ema = ExponentialMovingAverage(self.parameters, config.model.ema_rate)
+        self.optimizer = torch.optim.Adam(
+            self.parameters,
+            lr=optim.lr,
+            betas=(optim.beta1, 0.999),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        self.step = 0
+        self.learning_rate = optim.lr
+        self.schedule = {
+            "n_iters": training.n_iters,
+            "warmup": optim.warmup,
+            "cooldown": optim.cooldown,
+        }
+        self.grad_clip = optim.grad_clip
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises KeyError, ValueError or RuntimeError where `state` does not fit."""
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+def train_step(
+    state: TrainState,
+    loss_fn: Callable[..., Tensor],
+    batch: Tensor,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One update of `state` on `batch` (B, C, H, W); returns the loss, left on its device."""
+    state.model.train()
+    loss = loss_fn(state.model, batch, generator)
+    state.optimizer.zero_grad()
+    loss.backward()
+    for group in state.optimizer.param_groups:
+        group["lr"] = state.learning_rate * learning_rate_factor(state.step, **state.schedule)
+    if state.grad_clip >= 0:
+        nn.utils.clip_grad_norm_(state.parameters, state.grad_clip)
+    state.optimizer.step()
+    state.step += 1
+    state.ema.update(state.parameters)
+    return loss.detach()

@@ -1,0 +1,399 @@
+"""Training and evaluation, read from top to bottom; the one place that knows the workdir."""
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import datasets
+import evaluation
+import likelihood
+import losses
+import methods
+import models
+import sampling
+from checkpoints import atomic_write, load_checkpoint, save_checkpoint
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
+GRID_SAMPLES = 100  # images of an evaluation that its picture shows
+
+
+@dataclass
+class Experiment:
+    """The parts that a config names, built together, so that a mistake shows before any work."""
+
+    device: torch.device
+    method: methods.Method
+    state: losses.TrainState
+    loss_fn: Callable[..., Tensor]
+    sample: Callable[..., tuple[Tensor, int]]
+    scaler: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def build(cls, config) -> "Experiment":
+        """Raises ValueError, in one line, for what the config gets wrong."""
+        _check(config)
+        device = _device(config.device)
+        torch.manual_seed(config.seed)
+        method = methods.get_method(config)
+        model = models.create_model(config).to(device)
+        return cls(
+            device=device,
+            method=method,
+            state=losses.TrainState(config, model),
+            loss_fn=losses.get_loss_fn(config, method),
+            sample=sampling.get_sampling_fn(config, method),
+            scaler=datasets.get_data_scaler(config),
+        )
+
+    def with_ema(self):
+        """Within the `with` block the network holds its averaged weights and evaluates."""
+        self.state.model.eval()
+        return self.state.ema.swapped_into(self.state.parameters)
+
+
+def train(config, workdir: Path) -> None:
+    """Trains until step `training.n_iters`, from where the workdir's last run stopped."""
+    training, seed = config.training, config.seed
+    run = Experiment.build(config)
+    state, device = run.state, run.device
+    train_data = datasets.get_dataset(config, "train")
+    test_data = datasets.get_dataset(config, "test")
+    resume_path = workdir / "checkpoints-meta" / "checkpoint.pth"
+    if resume_path.exists():
+        _restore(state, resume_path)
+
+    with _open_workdir(workdir), _summary_writer(workdir) as board:
+        parameters = sum(p.numel() for p in state.parameters)
+        log.info(
+            f"{'resuming' if state.step else 'starting'} at step {state.step} of "
+            f"{training.n_iters}: {len(train_data):,} images, {parameters:,} parameters, {device}"
+        )
+        batches = datasets.shuffled_batches(train_data, training.batch_size, seed, state.step)
+        progress = _progress(total=training.n_iters, initial=state.step, unit="step")
+        meter = _Meter(state.step)
+        while state.step < training.n_iters:
+            generator = datasets.keyed_generator(device, seed, state.step)
+            torch.manual_seed(generator.initial_seed())  # dropout knows no other generator
+            images = datasets.to_unit_interval(
+                next(batches).to(device, non_blocking=True),
+                generator,
+                flip=config.data.random_flip,
+                dequantize=config.data.uniform_dequantization,
+            )
+            loss = losses.train_step(state, run.loss_fn, run.scaler(images), generator)
+            progress.update()
+
+            last = state.step == training.n_iters
+            if last or state.step % training.log_freq == 0:
+                images_per_second = meter.rate(state.step) * run.method.images_per_step(len(images))
+                _log_step(progress, board, state.step, loss.item(), images_per_second)
+            if last or state.step % training.eval_freq == 0:
+                held_out = _held_out_loss(run, test_data[: training.batch_size], seed)
+                board.add_scalar("loss/test", held_out, state.step)
+                log.info(f"step {state.step}: held-out loss {held_out:.5g}")
+            if state.step % training.snapshot_freq == 0:
+                save_checkpoint(_checkpoint_path(workdir, state.step), state.state_dict())
+                if training.snapshot_sampling:
+                    _draw_snapshot(run, board, workdir / "samples" / f"iter_{state.step}", seed)
+            if last or state.step % training.snapshot_freq_for_preemption == 0:
+                save_checkpoint(resume_path, state.state_dict())
+        progress.close()
+        log.info(f"trained to step {state.step}; checkpoints are in {workdir / 'checkpoints'}")
+
+
+def _log_step(progress, board, step: int, loss: float, images_per_second: float) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the training loss is {loss} at step {step}")
+    progress.set_postfix_str(f"loss {loss:.4g}, {images_per_second:.0f} images/s")
+    board.add_scalar("loss/train", loss, step)
+    board.add_scalar("images_per_second", images_per_second, step)
+
+
+def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
+    """Loss of the averaged network on `images`, with the same noise at every call."""
+    batch = run.scaler(datasets.to_unit_interval(images.to(run.device)))
+    with run.with_ema(), torch.no_grad():
+        return run.loss_fn(
+            run.state.model, batch, datasets.keyed_generator(run.device, seed)
+        ).item()
+
+
+def _draw_snapshot(run: Experiment, board, folder: Path, seed: int) -> None:
+    """Samples from the same prior draw at every call, so that pictures can be compared."""
+    with run.with_ema():
+        samples, nfe = run.sample(
+            run.state.model,
+            SNAPSHOT_SAMPLES,
+            generator=datasets.keyed_generator(run.device, seed),
+        )
+    images = _to_uint8(samples)
+    grid = evaluation.image_grid(images)
+    _save_npz(folder / "sample.npz", samples=images)
+    _save_png(folder / "sample.png", grid)
+    board.add_image("samples", grid, run.state.step, dataformats="HWC")
+    log.info(f"step {run.state.step}: samples in {nfe} evaluations: {folder / 'sample.png'}")
+
+
+def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
+    """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with averaged weights."""
+    run = Experiment.build(config)
+    checkpoints = _checkpoints_to_evaluate(config, workdir)
+    train_data = datasets.get_dataset(config, "train")
+    split_data = datasets.get_dataset(config, config.eval.dataset)
+    folder = workdir / eval_folder
+    with _open_workdir(workdir):
+        for k, path in checkpoints.items():
+            _restore(run.state, path)
+            log.info(f"evaluating {path} on {run.device}")
+            start = time.perf_counter()
+            report = {"step": run.state.step}
+            with run.with_ema():
+                if config.eval.enable_loss:
+                    report |= _evaluate_loss(config, run, split_data, folder, k)
+                if config.eval.enable_bpd:
+                    report |= _evaluate_bpd(config, run, split_data, folder, k)
+                if config.eval.enable_sampling:
+                    report |= _evaluate_samples(config, run, train_data, folder, k)
+            report["seconds"] = time.perf_counter() - start
+            _save_npz(folder / f"report_{k}.npz", **report)
+            log.info(_table(config, report, path))
+            log.info(f"report: {folder / f'report_{k}.npz'}")
+
+
+def _evaluate_loss(config, run: Experiment, data, folder: Path, k: int) -> dict:
+    """The loss over a whole split: each image perturbed once in the field of its large batch."""
+    generator = datasets.keyed_generator(run.device, config.seed)
+    net, total = run.state.model, 0.0
+    with _progress(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
+        for block in _in_order(data, config.training.batch_size):
+            charges = run.scaler(datasets.to_unit_interval(block.to(run.device)))
+            for batch in charges.split(config.eval.batch_size):
+                total += run.loss_fn(net, batch, generator, charges).item() * len(batch)
+                progress.update(len(batch))
+    loss = total / len(data)
+    _save_npz(folder / f"ckpt_{k}_loss.npz", loss=loss)
+    return {"loss": loss}
+
+
+def _evaluate_bpd(config, run: Experiment, data, folder: Path, k: int) -> dict:
+    """Bits per dimension of every image of a split, dequantised uniformly."""
+    bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
+    every, evaluations = [], []
+    with _progress(total=len(data), desc="bits/dim", unit="image") as progress:
+        for i, images in enumerate(_in_order(data, config.eval.batch_size)):
+            generator = datasets.keyed_generator(run.device, config.seed, i)
+            images = datasets.to_unit_interval(images.to(run.device), generator, dequantize=True)
+            bpd, _, nfe = bits_per_dim(run.state.model, run.scaler(images), generator)
+            every.append(bpd.double().cpu().numpy())
+            evaluations.append(nfe)
+            name = f"{config.eval.dataset}_ckpt_{k}_bpd_{i}.npz"
+            _save_npz(folder / name, bpd=every[-1], nfe=nfe)
+            progress.update(len(images))
+    bpd = np.concatenate(every)
+    error = bpd.std(ddof=1) / math.sqrt(len(bpd)) if len(bpd) > 1 else math.nan
+    return {"bpd": bpd.mean(), "bpd_error": error, "bpd_nfe": np.mean(evaluations)}
+
+
+def _evaluate_samples(config, run: Experiment, train_data, folder: Path, k: int) -> dict:
+    """Draws `eval.num_samples` samples and compares their features with the training split's."""
+    wanted, size = config.eval.num_samples, config.eval.batch_size
+    every, evaluations = [], []
+    with _progress(total=wanted, desc="sampling", unit="image") as progress:
+        for r, first in enumerate(range(0, wanted, size)):
+            generator = datasets.keyed_generator(run.device, config.seed, r)
+            samples, nfe = run.sample(
+                run.state.model, min(size, wanted - first), generator=generator
+            )
+            every.append(_to_uint8(samples))
+            evaluations.append(nfe)
+            round_folder = folder / f"ckpt_{k}"
+            _save_npz(round_folder / f"samples_{r}.npz", samples=every[-1])
+            features = evaluation.pixel_features(every[-1])
+            _save_npz(round_folder / f"statistics_{r}.npz", pool_3=features)
+            progress.update(len(samples))
+    samples = np.concatenate(every)
+    _save_png(folder / f"ode_images_{k}.png", evaluation.image_grid(samples[:GRID_SAMPLES]))
+    log.info(f"samples: {folder / f'ode_images_{k}.png'}")
+    fid = evaluation.frechet_distance(
+        evaluation.Gaussian.fit(evaluation.pixel_features(samples)),
+        evaluation.Gaussian.fit(evaluation.pixel_features(_nhwc(train_data[:]))),
+    )
+    return {
+        "fid": fid,
+        "features": config.eval.features,
+        "num_samples": len(samples),
+        "nfe": np.mean(evaluations),
+    }
+
+
+def _table(config, report: dict, path: Path) -> str:
+    evaluate = config.eval
+    rows = []
+    if evaluate.enable_loss:
+        rows.append((f"loss ({evaluate.dataset})", f"{report['loss']:.5g}"))
+    if evaluate.enable_bpd:
+        value = f"{report['bpd']:.4f} +- {report['bpd_error']:.4f}"
+        rows.append((f"bits/dim ({evaluate.dataset})", value))
+        rows.append(("  evaluations", f"{report['bpd_nfe']:.0f}"))
+    if evaluate.enable_sampling:
+        rows.append((f"Frechet distance ({report['features']})", f"{report['fid']:.4f}"))
+        rows.append(("  samples", str(report["num_samples"])))
+        rows.append(("  evaluations", f"{report['nfe']:.0f}"))
+    rows.append(("seconds", f"{report['seconds']:.1f}"))
+    return evaluation.format_table(rows, f"{path.name}, averaged weights of step {report['step']}")
+
+
+# --- the workdir ----------------------------------------------------------------------------------
+
+
+def _checkpoint_path(workdir: Path, step: int) -> Path:
+    return workdir / "checkpoints" / f"checkpoint_{step}.pth"
+
+
+def _checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
+    """{k: path} of those that exist; FileNotFoundError where none does."""
+    first, last, freq = config.eval.begin_ckpt, config.eval.end_ckpt, config.training.snapshot_freq
+    paths = {k: _checkpoint_path(workdir, k * freq) for k in range(first, last + 1)}
+    found = {k: path for k, path in paths.items() if path.exists()}
+    if not found:
+        folder = workdir / "checkpoints"
+        present = sorted(p.name for p in folder.glob("checkpoint_*.pth"))
+        raise FileNotFoundError(
+            f"no checkpoint to evaluate: looked in {folder} for checkpoint_{first * freq}.pth to "
+            f"checkpoint_{last * freq}.pth (eval.begin_ckpt and eval.end_ckpt count "
+            f"training.snapshot_freq={freq} steps); found {', '.join(present) or 'none'}"
+        )
+    for k in paths.keys() - found.keys():
+        log.warning(f"{paths[k]} does not exist; passed over")
+    return found
+
+
+def _restore(state: losses.TrainState, path: Path) -> None:
+    loaded = load_checkpoint(path)
+    try:
+        state.load_state_dict(loaded)
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit the configured network: {reason:.300}") from error
+
+
+@contextlib.contextmanager
+def _open_workdir(workdir: Path) -> Iterator[None]:
+    """Makes the folder, and appends what is logged within the `with` block to its stdout.txt."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(workdir / "stdout.txt", mode="a")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        with logging_redirect_tqdm():
+            yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
+def _summary_writer(workdir: Path):
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(workdir / "tensorboard")) as board:
+        yield board
+
+
+def _save_npz(path: Path, **arrays) -> None:
+    with atomic_write(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _save_png(path: Path, image: evaluation.Images) -> None:
+    with atomic_write(path) as file:
+        Image.fromarray(image).save(file, format="png")
+
+
+# --- small things ---------------------------------------------------------------------------------
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r} cannot be used: {reason}") from error
+
+
+def _check(config) -> None:
+    """Raises ValueError for numbers that no part reads before it is too late."""
+    training, evaluate = config.training, config.eval
+    positive = {
+        "training.batch_size": training.batch_size,
+        "training.n_iters": training.n_iters,
+        "training.log_freq": training.log_freq,
+        "training.eval_freq": training.eval_freq,
+        "training.snapshot_freq": training.snapshot_freq,
+        "training.snapshot_freq_for_preemption": training.snapshot_freq_for_preemption,
+        "eval.batch_size": evaluate.batch_size,
+        "eval.num_samples": evaluate.num_samples,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise ValueError(f"{key} must be at least 1, not {value}")
+    if evaluate.features not in evaluation.FEATURES:
+        raise ValueError(
+            f"unknown features eval.features={evaluate.features!r}; "
+            f"known: {', '.join(evaluation.FEATURES)}"
+        )
+    if evaluate.dataset not in datasets.SPLITS:
+        raise ValueError(
+            f"unknown split eval.dataset={evaluate.dataset!r}; known: {', '.join(datasets.SPLITS)}"
+        )
+
+
+def _in_order(data, size: int) -> Iterator[Tensor]:
+    """Every image once, uint8 (B, C, H, W), the last batch being what is left."""
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+def _nhwc(images: Tensor) -> evaluation.Images:
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _to_uint8(images: Tensor) -> evaluation.Images:
+    """Images in [0, 1], (B, C, H, W), as uint8 (B, H, W, C)."""
+    return _nhwc((images * 255).round().to(torch.uint8))
+
+
+def _progress(**options) -> tqdm:
+    """A progress bar that redraws often on a terminal and seldom in a file."""
+    interactive = sys.stderr.isatty()
+    return tqdm(mininterval=0.2 if interactive else 10, dynamic_ncols=interactive, **options)
+
+
+class _Meter:
+    """Steps per second since it was last asked."""
+
+    def __init__(self, step: int):
+        self.step, self.time = step, time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        now = time.perf_counter()
+        rate = (step - self.step) / (now - self.time)
+        self.step, self.time = step, now
+        return rate

@@ -1,0 +1,59 @@
+"""Fixtures of all tests: numbers of the published implementations, exact fields, the GPU's mark."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import methods
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Tensors measured on the published implementations, by name; scalars as numbers."""
+    with np.load(GOLDEN / "methods.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    return {k: torch.from_numpy(v) if v.ndim else v.item() for k, v in arrays.items()}
+
+
+@pytest.fixture(scope="session")
+def poisson():
+    """The Poisson method that the golden numbers were measured with."""
+    return methods.Poisson(
+        sigma=0.01,
+        tau=0.03,
+        M=291,
+        restrict_M=True,
+        gamma=5.0,
+        small_batch_size=16,
+        z_max=40.0,
+        z_min=1e-3,
+        z_exp=5.0,
+        upper_norm=3000.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def exact_network():
+    """`exact_network(charges, gamma)`: a network whose output is the field of `charges`."""
+
+    def make(charges, gamma):
+        def net(x, z):
+            points = torch.cat([x.flatten(1), z[:, None]], dim=1)
+            field = methods.poisson_field(points, charges, gamma)
+            return field[:, :-1].view_as(x), field[:, -1]
+
+        return net
+
+    return make

@@ -1,0 +1,83 @@
+"""The optimisation around the loss: average of weights, learning rate, clipping, the step."""
+
+import pytest
+import torch
+from torch import nn
+
+import losses
+from configs.poisson import cifar10_ddpmpp
+
+
+def test_ema_matches_published_trace(golden):
+    """The average of (i, sin i, 2), step by step, from zero."""
+    parameter = nn.Parameter(torch.zeros(3))
+    ema = losses.ExponentialMovingAverage([parameter], golden["ema/decay"])
+    for i, expected in enumerate(golden["ema/trace"]):
+        value = torch.tensor(float(i))
+        parameter.data = torch.stack([value, value.sin(), torch.tensor(2.0)])
+        ema.update([parameter])
+        torch.testing.assert_close(ema.shadow_params[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ema_swaps_in_and_out_even_after_an_error():
+    parameter = nn.Parameter(torch.zeros(2))
+    ema = losses.ExponentialMovingAverage([parameter], 0.5)
+    parameter.data.fill_(1.0)
+    with pytest.raises(RuntimeError), ema.swapped_into([parameter]):
+        assert parameter.tolist() == [0.0, 0.0]
+        raise RuntimeError
+    assert parameter.tolist() == [1.0, 1.0]
+    assert ema.shadow_params[0].tolist() == [0.0, 0.0]
+
+
+def test_learning_rate_rises_and_falls():
+    schedule = {"n_iters": 100, "warmup": 10, "cooldown": 20}
+    factors = [losses.learning_rate_factor(step, **schedule) for step in range(100)]
+    assert factors[:3] == [0.0, 0.1, 0.2]
+    assert factors[10:81] == [1.0] * 71
+    assert factors[90] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.05)
+    assert losses.learning_rate_factor(10**6, n_iters=1300001) == 1.0
+
+
+class Line(nn.Module):
+    """A network of one weight whose gradient is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0]))
+
+
+def test_step_clips_the_gradient_by_its_norm_and_warms_up():
+    config = cifar10_ddpmpp.get_config()
+    config.optim.warmup = 4
+    config.optim.grad_clip = 0.5
+    state = losses.TrainState(config, Line())
+    seen = []
+
+    def loss_fn(net, batch, generator):
+        return 100 * net.weight.sum()
+
+    for _ in range(3):
+        losses.train_step(state, loss_fn, torch.zeros(1))
+        seen.append(state.model.weight.grad.item())
+        assert state.optimizer.param_groups[0]["lr"] == config.optim.lr * (state.step - 1) / 4
+    assert seen == pytest.approx([0.5] * 3, rel=1e-4)
+    # Adam's step is the learning rate whatever the gradient's scale
+    moved = config.optim.lr * (0 + 1 + 2) / 4
+    assert 1 - state.model.weight.item() == pytest.approx(moved, rel=1e-3)
+
+
+def test_negative_grad_clip_means_none():
+    config = cifar10_ddpmpp.get_config()
+    config.optim.grad_clip = -1.0
+    state = losses.TrainState(config, Line())
+    losses.train_step(state, lambda net, batch, generator: 100 * net.weight.sum(), torch.zeros(1))
+    assert state.model.weight.grad.item() == 100
+
+
+def test_unknown_optimizer_names_the_known():
+    config = cifar10_ddpmpp.get_config()
+    config.optim.optimizer = "SGD"
+    with pytest.raises(ValueError, match=r"optim\.optimizer='SGD'; known: Adam"):
+        losses.TrainState(config, Line())
