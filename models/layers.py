@@ -1,0 +1,315 @@
+"""Parts of the U-Nets: noise embeddings, resampling, residual and attention blocks.
+
+Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), and Song et al.,
+"Score-Based Generative Modeling through SDEs" (arXiv 2011.13456), appendix H.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from op import upfirdn2d
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "elu": F.elu,
+    "lrelu": partial(F.leaky_relu, negative_slope=0.2),
+    "relu": F.relu,
+    "swish": F.silu,
+}
+
+
+def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
+    """`value`, if it is among the `known` values of the model's `option`; else a ValueError."""
+    if value not in known:
+        choices = ", ".join(map(repr, known))
+        raise ValueError(f"model.{option} = {value!r} is unknown; known: {choices}")
+    return value
+
+
+def check_size(height: int, width: int, *, halvings: int) -> None:
+    """Raises a ValueError unless an image can be halved `halvings` times."""
+    if height % 2**halvings or width % 2**halvings:
+        raise ValueError(
+            f"images of {height} x {width} cannot be halved {halvings} times; make data.image_size "
+            f"a multiple of {2**halvings} (as the levels of model.ch_mult or model.name need)"
+        )
+
+
+def geometric_sigmas(sigma_max: float, sigma_min: float, num_scales: int) -> Tensor:
+    """Noise levels (num_scales,) from `sigma_max` down to `sigma_min`, evenly spaced in the log."""
+    return torch.linspace(
+        math.log(sigma_max), math.log(sigma_min), num_scales, dtype=torch.float64
+    ).exp()
+
+
+def scaled_init(weight: Tensor, scale: float = 1.0) -> None:
+    """Uniform, of variance `scale / mean(fan_in, fan_out)`, in place; 0 stands for almost 0."""
+    nn.init.xavier_uniform_(weight, gain=math.sqrt(max(scale, 1e-10)))
+
+
+def dense(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    scaled_init(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(
+    in_channels: int, out_channels: int, size: int = 3, *, init_scale: float = 1.0, **options
+) -> nn.Conv2d:
+    options = {"padding": size // 2} | options
+    layer = nn.Conv2d(in_channels, out_channels, size, **options)
+    scaled_init(layer.weight, init_scale)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_norm(channels: int, *, group_width: int = 4) -> nn.GroupNorm:
+    """At most 32 groups of at least `group_width` channels, as many as divide `channels`."""
+    most = max(1, min(channels // group_width, 32))
+    groups = next(n for n in range(most, 0, -1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def residual_sum(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
+    """`x + h`; with `rescale` divided by sqrt(2), which keeps the variance of the summands."""
+    total = x + h
+    return total.mul_(math.sqrt(0.5)) if rescale else total
+
+
+class FourierFeatures(nn.Module):
+    """Noise levels (B,), positive, to random Fourier features (B, 2 * size) of their logarithm."""
+
+    def __init__(self, size: int, scale: float):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(size) * scale, requires_grad=False)
+
+    def forward(self, cond: Tensor) -> Tensor:
+        angles = 2 * math.pi * torch.outer(cond.log(), self.W)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class PositionalFeatures(nn.Module):
+    """Labels (B,), of any scale up to 10^4, to sines and cosines (B, size): transformer positions.
+
+    Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.5.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, cond: Tensor) -> Tensor:
+        cond = cond if cond.is_floating_point() else cond.float()
+        frequencies = torch.logspace(0, -4, self.size // 2, dtype=cond.dtype, device=cond.device)
+        angles = torch.outer(cond, frequencies)
+        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.size % 2))
+
+
+def _fir_filter(taps: Sequence[float] | None, gain: float) -> Tensor | None:
+    """The separable filter (len, len) of `taps`, its entries summing to `gain`."""
+    if taps is None:
+        return None
+    taps = torch.tensor(taps, dtype=torch.float32)
+    return torch.outer(taps, taps) * (gain / taps.sum() ** 2)
+
+
+class Double(nn.Module):
+    """(B, C, H, W) to (B, C, 2H, 2W): by the filter of `fir_kernel`, or by repeating pixels."""
+
+    def __init__(self, fir_kernel: Sequence[float] | None = None):
+        super().__init__()
+        self.register_buffer("kernel", _fir_filter(fir_kernel, gain=4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is None:
+            return F.interpolate(x, scale_factor=2)
+        p = len(self.kernel) - 2
+        return upfirdn2d(x, self.kernel, up=2, pad=((p + 1) // 2 + 1, p // 2))
+
+
+class Halve(nn.Module):
+    """(B, C, H, W) to (B, C, H/2, W/2): by the filter of `fir_kernel`, or by 2x2 means."""
+
+    def __init__(self, fir_kernel: Sequence[float] | None = None):
+        super().__init__()
+        self.register_buffer("kernel", _fir_filter(fir_kernel, gain=1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is None:
+            return F.avg_pool2d(x, 2)
+        p = len(self.kernel) - 2
+        return upfirdn2d(x, self.kernel, down=2, pad=((p + 1) // 2, p // 2))
+
+
+class Upsample(nn.Module):
+    """(B, in, H, W) to (B, out, 2H, 2W), with a 3x3 convolution where `with_conv`.
+
+    Called like a residual block; the embedding is not used.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        with_conv: bool = True,
+        fir_kernel: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.resample = Double(fir_kernel)
+        self.conv = self.fir_conv = None
+        if with_conv and fir_kernel is None:
+            self.conv = conv(in_channels, out_channels)
+        elif with_conv:
+            self.fir_conv = conv(in_channels, out_channels)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        if self.fir_conv is not None:
+            # Zeros between the pixels and the 3x3 convolution are one transposed convolution; the
+            # filter comes last, so that the border is padded once (Karras et al., StyleGAN2).
+            weight = self.fir_conv.weight.transpose(0, 1).flip(2, 3)
+            h = F.conv_transpose2d(x, weight, stride=2)
+            kernel = self.resample.kernel
+            p = len(kernel) - 4
+            h = upfirdn2d(h, kernel, pad=((p + 1) // 2 + 1, p // 2 + 1))
+            return h + self.fir_conv.bias[:, None, None]
+        h = self.resample(x)
+        return h if self.conv is None else self.conv(h)
+
+
+class Downsample(nn.Module):
+    """(B, in, H, W) to (B, out, H/2, W/2), with a 3x3 convolution where `with_conv`.
+
+    Called like a residual block; the embedding is not used.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        with_conv: bool = True,
+        fir_kernel: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.resample = Halve(fir_kernel)
+        self.conv = self.fir_conv = None
+        if with_conv and fir_kernel is None:
+            self.conv = conv(in_channels, out_channels, stride=2, padding=0)
+        elif with_conv:
+            self.fir_conv = conv(in_channels, out_channels, stride=2, padding=0)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        if self.conv is not None:
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        if self.fir_conv is not None:
+            kernel = self.resample.kernel
+            p = len(kernel)
+            return self.fir_conv(upfirdn2d(x, kernel, pad=((p + 1) // 2, p // 2)))
+        return self.resample(x)
+
+
+class NIN(nn.Module):
+    """A 1x1 convolution (B, in, H, W) to (B, out, H, W), its matrix `W` (in, out)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, init_scale: float = 0.1):
+        super().__init__()
+        self.W = nn.Parameter(torch.empty(in_channels, out_channels))
+        self.b = nn.Parameter(torch.zeros(out_channels))
+        scaled_init(self.W, init_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.W.t()[:, :, None, None], self.b)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The same map of pixels in rows: (B, N, in) to (B, N, out)."""
+        return F.linear(x, self.W.t(), self.b)
+
+
+class Attention(nn.Module):
+    """Self-attention of one head among the pixels of (B, C, H, W), added to its input."""
+
+    def __init__(
+        self, channels: int, *, init_scale: float, skip_rescale: bool, group_width: int = 4
+    ):
+        super().__init__()
+        self.norm = group_norm(channels, group_width=group_width)
+        self.query = NIN(channels, channels)
+        self.key = NIN(channels, channels)
+        self.value = NIN(channels, channels)
+        self.out = NIN(channels, channels, init_scale=init_scale)
+        self.skip_rescale = skip_rescale
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, HW, C)
+        q, k, v = (m.tokens(pixels)[:, None] for m in (self.query, self.key, self.value))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        h = self.out.tokens(h).transpose(1, 2).unflatten(2, x.shape[2:])
+        return residual_sum(x, h, self.skip_rescale)
+
+
+class ResBlock(nn.Module):
+    """Residual block (B, in, H, W) to (B, out, H, W), or to twice or half the resolution.
+
+    `emb` (B, emb_channels), the activated noise embedding, is added between the convolutions.
+    Without resampling and with `nin_shortcut` it is the block of DDPM, else that of BigGAN
+    (Brock et al., arXiv 1809.11096), which resamples both of its branches.
+
+    Args:
+        emb_channels: width of the embedding. Published networks have its layer in every block, also
+            where they are not conditional and call the block without one.
+        resample: None, `Double(...)` or `Halve(...)`.
+        skip_rescale: divide the sum by sqrt(2).
+        nin_shortcut: the shortcut's 1x1 convolution is a `NIN`, else a `Conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        emb_channels: int,
+        act: Activation,
+        dropout: float,
+        init_scale: float,
+        skip_rescale: bool,
+        nin_shortcut: bool = False,
+        resample: nn.Module | None = None,
+        group_width: int = 4,
+    ):
+        super().__init__()
+        self.norm1 = group_norm(in_channels, group_width=group_width)
+        self.conv1 = conv(in_channels, out_channels)
+        self.dense = dense(emb_channels, out_channels)
+        self.norm2 = group_norm(out_channels, group_width=group_width)
+        self.conv2 = conv(out_channels, out_channels, init_scale=init_scale)
+        self.conv_shortcut = self.nin_shortcut = None
+        if nin_shortcut and in_channels != out_channels:
+            self.nin_shortcut = NIN(in_channels, out_channels)
+        elif not nin_shortcut and (in_channels != out_channels or resample is not None):
+            self.conv_shortcut = conv(in_channels, out_channels, 1)
+        self.resample = resample
+        self.act, self.dropout, self.skip_rescale = act, dropout, skip_rescale
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = self.act(self.norm1(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv1(h)
+        if emb is not None:
+            h = h.add_(self.dense(emb)[:, :, None, None])
+        h = F.dropout(self.act(self.norm2(h)), self.dropout, self.training)
+        h = self.conv2(h)
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        elif self.nin_shortcut is not None:
+            x = self.nin_shortcut(x)
+        return residual_sum(x, h, self.skip_rescale)

@@ -1,0 +1,318 @@
+"""The RefineNets of NCSN and NCSNv2, which see the noise level in their norms or not at all.
+
+Sources: Song and Ermon, "Generative Modeling by Estimating Gradients of the Data Distribution"
+(arXiv 1907.05600), appendix A; "Improved Techniques for Training Score-Based Generative Models"
+(arXiv 2006.09011); Lin et al., "RefineNet" (arXiv 1611.06612).
+
+The parts have the names and the order of the published weights.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import ACTIVATIONS, Activation, check_size, one_of
+
+Norm = Callable[[int], nn.Module]
+
+
+class Level(NamedTuple):
+    """One level of a RefineNet: its block in the encoder, the one in the decoder that fuses its
+    features, their width in units of `nf`, and the dilation of the encoder's convolutions.
+
+    Each level but the first halves the resolution, or, where dilated, widens its view instead.
+    """
+
+    encoder: str
+    decoder: str
+    width: int
+    dilation: int = 1
+
+
+LAYOUTS: dict[str, tuple[Level, ...]] = {
+    "64": (
+        Level("res1", "refine4", 1),
+        Level("res2", "refine3", 2),
+        Level("res3", "refine2", 2, dilation=2),
+        Level("res4", "refine1", 2, dilation=4),
+    ),
+    "128": (
+        Level("res1", "refine5", 1),
+        Level("res2", "refine4", 2),
+        Level("res3", "refine3", 2),
+        Level("res4", "refine2", 4, dilation=2),
+        Level("res5", "refine1", 4, dilation=4),
+    ),
+    "256": (
+        Level("res1", "refine5", 1),
+        Level("res2", "refine4", 2),
+        Level("res3", "refine3", 2),
+        Level("res31", "refine31", 2),
+        Level("res4", "refine2", 4, dilation=2),
+        Level("res5", "refine1", 4, dilation=4),
+    ),
+}
+
+
+def conv3x3(
+    in_channels: int, out_channels: int, *, dilation: int = 1, bias: bool = True
+) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the resolution whatever its dilation."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=bias)
+
+
+class InstanceNormPlus(nn.Module):
+    """InstanceNorm++ (arXiv 1907.05600, appendix A): also tells what the channels' means were.
+
+    `gamma * (instance_norm(x) + alpha * standardised means) + beta`, for `x` (B, C, H, W). With
+    `num_classes` the three are looked up for each image by its label (B,); else they are learned
+    vectors and the labels are not used.
+    """
+
+    def __init__(self, channels: int, *, num_classes: int | None = None):
+        super().__init__()
+        self.embed = None
+        if num_classes is None:
+            self.alpha = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
+            self.gamma = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
+            self.beta = nn.Parameter(torch.zeros(channels))
+        else:
+            self.embed = nn.Embedding(num_classes, 3 * channels)
+            nn.init.normal_(self.embed.weight[:, : 2 * channels], 1, 0.02)
+            nn.init.zeros_(self.embed.weight[:, 2 * channels :])
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        if self.embed is None:
+            gamma, alpha, beta = self.gamma, self.alpha, self.beta
+        else:
+            gamma, alpha, beta = self.embed(labels).chunk(3, dim=1)
+        means = x.mean(dim=(2, 3))
+        var, mean = torch.var_mean(means, dim=1, keepdim=True)
+        means = (means - mean) * torch.rsqrt(var + 1e-5)
+        shift = torch.addcmul(beta, gamma * alpha, means)
+        scale = gamma.expand_as(shift)
+        return torch.addcmul(shift[..., None, None], scale[..., None, None], F.instance_norm(x))
+
+
+class ConvMeanPool(nn.Module):
+    """A convolution, then the mean of 2x2 pixels."""
+
+    def __init__(self, in_channels: int, out_channels: int, size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, size, padding=size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv(x), 2)
+
+
+class ResidualBlock(nn.Module):
+    """Two rounds of norm, activation and convolution, and a shortcut.
+
+    With `down` it halves the resolution, or, where dilated, only changes the width.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        norm: Norm,
+        act: Activation,
+        dilation: int,
+        down: bool = False,
+    ):
+        super().__init__()
+        pool = down and dilation == 1
+        middle = in_channels if down else out_channels
+        self.conv1 = conv3x3(in_channels, middle, dilation=dilation)
+        self.normalize2 = norm(middle)
+        if pool:
+            self.conv2 = ConvMeanPool(middle, out_channels, 3)
+            self.shortcut = ConvMeanPool(in_channels, out_channels, 1)
+        else:
+            self.conv2 = conv3x3(middle, out_channels, dilation=dilation)
+            self.shortcut = conv3x3(in_channels, out_channels, dilation=dilation) if down else None
+        self.normalize1 = norm(in_channels)
+        self.act = act
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        h = self.conv1(self.act(self.normalize1(x, labels)))
+        h = self.conv2(self.act(self.normalize2(h, labels)))
+        return h.add_(x if self.shortcut is None else self.shortcut(x))
+
+
+class ResidualUnits(nn.ModuleDict):
+    """Residual units of two layers, each a norm (where there is one), activation, convolution.
+
+    Entry `i_j_conv` is layer j of unit i.
+    """
+
+    def __init__(self, channels: int, *, units: int, norm: Norm | None, act: Activation):
+        super().__init__()
+        self.layers = [[f"{i}_{j}" for j in (1, 2)] for i in range(1, units + 1)]
+        for layer in (layer for unit in self.layers for layer in unit):
+            if norm is not None:
+                self[f"{layer}_norm"] = norm(channels)
+            self[f"{layer}_conv"] = conv3x3(channels, channels, bias=False)
+        self.normed, self.act = norm is not None, act
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        for unit in self.layers:
+            h = x
+            for layer in unit:
+                if self.normed:
+                    h = self[f"{layer}_norm"](h, labels)
+                h = self[f"{layer}_conv"](self.act(h))
+            x = h.add_(x)
+        return x
+
+
+class MultiResolutionFusion(nn.Module):
+    """Features of different resolutions, each through a convolution, summed at the finest."""
+
+    def __init__(self, in_channels: list[int], out_channels: int, *, norm: Norm | None):
+        super().__init__()
+        self.convs = nn.ModuleList(conv3x3(width, out_channels) for width in in_channels)
+        self.norms = nn.ModuleList(norm(width) for width in in_channels) if norm else None
+
+    def forward(self, features: list[Tensor], labels: Tensor) -> Tensor:
+        total, size = 0, features[0].shape[2:]
+        for i, h in enumerate(features):
+            h = h if self.norms is None else self.norms[i](h, labels)
+            h = self.convs[i](h)
+            total = total + F.interpolate(h, size=size, mode="bilinear", align_corners=True)
+        return total
+
+
+class ChainedPooling(nn.Module):
+    """Sum of the features and of what two rounds of (norm,) 5x5 pooling and convolution see.
+
+    It pools by the mean where it norms, else by the maximum.
+    """
+
+    def __init__(self, channels: int, *, norm: Norm | None, act: Activation):
+        super().__init__()
+        self.convs = nn.ModuleList(conv3x3(channels, channels, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(norm(channels) for _ in range(2)) if norm else None
+        self.act = act
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        total = path = self.act(x)
+        for i, conv in enumerate(self.convs):
+            if self.norms is None:
+                path = F.max_pool2d(path, 5, stride=1, padding=2)
+            else:
+                path = F.avg_pool2d(self.norms[i](path, labels), 5, stride=1, padding=2)
+            path = conv(path)
+            total = total + path
+        return total
+
+
+class RefineBlock(nn.Module):
+    """Refines coarse features by finer ones: adapt each, fuse them, pool, and adapt the result."""
+
+    def __init__(
+        self,
+        in_channels: list[int],
+        out_channels: int,
+        *,
+        norm: Norm | None,
+        act: Activation,
+        output_units: int = 1,
+    ):
+        super().__init__()
+        self.adapt_convs = nn.ModuleList(
+            ResidualUnits(width, units=2, norm=norm, act=act) for width in in_channels
+        )
+        self.output_convs = ResidualUnits(out_channels, units=output_units, norm=norm, act=act)
+        self.msf = None
+        if len(in_channels) > 1:
+            self.msf = MultiResolutionFusion(in_channels, out_channels, norm=norm)
+        self.crp = ChainedPooling(out_channels, norm=norm, act=act)
+
+    def forward(self, features: list[Tensor], labels: Tensor) -> Tensor:
+        adapted = [adapt(h, labels) for adapt, h in zip(self.adapt_convs, features, strict=True)]
+        h = adapted[0] if self.msf is None else self.msf(adapted, labels)
+        return self.output_convs(self.crp(h, labels), labels)
+
+
+class RefineNet(nn.Module):
+    """Images `x` (B, channels, H, W) at the noise levels numbered `cond` (B,), to the same shape.
+
+    Args:
+        layout: encoder of `LAYOUTS`, named by the image size it was made for.
+        image_size: height and width it is meant for.
+        conditional: every norm depends on `cond` (NCSN); else none does, and the output is
+            divided by the noise level instead (NCSNv2).
+        sigmas: the noise levels (num_scales,) that `cond` numbers.
+        centered: `x` is in [-1, 1]; else in [0, 1], and is centred first.
+        nf, channels, nonlinearity: as of `NCSNpp`.
+
+    Raises:
+        ValueError: the nonlinearity is unknown, or the image cannot be halved as often as needed.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: str,
+        image_size: int,
+        conditional: bool,
+        sigmas: Tensor,
+        channels: int = 3,
+        nf: int = 128,
+        nonlinearity: str = "elu",
+        centered: bool = False,
+    ):
+        super().__init__()
+        act = ACTIVATIONS[one_of("nonlinearity", nonlinearity, ACTIVATIONS)]
+        levels = LAYOUTS[layout]
+        self.act, self.centered = act, centered
+        self.halvings = sum(level.dilation == 1 for level in levels[1:])
+        check_size(image_size, image_size, halvings=self.halvings)
+        self.register_buffer("sigmas", None if conditional else sigmas.float(), persistent=False)
+
+        norm = partial(InstanceNormPlus, num_classes=len(sigmas) if conditional else None)
+        self.begin_conv = nn.Conv2d(channels, nf, 3, padding=1)
+        self.normalizer = norm(nf)
+        self.end_conv = nn.Conv2d(nf, channels, 3, padding=1)
+
+        self.encoder = nn.ModuleDict()
+        refine = partial(RefineBlock, norm=norm if conditional else None, act=act)
+        decoder, last = {}, len(levels) - 1
+        for i, level in enumerate(levels):
+            finer, width = nf * levels[max(i - 1, 0)].width, nf * level.width
+            block = partial(ResidualBlock, norm=norm, act=act, dilation=level.dilation)
+            self.encoder[level.encoder] = nn.ModuleList(
+                [block(finer, width, down=i > 0), block(width, width)]
+            )
+            # Fuses the level's features and those refined below it; the coarsest has its own only.
+            decoder[level.decoder] = refine(
+                [width] * (1 if i == last else 2), finer, output_units=3 if i == 0 else 1
+            )
+        self.decoder = nn.ModuleDict({name: decoder[name] for name in sorted(decoder)})
+        self.ascent = [level.decoder for level in reversed(levels)]
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        check_size(*x.shape[2:], halvings=self.halvings)
+        labels = cond.long()
+        h = self.begin_conv(x if self.centered else 2 * x - 1)
+
+        skips = []
+        for blocks in self.encoder.values():
+            for block in blocks:
+                h = block(h, labels)
+            skips.append(h)
+
+        refined = []
+        for name in self.ascent:
+            refined = [self.decoder[name]([skips.pop(), *refined], labels)]
+
+        h = self.end_conv(self.act(self.normalizer(refined[0], labels)))
+        if self.sigmas is not None:
+            h = h / self.sigmas[labels].to(h.dtype)[:, None, None, None]
+        return h

@@ -1,0 +1,375 @@
+"""NCSN++ and DDPM++: the U-Net of Song et al. (arXiv 2011.13456), appendix H, with its options."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import (
+    ACTIVATIONS,
+    Activation,
+    Attention,
+    Double,
+    Downsample,
+    FourierFeatures,
+    Halve,
+    PositionalFeatures,
+    ResBlock,
+    Upsample,
+    check_size,
+    conv,
+    dense,
+    group_norm,
+    one_of,
+    residual_sum,
+)
+
+
+class Head(nn.Module):
+    """Norm, activation, 3x3 convolution: (B, in, H, W) to (B, out, H, W)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        act: Activation,
+        init_scale: float,
+        group_width: int,
+    ):
+        super().__init__()
+        self.norm = group_norm(in_channels, group_width=group_width)
+        self.conv = conv(in_channels, out_channels, init_scale=init_scale)
+        self.act = act
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(self.act(self.norm(h)))
+
+
+class Stage(nn.Module):
+    """A residual block, and attention after it where there is one."""
+
+    def __init__(self, block: ResBlock, attention: Attention | None):
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, h: Tensor, emb: Tensor | None) -> Tensor:
+        h = self.block(h, emb)
+        return h if self.attention is None else self.attention(h)
+
+
+class InputSkip(nn.Module):
+    """`progressive_input='input_skip'`: the image, halved, joins the features of its size."""
+
+    def __init__(
+        self, image_channels: int, channels: int, *, fir_kernel: Sequence | None, combine: str
+    ):
+        super().__init__()
+        self.resample = Halve(fir_kernel)
+        self.conv = conv(image_channels, channels, 1)
+        self.combine = combine
+
+    def forward(self, h: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        image = self.resample(image)
+        joined = self.conv(image)
+        return torch.cat([joined, h], 1) if self.combine == "cat" else joined.add_(h), image
+
+
+class InputResidual(nn.Module):
+    """`progressive_input='residual'`: a branch from the image is summed with the features."""
+
+    def __init__(
+        self, in_channels: int, channels: int, *, fir_kernel: Sequence | None, skip_rescale: bool
+    ):
+        super().__init__()
+        self.down = Downsample(in_channels, channels, fir_kernel=fir_kernel)
+        self.skip_rescale = skip_rescale
+
+    def forward(self, h: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        h = residual_sum(self.down(branch), h, self.skip_rescale)
+        return h, h
+
+
+class OutputSkip(nn.Module):
+    """`progressive='output_skip'`: every level adds to an image that doubles with each."""
+
+    def __init__(self, head: Head, resample: Double):
+        super().__init__()
+        self.resample, self.head = resample, head
+
+    def forward(self, h: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
+        update = self.head(h)
+        return h, update if image is None else update.add_(self.resample(image))
+
+
+class OutputResidual(nn.Module):
+    """`progressive='residual'`: a branch to the output is summed with the features.
+
+    At the coarsest level, which is the one with a `head`, the branch begins.
+    """
+
+    def __init__(self, *, head: Head | None, up: Upsample | None, skip_rescale: bool):
+        super().__init__()
+        self.head, self.up = head, up
+        self.skip_rescale = skip_rescale
+
+    def forward(self, h: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.head is not None:
+            return h, self.head(h)
+        h = residual_sum(self.up(branch), h, self.skip_rescale)
+        return h, h
+
+
+class EncoderLevel(nn.Module):
+    """Stages at one resolution, then, but at the last, the step to half of it."""
+
+    def __init__(
+        self, stages: list[Stage], down: nn.Module | None, progressive_input: nn.Module | None
+    ):
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.down, self.progressive_input = down, progressive_input
+
+    def forward(
+        self, h: Tensor, pyramid: Tensor, emb: Tensor | None, skips: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        for stage in self.stages:
+            h = stage(h, emb)
+            skips.append(h)
+        if self.down is not None:
+            h = self.down(h, emb)
+            if self.progressive_input is not None:
+                h, pyramid = self.progressive_input(h, pyramid)
+            skips.append(h)
+        return h, pyramid
+
+
+class DecoderLevel(nn.Module):
+    """Stages at one resolution, each taking a skip; then, but at the last, the step to twice it."""
+
+    def __init__(self, stages: list[Stage], progressive: nn.Module | None, up: nn.Module | None):
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.progressive, self.up = progressive, up
+
+    def forward(
+        self, h: Tensor, pyramid: Tensor | None, emb: Tensor | None, skips: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        for stage in self.stages:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        if self.progressive is not None:
+            h, pyramid = self.progressive(h, pyramid)
+        if self.up is not None:
+            h = self.up(h, emb)
+        return h, pyramid
+
+
+class NCSNpp(nn.Module):
+    """U-Net for images `x` (B, channels, H, W) at noise levels `cond` (B,).
+
+    Returns (B, channels, H, W); with `field_output` the Poisson field at (x, z = cond), a pair of
+    (B, channels, H, W) and its z entry (B,), the spatial mean of one more output channel
+    (Xu et al., "Poisson Flow Generative Models", arXiv 2209.11178).
+
+    Args:
+        image_size: height and width it is meant for; decides which levels have attention.
+        channels: of the image.
+        field_output: return the Poisson field instead of one tensor.
+        nf: channels at the first level; level i has `nf * ch_mult[i]` at `image_size / 2^i`.
+        num_res_blocks: residual blocks for each level of the encoder (one more in the decoder).
+        attn_resolutions: image sizes at which attention follows the blocks.
+        embedding_type: of `cond`, 'fourier' (of its log) or 'positional'.
+        conditional: embed `cond` in every block; without it only `scale_by_sigma` reads it.
+        resblock_type: 'biggan' resamples inside residual blocks, 'ddpm' between them.
+        resamp_with_conv: the resampling of 'ddpm' has a convolution.
+        fir_kernel: taps of the resampling filter, as (1, 3, 3, 1); None for nearest pixel and mean.
+        progressive: how the output grows: 'none', 'output_skip', 'residual'.
+        progressive_input: how the image is fed again: 'none', 'input_skip', 'residual'.
+        progressive_combine: of 'input_skip', 'sum' or 'cat'.
+        nonlinearity: 'elu', 'lrelu', 'relu' or 'swish'.
+        dropout: probability, before the last convolution of each residual block.
+        init_scale: initial variance scale of the last layer of each branch, 0 for almost 0.
+        skip_rescale: divide residual sums by sqrt(2).
+        fourier_scale: standard deviation of the Fourier frequencies.
+        scale_by_sigma: divide the output by the noise level: `sigmas[cond]` where the embedding is
+            'positional', `cond` itself where it is 'fourier'.
+        sigmas: noise levels (num_scales,) that `cond` numbers.
+        centered: `x` is in [-1, 1]; else in [0, 1], and is centred first.
+        group_width: channels of a norm's group, at least.
+
+    Raises:
+        ValueError: an option's value is unknown, or the levels do not divide the image size.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int = 3,
+        field_output: bool = False,
+        nf: int = 128,
+        ch_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        embedding_type: str = "positional",
+        conditional: bool = True,
+        resblock_type: str = "biggan",
+        resamp_with_conv: bool = True,
+        fir_kernel: Sequence[float] | None = None,
+        progressive: str = "none",
+        progressive_input: str = "none",
+        progressive_combine: str = "sum",
+        nonlinearity: str = "swish",
+        dropout: float = 0.0,
+        init_scale: float = 0.0,
+        skip_rescale: bool = True,
+        fourier_scale: float = 16.0,
+        scale_by_sigma: bool = False,
+        sigmas: Tensor | None = None,
+        centered: bool = True,
+        group_width: int = 4,
+    ):
+        super().__init__()
+        one_of("embedding_type", embedding_type, ("fourier", "positional"))
+        one_of("resblock_type", resblock_type, ("biggan", "ddpm"))
+        one_of("progressive", progressive, ("none", "output_skip", "residual"))
+        one_of("progressive_input", progressive_input, ("none", "input_skip", "residual"))
+        one_of("progressive_combine", progressive_combine, ("cat", "sum"))
+        act = ACTIVATIONS[one_of("nonlinearity", nonlinearity, ACTIVATIONS)]
+
+        self.act, self.centered, self.field_output = act, centered, field_output
+        self.conditional, self.scale_by_sigma = conditional, scale_by_sigma
+        self.halvings = len(ch_mult) - 1
+        check_size(image_size, image_size, halvings=self.halvings)
+        positional = embedding_type == "positional"
+        sigmas = sigmas.float() if positional and scale_by_sigma else None
+        self.register_buffer("sigmas", sigmas, persistent=False)
+
+        block = partial(
+            ResBlock,
+            emb_channels=4 * nf,
+            act=act,
+            dropout=dropout,
+            init_scale=init_scale,
+            skip_rescale=skip_rescale,
+            nin_shortcut=resblock_type == "ddpm",
+            group_width=group_width,
+        )
+        attention = partial(
+            Attention, init_scale=init_scale, skip_rescale=skip_rescale, group_width=group_width
+        )
+        head = partial(Head, act=act, group_width=group_width)
+        resampling = {"with_conv": resamp_with_conv, "fir_kernel": fir_kernel}
+
+        def stage(in_channels: int, out_channels: int, *, attend: bool) -> Stage:
+            resnet = block(in_channels, out_channels)
+            return Stage(resnet, attention(out_channels) if attend else None)
+
+        def halve(width: int) -> nn.Module:
+            if resblock_type == "biggan":
+                return block(width, width, resample=Halve(fir_kernel))
+            return Downsample(width, width, **resampling)
+
+        def double(width: int) -> nn.Module:
+            if resblock_type == "biggan":
+                return block(width, width, resample=Double(fir_kernel))
+            return Upsample(width, width, **resampling)
+
+        # The parts are made in the order of the diagram, which is that of the published weights.
+        self.features = PositionalFeatures(nf) if positional else FourierFeatures(nf, fourier_scale)
+        self.dense1 = self.dense2 = None
+        if conditional:
+            self.dense1 = dense(nf if positional else 2 * nf, 4 * nf)
+            self.dense2 = dense(4 * nf, 4 * nf)
+        self.stem = conv(channels, nf)
+
+        levels = [(nf * m, image_size // 2**i in attn_resolutions) for i, m in enumerate(ch_mult)]
+        coarsest = len(levels) - 1
+
+        self.encoder = nn.ModuleList()
+        width, branch_width, skip_widths = nf, channels, [nf]
+        for i, (level_width, attend) in enumerate(levels):
+            stages = []
+            for _ in range(num_res_blocks):
+                stages.append(stage(width, level_width, attend=attend))
+                width = level_width
+                skip_widths.append(width)
+            down = join = None
+            if i < coarsest:
+                down = halve(width)
+                if progressive_input == "input_skip":
+                    join = InputSkip(
+                        channels, width, fir_kernel=fir_kernel, combine=progressive_combine
+                    )
+                    width *= 2 if progressive_combine == "cat" else 1
+                elif progressive_input == "residual":
+                    join = InputResidual(
+                        branch_width, width, fir_kernel=fir_kernel, skip_rescale=skip_rescale
+                    )
+                    branch_width = width
+                skip_widths.append(width)
+            self.encoder.append(EncoderLevel(stages, down, join))
+
+        self.middle1 = block(width, width)
+        self.middle_attention = attention(width)
+        self.middle2 = block(width, width)
+
+        self.decoder = nn.ModuleList()
+        out_channels = channels + field_output
+        for i, (level_width, attend) in reversed(list(enumerate(levels))):
+            stages = []
+            for k in range(num_res_blocks + 1):
+                attend_now = attend and k == num_res_blocks  # once a level, after its last block
+                stages.append(stage(width + skip_widths.pop(), level_width, attend=attend_now))
+                width = level_width
+            grow = None
+            if progressive == "output_skip":
+                update = head(width, out_channels, init_scale=init_scale)
+                grow = OutputSkip(update, Double(fir_kernel))
+            elif progressive == "residual":
+                grow = OutputResidual(
+                    head=head(width, width, init_scale=1.0) if i == coarsest else None,
+                    up=Upsample(branch_width, width, fir_kernel=fir_kernel)
+                    if i < coarsest
+                    else None,
+                    skip_rescale=skip_rescale,
+                )
+                branch_width = width
+            self.decoder.append(DecoderLevel(stages, grow, double(width) if i > 0 else None))
+
+        self.head = None
+        if progressive != "output_skip":
+            self.head = head(width, out_channels, init_scale=init_scale)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        check_size(*x.shape[2:], halvings=self.halvings)
+        emb = self._embed(cond, x.dtype) if self.conditional else None
+        if not self.centered:
+            x = 2 * x - 1
+
+        h = self.stem(x)
+        skips, pyramid = [h], x
+        for level in self.encoder:
+            h, pyramid = level(h, pyramid, emb, skips)
+
+        h = self.middle1(h, emb)
+        h = self.middle_attention(h)
+        h = self.middle2(h, emb)
+
+        pyramid = None
+        for level in self.decoder:
+            h, pyramid = level(h, pyramid, emb, skips)
+        out = pyramid if self.head is None else self.head(h)
+
+        if self.scale_by_sigma:
+            sigma = cond if self.sigmas is None else self.sigmas[cond.long()]
+            out = out / sigma.to(out.dtype)[:, None, None, None]
+        if self.field_output:
+            return out[:, :-1], out[:, -1].mean(dim=(1, 2))
+        return out
+
+    def _embed(self, cond: Tensor, dtype: torch.dtype) -> Tensor:
+        """The noise level's embedding (B, 4 nf), activated, as all blocks take it."""
+        emb = self.dense1(self.features(cond).to(dtype))
+        return self.act(self.dense2(self.act(emb)))

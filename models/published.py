@@ -1,0 +1,135 @@
+"""Published weights (score_sde_pytorch, Poisson_flow, ncsnv2): their names, and how they are read.
+
+The published U-Nets keep their parts in one list, `all_modules`, in the order of the diagram. The
+networks here register the same parts in the same order, under names of their own. So the number of
+a part is its place among the parts, and a table renames the pieces inside it. The RefineNets carry
+the published names, below the two dictionaries of their encoder and decoder.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models import layers
+from models.ncsn import RefineNet
+from models.ncsnpp import InputSkip
+
+# What counts as an entry of `all_modules`.
+_PARTS = (
+    nn.Linear,
+    nn.Conv2d,
+    nn.GroupNorm,
+    layers.FourierFeatures,
+    layers.ResBlock,
+    layers.Attention,
+    layers.Downsample,
+    layers.Upsample,
+    InputSkip,
+)
+
+# Pieces of a part: own name to published name.
+_PIECES = {
+    "norm": "GroupNorm_0",
+    "norm1": "GroupNorm_0",
+    "norm2": "GroupNorm_1",
+    "conv": "Conv_0",
+    "fir_conv": "Conv2d_0",
+    "conv1": "Conv_0",
+    "conv2": "Conv_1",
+    "conv_shortcut": "Conv_2",
+    "nin_shortcut": "NIN_0",
+    "dense": "Dense_0",
+    "query": "NIN_0",
+    "key": "NIN_1",
+    "value": "NIN_2",
+    "out": "NIN_3",
+}
+
+
+def _parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if isinstance(child, _PARTS):
+            yield f"{path}{name}", child
+        else:
+            yield from _parts(child, f"{path}{name}.")
+
+
+def reference_names(model: nn.Module) -> dict[str, str]:
+    """Published name of each parameter to its name in `model`, in published order.
+
+    That is also the order of `model.parameters()`; `module.` and `sigmas` are left out.
+    """
+    if isinstance(model, RefineNet):
+        own = (name for name, _ in model.named_parameters())
+        return {name.removeprefix("encoder.").removeprefix("decoder."): name for name in own}
+    names = {}
+    for number, (path, part) in enumerate(_parts(model)):
+        for name, _ in part.named_parameters():
+            published = ".".join(_PIECES.get(piece, piece) for piece in name.split("."))
+            names[f"all_modules.{number}.{published}"] = f"{path}.{name}"
+    return names
+
+
+def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy published weights into `model`, all of them or, on an error, none.
+
+    Args:
+        model: network of `create_model`, for the config that the weights were trained with.
+        state_dict: published name to tensor, the names with or without a leading `module.`;
+            `sigmas`, which follow from the config, are skipped.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a shape is wrong; the message names it.
+    """
+    given = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    given.pop("sigmas", None)
+    names, parameters = reference_names(model), dict(model.named_parameters())
+    for problem, where in (
+        ("lack", [name for name in names if name not in given]),
+        ("have the unknown", [name for name in given if name not in names]),
+    ):
+        if where:
+            more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+            raise ValueError(
+                f"the weights {problem} {where[0]!r}{more}; use the config they were trained with"
+            )
+    _copy({name: (parameters[own], given[name]) for name, own in names.items()})
+
+
+def load_reference_ema(model: nn.Module, shadow_params: Sequence[Tensor]) -> None:
+    """Copy a published moving average, a list, into the trainable parameters of `model`.
+
+    Args:
+        model: network of `create_model`; what is not trained (Fourier frequencies) is not in the
+            list, so load the weights first.
+        shadow_params: entry `ema['shadow_params']` of a published checkpoint.
+
+    Raises:
+        ValueError: the list has another length, or a tensor another shape; the message names it.
+    """
+    parameters = dict(model.named_parameters())
+    trained = {
+        name: parameters[own]
+        for name, own in reference_names(model).items()
+        if parameters[own].requires_grad
+    }
+    if len(shadow_params) != len(trained):
+        raise ValueError(
+            f"the moving average has {len(shadow_params)} tensors, the network trains "
+            f"{len(trained)}; use the config it was trained with"
+        )
+    pairs = zip(trained.items(), shadow_params, strict=True)
+    _copy({name: (parameter, value) for (name, parameter), value in pairs})
+
+
+@torch.no_grad()
+def _copy(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    for name, (parameter, value) in pairs.items():
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"weight {name!r} has shape {tuple(value.shape)}, the network's has "
+                f"{tuple(parameter.shape)}; use the config it was trained with"
+            )
+    for parameter, value in pairs.values():
+        parameter.copy_(value)
