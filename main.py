@@ -45,7 +45,9 @@ def parse(argv: list[str]) -> list[str]:
     try:
         _check_config_file(argv)
         rest = FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+    except (AttributeError, KeyError) as error:
+        _fail(f"unknown config value: {error.args[0]}")
+    except (flags.Error, ValueError, TypeError, OSError) as error:
         _fail(error)
     if rest[1:]:
         _fail(f"unexpected argument {rest[1]!r}; values are given as --flag=value")
@@ -69,7 +71,8 @@ def _check_config_file(argv: list[str]) -> None:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = path if line is None else f"{path}, line {line}"
-        raise ValueError(f"config file {where}: {type(error).__name__}: {error}") from error
+        message = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"config file {where}: {type(error).__name__}: {message}") from error
 
 
 def _config_path(argv: list[str]) -> str | None:
@@ -82,8 +85,7 @@ def _config_path(argv: list[str]) -> str | None:
 
 
 def _fail(error: Exception | str) -> NoReturn:
-    message = error.args[0] if isinstance(error, KeyError) else str(error)
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
 
 

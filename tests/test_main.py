@@ -1,0 +1,225 @@
+"""The program as its users call it: training, evaluation, resuming, and every typing error."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from checkpoints import load_checkpoint
+
+DIGITS = ROOT / "configs/poisson/digits_ddpmpp.py"
+TINY = [
+    "--config.model.nf=8",
+    "--config.training.n_iters=8",
+    "--config.training.log_freq=2",
+    "--config.training.eval_freq=4",
+    "--config.training.snapshot_freq_for_preemption=2",
+    "--config.sampling.ode_solver=forward_euler",
+    "--config.sampling.N=3",
+    "--config.eval.batch_size=100",
+    "--config.eval.num_samples=130",
+]
+
+
+def command(mode, workdir, *overrides, config=DIGITS):
+    base = ["--config", str(config), "--mode", mode, "--workdir", str(workdir)]
+    return [sys.executable, str(ROOT / "main.py"), *base, *overrides]
+
+
+def call(mode, workdir, *overrides, config=DIGITS, expect=0):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(mode, workdir, *overrides, config=config),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir of the tiny run, trained to its end in one go."""
+    workdir = tmp_path_factory.mktemp("run")
+    call("train", workdir, *TINY)
+    return workdir
+
+
+def test_training_leaves_what_the_contract_says(trained):
+    steps = {p.name for p in (trained / "checkpoints").iterdir()}
+    assert steps == {f"checkpoint_{step}.pth" for step in (2, 4, 6, 8)}
+    assert load_checkpoint(trained / "checkpoints-meta/checkpoint.pth")["step"] == 8
+    with np.load(trained / "samples/iter_8/sample.npz") as file:
+        assert file["samples"].shape == (64, 8, 8, 1)
+        assert file["samples"].dtype == np.uint8
+    assert Image.open(trained / "samples/iter_8/sample.png").size[0] > 64
+    assert "step 8: held-out loss" in (trained / "stdout.txt").read_text()
+
+    board = EventAccumulator(str(trained / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss/train")] == [2, 4, 6, 8]
+    assert [event.step for event in board.Scalars("loss/test")] == [4, 8]
+    assert all(np.isfinite(event.value) for event in board.Scalars("loss/train"))
+    assert [event.step for event in board.Images("samples")] == [2, 4, 6, 8]
+
+
+def test_a_second_start_has_nothing_left_to_do(trained):
+    before = (trained / "stdout.txt").read_text()
+    call("train", trained, *TINY)
+    after = (trained / "stdout.txt").read_text()
+    assert after.startswith(before)  # appended, not truncated
+    assert "resuming at step 8 of 8" in after[len(before) :]
+
+
+def test_evaluation_reports_what_was_asked(trained):
+    done = call("eval", trained, *TINY, "--eval_folder=results")
+    folder = trained / "results"
+    with np.load(folder / "report_4.npz") as report:
+        assert report["step"] == 8
+        assert report["nfe"] == 3
+        assert report["num_samples"] == 130
+        assert str(report["features"]) == "pixels"
+        assert all(np.isfinite(report[key]) for key in ("loss", "bpd", "bpd_error", "fid"))
+        shown = f"{report['fid']:.4f}"
+    assert re.search(rf"Frechet distance \(pixels\) +{shown}", done.stdout)
+    rounds = [np.load(folder / f"ckpt_4/samples_{r}.npz")["samples"] for r in range(2)]
+    assert [r.shape for r in rounds] == [(100, 8, 8, 1), (30, 8, 8, 1)]
+    statistics = np.load(folder / "ckpt_4/statistics_1.npz")["pool_3"]
+    np.testing.assert_allclose(statistics, rounds[1].reshape(30, 64) / 255)
+    assert np.isfinite(np.load(folder / "ckpt_4_loss.npz")["loss"])
+    parts = [np.load(folder / f"test_ckpt_4_bpd_{i}.npz")["bpd"] for i in range(2)]
+    assert [len(part) for part in parts] == [100, 80]  # the whole split, the rest included
+    assert Image.open(folder / "ode_images_4.png").size[0] > 300
+
+
+def test_the_published_name_of_the_split_still_works(trained):
+    options = ["--noconfig.eval.enable_sampling", "--noconfig.eval.enable_bpd"]
+    options += ["--config.eval.bpd_dataset=train", "--eval_folder=train_split"]
+    done = call("eval", trained, *TINY, *options)
+    assert "loss (train)" in done.stdout
+
+
+def test_a_killed_run_goes_on_at_its_step(trained, tmp_path):
+    """Killed after a checkpoint and started again, the run ends with the same weights."""
+    process = subprocess.Popen(
+        command("train", tmp_path, *TINY),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    resume_path = tmp_path / "checkpoints-meta/checkpoint.pth"
+    deadline = time.monotonic() + 120
+    while not resume_path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    reached = load_checkpoint(resume_path)["step"]
+    assert 0 < reached < 8
+    call("train", tmp_path, *TINY)
+    assert f"resuming at step {reached} of 8" in (tmp_path / "stdout.txt").read_text()
+    last = "checkpoints/checkpoint_8.pth"
+    ours, theirs = (load_checkpoint(w / last)["model"] for w in (tmp_path, trained))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# --- mistakes: one line, a non-zero status, nothing written ---------------------------------------
+
+
+def test_help_imports_nothing_heavy():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "main.py"), "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert "--workdir" in done.stdout
+    assert not re.search(r"\| +(torch|numpy|scipy|tensorflow)$", done.stderr, re.MULTILINE)
+
+
+MISTAKES = {
+    "unknown override": (
+        ["--config.training.n_iter=3"],
+        'unknown config value.*n_iter.*Did you mean "n_iters"',
+    ),
+    "unknown section": (["--config.trainin.n_iters=3"], 'trainin.*Did you mean "training"'),
+    "wrong type": (["--config.training.n_iters=many"], "config.training.n_iters=many"),
+    "mode": (["--mode=trian"], "mode=trian: value should be one of <train.eval>"),
+    "flag": (["--workdri=x"], "workdri.*workdir"),
+    "argument": (["train"], "unexpected argument 'train'"),
+    "data set": (["--config.data.dataset=digit"], "data.dataset='digit'; known: .*digits"),
+    "method": (["--config.training.sde=poison"], "training.sde='poison'; known: .*poisson"),
+    "model": (["--config.model.name=unet"], "model.name = 'unet'.*known: .*ncsnpp"),
+    "sampler": (["--config.sampling.method=sde"], "sampling.method='sde'.*known: .*ode"),
+    "solver": (["--config.sampling.ode_solver=rk4"], "ode_solver='rk4'.*known: .*rk45"),
+    "steps": (["--config.sampling.N=0"], "sampling.N must be at least 1"),
+    "optimizer": (["--config.optim.optimizer=SGD"], "optim.optimizer='SGD'; known: Adam"),
+    "split": (["--config.eval.dataset=val"], "eval.dataset='val'; known: train, test"),
+    "features": (["--config.eval.features=pixel"], "eval.features='pixel'; known: .*pixels"),
+    "device": (["--config.device=cud"], "device='cud' cannot be used"),
+    "number": (["--config.training.batch_size=0"], "training.batch_size must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line(mistake, tmp_path):
+    overrides, pattern = MISTAKES[mistake]
+    done = call("train", tmp_path / "run", *overrides, expect=2)
+    assert re.fullmatch(rf"error: .*{pattern}.*\n", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content, pattern",
+    [
+        (None, "does not exist"),
+        ("def get_config(:\n", "line 1: .*syntax"),
+        ("import math\n\ndef get_config():\n    return math.nothing\n", "line 4: .*nothing"),
+        ("import nothing_at_all\n", "line 1: .*nothing_at_all"),
+        ("x = 1\n", "defines no get_config"),
+        ("def get_config():\n    return 3\n", "does not return an ml_collections.ConfigDict"),
+    ],
+)
+def test_bad_config_files_are_one_line(content, pattern, tmp_path):
+    config = tmp_path / "experiment.py"
+    if content is not None:
+        config.write_text(content)
+    done = call("train", tmp_path / "run", config=config, expect=2)
+    assert re.fullmatch(rf"error: config file .*experiment\.py.*{pattern}.*\n", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_without_checkpoints_says_where_it_looked(tmp_path):
+    done = call("eval", tmp_path / "run", *TINY, expect=2)
+    assert re.fullmatch(
+        r"error: no checkpoint .*run/checkpoints for checkpoint_8.pth.*found none\n", done.stderr
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_a_checkpoint_is_one_line(tmp_path):
+    path = tmp_path / "checkpoints/checkpoint_8.pth"
+    path.parent.mkdir()
+    path.write_bytes(b"something else")
+    done = call("eval", tmp_path, *TINY, expect=2)
+    assert re.search(r"^error: .*checkpoint_8\.pth is not a checkpoint: .*$", done.stderr, re.M)
+    assert list(tmp_path.glob("eval/*")) == []
+
+
+def test_a_checkpoint_of_another_network_is_one_line(trained, tmp_path):
+    done = call("train", trained, *TINY, "--config.model.nf=16", expect=2)
+    assert re.fullmatch(r"error: .*does not fit the configured network: .*\n", done.stderr)
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = call("train", tmp_path / "file" / "run", *TINY, expect=2)
+    assert re.fullmatch(r"error: .*Not a directory.*file/run.*\n", done.stderr)
