@@ -44,7 +44,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross).sum())
 
 
-def image_grid(images: Images, min_size: int = 32, gap: int = 2) -> Images:
+def image_grid(images: Images, min_size: int = 48, gap: int = 2) -> Images:
     """One picture (H', W', 3) of `images` in a near-square grid, row by row.
 
     Images smaller than `min_size` are enlarged by a whole factor; `gap` pixels lie between them.

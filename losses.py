@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from methods import Method, poisson_field
+from models import load_reference_state_dict
 
 __all__ = [
     "ExponentialMovingAverage",
@@ -86,6 +87,10 @@ class ExponentialMovingAverage:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises KeyError or, where number or shapes of the parameters differ, ValueError."""
+        ours, given = ([p.shape for p in s["shadow_params"]] for s in (self.state_dict(), state))
+        if ours != given:
+            raise ValueError("the averaged weights have other shapes than the network's")
         self.decay = state["decay"]
         self.num_updates = state["num_updates"]
         for shadow, loaded in zip(self.shadow_params, state["shadow_params"], strict=True):
@@ -128,12 +133,26 @@ class TrainState:
             "step": self.step,
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Raises KeyError, ValueError or RuntimeError where `state` does not fit."""
-        self.model.load_state_dict(state["model"])
+    def load_network(self, state: dict) -> None:
+        """What evaluation needs: the network, its average and the step count.
+
+        `state` is a `state_dict()`, or a checkpoint of the published implementations, known by
+        their weights' names, which all begin with `module.`.
+
+        Raises:
+            KeyError, ValueError or RuntimeError: `state` does not fit; nothing can be relied on.
+        """
+        if all(name.startswith("module.") for name in state["model"]):
+            load_reference_state_dict(self.model, state["model"])  # the EMA has the same order
+        else:
+            self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+    def load_state_dict(self, state: dict) -> None:
+        """Everything, to go on training; raises as `load_network` does."""
+        self.load_network(state)
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def train_step(

@@ -74,7 +74,7 @@ def train(config, workdir: Path) -> None:
     test_data = datasets.get_dataset(config, "test")
     resume_path = workdir / "checkpoints-meta" / "checkpoint.pth"
     if resume_path.exists():
-        _restore(state, resume_path)
+        _restore(state.load_state_dict, resume_path)
 
     with _open_workdir(workdir), _summary_writer(workdir) as board:
         parameters = sum(p.numel() for p in state.parameters)
@@ -157,7 +157,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
     folder = workdir / eval_folder
     with _open_workdir(workdir):
         for k, path in checkpoints.items():
-            _restore(run.state, path)
+            _restore(run.state.load_network, path)
             log.info(f"evaluating {path} on {run.device}")
             start = time.perf_counter()
             report = {"step": run.state.step}
@@ -282,10 +282,10 @@ def _checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
     return found
 
 
-def _restore(state: losses.TrainState, path: Path) -> None:
+def _restore(load: Callable[[dict], None], path: Path) -> None:
     loaded = load_checkpoint(path)
     try:
-        state.load_state_dict(loaded)
+        load(loaded)
     except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the configured network: {reason:.300}") from error

@@ -7,11 +7,10 @@ from models.ddpm import DDPM
 from models.layers import geometric_sigmas, one_of
 from models.ncsn import RefineNet
 from models.ncsnpp import NCSNpp
-from models.published import load_reference_ema, load_reference_state_dict, reference_names
+from models.published import load_reference_state_dict, reference_names
 
 __all__ = [
     "create_model",
-    "load_reference_ema",
     "load_reference_state_dict",
     "reference_names",
 ]

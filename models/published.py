@@ -6,7 +6,7 @@ a part is its place among the parts, and a table renames the pieces inside it. T
 the published names, below the two dictionaries of their encoder and decoder.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -95,32 +95,6 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
                 f"the weights {problem} {where[0]!r}{more}; use the config they were trained with"
             )
     _copy({name: (parameters[own], given[name]) for name, own in names.items()})
-
-
-def load_reference_ema(model: nn.Module, shadow_params: Sequence[Tensor]) -> None:
-    """Copy a published moving average, a list, into the trainable parameters of `model`.
-
-    Args:
-        model: network of `create_model`; what is not trained (Fourier frequencies) is not in the
-            list, so load the weights first.
-        shadow_params: entry `ema['shadow_params']` of a published checkpoint.
-
-    Raises:
-        ValueError: the list has another length, or a tensor another shape; the message names it.
-    """
-    parameters = dict(model.named_parameters())
-    trained = {
-        name: parameters[own]
-        for name, own in reference_names(model).items()
-        if parameters[own].requires_grad
-    }
-    if len(shadow_params) != len(trained):
-        raise ValueError(
-            f"the moving average has {len(shadow_params)} tensors, the network trains "
-            f"{len(trained)}; use the config it was trained with"
-        )
-    pairs = zip(trained.items(), shadow_params, strict=True)
-    _copy({name: (parameter, value) for (name, parameter), value in pairs})
 
 
 @torch.no_grad()

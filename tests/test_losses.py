@@ -19,6 +19,13 @@ def test_ema_matches_published_trace(golden):
         torch.testing.assert_close(ema.shadow_params[0], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_ema_refuses_other_shapes():
+    ema = losses.ExponentialMovingAverage([nn.Parameter(torch.zeros(3))], 0.5)
+    state = ema.state_dict() | {"shadow_params": [torch.ones(1)]}
+    with pytest.raises(ValueError, match="other shapes"):
+        ema.load_state_dict(state)
+
+
 def test_ema_swaps_in_and_out_even_after_an_error():
     parameter = nn.Parameter(torch.zeros(2))
     ema = losses.ExponentialMovingAverage([parameter], 0.5)

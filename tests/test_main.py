@@ -15,6 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checkpoints import load_checkpoint
+from configs.poisson import digits_ddpmpp
+from models import create_model, reference_names
 
 DIGITS = ROOT / "configs/poisson/digits_ddpmpp.py"
 TINY = [
@@ -109,6 +111,24 @@ def test_the_published_name_of_the_split_still_works(trained):
     assert "loss (train)" in done.stdout
 
 
+def test_a_published_checkpoint_evaluates_as_it_is(trained, tmp_path):
+    """The same weights under their published names give the same loss."""
+    saved = load_checkpoint(trained / "checkpoints/checkpoint_8.pth")
+    config = digits_ddpmpp.get_config()
+    config.model.nf = 8
+    names = reference_names(create_model(config))
+    saved["model"] = {f"module.{name}": saved["model"][own] for name, own in names.items()}
+    saved["optimizer"] = {}  # evaluation has no use for it
+    path = tmp_path / "checkpoints/checkpoint_8.pth"
+    path.parent.mkdir()
+    torch.save(saved, path)
+    options = ["--noconfig.eval.enable_sampling", "--noconfig.eval.enable_bpd"]
+    for workdir in (trained, tmp_path):
+        call("eval", workdir, *TINY, *options, "--eval_folder=published")
+    ours, theirs = (np.load(w / "published/report_4.npz")["loss"] for w in (trained, tmp_path))
+    assert ours == theirs
+
+
 def test_a_killed_run_goes_on_at_its_step(trained, tmp_path):
     """Killed after a checkpoint and started again, the run ends with the same weights."""
     process = subprocess.Popen(
@@ -126,7 +146,10 @@ def test_a_killed_run_goes_on_at_its_step(trained, tmp_path):
     reached = load_checkpoint(resume_path)["step"]
     assert 0 < reached < 8
     call("train", tmp_path, *TINY)
-    assert f"resuming at step {reached} of 8" in (tmp_path / "stdout.txt").read_text()
+    log = (tmp_path / "stdout.txt").read_text()
+    assert f"resuming at step {reached} of 8" in log
+    (held_out,) = re.findall("step 8: held-out loss .*", log)
+    assert held_out in (trained / "stdout.txt").read_text()
     last = "checkpoints/checkpoint_8.pth"
     ours, theirs = (load_checkpoint(w / last)["model"] for w in (tmp_path, trained))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
