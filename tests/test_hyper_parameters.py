@@ -1,0 +1,51 @@
+"""The range of perturbations against its formulas worked by hand."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from hyper_parameters import data_norm, poisson_range
+
+
+def test_range_where_logarithms_are_whole():
+    """tau = 1 and norm^2 = 2 sqrt(D) sigma^2 * 2^8 give M = floor(0.75 * 8) + 1 = 7."""
+    norm = math.sqrt(2 * math.sqrt(16) * 0.5**2 * 2**8.001)
+    result = poisson_range(norm, 16, sigma=0.5, tau=1.0)
+    assert result.M == 7
+    assert result.z_max == pytest.approx(math.sqrt(2 / math.pi) * 0.5 * 128)
+    assert result.upper_norm == pytest.approx(4 * 0.5 * 128)
+
+
+@pytest.mark.parametrize("bad", [{"data_norm": 0}, {"sigma": -1.0}, {"tau": 0.0}, {"sigma": 1e3}])
+def test_impossible_numbers_are_refused(bad):
+    with pytest.raises(ValueError):
+        poisson_range(**({"data_norm": 30.0, "data_dim": 64} | bad))
+
+
+def test_norm_of_known_images():
+    data = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    data[1] = 255
+    assert data_norm(data, lambda x: 3 * x, batch_size=2) == pytest.approx(2 * 3 / 3)
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "hyper_parameters.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_digits_config_has_what_its_data_ask_for():
+    done = run("--config", "configs/poisson/digits_ddpmpp.py")
+    assert "mean norm 6.7" in done.stdout
+    assert "the config has" not in done.stdout
+    done = run("--config", "configs/poisson/digits_ddpmpp.py", "--data_norm", "60")
+    assert done.stdout.count("the config has") == 3
+
+
+def test_mistakes_are_told():
+    assert "give --config" in run().stderr
+    assert "must all be positive" in run("--data_norm=-1", "--data_dim=3").stderr
+    assert "nowhere.py" in run("--config", "nowhere.py").stderr
