@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,13 +12,14 @@ CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step")
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> BinaryIO:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the `with` block ends without an error.
 
-    It is written beside `path`, flushed to disk and renamed, so that `path` never holds a part.
+    It is written beside `path`, flushed to disk and renamed, so that `path` never holds a part;
+    what a kill leaves beside it is overwritten by the next write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name}.partial")
     try:
         with open(beside, "wb") as file:
             yield file

@@ -1,9 +1,10 @@
 """Data sources with random access, and a deterministic stream of batches from them.
 
-A data set is anything with `len()` whose indexing by a list of integers gives uint8 images
-(k, C, H, W). Order and noise depend on (seed, step) alone, so a stream can start at any step.
+A data set is anything with `len()` whose indexing, by an integer tensor or a slice, gives uint8
+images (k, C, H, W). Order and noise depend on (seed, step) alone, so a stream can start anywhere.
 """
 
+import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -13,10 +14,15 @@ from torch import Tensor
 SPLITS = ("train", "test")
 
 
-def keyed_generator(device: torch.device | str, *key: int) -> torch.Generator:
-    """A generator on `device` whose stream is a function of the integers `key` (each >= 0)."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(seed)
+def keyed_seed(purpose: str, *key: int) -> int:
+    """A 64-bit seed for `purpose` and the integers `key` (each >= 0), its own for each of them."""
+    words = (zlib.crc32(purpose.encode()), len(key), *key)  # the length: (1,) is not (1, 0)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+def keyed_generator(device: torch.device | str, purpose: str, *key: int) -> torch.Generator:
+    """A generator on `device` that starts from `keyed_seed`."""
+    return torch.Generator(device).manual_seed(keyed_seed(purpose, *key))
 
 
 def digits(split: str) -> Tensor:
@@ -92,7 +98,8 @@ def shuffled_batches(data: Tensor, batch_size: int, seed: int, step: int = 0) ->
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
+    order = np.random.default_rng(keyed_seed("order", seed, epoch)).permutation(n)
+    return torch.from_numpy(order)
 
 
 def to_unit_interval(

@@ -91,8 +91,7 @@ class ExponentialMovingAverage:
         ours, given = ([p.shape for p in s["shadow_params"]] for s in (self.state_dict(), state))
         if ours != given:
             raise ValueError("the averaged weights have other shapes than the network's")
-        self.decay = state["decay"]
-        self.num_updates = state["num_updates"]
+        self.num_updates = state["num_updates"]  # the decay is the config's
         for shadow, loaded in zip(self.shadow_params, state["shadow_params"], strict=True):
             shadow.copy_(loaded)
 
@@ -105,17 +104,18 @@ class TrainState:
         optim, training = config.optim, config.training
         if optim.optimizer != "Adam":
             raise ValueError(f"unknown optimizer optim.optimizer={optim.optimizer!r}; known: Adam")
+        hyper = {
+            "betas": (optim.beta1, 0.999),
+            "eps": optim.eps,
+            "weight_decay": optim.weight_decay,
+            "amsgrad": optim.get("amsgrad", False),
+            "fused": True,
+        }
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = ExponentialMovingAverage(self.parameters, config.model.ema_rate)
-        self.optimizer = torch.optim.Adam(
-            self.parameters,
-            lr=optim.lr,
-            betas=(optim.beta1, 0.999),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self.optimizer = torch.optim.Adam(self.parameters, lr=optim.lr, **hyper)
+        self.hyper_parameters = hyper
         self.step = 0
         self.learning_rate = optim.lr
         self.schedule = {
@@ -137,22 +137,30 @@ class TrainState:
         """What evaluation needs: the network, its average and the step count.
 
         `state` is a `state_dict()`, or a checkpoint of the published implementations, known by
-        their weights' names, which all begin with `module.`.
+        the names of its weights.
 
         Raises:
-            KeyError, ValueError or RuntimeError: `state` does not fit; nothing can be relied on.
+            ValueError (also KeyError, TypeError, AttributeError, RuntimeError, from malformed
+            parts): `state` does not fit, and the network is in no defined state.
         """
-        if all(name.startswith("module.") for name in state["model"]):
-            load_reference_state_dict(self.model, state["model"])  # the EMA has the same order
-        else:
+        if state["model"].keys() == self.model.state_dict().keys():
             self.model.load_state_dict(state["model"])
+        else:  # published moving averages have no names, but the same order
+            load_reference_state_dict(self.model, state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.step = state["step"]
+        self.step = int(state["step"])
 
     def load_state_dict(self, state: dict) -> None:
         """Everything, to go on training; raises as `load_network` does."""
         self.load_network(state)
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group |= self.hyper_parameters  # those of the config, also where a run resumes
+
+    def is_finite(self) -> bool:
+        """Whether every trained parameter is."""
+        norms = torch.stack(torch._foreach_norm(self.parameters))
+        return bool(norms.isfinite().all())
 
 
 def train_step(

@@ -38,6 +38,10 @@ def main(argv: list[str]) -> None:
             run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder)
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        _fail(f"out of memory: smaller training.batch_size or eval.batch_size need less. {error}")
 
 
 def parse(argv: list[str]) -> list[str]:

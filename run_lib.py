@@ -30,6 +30,26 @@ log = logging.getLogger(__name__)
 SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
 
+# Smallest and largest sensible value of what the parts below do not check themselves.
+RANGES = {
+    "seed": (0, math.inf),
+    "training.batch_size": (1, math.inf),
+    "training.n_iters": (1, math.inf),
+    "training.log_freq": (1, math.inf),
+    "training.eval_freq": (1, math.inf),
+    "training.snapshot_freq": (1, math.inf),
+    "training.snapshot_freq_for_preemption": (1, math.inf),
+    "optim.lr": (0, math.inf),
+    "optim.warmup": (0, math.inf),
+    "optim.cooldown": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "model.nf": (1, math.inf),
+    "model.dropout": (0, 1),
+    "model.ema_rate": (0, 1),
+    "eval.batch_size": (1, math.inf),
+    "eval.num_samples": (2, math.inf),
+}
+
 
 @dataclass
 class Experiment:
@@ -76,42 +96,47 @@ def train(config, workdir: Path) -> None:
     if resume_path.exists():
         _restore(state.load_state_dict, resume_path)
 
-    with _open_workdir(workdir), _summary_writer(workdir) as board:
+    with _open_workdir(workdir), _summary_writer(workdir, state.step) as board:
         parameters = sum(p.numel() for p in state.parameters)
         log.info(
             f"{'resuming' if state.step else 'starting'} at step {state.step} of "
             f"{training.n_iters}: {len(train_data):,} images, {parameters:,} parameters, {device}"
         )
         batches = datasets.shuffled_batches(train_data, training.batch_size, seed, state.step)
-        progress = _progress(total=training.n_iters, initial=state.step, unit="step")
-        meter = _Meter(state.step)
-        while state.step < training.n_iters:
-            generator = datasets.keyed_generator(device, seed, state.step)
-            torch.manual_seed(generator.initial_seed())  # dropout knows no other generator
-            images = datasets.to_unit_interval(
-                next(batches).to(device, non_blocking=True),
-                generator,
-                flip=config.data.random_flip,
-                dequantize=config.data.uniform_dequantization,
-            )
-            loss = losses.train_step(state, run.loss_fn, run.scaler(images), generator)
-            progress.update()
+        images_per_step = run.method.images_per_step(min(training.batch_size, len(train_data)))
+        with _progress(total=training.n_iters, initial=state.step, unit="step") as progress:
+            meter = _Meter(state.step)
+            while state.step < training.n_iters:
+                generator = datasets.keyed_generator(device, "training", seed, state.step)
+                # dropout knows no other generator than the global one
+                torch.manual_seed(datasets.keyed_seed("dropout", seed, state.step))
+                images = datasets.to_unit_interval(
+                    next(batches).to(device, non_blocking=True),
+                    generator,
+                    flip=config.data.random_flip,
+                    dequantize=config.data.uniform_dequantization,
+                )
+                loss = losses.train_step(state, run.loss_fn, run.scaler(images), generator)
+                progress.update()
 
-            last = state.step == training.n_iters
-            if last or state.step % training.log_freq == 0:
-                images_per_second = meter.rate(state.step) * run.method.images_per_step(len(images))
-                _log_step(progress, board, state.step, loss.item(), images_per_second)
-            if last or state.step % training.eval_freq == 0:
-                held_out = _held_out_loss(run, test_data[: training.batch_size], seed)
-                board.add_scalar("loss/test", held_out, state.step)
-                log.info(f"step {state.step}: held-out loss {held_out:.5g}")
-            if state.step % training.snapshot_freq == 0:
-                save_checkpoint(_checkpoint_path(workdir, state.step), state.state_dict())
-                if training.snapshot_sampling:
-                    _draw_snapshot(run, board, workdir / "samples" / f"iter_{state.step}", seed)
-            if last or state.step % training.snapshot_freq_for_preemption == 0:
-                save_checkpoint(resume_path, state.state_dict())
-        progress.close()
+                last = state.step == training.n_iters
+                if last or state.step % training.log_freq == 0:
+                    loss = loss.item()
+                    speed = meter.rate(state.step) * images_per_step
+                    _log_step(progress, board, state.step, loss, speed)
+                if last or state.step % training.eval_freq == 0:
+                    held_out = _held_out_loss(run, test_data[: training.batch_size], seed)
+                    board.add_scalar("loss/test", held_out, state.step)
+                    log.info(f"step {state.step}: held-out loss {held_out:.5g}")
+                snapshot = last or state.step % training.snapshot_freq == 0
+                if snapshot:
+                    _save(state, _checkpoint_path(workdir, state.step))
+                if last or state.step % training.snapshot_freq_for_preemption == 0:
+                    _save(state, resume_path)
+                if snapshot and training.snapshot_sampling:
+                    number = min(SNAPSHOT_SAMPLES, images_per_step)
+                    folder = workdir / "samples" / f"iter_{state.step}"
+                    _draw_snapshot(run, board, folder, number, seed)
         log.info(f"trained to step {state.step}; checkpoints are in {workdir / 'checkpoints'}")
 
 
@@ -128,29 +153,43 @@ def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
     batch = run.scaler(datasets.to_unit_interval(images.to(run.device)))
     with run.with_ema(), torch.no_grad():
         return run.loss_fn(
-            run.state.model, batch, datasets.keyed_generator(run.device, seed)
+            run.state.model, batch, datasets.keyed_generator(run.device, "held out", seed)
         ).item()
 
 
-def _draw_snapshot(run: Experiment, board, folder: Path, seed: int) -> None:
+def _draw_snapshot(run: Experiment, board, folder: Path, number: int, seed: int) -> None:
     """Samples from the same prior draw at every call, so that pictures can be compared."""
-    with run.with_ema():
-        samples, nfe = run.sample(
-            run.state.model,
-            SNAPSHOT_SAMPLES,
-            generator=datasets.keyed_generator(run.device, seed),
-        )
+    step = run.state.step
+    generator = datasets.keyed_generator(run.device, "snapshot", seed)
+    try:
+        with run.with_ema():
+            samples, nfe = run.sample(run.state.model, number, generator=generator)
+    except FloatingPointError as error:  # a network that is still young may have no smooth flow
+        log.warning(f"step {step}: no samples drawn: {error}")
+        return
     images = _to_uint8(samples)
     grid = evaluation.image_grid(images)
     _save_npz(folder / "sample.npz", samples=images)
     _save_png(folder / "sample.png", grid)
-    board.add_image("samples", grid, run.state.step, dataformats="HWC")
-    log.info(f"step {run.state.step}: samples in {nfe} evaluations: {folder / 'sample.png'}")
+    board.add_image("samples", grid, step, dataformats="HWC")
+    log.info(f"step {step}: samples in {nfe} evaluations: {folder / 'sample.png'}")
+
+
+def _save(state: losses.TrainState, path: Path) -> None:
+    """Saves `state` unless it is ruined, which would cost the good checkpoint before it."""
+    if not state.is_finite():
+        raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
+    save_checkpoint(path, state.state_dict())
 
 
 def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
     """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with averaged weights."""
     run = Experiment.build(config)
+    if config.eval.features not in evaluation.FEATURES and config.eval.enable_sampling:
+        raise ValueError(
+            f"unknown features eval.features={config.eval.features!r}; "
+            f"known: {', '.join(evaluation.FEATURES)}"
+        )
     checkpoints = _checkpoints_to_evaluate(config, workdir)
     train_data = datasets.get_dataset(config, "train")
     split_data = datasets.get_dataset(config, config.eval.dataset)
@@ -159,6 +198,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         for k, path in checkpoints.items():
             _restore(run.state.load_network, path)
             log.info(f"evaluating {path} on {run.device}")
+            for stale in _files_of(folder, k):
+                stale.unlink()
             start = time.perf_counter()
             report = {"step": run.state.step}
             with run.with_ema():
@@ -176,7 +217,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
 
 def _evaluate_loss(config, run: Experiment, data, folder: Path, k: int) -> dict:
     """The loss over a whole split: each image perturbed once in the field of its large batch."""
-    generator = datasets.keyed_generator(run.device, config.seed)
+    generator = datasets.keyed_generator(run.device, "loss", config.seed)
     net, total = run.state.model, 0.0
     with _progress(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
         for block in _in_order(data, config.training.batch_size):
@@ -195,7 +236,7 @@ def _evaluate_bpd(config, run: Experiment, data, folder: Path, k: int) -> dict:
     every, evaluations = [], []
     with _progress(total=len(data), desc="bits/dim", unit="image") as progress:
         for i, images in enumerate(_in_order(data, config.eval.batch_size)):
-            generator = datasets.keyed_generator(run.device, config.seed, i)
+            generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
             images = datasets.to_unit_interval(images.to(run.device), generator, dequantize=True)
             bpd, _, nfe = bits_per_dim(run.state.model, run.scaler(images), generator)
             every.append(bpd.double().cpu().numpy())
@@ -214,7 +255,7 @@ def _evaluate_samples(config, run: Experiment, train_data, folder: Path, k: int)
     every, evaluations = [], []
     with _progress(total=wanted, desc="sampling", unit="image") as progress:
         for r, first in enumerate(range(0, wanted, size)):
-            generator = datasets.keyed_generator(run.device, config.seed, r)
+            generator = datasets.keyed_generator(run.device, "samples", config.seed, r)
             samples, nfe = run.sample(
                 run.state.model, min(size, wanted - first), generator=generator
             )
@@ -265,28 +306,49 @@ def _checkpoint_path(workdir: Path, step: int) -> Path:
 
 
 def _checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
-    """{k: path} of those that exist; FileNotFoundError where none does."""
+    """{k: path} of those that exist; FileNotFoundError where none does.
+
+    Number k is that of step k * snapshot_freq. Some published programs name files by k itself; such
+    a file is taken where the step it holds agrees.
+    """
     first, last, freq = config.eval.begin_ckpt, config.eval.end_ckpt, config.training.snapshot_freq
-    paths = {k: _checkpoint_path(workdir, k * freq) for k in range(first, last + 1)}
-    found = {k: path for k, path in paths.items() if path.exists()}
+    if first > last:
+        raise ValueError(f"eval.begin_ckpt={first} lies after eval.end_ckpt={last}")
+    found, missing = {}, []
+    for k in range(first, last + 1):
+        path, by_number = _checkpoint_path(workdir, k * freq), _checkpoint_path(workdir, k)
+        if path.exists():
+            found[k] = path
+        elif by_number.exists() and load_checkpoint(by_number)["step"] // freq == k:
+            found[k] = by_number
+        else:
+            missing.append(path)
+    folder = workdir / "checkpoints"
+    others = sorted(p.name for p in folder.glob("checkpoint_*.pth") if p not in found.values())
     if not found:
-        folder = workdir / "checkpoints"
-        present = sorted(p.name for p in folder.glob("checkpoint_*.pth"))
         raise FileNotFoundError(
             f"no checkpoint to evaluate: looked in {folder} for checkpoint_{first * freq}.pth to "
             f"checkpoint_{last * freq}.pth (eval.begin_ckpt and eval.end_ckpt count "
-            f"training.snapshot_freq={freq} steps); found {', '.join(present) or 'none'}"
+            f"training.snapshot_freq={freq} steps); found {', '.join(others) or 'none'}"
         )
-    for k in paths.keys() - found.keys():
-        log.warning(f"{paths[k]} does not exist; passed over")
+    for path in missing:
+        log.warning(f"{path} does not exist; passed over")
+    if others:
+        log.info(f"not asked for in {folder}: {', '.join(others)}")
     return found
+
+
+def _files_of(folder: Path, k: int) -> list[Path]:
+    """What an earlier evaluation of checkpoint k left, which would mix with a new one."""
+    patterns = (f"ckpt_{k}/*", f"ckpt_{k}_loss.npz", f"*_ckpt_{k}_bpd_*.npz", f"*_{k}.*")
+    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 
 def _restore(load: Callable[[dict], None], path: Path) -> None:
     loaded = load_checkpoint(path)
     try:
         load(loaded)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the configured network: {reason:.300}") from error
 
@@ -294,6 +356,8 @@ def _restore(load: Callable[[dict], None], path: Path) -> None:
 @contextlib.contextmanager
 def _open_workdir(workdir: Path) -> Iterator[None]:
     """Makes the folder, and appends what is logged within the `with` block to its stdout.txt."""
+    if workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"workdir {workdir} is a file; name a folder")
     workdir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(workdir / "stdout.txt", mode="a")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -302,16 +366,22 @@ def _open_workdir(workdir: Path) -> Iterator[None]:
     try:
         with logging_redirect_tqdm():
             yield
+    except Exception as error:  # the console hears of it from main.py
+        handler.handle(
+            logging.makeLogRecord({"msg": f"stopped by {type(error).__name__}: {error}"})
+        )
+        raise
     finally:
         root.removeHandler(handler)
         handler.close()
 
 
 @contextlib.contextmanager
-def _summary_writer(workdir: Path):
+def _summary_writer(workdir: Path, step: int):
+    """TensorBoard's log; what a killed run logged beyond `step` is purged from it."""
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(str(workdir / "tensorboard")) as board:
+    with SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) as board:
         yield board
 
 
@@ -339,29 +409,17 @@ def _device(name: str) -> torch.device:
 
 
 def _check(config) -> None:
-    """Raises ValueError for numbers that no part reads before it is too late."""
-    training, evaluate = config.training, config.eval
-    positive = {
-        "training.batch_size": training.batch_size,
-        "training.n_iters": training.n_iters,
-        "training.log_freq": training.log_freq,
-        "training.eval_freq": training.eval_freq,
-        "training.snapshot_freq": training.snapshot_freq,
-        "training.snapshot_freq_for_preemption": training.snapshot_freq_for_preemption,
-        "eval.batch_size": evaluate.batch_size,
-        "eval.num_samples": evaluate.num_samples,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise ValueError(f"{key} must be at least 1, not {value}")
-    if evaluate.features not in evaluation.FEATURES:
+    """Raises ValueError for numbers that would show only in the middle of a run, or never."""
+    for key, (low, high) in RANGES.items():
+        section, _, name = key.rpartition(".")
+        value = (config[section] if section else config)[name]
+        if not low <= value <= high:
+            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ValueError(f"{key} must be {bound}, not {value}")
+    if config.eval.dataset not in datasets.SPLITS:
         raise ValueError(
-            f"unknown features eval.features={evaluate.features!r}; "
-            f"known: {', '.join(evaluation.FEATURES)}"
-        )
-    if evaluate.dataset not in datasets.SPLITS:
-        raise ValueError(
-            f"unknown split eval.dataset={evaluate.dataset!r}; known: {', '.join(datasets.SPLITS)}"
+            f"unknown split eval.dataset={config.eval.dataset!r}; "
+            f"known: {', '.join(datasets.SPLITS)}"
         )
 
 

@@ -1,6 +1,6 @@
 """Time of the CIFAR-10 networks against their plain form, in one process, turn by turn.
 
-    python3 benchmarks/networks.py [--nf 64] [--batch 16] [--rounds 5] [--device cpu]
+    python3 benchmarks/networks.py [--nf 64] [--batch 16] [--rounds 7] [--device cpu]
 
 The plain form is the same network, weight for weight, with attention as explicit einsums, 1x1 maps
 as einsums, and resampling by inserting zeros with reshapes, as its ancestors have them.
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nf", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", type=torch.device, default="cpu")
     options = parser.parse_args()
     print(

@@ -1,5 +1,7 @@
 """The networks: tensors in, tensors out. `create_model` is the one place that reads a config."""
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 from torch import nn
 
@@ -45,7 +47,9 @@ def create_model(config: ConfigDict) -> nn.Module:
     name = one_of("name", model.name, NAMES)
     for option, known in NAMES[name].items():
         one_of(option, model.get(option, known), (known,))
-    field_output = training.get("sde") == "poisson"
+    _check_whole("nf", (model.nf,))
+    _check_whole("num_scales", (model.num_scales,))
+    field_output = training.get("sde", "").lower() == "poisson"
     options = {
         "image_size": data.image_size,
         "channels": data.num_channels,
@@ -64,6 +68,8 @@ def create_model(config: ConfigDict) -> nn.Module:
         layout = "64" if name == "ncsn" else name.removeprefix("ncsnv2_")
         return RefineNet(layout=layout, conditional=name == "ncsn", **options)
 
+    _check_whole("ch_mult", model.ch_mult)
+    _check_whole("num_res_blocks", (model.num_res_blocks,))
     options |= {
         "field_output": field_output,
         "ch_mult": tuple(model.ch_mult),
@@ -95,3 +101,12 @@ def create_model(config: ConfigDict) -> nn.Module:
         init_scale=model.init_scale,
         skip_rescale=model.skip_rescale,
     )
+
+
+def _check_whole(option: str, values: Sequence[int]) -> None:
+    """Command lines can put anything into a tuple, and a network of no levels is no network."""
+    if not values or not all(isinstance(value, int) and value >= 1 for value in values):
+        raise ValueError(
+            f"model.{option} must be whole numbers of at least 1, not "
+            f"{', '.join(map(repr, values)) or 'nothing'}"
+        )

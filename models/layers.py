@@ -107,7 +107,7 @@ class PositionalFeatures(nn.Module):
         self.size = size
 
     def forward(self, cond: Tensor) -> Tensor:
-        cond = cond if cond.is_floating_point() else cond.float()
+        cond = cond.to(torch.promote_types(cond.dtype, torch.float32))  # half is too coarse
         frequencies = torch.logspace(0, -4, self.size // 2, dtype=cond.dtype, device=cond.device)
         angles = torch.outer(cond, frequencies)
         return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.size % 2))

@@ -53,7 +53,8 @@ def upfirdn2d(
     kernels = extension.kernels(x)
     for step in _separate(whole):
         if kernels is None:
-            x = run_plain(x, step)
+            with torch.autocast(x.device.type, enabled=False):  # the result has the dtype of x
+                x = run_plain(x, step)
         else:
             x = UpFirDn2d.apply(x, step, functools.partial(_run_kernel, kernels))
     return x
@@ -163,10 +164,10 @@ def _separate(whole: Pass) -> list[Pass]:
     if not (torch.outer(vertical, horizontal) - kernel).abs().max() <= 4 * rounding:
         return [whole]
     up, down, pad = whole.up, whole.down, whole.pad
-    like = whole.kernel
+    device = whole.kernel.device  # the factors stay float64: rounding them would add an error
     return [
-        Pass(vertical[:, None].to(like), (up[0], 1), (down[0], 1), (pad[0], (0, 0))),
-        Pass(horizontal[None].to(like), (1, up[1]), (1, down[1]), ((0, 0), pad[1])),
+        Pass(vertical[:, None].to(device), (up[0], 1), (down[0], 1), (pad[0], (0, 0))),
+        Pass(horizontal[None].to(device), (1, up[1]), (1, down[1]), ((0, 0), pad[1])),
     ]
 
 

@@ -83,6 +83,26 @@ def test_negative_grad_clip_means_none():
     assert state.model.weight.grad.item() == 100
 
 
+def test_a_resumed_run_follows_the_config(tmp_path):
+    config = cifar10_ddpmpp.get_config()
+    saved = losses.TrainState(config, Line()).state_dict()
+    config.optim.weight_decay = 0.25
+    config.optim.beta1 = 0.5
+    config.model.ema_rate = 0.75
+    state = losses.TrainState(config, Line())
+    state.load_state_dict(saved)
+    (group,) = state.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.25, (0.5, 0.999))
+    assert state.ema.decay == 0.75
+
+
+def test_ruined_weights_are_noticed():
+    state = losses.TrainState(cifar10_ddpmpp.get_config(), Line())
+    assert state.is_finite()
+    state.model.weight.data.fill_(torch.nan)
+    assert not state.is_finite()
+
+
 def test_unknown_optimizer_names_the_known():
     config = cifar10_ddpmpp.get_config()
     config.optim.optimizer = "SGD"

@@ -14,6 +14,8 @@ from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import datasets
+import run_lib
 from checkpoints import load_checkpoint
 from configs.poisson import digits_ddpmpp
 from models import create_model, reference_names
@@ -75,6 +77,52 @@ def test_training_leaves_what_the_contract_says(trained):
     assert [event.step for event in board.Images("samples")] == [2, 4, 6, 8]
 
 
+def test_held_out_loss_has_the_same_noise_at_every_step():
+    config = digits_ddpmpp.get_config()
+    run = run_lib.Experiment.build(config)
+    images = datasets.get_dataset(config, "test")
+    run.state.step = 1
+    first = run_lib._held_out_loss(run, images, seed=3)
+    run.state.step = 2
+    assert run_lib._held_out_loss(run, images, seed=3) == first
+    assert run_lib._held_out_loss(run, images, seed=4) != first
+
+
+def test_a_failed_snapshot_does_not_stop_training(tmp_path, monkeypatch):
+    config = digits_ddpmpp.get_config()
+    config.training.n_iters = 4
+    config.model.nf = 8
+
+    def fail(*arguments, **options):
+        raise FloatingPointError("no flow yet")
+
+    monkeypatch.setattr(run_lib.sampling, "get_sampling_fn", lambda config, method: fail)
+    run_lib.train(config, tmp_path)
+    assert "step 4: no samples drawn: no flow yet" in (tmp_path / "stdout.txt").read_text()
+    assert load_checkpoint(tmp_path / "checkpoints-meta/checkpoint.pth")["step"] == 4
+
+
+def test_ruined_weights_are_not_saved_over_good_ones(tmp_path, monkeypatch):
+    config = digits_ddpmpp.get_config()
+    config.training.n_iters = 8
+    config.training.snapshot_freq_for_preemption = 3
+    config.training.snapshot_sampling = False
+    config.model.nf = 8
+    step = run_lib.losses.train_step
+
+    def step_then_ruin(state, *arguments):
+        loss = step(state, *arguments)
+        if state.step == 6:
+            state.parameters[0].data.fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(run_lib.losses, "train_step", step_then_ruin)
+    with pytest.raises(FloatingPointError, match="not finite at step 6"):
+        run_lib.train(config, tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoints-meta/checkpoint.pth")["step"] == 3
+    assert "stopped by FloatingPointError" in (tmp_path / "stdout.txt").read_text()
+
+
 def test_a_second_start_has_nothing_left_to_do(trained):
     before = (trained / "stdout.txt").read_text()
     call("train", trained, *TINY)
@@ -127,6 +175,23 @@ def test_a_published_checkpoint_evaluates_as_it_is(trained, tmp_path):
         call("eval", workdir, *TINY, *options, "--eval_folder=published")
     ours, theirs = (np.load(w / "published/report_4.npz")["loss"] for w in (trained, tmp_path))
     assert ours == theirs
+
+
+def test_checkpoints_named_by_their_number_are_found(trained, tmp_path):
+    """Some published programs write checkpoint_{step // snapshot_freq}.pth."""
+    path = tmp_path / "checkpoints/checkpoint_4.pth"
+    path.parent.mkdir()
+    path.write_bytes((trained / "checkpoints/checkpoint_8.pth").read_bytes())
+    options = ["--noconfig.eval.enable_sampling", "--noconfig.eval.enable_bpd"]
+    done = call("eval", tmp_path, *TINY, *options)
+    assert "averaged weights of step 8" in done.stdout
+
+
+@pytest.mark.cuda
+def test_the_program_runs_on_a_gpu(tmp_path):
+    for mode in ("train", "train", "eval"):
+        done = call(mode, tmp_path, *TINY, "--config.device=cuda")
+    assert "Frechet distance" in done.stdout
 
 
 def test_a_killed_run_goes_on_at_its_step(trained, tmp_path):
@@ -186,9 +251,10 @@ MISTAKES = {
     "steps": (["--config.sampling.N=0"], "sampling.N must be at least 1"),
     "optimizer": (["--config.optim.optimizer=SGD"], "optim.optimizer='SGD'; known: Adam"),
     "split": (["--config.eval.dataset=val"], "eval.dataset='val'; known: train, test"),
-    "features": (["--config.eval.features=pixel"], "eval.features='pixel'; known: .*pixels"),
     "device": (["--config.device=cud"], "device='cud' cannot be used"),
-    "number": (["--config.training.batch_size=0"], "training.batch_size must be at least 1"),
+    "number": (["--config.training.batch_size=0"], "training.batch_size must be at least 1, not 0"),
+    "share": (["--config.model.dropout=2"], "model.dropout must be between 0 and 1, not 2"),
+    "tuple": (["--config.model.ch_mult=abc"], "model.ch_mult must be whole numbers.*'abc'"),
 }
 
 
@@ -228,6 +294,27 @@ def test_evaluation_without_checkpoints_says_where_it_looked(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "override, pattern",
+    [
+        ("--config.eval.begin_ckpt=9", "eval.begin_ckpt=9 lies after eval.end_ckpt=4"),
+        ("--config.eval.features=pixel", "eval.features='pixel'; known: .*pixels"),
+    ],
+)
+def test_mistakes_of_evaluation_are_one_line(trained, override, pattern):
+    done = call("eval", trained, *TINY, override, "--eval_folder=mistake", expect=2)
+    assert re.fullmatch(rf"error: .*{pattern}.*\n", done.stderr)
+    assert not (trained / "mistake").exists()
+
+
+def test_an_older_evaluation_does_not_mix_with_a_new_one(trained):
+    folder = trained / "twice"
+    options = ["--noconfig.eval.enable_bpd", "--eval_folder=twice"]
+    call("eval", trained, *TINY, *options)
+    call("eval", trained, *TINY, *options, "--config.eval.num_samples=50")
+    assert [p.name for p in folder.glob("ckpt_4/samples_*")] == ["samples_0.npz"]
+
+
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path):
     path = tmp_path / "checkpoints/checkpoint_8.pth"
     path.parent.mkdir()
@@ -244,5 +331,7 @@ def test_a_checkpoint_of_another_network_is_one_line(trained, tmp_path):
 
 def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
+    done = call("train", tmp_path / "file", *TINY, expect=2)
+    assert re.fullmatch(r"error: workdir .*file is a file; name a folder\n", done.stderr)
     done = call("train", tmp_path / "file" / "run", *TINY, expect=2)
     assert re.fullmatch(r"error: .*Not a directory.*file/run.*\n", done.stderr)

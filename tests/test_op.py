@@ -405,3 +405,20 @@ class TestSources:
             pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, kernel, out))
             function(*pointers, ctypes.byref(resampling))
             torch.testing.assert_close(out, expected)
+
+
+def test_autocast_leaves_the_dtype_alone():
+    x = torch.randn(1, 2, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for out in (upfirdn2d(x, torch.ones(4, 4), down=2), upfirdn2d(x, torch.ones(4, 4), up=2)):
+            assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_separated_filters_are_not_rounded(dtype):
+    taps = torch.tensor([1.0, 3.0, 5.0, 5.0, 3.0, 1.0, 0.5])  # 7 x 7: two passes
+    kernel = torch.outer(taps, taps)
+    x = torch.randn(1, 1, 12, 12, dtype=torch.float64)
+    torch.testing.assert_close(
+        upfirdn2d(x, kernel.to(dtype)), upfirdn2d(x, kernel.double()), rtol=1e-12, atol=1e-12
+    )
