@@ -44,8 +44,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross).sum())
 
 
-def image_grid(images: Images, min_size: int = 48, gap: int = 2) -> Images:
-    """One picture (H', W', 3) of `images` in a near-square grid, row by row.
+def image_grid(
+    images: Images, columns: int | None = None, min_size: int = 48, gap: int = 2
+) -> Images:
+    """One picture (H', W', 3) of `images`, row by row, in a near-square grid or in `columns`.
 
     Images smaller than `min_size` are enlarged by a whole factor; `gap` pixels lie between them.
     """
@@ -53,7 +55,7 @@ def image_grid(images: Images, min_size: int = 48, gap: int = 2) -> Images:
     factor = max(1, math.ceil(min_size / min(height, width)))
     images = np.broadcast_to(images, (n, height, width, 3)) if channels == 1 else images
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     cell_height, cell_width = height * factor + gap, width * factor + gap
     grid = np.full((rows * cell_height + gap, columns * cell_width + gap, 3), 128, dtype=np.uint8)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from methods import Method, Network
-from sampling import rk45
+from sampling import get_tolerances, rk45
 
 
 def rademacher(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -16,37 +16,60 @@ def rademacher(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return (2 * signs - 1).to(x.dtype)
 
 
+def gaussian(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise of the shape of `x`."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """The D = C H W unit vectors, (D, 1, C, H, W)."""
+    dim = x[0].numel()
+    return torch.eye(dim, dtype=x.dtype, device=x.device).view(dim, 1, *x.shape[1:])
+
+
+# eval.divergence -> probes for `log_likelihood`.
+DIVERGENCES = {
+    "rademacher": lambda x, generator: rademacher(x, generator)[None],
+    "gaussian": lambda x, generator: gaussian(x, generator)[None],
+    "exact": lambda x, generator: unit_vectors(x),
+}
+
+
 def log_likelihood(
     method: Method,
     net: Network,
     x: Tensor,
-    probe: Tensor,
+    probes: Tensor,
     rtol: float = 1e-4,
     atol: float = 1e-4,
 ) -> tuple[Tensor, Tensor, int]:
     """Log density of `x` under the law that the sampling ODE carries from the prior to the data.
 
     log p(x_0) = log p_prior(x_T) + integral of div(dx/dt) dt from data to prior (Chen et al. 2018,
-    arXiv 1806.07366), the divergence estimated as probe . d(dx/dt . probe)/dx (Hutchinson;
-    Grathwohl et al. 2019, arXiv 1810.01367).
+    arXiv 1806.07366), the divergence a sum over probes of probe . d(dx/dt . probe)/dx: exact for
+    the unit vectors, an unbiased estimate for one random probe (Hutchinson; Grathwohl et al. 2019,
+    arXiv 1810.01367).
 
     Args:
         method, net: whose law.
         x: scaled images (B, C, H, W).
-        probe: noise of the shape of `x`, of mean 0 and covariance I.
+        probes: (K, B or 1, C, H, W): the unit vectors, or one of mean 0 and covariance I.
         rtol, atol: see `rk45`.
 
     Returns:
-        log p (B,) in nats, the latent at the prior (B, C, H, W), and the number of evaluations.
+        log p (B,) in nats, the latent at the prior (B, C, H, W), and the number of evaluations of
+        dx/dt, each with K backward passes.
     """
 
     def flow(state: Tensor, t: float) -> Tensor:
         with torch.enable_grad():
             x_t = state[:, :-1].view_as(x).requires_grad_()
             drift = method.ode(net, x_t, t)
-            (gradient,) = torch.autograd.grad((drift * probe).sum(), x_t)
-        divergence = (gradient * probe).flatten(1).sum(1, keepdim=True)
-        return torch.cat([drift.detach().flatten(1), divergence], dim=1)
+            divergence = sum(
+                probe * torch.autograd.grad((drift * probe).sum(), x_t, retain_graph=True)[0]
+                for probe in probes
+            )
+        return torch.cat([drift.flatten(1), divergence.flatten(1).sum(1, keepdim=True)], 1).detach()
 
     with torch.no_grad():
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
@@ -62,13 +85,28 @@ def get_likelihood_fn(config, method: Method) -> Callable[..., tuple[Tensor, Ten
         `likelihood_fn(net, data, generator=None)` for scaled, uniformly dequantised `data`
         (B, C, H, W): bits/dim (B,) of the 8-bit images they came from, latents (B, C, H, W) and the
         number of evaluations. `generator` draws the probe.
+
+    Raises:
+        ValueError: the network was trained at discrete noise levels only, or an unknown
+            `eval.divergence`, or a tolerance that is not positive.
     """
+    if not config.training.continuous:
+        raise ValueError(
+            "a network trained at discrete noise levels (training.continuous=False) has no "
+            "likelihood: its ODE is not known between them"
+        )
+    if config.eval.divergence not in DIVERGENCES:
+        raise ValueError(
+            f"unknown eval.divergence={config.eval.divergence!r}; known: {', '.join(DIVERGENCES)}"
+        )
+    make_probes = DIVERGENCES[config.eval.divergence]
+    tolerances = get_tolerances(config)
     # 256 grey levels span the interval that the data scaler maps to: log2(256 / its length).
     offset = 7.0 if config.data.centered else 8.0
 
     def likelihood_fn(net, data, generator=None):
-        probe = rademacher(data, generator)
-        log_p, latent, evaluations = log_likelihood(method, net, data, probe)
+        probes = make_probes(data, generator)
+        log_p, latent, evaluations = log_likelihood(method, net, data, probes, **tolerances)
         bits = -log_p / (data[0].numel() * math.log(2)) + offset
         return bits, latent, evaluations
 

@@ -8,6 +8,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,16 +17,31 @@ from torch import Tensor
 Network = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 
 
+def spread(c: Tensor, x: Tensor) -> Tensor:
+    """A coefficient, one for all images () or one each (B,), so that it multiplies `x` (B, ...)."""
+    return c.to(x).view(-1, *[1] * (x.dim() - 1))
+
+
 class Method(abc.ABC):
-    """What a method tells the training loop, the solvers and the likelihood.
+    """What a method tells the training loop, the samplers and the likelihood.
 
     Its sampling ODE `dx/dt` runs from `t_prior` to `t_data`. Solvers with a fixed number of steps
-    walk instead along `nodes`, values of the method's natural variable u, where field lines are
-    straightest; `slope` is dx/du.
+    see it in natural variables instead, in which its solutions are straightest: y = x / signal(t)
+    over u = level(t), the noise in y. `slope` is dy/du, and y - u dy/du the denoised image.
+
+    Times and levels are tensors of any shape, float64 where accuracy matters.
+
+    Attributes:
+        t_prior, t_data: where sampling starts and ends.
+        noisy_end: whether noise of scale level(t_data) is left in samples, for one more step to 0.
+        predictors, correctors: those that `sampling.method='pc'` can take; none without an SDE.
     """
 
     t_prior: float
     t_data: float
+    noisy_end = False
+    predictors: tuple[str, ...] = ()
+    correctors: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def regress(
@@ -50,17 +66,25 @@ class Method(abc.ABC):
     def ode(self, net: Network, x: Tensor, t: float | Tensor) -> Tensor:
         """The sampling ODE's dx/dt (B, C, H, W) at `x` and time `t` (a float or 0-d tensor)."""
 
+    def signal(self, t: Tensor) -> Tensor:
+        """The factor of the data in x at time `t`, of the shape of `t`."""
+        return torch.ones_like(t)
+
     @abc.abstractmethod
-    def nodes(self, n: int) -> Tensor:
-        """The n + 1 values (float64) of u, from prior to data, between which fixed steps go."""
+    def level(self, t: Tensor) -> Tensor:
+        """u at time `t`."""
+
+    @abc.abstractmethod
+    def time(self, u: Tensor) -> Tensor:
+        """t at level `u`, the inverse of `level`."""
+
+    @abc.abstractmethod
+    def slope(self, net: Network, y: Tensor, u: float | Tensor) -> Tensor:
+        """dy/du (B, C, H, W) at `y` and level `u` (a float or 0-d tensor)."""
 
     def images_per_step(self, batch_size: int) -> int:
         """Images that the network sees in a training step on a batch of `batch_size`."""
         return batch_size
-
-    def slope(self, net: Network, x: Tensor, u: float | Tensor) -> Tensor:
-        """dx/du (B, C, H, W); the same as `ode` where the natural variable is t."""
-        return self.ode(net, x, u)
 
     @abc.abstractmethod
     def prior_sampling(
@@ -70,6 +94,10 @@ class Method(abc.ABC):
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Samples of `shape` (B, C, H, W) from the distribution at `t_prior`."""
+
+    @abc.abstractmethod
+    def prior_norms(self, dim: int) -> tuple[float, float]:
+        """From where to where rescaling a prior sample of `dim` entries changes its image."""
 
     @abc.abstractmethod
     def prior_logp(self, x: Tensor) -> Tensor:
@@ -198,27 +226,30 @@ class Poisson(Method):
         """The predicted field, (B, C, H, W) and (B,), at `x` (B, C, H, W) and heights `z` (B,)."""
         return net(x, z.clamp(min=1e-10))
 
-    def slope(self, net, x, u):
-        """dx/dz = v_x / v_z (B, C, H, W) along the field line through (x, z = u) (equation 6).
+    def slope(self, net, y, u):
+        """dx/dz = v_x / v_z (B, C, H, W) along the field line through (y, z = u) (equation 6).
 
         Near the plane the small v_z is hard to learn; below `z_exp` it follows from the length of
         v_x, which fixes the distance rho to the charges (appendix B.2.3 of the paper).
         """
-        z = torch.as_tensor(u, dtype=x.dtype, device=x.device)
-        v_x, v_z = self.field(net, x, z.expand(len(x)))
-        sqrt_dim = math.sqrt(x[0].numel())
+        z = torch.as_tensor(u, dtype=y.dtype, device=y.device)
+        v_x, v_z = self.field(net, y, z.expand(len(y)))
+        sqrt_dim = math.sqrt(y[0].numel())
         a = (v_x.flatten(1).norm(dim=1) / sqrt_dim).clamp(max=1 - 1e-5)
         rho = torch.hypot(self.gamma * a / (1 - a), z)
         v_z = torch.where(z < self.z_exp, -sqrt_dim * z / (rho + self.gamma), v_z)
-        return v_x / (v_z + 1e-5).view(-1, 1, 1, 1)
+        return v_x / spread(v_z + 1e-5, y)
 
     def ode(self, net, x, t):
         """dx/dt = z dx/dz with t = log z."""
         z = torch.as_tensor(t, dtype=x.dtype, device=x.device).exp()
         return z * self.slope(net, x, z)
 
-    def nodes(self, n):
-        return torch.linspace(self.t_prior, self.t_data, n + 1, dtype=torch.float64).exp()
+    def level(self, t):
+        return t.exp()
+
+    def time(self, u):
+        return u.log()
 
     def prior_sampling(self, shape, generator=None, device="cpu"):
         """Where field lines of a far point charge cross z = z_max: a D-variate Cauchy law.
@@ -230,12 +261,294 @@ class Poisson(Method):
         norm = x.norm(dim=1, keepdim=True)
         return (x * (norm.clamp(1, self.upper_norm) / norm)).view(shape)
 
+    def prior_norms(self, dim):
+        """Up to the largest; with larger ones the network has not been trained."""
+        return self.upper_norm / 4, self.upper_norm
+
     def prior_logp(self, x):
         """log of z_max Gamma((D+1)/2) / pi^((D+1)/2) (||x||^2 + z_max^2)^(-(D+1)/2)."""
         half = 0.5 * (x[0].numel() + 1)
         squared = x.double().flatten(1).square().sum(1) + self.z_max**2
         constant = math.log(self.z_max) + math.lgamma(half) - half * math.log(math.pi)
         return (constant - half * squared.log()).to(x.dtype)
+
+
+# --- Score SDEs (Song et al. 2021, arXiv 2011.13456) ----------------------------------------------
+
+
+def reverse(
+    drift: Tensor, diffusion: Tensor, score: Tensor, probability_flow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What runs an SDE backwards (equation 6), or one step of a Markov chain (appendix E).
+
+    Args:
+        drift, diffusion: of `SDE.sde` or `SDE.discretize`, (B, C, H, W) and () or (B,).
+        score: at the same x and t, (B, C, H, W).
+        probability_flow: give the ODE of the same marginals (equation 13).
+
+    Returns:
+        Drift and diffusion, of the same shapes; time runs backwards, so x <- x - drift + noise.
+    """
+    share = 0.5 if probability_flow else 1.0
+    drift = drift - share * spread(diffusion**2, score) * score
+    return drift, torch.zeros_like(diffusion) if probability_flow else diffusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDE(Method):
+    """Noise is added by dx = c(t) x dt + g(t) dw, t in [0, 1], and removed by the learned score.
+
+    An SDE is its marginal (`signal`, `noise`), its coefficients (`coefficients`) and its prior
+    N(0, prior_std^2 I); everything else, and what runs backwards, is derived from these here.
+
+    Attributes:
+        N: steps of the discretisation, or noise levels of a discretely trained network; >= 2.
+        continuous: trained at all times, else at the N levels (SMLD, DDPM).
+        likelihood_weighting: the loss is weighted to bound the likelihood (arXiv 2101.09258).
+    """
+
+    N: int
+    continuous: bool
+    likelihood_weighting: bool
+
+    t_prior = 1.0
+    noisy_end = True
+    prior_std = 1.0
+    predictors = ("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "none")
+    correctors = ("langevin", "ald", "none")
+
+    @abc.abstractmethod
+    def noise(self, t: Tensor) -> Tensor:
+        """Standard deviation of x at time `t` around signal(t) times the data."""
+
+    @abc.abstractmethod
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """c and g of the SDE at time `t`, each of its shape."""
+
+    @abc.abstractmethod
+    def score(self, net: Network, x: Tensor, t: Tensor) -> Tensor:
+        """The score, the gradient of log p_t at `x` (B, C, H, W), `t` () or (B,), as `net` has it.
+
+        The one place that knows what the network is told and what it predicts.
+        """
+
+    def transition(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b of the Markov chain's step to time `t`, x <- a x + b noise: here Euler's."""
+        c, g = self.coefficients(t)
+        return 1 + c / self.N, g / math.sqrt(self.N)
+
+    def kernel(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal and noise at time `t` that the network is trained with."""
+        return self.signal(t), self.noise(t)
+
+    # What follows is the same for every SDE.
+
+    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Drift (B, C, H, W) and diffusion (B,) at `x` and times `t` (B,)."""
+        c, g = self.coefficients(t)
+        return spread(c, x) * x, g.to(x)
+
+    def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, C, H, W) and standard deviation (B,), given the data `x`, at times `t` (B,)."""
+        return spread(self.signal(t), x) * x, self.noise(t)
+
+    def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f (B, C, H, W) and G (B,) of the chain's step x <- x + f + G noise to times `t` (B,)."""
+        a, b = self.transition(t)
+        return spread(a - 1, x) * x, b.to(x)
+
+    def ode(self, net, x, t):
+        t = torch.as_tensor(t, dtype=torch.float64)
+        return reverse(*self.sde(x, t), self.score(net, x, t), probability_flow=True)[0]
+
+    def level(self, t):
+        return self.noise(t) / self.signal(t)
+
+    def slope(self, net, y, u):
+        """dy/du = -noise * score, the predicted noise (Karras et al. 2022, arXiv 2206.00364)."""
+        t = self.time(torch.as_tensor(u, dtype=torch.float64))
+        return -spread(self.noise(t), y) * self.score(net, spread(self.signal(t), y) * y, t)
+
+    def regress(self, net, batch, generator=None, charges=None):
+        """Denoising score matching: score against -z / noise, weighted (equation 7).
+
+        The weight of their squared distance is noise^2, or g^2 for the likelihood. At the levels of
+        a discretely trained network this is the loss of SMLD (equation 1) or DDPM (equation 3).
+        """
+        t = self.draw_times(len(batch), generator, batch.device)
+        z = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
+        signal, noise = (spread(c, batch) for c in self.kernel(t))
+        weight = spread(self.coefficients(t)[1], batch) if self.likelihood_weighting else noise
+        score = self.score(net, signal * batch + noise * z, t)
+        return (weight * score).flatten(1), (-weight / noise * z).flatten(1)
+
+    def draw_times(self, n: int, generator=None, device: torch.device | str = "cpu") -> Tensor:
+        """Times (n,) of a training step: uniform in [t_data, 1], or one of the N levels'."""
+        draw = {"generator": generator, "device": device}
+        if self.continuous:
+            t = torch.rand(n, dtype=torch.float64, **draw)
+            return self.t_data + (self.t_prior - self.t_data) * t
+        return torch.randint(self.N, (n,), **draw).double() / (self.N - 1)
+
+    def index(self, t: Tensor) -> Tensor:
+        """The last k (int64) of 0 .. N-1 whose time k / (N-1) is not after `t` but for rounding."""
+        return (t.double() * (self.N - 1) + 5e-4).long()
+
+    def prior_sampling(self, shape, generator=None, device="cpu"):
+        return self.prior_std * torch.randn(shape, generator=generator, device=device)
+
+    def prior_norms(self, dim):
+        """Up to where almost all prior samples lie."""
+        typical = self.prior_std * math.sqrt(dim)
+        return typical / 2, typical
+
+    def prior_logp(self, x):
+        scaled = x.double().flatten(1) / self.prior_std
+        constant = 0.5 * math.log(2 * math.pi) + math.log(self.prior_std)
+        return (-0.5 * scaled.square() - constant).sum(1).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VESDE(SDE):
+    """Variance exploding: the noise grows geometrically, the data stay (equation 9; SMLD).
+
+    Attributes:
+        sigma_min, sigma_max: the noise at t = 0 and 1.
+    """
+
+    sigma_min: float
+    sigma_max: float
+
+    t_data = 1e-5
+
+    @property
+    def prior_std(self) -> float:
+        return self.sigma_max
+
+    @property
+    def log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def noise(self, t):
+        return self.sigma_min * (self.log_ratio * t).exp()
+
+    def coefficients(self, t):
+        return torch.zeros_like(t), self.noise(t) * math.sqrt(2 * self.log_ratio)
+
+    def transition(self, t):
+        """One noise level up (equation 8)."""
+        sigma, lower = self.adjacent(t)
+        return torch.ones_like(sigma), (sigma**2 - lower**2).sqrt()
+
+    def ancestral_std(self, t: Tensor) -> Tensor:
+        """Noise of an ancestral step from `t`: that of x one level down, given x and the data."""
+        sigma, lower = self.adjacent(t)
+        return lower / sigma * (sigma**2 - lower**2).sqrt()
+
+    def adjacent(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise level of `t`, one of N, and the next lower one; 0 lies below the lowest."""
+        k, levels = self.index(t), self._levels.to(t.device)
+        return levels[k], torch.where(k > 0, levels[k - 1], 0.0)
+
+    @cached_property
+    def _levels(self) -> Tensor:
+        """The N noise levels, rising; rounded to float32, as networks were trained with them."""
+        ends = math.log(self.sigma_min), math.log(self.sigma_max)
+        return torch.linspace(*ends, self.N).exp().double()
+
+    def time(self, u):
+        return (u / self.sigma_min).log() / self.log_ratio
+
+    def score(self, net, x, t):
+        """The network's output; it is told sigma, or the level's number, counted from the top."""
+        if self.continuous:
+            return net(x, self.noise(t).to(x).expand(len(x)))
+        return net(x, ((1 - t) * (self.N - 1)).round().long().to(x.device).expand(len(x)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPSDE(SDE):
+    """Variance preserving: data fade while noise comes up to variance 1 (equation 11; DDPM).
+
+    Attributes:
+        beta_min, beta_max: the rate beta(t) of forgetting rises linearly between them.
+    """
+
+    beta_min: float
+    beta_max: float
+
+    t_data = 1e-3
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def decay(self, t: Tensor) -> Tensor:
+        """The integral of beta from 0 to `t`."""
+        return t * self.beta_min + 0.5 * t**2 * (self.beta_max - self.beta_min)
+
+    def signal(self, t):
+        return (-0.5 * self.decay(t)).exp()
+
+    def noise(self, t):
+        return (-torch.expm1(-self.decay(t))).sqrt()
+
+    def coefficients(self, t):
+        return -0.5 * self.beta(t), self.beta(t).sqrt()
+
+    def transition(self, t):
+        """A step of DDPM (equation 10)."""
+        beta = self.beta(self.index(t).double() / (self.N - 1)) / self.N
+        return (1 - beta).sqrt(), beta.sqrt()
+
+    def ancestral_std(self, t: Tensor) -> Tensor:
+        """Noise of an ancestral step from `t`: as published, as much as the forward step adds."""
+        return self.transition(t)[1]
+
+    def kernel(self, t):
+        if self.continuous:
+            return super().kernel(t)
+        variance = 1 - self._signal_power.to(t.device)[self.index(t)]
+        return (1 - variance).sqrt(), variance.sqrt()
+
+    @cached_property
+    def _signal_power(self) -> Tensor:
+        """Squared signal at each of the N levels of DDPM."""
+        _, b = self.transition(torch.arange(self.N, dtype=torch.float64) / (self.N - 1))
+        return (1 - b**2).cumprod(0)
+
+    def time(self, u):
+        return self._time_of_decay((u**2).log1p())
+
+    def _time_of_decay(self, decay: Tensor) -> Tensor:
+        growth = self.beta_max - self.beta_min
+        return 2 * decay / (self.beta_min + (self.beta_min**2 + 2 * growth * decay).sqrt())
+
+    def score(self, net, x, t):
+        """Minus output over noise; the network is told 999 t, or t (N - 1)."""
+        label = t * (999 if self.continuous else self.N - 1)
+        return -net(x, label.to(x).expand(len(x))) / spread(self.kernel(t)[1], x)
+
+
+class SubVPSDE(VPSDE):
+    """sub-VP: VP with less noise on the way (equation 12). It has no discrete form."""
+
+    predictors = ("euler_maruyama", "reverse_diffusion", "none")
+
+    def noise(self, t):
+        return -torch.expm1(-self.decay(t))
+
+    def coefficients(self, t):
+        c, g = super().coefficients(t)
+        return c, g * (-torch.expm1(-2 * self.decay(t))).sqrt()
+
+    def transition(self, t):
+        return SDE.transition(self, t)
+
+    def time(self, u):
+        return self._time_of_decay(2 * (u / 2).asinh())
+
+
+# --- by name --------------------------------------------------------------------------------------
 
 
 def _poisson(config) -> Poisson:
@@ -264,7 +577,47 @@ def _poisson(config) -> Poisson:
     )
 
 
-METHODS = {"poisson": _poisson}
+def _sde_options(config) -> dict:
+    training, model = config.training, config.model
+    if model.num_scales < 2:
+        raise ValueError(f"model.num_scales must be at least 2, not {model.num_scales}")
+    if training.likelihood_weighting and not training.continuous:
+        raise ValueError(
+            "training.likelihood_weighting needs training.continuous: the losses of SMLD and DDPM "
+            "have no such weighting"
+        )
+    return {
+        "N": model.num_scales,
+        "continuous": training.continuous,
+        "likelihood_weighting": training.likelihood_weighting,
+    }
+
+
+def _vesde(config) -> VESDE:
+    low, high = config.model.sigma_min, config.model.sigma_max
+    if not 0 < low < high:
+        raise ValueError(
+            f"model.sigma_min must lie between 0 and model.sigma_max: {low} and {high} do not"
+        )
+    return VESDE(sigma_min=low, sigma_max=high, **_sde_options(config))
+
+
+def _vpsde(config, method: type[VPSDE] = VPSDE) -> VPSDE:
+    low, high = config.model.beta_min, config.model.beta_max
+    if not 0 < low <= high:
+        raise ValueError(
+            f"model.beta_min must lie between 0 and model.beta_max: {low} and {high} do not"
+        )
+    return method(beta_min=low, beta_max=high, **_sde_options(config))
+
+
+def _subvpsde(config) -> SubVPSDE:
+    if not config.training.continuous:
+        raise ValueError("subvpsde has no discrete form: training.continuous must be True")
+    return _vpsde(config, SubVPSDE)
+
+
+METHODS = {"poisson": _poisson, "vesde": _vesde, "vpsde": _vpsde, "subvpsde": _subvpsde}
 
 
 def get_method(config) -> Method:

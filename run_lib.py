@@ -1,6 +1,7 @@
 """Training and evaluation, read from top to bottom; the one place that knows the workdir."""
 
 import contextlib
+import itertools
 import logging
 import math
 import sys
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
+STRIPS = (8, 10)  # rows and columns of the pictures of interpolation and rescaling
 
 # Smallest and largest sensible value of what the parts below do not check themselves.
 RANGES = {
@@ -209,6 +211,12 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
                     report |= _evaluate_bpd(config, run, split_data, folder, k)
                 if config.eval.enable_sampling:
                     report |= _evaluate_samples(config, run, train_data, folder, k)
+                elif config.eval.save_images:
+                    _draw_images(config, run, folder, k)
+                if config.eval.enable_interpolate:
+                    _draw_interpolation(config, run, folder, k)
+                if config.eval.enable_rescale:
+                    _draw_rescaling(config, run, folder, k)
             report["seconds"] = time.perf_counter() - start
             _save_npz(folder / f"report_{k}.npz", **report)
             log.info(_table(config, report, path))
@@ -231,22 +239,43 @@ def _evaluate_loss(config, run: Experiment, data, folder: Path, k: int) -> dict:
 
 
 def _evaluate_bpd(config, run: Experiment, data, folder: Path, k: int) -> dict:
-    """Bits per dimension of every image of a split, dequantised uniformly."""
+    """Bits per dimension of every image of a split, averaged over passes of new noise.
+
+    The latents of the first batch are carried back to images; how far these are from where they
+    came shows what the solver's tolerance costs.
+    """
     bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
-    every, evaluations = [], []
-    with _progress(total=len(data), desc="bits/dim", unit="image") as progress:
-        for i, images in enumerate(_in_order(data, config.eval.batch_size)):
+    split = config.eval.dataset
+    passes = config.eval.bpd_num_repeats if split == "test" else 1
+    net, bpd, evaluations, encoding_error = run.state.model, [], [], None
+    with _progress(total=passes * len(data), desc="bits/dim", unit="image") as progress:
+        batches = (_in_order(data, config.eval.batch_size) for _ in range(passes))
+        for i, images in enumerate(itertools.chain.from_iterable(batches)):
             generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
             images = datasets.to_unit_interval(images.to(run.device), generator, dequantize=True)
-            bpd, _, nfe = bits_per_dim(run.state.model, run.scaler(images), generator)
-            every.append(bpd.double().cpu().numpy())
+            bits, latents, nfe = bits_per_dim(net, run.scaler(images), generator)
+            if encoding_error is None:
+                encoding_error = _encoding_error(config, run, latents, images)
+            bpd.append(bits.double().cpu().numpy())
             evaluations.append(nfe)
-            name = f"{config.eval.dataset}_ckpt_{k}_bpd_{i}.npz"
-            _save_npz(folder / name, bpd=every[-1], nfe=nfe)
+            _save_npz(folder / f"{split}_ckpt_{k}_bpd_{i}.npz", bpd=bpd[-1], nfe=nfe)
             progress.update(len(images))
-    bpd = np.concatenate(every)
-    error = bpd.std(ddof=1) / math.sqrt(len(bpd)) if len(bpd) > 1 else math.nan
-    return {"bpd": bpd.mean(), "bpd_error": error, "bpd_nfe": np.mean(evaluations)}
+    bpd = np.concatenate(bpd).reshape(passes, len(data)).mean(0)
+    return {
+        "bpd": bpd.mean(),
+        "bpd_error": bpd.std(ddof=1) / math.sqrt(len(bpd)),
+        "bpd_nfe": np.mean(evaluations),
+        "encoding_error": encoding_error,
+    }
+
+
+@torch.no_grad()
+def _encoding_error(config, run: Experiment, latents: Tensor, images: Tensor) -> float:
+    """Root mean square of what the way to the latents and back changes, in units of [0, 1]."""
+    tolerances = sampling.get_tolerances(config)
+    x, _ = sampling.solve_ode(run.method, run.state.model, latents, **tolerances)
+    back = datasets.get_data_inverse_scaler(config)(x)
+    return (back - images).square().mean().sqrt().item()
 
 
 def _evaluate_samples(config, run: Experiment, train_data, folder: Path, k: int) -> dict:
@@ -267,8 +296,7 @@ def _evaluate_samples(config, run: Experiment, train_data, folder: Path, k: int)
             _save_npz(round_folder / f"statistics_{r}.npz", pool_3=features)
             progress.update(len(samples))
     samples = np.concatenate(every)
-    _save_png(folder / f"ode_images_{k}.png", evaluation.image_grid(samples[:GRID_SAMPLES]))
-    log.info(f"samples: {folder / f'ode_images_{k}.png'}")
+    _save_grid(folder / f"ode_images_{k}.png", samples[:GRID_SAMPLES])
     fid = evaluation.frechet_distance(
         evaluation.Gaussian.fit(evaluation.pixel_features(samples)),
         evaluation.Gaussian.fit(evaluation.pixel_features(_nhwc(train_data[:]))),
@@ -281,6 +309,46 @@ def _evaluate_samples(config, run: Experiment, train_data, folder: Path, k: int)
     }
 
 
+def _draw_images(config, run: Experiment, folder: Path, k: int) -> None:
+    """The first samples of the first round, for the eye only."""
+    generator = datasets.keyed_generator(run.device, "samples", config.seed, 0)
+    number = min(GRID_SAMPLES, config.eval.batch_size)
+    samples, _ = run.sample(run.state.model, number, generator=generator)
+    _save_grid(folder / f"ode_images_{k}.png", _to_uint8(samples))
+
+
+def _draw_interpolation(config, run: Experiment, folder: Path, k: int) -> None:
+    """Each row goes from one prior sample to another along the arc between them."""
+    shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
+    generator = datasets.keyed_generator(run.device, "interpolation", config.seed)
+    ends = run.method.prior_sampling((2 * STRIPS[0], *shape), generator, run.device)
+    shares = torch.linspace(0, 1, STRIPS[1], device=run.device)
+    x = sampling.spherical_interpolation(*ends.chunk(2), shares).flatten(0, 1)
+    _draw_strips(run, x, folder / f"interpolation_{k}.png", generator)
+
+
+def _draw_rescaling(config, run: Experiment, folder: Path, k: int) -> None:
+    """Each row keeps the direction of one prior sample and raises its norm (the temperature)."""
+    shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
+    generator = datasets.keyed_generator(run.device, "rescaling", config.seed)
+    x = run.method.prior_sampling((STRIPS[0], *shape), generator, run.device)
+    low, high = config.eval.rescale_norms or run.method.prior_norms(math.prod(shape))
+    norms = torch.linspace(low, high, STRIPS[1], device=run.device)
+    direction = x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    x = (direction[:, None] * norms.view(1, -1, 1, 1, 1)).flatten(0, 1)
+    _draw_strips(run, x, folder / f"rescale_{k}.png", generator)
+
+
+def _draw_strips(run: Experiment, x: Tensor, path: Path, generator: torch.Generator) -> None:
+    samples, _ = run.sample(run.state.model, x=x, generator=generator)
+    _save_grid(path, _to_uint8(samples), columns=STRIPS[1])
+
+
+def _save_grid(path: Path, images: evaluation.Images, columns: int | None = None) -> None:
+    _save_png(path, evaluation.image_grid(images, columns))
+    log.info(f"picture: {path}")
+
+
 def _table(config, report: dict, path: Path) -> str:
     evaluate = config.eval
     rows = []
@@ -290,6 +358,7 @@ def _table(config, report: dict, path: Path) -> str:
         value = f"{report['bpd']:.4f} +- {report['bpd_error']:.4f}"
         rows.append((f"bits/dim ({evaluate.dataset})", value))
         rows.append(("  evaluations", f"{report['bpd_nfe']:.0f}"))
+        rows.append(("  encoded and decoded, error", f"{report['encoding_error']:.1e}"))
     if evaluate.enable_sampling:
         rows.append((f"Frechet distance ({report['features']})", f"{report['fid']:.4f}"))
         rows.append(("  samples", str(report["num_samples"])))

@@ -1,12 +1,13 @@
-"""Solvers of a method's sampling ODE, and the sampler that a config asks for.
+"""Solvers of a method's sampling ODE, predictors and correctors of its SDE, and the sampler of a
+config.
 
-A solver takes a vector field `f(x, t)` and knows nothing of methods: `forward_euler` and
-`improved_euler` walk along given nodes, `rk45` chooses its own steps. All work on the device and in
-the dtype of `x`; only step sizes live on the host.
+A solver takes a vector field `f(x, t)` and knows nothing of methods: those with fixed steps walk
+along given nodes, `rk45` chooses its own steps. A predictor or corrector is the formula of one
+step. All work on the device and in the dtype of `x`; only times and step sizes live on the host.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from datasets import get_data_inverse_scaler
-from methods import Method, Network
+from methods import SDE, Method, Network, reverse, spread
 
 VectorField = Callable[[Tensor, float], Tensor]
 
@@ -48,6 +49,32 @@ def improved_euler(f: VectorField, x: Tensor, nodes: Tensor) -> tuple[Tensor, in
         slope_there = f(x + (there - here) * slope, there)
         x = _finite(x + (there - here) / 2 * (slope + slope_there), there)
     return _finite(x + (last - u[-1]) * f(x, u[-1]), last), 2 * len(u) - 1
+
+
+def multistep(f: VectorField, x: Tensor, nodes: Tensor) -> tuple[Tensor, int]:
+    """Adams and Bashforth's method of order 3 along `nodes` (N + 1,): N evaluations.
+
+    A step integrates the parabola through the last three slopes; the first two make do with fewer.
+    In a method's natural variables this is rho-AB DEIS (Zhang and Chen 2023, arXiv 2204.13902).
+    """
+    slopes, places = [], []
+    for here, there in pairwise(nodes.tolist()):
+        slopes, places = [f(x, here), *slopes][:3], [here, *places][:3]
+        for weight, slope in zip(_adams_bashforth(places, there), slopes, strict=True):
+            x = x + weight * slope
+        _finite(x, there)
+    return x, len(nodes) - 1
+
+
+def _adams_bashforth(places: list[float], there: float) -> list[float]:
+    """Weights of slopes at `places` that integrate from places[0] to `there`.
+
+    They are exact for powers of s = (u - places[0]) / step, which a step takes from 0 to 1.
+    """
+    step = there - places[0]
+    s = (torch.tensor(places, dtype=torch.float64) - places[0]) / step
+    moments = 1 / torch.arange(1, len(s) + 1, dtype=torch.float64)
+    return (step * torch.linalg.solve(torch.vander(s, increasing=True).T, moments)).tolist()
 
 
 def _finite(x: Tensor, u: float) -> Tensor:
@@ -127,20 +154,269 @@ def _first_step(f, x, t_start, t_end, slope, norm) -> float:
     return min(100 * abs(h), best, abs(length))
 
 
-def _adaptive(method: Method, net: Network, x: Tensor) -> tuple[Tensor, int]:
-    return rk45(partial(method.ode, net), x, method.t_prior, method.t_data)
+# --- the sampling ODE of a method -----------------------------------------------------------------
 
 
-def _along_nodes(solver, n: int) -> Callable[[Method, Network, Tensor], tuple[Tensor, int]]:
-    return lambda method, net, x: solver(partial(method.slope, net), x, method.nodes(n))
+def uniform_levels(method: Method, n: int, rho: float) -> Tensor:
+    """The n + 1 levels, from prior to data, whose times are evenly spaced; `rho` plays no part."""
+    return method.level(torch.linspace(method.t_prior, method.t_data, n + 1, dtype=torch.float64))
 
 
-# sampling.ode_solver -> given the number of steps, what solves a method's ODE from its prior.
-ODE_SOLVERS = {
-    "rk45": lambda n: _adaptive,
-    "forward_euler": partial(_along_nodes, forward_euler),
-    "improved_euler": partial(_along_nodes, improved_euler),
+def polynomial_levels(method: Method, n: int, rho: float) -> Tensor:
+    """The n + 1 levels, from prior to data, whose rho-th roots are evenly spaced.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), equation 5; the larger rho > 0, the more of them
+    are close to the data.
+    """
+    ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
+    first, last = (method.level(ends) ** (1 / rho)).tolist()
+    return torch.linspace(first, last, n + 1, dtype=torch.float64) ** rho
+
+
+# sampling.ode_solver -> a solver with fixed steps, and where it takes them.
+FIXED_STEPS = {
+    "forward_euler": (forward_euler, uniform_levels),
+    "improved_euler": (improved_euler, uniform_levels),
+    "heun": (improved_euler, polynomial_levels),
+    "multistep": (multistep, polynomial_levels),
 }
+ODE_SOLVERS = ("rk45", *FIXED_STEPS)
+
+
+def walk(method: Method, net: Network, x: Tensor, solver, levels: Tensor) -> tuple[Tensor, int]:
+    """`solver` along `levels` of a method's natural variables: x at the last, and evaluations."""
+    signal = method.signal(method.time(levels))
+    y, evaluations = solver(partial(method.slope, net), x / signal[0], levels)
+    return signal[-1] * y, evaluations
+
+
+def solve_ode(
+    method: Method,
+    net: Network,
+    x: Tensor,
+    solver: str = "rk45",
+    n: int = 100,
+    *,
+    rho: float = 7.0,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    noise_removal: bool = False,
+) -> tuple[Tensor, int]:
+    """Carries `x` (B, C, H, W) along the sampling ODE from the prior to the data.
+
+    Args:
+        method, net: whose ODE.
+        x: a sample of the prior.
+        solver: one of `ODE_SOLVERS`.
+        n: steps of those with fixed steps, at least 1.
+        rho: see `polynomial_levels`.
+        rtol, atol: see `rk45`.
+        noise_removal: where the ODE stops at some noise, the last of the n steps leads from there
+            to level 0; after `rk45` an Euler step does. Euler's gives the mean of the data given x
+            (Tweedie's formula).
+
+    Returns:
+        The sample, and the number of network evaluations.
+
+    Raises:
+        FloatingPointError: the solution is not finite; the message says where.
+    """
+    denoise = noise_removal and method.noisy_end
+    zero = torch.zeros(1, dtype=torch.float64)
+    if solver != "rk45":
+        step, place = FIXED_STEPS[solver]
+        levels = torch.cat([place(method, n - 1, rho), zero]) if denoise else place(method, n, rho)
+        return walk(method, net, x, step, levels)
+    x, evaluations = rk45(partial(method.ode, net), x, method.t_prior, method.t_data, rtol, atol)
+    if denoise:
+        last = method.level(zero + method.t_data)
+        x, more = walk(method, net, x, forward_euler, torch.cat([last, zero]))
+        evaluations += more
+    return x, evaluations
+
+
+def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
+    """Points on the arcs from `start` to `end`, each (n, C, H, W): (n, k, C, H, W).
+
+    `shares` (k,) of an arc's angle lie behind its points, 0 for `start` and 1 for `end`; between
+    vectors of one length all points have that length (Shoemake 1985).
+    """
+    a, b = start.flatten(1), end.flatten(1)
+    angle = torch.nn.functional.cosine_similarity(a, b).clamp(-1, 1).acos()[:, None] / math.pi
+    # sin(s angle) / sin(angle), without 0 / 0 between vectors of one direction
+    weight_a = (1 - shares) * torch.sinc((1 - shares) * angle) / torch.sinc(angle)
+    weight_b = shares * torch.sinc(shares * angle) / torch.sinc(angle)
+    points = weight_a[..., None] * a[:, None] + weight_b[..., None] * b[:, None]
+    return points.unflatten(2, start.shape[1:])
+
+
+# --- predictors and correctors (Song et al. 2021, arXiv 2011.13456) -------------------------------
+#
+# One step at `x` (B, C, H, W) and time `t` () or (B,), given the score there and standard normal
+# noise, both of the shape of `x`. Each returns the new x, and the new x without its noise.
+
+
+def euler_maruyama(
+    sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, probability_flow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A step of 1 / N of the reverse SDE, or of the probability flow."""
+    drift, diffusion = reverse(*sde.sde(x, t), score, probability_flow)
+    mean = x - drift / sde.N
+    return mean + spread(diffusion, x) / math.sqrt(sde.N) * noise, mean
+
+
+def reverse_diffusion(
+    sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, probability_flow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The step of the SDE's own discretisation, reversed (appendix E)."""
+    drift, diffusion = reverse(*sde.discretize(x, t), score, probability_flow)
+    mean = x - drift
+    return mean + spread(diffusion, x) * noise, mean
+
+
+def ancestral_sampling(
+    sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, probability_flow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A draw from the Markov chain's law one step back (equation 4, appendix F)."""
+    a, b = (spread(c, x) for c in sde.transition(t))
+    mean = (x + b**2 * score) / a
+    return mean + spread(sde.ancestral_std(t), x) * noise, mean
+
+
+def langevin(
+    sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, snr: float
+) -> tuple[Tensor, Tensor]:
+    """A Langevin step, its size from the mean norms of noise and score (algorithms 4 and 5)."""
+    a, _ = sde.transition(t)
+    ratio = snr * noise.flatten(1).norm(dim=1).mean() / score.flatten(1).norm(dim=1).mean()
+    return _langevin(x, score, noise, spread(a**2, x) * ratio**2)
+
+
+def ald(
+    sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, snr: float
+) -> tuple[Tensor, Tensor]:
+    """A step of annealed Langevin dynamics, its size from the noise level (arXiv 1907.05600)."""
+    a, _ = sde.transition(t)
+    return _langevin(x, score, noise, spread((a * snr * sde.noise(t)) ** 2, x))
+
+
+def _langevin(x: Tensor, score: Tensor, noise: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x + 2 * size * score
+    return mean + 2 * size.sqrt() * noise, mean
+
+
+PREDICTORS = {
+    "euler_maruyama": euler_maruyama,
+    "reverse_diffusion": reverse_diffusion,
+    "ancestral_sampling": ancestral_sampling,
+    "none": None,
+}
+CORRECTORS = {"langevin": langevin, "ald": ald, "none": None}
+
+
+def predictor_corrector(
+    sde: SDE,
+    net: Network,
+    x: Tensor,
+    predictor: str = "reverse_diffusion",
+    corrector: str = "langevin",
+    generator: torch.Generator | None = None,
+    *,
+    n_steps_each: int = 1,
+    snr: float = 0.16,
+    probability_flow: bool = False,
+    noise_removal: bool = False,
+) -> tuple[Tensor, int]:
+    """Carries `x` (B, C, H, W) from the prior to the data in the SDE's N steps (algorithm 1).
+
+    Args:
+        sde, net: whose reverse.
+        x: a sample of the prior.
+        predictor, corrector: names in `sde.predictors` and `sde.correctors`.
+        generator: source of the noise, on the device of `x`.
+        n_steps_each: corrector steps before each step of the predictor.
+        snr: ratio that sets the corrector's step size, > 0.
+        probability_flow: the predictor follows the ODE.
+        noise_removal: leave out the noise of the last step.
+
+    Returns:
+        The sample, and the number of network evaluations.
+
+    Raises:
+        FloatingPointError: the sample is not finite; the message says from when on.
+    """
+    predict, correct = PREDICTORS[predictor], CORRECTORS[corrector]
+    steps = [partial(correct, snr=snr)] * n_steps_each if correct else []
+    steps += [partial(predict, probability_flow=probability_flow)] if predict else []
+    mean = x
+    for t in torch.linspace(sde.t_prior, sde.t_data, sde.N, dtype=torch.float64):
+        for step in steps:
+            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x, mean = step(sde, x, t, sde.score(net, x, t), noise)
+        _finite(x, t)
+    return mean if noise_removal else x, sde.N * len(steps)
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+
+def _choose(config, key: str, known: Iterable[str]) -> str:
+    value = config.sampling[key]
+    if value not in known:
+        name = config.training.sde.lower()
+        raise ValueError(f"{name} has no sampling.{key}={value!r}; it has: {', '.join(known)}")
+    return value
+
+
+def _check_positive(config, *keys: str) -> None:
+    for key in keys:
+        if not config.sampling[key] > 0:
+            raise ValueError(f"sampling.{key} must be positive, not {config.sampling[key]}")
+
+
+def get_tolerances(config) -> dict[str, float]:
+    """`rtol` and `atol` of `rk45` from `config.sampling`; ValueError where one is not positive."""
+    _check_positive(config, "rtol", "atol")
+    return {"rtol": config.sampling.rtol, "atol": config.sampling.atol}
+
+
+def _ode_sampler(config, method: Method):
+    sampling = config.sampling
+    if sampling.N < 1:
+        raise ValueError(f"sampling.N must be at least 1, not {sampling.N}")
+    _check_positive(config, "rho")
+    options = {
+        "solver": _choose(config, "ode_solver", ODE_SOLVERS),
+        "n": sampling.N,
+        "rho": sampling.rho,
+        "noise_removal": sampling.noise_removal,
+        **get_tolerances(config),
+    }
+    return lambda net, x, generator: solve_ode(method, net, x, **options)
+
+
+def _pc_sampler(config, method: Method):
+    sampling = config.sampling
+    options = {
+        "predictor": _choose(config, "predictor", method.predictors),
+        "corrector": _choose(config, "corrector", method.correctors),
+        "n_steps_each": sampling.n_steps_each,
+        "snr": sampling.snr,
+        "probability_flow": sampling.probability_flow,
+        "noise_removal": sampling.noise_removal,
+    }
+    if options["corrector"] != "none":
+        _check_positive(config, "n_steps_each", "snr")
+    elif options["predictor"] == "none":
+        raise ValueError("sampling.predictor and sampling.corrector are both 'none'")
+    if options["predictor"] == "ancestral_sampling" and sampling.probability_flow:
+        raise ValueError("sampling.predictor='ancestral_sampling' has no probability_flow")
+    return lambda net, x, generator: predictor_corrector(
+        method, net, x, generator=generator, **options
+    )
+
+
+SAMPLERS = {"ode": _ode_sampler, "pc": _pc_sampler}
 
 
 def get_sampling_fn(config, method: Method) -> Callable[..., tuple[Tensor, int]]:
@@ -153,29 +429,21 @@ def get_sampling_fn(config, method: Method) -> Callable[..., tuple[Tensor, int]]
         (num, C, H, W) in [0, 1] and the number of network evaluations.
 
     Raises:
-        ValueError: an unknown sampling method or solver, or fewer than one step.
+        ValueError: a sampler that the method does not have, or a number out of range.
     """
-    data, sampling = config.data, config.sampling
-    if sampling.method != "ode":
-        raise ValueError(f"unknown sampler sampling.method={sampling.method!r}; known: ode")
-    if sampling.ode_solver not in ODE_SOLVERS:
-        raise ValueError(
-            f"unknown solver sampling.ode_solver={sampling.ode_solver!r}; "
-            f"known: {', '.join(ODE_SOLVERS)}"
-        )
-    if sampling.N < 1:
-        raise ValueError(f"sampling.N must be at least 1, not {sampling.N}")
-    solve = ODE_SOLVERS[sampling.ode_solver](sampling.N)
+    data = config.data
     image_shape = (data.num_channels, data.image_size, data.image_size)
     default_num = config.eval.batch_size
     inverse_scaler = get_data_inverse_scaler(config)
+    name = _choose(config, "method", SAMPLERS if method.predictors else ("ode",))
+    carry = SAMPLERS[name](config, method)
 
     @torch.no_grad()
     def sample(net, num=None, x=None, generator=None):
         if x is None:
             device = generator.device if generator else next(net.parameters()).device
             x = method.prior_sampling((num or default_num, *image_shape), generator, device)
-        x, evaluations = solve(method, net, x)
+        x, evaluations = carry(net, x, generator)
         return inverse_scaler(x).clamp(0, 1), evaluations
 
     return sample

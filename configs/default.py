@@ -46,6 +46,12 @@ def get_default_config() -> ml_collections.ConfigDict:
     model.beta_max = 20.0
 
     config.sampling = sampling = ml_collections.ConfigDict()
+    sampling.ode_solver = "rk45"  # of sampling.method="ode": "rk45" (adaptive); or, with N steps,
+    # "heun", "multistep", "forward_euler", "improved_euler"
+    sampling.N = 100  # their steps; "pc" takes model.num_scales
+    sampling.rho = 7.0  # "heun" and "multistep": the larger, the more steps are close to the data
+    sampling.rtol = 1e-4  # error of a step of "rk45", in sampling and likelihood: rtol * |x| + atol
+    sampling.atol = 1e-4
     sampling.noise_removal = True  # end with a step of denoising
     sampling.probability_flow = False  # the predictor follows the ODE in place of the SDE
     sampling.n_steps_each = 1  # corrector steps per noise level
@@ -59,7 +65,13 @@ def get_default_config() -> ml_collections.ConfigDict:
     evaluate.enable_bpd = False
     evaluate.enable_sampling = False
     evaluate.num_samples = 50000
+    evaluate.save_images = False  # without sampling: draw the first samples only
+    evaluate.enable_interpolate = False  # draw rows of samples between pairs of prior samples
+    evaluate.enable_rescale = False  # draw rows of samples along directions of the prior
+    evaluate.rescale_norms = ()  # from and to which norm; () for the method's own range
     evaluate.features = "inception"  # what FID compares: "inception", "pixels"
+    evaluate.bpd_num_repeats = 5  # passes over the test split, each with new noise
+    evaluate.divergence = "rademacher"  # or "gaussian": one probe; "exact": C * H * W of them
     evaluate.dataset = "test"  # the split that loss and likelihood are computed on
     evaluate.bpd_dataset = evaluate.get_ref("dataset")  # its published name: one value, two keys
 

@@ -25,8 +25,8 @@ POISSON = {
     },
     "sampling": {
         "method": "ode",
-        "ode_solver": "rk45",  # "rk45", "forward_euler", "improved_euler"
-        "N": 100,  # steps of the solvers with fixed steps
+        "ode_solver": "rk45",
+        "N": 100,
         "z_max": 40.0,  # the prior's plane, where the ODE starts
         "z_min": 1e-3,  # where it ends
         "z_exp": 5.0,  # below it, z itself gives the field's z entry in place of the network
@@ -39,9 +39,6 @@ POISSON = {
         "num_samples": 10000,
         "enable_loss": False,
         "enable_sampling": False,
-        "enable_interpolate": False,
-        "enable_rescale": False,
-        "save_images": False,
     },
 }
 

@@ -56,6 +56,7 @@ def test_grid_shows_every_image_once(channels):
         top, left = 1 + i // 3 * 9, 1 + i % 3 * 13
         assert (grid[top : top + 8, left : left + 12] == i * 20).all()
     assert (grid[-1] == 128).all()
+    assert image_grid(images, columns=5, min_size=8, gap=1).shape == (9 + 1, 5 * 13 + 1, 3)
 
 
 def test_table_is_aligned():

@@ -1,4 +1,4 @@
-"""Solvers against scipy and closed forms; sampling against the exact field of known charges."""
+"""Solvers against scipy and closed forms; every sampler against laws that are known."""
 
 import math
 from dataclasses import replace
@@ -6,12 +6,35 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from known_laws import SDES, VE, VP, gaussian_network
 from scipy import integrate, stats
 
-import sampling
 from configs.poisson import cifar10_ddpmpp
+from configs.subvp import cifar10_ddpmpp_continuous as subvp_config
+from configs.ve import cifar10_ncsnpp_continuous as ve_config
+from configs.vp import cifar10_ddpmpp_continuous as vp_config
 from methods import get_method
-from sampling import forward_euler, get_sampling_fn, improved_euler, rk45
+from sampling import (
+    CORRECTORS,
+    FIXED_STEPS,
+    ODE_SOLVERS,
+    PREDICTORS,
+    forward_euler,
+    get_sampling_fn,
+    improved_euler,
+    multistep,
+    polynomial_levels,
+    predictor_corrector,
+    rk45,
+    solve_ode,
+    uniform_levels,
+)
+
+SOLVERS = {"forward_euler": forward_euler, "improved_euler": improved_euler, "multistep": multistep}
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def small_config(solver="rk45"):
@@ -34,6 +57,37 @@ def test_samples_match_published_ones(golden, exact_network, solver, tolerance):
     samples, nfe = get_sampling_fn(config, get_method(config))(net, x=golden["ode/x0"])
     assert (samples - golden[f"ode/{solver}_out"]).abs().max() < tolerance
     assert nfe == golden[f"ode/{solver}_nfe"]
+
+
+PREDICTED = [(s, p) for s in SDES for p in ("euler_maruyama", "reverse_diffusion")]
+CORRECTED = [(s, c) for s in ("ve", "vp") for c in ("langevin", "ald")]
+
+
+def assert_close(value, expected):
+    """Within 1e-5 of the largest entry of each image."""
+    error = (value - expected).flatten(1).abs().amax(1)
+    assert (error / expected.flatten(1).abs().amax(1)).max() < 1e-5
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("name, predictor", PREDICTED)
+def test_predictors_match_published_steps(golden, name, predictor, flow):
+    x, t, noise = (golden[f"sde/{what}"] for what in ("x", "t", "noise"))
+    score = -x / (1 + t.view(-1, 1, 1, 1))
+    x, mean = PREDICTORS[predictor](SDES[name], x, t, score, noise, probability_flow=flow)
+    expected = f"sde/{name}_{predictor}_pf{flow}"
+    assert_close(x, golden[f"{expected}_x"])
+    assert_close(mean, golden[f"{expected}_mean"])
+
+
+@pytest.mark.parametrize("name, corrector", CORRECTED)
+def test_correctors_match_published_steps(golden, name, corrector):
+    x, t, noise = (golden[f"sde/{what}"] for what in ("x", "t", "noise"))
+    for _ in range(2):
+        score = -x / (1 + t.view(-1, 1, 1, 1))
+        x, mean = CORRECTORS[corrector](SDES[name], x, t, score, noise, snr=0.16)
+    assert_close(x, golden[f"sde/{name}_{corrector}_x"])
+    assert_close(mean, golden[f"sde/{name}_{corrector}_mean"])
 
 
 # --- the adaptive solver --------------------------------------------------------------------------
@@ -94,17 +148,42 @@ def test_rk45_says_where_it_fails():
 # --- solvers with fixed steps ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver, order", [(forward_euler, 1), (improved_euler, 2)])
-def test_fixed_steps_converge_with_their_order(solver, order):
+@pytest.mark.parametrize("name, order", [("forward_euler", 1), ("improved_euler", 2)])
+def test_fixed_steps_converge_with_their_order(name, order):
     """The error of dx/dt = x cos t shrinks by 2^order when steps are halved."""
     x = torch.ones(1, dtype=torch.float64)
     truth = math.exp(math.sin(2.0))
 
     def error(n):
         nodes = torch.linspace(0, 2, n + 1, dtype=torch.float64)
-        return abs(solver(lambda x, t: x * math.cos(t), x, nodes)[0].item() - truth)
+        return abs(SOLVERS[name](lambda x, t: x * math.cos(t), x, nodes)[0].item() - truth)
 
     assert math.log2(error(200) / error(400)) == pytest.approx(order, abs=0.1)
+
+
+def test_multistep_has_the_weights_of_adams_and_bashforth():
+    """With even steps 23/12, -16/12, 5/12 from the third on; 3/2, -1/2 in the second."""
+    for last, expected in [(3, [5 / 12, -16 / 12, 23 / 12]), (2, [-1 / 2, 3 / 2]), (1, [1])]:
+        for i, weight in enumerate(reversed(expected)):
+            slope = lambda x, u, at=last - 1 - i: torch.full_like(x, float(u == at))  # noqa: E731
+            states = [
+                multistep(slope, torch.zeros(1), torch.arange(n + 1))[0].item()
+                for n in (last - 1, last)
+                if n
+            ]
+            assert states[-1] - sum(states[:-1]) == pytest.approx(weight)
+
+
+def test_multistep_integrates_parabolas_exactly_once_it_has_three_slopes():
+    u = torch.tensor([4.0, 3.1, 2.7, 1.5, 0.4, 0.0], dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+
+    def f(x, u):
+        return torch.full_like(x, 3 * u**2 - 4 * u + 1)
+
+    ends = [multistep(f, zero, u[:k])[0].item() for k in (3, 4, 5, 6)]
+    integral = (u**3 - 2 * u**2 + u)[2:]
+    np.testing.assert_allclose(np.diff(ends), integral.diff().numpy(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
@@ -120,30 +199,200 @@ def test_evaluations_are_counted(n):
     calls.clear()
     assert improved_euler(f, torch.ones(1), nodes)[1] == len(calls) == 2 * n - 1
     calls.clear()
+    assert multistep(f, torch.ones(1), nodes)[1] == len(calls) == n
+    calls.clear()
     assert rk45(f, torch.ones(1), 1.0, 0.0)[1] == len(calls)
 
 
-@pytest.mark.parametrize("solver, where", [(forward_euler, "0.5"), (improved_euler, "0.25")])
-def test_fixed_steps_say_where_they_diverge(solver, where):
+@pytest.mark.parametrize(
+    "name, where", [("forward_euler", "0.5"), ("improved_euler", "0.25"), ("multistep", "0.5")]
+)
+def test_fixed_steps_say_where_they_diverge(name, where):
     nodes = torch.linspace(0, 1, 5, dtype=torch.float64)
     with pytest.raises(FloatingPointError, match=f"not finite after the step to {where}"):
-        solver(lambda x, t: x * (math.inf if t >= 0.25 else 1), torch.ones(1), nodes)
+        SOLVERS[name](lambda x, t: x * (math.inf if t >= 0.25 else 1), torch.ones(1), nodes)
 
 
-# --- truth: the flow of known charges -------------------------------------------------------------
+# --- the sampling ODE -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["rk45", "forward_euler", "improved_euler"])
+@pytest.mark.parametrize("name", ["poisson", *SDES])
+def test_levels_go_from_prior_to_data(poisson, name):
+    method = SDES.get(name, poisson)
+    ends = method.level(torch.tensor([method.t_prior, method.t_data], dtype=torch.float64))
+    for place in (uniform_levels, polynomial_levels):
+        levels = place(method, 9, 7.0)
+        torch.testing.assert_close(levels[[0, -1]], ends, rtol=1e-12, atol=0)
+        assert (levels.diff() < 0).all()
+        torch.testing.assert_close(place(method, 0, 7.0), ends[:1])
+    roots = polynomial_levels(method, 9, 3.0) ** (1 / 3)
+    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(9), rtol=1e-9, atol=0)
+    t = method.time(uniform_levels(method, 9, 7.0))
+    torch.testing.assert_close(t.diff(), t.diff().mean().expand(9), rtol=1e-9, atol=0)
+
+
+def end_of_gaussian_flow(sde, x, mean, std):
+    """Where the flow of data N(mean, std^2) takes `x`: its distance from the mean, in standard
+    deviations of the marginal, does not change."""
+    first, last = torch.tensor([sde.t_prior, sde.t_data], dtype=torch.float64)
+
+    def scale(t):
+        return torch.hypot(sde.signal(t) * std, sde.noise(t))
+
+    return sde.signal(last) * mean + (x - sde.signal(first) * mean) / scale(first) * scale(last)
+
+
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("solver, order", [("heun", 2), ("multistep", 3), ("forward_euler", 1)])
+def test_solvers_converge_to_the_flow_with_their_order(name, solver, order):
+    sde, mean, std = SDES[name], 0.3, 0.5
+    x = sde.prior_sampling((50, 1, 1, 1), seeded(0)).double()
+    truth = end_of_gaussian_flow(sde, x, mean, std)
+
+    def error(n):
+        return (solve_ode(sde, gaussian_network(sde, mean, std), x, solver, n)[0] - truth).norm()
+
+    assert math.log2(error(160) / error(320)) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("solver", ODE_SOLVERS)
+def test_noise_removal_leads_to_the_data(name, solver):
+    """An Euler step gives Tweedie's mean, a step of higher order the end of the flow."""
+    sde, mean, std = SDES[name], 0.3, 0.05
+    net = gaussian_network(sde, mean, std)
+    x = sde.prior_sampling((50, 1, 1, 1), seeded(0)).double()
+    options = {"solver": solver, "n": 1000, "rtol": 1e-7, "atol": 1e-7}
+    noisy, evaluations = solve_ode(sde, net, x, **options)
+    clean, more = solve_ode(sde, net, x, **options, noise_removal=True)
+    assert more - evaluations == (1 if solver == "rk45" else 0)
+    last = torch.tensor(sde.t_data, dtype=torch.float64)
+    signal, noise = sde.signal(last), sde.noise(last)
+    gain = std / torch.hypot(signal * std, noise)
+    if solver != "multistep":
+        gain = signal * gain**2
+    expected = mean + gain * (noisy - signal * mean)
+    assert (clean - expected).norm() < 0.2 * (clean - noisy).norm()
+
+
+@pytest.mark.parametrize("name", ["poisson", *SDES])
+@pytest.mark.parametrize("solver", FIXED_STEPS)
+@pytest.mark.parametrize("noise_removal", [False, True])
+def test_one_step_is_enough_to_run(poisson, exact_network, name, solver, noise_removal):
+    method = SDES.get(name, poisson)
+    net = exact_network(torch.zeros(1, 1, 2, 2), 5.0) if name == "poisson" else gaussian_network(VE)
+    x = method.prior_sampling((3, 1, 2, 2), seeded(0))
+    x, evaluations = solve_ode(method, net, x, solver, 1, noise_removal=noise_removal)
+    assert x.isfinite().all()
+    assert x.dtype == torch.float32
+    assert evaluations == 1
+
+
+# --- truth: laws that are known -------------------------------------------------------------------
+
+STEPS = {"rk45": 0, "forward_euler": 300, "improved_euler": 100, "heun": 60, "multistep": 60}
+MEAN, STD = 0.3, 0.2
+
+
+def is_law_of_data(x):
+    """Whether entries (any shape) follow N(MEAN, STD^2), as far as so many can tell."""
+    return stats.kstest(x.flatten().numpy(), stats.norm(MEAN, STD).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("solver", STEPS)
+def test_ode_samples_follow_the_law_of_the_data(name, solver, continuous):
+    sde = replace(SDES[name], continuous=continuous)
+    if name == "subvp" and not continuous:
+        pytest.skip("has no discrete form")
+    x = sde.prior_sampling((500, 1, 2, 2), seeded(0))
+    net = gaussian_network(sde, MEAN, STD)
+    x, _ = solve_ode(sde, net, x, solver, STEPS[solver], noise_removal=True)
+    assert is_law_of_data(x)
+
+
+PC = [
+    (name, predictor, corrector)
+    for name, sde in SDES.items()
+    for predictor in sde.predictors
+    for corrector in sde.correctors
+    if (predictor, corrector) != ("none", "none")
+]
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+@pytest.mark.parametrize("name, predictor, corrector", PC)
+def test_pc_samples_follow_the_law_of_the_data(name, predictor, corrector, continuous):
+    sde = replace(SDES[name], N=300, continuous=continuous)
+    if name == "subvp" and not continuous:
+        pytest.skip("has no discrete form")
+    generator = seeded(0)
+    x, evaluations = predictor_corrector(
+        sde,
+        gaussian_network(sde, MEAN, STD),
+        sde.prior_sampling((500, 1, 2, 2), generator),
+        predictor,
+        corrector,
+        generator,
+        n_steps_each=10 if predictor == "none" else 1,
+        snr=0.3 if (predictor, corrector) == ("none", "ald") else 0.16,
+        noise_removal=True,
+    )
+    assert is_law_of_data(x)
+    each = (predictor != "none") + (corrector != "none") * (10 if predictor == "none" else 1)
+    assert evaluations == 300 * each
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize(
+    "name, predictor", [(n, p) for n, s in SDES.items() for p in s.predictors if p != "none"]
+)
+def test_predictors_converge_to_the_law_of_the_data(name, predictor, flow):
+    """Without draws: a step is x <- A x + B noise, so variance <- A^2 variance + B^2."""
+    if predictor == "ancestral_sampling" and flow:
+        pytest.skip("has no probability flow")
+    step, options = PREDICTORS[predictor], {"probability_flow": True} if flow else {}
+    x, noise = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64).view(2, 2, 1, 1, 1)
+
+    def error(n):
+        sde = replace(SDES[name], N=n)
+        net, variance = gaussian_network(sde, 0.0, 0.5), sde.prior_std**2
+        for t in torch.linspace(1, sde.t_data, n, dtype=torch.float64):
+            a, b = step(sde, x, t, sde.score(net, x, t), noise, **options)[0].flatten().tolist()
+            variance = a**2 * variance + b**2
+        return abs(variance - 0.25)
+
+    few, many = error(100), error(800)
+    assert many < max(0.25 * few, 3e-3)  # at t_data some of the noise is left
+    assert many < 0.06 * 0.25
+
+
+@pytest.mark.parametrize("corrector", ["langevin", "ald"])
+@pytest.mark.parametrize("name", SDES)
+def test_correctors_keep_the_marginal(name, corrector):
+    """Many small steps at one time take any x to the marginal there."""
+    sde, t = SDES[name], torch.tensor(0.5, dtype=torch.float64)
+    generator = seeded(0)
+    net, x = gaussian_network(sde, MEAN, STD), torch.ones(500, 1, 2, 2)
+    for _ in range(300):
+        noise = torch.randn(x.shape, generator=generator)
+        x, _ = CORRECTORS[corrector](sde, x, t, sde.score(net, x, t), noise, snr=0.15)
+    law = stats.norm(sde.signal(t) * MEAN, torch.hypot(sde.signal(t) * STD, sde.noise(t)))
+    assert stats.kstest(x.flatten().numpy(), law.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("solver", STEPS)
 def test_every_sample_lands_on_a_charge_and_charges_in_proportion(exact_network, solver):
     """By Gauss's law equal charges receive equal flux, so equally many samples."""
     charges = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [0.0, 1.0]]).view(3, 2, 1, 1)
     method = replace(
         get_method(small_config()), gamma=1e-9, z_exp=0.0, z_max=60.0, z_min=1e-4, upper_norm=1e9
     )
-    x = method.prior_sampling((900, 2, 1, 1), torch.Generator().manual_seed(0))
+    x = method.prior_sampling((900, 2, 1, 1), seeded(0))
     x = x.double()
     net = exact_network(charges, method.gamma)
-    ends, _ = sampling.ODE_SOLVERS[solver](200)(method, net, x)
+    ends, _ = solve_ode(method, net, x, solver, 200)
     distance = torch.cdist(ends.flatten(1), charges.double().flatten(1))
     nearest, which = distance.min(1)
     assert nearest.quantile(0.99) < 0.05
@@ -151,29 +400,126 @@ def test_every_sample_lands_on_a_charge_and_charges_in_proportion(exact_network,
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("solver", STEPS)
+def test_poisson_samples_follow_the_density_of_the_charges(poisson, exact_network, solver):
+    """The field of 300 charges at the quantiles of a normal law."""
+    law = stats.norm(MEAN, STD)
+    charges = torch.from_numpy(law.ppf((np.arange(300) + 0.5) / 300)).view(-1, 1, 1, 1)
+    method = replace(poisson, gamma=1e-9, z_exp=0.0, z_max=500.0, z_min=5e-3, upper_norm=math.inf)
+    # norms are at least 1, which is little where z_max is 500
+    x = method.prior_sampling((1000, 1, 1, 1), seeded(0)).double()
+    net = exact_network(charges, method.gamma)
+    x, _ = solve_ode(method, net, x, solver, STEPS[solver])
+    assert is_law_of_data(x)
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+
 def test_samples_have_the_asked_shape_and_range(exact_network):
     config = small_config("forward_euler")
     sample = get_sampling_fn(config, get_method(config))
     net = exact_network(torch.randn(5, 3, 8, 8), 5.0)
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     samples, _ = sample(net, 7, generator=generator)
     assert samples.shape == (7, 3, 8, 8)
     assert samples.min() >= 0
     assert samples.max() <= 1
-    again, _ = sample(net, 7, generator=torch.Generator().manual_seed(3))
+    again, _ = sample(net, 7, generator=seeded(3))
     assert torch.equal(samples, again)
 
 
 @pytest.mark.parametrize(
-    "key, value, message",
+    "module, key, value, message",
     [
-        ("ode_solver", "rk54", "known: rk45, forward_euler, improved_euler"),
-        ("method", "odee", "known: ode"),
-        ("N", 0, "at least 1"),
+        (cifar10_ddpmpp, "ode_solver", "rk54", "rk54.*it has: rk45, forward_euler, improved_euler"),
+        (cifar10_ddpmpp, "method", "odee", "poisson has no.*it has: ode"),
+        (cifar10_ddpmpp, "method", "pc", "poisson has no.*it has: ode"),
+        (cifar10_ddpmpp, "N", 0, "at least 1, not 0"),
+        (cifar10_ddpmpp, "rho", 0.0, "must be positive, not 0.0"),
+        (cifar10_ddpmpp, "rtol", 0.0, "must be positive, not 0.0"),
+        (cifar10_ddpmpp, "atol", -1e-4, "must be positive, not -0.0001"),
+        (ve_config, "method", "odee", "vesde has no.*it has: ode, pc"),
+        (
+            ve_config,
+            "predictor",
+            "euler",
+            "vesde has no.*it has: euler_maruyama, reverse_diffusion",
+        ),
+        (ve_config, "corrector", "langevine", "vesde has no.*it has: langevin, ald, none"),
+        (ve_config, "n_steps_each", 0, "must be positive, not 0"),
+        (ve_config, "snr", 0.0, "must be positive, not 0.0"),
+        (
+            subvp_config,
+            "predictor",
+            "ancestral_sampling",
+            "subvpsde has no.*it has: euler_maruyama",
+        ),
+        (vp_config, "predictor", "none", "both 'none'"),
     ],
 )
-def test_bad_sampling_options_are_named(key, value, message):
-    config = small_config()
+def test_bad_sampling_options_are_named(module, key, value, message):
+    config = module.get_config()
     config.sampling[key] = value
-    with pytest.raises(ValueError, match=rf"sampling\.{key}.*{message}"):
+    with pytest.raises(ValueError, match=message) as error:
         get_sampling_fn(config, get_method(config))
+    assert f"sampling.{key}" in str(error.value)
+
+
+def test_ancestral_sampling_has_no_probability_flow():
+    config = vp_config.get_config()
+    config.sampling.predictor = "ancestral_sampling"
+    config.sampling.probability_flow = True
+    with pytest.raises(ValueError, match="ancestral_sampling' has no probability_flow"):
+        get_sampling_fn(config, get_method(config))
+
+
+def test_config_chooses_the_sampler():
+    """What `get_sampling_fn` runs is what the config says, noise removal and all."""
+    config = vp_config.get_config()
+    config.data.image_size = 4
+    config.model.num_scales = 20
+    config.sampling.update({"predictor": "reverse_diffusion", "corrector": "ald", "snr": 0.1})
+    config.sampling.n_steps_each = 2
+    method = get_method(config)
+    net, x = gaussian_network(method), torch.randn(2, 3, 4, 4)
+    samples, evaluations = get_sampling_fn(config, method)(net, x=x, generator=seeded(7))
+    expected, _ = predictor_corrector(
+        method,
+        net,
+        x,
+        "reverse_diffusion",
+        "ald",
+        seeded(7),
+        n_steps_each=2,
+        snr=0.1,
+        noise_removal=True,
+    )
+    torch.testing.assert_close(samples, ((expected + 1) / 2).clamp(0, 1))
+    assert evaluations == 60
+    config.sampling.update({"method": "ode", "ode_solver": "heun", "N": 5, "rho": 3.0})
+    samples, evaluations = get_sampling_fn(config, method)(net, x=x)
+    expected, _ = solve_ode(method, net, x, "heun", 5, rho=3.0, noise_removal=True)
+    torch.testing.assert_close(samples, ((expected + 1) / 2).clamp(0, 1))
+    assert evaluations == 9
+
+
+def test_tighter_tolerances_cost_more_evaluations():
+    config = vp_config.get_config()
+    config.sampling.method = "ode"
+    method = get_method(config)
+    x = method.prior_sampling((4, 3, 4, 4), seeded(0))
+    used = []
+    for tolerance in (1e-3, 1e-5):
+        config.sampling.rtol = config.sampling.atol = tolerance
+        used.append(get_sampling_fn(config, method)(gaussian_network(method), x=x)[1])
+    assert used[0] < used[1]
+
+
+def test_diverging_samples_say_when():
+    with pytest.raises(FloatingPointError, match=r"not finite after the step to 0\.95"):
+        predictor_corrector(
+            replace(VP, N=101),
+            lambda x, cond: x * math.inf if cond[0] < 950 else x,
+            torch.ones(1, 1, 1, 1),
+        )
