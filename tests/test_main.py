@@ -246,7 +246,7 @@ MISTAKES = {
     "data set": (["--config.data.dataset=digit"], "data.dataset='digit'; known: .*digits"),
     "method": (["--config.training.sde=poison"], "training.sde='poison'; known: .*poisson"),
     "model": (["--config.model.name=unet"], "model.name = 'unet'.*known: .*ncsnpp"),
-    "sampler": (["--config.sampling.method=sde"], "poisson has no sampling.method='sde'; it has: ode"),
+    "sampler": (["--config.sampling.method=sde"], "has no sampling.method='sde'; it has: ode"),
     "solver": (["--config.sampling.ode_solver=rk4"], "ode_solver='rk4'; it has: rk45, .*heun"),
     "steps": (["--config.sampling.N=0"], "sampling.N must be at least 1"),
     "optimizer": (["--config.optim.optimizer=SGD"], "optim.optimizer='SGD'; known: Adam"),
