@@ -490,6 +490,9 @@ def _check(config) -> None:
             f"unknown split eval.dataset={config.eval.dataset!r}; "
             f"known: {', '.join(datasets.SPLITS)}"
         )
+    norms = config.eval.rescale_norms
+    if norms and not (len(norms) == 2 and 0 < norms[0] < norms[1]):
+        raise ValueError(f"eval.rescale_norms must be two rising norms or (), not {norms}")
 
 
 def _in_order(data, size: int) -> Iterator[Tensor]:

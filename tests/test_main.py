@@ -152,6 +152,31 @@ def test_evaluation_reports_what_was_asked(trained):
     assert Image.open(folder / "ode_images_4.png").size[0] > 300
 
 
+def test_pictures_without_metrics(trained):
+    """Rows of interpolated and of rescaled prior samples; the first samples only."""
+    options = [f"--noconfig.eval.enable_{what}" for what in ("loss", "bpd", "sampling")]
+    options += [f"--config.eval.{what}" for what in ("enable_interpolate", "enable_rescale")]
+    options += ["--config.eval.save_images", "--config.eval.rescale_norms=(20.0, 100.0)"]
+    call("eval", trained, *TINY, *options, "--eval_folder=pictures")
+    folder = trained / "pictures"
+    for name in ("interpolation", "rescale"):
+        width, height = Image.open(folder / f"{name}_4.png").size
+        assert (width, height) == (10 * 50 + 2, 8 * 50 + 2)  # 8 rows of 10, each 48 wide, gap 2
+    assert Image.open(folder / "ode_images_4.png").size == (502, 502)  # 100 of the batch
+    assert not list(folder.glob("ckpt_4/*"))
+
+
+def test_passes_over_the_test_split_have_their_own_noise(trained):
+    options = ["--noconfig.eval.enable_sampling", "--config.eval.bpd_num_repeats=2"]
+    call("eval", trained, *TINY, *options, "--eval_folder=passes")
+    parts = [np.load(trained / f"passes/test_ckpt_4_bpd_{i}.npz")["bpd"] for i in range(4)]
+    first, second = np.concatenate(parts[:2]), np.concatenate(parts[2:])
+    assert len(first) == len(second) == 180
+    assert not np.isin(first, second).any()
+    report = np.load(trained / "passes/report_4.npz")
+    assert report["bpd"] == pytest.approx((first + second).mean() / 2)
+
+
 def test_the_published_name_of_the_split_still_works(trained):
     options = ["--noconfig.eval.enable_sampling", "--noconfig.eval.enable_bpd"]
     options += ["--config.eval.bpd_dataset=train", "--eval_folder=train_split"]
@@ -298,6 +323,7 @@ def test_evaluation_without_checkpoints_says_where_it_looked(tmp_path):
     "override, pattern",
     [
         ("--config.eval.begin_ckpt=9", "eval.begin_ckpt=9 lies after eval.end_ckpt=4"),
+        ("--config.eval.rescale_norms=(3.0,)", "eval.rescale_norms must be two rising norms"),
         ("--config.eval.features=pixel", "eval.features='pixel'; known: .*pixels"),
     ],
 )

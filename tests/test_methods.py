@@ -215,6 +215,7 @@ def test_prior_norms_are_clipped(poisson):
     assert norm.min() >= 1 - 1e-5
     assert norm.max() <= poisson.upper_norm * (1 + 1e-5)
     assert (norm > poisson.upper_norm * 0.99).any()  # some were beyond it
+    assert poisson.prior_norms(3072)[1] == poisson.upper_norm
 
 
 # --- the interface --------------------------------------------------------------------------------

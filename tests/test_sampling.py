@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from known_laws import SDES, VE, VP, gaussian_network
 from scipy import integrate, stats
 
@@ -27,6 +29,7 @@ from sampling import (
     predictor_corrector,
     rk45,
     solve_ode,
+    spherical_interpolation,
     uniform_levels,
 )
 
@@ -229,6 +232,29 @@ def test_levels_go_from_prior_to_data(poisson, name):
     torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(9), rtol=1e-9, atol=0)
     t = method.time(uniform_levels(method, 9, 7.0))
     torch.testing.assert_close(t.diff(), t.diff().mean().expand(9), rtol=1e-9, atol=0)
+
+
+@given(
+    angle=st.floats(0, 3.1),
+    lengths=st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
+    share=st.floats(0, 1),
+)
+def test_interpolation_turns_by_its_share_of_the_angle(angle, lengths, share):
+    """In the plane of two vectors; between equal lengths the length is kept."""
+    start = lengths[0] * torch.tensor([1.0, 0.0], dtype=torch.float64)
+    unit = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+    shares = torch.tensor([0.0, share, 1.0], dtype=torch.float64)
+
+    def interpolate(end):
+        ends = (v.view(1, 2, 1, 1) for v in (start, end))
+        return spherical_interpolation(*ends, shares).view(3, 2)
+
+    points = interpolate(lengths[1] * unit)
+    torch.testing.assert_close(points[0], start, atol=1e-9, rtol=0)
+    torch.testing.assert_close(points[2], lengths[1] * unit, atol=1e-6, rtol=0)
+    x, y = interpolate(lengths[0] * unit)[1].tolist()
+    assert math.hypot(x, y) == pytest.approx(lengths[0], rel=1e-6)
+    assert math.atan2(y, x) == pytest.approx(share * angle, abs=1e-6)
 
 
 def end_of_gaussian_flow(sde, x, mean, std):

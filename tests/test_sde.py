@@ -211,6 +211,14 @@ def test_prior_density_is_normalised_and_normal(name, dim):
 
 
 @pytest.mark.parametrize("name", SDES)
+def test_rescaling_ends_at_the_norm_of_prior_samples(name):
+    x = SDES[name].prior_sampling((100, 3, 32, 32), torch.Generator().manual_seed(0))
+    low, high = SDES[name].prior_norms(3072)
+    assert x.flatten(1).norm(dim=1).mean().item() == pytest.approx(high, rel=0.01)
+    assert low < high
+
+
+@pytest.mark.parametrize("name", SDES)
 def test_prior_is_where_the_sde_ends(name):
     one = torch.ones(1, dtype=torch.float64)
     assert SDES[name].noise(one).item() == pytest.approx(SDES[name].prior_std, rel=1e-4)
