@@ -109,12 +109,11 @@ def _section(title: str, content: str) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant digits, or all of a whole number."""
+    """All digits of a whole number, and four significant ones of any other."""
     value = float(value)
     if not math.isfinite(value):
         return "–"
-    text = f"{value:,.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4g}"
-    return text.replace("-", "−")
+    return (f"{value:,.0f}" if value.is_integer() else f"{value:#.4g}").replace("-", "−")
 
 
 def _label(metric: Metric, report: Report) -> str:
@@ -410,7 +409,7 @@ h3 small{font-weight:400}
 dl{margin:0}dd,dt{margin:0}
 .facts{display:flex;flex-wrap:wrap;gap:.5rem 2rem;font-size:.85rem}
 .facts dt{color:var(--soft);font-size:.74rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(184px,1fr));gap:12px;margin-top:2rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(224px,1fr));gap:12px;margin-top:2rem}
 .card{background:var(--panel);border:1px solid var(--rule);border-radius:8px;padding:14px 16px}
 .card p{margin:.15rem 0 .1rem;font-size:1.7rem;line-height:1.25;font-variant-numeric:lining-nums}
 .card p small{font-size:.9rem;color:var(--soft)}
@@ -426,9 +425,8 @@ td.best{font-weight:700}
 tr.shown td:first-child::after{content:" ◂ below";color:var(--soft);font-size:.78em}
 .trends{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:24px;
 margin-top:1.8rem}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));
-gap:36px 32px;align-items:start}
-figure{margin:0;min-width:0}
+.figures{columns:440px 2;column-gap:32px}
+figure{margin:0 0 34px;break-inside:avoid}
 figure img{display:block;width:100%;height:auto;border-radius:4px;image-rendering:pixelated}
 figcaption{margin-top:.6rem;font-size:.9rem;line-height:1.45;color:var(--soft)}
 figcaption b{color:var(--ink);font-weight:600}

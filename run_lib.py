@@ -431,14 +431,15 @@ def _draw_nearest(judge, rounds: list[dict], features, path: Path, device: torch
     against all the other ones.
     """
     reference, number = judge.reference, min(PAIRS, len(features))
-    distances, rows = evaluation.nearest(features, reference.features, 1, device)
+    distances, found = evaluation.nearest(features, reference.features, 1, device)
     some = reference.features[:DISTANCES_KEPT]
     among_data = evaluation.nearest(some, reference.features, 2, device)[0][:, 1]
     strips = []
     for shown in (distances[:, 0].argsort()[:number], np.arange(number)):
-        index = torch.from_numpy(reference.index[rows[shown, 0]])
-        strips += [_samples_at(rounds, shown), _nhwc(judge.data[index])]
-    _save_grid(path, np.concatenate(strips), columns=number)
+        index = torch.from_numpy(reference.index[found[shown, 0]])
+        pairs = np.concatenate([_samples_at(rounds, shown), _nhwc(judge.data[index])])
+        strips.append(evaluation.image_grid(pairs, columns=number))
+    _save_png(path, np.concatenate(strips))
     return {"nearest": np.median(distances), "nearest_data": np.median(among_data)}
 
 
