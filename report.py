@@ -258,15 +258,14 @@ class Axis(NamedTuple):
         """A few round numbers from `low` to `high`."""
         if self.logarithmic:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1,) if len(decades) > 3 else (1, 2, 5)
+            steps = (1, 2, 5) if self.high < 100 * self.low else (1,)
             marks = [step * 10.0**decade for decade in decades for step in steps]
-        else:
-            rough = (self.high - self.low) / 4
-            unit = 10.0 ** math.floor(math.log10(rough))
-            step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough)
-            first = math.ceil(self.low / step - 1e-9)
-            marks = [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
-        return [m for m in marks if self.low * (1 - 1e-9) <= m <= self.high * (1 + 1e-9) or m == 0]
+            return [m for m in marks if self.low <= m * (1 + 1e-9) and m <= self.high * (1 + 1e-9)]
+        rough = (self.high - self.low) / 4
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough)
+        first = math.ceil(self.low / step - 1e-9)
+        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
 def _axis(values: Sequence[float], start: float, end: float, logarithmic: bool = False) -> Axis:
