@@ -6,6 +6,7 @@ The metrics are functions of these, computed in float64.
 
 import hashlib
 import importlib.util
+import logging
 import math
 import os
 import tempfile
@@ -20,11 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import datasets
+from checkpoints import atomic_write
+
+log = logging.getLogger(__name__)
+
 Images = NDArray[np.uint8]  # (n, H, W, C)
 Extractor = Callable[[Images], tuple[NDArray, NDArray | None]]
 
 EXTRACTED_AT_ONCE = 100  # images that a feature network sees at a time
 WIDEST = 12_288  # features whose covariance is still worth computing: 1.1 GiB, 64 x 64 x 3 pixels
+FEATURES_KEPT = 50_000  # of the data's images, for what needs more than their moments
 KERNEL_BLOCK = 1024  # largest block of the kernel distance, tensorflow-gan's
 NEIGHBOURS = 3  # k of precision and recall, the paper's
 CHUNK_NUMBERS = 2**25  # entries of a distance matrix that are in memory at a time: 256 MiB
@@ -496,6 +503,118 @@ def get_features(config, device: torch.device) -> FeatureSpace:
             "'torchscript'"
         )
     return FeatureSpace(name, width, extract, metrics)
+
+
+# --- statistics of data sets ----------------------------------------------------------------------
+
+
+@dataclass
+class Judge:
+    """What samples are compared with, and in which space.
+
+    `data` is the training split, and `path` where its statistics are kept; both are None where
+    published statistics stand for it. `reference` is None until the data are measured.
+    """
+
+    space: FeatureSpace
+    reference: Reference | None
+    data: Tensor | None = None
+    path: Path | None = None
+
+    @classmethod
+    def build(cls, config, device: torch.device) -> "Judge":
+        """Raises ValueError, in one line, for what cannot be loaded or does not fit."""
+        space, folder = get_features(config, device), Path(config.eval.stats_dir)
+        needed, number = space.width + 1, config.eval.num_samples
+        if number < needed:
+            log.warning(
+                f"eval.num_samples={number} is too few for a covariance of {space.width} features, "
+                f"which needs {needed}: the Frechet distance is biased, and not one to quote"
+            )
+        size, name = config.data.image_size, data_name(config)
+        for published in (folder / f"{name}_{size}_stats.npz", folder / f"{name}_stats.npz"):
+            if published.exists():
+                log.info(f"statistics of the data: {published}, which names no training images")
+                return cls(space, _read_statistics(published, space))
+        data = datasets.get_dataset(config, "train")
+        shape = f"{size}x{size}x{config.data.num_channels}"
+        path = folder / f"{name}_train_{shape}_{space.name}_{fingerprint(data)}.npz"
+        reference = _read_statistics(path, space) if path.exists() else None
+        return cls(space, reference, data, path)
+
+    def measure(self, progress: Callable[[int], object]) -> None:
+        """Computes the statistics of the data and keeps them; `progress` hears of image counts."""
+
+        def blocks() -> Iterator[NDArray]:
+            for start in range(0, len(self.data), EXTRACTED_AT_ONCE):
+                images = self.data[start : start + EXTRACTED_AT_ONCE]
+                yield self.space(images.permute(0, 2, 3, 1).cpu().numpy())[0]
+                progress(len(images))
+
+        count = len(self.data)
+        self.reference = found = Reference.measure(blocks(), count, FEATURES_KEPT)
+        gaussian = {"mu": found.gaussian.mean, "sigma": found.gaussian.covariance}
+        # evaluations of two workdirs may measure the same data at the same time
+        own = self.path.with_suffix(f".{os.getpid()}.npz")
+        with atomic_write(own) as file:
+            kept = {"pool_3": found.features, "index": found.index, "count": count}
+            np.savez_compressed(file, **gaussian, **kept)
+        own.replace(self.path)
+        log.info(f"statistics of the data: {self.path}")
+
+
+def data_name(config) -> str:
+    """Of files: the data set, with its category where it has several."""
+    category = config.data.get("category")
+    return config.data.dataset.lower() + (f"_{category}" if category else "")
+
+
+def fingerprint(data) -> str:
+    """Eight hexadecimal digits of a data set: of its length and 64 of its images."""
+    digest = hashlib.sha256(str(len(data)).encode())
+    for i in np.linspace(0, len(data) - 1, 64).astype(int):
+        digest.update(data[int(i) : int(i) + 1].cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def read_arrays(path: Path) -> dict[str, NDArray]:
+    """The arrays of the .npz file at `path`.
+
+    Raises:
+        FileNotFoundError, PermissionError: it cannot be read.
+        ValueError: it is no such file, or damaged.
+    """
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged file fails in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not an array file of this program: {reason:.200}") from error
+
+
+def _read_statistics(path: Path, space: FeatureSpace) -> Reference:
+    """From `mu` and `sigma`, or `pool_3`, features; ValueError where they do not fit."""
+    found = read_arrays(path)
+    features = found.get("pool_3")
+    if not {"mu", "sigma"} <= found.keys() and features is None:
+        raise ValueError(f"{path} holds no statistics: neither mu and sigma nor pool_3")
+    width = (*found.get("mu", features).shape, 0)[-2]
+    if width != space.width:
+        raise ValueError(
+            f"{path} holds statistics of {width} features, but eval.features={space.name!r} has "
+            f"{space.width}: name another folder in eval.stats_dir, or the network they are of"
+        )
+    shapes = {"mu": (width,), "sigma": (width, width)}
+    if any(name in found and found[name].shape != shape for name, shape in shapes.items()):
+        raise ValueError(f"{path}: mu and sigma are not a mean and a covariance of one width")
+    if {"mu", "sigma"} <= found.keys():
+        gaussian = Gaussian(np.float64(found["mu"]), np.float64(found["sigma"]))
+    else:
+        gaussian = Gaussian.fit(features)
+    complete = features is not None and len(features) == found.get("count", len(features))
+    return Reference(gaussian, features, found.get("index"), complete)
 
 
 # --- pictures and tables --------------------------------------------------------------------------

@@ -37,7 +37,6 @@ SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
 STRIPS = (8, 10)  # rows and columns of the pictures of interpolation and rescaling
 PAIRS = 10  # samples in a row of the picture of nearest training images
-FEATURES_KEPT = 50_000  # of the data's images, for what needs more than their moments
 DISTANCES_KEPT = 5_000  # training images whose own nearest neighbours are looked for
 PAGE_PIXELS = 1400  # side of the largest picture in report.html
 
@@ -205,10 +204,11 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
     if config.eval.enable_loss or config.eval.enable_bpd:
         data = datasets.get_dataset(config, config.eval.dataset)
     if config.eval.enable_sampling:
-        judge = Judge.build(config, run.device)
+        judge = evaluation.Judge.build(config, run.device)
     with _open_workdir(workdir):
-        if config.eval.enable_sampling:
-            judge.prepare(config)
+        if config.eval.enable_sampling and judge.reference is None:
+            with _progress(total=len(judge.data), desc="data", unit="image") as progress:
+                judge.measure(progress.update)
         for k, path in checkpoints.items():
             _restore(run.state.load_network, path)
             log.info(f"evaluating {path} on {run.device}")
@@ -258,7 +258,7 @@ def _once(path: Path, origin: dict, compute: Callable[[], dict]) -> dict:
     """The arrays that `compute` gives, from `path` where they are there and of this `origin`."""
     words = json.dumps(origin, sort_keys=True, default=str)
     try:
-        found = _load_npz(path)
+        found = evaluation.read_arrays(path)
     except FileNotFoundError:
         found = {}
     except ValueError as error:
@@ -270,6 +270,12 @@ def _once(path: Path, origin: dict, compute: Callable[[], dict]) -> dict:
         found |= {"seconds": time.perf_counter() - start, "origin": words}
         _save_npz(path, **found)
     return found
+
+
+def _remove_others(found: Iterable[Path], wanted: list[Path]) -> None:
+    """Removes what an earlier evaluation with other numbers left, which would mix with this one."""
+    for path in set(found) - set(wanted):
+        path.unlink(missing_ok=True)
 
 
 def _evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: dict) -> dict:
@@ -288,7 +294,7 @@ def _evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: 
 
     sizes = {"batch": config.training.batch_size, "at once": config.eval.batch_size}
     training = config.training.to_dict()
-    origin = origin | {"data": _fingerprint(data), "sizes": sizes, "training": training}
+    origin = origin | {"data": evaluation.fingerprint(data), "sizes": sizes, "training": training}
     return {"loss": _once(folder / f"ckpt_{k}_loss.npz", origin, compute)["loss"]}
 
 
@@ -301,7 +307,7 @@ def _evaluate_bpd(config, run: Experiment, data, folder: Path, k: int, origin: d
     bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
     split, size = config.eval.dataset, config.eval.batch_size
     passes = config.eval.bpd_num_repeats if split == "test" else 1
-    origin = origin | {"data": _fingerprint(data), "divergence": config.eval.divergence}
+    origin = origin | {"data": evaluation.fingerprint(data), "divergence": config.eval.divergence}
 
     def compute(i: int, start: int) -> dict:
         generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
@@ -341,7 +347,9 @@ def _encoding_error(config, run: Experiment, latents: Tensor, images: Tensor) ->
     return (back - images).square().mean().sqrt().item()
 
 
-def _evaluate_samples(config, run: Experiment, judge, folder: Path, k: int, origin: dict) -> dict:
+def _evaluate_samples(
+    config, run: Experiment, judge: evaluation.Judge, folder: Path, k: int, origin: dict
+) -> dict:
     """Draws `eval.num_samples` samples and compares their features with those of the data."""
     wanted = config.eval.num_samples
     rounds = _draw_rounds(config, run, judge.space, folder / f"ckpt_{k}", origin)
@@ -423,7 +431,9 @@ def _samples_at(rounds: list[dict], rows: Iterable[int]) -> evaluation.Images:
     return np.stack(images)
 
 
-def _draw_nearest(judge, rounds: list[dict], features, path: Path, device: torch.device) -> dict:
+def _draw_nearest(
+    judge: evaluation.Judge, rounds: list[dict], features: np.ndarray, path: Path, device
+) -> dict:
     """Looks for copies: how far samples are from the training images nearest to them.
 
     The picture has samples with their nearest training images below: first those samples that are
@@ -441,105 +451,6 @@ def _draw_nearest(judge, rounds: list[dict], features, path: Path, device: torch
         strips.append(evaluation.image_grid(pairs, columns=number))
     _save_png(path, np.concatenate(strips))
     return {"nearest": np.median(distances), "nearest_data": np.median(among_data)}
-
-
-@dataclass
-class Judge:
-    """What samples are compared with, and in which space."""
-
-    space: evaluation.FeatureSpace
-    reference: evaluation.Reference | None
-    data: Tensor | None  # the training split, unless published statistics stand for it
-
-    @classmethod
-    def build(cls, config, device: torch.device) -> "Judge":
-        """Raises ValueError, in one line, for what cannot be loaded or does not fit."""
-        space = evaluation.get_features(config, device)
-        reference = _published_statistics(config, space)
-        return cls(space, reference, None if reference else datasets.get_dataset(config, "train"))
-
-    def prepare(self, config) -> None:
-        """Measures the data where that was not done before."""
-        if self.reference is None:
-            self.reference = _data_statistics(config, self.space, self.data)
-        needed = self.space.width + 1
-        if config.eval.num_samples < needed:
-            log.warning(
-                f"eval.num_samples={config.eval.num_samples} is too few for a covariance of "
-                f"{self.space.width} features, which needs {needed}: the Frechet distance is biased"
-            )
-
-
-def _published_statistics(config, space) -> evaluation.Reference | None:
-    """Those of the training data, where a published file of them is in `eval.stats_dir`."""
-    size = config.data.image_size
-    for stem in (f"{_data_name(config)}_{size}_stats", f"{_data_name(config)}_stats"):
-        path = Path(config.eval.stats_dir) / f"{stem}.npz"
-        if path.exists():
-            log.info(f"statistics of the data: {path}")
-            return _read_statistics(path, space)
-    return None
-
-
-def _data_statistics(config, space, data) -> evaluation.Reference:
-    """Those of the training split, measured once and kept in `eval.stats_dir`.
-
-    Besides the moments these are the features of `FEATURES_KEPT` images at most, chosen at random.
-    """
-    size, channels = config.data.image_size, config.data.num_channels
-    name = f"{_data_name(config)}_train_{size}x{size}x{channels}_{space.name}_{_fingerprint(data)}"
-    path = Path(config.eval.stats_dir) / f"{name}.npz"
-    if path.exists():
-        return _read_statistics(path, space)
-    with _progress(total=len(data), desc="features of the data", unit="image") as progress:
-
-        def blocks() -> Iterator[np.ndarray]:
-            for images in _in_order(data, evaluation.EXTRACTED_AT_ONCE):
-                yield space(_nhwc(images))[0]
-                progress.update(len(images))
-
-        found = evaluation.Reference.measure(blocks(), len(data), FEATURES_KEPT)
-    gaussian = {"mu": found.gaussian.mean, "sigma": found.gaussian.covariance}
-    _save_npz(path, **gaussian, pool_3=found.features, index=found.index, count=len(data))
-    log.info(f"statistics of the data: {path}")
-    return found
-
-
-def _read_statistics(path: Path, space) -> evaluation.Reference:
-    """From `mu` and `sigma`, or `pool_3`, features; ValueError where they do not fit."""
-    found = _load_npz(path)
-    features, index = found.get("pool_3"), found.get("index")
-    if not {"mu", "sigma"} <= found.keys() and features is None:
-        raise ValueError(f"{path} holds no statistics: neither mu and sigma nor pool_3")
-    width = np.shape(found.get("mu", features))[-1]
-    if width != space.width:
-        raise ValueError(
-            f"{path} holds statistics of {width} features, but eval.features={space.name!r} has "
-            f"{space.width}: name another folder in eval.stats_dir, or the network they are of"
-        )
-    shapes = {"mu": (width,), "sigma": (width, width)}
-    if any(name in found and found[name].shape != shape for name, shape in shapes.items()):
-        raise ValueError(f"{path}: mu and sigma are not a mean and a covariance of one width")
-    if "mu" in found:
-        gaussian = evaluation.Gaussian(np.float64(found["mu"]), np.float64(found["sigma"]))
-    else:
-        gaussian = evaluation.Gaussian.fit(features)
-    complete = features is not None and len(features) == found.get("count", len(features))
-    return evaluation.Reference(gaussian, features, index, complete)
-
-
-def _data_name(config) -> str:
-    """Of files: the data set, with its category where it has several."""
-    category = config.data.get("category")
-    return config.data.dataset.lower() + (f"_{category}" if category else "")
-
-
-def _fingerprint(data) -> str:
-    """Eight hexadecimal digits of a data set: of its length and 64 of its images."""
-    digest = hashlib.sha256(str(len(data)).encode())
-    for i in np.linspace(0, len(data) - 1, 64).astype(int):
-        digest.update(data[int(i) : int(i) + 1].contiguous().cpu().numpy())
-    return digest.hexdigest()[:8]
 
 
 def _draw_images(config, run: Experiment, folder: Path, k: int) -> None:
@@ -639,7 +550,10 @@ PICTURES = {
 
 def _save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> None:
     """report.html: the numbers of all checkpoints in the folder, the pictures of number k."""
-    reports = {int(p.stem.rpartition("_")[2]): _load_npz(p) for p in folder.glob("report_*.npz")}
+    reports = {
+        int(p.stem.rpartition("_")[2]): evaluation.read_arrays(p)
+        for p in folder.glob("report_*.npz")
+    }
     pictures = [
         Picture(title, caption, _page_png(path))
         for name, (title, caption) in PICTURES.items()
@@ -647,11 +561,12 @@ def _save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> 
     ]
     scalars = _scalars(workdir / "tensorboard")
     data, parameters = config.data, sum(p.numel() for p in run.state.parameters)
+    name = evaluation.data_name(config)
     channels = "grey" if data.num_channels == 1 else "colour"
     facts = {
         "method": type(run.method).__name__,
         "network": f"{config.model.name}, {parameters:,} parameters",
-        "data": f"{_data_name(config)}, {data.image_size} × {data.image_size}, {channels}",
+        "data": f"{name}, {data.image_size} × {data.image_size}, {channels}",
         "checkpoint": f"step {run.state.step:,}, averaged weights",
         "sampler": f"{config.sampling.method}, {config.sampling.get('ode_solver', '')}",
         "evaluated": time.strftime("%Y-%m-%d"),
@@ -676,6 +591,37 @@ def _page_png(path: Path) -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
+
+
+def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]} of TensorBoard's files, as far as they are whole."""
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in sorted(folder.glob("events.out.tfevents.*")):  # names begin with the time
+        try:
+            for event in map(Event.FromString, _records(path)):
+                if event.session_log.status == SessionLog.START:  # a run resumed before this step
+                    for tag, points in curves.items():
+                        curves[tag] = {s: v for s, v in points.items() if s < event.step}
+                for value in event.summary.value:
+                    if value.HasField("simple_value"):
+                        curves[value.tag][event.step] = value.simple_value
+        except DecodeError:
+            log.warning(f"{path} is damaged; the loss curve lacks what follows in it")
+    return {tag: sorted(points.items()) for tag, points in curves.items()}
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """The records of a TFRecord file: length, its checksum, data, their checksum."""
+    with open(path, "rb") as file:
+        while len(head := file.read(12)) == 12:
+            length = int.from_bytes(head[:8], "little")
+            record = file.read(length) if length <= path.stat().st_size else b""
+            if len(file.read(4)) < 4:  # cut short by a kill
+                return
+            yield record
 
 
 # --- the workdir ----------------------------------------------------------------------------------
@@ -718,12 +664,6 @@ def _checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
     return found
 
 
-def _remove_others(found: Iterable[Path], wanted: list[Path]) -> None:
-    """Removes what an earlier evaluation with other numbers left, which would mix with this one."""
-    for path in set(found) - set(wanted):
-        path.unlink(missing_ok=True)
-
-
 def _restore(load: Callable[[dict], None], path: Path) -> None:
     loaded = load_checkpoint(path)
     try:
@@ -763,49 +703,6 @@ def _summary_writer(workdir: Path, step: int):
 
     with SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) as board:
         yield board
-
-
-def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """{tag: [(step, value)]} of TensorBoard's files, as far as they are whole."""
-    from google.protobuf.message import DecodeError
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-    curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for path in sorted(folder.glob("events.out.tfevents.*")):  # names begin with the time
-        try:
-            for event in map(Event.FromString, _records(path)):
-                if event.session_log.status == SessionLog.START:  # a run resumed before this step
-                    for tag, points in curves.items():
-                        curves[tag] = {s: v for s, v in points.items() if s < event.step}
-                for value in event.summary.value:
-                    if value.HasField("simple_value"):
-                        curves[value.tag][event.step] = value.simple_value
-        except DecodeError:
-            log.warning(f"{path} is damaged; the loss curve lacks what follows in it")
-    return {tag: sorted(points.items()) for tag, points in curves.items()}
-
-
-def _records(path: Path) -> Iterator[bytes]:
-    """The records of a TFRecord file: length, its checksum, data, their checksum."""
-    with open(path, "rb") as file:
-        while len(head := file.read(12)) == 12:
-            length = int.from_bytes(head[:8], "little")
-            record = file.read(length) if length <= path.stat().st_size else b""
-            if len(file.read(4)) < 4:  # cut short by a kill
-                return
-            yield record
-
-
-def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays at `path`; FileNotFoundError, or ValueError where it is not a whole .npz file."""
-    try:
-        with np.load(path) as file:
-            return {name: file[name] for name in file.files}
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # a damaged file fails in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not an array file of this program: {reason:.200}") from error
 
 
 def _save_npz(path: Path, **arrays) -> None:
