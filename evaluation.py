@@ -600,7 +600,7 @@ def _read_statistics(path: Path, space: FeatureSpace) -> Reference:
     features = found.get("pool_3")
     if not {"mu", "sigma"} <= found.keys() and features is None:
         raise ValueError(f"{path} holds no statistics: neither mu and sigma nor pool_3")
-    width = (*found.get("mu", features).shape, 0)[-2]
+    width = np.atleast_1d(found.get("mu", features)).shape[-1]
     if width != space.width:
         raise ValueError(
             f"{path} holds statistics of {width} features, but eval.features={space.name!r} has "

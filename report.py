@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Points = Sequence[tuple[float, float]]
 Report = Mapping[str, float | str | NDArray]
 
-WIDTH, HEIGHT = 640, 300  # of a large plot, in its own units
+WIDTH, HEIGHT = 520, 260  # of a large plot, in its own units
 SMALL = (300, 190)
 MARGIN = (58, 14, 14, 36)  # left, right, top, bottom: where the axes' numbers are
 MOST_POINTS = 400  # of a curve; more are averaged
@@ -157,56 +157,49 @@ def _cards(report: Report) -> str:
 def _table(reports: Mapping[int, Report], shown: int) -> str:
     """A row for each checkpoint; the best of several in bold."""
     metrics = [m for m in METRICS if any(m.key in r for r in reports.values())]
-    best = {}
-    for m in metrics:
-        values = {k: float(r[m.key]) for k, r in reports.items() if m.key in r}
-        values = {k: v for k, v in values.items() if math.isfinite(v)}
-        if len(values) > 1:
-            best[m.key] = max(values, key=lambda k: m.better * values[k])
-    head = "".join(
-        f"<th>{escape(_label(m, reports[shown]))} {'↓' if m.better < 0 else '↑'}</th>"
-        for m in metrics
-    )
+    best = {m.key: _best(reports, m) for m in metrics}
+    names = [f"{_label(m, reports[shown])} {'↓' if m.better < 0 else '↑'}" for m in metrics]
+    head = "".join(f"<th>{escape(n)}</th>" for n in ("checkpoint", "step", "samples", *names))
     rows = []
     for k, report in reports.items():
-        cells = [
-            f"<td>{number(report[m.key])}</td>" if m.key in report else "<td></td>" for m in metrics
-        ]
-        cells = [
-            c.replace("<td>", "<td class=best>") if best.get(m.key) == k else c
-            for c, m in zip(cells, metrics, strict=True)
-        ]
         mark = " class=shown" if k == shown and len(reports) > 1 else ""
-        rows.append(f"<tr{mark}><td>{k}</td><td>{number(report['step'])}</td>{''.join(cells)}</tr>")
+        cells = [f"<td>{k}</td>"]
+        for key in ("step", "num_samples", *(m.key for m in metrics)):
+            value = number(report[key]) if key in report else ""
+            cells.append(f"<td{' class=best' if best.get(key) == k else ''}>{value}</td>")
+        rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
     return (
-        f"<div class=wide><table><thead><tr><th>checkpoint</th><th>step</th>{head}</tr></thead>"
+        f"<div class=wide><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
+def _best(reports: Mapping[int, Report], metric: Metric) -> int | None:
+    """The checkpoint with the best value, if several have one."""
+    values = {k: float(r[metric.key]) for k, r in reports.items() if metric.key in r}
+    values = {k: metric.better * v for k, v in values.items() if math.isfinite(v)}
+    return max(values, key=values.get) if len(values) > 1 else None
+
+
 def _cost(report: Report) -> str:
+    """Images, evaluations of the network and seconds of what was drawn and measured."""
     rows = []
     if "num_samples" in report:
-        count, seconds = float(report["num_samples"]), float(report["sampling_seconds"])
-        rows.append(("samples", count, report["nfe"], seconds))
+        drawn = report["num_samples"] + report["nonfinite"]
+        rows.append(("samples", drawn, report["nfe"], report["sampling_seconds"]))
     if "bpd_images" in report:
-        evaluations = report["bpd_nfe"]
-        rows.append(("likelihoods", len(report["bpd_images"]), evaluations, report["bpd_seconds"]))
-    cells = "".join(
-        f"<tr><td>{what}</td>"
-        + "".join(f"<td>{number(round(float(v), 1))}</td>" for v in values)
-        + "</tr>"
-        for what, *values in rows
-    )
-    table = (
-        "<div class=wide><table><thead><tr><th></th><th>images</th><th>network evaluations</th>"
-        f"<th>seconds</th></tr></thead><tbody>{cells}</tbody></table></div>"
-        if rows
-        else ""
-    )
+        images = len(report["bpd_images"])
+        rows.append(("likelihoods", images, report["bpd_nfe"], report["bpd_seconds"]))
+    lines = []
+    for what, *values in rows:
+        cells = "".join(f"<td>{number(round(float(v), 1))}</td>" for v in values)
+        lines.append(f"<tr><td>{what}</td>{cells}</tr>")
+    head = "<tr><th></th><th>images</th><th>network evaluations</th><th>seconds</th></tr>"
+    table = f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>" if rows else ""
+    seconds = number(round(float(report["seconds"]), 1))
     return (
-        f"{table}<p class=note>{number(round(float(report['seconds']), 1))} seconds for the whole \
-evaluation of this checkpoint, as far as it was not on disk from an earlier start.</p>"
+        f"<div class=wide>{table}</div><p class=note>{seconds} seconds for this checkpoint since "
+        "the last start; what an earlier one left on disk is not in them.</p>"
     )
 
 
@@ -261,7 +254,7 @@ class Axis(NamedTuple):
             steps = (1, 2, 5) if self.high < 100 * self.low else (1,)
             marks = [step * 10.0**decade for decade in decades for step in steps]
             return [m for m in marks if self.low <= m * (1 + 1e-9) and m <= self.high * (1 + 1e-9)]
-        rough = (self.high - self.low) / 4
+        rough = (self.high - self.low) / 5
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough)
         first = math.ceil(self.low / step - 1e-9)
