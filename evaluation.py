@@ -224,6 +224,13 @@ class Reference:
     index: NDArray | None = None
     complete: bool = False
 
+    def names_images_of(self, data) -> bool:
+        """Whether `index` says for all of `features` which image of `data` they are of."""
+        if self.features is None or self.index is None or self.index.dtype.kind != "i":
+            return False
+        within = (self.index >= 0) & (self.index < len(data))
+        return self.index.shape == self.features.shape[:1] and bool(within.all())
+
     @classmethod
     def measure(cls, blocks: Iterable[NDArray], count: int, keep: int) -> "Reference":
         """From features of `count` images that come in blocks (n_i, K), `keep` of them kept."""
@@ -334,9 +341,8 @@ def torchscript(path: str, device: torch.device) -> tuple[str, Extractor, Metric
     try:
         module = torch.jit.load(path, map_location=device).eval()
         arguments = {argument.name for argument in module.forward.schema.arguments}
-    except (RuntimeError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path} is not a TorchScript module: {reason:.200}") from error
+    except Exception as error:  # a damaged file fails in any way
+        raise ValueError(f"{path} is not a TorchScript module: {_line(error)}") from error
 
     def call(x: Tensor) -> tuple[Tensor, Tensor | None]:
         if not arguments >= {"return_features", "no_output_bias"}:
@@ -374,14 +380,17 @@ def inception(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]
             "Python 3.11 only; eval.features='torchscript' does without"
         )
     source = _find_saved_model(path)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
     import tensorflow_hub
 
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)  # the sampler needs the rest
-    folder = tensorflow_hub.resolve(source)
-    network = tensorflow_hub.load(folder)
+    try:
+        folder = tensorflow_hub.resolve(source)
+        network = tensorflow_hub.load(folder)
+    except Exception as error:  # TensorFlow's errors have no common type
+        raise ValueError(f"no network can be loaded from {source}: {_line(error)}") from error
     if not callable(network):
         raise ValueError(f"the SavedModel in {folder} cannot be called with images")
 
@@ -489,13 +498,12 @@ def get_features(config, device: torch.device) -> FeatureSpace:
     blank = np.zeros((2, data.image_size, data.image_size, data.num_channels), dtype=np.uint8)
     try:
         pool_3, _ = extract(blank)
+        width = pool_3.shape[1]
     except Exception as error:  # a stranger's network fails in any way
-        reason = " ".join(str(error).split())
         raise ValueError(
             f"eval.features={features!r}: the network at {config.eval.inception_path or name} does "
-            f"not take images of shape {blank.shape[1:]}: {reason:.200}"
+            f"not take images of shape {blank.shape[1:]}: {_line(error)}"
         ) from error
-    width = pool_3.shape[1]
     if width > WIDEST:
         raise ValueError(
             f"eval.features={features!r} gives {width:,} features of each image, a covariance of "
@@ -540,6 +548,8 @@ class Judge:
         shape = f"{size}x{size}x{config.data.num_channels}"
         path = folder / f"{name}_train_{shape}_{space.name}_{fingerprint(data)}.npz"
         reference = _read_statistics(path, space) if path.exists() else None
+        if reference and not reference.names_images_of(data):
+            raise ValueError(f"{path} does not say which images its features are of; delete it")
         return cls(space, reference, data, path)
 
     def measure(self, progress: Callable[[int], object]) -> None:
@@ -590,8 +600,12 @@ def read_arrays(path: Path) -> dict[str, NDArray]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a damaged file fails in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not an array file of this program: {reason:.200}") from error
+        raise ValueError(f"{path} is not an array file of this program: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """What `error` says, in one line of bounded length."""
+    return (" ".join(str(error).split()) or type(error).__name__)[-200:]
 
 
 def _read_statistics(path: Path, space: FeatureSpace) -> Reference:
@@ -609,6 +623,8 @@ def _read_statistics(path: Path, space: FeatureSpace) -> Reference:
     shapes = {"mu": (width,), "sigma": (width, width)}
     if any(name in found and found[name].shape != shape for name, shape in shapes.items()):
         raise ValueError(f"{path}: mu and sigma are not a mean and a covariance of one width")
+    if features is not None and (features.ndim != 2 or features.shape[1] != width):
+        raise ValueError(f"{path}: pool_3 are not features of {width} numbers each")
     if {"mu", "sigma"} <= found.keys():
         gaussian = Gaussian(np.float64(found["mu"]), np.float64(found["sigma"]))
     else:

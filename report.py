@@ -74,11 +74,11 @@ def render(
     """
     report = reports[shown]
     figures = [_figure(_image(p), p.title, p.caption) for p in pictures]
-    if curves:
+    if loss := _loss_plot(curves):
         caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
-        figures.append(_figure(_loss_plot(curves), "Loss", caption))
-    if "bpd_images" in report:
-        bits = np.asarray(report["bpd_images"])
+        figures.append(_figure(loss, "Loss", caption))
+    bits = np.asarray(report.get("bpd_images", ()))
+    if len(bits):
         caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
         figures.append(_figure(_histogram(bits, "bits/dim"), "Likelihood", caption))
     numbered = "".join(f.replace("<b>", f"<b>Figure {i}. ", 1) for i, f in enumerate(figures, 1))
@@ -410,10 +410,11 @@ dl{margin:0}dd,dt{margin:0}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums;
 border-top:2px solid var(--ink);border-bottom:2px solid var(--ink)}
-th,td{padding:.42rem .7rem;text-align:right;white-space:nowrap}
+th,td{padding:.42rem .7rem;text-align:right;}
+td{white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
 th{font-weight:600;border-bottom:1px solid var(--ink)}
-td.best{font-weight:700}
+th{vertical-align:bottom}td.best{font-weight:700}
 tr.shown td:first-child::after{content:" ◂ below";color:var(--soft);font-size:.78em}
 .trends{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:24px;
 margin-top:1.8rem}

@@ -257,19 +257,24 @@ def _origin(config, run: Experiment) -> dict:
 def _once(path: Path, origin: dict, compute: Callable[[], dict]) -> dict:
     """The arrays that `compute` gives, from `path` where they are there and of this `origin`."""
     words = json.dumps(origin, sort_keys=True, default=str)
-    try:
-        found = evaluation.read_arrays(path)
-    except FileNotFoundError:
-        found = {}
-    except ValueError as error:
-        log.warning(f"{error}; made again")
-        found = {}
+    found = _read_if_whole(path)
     if str(found.get("origin")) != words:
         start = time.perf_counter()
         found = compute()
         found |= {"seconds": time.perf_counter() - start, "origin": words}
         _save_npz(path, **found)
     return found
+
+
+def _read_if_whole(path: Path) -> dict:
+    """The arrays at `path`; none where it does not exist, or is damaged, of which the log tells."""
+    try:
+        return evaluation.read_arrays(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        log.warning(f"{error}; it is not used")
+        return {}
 
 
 def _remove_others(found: Iterable[Path], wanted: list[Path]) -> None:
@@ -550,10 +555,11 @@ PICTURES = {
 
 def _save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> None:
     """report.html: the numbers of all checkpoints in the folder, the pictures of number k."""
-    reports = {
-        int(p.stem.rpartition("_")[2]): evaluation.read_arrays(p)
-        for p in folder.glob("report_*.npz")
-    }
+    reports = {}
+    for path in folder.glob("report_*.npz"):
+        number = path.stem.removeprefix("report_")
+        if number.isdigit() and (found := _read_if_whole(path)):
+            reports[int(number)] = found
     pictures = [
         Picture(title, caption, _page_png(path))
         for name, (title, caption) in PICTURES.items()

@@ -88,7 +88,7 @@ def test_killed_at_every_write_it_ends_with_the_same_metrics(workdir, tmp_path, 
     written = stamps(workdir / "eval")
     shutil.rmtree(workdir / "eval")
     shutil.rmtree(config.eval.stats_dir)
-    write, deaths = run_lib.atomic_write, 0
+    write, deaths, modules = run_lib.atomic_write, 0, (run_lib, evaluation)
     while True:
         budget = iter([True])
 
@@ -97,10 +97,10 @@ def test_killed_at_every_write_it_ends_with_the_same_metrics(workdir, tmp_path, 
                 raise Killed
             return write(path)
 
-        monkeypatch.setattr(run_lib, "atomic_write", write_once)
+        # statistics, loss, 2 of likelihood, 3 + 3 of rounds; what follows is made again
+        for module in modules:
+            monkeypatch.setattr(module, "atomic_write", write if deaths == 10 else write_once)
         before = stamps(workdir / "eval")
-        if deaths > 8:  # statistics, loss, 2 of likelihood, 3 + 3 of rounds; the rest in one go
-            monkeypatch.setattr(run_lib, "atomic_write", write)
         try:
             report = evaluate(config, workdir)
             break
@@ -108,7 +108,7 @@ def test_killed_at_every_write_it_ends_with_the_same_metrics(workdir, tmp_path, 
             deaths += 1
             after = stamps(workdir / "eval")
             assert before.items() <= after.items()  # nothing was written again
-    assert deaths == 9
+    assert deaths == 10
     assert stamps(workdir / "eval").keys() == written.keys()
     assert_same_metrics(report, expected)
 
@@ -327,6 +327,7 @@ def test_published_statistics_are_read(published, workdir, tmp_path):
         ({"pool_3": np.ones((5, 2048))}, "statistics of 2048 features, but .*'pixels' has 64"),
         ({"mu": np.ones(64), "sigma": np.ones((64, 63))}, "not a mean and a covariance"),
         ({"images": np.ones(3)}, "holds no statistics: neither mu and sigma nor pool_3"),
+        ({"pool_3": np.ones(64)}, "features of 64 numbers each"),
         (b"text", "is not an array file"),
     ],
 )
@@ -351,10 +352,16 @@ def test_a_cached_file_of_another_kind_is_not_written_over(workdir, tmp_path):
     config = tiny(tmp_path, enable_bpd=False)
     evaluate(config, workdir)
     (path,) = (tmp_path / "stats").iterdir()
+    with np.load(path) as file:
+        content = {name: file[name] for name in file.files}
     path.write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not an array file"):
         evaluate(config, workdir)
     assert path.read_bytes() == b"something else"
+    for index in (content["index"][:-1], content["index"] + 1, content["index"] / 2):
+        np.savez(path, **content | {"index": index})
+        with pytest.raises(ValueError, match="does not say which images"):
+            evaluate(config, workdir)
 
 
 def test_few_samples_are_told_how_many_are_needed(workdir, tmp_path, caplog):

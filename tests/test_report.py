@@ -160,4 +160,5 @@ def test_a_single_checkpoint_has_no_curve_over_checkpoints():
     report = {"step": 10, "loss": 1.0, "seconds": 1.0}
     page = render("run", {}, {1: report}, 1, {"train": [(5, np.nan)]}, [], {})
     assert "<svg" not in page
+    assert "<figure" not in page
     assert "1" in page
