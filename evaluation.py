@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,7 +383,10 @@ def inception(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]
     source = _find_saved_model(path)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
-    import tensorflow_hub
+
+    tf.get_logger().setLevel("ERROR")  # tensorflow-gan is older than TensorFlow and calls what ages
+    with warnings.catch_warnings(action="ignore"):  # of what TF-Hub imports
+        import tensorflow_hub
 
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)  # the sampler needs the rest

@@ -34,7 +34,9 @@ class Metric(NamedTuple):
 
 METRICS = (
     Metric("fid", "Fréchet distance", -1, "of Gaussian fits to the features"),
-    Metric("kid", "Kernel distance", -1, "KID: unbiased squared MMD, cubic kernel"),
+    Metric(
+        "kid", "Kernel distance", -1, "KID: unbiased, so below zero by chance where it is small"
+    ),
     Metric("IS", "Inception Score", 1, "over all samples, without splits"),
     Metric("precision", "Precision", 1, "share of samples on the data's manifold"),
     Metric("recall", "Recall", 1, "share of the data on the samples' manifold"),
@@ -158,7 +160,7 @@ def _table(reports: Mapping[int, Report], shown: int) -> str:
     """A row for each checkpoint; the best of several in bold."""
     metrics = [m for m in METRICS if any(m.key in r for r in reports.values())]
     best = {m.key: _best(reports, m) for m in metrics}
-    names = [f"{_label(m, reports[shown])} {'↓' if m.better < 0 else '↑'}" for m in metrics]
+    names = [f"{_label(m, reports[shown])}\u00a0{'↓' if m.better < 0 else '↑'}" for m in metrics]
     head = "".join(f"<th>{escape(n)}</th>" for n in ("checkpoint", "step", "samples", *names))
     rows = []
     for k, report in reports.items():
@@ -418,6 +420,7 @@ th{vertical-align:bottom}td.best{font-weight:700}
 tr.shown td:first-child::after{content:" ◂ below";color:var(--soft);font-size:.78em}
 .trends{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:24px;
 margin-top:1.8rem}
+.trends svg{max-width:380px}
 .figures{columns:440px 2;column-gap:32px}
 figure{margin:0 0 34px;break-inside:avoid}
 figure img{display:block;width:100%;height:auto;border-radius:4px;image-rendering:pixelated}
