@@ -376,7 +376,8 @@ def _evaluate_samples(
     logits = np.concatenate(logits) if logits else None
     device = run.device if run.device.type == "cuda" else torch.device("cpu")  # for float64
     found |= evaluation.compare(features, logits, judge.reference, judge.space.metrics, device)
-    _save_grid(folder / f"ode_images_{k}.png", _samples_at(rounds, range(GRID_SAMPLES)))
+    first = np.arange(min(GRID_SAMPLES, len(features)))
+    _save_grid(folder / f"ode_images_{k}.png", _samples_at(rounds, first))
     if judge.data is not None:
         found |= _draw_nearest(judge, rounds, features, folder / f"nearest_{k}.png", device)
     return found
@@ -412,7 +413,8 @@ def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
         samples, nfe = run.sample(run.state.model, number, generator=generator)
     except FloatingPointError as error:
         log.warning(f"round {r}: none of its {number} samples counts: {error}")
-        samples, nfe = torch.empty(0, config.data.num_channels, *2 * (config.data.image_size,)), 0
+        size = config.data.image_size
+        samples, nfe = torch.empty(0, config.data.num_channels, size, size), 0
     finite = samples.flatten(1).isfinite().all(1)
     return {"samples": _to_uint8(samples[finite]), "nfe": nfe}
 
@@ -424,16 +426,15 @@ def _features(space: evaluation.FeatureSpace, images: evaluation.Images) -> dict
     return {"pool_3": pool_3} if logits is None else {"pool_3": pool_3, "logits": logits}
 
 
-def _samples_at(rounds: list[dict], rows: Iterable[int]) -> evaluation.Images:
-    """The samples number `rows`, as far as there are so many, from the files of the rounds."""
+def _samples_at(rounds: list[dict], rows: np.ndarray) -> evaluation.Images:
+    """The samples number `rows`, from the files of the rounds, each of which is read once."""
     ends = np.cumsum([len(part["pool_3"]) for part in rounds])
-    images = []
-    for row in rows:
-        if row < ends[-1]:
-            r = np.searchsorted(ends, row, side="right")
-            with np.load(rounds[r]["path"]) as file:
-                images.append(file["samples"][row - ends[r]])
-    return np.stack(images)
+    round_of = np.searchsorted(ends, rows, side="right")
+    images = {}
+    for r in np.unique(round_of):
+        samples = evaluation.read_arrays(rounds[r]["path"])["samples"]
+        images |= {row: samples[row - ends[r]] for row in rows[round_of == r]}
+    return np.stack([images[row] for row in rows])
 
 
 def _draw_nearest(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from test_evaluation import MeanColour, save_inception, save_torchscript
 from test_report import dumped
 
@@ -192,6 +193,35 @@ def test_a_damaged_round_is_drawn_again(damage, workdir, tmp_path, caplog):
     path.write_bytes(flipped if damage is None else damage)
     assert_same_metrics(evaluate(config, workdir), expected)
     assert f"{path} is not an array file" in caplog.text
+
+
+def test_samples_are_found_in_their_rounds(tmp_path):
+    rounds, every = [], np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1)
+    for r, samples in enumerate(np.split(every, [5, 5, 9])):  # a round without finite samples
+        np.savez(tmp_path / f"{r}.npz", samples=samples)
+        rounds.append({"path": tmp_path / f"{r}.npz", "pool_3": samples})
+    rows = np.array([11, 0, 4, 5, 4, 9, 8])
+    np.testing.assert_array_equal(run_lib._samples_at(rounds, rows), every[rows])
+
+
+def test_the_nearest_picture_shows_pairs(workdir, tmp_path):
+    """Below each sample, the training image that a search over all pixels finds."""
+    config = tiny(tmp_path, enable_bpd=False)
+    report = evaluate(config, workdir)
+    rounds = [np.load(workdir / f"eval/ckpt_4/samples_{r}.npz")["samples"] for r in range(3)]
+    samples = np.concatenate(rounds).reshape(230, 64) / 255.0
+    data = datasets.digits("train").flatten(1).numpy() / 255.0
+    distances = np.linalg.norm(samples[:, None] - data, axis=2)
+    assert report["nearest"] == pytest.approx(np.median(distances.min(1)), rel=1e-5)
+    picture = np.asarray(Image.open(workdir / "eval/nearest_4.png"))[..., 0]
+    cell = 6 * 8 + 2  # images enlarged 6 times, and a gap
+    lower = picture[2 * cell + 2 :]
+    for i in range(10):
+        left = 2 + i * cell
+        sample, below = (lower[top : top + 48 : 6, left : left + 48 : 6] for top in (2, 2 + cell))
+        np.testing.assert_array_equal(sample.ravel(), samples[i] * 255)
+        closest = np.linalg.norm(samples[i] - below.ravel() / 255.0)
+        assert closest == pytest.approx(distances[i].min())
 
 
 def test_checkpoints_are_evaluated_in_turn(workdir, tmp_path, caplog):
