@@ -1,13 +1,17 @@
 """Training and evaluation, read from top to bottom; the one place that knows the workdir."""
 
 import contextlib
-import itertools
+import hashlib
+import io
+import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +29,16 @@ import methods
 import models
 import sampling
 from checkpoints import atomic_write, load_checkpoint, save_checkpoint
+from report import Picture, render
 
 log = logging.getLogger(__name__)
 
 SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
 STRIPS = (8, 10)  # rows and columns of the pictures of interpolation and rescaling
+PAIRS = 10  # samples in a row of the picture of nearest training images
+DISTANCES_KEPT = 5_000  # training images whose own nearest neighbours are looked for
+PAGE_PIXELS = 1400  # side of the largest picture in report.html
 
 # Smallest and largest sensible value of what the parts below do not check themselves.
 RANGES = {
@@ -49,7 +57,7 @@ RANGES = {
     "model.dropout": (0, 1),
     "model.ema_rate": (0, 1),
     "eval.batch_size": (1, math.inf),
-    "eval.num_samples": (2, math.inf),
+    "eval.num_samples": (evaluation.NEIGHBOURS + 1, math.inf),
 }
 
 
@@ -185,32 +193,37 @@ def _save(state: losses.TrainState, path: Path) -> None:
 
 
 def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
-    """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with averaged weights."""
+    """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with averaged weights.
+
+    What an earlier evaluation left half done is gone on with: a part on disk counts where it came
+    from the same weights with the same settings.
+    """
     run = Experiment.build(config)
-    if config.eval.features not in evaluation.FEATURES and config.eval.enable_sampling:
-        raise ValueError(
-            f"unknown features eval.features={config.eval.features!r}; "
-            f"known: {', '.join(evaluation.FEATURES)}"
-        )
     checkpoints = _checkpoints_to_evaluate(config, workdir)
-    train_data = datasets.get_dataset(config, "train")
-    split_data = datasets.get_dataset(config, config.eval.dataset)
     folder = workdir / eval_folder
+    if config.eval.enable_loss or config.eval.enable_bpd:
+        data = datasets.get_dataset(config, config.eval.dataset)
+    if config.eval.enable_sampling:
+        judge = evaluation.Judge.build(config, run.device)
     with _open_workdir(workdir):
+        if config.eval.enable_sampling and judge.reference is None:
+            with _progress(total=len(judge.data), desc="data", unit="image") as progress:
+                judge.measure(progress.update)
         for k, path in checkpoints.items():
             _restore(run.state.load_network, path)
             log.info(f"evaluating {path} on {run.device}")
-            for stale in _files_of(folder, k):
-                stale.unlink()
+            for stale in (folder / f"report_{k}.npz", *folder.glob(f"*_{k}.png")):
+                stale.unlink(missing_ok=True)
             start = time.perf_counter()
             report = {"step": run.state.step}
             with run.with_ema():
+                origin = _origin(config, run)
                 if config.eval.enable_loss:
-                    report |= _evaluate_loss(config, run, split_data, folder, k)
+                    report |= _evaluate_loss(config, run, data, folder, k, origin)
                 if config.eval.enable_bpd:
-                    report |= _evaluate_bpd(config, run, split_data, folder, k)
+                    report |= _evaluate_bpd(config, run, data, folder, k, origin)
                 if config.eval.enable_sampling:
-                    report |= _evaluate_samples(config, run, train_data, folder, k)
+                    report |= _evaluate_samples(config, run, judge, folder, k, origin)
                 elif config.eval.save_images:
                     _draw_images(config, run, folder, k)
                 if config.eval.enable_interpolate:
@@ -219,53 +232,114 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
                     _draw_rescaling(config, run, folder, k)
             report["seconds"] = time.perf_counter() - start
             _save_npz(folder / f"report_{k}.npz", **report)
+            _save_page(config, run, workdir, folder, k)
             log.info(_table(config, report, path))
-            log.info(f"report: {folder / f'report_{k}.npz'}")
+            log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
 
 
-def _evaluate_loss(config, run: Experiment, data, folder: Path, k: int) -> dict:
+def _origin(config, run: Experiment) -> dict:
+    """What every part of an evaluation depends on, in words that can be compared."""
+    weights = hashlib.sha256()
+    for name, tensor in run.state.model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return {
+        "weights": weights.hexdigest(),
+        "network": config.model.to_dict(),
+        "method": repr(run.method),
+        "sampling": config.sampling.to_dict(),
+        "centered": config.data.centered,
+        "seed": config.seed,
+        "device": run.device.type,
+    }
+
+
+def _once(path: Path, origin: dict, compute: Callable[[], dict]) -> dict:
+    """The arrays that `compute` gives, from `path` where they are there and of this `origin`."""
+    words = json.dumps(origin, sort_keys=True, default=str)
+    found = _read_if_whole(path)
+    if str(found.get("origin")) != words:
+        start = time.perf_counter()
+        found = compute()
+        found |= {"seconds": time.perf_counter() - start, "origin": words}
+        _save_npz(path, **found)
+    return found
+
+
+def _read_if_whole(path: Path) -> dict:
+    """The arrays at `path`; none where it does not exist, or is damaged, of which the log tells."""
+    try:
+        return evaluation.read_arrays(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        log.warning(f"{error}; it is not used")
+        return {}
+
+
+def _remove_others(found: Iterable[Path], wanted: list[Path]) -> None:
+    """Removes what an earlier evaluation with other numbers left, which would mix with this one."""
+    for path in set(found) - set(wanted):
+        path.unlink(missing_ok=True)
+
+
+def _evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: dict) -> dict:
     """The loss over a whole split: each image perturbed once in the field of its large batch."""
-    generator = datasets.keyed_generator(run.device, "loss", config.seed)
-    net, total = run.state.model, 0.0
-    with _progress(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
-        for block in _in_order(data, config.training.batch_size):
-            charges = run.scaler(datasets.to_unit_interval(block.to(run.device)))
-            for batch in charges.split(config.eval.batch_size):
-                total += run.loss_fn(net, batch, generator, charges).item() * len(batch)
-                progress.update(len(batch))
-    loss = total / len(data)
-    _save_npz(folder / f"ckpt_{k}_loss.npz", loss=loss)
-    return {"loss": loss}
+
+    def compute() -> dict:
+        generator = datasets.keyed_generator(run.device, "loss", config.seed)
+        net, total = run.state.model, 0.0
+        with _progress(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
+            for block in _in_order(data, config.training.batch_size):
+                charges = run.scaler(datasets.to_unit_interval(block.to(run.device)))
+                for batch in charges.split(config.eval.batch_size):
+                    total += run.loss_fn(net, batch, generator, charges).item() * len(batch)
+                    progress.update(len(batch))
+        return {"loss": total / len(data)}
+
+    sizes = {"batch": config.training.batch_size, "at once": config.eval.batch_size}
+    training = config.training.to_dict()
+    origin = origin | {"data": evaluation.fingerprint(data), "sizes": sizes, "training": training}
+    return {"loss": _once(folder / f"ckpt_{k}_loss.npz", origin, compute)["loss"]}
 
 
-def _evaluate_bpd(config, run: Experiment, data, folder: Path, k: int) -> dict:
+def _evaluate_bpd(config, run: Experiment, data, folder: Path, k: int, origin: dict) -> dict:
     """Bits per dimension of every image of a split, averaged over passes of new noise.
 
     The latents of the first batch are carried back to images; how far these are from where they
     came shows what the solver's tolerance costs.
     """
     bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
-    split = config.eval.dataset
+    split, size = config.eval.dataset, config.eval.batch_size
     passes = config.eval.bpd_num_repeats if split == "test" else 1
-    net, bpd, evaluations, encoding_error = run.state.model, [], [], None
+    origin = origin | {"data": evaluation.fingerprint(data), "divergence": config.eval.divergence}
+
+    def compute(i: int, start: int) -> dict:
+        generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
+        images = data[start : start + size].to(run.device)
+        images = datasets.to_unit_interval(images, generator, dequantize=True)
+        bits, latents, nfe = bits_per_dim(run.state.model, run.scaler(images), generator)
+        found = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
+        if i == 0:
+            found["encoding_error"] = _encoding_error(config, run, latents, images)
+        return found
+
+    starts = passes * list(range(0, len(data), size))
+    paths = [folder / f"{split}_ckpt_{k}_bpd_{i}.npz" for i in range(len(starts))]
+    _remove_others(folder.glob(f"{split}_ckpt_{k}_bpd_*.npz"), paths)
+    parts = []
     with _progress(total=passes * len(data), desc="bits/dim", unit="image") as progress:
-        batches = (_in_order(data, config.eval.batch_size) for _ in range(passes))
-        for i, images in enumerate(itertools.chain.from_iterable(batches)):
-            generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
-            images = datasets.to_unit_interval(images.to(run.device), generator, dequantize=True)
-            bits, latents, nfe = bits_per_dim(net, run.scaler(images), generator)
-            if encoding_error is None:
-                encoding_error = _encoding_error(config, run, latents, images)
-            bpd.append(bits.double().cpu().numpy())
-            evaluations.append(nfe)
-            _save_npz(folder / f"{split}_ckpt_{k}_bpd_{i}.npz", bpd=bpd[-1], nfe=nfe)
-            progress.update(len(images))
-    bpd = np.concatenate(bpd).reshape(passes, len(data)).mean(0)
+        for i, start in enumerate(starts):
+            parts.append(_once(paths[i], origin | {"batch": (i, size)}, partial(compute, i, start)))
+            progress.update(len(parts[-1]["bpd"]))
+    bpd = np.concatenate([part["bpd"] for part in parts]).reshape(passes, len(data)).mean(0)
     return {
         "bpd": bpd.mean(),
         "bpd_error": bpd.std(ddof=1) / math.sqrt(len(bpd)),
-        "bpd_nfe": np.mean(evaluations),
-        "encoding_error": encoding_error,
+        "bpd_nfe": np.mean([part["nfe"] for part in parts]),
+        "bpd_seconds": np.sum([part["seconds"] for part in parts]),
+        "bpd_images": bpd,
+        "encoding_error": parts[0]["encoding_error"],
     }
 
 
@@ -278,43 +352,119 @@ def _encoding_error(config, run: Experiment, latents: Tensor, images: Tensor) ->
     return (back - images).square().mean().sqrt().item()
 
 
-def _evaluate_samples(config, run: Experiment, train_data, folder: Path, k: int) -> dict:
-    """Draws `eval.num_samples` samples and compares their features with the training split's."""
-    wanted, size = config.eval.num_samples, config.eval.batch_size
-    every, evaluations = [], []
-    with _progress(total=wanted, desc="sampling", unit="image") as progress:
-        for r, first in enumerate(range(0, wanted, size)):
-            generator = datasets.keyed_generator(run.device, "samples", config.seed, r)
-            samples, nfe = run.sample(
-                run.state.model, min(size, wanted - first), generator=generator
-            )
-            every.append(_to_uint8(samples))
-            evaluations.append(nfe)
-            round_folder = folder / f"ckpt_{k}"
-            _save_npz(round_folder / f"samples_{r}.npz", samples=every[-1])
-            features = evaluation.pixel_features(every[-1])
-            _save_npz(round_folder / f"statistics_{r}.npz", pool_3=features)
-            progress.update(len(samples))
-    samples = np.concatenate(every)
-    _save_grid(folder / f"ode_images_{k}.png", samples[:GRID_SAMPLES])
-    fid = evaluation.frechet_distance(
-        evaluation.Gaussian.fit(evaluation.pixel_features(samples)),
-        evaluation.Gaussian.fit(evaluation.pixel_features(_nhwc(train_data[:]))),
-    )
-    return {
-        "fid": fid,
+def _evaluate_samples(
+    config, run: Experiment, judge: evaluation.Judge, folder: Path, k: int, origin: dict
+) -> dict:
+    """Draws `eval.num_samples` samples and compares their features with those of the data."""
+    wanted = config.eval.num_samples
+    rounds = _draw_rounds(config, run, judge.space, folder / f"ckpt_{k}", origin)
+    features = np.concatenate([part["pool_3"] for part in rounds])
+    logits = [part["logits"] for part in rounds if "logits" in part]
+    found = {
         "features": config.eval.features,
-        "num_samples": len(samples),
-        "nfe": np.mean(evaluations),
+        "num_samples": len(features),
+        "nonfinite": wanted - len(features),
+        "nfe": np.mean([part["nfe"] for part in rounds if len(part["pool_3"])] or [math.nan]),
+        "sampling_seconds": np.sum([part["seconds"] for part in rounds]),
     }
+    if found["nonfinite"]:
+        log.warning(f"{found['nonfinite']} of {wanted} samples are not finite and do not count")
+    if len(features) <= evaluation.NEIGHBOURS:
+        log.warning(f"{len(features)} finite samples are too few to be compared with the data")
+        return found
+    log.info(f"comparing {len(features):,} samples with the data")
+    logits = np.concatenate(logits) if logits else None
+    device = run.device if run.device.type == "cuda" else torch.device("cpu")  # for float64
+    found |= evaluation.compare(features, logits, judge.reference, judge.space.metrics, device)
+    first = np.arange(min(GRID_SAMPLES, len(features)))
+    _save_grid(folder / f"ode_images_{k}.png", _samples_at(rounds, first))
+    if judge.data is not None:
+        found |= _draw_nearest(judge, rounds, features, folder / f"nearest_{k}.png", device)
+    return found
+
+
+def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> list[dict]:
+    """The samples in rounds of `eval.batch_size`: `path`, `pool_3`, `logits`, `nfe`, `seconds`.
+
+    A round is two files, its samples and their features, and a kill costs one round at most.
+    """
+    wanted, size = config.eval.num_samples, config.eval.batch_size
+    numbers = [min(size, wanted - first) for first in range(0, wanted, size)]
+    drawn = [folder / f"samples_{r}.npz" for r in range(len(numbers))]
+    measured = [folder / f"statistics_{r}.npz" for r in range(len(numbers))]
+    _remove_others(folder.glob("*.npz"), [*drawn, *measured])
+    rounds = []
+    with _progress(total=wanted, desc="sampling", unit="image") as progress:
+        for r, number in enumerate(numbers):
+            key = origin | {"round": r, "number": number}
+            samples = _once(drawn[r], key, partial(_draw_round, config, run, r, number))
+            key |= {"features": space.name}
+            features = _once(measured[r], key, partial(_features, space, samples["samples"]))
+            cost = {"nfe": samples["nfe"], "seconds": samples["seconds"]}
+            rounds.append(features | cost | {"path": drawn[r]})
+            progress.update(number)
+    return rounds
+
+
+def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
+    """The finite ones of `number` samples, uint8; none where their common solver diverges."""
+    generator = datasets.keyed_generator(run.device, "samples", config.seed, r)
+    try:
+        samples, nfe = run.sample(run.state.model, number, generator=generator)
+    except FloatingPointError as error:
+        log.warning(f"round {r}: none of its {number} samples counts: {error}")
+        size = config.data.image_size
+        samples, nfe = torch.empty(0, config.data.num_channels, size, size), 0
+    finite = samples.flatten(1).isfinite().all(1)
+    return {"samples": _to_uint8(samples[finite]), "nfe": nfe}
+
+
+def _features(space: evaluation.FeatureSpace, images: evaluation.Images) -> dict:
+    if not len(images):
+        return {"pool_3": np.empty((0, space.width), np.float32)}
+    pool_3, logits = space(images)
+    return {"pool_3": pool_3} if logits is None else {"pool_3": pool_3, "logits": logits}
+
+
+def _samples_at(rounds: list[dict], rows: np.ndarray) -> evaluation.Images:
+    """The samples number `rows`, from the files of the rounds, each of which is read once."""
+    ends = np.cumsum([len(part["pool_3"]) for part in rounds])
+    round_of = np.searchsorted(ends, rows, side="right")
+    images = {}
+    for r in np.unique(round_of):
+        samples = evaluation.read_arrays(rounds[r]["path"])["samples"]
+        images |= {row: samples[row - ends[r]] for row in rows[round_of == r]}
+    return np.stack([images[row] for row in rows])
+
+
+def _draw_nearest(
+    judge: evaluation.Judge, rounds: list[dict], features: np.ndarray, path: Path, device
+) -> dict:
+    """Looks for copies: how far samples are from the training images nearest to them.
+
+    The picture has samples with their nearest training images below: first those samples that are
+    closest to the data, then the first ones drawn. For comparison, training images are measured
+    against all the other ones.
+    """
+    reference, number = judge.reference, min(PAIRS, len(features))
+    distances, found = evaluation.nearest(features, reference.features, 1, device)
+    some = reference.features[:DISTANCES_KEPT]
+    among_data = evaluation.nearest(some, reference.features, 2, device)[0][:, 1]
+    strips = []
+    for shown in (distances[:, 0].argsort()[:number], np.arange(number)):
+        index = torch.from_numpy(reference.index[found[shown, 0]])
+        pairs = np.concatenate([_samples_at(rounds, shown), _nhwc(judge.data[index])])
+        strips.append(evaluation.image_grid(pairs, columns=number))
+    _save_png(path, np.concatenate(strips))
+    return {"nearest": np.median(distances), "nearest_data": np.median(among_data)}
 
 
 def _draw_images(config, run: Experiment, folder: Path, k: int) -> None:
     """The first samples of the first round, for the eye only."""
-    generator = datasets.keyed_generator(run.device, "samples", config.seed, 0)
     number = min(GRID_SAMPLES, config.eval.batch_size)
-    samples, _ = run.sample(run.state.model, number, generator=generator)
-    _save_grid(folder / f"ode_images_{k}.png", _to_uint8(samples))
+    samples = _draw_round(config, run, 0, number)["samples"]
+    if len(samples):
+        _save_grid(folder / f"ode_images_{k}.png", samples)
 
 
 def _draw_interpolation(config, run: Experiment, folder: Path, k: int) -> None:
@@ -340,8 +490,12 @@ def _draw_rescaling(config, run: Experiment, folder: Path, k: int) -> None:
 
 
 def _draw_strips(run: Experiment, x: Tensor, path: Path, generator: torch.Generator) -> None:
-    samples, _ = run.sample(run.state.model, x=x, generator=generator)
-    _save_grid(path, _to_uint8(samples), columns=STRIPS[1])
+    try:
+        samples, _ = run.sample(run.state.model, x=x, generator=generator)
+    except FloatingPointError as error:
+        log.warning(f"{path} is not drawn: {error}")
+    else:
+        _save_grid(path, _to_uint8(samples), columns=STRIPS[1])
 
 
 def _save_grid(path: Path, images: evaluation.Images, columns: int | None = None) -> None:
@@ -360,11 +514,121 @@ def _table(config, report: dict, path: Path) -> str:
         rows.append(("  evaluations", f"{report['bpd_nfe']:.0f}"))
         rows.append(("  encoded and decoded, error", f"{report['encoding_error']:.1e}"))
     if evaluate.enable_sampling:
-        rows.append((f"Frechet distance ({report['features']})", f"{report['fid']:.4f}"))
+        rows += [
+            (label, f"{report[name]:.4g}" if name != "fid" else f"{report[name]:.4f}")
+            for name, label in (
+                ("fid", f"Frechet distance ({report['features']})"),
+                ("IS", "Inception Score"),
+                ("kid", "kernel distance"),
+                ("precision", "precision"),
+                ("recall", "recall"),
+                ("nearest", "to the nearest training image"),
+                ("nearest_data", "  of a training image to another"),
+            )
+            if name in report
+        ]
         rows.append(("  samples", str(report["num_samples"])))
+        if report["nonfinite"]:
+            rows.append(("  not finite", str(report["nonfinite"])))
         rows.append(("  evaluations", f"{report['nfe']:.0f}"))
     rows.append(("seconds", f"{report['seconds']:.1f}"))
     return evaluation.format_table(rows, f"{path.name}, averaged weights of step {report['step']}")
+
+
+# Below {eval_folder}/, {file}_{k}.png: title and caption on the page.
+PICTURES = {
+    "ode_images": ("Samples", "The first of those drawn, none chosen."),
+    "nearest": (
+        "Nearest training images",
+        "Samples, and below each the training image nearest to its features. Upper pair of rows: "
+        "the samples closest to the data of all; lower pair: the first samples.",
+    ),
+    "interpolation": (
+        "Interpolation",
+        "Each row follows the arc between two draws of the prior.",
+    ),
+    "rescale": (
+        "Temperature",
+        "Each row keeps the direction of a draw of the prior while its norm grows.",
+    ),
+}
+
+
+def _save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> None:
+    """report.html: the numbers of all checkpoints in the folder, the pictures of number k."""
+    reports = {}
+    for path in folder.glob("report_*.npz"):
+        number = path.stem.removeprefix("report_")
+        if number.isdigit() and (found := _read_if_whole(path)):
+            reports[int(number)] = found
+    pictures = [
+        Picture(title, caption, _page_png(path))
+        for name, (title, caption) in PICTURES.items()
+        if (path := folder / f"{name}_{k}.png").exists()
+    ]
+    scalars = _scalars(workdir / "tensorboard")
+    data, parameters = config.data, sum(p.numel() for p in run.state.parameters)
+    name = evaluation.data_name(config)
+    channels = "grey" if data.num_channels == 1 else "colour"
+    facts = {
+        "method": type(run.method).__name__,
+        "network": f"{config.model.name}, {parameters:,} parameters",
+        "data": f"{name}, {data.image_size} × {data.image_size}, {channels}",
+        "checkpoint": f"step {run.state.step:,}, averaged weights",
+        "sampler": f"{config.sampling.method}, {config.sampling.get('ode_solver', '')}",
+        "evaluated": time.strftime("%Y-%m-%d"),
+    }
+    page = render(
+        title=f"{workdir.resolve().name}: evaluation",
+        facts=facts,
+        reports=dict(sorted(reports.items())),
+        shown=k,
+        curves={name: scalars.get(f"loss/{name}", []) for name in ("train", "test")},
+        pictures=pictures,
+        config=config.to_dict(),
+    )
+    with atomic_write(folder / "report.html") as file:
+        file.write(page.encode())
+
+
+def _page_png(path: Path) -> bytes:
+    """The picture at `path`, made smaller where it is larger than a page shows."""
+    with Image.open(path) as image:
+        image.thumbnail((PAGE_PIXELS, PAGE_PIXELS))
+        buffer = io.BytesIO()
+        image.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
+
+
+def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]} of TensorBoard's files, as far as they are whole."""
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in sorted(folder.glob("events.out.tfevents.*")):  # names begin with the time
+        try:
+            for event in map(Event.FromString, _records(path)):
+                if event.session_log.status == SessionLog.START:  # a run resumed before this step
+                    for tag, points in curves.items():
+                        curves[tag] = {s: v for s, v in points.items() if s < event.step}
+                for value in event.summary.value:
+                    if value.HasField("simple_value"):
+                        curves[value.tag][event.step] = value.simple_value
+        except DecodeError:
+            log.warning(f"{path} is damaged; the loss curve lacks what follows in it")
+    return {tag: sorted(points.items()) for tag, points in curves.items()}
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """The records of a TFRecord file: length, its checksum, data, their checksum."""
+    with open(path, "rb") as file:
+        while len(head := file.read(12)) == 12:
+            length = int.from_bytes(head[:8], "little")
+            record = file.read(length) if length <= path.stat().st_size else b""
+            if len(file.read(4)) < 4:  # cut short by a kill
+                return
+            yield record
 
 
 # --- the workdir ----------------------------------------------------------------------------------
@@ -405,12 +669,6 @@ def _checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
     if others:
         log.info(f"not asked for in {folder}: {', '.join(others)}")
     return found
-
-
-def _files_of(folder: Path, k: int) -> list[Path]:
-    """What an earlier evaluation of checkpoint k left, which would mix with a new one."""
-    patterns = (f"ckpt_{k}/*", f"ckpt_{k}_loss.npz", f"*_ckpt_{k}_bpd_*.npz", f"*_{k}.*")
-    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 
 def _restore(load: Callable[[dict], None], path: Path) -> None:

@@ -69,7 +69,10 @@ def get_default_config() -> ml_collections.ConfigDict:
     evaluate.enable_interpolate = False  # draw rows of samples between pairs of prior samples
     evaluate.enable_rescale = False  # draw rows of samples along directions of the prior
     evaluate.rescale_norms = ()  # from and to which norm; () for the method's own range
-    evaluate.features = "inception"  # what FID compares: "inception", "pixels"
+    evaluate.features = "inception"  # what samples are compared by: "inception" (tensorflow-gan's),
+    # "torchscript" (a file, no TensorFlow), "pixels"
+    evaluate.inception_path = ""  # their network: a SavedModel folder ("" fetches it); the file
+    evaluate.stats_dir = "assets/stats"  # data-set statistics: published ones, and those made here
     evaluate.bpd_num_repeats = 5  # passes over the test split, each with new noise
     evaluate.divergence = "rademacher"  # or "gaussian": one probe; "exact": C * H * W of them
     evaluate.dataset = "test"  # the split that loss and likelihood are computed on

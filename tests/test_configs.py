@@ -25,6 +25,8 @@ OURS = {
     "eval.dataset",
     "eval.divergence",
     "eval.features",
+    "eval.inception_path",
+    "eval.stats_dir",
     "eval.enable_interpolate",
     "eval.enable_rescale",
     "eval.rescale_norms",

@@ -1,16 +1,43 @@
-"""Distances against closed forms, pictures pixel by pixel."""
+"""Metrics against closed forms, slow definitions and tensorflow-gan; feature spaces made here."""
+
+import socket
+import time
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.linalg import sqrtm
+from scipy.spatial import cKDTree
+from scipy.special import softmax
+from scipy.stats import entropy
 
-from evaluation import Gaussian, format_table, frechet_distance, image_grid, pixel_features
+import evaluation
+from configs.poisson import digits_ddpmpp
+from evaluation import (
+    Gaussian,
+    Reference,
+    format_table,
+    frechet_distance,
+    get_features,
+    image_grid,
+    inception_score,
+    kernel_distance,
+    nearest,
+    precision_recall,
+)
+
+CPU = torch.device("cpu")
 
 
 def random_gaussian(seed, dim, rank=None):
     random = np.random.RandomState(seed)
     factor = random.standard_normal((dim, rank or dim))
     return Gaussian(random.standard_normal(dim), factor @ factor.T)
+
+
+# --- moments and distances ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim, rank", [(1, None), (5, None), (64, None), (64, 20)])
@@ -30,6 +57,17 @@ def test_frechet_distance_of_commuting_gaussians():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
 
 
+def test_frechet_distance_of_samples_approaches_that_of_their_laws():
+    """Means 2 apart, standard deviations 1 and 3 in each of 8 dimensions: 8 (2^2 + 2^2)."""
+    random = np.random.RandomState(0)
+    errors = []
+    for n in (200, 20_000):
+        a, b = random.standard_normal((n, 8)), 2 + 3 * random.standard_normal((n, 8))
+        errors.append(abs(frechet_distance(Gaussian.fit(a), Gaussian.fit(b)) / 64 - 1))
+    assert errors[1] < 0.02
+    assert errors[1] < errors[0]
+
+
 def test_moments():
     features = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [2.0, 4.0]])
     gaussian = Gaussian.fit(features)
@@ -40,10 +78,343 @@ def test_moments():
         Gaussian.fit(features[:1])
 
 
-def test_pixel_features():
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.sampled_from([0.0, 1e6]))
+def test_moments_of_blocks_are_those_of_all(sizes, offset):
+    features = offset + np.random.RandomState(len(sizes)).standard_normal((sum(sizes), 3))
+    gaussian = Gaussian.fit_blocks(np.split(features, np.cumsum(sizes)[:-1]))
+    np.testing.assert_allclose(gaussian.mean, features.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(gaussian.covariance, np.cov(features.T), rtol=1e-8, atol=1e-8)
+
+
+def test_inception_score_of_known_classifiers():
+    assert inception_score(np.zeros((5, 10))) == pytest.approx(1)
+    assert inception_score(1e3 * np.eye(10)) == pytest.approx(10)  # certain, and of every class
+    logits = np.random.RandomState(0).standard_normal((50, 7))
+    p = softmax(logits, axis=1)
+    expected = np.exp(np.mean([entropy(row, p.mean(0)) for row in p]))
+    assert inception_score(logits + 100) == pytest.approx(expected)
+
+
+def test_kernel_distance_is_its_definition():
+    random = np.random.RandomState(0)
+    x, y = random.standard_normal((5, 4)), 1 + random.standard_normal((6, 4))
+
+    def mean(a, b):
+        same = a is b
+        values = [
+            (p @ q / 4 + 1) ** 3
+            for i, p in enumerate(a)
+            for j, q in enumerate(b)
+            if not (same and i == j)
+        ]
+        return np.mean(values)
+
+    expected = mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    assert kernel_distance(x, y) == pytest.approx(expected)
+    # blocks of at most 3: two, the longer one last
+    parts = ((x[:2], y[:3]), (x[2:], y[3:]))
+    blocks = [mean(a, a) + mean(b, b) - 2 * mean(a, b) for a, b in parts]
+    assert kernel_distance(x, y, block=3) == pytest.approx(np.mean(blocks))
+    with pytest.raises(ValueError, match="at least 6 samples, not 5"):
+        kernel_distance(x, y, block=2)
+
+
+def test_kernel_distance_has_no_bias():
+    """Over many pairs of small samples of one law it averages to zero."""
+    random = np.random.RandomState(0)
+    distances = [kernel_distance(*random.standard_normal((2, 5, 3))) for _ in range(4000)]
+    assert abs(np.mean(distances)) < 4 * np.std(distances) / np.sqrt(len(distances))
+
+
+def test_both_implementations_of_the_metrics_agree():
+    pytest.importorskip("tensorflow_gan")
+    theirs = evaluation.tensorflow_gan()
+    random = np.random.RandomState(0)
+    real = random.gamma(0.5, size=(2100, 48)).astype(np.float32)
+    fake = random.gamma(0.7, size=(1500, 48)).astype(np.float32) @ random.standard_normal((48, 48))
+    logits = 3 * random.standard_normal((1500, 20))
+    reference = Reference.measure([real], len(real), len(real))
+    ours = evaluation.OURS
+    for values in (
+        [m.frechet_distance(fake, reference) for m in (ours, theirs)],
+        [m.kernel_distance(real, fake) for m in (ours, theirs)],
+        [m.inception_score(logits) for m in (ours, theirs)],
+    ):
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+# --- neighbours -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 2**20])
+def test_nearest_neighbours(chunk, monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK_NUMBERS", chunk)
+    random = np.random.RandomState(0)
+    queries, points = random.standard_normal((31, 5)), random.standard_normal((47, 5))
+    distances, rows = nearest(queries, points, 3)
+    expected, expected_rows = cKDTree(points).query(queries, 3)
+    np.testing.assert_allclose(distances, expected)
+    np.testing.assert_array_equal(rows, expected_rows)
+
+
+def slow_share_within(queries, points, k):
+    def inside(q):
+        for i, p in enumerate(points):
+            others = sorted(np.linalg.norm(p - o) for j, o in enumerate(points) if j != i)
+            if np.linalg.norm(q - p) <= others[k - 1]:
+                return True
+        return False
+
+    return np.mean([inside(q) for q in queries])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 3), st.floats(0, 3))
+def test_precision_and_recall_are_their_definition(seed, k, shift):
+    random = np.random.RandomState(seed)
+    real, fake = random.standard_normal((15, 2)), shift + random.standard_normal((12, 2))
+    precision, recall = precision_recall(real, fake, k)
+    assert precision == slow_share_within(fake, real, k)
+    assert recall == slow_share_within(real, fake, k)
+
+
+def test_precision_and_recall_tell_quality_from_variety():
+    random = np.random.RandomState(0)
+    modes = np.concatenate(
+        [random.standard_normal((200, 2)), 50 + random.standard_normal((200, 2))]
+    )
+    one_mode = random.standard_normal((300, 2))
+    precision, recall = precision_recall(modes, one_mode)
+    assert precision > 0.9
+    assert 0.4 < recall <= 0.5
+    assert precision_recall(modes, modes) == (1, 1)
+    assert precision_recall(modes, modes + 1000) == (0, 0)
+    with pytest.raises(ValueError, match="more than 3 samples, not 3"):
+        precision_recall(modes, modes[:3])
+
+
+# --- samples against data -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [4, 10, 99])
+def test_reference_knows_which_images_it_keeps(keep):
+    features = np.random.RandomState(0).standard_normal((10, 3))
+    reference = Reference.measure(np.split(features, [3, 7]), 10, keep)
+    np.testing.assert_array_equal(reference.features, features[reference.index])
+    assert len(set(reference.index)) == min(keep, 10)
+    assert reference.complete == (keep >= 10)
+    np.testing.assert_allclose(reference.gaussian.covariance, np.cov(features.T))
+
+
+def test_few_samples_are_compared_with_much_data():
+    """Blocks of the kernel distance keep two samples each."""
+    random = np.random.RandomState(0)
+    real = random.standard_normal((3000, 2))
+    scores = evaluation.compare(real[:4], None, Reference.measure([real], 3000, 3000))
+    assert scores.keys() == {"fid", "kid", "precision", "recall"}
+    assert all(np.isfinite(list(scores.values())))
+
+
+def test_moments_alone_give_a_frechet_distance():
+    random = np.random.RandomState(0)
+    a, b = random.standard_normal((2, 50, 4))
+    scores = evaluation.compare(a, None, Reference(Gaussian.fit(b)))
+    assert scores == {"fid": frechet_distance(Gaussian.fit(a), Gaussian.fit(b))}
+
+
+# --- feature spaces -------------------------------------------------------------------------------
+
+
+def configured(features, path="", channels=3, size=8):
+    config = digits_ddpmpp.get_config()
+    config.eval.features, config.eval.inception_path = features, str(path)
+    config.data.image_size, config.data.num_channels = size, channels
+    return config
+
+
+class MeanColour(torch.nn.Module):
+    """Features are the mean of each channel, logits their doubles."""
+
+    def forward(self, x):
+        features = x.float().mean((2, 3), keepdim=True)
+        return features, 2 * features.flatten(1)
+
+
+class OnlyFeatures(torch.nn.Module):
+    def forward(self, x):
+        return x.float().flatten(1)[:, :5]
+
+
+class AsPublished(torch.nn.Module):
+    """The interface of the Inception graph that NVIDIA published as TorchScript."""
+
+    def forward(self, x, return_features: bool = False, no_output_bias: bool = False):
+        features = x.float().mean((2, 3)) / 255
+        if return_features:
+            return features
+        return (features + (0.0 if no_output_bias else 9.0)).softmax(1)
+
+
+def save_torchscript(path, module):
+    torch.jit.script(module).save(str(path))
+    return path
+
+
+def random_images(channels=3, n=7, size=8):
+    shape = (n, size, size, channels)
+    return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+
+
+def test_pixels():
+    space = get_features(configured("pixels", channels=1, size=2), CPU)
     images = np.zeros((3, 2, 2, 1), dtype=np.uint8)
     images[1] = 255
-    assert pixel_features(images).tolist() == [[0] * 4, [1] * 4, [0] * 4]
+    features, logits = space(images)
+    assert features.tolist() == [[0] * 4, [1] * 4, [0] * 4]
+    assert logits is None
+    assert (space.name, space.width) == ("pixels", 4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_torchscript(channels, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "EXTRACTED_AT_ONCE", 3)  # 7 images: the last part is smaller
+    path = save_torchscript(tmp_path / "network.pt", MeanColour())
+    space = get_features(configured("torchscript", path, channels), CPU)
+    images = random_images(channels)
+    features, logits = space(images)
+    expected = np.broadcast_to(images.mean((1, 2)), (7, 3))  # grey is repeated
+    np.testing.assert_allclose(features, expected, rtol=1e-6)
+    np.testing.assert_allclose(logits, 2 * expected, rtol=1e-6)
+    assert (features.dtype, space.width) == (np.float32, 3)
+
+
+def test_torchscript_without_logits(tmp_path):
+    path = save_torchscript(tmp_path / "network.pt", OnlyFeatures())
+    features, logits = get_features(configured("torchscript", path), CPU)(random_images())
+    assert features.shape == (7, 5)
+    assert logits is None
+
+
+def test_torchscript_with_the_published_interface(tmp_path):
+    path = save_torchscript(tmp_path / "network.pt", AsPublished())
+    images = random_images()
+    features, logits = get_features(configured("torchscript", path), CPU)(images)
+    np.testing.assert_allclose(features, images.mean((1, 2)) / 255, rtol=1e-6)
+    np.testing.assert_allclose(softmax(logits, 1), softmax(features, 1), rtol=1e-5)
+    assert inception_score(logits) == pytest.approx(inception_score(features), rel=1e-5)
+
+
+def test_the_name_tells_weights_apart(tmp_path):
+    names = set()
+    for scale in (1.0, 2.0):
+        module = torch.jit.trace(
+            torch.nn.Linear(8, 2).requires_grad_(False), torch.ones(1, 3, 8, 8)
+        )
+        with torch.no_grad():
+            module.weight.fill_(scale)
+        module.save(str(tmp_path / "network.pt"))
+        names.add(evaluation.torchscript(str(tmp_path / "network.pt"), CPU)[0])
+    assert len(names) == 2
+
+
+def save_inception(folder):
+    """A SavedModel whose pool_3 are three pixels of its input, and whose logits their doubles."""
+    tf = pytest.importorskip("tensorflow")
+
+    class Network(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, 299, 299, 3], tf.float32)])
+        def __call__(self, x):
+            pool_3 = tf.stack([x[:, 0, 0, 0], x[:, 150, 150, 1], x[:, 298, 298, 2]], 1)
+            return {"pool_3": pool_3[:, None, None], "logits": 2 * pool_3}
+
+    tf.saved_model.save(Network(), str(folder))
+    return folder
+
+
+def old_bilinear(image, row, column, size=299):
+    """TensorFlow 1's resizing at one place: corners are aligned at the top left, no half pixels."""
+    y, x = row * len(image) / size, column * len(image) / size
+    rows, columns = ([int(v), min(int(v) + 1, len(image) - 1)] for v in (y, x))
+    square = image[np.ix_(rows, columns)]
+    return np.array([1 - y % 1, y % 1]) @ square @ np.array([1 - x % 1, x % 1])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inception(channels, tmp_path):
+    space = get_features(configured("inception", save_inception(tmp_path / "net"), channels), CPU)
+    images = random_images(channels)
+    features, logits = space(images)
+    scaled = np.broadcast_to(images / 127.5 - 1, (7, 8, 8, 3))
+    expected = [
+        [old_bilinear(image[..., c], at, at) for c, at in enumerate((0, 150, 298))]
+        for image in scaled
+    ]
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    np.testing.assert_allclose(logits, 2 * features)
+    assert space.width == 3
+
+
+def test_inception_is_found_where_tfhub_keeps_it(tmp_path, monkeypatch):
+    import hashlib
+
+    monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
+    name = hashlib.sha1(evaluation.INCEPTION_URL.encode()).hexdigest()
+    save_inception(tmp_path / name)
+    assert get_features(configured("inception"), CPU).width == 3
+
+
+def test_inception_that_cannot_be_fetched_is_told_soon(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_gan")
+    monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(evaluation, "FETCH_SECONDS", 0.5)
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, says nothing
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/inception"
+        monkeypatch.setattr(evaluation, "INCEPTION_URL", address)
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="cannot be fetched.*eval.inception_path.*torchscript"):
+            get_features(configured("inception"), CPU)
+        assert time.monotonic() - start < 5
+    with pytest.raises(ValueError, match="cannot be fetched"):  # nobody listens
+        get_features(configured("inception"), CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_tensorflow_the_way_is_named(monkeypatch):
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs tensorflow, .*'torchscript' does without"):
+        get_features(configured("inception"), CPU)
+
+
+@pytest.mark.parametrize(
+    "features, make, pattern",
+    [
+        ("pixel", None, "eval.features='pixel'; known: .*pixels"),
+        ("inception", "folder", "no SavedModel: no saved_model.pb"),
+        ("torchscript", None, "needs a file: eval.inception_path=''"),
+        ("torchscript", "text", "is not a TorchScript module"),
+        ("torchscript", "linear", r"does not take images of shape \(8, 8, 3\)"),
+        ("pixels", "wide", "49,152 features of each image, a covariance of 18 GiB"),
+    ],
+)
+def test_feature_spaces_that_cannot_be_used_are_one_line(features, make, pattern, tmp_path):
+    path, size = "", 8
+    if make == "folder":
+        pytest.importorskip("tensorflow_gan")
+        path = tmp_path
+    if make == "text":
+        path = tmp_path / "network.pt"
+        path.write_text("no network")
+    if make == "linear":
+        path = save_torchscript(tmp_path / "network.pt", torch.nn.Linear(3, 2))
+    if make == "wide":
+        size = 128
+    with pytest.raises(ValueError, match=pattern) as caught:
+        get_features(configured(features, path, size=size), CPU)
+    assert "\n" not in str(caught.value)
+
+
+# --- pictures and tables --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -36,6 +36,7 @@ TINY = [
 
 def command(mode, workdir, *overrides, config=DIGITS):
     base = ["--config", str(config), "--mode", mode, "--workdir", str(workdir)]
+    base += [f"--config.eval.stats_dir={workdir}/stats"]
     return [sys.executable, str(ROOT / "main.py"), *base, *overrides]
 
 

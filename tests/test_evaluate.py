@@ -1,0 +1,434 @@
+"""Evaluation as a whole: what is reported, what is gone on with, what counts and what does not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_evaluation import MeanColour, save_inception, save_torchscript
+from test_report import dumped
+
+import datasets
+import evaluation
+import run_lib
+from checkpoints import save_checkpoint
+from configs.poisson import digits_ddpmpp
+
+CONFIG = ROOT / "configs/poisson/digits_ddpmpp.py"
+MEASURED = {"IS", "fid", "kid", "precision", "recall", "nearest", "loss", "bpd", "bpd_error"}
+
+
+def tiny(tmp_path, **evaluate):
+    """A small untrained network, three rounds of samples and two batches of likelihood."""
+    config = digits_ddpmpp.get_config()
+    config.model.nf = 8
+    config.training.n_iters = 8
+    config.sampling.ode_solver, config.sampling.N = "forward_euler", 3
+    config.sampling.rtol = config.sampling.atol = 0.1
+    config.eval.update(
+        batch_size=100, num_samples=230, bpd_num_repeats=1, stats_dir=str(tmp_path / "stats")
+    )
+    config.eval.update(evaluate)
+    return config
+
+
+def save_checkpoints(config, workdir, *numbers):
+    for k in numbers:
+        config.seed += 1
+        state = run_lib.Experiment.build(config).state
+        state.step = k * config.training.snapshot_freq
+        save_checkpoint(workdir / f"checkpoints/checkpoint_{state.step}.pth", state.state_dict())
+        config.seed -= 1
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    save_checkpoints(tiny(tmp_path), tmp_path / "run", 4)
+    return tmp_path / "run"
+
+
+def evaluate(config, workdir):
+    run_lib.evaluate(config, workdir)
+    return report_of(workdir)
+
+
+def report_of(workdir, k=4):
+    with np.load(workdir / f"eval/report_{k}.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def assert_same_metrics(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {"seconds", "sampling_seconds", "bpd_seconds"}:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def stamps(folder, pattern="**/*_[0-9].npz"):
+    return {p.name: p.stat().st_mtime_ns for p in folder.glob(pattern) if "report" not in p.name}
+
+
+# --- what is there is not made again --------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_every_write_it_ends_with_the_same_metrics(workdir, tmp_path, monkeypatch):
+    """The process dies before its n-th file is written, n = 1, 2, ..., until it gets to the end."""
+    config = tiny(tmp_path)
+    expected = evaluate(config, workdir)
+    written = stamps(workdir / "eval")
+    shutil.rmtree(workdir / "eval")
+    shutil.rmtree(config.eval.stats_dir)
+    write, deaths, modules = run_lib.atomic_write, 0, (run_lib, evaluation)
+    while True:
+        budget = iter([True])
+
+        def write_once(path, budget=budget):
+            if not next(budget, False):
+                raise Killed
+            return write(path)
+
+        # statistics, loss, 2 of likelihood, 3 + 3 of rounds; what follows is made again
+        for module in modules:
+            monkeypatch.setattr(module, "atomic_write", write if deaths == 10 else write_once)
+        before = stamps(workdir / "eval")
+        try:
+            report = evaluate(config, workdir)
+            break
+        except Killed:
+            deaths += 1
+            after = stamps(workdir / "eval")
+            assert before.items() <= after.items()  # nothing was written again
+    assert deaths == 10
+    assert stamps(workdir / "eval").keys() == written.keys()
+    assert_same_metrics(report, expected)
+
+
+@pytest.mark.slow
+def test_sigkill_costs_nothing_but_time(workdir, tmp_path):
+    config = tiny(tmp_path)
+    expected = evaluate(config, workdir)
+    shutil.rmtree(workdir / "eval")
+    overrides = [f"--config.eval.stats_dir={config.eval.stats_dir}", "--config.model.nf=8"]
+    overrides += ["--config.training.n_iters=8", "--config.sampling.ode_solver=forward_euler"]
+    overrides += ["--config.sampling.N=3", "--config.sampling.rtol=0.1"]
+    overrides += ["--config.sampling.atol=0.1", "--config.eval.batch_size=100"]
+    overrides += ["--config.eval.num_samples=230", "--config.eval.bpd_num_repeats=1"]
+    command = [sys.executable, str(ROOT / "main.py"), "--config", str(CONFIG), "--mode", "eval"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for awaited in ("eval/test_ckpt_4_bpd_0.npz", "eval/ckpt_4/samples_1.npz", None):
+        process = subprocess.Popen(
+            [*command, "--workdir", str(workdir), *overrides], env={**os.environ, **threads}
+        )
+        deadline = time.monotonic() + 120
+        while awaited and process.poll() is None and time.monotonic() < deadline:
+            if (workdir / awaited).exists():
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        process.wait()
+    assert process.returncode == 0
+    assert_same_metrics(report_of(workdir), expected)
+
+
+def change_seed(config, workdir):
+    config.seed += 1
+
+
+def change_sampler(config, workdir):
+    config.sampling.N = 4
+
+
+def change_weights(config, workdir):
+    config.seed += 7
+    save_checkpoints(config, workdir, 4)
+    config.seed -= 7
+
+
+@pytest.mark.parametrize("change", [change_seed, change_sampler, change_weights])
+def test_rounds_of_another_evaluation_are_drawn_again(change, workdir, tmp_path):
+    config = tiny(tmp_path, enable_bpd=False)
+    before = evaluate(config, workdir)
+    kept = stamps(workdir / "eval")
+    assert_same_metrics(evaluate(config, workdir), before)
+    assert stamps(workdir / "eval") == kept
+    change(config, workdir)
+    after = evaluate(config, workdir)
+    assert after["fid"] != before["fid"]
+    again = stamps(workdir / "eval")
+    assert all(again[name] != kept[name] for name in kept)
+
+
+def test_more_samples_are_added_to_those_there_are(workdir, tmp_path):
+    config = tiny(tmp_path, enable_bpd=False, enable_loss=False, num_samples=200)
+    evaluate(config, workdir)
+    kept = stamps(workdir / "eval/ckpt_4")
+    config.eval.num_samples = 250
+    assert evaluate(config, workdir)["num_samples"] == 250
+    assert kept.items() <= stamps(workdir / "eval/ckpt_4").items()
+    config.eval.num_samples = 100
+    assert evaluate(config, workdir)["num_samples"] == 100
+    left = {p.name for p in (workdir / "eval/ckpt_4").iterdir()}
+    assert left == {"samples_0.npz", "statistics_0.npz"}
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 and nothing more", None])
+def test_a_damaged_round_is_drawn_again(damage, workdir, tmp_path, caplog):
+    config = tiny(tmp_path, enable_bpd=False)
+    expected = evaluate(config, workdir)
+    path = workdir / "eval/ckpt_4/samples_1.npz"
+    content = path.read_bytes()
+    middle = len(content) // 3
+    flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+    path.write_bytes(flipped if damage is None else damage)
+    assert_same_metrics(evaluate(config, workdir), expected)
+    assert f"{path} is not an array file" in caplog.text
+
+
+def test_samples_are_found_in_their_rounds(tmp_path):
+    rounds, every = [], np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1)
+    for r, samples in enumerate(np.split(every, [5, 5, 9])):  # a round without finite samples
+        np.savez(tmp_path / f"{r}.npz", samples=samples)
+        rounds.append({"path": tmp_path / f"{r}.npz", "pool_3": samples})
+    rows = np.array([11, 0, 4, 5, 4, 9, 8])
+    np.testing.assert_array_equal(run_lib._samples_at(rounds, rows), every[rows])
+
+
+def test_the_nearest_picture_shows_pairs(workdir, tmp_path):
+    """Below each sample, the training image that a search over all pixels finds."""
+    config = tiny(tmp_path, enable_bpd=False)
+    report = evaluate(config, workdir)
+    rounds = [np.load(workdir / f"eval/ckpt_4/samples_{r}.npz")["samples"] for r in range(3)]
+    samples = np.concatenate(rounds).reshape(230, 64) / 255.0
+    data = datasets.digits("train").flatten(1).numpy() / 255.0
+    distances = np.linalg.norm(samples[:, None] - data, axis=2)
+    assert report["nearest"] == pytest.approx(np.median(distances.min(1)), rel=1e-5)
+    picture = np.asarray(Image.open(workdir / "eval/nearest_4.png"))[..., 0]
+    cell = 6 * 8 + 2  # images enlarged 6 times, and a gap
+    lower = picture[2 * cell + 2 :]
+    for i in range(10):
+        left = 2 + i * cell
+        sample, below = (lower[top : top + 48 : 6, left : left + 48 : 6] for top in (2, 2 + cell))
+        np.testing.assert_array_equal(sample.ravel(), samples[i] * 255)
+        closest = np.linalg.norm(samples[i] - below.ravel() / 255.0)
+        assert closest == pytest.approx(distances[i].min())
+
+
+def test_checkpoints_are_evaluated_in_turn(workdir, tmp_path, caplog):
+    config = tiny(tmp_path, enable_bpd=False, begin_ckpt=2)
+    save_checkpoints(config, workdir, 2)
+    caplog.set_level("INFO")
+    run_lib.evaluate(config, workdir)
+    assert "checkpoint_6.pth does not exist; passed over" in caplog.text
+    assert [report_of(workdir, k)["step"] for k in (2, 4)] == [4, 8]
+    assert not (workdir / "eval/report_3.npz").exists()
+    page = (workdir / "eval/report.html").read_text()
+    assert page.count("<svg") >= 4  # curves over the two
+
+
+# --- what does not count --------------------------------------------------------------------------
+
+
+def spoil(monkeypatch, sampler):
+    """`sampler(draw, number, generator)` draws in place of the configured sampler `draw`."""
+    get = run_lib.sampling.get_sampling_fn
+
+    def spoilt(config, method):
+        draw = get(config, method)
+        return lambda net, number, generator: sampler(draw, net, number, generator)
+
+    monkeypatch.setattr(run_lib.sampling, "get_sampling_fn", spoilt)
+
+
+def test_samples_that_are_not_finite_are_counted_and_left_out(workdir, tmp_path, monkeypatch):
+    config = tiny(tmp_path, enable_bpd=False)
+    whole = evaluate(config, workdir)
+    rounds = [np.load(workdir / f"eval/ckpt_4/samples_{r}.npz")["samples"] for r in range(3)]
+    shutil.rmtree(workdir / "eval")
+
+    def sampler(draw, net, number, generator):
+        samples, nfe = draw(net, number, generator=generator)
+        if number == 30:  # the last round
+            samples[4, 0, 0, 0] = torch.nan
+            samples[7] = torch.inf
+        return samples, nfe
+
+    spoil(monkeypatch, sampler)
+    report = evaluate(config, workdir)
+    assert (report["num_samples"], report["nonfinite"], whole["nonfinite"]) == (228, 2, 0)
+    left = np.concatenate([*rounds[:2], np.delete(rounds[2], [4, 7], axis=0)])
+    data = evaluation.Gaussian.fit(datasets.digits("train").flatten(1) / 255)
+    expected = evaluation.Gaussian.fit(left.reshape(len(left), -1) / 255)
+    fid = evaluation.frechet_distance(expected, data)
+    assert report["fid"] == pytest.approx(fid, rel=1e-5)
+    assert "2 of 230 samples were not finite" in (workdir / "eval/report.html").read_text()
+
+
+def test_a_round_whose_solver_diverges_does_not_end_the_evaluation(
+    workdir, tmp_path, monkeypatch, caplog
+):
+    def sampler(draw, net, number, generator):
+        if number == 30:
+            raise FloatingPointError("rk45 cannot go on at t = 1")
+        return draw(net, number, generator=generator)
+
+    spoil(monkeypatch, sampler)
+    report = evaluate(tiny(tmp_path, enable_bpd=False), workdir)
+    assert (report["num_samples"], report["nonfinite"], report["nfe"]) == (200, 30, 3)
+    assert "round 2: none of its 30 samples counts: rk45 cannot go on" in caplog.text
+
+
+def test_an_evaluation_without_any_finite_sample_still_reports(workdir, tmp_path, monkeypatch):
+    def sampler(draw, net, number, generator):
+        raise FloatingPointError("no flow")
+
+    spoil(monkeypatch, sampler)
+    report = evaluate(tiny(tmp_path, enable_bpd=False), workdir)
+    assert (report["num_samples"], report["nonfinite"]) == (0, 230)
+    assert "fid" not in report
+    assert np.isfinite(report["loss"])
+
+
+# --- feature spaces and statistics ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", ["inception", "torchscript"])
+def test_networks_judge_from_end_to_end(features, workdir, tmp_path):
+    path = tmp_path / "network"
+    if features == "inception":
+        pytest.importorskip("tensorflow_gan")
+        save_inception(path)
+    else:
+        save_torchscript(path, MeanColour())
+    config = tiny(tmp_path, features=features, inception_path=str(path))
+    report = evaluate(config, workdir)
+    assert report.keys() >= MEASURED
+    assert all(np.isfinite(report[name]) for name in MEASURED)
+    with np.load(workdir / "eval/ckpt_4/statistics_2.npz") as file:
+        assert file["pool_3"].shape == file["logits"].shape == (30, 3)
+    (path,) = (tmp_path / "stats").iterdir()
+    assert path.name.startswith(f"digits_train_8x8x1_{features}-")
+    assert ">FID<" in (workdir / "eval/report.html").read_text()
+
+
+def test_data_are_measured_once(workdir, tmp_path, monkeypatch):
+    config = tiny(tmp_path, enable_bpd=False)
+    report = evaluate(config, workdir)
+    (path,) = (tmp_path / "stats").iterdir()
+    with np.load(path) as file:
+        images = datasets.digits("train").flatten(1).numpy() / 255
+        np.testing.assert_allclose(file["mu"], images.mean(0), atol=1e-7)
+        np.testing.assert_allclose(file["sigma"], np.cov(images.T), atol=1e-7)
+        np.testing.assert_allclose(file["pool_3"], images[file["index"]], rtol=1e-6)
+    monkeypatch.setattr(run_lib.evaluation.Reference, "measure", None)
+    assert_same_metrics(evaluate(config, workdir), report)
+
+
+@pytest.mark.parametrize("published", ["pool_3", "mu and sigma"])
+def test_published_statistics_are_read(published, workdir, tmp_path):
+    config = tiny(tmp_path, enable_bpd=False)
+    own = evaluate(config, workdir)
+    (path,) = (tmp_path / "stats").iterdir()
+    with np.load(path) as file:
+        content = {name: file[name] for name in ("pool_3", "mu", "sigma")}
+    path.unlink()
+    names = ("pool_3",) if published == "pool_3" else ("mu", "sigma")
+    np.savez(tmp_path / "stats/digits_stats.npz", **{name: content[name] for name in names})
+    report = evaluate(config, workdir)
+    assert report["fid"] == pytest.approx(own["fid"], rel=1e-6)
+    assert ("kid" in report) == (published == "pool_3")
+    assert "nearest" not in report  # they do not say which image is which
+    assert [p.name for p in (tmp_path / "stats").iterdir()] == ["digits_stats.npz"]
+
+
+@pytest.mark.parametrize(
+    "content, pattern",
+    [
+        ({"pool_3": np.ones((5, 2048))}, "statistics of 2048 features, but .*'pixels' has 64"),
+        ({"mu": np.ones(64), "sigma": np.ones((64, 63))}, "not a mean and a covariance"),
+        ({"images": np.ones(3)}, "holds no statistics: neither mu and sigma nor pool_3"),
+        ({"pool_3": np.ones(64)}, "features of 64 numbers each"),
+        (b"text", "is not an array file"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_one_line(content, pattern, workdir, tmp_path):
+    config = tiny(tmp_path)
+    (tmp_path / "stats").mkdir()
+    path = tmp_path / "stats/digits_stats.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.savez(path, **content)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=pattern) as caught:
+        run_lib.evaluate(config, workdir)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert not (workdir / "eval").exists()
+
+
+def test_a_cached_file_of_another_kind_is_not_written_over(workdir, tmp_path):
+    config = tiny(tmp_path, enable_bpd=False)
+    evaluate(config, workdir)
+    (path,) = (tmp_path / "stats").iterdir()
+    with np.load(path) as file:
+        content = {name: file[name] for name in file.files}
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is not an array file"):
+        evaluate(config, workdir)
+    assert path.read_bytes() == b"something else"
+    for index in (content["index"][:-1], content["index"] + 1, content["index"] / 2):
+        np.savez(path, **content | {"index": index})
+        with pytest.raises(ValueError, match="does not say which images"):
+            evaluate(config, workdir)
+
+
+def test_few_samples_are_told_how_many_are_needed(workdir, tmp_path, caplog):
+    evaluate(tiny(tmp_path, enable_bpd=False, num_samples=64), workdir)
+    assert "eval.num_samples=64 is too few for a covariance of 64 features" in caplog.text
+    assert "which needs 65" in caplog.text
+    with pytest.raises(ValueError, match="eval.num_samples must be at least 4, not 3"):
+        evaluate(tiny(tmp_path, num_samples=3), workdir)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_loss_curve_of_a_run_that_was_killed(tmp_path):
+    """A second start goes back to step 4; what the first logged after that is gone."""
+    from tensorboardX import SummaryWriter
+
+    for first, last, purge in ((1, 6, 1), (4, 8, 4)):
+        with SummaryWriter(str(tmp_path), purge_step=purge) as board:
+            for step in range(first, last + 1):
+                board.add_scalar("loss/train", 10 * purge + step, step)
+        time.sleep(1.1)  # the files' names count seconds
+    expected = [(s, 10 + s) for s in range(1, 4)] + [(s, 40 + s) for s in range(4, 9)]
+    assert run_lib._scalars(tmp_path) == {"loss/train": expected}
+    newest = max(tmp_path.iterdir())
+    newest.write_bytes(newest.read_bytes()[:-5])  # a kill while writing
+    assert run_lib._scalars(tmp_path) == {"loss/train": expected[:-1]}
+
+
+def test_page_of_an_evaluation(workdir, tmp_path):
+    config = tiny(tmp_path, enable_interpolate=True, enable_rescale=True)
+    report = evaluate(config, workdir)
+    assert "seconds" in report
+    origin = json.loads(str(np.load(workdir / "eval/ckpt_4/samples_0.npz")["origin"]))
+    assert origin["seed"] == config.seed
+    page = (workdir / "eval/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4  # grid, neighbours, two strips
+    for words in ("Interpolation", "Temperature", "Nearest training images", "Bits/dim"):
+        assert words in page
+    assert f"{report['fid']:#.4g}" in dumped(workdir / "eval/report.html", tmp_path)
