@@ -35,6 +35,9 @@ STRIPS = (8, 10)  # rows and columns of the pictures of interpolation and rescal
 # Smallest and largest sensible value of what the parts below do not check themselves.
 RANGES = {
     "seed": (0, math.inf),
+    "data.image_size": (1, math.inf),
+    "data.resident_bytes": (0, math.inf),
+    "data.num_workers": (-1, math.inf),
     "training.batch_size": (1, math.inf),
     "training.n_iters": (1, math.inf),
     "training.log_freq": (1, math.inf),
@@ -92,7 +95,7 @@ def train(config, workdir: Path) -> None:
     training, seed = config.training, config.seed
     run = Experiment.build(config)
     state, device = run.state, run.device
-    train_data = datasets.get_dataset(config, "train")
+    train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
     resume_path = workdir / "checkpoints-meta" / "checkpoint.pth"
     if resume_path.exists():
@@ -228,7 +231,7 @@ def _evaluate_loss(config, run: Experiment, data, folder: Path, k: int) -> dict:
     generator = datasets.keyed_generator(run.device, "loss", config.seed)
     net, total = run.state.model, 0.0
     with _progress(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
-        for block in _in_order(data, config.training.batch_size):
+        for block in datasets.in_order(data, config.training.batch_size):
             charges = run.scaler(datasets.to_unit_interval(block.to(run.device)))
             for batch in charges.split(config.eval.batch_size):
                 total += run.loss_fn(net, batch, generator, charges).item() * len(batch)
@@ -249,7 +252,7 @@ def _evaluate_bpd(config, run: Experiment, data, folder: Path, k: int) -> dict:
     passes = config.eval.bpd_num_repeats if split == "test" else 1
     net, bpd, evaluations, encoding_error = run.state.model, [], [], None
     with _progress(total=passes * len(data), desc="bits/dim", unit="image") as progress:
-        batches = (_in_order(data, config.eval.batch_size) for _ in range(passes))
+        batches = (datasets.in_order(data, config.eval.batch_size) for _ in range(passes))
         for i, images in enumerate(itertools.chain.from_iterable(batches)):
             generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
             images = datasets.to_unit_interval(images.to(run.device), generator, dequantize=True)
@@ -490,12 +493,6 @@ def _check(config) -> None:
             f"unknown split eval.dataset={config.eval.dataset!r}; "
             f"known: {', '.join(datasets.SPLITS)}"
         )
-
-
-def _in_order(data, size: int) -> Iterator[Tensor]:
-    """Every image once, uint8 (B, C, H, W), the last batch being what is left."""
-    for start in range(0, len(data), size):
-        yield data[start : start + size]
 
 
 def _nhwc(images: Tensor) -> evaluation.Images:
