@@ -8,6 +8,7 @@ a stream of batches can start anywhere and does not depend on who decodes it.
 import itertools
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -108,7 +109,9 @@ class Stream:
             num_workers=self.workers,
             pin_memory=self.pinned,
             generator=torch.Generator(),  # the global one belongs to dropout
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_ignore_interrupt,
+            # a fork of this process would lack the threads that CUDA and ArrayRecord count on
+            multiprocessing_context=_server_of_workers(),
         )
         batches = iter(loader)
         while True:
@@ -139,10 +142,16 @@ class _Reader:
             return error
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole group; the training process ends its workers itself."""
+def _server_of_workers():
+    """Forks worker processes from a server that has imported what they need and done no more."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the whole group of processes; what follows from it is the parent's to say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def get_dataset(config, split: str) -> Tensor | Stream:

@@ -270,10 +270,24 @@ def _names_of_split(names: list[str], split: str) -> tuple[list[str], NDArray[np
     return names, held_out(len(names), split)
 
 
-def _array(path: Path, split: str, channels: int, limit: int):
-    """The images of an .npy, which stays on disk, or of an .npz; and the indices of `split`."""
+@dataclass(frozen=True)
+class Array:
+    """The images of an .npy, which stays on disk."""
+
+    file: PerProcess
+
+    def __len__(self) -> int:
+        return len(self.file())
+
+    def __getitem__(self, i: int) -> Picture:
+        return self.file()[i]
+
+
+def _array(path: Path, split: str, channels: int, limit: int) -> tuple[Source, NDArray[np.int64]]:
+    """The images of an .npy or .npz, and which of them belong to `split`."""
+    mapped = PerProcess(partial(np.load, path, mmap_mode="r", allow_pickle=False))
     try:
-        images, given = np.load(path, mmap_mode="r", allow_pickle=False), False
+        images, given = mapped(), False
         if isinstance(images, np.lib.npyio.NpzFile):
             with images as file:
                 images, given = _unpacked(file, split, limit)
@@ -288,7 +302,8 @@ def _array(path: Path, split: str, channels: int, limit: int):
         )
     if not images.size:
         raise ValueError(f"data.path={path} holds no images: its shape is {images.shape}")
-    return images, np.arange(len(images)) if given else held_out(len(images), split)
+    index = np.arange(len(images)) if given else held_out(len(images), split)
+    return Array(mapped) if isinstance(images, np.memmap) else images, index
 
 
 def _unpacked(file, split: str, limit: int) -> tuple[NDArray, bool]:
