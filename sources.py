@@ -85,7 +85,7 @@ def held_out(n: int, split: str) -> NDArray[np.int64]:
         ValueError: there are fewer than two images.
     """
     if n < 2:
-        raise ValueError(f"{n} image cannot be split into data to train and to test on")
+        raise ValueError(f"{n} image(s) cannot be split into data to train and to test on")
     order = np.random.RandomState(0).permutation(n)
     tenth = max(1, round(n / 10))
     return order[tenth:] if split == "train" else order[:tenth]

@@ -121,7 +121,7 @@ def test_images_that_are_left_out_are_named_in_the_log(tmp_path):
     write_tree(tmp_path / "data", images)
     values = {"data.dataset": "folder", "data.path": tmp_path / "data", "training.n_iters": 1}
     done = call("train", tmp_path / "run", **values)
-    assert re.search(r"^unreadable image .*/data/003\.png: ", done.stdout, re.M)
+    assert re.search(r"^unreadable image: .*/data/003\.png: ", done.stdout, re.M)
     assert re.search(r"^1 of 1[12] images are unreadable and left out$", done.stdout, re.M)
 
 
@@ -143,7 +143,7 @@ def bad_data(tmp):
         ),
         "corrupt": (
             {"data.dataset": "folder", "data.path": tmp / "corrupt"},
-            r"1\d images in a row cannot be read; the last is .*corrupt/\d+\.png: cannot identify",
+            r"1\d images in a row cannot be used; the last: .*corrupt/\d+\.png: cannot identify",
         ),
         "channels": (
             {"data.dataset": "folder", "data.path": tmp / "four.npy"},
@@ -180,7 +180,7 @@ def test_hyper_parameters_measure_any_data(tmp_path):
 
 
 def test_a_stream_moves_to_a_device_batch_by_batch():
-    stream = datasets.Stream([np.zeros((2, 2, 1), np.uint8)])
+    stream = datasets.Stream([np.zeros((2, 2, 1), np.uint8)], (1, 2, 2))
     assert stream.to("cpu") is stream
     assert not stream.pinned
     assert stream.to("cuda").pinned

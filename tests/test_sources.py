@@ -237,7 +237,7 @@ def mistakes_of_folders(tmp):
         "empty": "empty holds no images",
         "text.zip": "text.zip is no folder, .npy, .npz or zip file",
         "cut.npy": "cut.npy cannot be read",
-        "one": "1 image cannot be split",
+        "one": r"1 image\(s\) cannot be split",
         "four.npy": r"must hold uint8 images \(n, H, W, 3\).*not uint8 \(4, 8, 8, 4\)",
         "float.npy": "must hold uint8.*not float64",
         "objects.npy": "objects.npy cannot be read",
