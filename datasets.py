@@ -1,17 +1,35 @@
-"""Data sources with random access, and a deterministic stream of batches from them.
+"""Data sets with random access, and a deterministic stream of batches from them.
 
-A data set is anything with `len()` whose indexing, by an integer tensor or a slice, gives uint8
-images (k, C, H, W). Order and noise depend on (seed, step) alone, so a stream can start anywhere.
+A data set is a tensor, or a `Stream` from disk: both have `len()`, and indexing by an integer
+tensor or a slice gives uint8 images (k, C, H, W). Order and noise depend on (seed, step) alone, so
+a stream of batches can start anywhere and does not depend on who decodes it.
 """
 
+import itertools
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import sources
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "test")
+MAX_TRIES = 1000  # images in a row that may be unreadable
+MAX_NAMED = 20  # unreadable images that are named
+MAX_WORKERS = 8  # of data.num_workers=-1
+SMALL = 2**24  # bytes of images that are decoded before processes to do it have started
 
 
 def keyed_seed(purpose: str, *key: int) -> int:
@@ -25,47 +43,185 @@ def keyed_generator(device: torch.device | str, purpose: str, *key: int) -> torc
     return torch.Generator(device).manual_seed(keyed_seed(purpose, *key))
 
 
-def digits(split: str) -> Tensor:
-    """scikit-learn's 1,797 scanned digits, 8 x 8 grey: 1,617 to train, 180 to test on."""
-    from sklearn.datasets import load_digits
+class Stream:
+    """Images that stay on disk and are decoded when they are indexed.
 
-    images = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[:, None]
-    order = np.random.RandomState(0).permutation(len(images))
-    held_out = round(len(images) / 10)
-    return torch.from_numpy(images[order[held_out:] if split == "train" else order[:held_out]])
-
-
-DATASETS: dict[str, Callable[[str], Tensor]] = {"digits": digits}
-
-
-def get_dataset(config, split: str) -> Tensor:
-    """The data that `config.data.dataset` names.
+    An image that cannot be read, or has another shape, gives its place to the next one that can,
+    and is named in a warning; so length and order do not depend on when a damage is found.
 
     Args:
-        config: reads `data.dataset`, `data.image_size` and `data.num_channels`.
+        source: see sources.py.
+        shape: (C, H, W) of its images.
+        workers: processes that decode the batches of `in_order` and `shuffled_batches`; with 0 it
+            happens in the process that asks for them.
+    """
+
+    def __init__(self, source: sources.Source, shape: tuple[int, int, int], workers: int = 0):
+        self.source, self.shape, self.workers = source, shape, workers
+        self.pinned = False
+        self.unreadable: dict[int, str] = {}  # those met so far, and why
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        if isinstance(index, slice):
+            index = torch.arange(*index.indices(len(self)))
+        return self._accept(self.read(index.tolist()))
+
+    def to(self, device: torch.device | str) -> "Stream":
+        """Batches will come in memory that is copied to `device` without waiting."""
+        self.pinned = torch.device(device).type == "cuda"
+        return self
+
+    def read(self, index: list[int]) -> tuple[Tensor, dict[int, str]]:
+        """Images (k, C, H, W), and which of `index` had to be replaced, with the reason."""
+        unreadable: dict[int, str] = {}
+        images = [self._readable(i, unreadable) for i in index]
+        return torch.from_numpy(np.stack(images)), unreadable
+
+    def _readable(self, i: int, unreadable: dict[int, str]) -> np.ndarray:
+        tries = min(len(self), MAX_TRIES)
+        for j in ((i + k) % len(self) for k in range(tries)):
+            try:
+                image = self.source[j].transpose(2, 0, 1)
+            except sources.Unreadable as error:
+                unreadable[j] = str(error)
+                continue
+            if image.shape == self.shape:
+                return image
+            unreadable[j] = (
+                f"number {j} is {image.shape} (C, H, W), but data.num_channels and "
+                f"data.image_size say {self.shape}"
+            )
+        raise ValueError(f"{tries} images in a row cannot be used; the last: {unreadable[j]}")
+
+    def _accept(self, read: tuple[Tensor, dict[int, str]]) -> Tensor:
+        images, unreadable = read
+        for i in unreadable.keys() - self.unreadable.keys():
+            self.unreadable[i] = unreadable[i]
+            if len(self.unreadable) <= MAX_NAMED:
+                log.warning(f"unreadable image: {unreadable[i]}")
+            if len(self.unreadable) == MAX_NAMED:
+                log.warning("further unreadable images are not named")
+        return images
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`self[index]` for each index, decoded ahead by the worker processes."""
+        if not self.workers:
+            yield from (self[index] for index in indices)
+            return
+        loader = DataLoader(
+            _Reader(self),
+            batch_size=None,
+            sampler=(index.tolist() for index in indices),
+            num_workers=self.workers,
+            pin_memory=self.pinned,
+            generator=torch.Generator(),  # the global one belongs to dropout
+            worker_init_fn=_ignore_interrupt,
+            # a fork of this process would lack the threads that CUDA and ArrayRecord count on
+            multiprocessing_context=_server_of_workers(),
+        )
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise OSError(
+                    f"a process that decodes images died; data.num_workers=0 does without: {reason}"
+                ) from error
+            if batch is None:
+                return
+            if isinstance(batch, Exception):
+                raise batch
+            yield self._accept(batch)
+
+
+class _Reader:
+    """`Stream.read` for DataLoader; errors are handed over as they are, without a traceback."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+
+    def __getitem__(self, index: list[int]):
+        try:
+            return self.stream.read(index)
+        except Exception as error:
+            return error
+
+
+def _server_of_workers():
+    """Forks worker processes from a server that has imported what they need and done no more."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the whole group of processes; what follows from it is the parent's to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def get_dataset(config, split: str) -> Tensor | Stream:
+    """The data that `config.data.dataset` names.
+
+    What takes at most `data.resident_bytes` when decoded is decoded at once, without the images
+    that cannot be read; what takes more stays on disk.
+
+    Args:
+        config: reads `data`.
         split: "train" or "test".
 
     Returns:
         A uint8 data set with random access; see the module.
 
     Raises:
-        ValueError: an unknown data set or split, or images of another shape than configured.
+        ValueError: an unknown data set or split, no image that can be read, or images of another
+            shape than configured.
+        OSError: the data are not where they should be.
     """
-    name = config.data.dataset.lower()
-    if name not in DATASETS:
+    data = config.data
+    name = data.dataset.lower()
+    if name not in sources.SOURCES:
         raise ValueError(
-            f"unknown data set data.dataset={config.data.dataset!r}; known: {', '.join(DATASETS)}"
+            f"unknown data set data.dataset={data.dataset!r}; known: {', '.join(sources.SOURCES)}"
         )
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    data = DATASETS[name](split)
-    expected = (config.data.num_channels, config.data.image_size, config.data.image_size)
-    if tuple(data[0].shape) != expected:
-        raise ValueError(
-            f"{name} images are {tuple(data[0].shape)} (C, H, W), but data.num_channels and "
-            f"data.image_size say {expected}"
-        )
-    return data
+    source = sources.SOURCES[name](data, split=split)
+    workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, _processors())
+    shape = (data.num_channels, data.image_size, data.image_size)
+    stream = Stream(source, shape, workers)
+    if not len(stream):
+        raise ValueError(f"{name} holds no images for the split {split}")
+    stream.read([0])  # so that data of which none can be used are refused here
+    size = len(stream) * math.prod(shape)
+    if size > data.resident_bytes:
+        return stream
+    return _decoded(stream if size > SMALL else Stream(source, shape))
+
+
+def _decoded(stream: Stream) -> Tensor:
+    """All images of `stream` that can be read, (n, C, H, W)."""
+    images, at = torch.empty(len(stream), *stream.shape, dtype=torch.uint8), 0
+    interval = 0.2 if sys.stderr.isatty() else 10
+    with tqdm(total=len(stream), desc="decoding", delay=1, mininterval=interval) as progress:
+        for batch in in_order(stream, 64):
+            images[at : at + len(batch)] = batch
+            at += len(batch)
+            progress.update(len(batch))
+    if not stream.unreadable:
+        return images
+    kept = torch.ones(len(stream), dtype=torch.bool)
+    kept[list(stream.unreadable)] = False
+    log.warning(f"{len(stream.unreadable)} of {len(stream)} images are unreadable and left out")
+    return images[kept]
+
+
+def _processors() -> int:
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def get_data_scaler(config) -> Callable[[Tensor], Tensor]:
@@ -78,23 +234,49 @@ def get_data_inverse_scaler(config) -> Callable[[Tensor], Tensor]:
     return (lambda x: (x + 1) / 2) if config.data.centered else (lambda x: x)
 
 
-def shuffled_batches(data: Tensor, batch_size: int, seed: int, step: int = 0) -> Iterator[Tensor]:
+def in_order(data: Tensor | Stream, size: int) -> Iterator[Tensor]:
+    """Every image once, uint8 (B, C, H, W), in batches of `size` and a last one of what is left."""
+    return _fetched(data, torch.arange(len(data)).split(size))
+
+
+def shuffled_batches(
+    data: Tensor | Stream,
+    batch_size: int,
+    seed: int,
+    step: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[Tensor]:
     """Endless uint8 batches (B, C, H, W) from batch number `step` on.
 
     Every epoch is a permutation given by (seed, epoch); a batch that crosses its end goes on in the
     next one, so that no image is left out. B is `batch_size`, or the whole data set where that is
-    smaller.
+    smaller. The r-th of n processes, `part=(r, n)`, gets the r-th of n equal pieces of each batch.
+
+    Raises:
+        ValueError: n pieces of a batch would not be equal.
     """
-    n = len(data)
-    size = min(batch_size, n)
+    size, (rank, world) = min(batch_size, len(data)), part
+    if size % world:
+        raise ValueError(f"a batch of {size} images cannot be shared equally by {world} processes")
+    piece = slice(rank * size // world, (rank + 1) * size // world)
+    indices = (batch[piece] for batch in _shuffled(len(data), size, seed, step))
+    return _fetched(data, indices)
+
+
+def _shuffled(n: int, size: int, seed: int, step: int) -> Iterator[Tensor]:
     orders: dict[int, Tensor] = {}
-    while True:
-        first, last = divmod(step * size, n), divmod((step + 1) * size, n)
-        epochs = range(first[0], last[0] + 1)
+    for first in itertools.count(step * size, size):
+        epochs = range(first // n, (first + size - 1) // n + 1)
         orders = {e: orders[e] if e in orders else _order(n, seed, e) for e in epochs}
-        start = first[1]
-        yield data[torch.cat(list(orders.values()))[start : start + size]]
-        step += 1
+        yield torch.cat(
+            [o[max(first - e * n, 0) : first - e * n + size] for e, o in orders.items()]
+        )
+
+
+def _fetched(data: Tensor | Stream, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+    if isinstance(data, Stream):
+        return data.batches(indices)
+    return (data.index_select(0, index.to(data.device, non_blocking=True)) for index in indices)
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:
@@ -122,5 +304,5 @@ def to_unit_interval(
         mirrored = torch.rand(len(images), 1, 1, 1, **draw) < 0.5
         images = torch.where(mirrored, images.flip(-1), images)
     if dequantize:
-        return (images + torch.rand(images.shape, **draw)) / 256
-    return images / 255
+        return torch.rand(images.shape, **draw).add_(images).div_(256)
+    return images.float().div_(255)  # in place: fresh memory for 4,096 images costs 10 ms

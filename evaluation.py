@@ -560,8 +560,7 @@ class Judge:
         """Computes the statistics of the data and keeps them; `progress` hears of image counts."""
 
         def blocks() -> Iterator[NDArray]:
-            for start in range(0, len(self.data), EXTRACTED_AT_ONCE):
-                images = self.data[start : start + EXTRACTED_AT_ONCE]
+            for images in datasets.in_order(self.data, EXTRACTED_AT_ONCE):
                 yield self.space(images.permute(0, 2, 3, 1).cpu().numpy())[0]
                 progress(len(images))
 

@@ -45,9 +45,11 @@ def poisson_range(
 
 def data_norm(data, scaler, batch_size: int = 1000) -> float:
     """Mean Euclidean norm of the scaled images of a data set (see datasets.py)."""
+    import datasets
+
     total = 0.0
-    for start in range(0, len(data), batch_size):
-        images = scaler(data[start : start + batch_size] / 255)
+    for batch in datasets.in_order(data, batch_size):
+        images = scaler(batch / 255)
         total += images.flatten(1).norm(dim=1).sum().item()
     return total / len(data)
 

@@ -43,6 +43,9 @@ PAGE_PIXELS = 1400  # side of the largest picture in report.html
 # Smallest and largest sensible value of what the parts below do not check themselves.
 RANGES = {
     "seed": (0, math.inf),
+    "data.image_size": (1, math.inf),
+    "data.resident_bytes": (0, math.inf),
+    "data.num_workers": (-1, math.inf),
     "training.batch_size": (1, math.inf),
     "training.n_iters": (1, math.inf),
     "training.log_freq": (1, math.inf),
@@ -100,7 +103,7 @@ def train(config, workdir: Path) -> None:
     training, seed = config.training, config.seed
     run = Experiment.build(config)
     state, device = run.state, run.device
-    train_data = datasets.get_dataset(config, "train")
+    train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
     resume_path = workdir / "checkpoints-meta" / "checkpoint.pth"
     if resume_path.exists():
@@ -290,7 +293,7 @@ def _evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: 
         generator = datasets.keyed_generator(run.device, "loss", config.seed)
         net, total = run.state.model, 0.0
         with _progress(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
-            for block in _in_order(data, config.training.batch_size):
+            for block in datasets.in_order(data, config.training.batch_size):
                 charges = run.scaler(datasets.to_unit_interval(block.to(run.device)))
                 for batch in charges.split(config.eval.batch_size):
                     total += run.loss_fn(net, batch, generator, charges).item() * len(batch)
@@ -751,12 +754,6 @@ def _check(config) -> None:
     norms = config.eval.rescale_norms
     if norms and not (len(norms) == 2 and 0 < norms[0] < norms[1]):
         raise ValueError(f"eval.rescale_norms must be two rising norms or (), not {norms}")
-
-
-def _in_order(data, size: int) -> Iterator[Tensor]:
-    """Every image once, uint8 (B, C, H, W), the last batch being what is left."""
-    for start in range(0, len(data), size):
-        yield data[start : start + size]
 
 
 def _nhwc(images: Tensor) -> evaluation.Images:

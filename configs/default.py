@@ -11,7 +11,10 @@ def get_default_config() -> ml_collections.ConfigDict:
 
     config.data = data = ml_collections.ConfigDict()
     data.data_dir = ""  # where the data lies; "" for the default folder of the data set
+    data.path = ""  # of data.dataset="folder": a folder or .zip of images, an .npy or .npz
     data.num_channels = 3
+    data.resident_bytes = 2**31  # data of at most this size, decoded, stay in memory
+    data.num_workers = -1  # processes that decode larger data; -1: as many as processors, up to 8
     data.random_flip = True
     data.uniform_dequantization = False
 

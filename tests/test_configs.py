@@ -15,6 +15,9 @@ PUBLISHED = json.loads((ROOT / "tests/golden/configs.json").read_text())
 OURS = {
     "device",
     "data.data_dir",
+    "data.num_workers",
+    "data.path",
+    "data.resident_bytes",
     "optim.cooldown",
     "sampling.ode_solver",
     "sampling.N",

@@ -1,10 +1,12 @@
 """Order, coverage and range of what training and evaluation read."""
 
+import re
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from data_files import Dying, Interrupting, Numbers
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
@@ -101,8 +103,102 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="unknown split 'validation'; known: train, test"):
         datasets.get_dataset(config, "validation")
     config.data.image_size = 16
-    with pytest.raises(ValueError, match=r"digits images are \(1, 8, 8\).*\(1, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"is \(1, 8, 8\).*say \(1, 16, 16\)"):
         datasets.get_dataset(config, "train")
     config.data.dataset = "digit"
     with pytest.raises(ValueError, match=r"data\.dataset='digit'; known: digits"):
         datasets.get_dataset(config, "train")
+
+
+# --- data that stay on disk -----------------------------------------------------------------------
+
+
+def first(stream, count):
+    return torch.stack(list(islice(stream, count)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_give_what_tensors_give_before_and_after_a_resume(workers):
+    resident = torch.arange(23, dtype=torch.uint8).view(-1, 1, 1, 1)
+    stream = datasets.Stream(Numbers(23), (1, 1, 1), workers)
+    expected = first(datasets.shuffled_batches(resident, 6, seed=3), 12)
+    assert torch.equal(first(datasets.shuffled_batches(stream, 6, seed=3), 12), expected)
+    resumed = first(datasets.shuffled_batches(stream, 6, seed=3, step=5), 7)
+    assert torch.equal(resumed, expected[5:])
+    for a, b in zip(datasets.in_order(stream, 6), resident.split(6), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(stream[3:9], resident[3:9])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_one_batch(workers):
+    stream = datasets.Stream(Numbers(20), (1, 1, 1), workers)
+    whole = first(datasets.shuffled_batches(stream, 6, seed=0), 8)
+    parts = [
+        first(datasets.shuffled_batches(stream, 6, seed=0, part=(rank, 3)), 8) for rank in range(3)
+    ]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    with pytest.raises(ValueError, match="batch of 6 images cannot be shared equally by 4"):
+        datasets.shuffled_batches(stream, 6, seed=0, part=(0, 4))
+
+
+def test_worker_processes_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    next(datasets.shuffled_batches(datasets.Stream(Numbers(9), (1, 1, 1), 1), 3, seed=0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_gives_its_place_to_the_next(workers, caplog):
+    stream = datasets.Stream(Numbers(6, unreadable={2, 3, 5}), (1, 1, 1), workers)
+    (images,) = datasets.in_order(stream, 6)
+    assert images.flatten().tolist() == [0, 1, 4, 4, 4, 0]
+    list(datasets.in_order(stream, 6))
+    assert sorted(caplog.messages) == [f"unreadable image: image {i} is damaged" for i in (2, 3, 5)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_readable_is_an_error(workers):
+    stream = datasets.Stream(Numbers(6, unreadable=range(6)), (1, 1, 1), workers)
+    with pytest.raises(ValueError, match="^6 images in a row cannot be used.*image . is damaged$"):
+        next(datasets.in_order(stream, 3))
+
+
+def test_an_image_of_another_shape_is_not_used(caplog):
+    images = [np.full((2, 2, 1), 7, np.uint8), np.zeros((2, 3, 1), np.uint8)]
+    assert (datasets.Stream(images, (1, 2, 2))[:] == 7).all()
+    assert re.search(r"number 1 is \(1, 2, 3\) .* say \(1, 2, 2\)", caplog.messages[0])
+
+
+def test_resident_data_leave_the_unreadable_out(monkeypatch, caplog):
+    bad = set(range(0, 60, 2))
+    monkeypatch.setitem(datasets.sources.SOURCES, "numbers", lambda data, split: Numbers(60, bad))
+    config = digits_ddpmpp.get_config()
+    config.data.update({"dataset": "numbers", "image_size": 1})
+    data = datasets.get_dataset(config, "train")
+    assert data.flatten().tolist() == list(range(1, 60, 2))
+    assert caplog.messages[-1] == "30 of 60 images are unreadable and left out"
+    assert len(caplog.messages) == datasets.MAX_NAMED + 2  # and that the others are not named
+
+
+def test_size_decides_what_stays_on_disk():
+    config = digits_ddpmpp.get_config()
+    config.data.resident_bytes = 1617 * 64
+    resident = datasets.get_dataset(config, "train")
+    config.data.resident_bytes -= 1
+    config.data.num_workers = 0
+    stream = datasets.get_dataset(config, "train")
+    assert isinstance(resident, torch.Tensor)
+    assert isinstance(stream, datasets.Stream)
+    assert torch.equal(stream[:], resident)
+
+
+@pytest.mark.slow  # DataLoader looks after its workers every 5 s
+def test_the_death_of_a_worker_is_told():
+    with pytest.raises(OSError, match="decodes images died; data.num_workers=0"):
+        next(datasets.in_order(datasets.Stream(Dying(4), (1, 1, 1), 1), 2))
+
+
+def test_ctrl_c_leaves_the_batches_to_come():
+    (images,) = datasets.in_order(datasets.Stream(Interrupting(4), (1, 1, 1), 1), 4)
+    assert images.flatten().tolist() == [0, 1, 2, 3]

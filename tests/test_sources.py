@@ -1,0 +1,424 @@
+"""What is read from disk against what was written there, by other programs where there are any."""
+
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from data_files import (
+    encoded,
+    example,
+    pictures,
+    stylegan_example,
+    tfrecord,
+    write_tree,
+    write_zip,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import datasets
+import sources
+import tfrecords
+from configs.poisson import digits_ddpmpp
+
+
+def config_of(dataset, size=8, channels=3, **data):
+    config = digits_ddpmpp.get_config()
+    config.data.update({"dataset": dataset, "image_size": size, "num_channels": channels, **data})
+    return config
+
+
+def all_of(source):
+    return np.stack([source[i] for i in range(len(source))])
+
+
+def both_splits(config):
+    """Train and test images, (n, C, H, W), as one set of byte strings and their numbers."""
+    splits = [datasets.get_dataset(config, split)[:] for split in ("train", "test")]
+    return [image.numpy().tobytes() for split in splits for image in split], map(len, splits)
+
+
+# --- cutting and resizing -------------------------------------------------------------------------
+
+
+def reference_resize(image, size, kernel, support):
+    """The definition of an antialiased resize: a kernel as wide as a new pixel, in float64."""
+
+    def matrix(n):
+        scale = max(n / size, 1)
+        centers = (np.arange(size)[:, None] + 0.5) * n / size
+        weights = kernel((np.arange(n) + 0.5 - centers) / scale)
+        weights[np.abs((np.arange(n) + 0.5 - centers) / scale) >= support] = 0
+        return weights / weights.sum(1, keepdims=True)
+
+    rows, columns = matrix(image.shape[0]), matrix(image.shape[1])
+    return np.einsum("hi,wj,ijc->hwc", rows, columns, image.astype(float)).clip(0, 255)
+
+
+def triangle(x):
+    return np.maximum(1 - np.abs(x), 0)
+
+
+def cubic(x):
+    """Keys' kernel with a = -1/2, the bicubic of tf.image.resize with antialias."""
+    x = np.abs(x)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_published_crops(channels):
+    (image,) = pictures(1, 218, 178, channels)
+    (wide,) = pictures(1, 100, 151, channels)
+    expected = {
+        "face": reference_resize(image[39:179, 19:159], 64, triangle, 1),
+        "whole": reference_resize(image, 32, triangle, 1),
+        "lsun": reference_resize(wide[:, 25:125], 48, cubic, 2),
+    }
+    actual = {
+        "face": sources.face(image, 64),
+        "whole": sources.resized_whole(image, 32),
+        "lsun": sources.cropped_then_resized(wide, 48),
+    }
+    for name, pixels in actual.items():
+        assert pixels.dtype == np.uint8
+        assert np.abs(pixels - expected[name]).max() <= 1.5  # rounded after each direction
+        assert np.abs(pixels - expected[name]).mean() < 0.35
+
+
+def test_the_shorter_side_then_the_centre():
+    columns = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (50, 100, 3))
+    out = sources.resized_then_cropped(columns, 25)
+    assert out.shape == (25, 25, 3)
+    assert abs(out[0, 0, 0].astype(int) - 25) <= 2  # every second column, from a quarter on
+    assert abs(out[0, -1, 0].astype(int) - 74) <= 2
+
+
+# --- image files ----------------------------------------------------------------------------------
+
+
+def test_modes_become_grey_or_rgb():
+    (rgb,) = pictures(1)
+    grey = rgb[..., 0]
+    assert (sources.decode_image(encoded(rgb), 3) == rgb).all()
+    assert (sources.decode_image(encoded(grey), 3) == grey[..., None]).all()
+    assert (sources.decode_image(encoded(grey), 1)[..., 0] == grey).all()
+    luma = rgb @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+    assert np.abs(sources.decode_image(encoded(rgb), 1)[..., 0] - luma).max() <= 1
+    assert (sources.decode_image(encoded(grey.astype(np.uint16) * 257), 1)[..., 0] == grey).all()
+    assert (sources.decode_image(encoded(rgb, "WEBP", lossless=True), 3) == rgb).all()
+
+
+def test_what_is_transparent_becomes_white():
+    (rgba,) = pictures(1, channels=4)
+    alpha = rgba[..., 3:] / 255
+    expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(sources.decode_image(encoded(rgba), 3) - expected).max() <= 1
+
+
+def test_photographs_are_upright():
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
+    stored = encoded(np.rot90(upright), "JPEG", exif=exif, quality=95)
+    decoded = sources.decode_image(stored, 3)
+    assert decoded.shape == (16, 24, 3)
+    assert np.abs(decoded.astype(int) - upright).max() < 40
+
+
+def test_too_many_pixels_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)  # for Pillow a warning up to twice as many
+    with pytest.raises(Image.DecompressionBombWarning):
+        sources.decode_image(encoded(pictures(1)[0]), 3)
+
+
+def test_other_formats_are_refused():
+    with pytest.raises(Exception, match="cannot identify"):
+        sources.decode_image(encoded(pictures(1)[0], "TIFF"), 3)
+
+
+def test_trees_and_zips_hold_the_same(tmp_path):
+    images = pictures(20)
+    write_tree(tmp_path / "faces", images, "{i:03d}/image.PNG")
+    (tmp_path / "faces/notes.txt").write_text("no image")
+    (tmp_path / "faces/000/._image.png").write_text("what macOS leaves")
+    write_zip(tmp_path / "faces.zip", tmp_path / "faces")
+    for path in (tmp_path / "faces", tmp_path / "faces.zip"):
+        found, sizes = both_splits(config_of("folder", path=str(path)))
+        assert sorted(found) == sorted(i.transpose(2, 0, 1).tobytes() for i in images)
+        assert list(sizes) == [18, 2]
+
+
+@pytest.mark.parametrize("kind", ["tree", "zip", "npz"])
+def test_given_splits_are_used(tmp_path, kind):
+    images = pictures(9)
+    root = tmp_path / "data"
+    write_tree(root / "train", images[:6])
+    write_tree(root / "test", images[6:])
+    path = {"tree": root, "zip": tmp_path / "data.zip", "npz": tmp_path / "data.npz"}[kind]
+    write_zip(tmp_path / "data.zip", root)
+    np.savez(tmp_path / "data.npz", train=images[:6], test=images[6:])
+    config = config_of("folder", path=str(path))
+    for split, expected in (("train", images[:6]), ("test", images[6:])):
+        data = datasets.get_dataset(config, split)
+        assert (data.permute(0, 2, 3, 1).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_arrays_are_resized_like_files(tmp_path, name):
+    images = pictures(10, 12, 20, 1)
+    np.save(tmp_path / name, images) if name == "x.npy" else np.savez(tmp_path / name, images)
+    config = config_of("folder", channels=1, path=str(tmp_path / name))
+    train = datasets.get_dataset(config, "train")
+    index = sources.held_out(10, "train")
+    expected = [sources.cropped_then_resized(images[i], 8) for i in index]
+    assert (train.permute(0, 2, 3, 1).numpy() == np.stack(expected)).all()
+
+
+def test_links_to_folders_are_not_followed(tmp_path):
+    write_tree(tmp_path / "outside", pictures(5))
+    write_tree(tmp_path / "data", pictures(4))
+    (tmp_path / "data/link").symlink_to(tmp_path / "outside")
+    (tmp_path / "data/again").symlink_to(tmp_path / "data")
+    assert sum(both_splits(config_of("folder", path=str(tmp_path / "data")))[1]) == 4
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="not a file"):
+        sources.read_file(tmp_path, "pipe.png")
+
+
+def test_entries_are_bounded_and_never_extracted(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("../../evil.png", encoded(pictures(1)[0]))
+        file.writestr("bomb.png", bytes(10**6))
+        file.writestr("good.png", encoded(pictures(1)[0]))
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10**5)
+    source = sources.folder(config_of("folder", path=str(tmp_path / "x.zip")).data, "train").source
+    assert source.names == ["../../evil.png", "bomb.png", "good.png"]
+    assert (source[0] == source[2]).all()
+    with pytest.raises(sources.Unreadable, match=r"x\.zip/bomb\.png: larger than"):
+        source[1]
+    assert [path.name for path in tmp_path.rglob("*")] == ["x.zip"]
+
+
+def test_sources_travel_to_other_processes(tmp_path):
+    write_tree(tmp_path / "data", pictures(4))
+    write_zip(tmp_path / "data.zip", tmp_path / "data")
+    for path in ("data", "data.zip"):
+        source = sources.folder(config_of("folder", path=str(tmp_path / path)).data, "train")
+        before = all_of(source)
+        assert (all_of(pickle.loads(pickle.dumps(source))) == before).all()
+
+
+def mistakes_of_folders(tmp):
+    (tmp / "empty").mkdir()
+    (tmp / "text.zip").write_text("not a zip file")
+    (tmp / "cut.npy").write_bytes(b"\x93NUMPY")
+    write_tree(tmp / "one", pictures(1))
+    np.save(tmp / "four.npy", pictures(4, channels=4))
+    np.save(tmp / "float.npy", np.zeros((4, 8, 8, 3)))
+    np.save(tmp / "objects.npy", np.array([None]), allow_pickle=True)
+    np.save(tmp / "none.npy", np.zeros((0, 8, 8, 3), np.uint8))
+    np.savez(tmp / "two.npz", a=pictures(2), b=pictures(2))
+    np.savez_compressed(tmp / "bomb.npz", np.zeros((100, 8, 8, 3), np.uint8))
+    return {
+        "": "needs data.path",
+        "nowhere": "data.path=.*nowhere does not exist",
+        "empty": "empty holds no images",
+        "text.zip": "text.zip is no folder, .npy, .npz or zip file",
+        "cut.npy": "cut.npy cannot be read",
+        "one": r"1 image\(s\) cannot be split",
+        "four.npy": r"must hold uint8 images \(n, H, W, 3\).*not uint8 \(4, 8, 8, 4\)",
+        "float.npy": "must hold uint8.*not float64",
+        "objects.npy": "objects.npy cannot be read",
+        "none.npy": "holds no images",
+        "two.npz": r"one array, or train and test; it has \['a', 'b'\]",
+        "bomb.npz": "unpacks to 19,328 bytes, more than data.resident_bytes=9,999",
+    }
+
+
+def test_mistakes_of_folders_are_named(tmp_path):
+    for name, message in mistakes_of_folders(tmp_path).items():
+        config = config_of("folder", path=name and str(tmp_path / name), resident_bytes=9999)
+        with pytest.raises((ValueError, OSError), match=message) as caught:
+            datasets.get_dataset(config, "train")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="data.num_channels must be 1 or 3, not 2"):
+        sources.folder(config_of("folder", channels=2, path=str(tmp_path / "one")).data, "train")
+
+
+# --- TFRecords ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["FFHQ", "CelebAHQ", "ffhq_256"])
+def test_records_of_stylegan(tmp_path, name, packed):
+    images = pictures(20)
+    path = tmp_path / "r03.tfrecords"
+    path.write_bytes(tfrecord(*(stylegan_example(image, packed) for image in images)))
+    found, sizes = both_splits(config_of(name, tfrecords_path=str(path)))
+    assert sorted(found) == sorted(i.transpose(2, 0, 1).tobytes() for i in images)
+    assert list(sizes) == [18, 2]
+
+
+def test_records_that_tensorflow_wrote(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    images = pictures(3, 4, 6)
+    with tf.io.TFRecordWriter(str(tmp_path / "x.tfrecords")) as writer:
+        for image in images:
+            planes = image.transpose(2, 0, 1)
+            shape = tf.train.Feature(int64_list=tf.train.Int64List(value=planes.shape))
+            data = tf.train.Feature(bytes_list=tf.train.BytesList(value=[planes.tobytes()]))
+            other = tf.train.Feature(float_list=tf.train.FloatList(value=[1.0, 2.0]))
+            features = tf.train.Features(feature={"shape": shape, "data": data, "other": other})
+            writer.write(tf.train.Example(features=features).SerializeToString())
+    source = sources.TFRecords([tmp_path / "x.tfrecords"], sources.stylegan_image)
+    assert (all_of(source) == images).all()
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    images = pictures(10)
+    whole = tfrecord(*(stylegan_example(image) for image in images))
+    damaged = bytearray(whole)
+    damaged[len(whole) // 10 * 3 + 100] ^= 4  # within the data of the fourth of ten equal records
+    path = tmp_path / "x.tfrecords"
+    path.write_bytes(damaged)
+    source = sources.TFRecords([path], sources.stylegan_image)
+    with pytest.raises(sources.Unreadable, match=rf"byte {len(whole) // 10 * 3}: its checksum"):
+        source[3]
+    assert (source[4] == images[4]).all()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match="x.tfrecords is damaged.*record 9, at byte .* ends"):
+        sources.TFRecords([path], sources.stylegan_image)
+    path.write_bytes(b"something else altogether")
+    with pytest.raises(ValueError, match="no TFRecord file: record 0, at byte 0.*checksum"):
+        sources.TFRecords([path], sources.stylegan_image)
+
+
+@given(st.binary(max_size=80), st.integers(0, 200), st.integers(0, 7))
+def test_any_bytes_are_an_example_or_an_error(noise, at, bit):
+    mutated = bytearray(stylegan_example(pictures(1)[0]))
+    mutated[at] ^= 1 << bit
+    for data in (noise, bytes(mutated)):
+        try:
+            sources.stylegan_image(data)
+        except (ValueError, TypeError, LookupError):
+            continue
+
+
+def test_absent_records_are_explained():
+    with pytest.raises(FileNotFoundError, match="tfrecords_path=/nowhere/r10 does not exist"):
+        datasets.get_dataset(config_of("ffhq", tfrecords_path="/nowhere/r10"), "train")
+
+
+def test_features_are_found_by_name():
+    features = tfrecords.parse_example(example(a=b"x", b=[300, 0], c=b""))
+    assert features.keys() == {"a", "b", "c"}
+    assert tfrecords.int_feature(features["b"]) == [300, 0]
+    assert bytes(tfrecords.bytes_feature(features["a"])) == b"x"
+
+
+# --- tensorflow_datasets --------------------------------------------------------------------------
+
+PREPARE = """
+import sys
+import numpy as np
+import tensorflow_datasets as tfds
+
+builder = tfds.builder("cifar10", data_dir=sys.argv[1], file_format=sys.argv[2])
+
+def generate(seed, n):
+    images = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(images):
+        yield f"{i:04d}", {"id": f"{i:04d}", "image": image, "label": i % 10}
+
+type(builder)._split_generators = lambda self, _: {
+    "train": generate(1, 12), "test": generate(2, 5)
+}
+builder.download_and_prepare()
+"""
+
+READ = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import datasets
+from configs.vp import cifar10_ddpmpp
+
+config = cifar10_ddpmpp.get_config()
+config.data.data_dir = sys.argv[1]
+for split in ("train", "test"):
+    for limit in (2**31, 0):
+        config.data.resident_bytes, config.data.num_workers = limit, 1
+        data = datasets.get_dataset(config, split)
+        (images,) = datasets.in_order(data, 100)
+        print(images.shape, images.double().sum().item())
+assert "tensorflow" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_prepared_data_are_read_without_tensorflow(tmp_path, file_format):
+    pytest.importorskip("tensorflow")  # it prepares them
+
+    def run(script, *arguments):
+        command = [sys.executable, "-c", script, str(tmp_path), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(PREPARE, file_format)
+    lines = []
+    for seed, n in ((1, 12), (2, 5)):
+        images = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        lines += 2 * [f"torch.Size([{n}, 3, 32, 32]) {images.astype(float).sum()}"]
+    assert run(READ, str(ROOT)).splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    "dataset, size, stored, data",
+    [
+        ("CIFAR10", 32, "cifar10/", {}),
+        ("svhn", 32, "svhn_cropped/", {}),
+        ("CELEBA", 64, "celeb_a/", {}),
+        ("LSUN", 256, "lsun/bedroom/", {"category": "bedroom"}),
+        ("lsun", 128, "lsun/church_outdoor/", {"category": "church_outdoor"}),
+    ],
+)
+def test_absent_data_are_explained(tmp_path, dataset, size, stored, data):
+    name = stored.rstrip("/")
+    message = (
+        rf"{name} is not in {tmp_path}/{stored}[\d.]+\. Where there is a network, run: python3 -c "
+        rf"\"import tensorflow_datasets as tfds; tfds\.data_source\('{name}', "
+        rf"data_dir='{tmp_path}'\)\" and copy the folder here"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        datasets.get_dataset(config_of(dataset, size, data_dir=str(tmp_path), **data), "test")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_categories_are_named():
+    with pytest.raises(ValueError, match="data.category='kitchen'; known: bedroom, church_outdoor"):
+        datasets.get_dataset(config_of("lsun", category="kitchen"), "train")
+
+
+@pytest.mark.parametrize(
+    "dataset, size, data",
+    [("svhn", 32, {}), ("celeba", 64, {}), ("lsun", 128, {"category": "bedroom"})],
+)
+def test_mocked_data_have_the_configured_size(dataset, size, data):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=4):
+        images = datasets.get_dataset(config_of(dataset, size, **data), "test")
+    assert images.shape == (4, 3, size, size)
+    assert images.dtype == torch.uint8
