@@ -302,7 +302,9 @@ def to_unit_interval(
     draw = {"generator": generator, "device": images.device}
     if flip:
         mirrored = torch.rand(len(images), 1, 1, 1, **draw) < 0.5
-        images = torch.where(mirrored, images.flip(-1), images)
+        mask = mirrored.to(torch.uint8).neg()  # 255 or 0
+        # torch.where(mirrored, images.flip(-1), images), which takes four times as long on a CPU
+        images = images.flip(-1).bitwise_xor_(images).bitwise_and_(mask).bitwise_xor_(images)
     if dequantize:
         return torch.rand(images.shape, **draw).add_(images).div_(256)
-    return images.float().div_(255)  # in place: fresh memory for 4,096 images costs 10 ms
+    return images.float().div_(255)  # in place: fresh memory takes longer than the division
