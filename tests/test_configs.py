@@ -15,6 +15,8 @@ PUBLISHED = json.loads((ROOT / "tests/golden/configs.json").read_text())
 OURS = {
     "device",
     "data.data_dir",
+    "training.keep_checkpoints",
+    "training.max_bad_steps",
     "optim.cooldown",
     "sampling.ode_solver",
     "sampling.N",
