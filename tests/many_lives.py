@@ -1,10 +1,11 @@
-"""Trains a workdir in many lives, each a process that is killed at a random moment.
+"""Trains or evaluates in many lives, each a process that is killed at a random moment.
 
-    python3 tests/many_lives.py WORKDIR LIVES [--config.section.key=JSON ...]
+    python3 tests/many_lives.py train|eval WORKDIR LIVES [--config.section.key=JSON ...]
 
 Every life is a fork of this process, which has imported everything and started no thread, so that
 it costs its steps only. In turn a life is killed at a random time after its start, after the first
-state it saved, and while it writes a file. Prints, as JSON, how many left a file half written.
+thing it saved, and while it writes a file. Prints, as JSON, how many left a file half written.
+Evaluation writes to the folder `killed`.
 """
 
 import json
@@ -48,8 +49,8 @@ def small_config(**overrides):
     return config
 
 
-def live(config, workdir: Path) -> int:
-    """Starts a process that trains; returns its number."""
+def live(mode: str, config, workdir: Path) -> int:
+    """Starts a process that trains or evaluates; returns its number."""
     process = os.fork()
     if process:
         return process
@@ -57,54 +58,59 @@ def live(config, workdir: Path) -> int:
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)  # the progress bar
-        status = 0 if run_lib.train(config, workdir) else 3
+        if mode == "train":
+            run_lib.train(config, workdir)
+        else:
+            run_lib.evaluate(config, workdir, "killed")
+        status = 0
     finally:
         os._exit(status)
 
 
-def half_written(workdir: Path) -> bool:
-    return any(workdir.glob("checkpoints*/.*.partial"))
-
-
-def saved(workdir: Path) -> int:
-    """Changes whenever the state to resume from does."""
-    path = workdir / "checkpoints-meta/checkpoint.pth"
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def main(workdir: Path, lives: int, overrides: dict) -> None:
+def main(mode: str, workdir: Path, lives: int, overrides: dict) -> None:
     config = small_config(**overrides)
     torch.set_num_threads(1)  # a fork has none of its parent's threads
     run_lib.Experiment.build(config)  # imports the rest
     datasets.get_dataset(config, "train")
+    pace = {"train": 0.2, "eval": 0.05}[mode]  # seconds that a life may last beyond its first save
+    pattern = {"train": "checkpoints*/", "eval": "killed/**/"}[mode]
     chance = random.Random(0)
     writing = 0
+
+    def half_written() -> list[Path]:
+        return list(workdir.glob(f"{pattern}.*.partial"))
+
+    def saved() -> int:
+        """Grows with everything that is saved."""
+        return sum(f.stat().st_mtime_ns for f in workdir.glob(f"{pattern}[!.]*") if f.is_file())
+
     for life in range(lives):
-        for leftover in workdir.glob("checkpoints*/.*.partial"):
+        for leftover in half_written():
             leftover.unlink()  # the next one seen is of this life
-        before = saved(workdir) if workdir.exists() else 0
-        process = live(config, workdir)
+        before = saved()
+        process = live(mode, config, workdir)
 
         def wait_for(event, process=process):
             while not event() and not os.waitpid(process, os.WNOHANG)[0]:
                 time.sleep(1e-4)
 
         if life % 3 == 0:
-            time.sleep(chance.uniform(0, 0.4))
+            time.sleep(chance.uniform(0, 2 * pace))
         else:
-            wait_for(lambda before=before: saved(workdir) != before)
-            time.sleep(chance.uniform(0, 0.2))
+            wait_for(lambda before=before: saved() != before)
+            time.sleep(chance.uniform(0, pace))
             if life % 3 == 2:
-                wait_for(lambda: half_written(workdir))
+                wait_for(half_written)
                 time.sleep(chance.uniform(0, 0.004))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
             raise RuntimeError(f"life {life} ended by itself, with status {status}")
-        writing += half_written(workdir)
+        writing += bool(half_written())
     print(json.dumps({"half written": writing}))
 
 
 if __name__ == "__main__":
-    pairs = (argument.removeprefix("--config.").split("=", 1) for argument in sys.argv[3:])
-    main(Path(sys.argv[1]), int(sys.argv[2]), {key: json.loads(value) for key, value in pairs})
+    pairs = (argument.removeprefix("--config.").split("=", 1) for argument in sys.argv[4:])
+    changes = {key: json.loads(value) for key, value in pairs}
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), changes)

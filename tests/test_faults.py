@@ -77,14 +77,21 @@ def one_thread():
 # --- kills ----------------------------------------------------------------------------------------
 
 
+def half_written_in_many_lives(mode, workdir, lives, **config):
+    """How many of so many lives left a file half written; see many_lives.py."""
+    options = [f"--config.{key}={json.dumps(value)}" for key, value in config.items()]
+    program = str(ROOT / "tests/many_lives.py")
+    done = run([sys.executable, program, mode, str(workdir), str(lives), *options])
+    return json.loads(done.stdout)["half written"]
+
+
 @pytest.mark.slow
 def test_killed_25_times_the_run_ends_as_if_it_never_was(tmp_path, one_thread):
     """SIGKILL at random moments, while checkpoints are written too; the ends are equal bitwise."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    done = run([sys.executable, str(ROOT / "tests/many_lives.py"), str(killed), "25"])
-    assert json.loads(done.stdout)["half written"] > 0
+    assert half_written_in_many_lives("train", killed, 25) > 0
     reached = newest(killed)["step"]
-    assert reached > 25
+    assert reached > 5
     config = small_config(**{"training.n_iters": reached + 4})
     for workdir in (killed, whole):
         assert run_lib.train(config, workdir)
@@ -93,6 +100,39 @@ def test_killed_25_times_the_run_ends_as_if_it_never_was(tmp_path, one_thread):
     names = {path.name for path in (whole / "checkpoints").iterdir()}
     assert {path.name for path in (killed / "checkpoints").iterdir()} == names
     assert not list(killed.glob("*/.*.partial"))
+
+
+@pytest.mark.slow
+def test_killed_10_times_an_evaluation_ends_as_if_it_never_was(tmp_path, one_thread):
+    evaluation = {
+        "training.n_iters": 5,
+        "eval.begin_ckpt": 1,
+        "eval.end_ckpt": 1,
+        "eval.batch_size": 20,
+        "eval.num_samples": 600,
+        "eval.bpd_num_repeats": 2,
+        "eval.stats_dir": str(tmp_path / "stats"),
+        "sampling.ode_solver": "forward_euler",
+        "sampling.N": 10,
+        "sampling.rtol": 0.1,
+        "sampling.atol": 0.1,
+    }
+    config = small_config(**evaluation)
+    run_lib.train(config, tmp_path)
+    assert half_written_in_many_lives("eval", tmp_path, 10, **evaluation) > 0
+    for folder in ("killed", "whole"):
+        run_lib.evaluate(config, tmp_path, folder)
+    killed, whole = (
+        {name: value for name, value in np.load(path).items() if not name.endswith("seconds")}
+        for path in (tmp_path / "killed/report_1.npz", tmp_path / "whole/report_1.npz")
+    )
+    assert {"loss", "bpd", "fid", "kid", "precision", "recall"} <= killed.keys()
+    np.testing.assert_equal(killed, whole)
+    names = [
+        {path.relative_to(tmp_path / folder) for path in (tmp_path / folder).glob("**/*")}
+        for folder in ("killed", "whole")
+    ]
+    assert names[0] == names[1]
 
 
 @pytest.mark.slow
