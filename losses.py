@@ -1,6 +1,7 @@
 """What a training step minimises, and the step itself: optimiser, schedule, clipping, EMA."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -59,11 +60,16 @@ class ExponentialMovingAverage:
         self.shadow_params = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Moves the average towards `parameters`, in the order of construction."""
+    def update(self, parameters: Iterable[nn.Parameter], applied: Tensor | None = None) -> None:
+        """Moves the average towards `parameters`, in the order of construction.
+
+        Where `applied`, a 0-d tensor on their device, is 0 and not 1, the average stays as it is;
+        the decay counts the update nevertheless, as the learning rate does.
+        """
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - decay)
+        way = 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        ways = way if applied is None else [way * applied] * len(self.shadow_params)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), ways)
 
     @contextlib.contextmanager
     def swapped_into(self, parameters: Iterable[nn.Parameter]):
@@ -153,9 +159,24 @@ class TrainState:
     def load_state_dict(self, state: dict) -> None:
         """Everything, to go on training; raises as `load_network` does."""
         self.load_network(state)
+        for index, moments in state["optimizer"]["state"].items():
+            shapes = {getattr(moment, "shape", ()) for moment in moments.values()}
+            if not shapes <= {(), self.parameters[index].shape}:
+                raise ValueError("the optimizer's moments have other shapes than the weights")
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group |= self.hyper_parameters  # those of the config, also where a run resumes
+
+    def apply_gradient(self, finite: Tensor) -> None:
+        """Moves weights and average where `finite` (0-d bool, on their device) holds.
+
+        Elsewhere they stay as they are, and the optimiser too. No tensor is read by the host, so
+        that it need not wait for the device.
+        """
+        self.optimizer.found_inf = 1.0 - finite.float()  # the fused step heeds it
+        self.optimizer.step()
+        self.step += 1
+        self.ema.update(self.parameters, finite.float())
 
     def is_finite(self) -> bool:
         """Whether every trained parameter is."""
@@ -169,16 +190,20 @@ def train_step(
     batch: Tensor,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One update of `state` on `batch` (B, C, H, W); returns the loss, left on its device."""
+    """One update of `state` on `batch` (B, C, H, W).
+
+    Where the loss or its gradient is not finite, the step counts but is not applied.
+
+    Returns:
+        The loss, left on its device; nan where the step was not applied.
+    """
     state.model.train()
     loss = loss_fn(state.model, batch, generator)
     state.optimizer.zero_grad()
-    loss.backward()
+    loss.backward(1 + 0 * loss.detach())  # the gradient of a loss that is not finite is nan
     for group in state.optimizer.param_groups:
         group["lr"] = state.learning_rate * learning_rate_factor(state.step, **state.schedule)
-    if state.grad_clip >= 0:
-        nn.utils.clip_grad_norm_(state.parameters, state.grad_clip)
-    state.optimizer.step()
-    state.step += 1
-    state.ema.update(state.parameters)
-    return loss.detach()
+    limit = state.grad_clip if state.grad_clip >= 0 else math.inf
+    finite = nn.utils.clip_grad_norm_(state.parameters, limit).isfinite()
+    state.apply_gradient(finite)
+    return torch.where(finite, loss.detach(), math.nan)

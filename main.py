@@ -2,6 +2,7 @@
 
 import logging
 import runpy
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -32,12 +33,15 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     workdir = Path(FLAGS.workdir)
     try:
-        if FLAGS.mode == "train":
-            run_lib.train(FLAGS.config, workdir)
-        else:
+        if FLAGS.mode == "eval":
             run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder)
+        elif not run_lib.train(FLAGS.config, workdir):
+            print(f"to go on: {shlex.join(sys.orig_argv)}")
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise

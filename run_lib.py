@@ -1,4 +1,4 @@
-"""Training and evaluation, read from top to bottom; the one place that knows the workdir."""
+"""Training and evaluation, read from top to bottom."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,10 @@ import io
 import json
 import logging
 import math
+import os
+import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +22,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import datasets
 import evaluation
@@ -30,6 +32,20 @@ import models
 import sampling
 from checkpoints import atomic_write, load_checkpoint, save_checkpoint
 from report import Picture, render
+from workdir import (
+    Board,
+    checkpoint_path,
+    checkpoints_to_evaluate,
+    differences,
+    drop_checkpoints,
+    fit,
+    newest_checkpoint,
+    open_workdir,
+    save_npz,
+    save_png,
+    save_to_resume,
+    store_config,
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +68,8 @@ RANGES = {
     "training.eval_freq": (1, math.inf),
     "training.snapshot_freq": (1, math.inf),
     "training.snapshot_freq_for_preemption": (1, math.inf),
+    "training.keep_checkpoints": (0, math.inf),
+    "training.max_bad_steps": (1, math.inf),
     "optim.lr": (0, math.inf),
     "optim.warmup": (0, math.inf),
     "optim.cooldown": (0, math.inf),
@@ -98,18 +116,24 @@ class Experiment:
         return self.state.ema.swapped_into(self.state.parameters)
 
 
-def train(config, workdir: Path) -> None:
-    """Trains until step `training.n_iters`, from where the workdir's last run stopped."""
+def train(config, workdir: Path) -> bool:
+    """Trains until step `training.n_iters`, from where the workdir's last run stopped.
+
+    Returns:
+        Whether it got there; SIGTERM and SIGINT end it before, after a step and with all saved.
+
+    Raises:
+        ValueError: the config is wrong, or the workdir's checkpoints do not fit it.
+        OSError: a file cannot be written, or another process trains in the workdir.
+        FloatingPointError: `training.max_bad_steps` batches in a row gave no finite gradient.
+    """
     training, seed = config.training, config.seed
     run = Experiment.build(config)
     state, device = run.state, run.device
     train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
-    resume_path = workdir / "checkpoints-meta" / "checkpoint.pth"
-    if resume_path.exists():
-        _restore(state.load_state_dict, resume_path)
-
-    with _open_workdir(workdir), _summary_writer(workdir, state.step) as board:
+    with open_workdir(workdir, workdir / "checkpoints"):
+        written = _resume(config, workdir, state)
         parameters = sum(p.numel() for p in state.parameters)
         log.info(
             f"{'resuming' if state.step else 'starting'} at step {state.step} of "
@@ -117,9 +141,19 @@ def train(config, workdir: Path) -> None:
         )
         batches = datasets.shuffled_batches(train_data, training.batch_size, seed, state.step)
         images_per_step = run.method.images_per_step(min(training.batch_size, len(train_data)))
-        with _progress(total=training.n_iters, initial=state.step, unit="step") as progress:
-            meter = _Meter(state.step)
-            while state.step < training.n_iters:
+        meter, watch = _Meter(state.step), _Watch(training.max_bad_steps)
+
+        def due(frequency: int) -> bool:
+            return state.step == training.n_iters or state.step % frequency == 0
+
+        with (
+            Board(workdir / "tensorboard", state.step) as board,
+            _progress(total=training.n_iters, initial=state.step, unit="step") as progress,
+            _stop_signals() as stop,
+        ):
+            if training.snapshot_sampling and state.step and due(training.snapshot_freq):
+                _draw_snapshot(run, board, workdir, seed, images_per_step, again=False)
+            while state.step < training.n_iters and not stop():
                 generator = datasets.keyed_generator(device, "training", seed, state.step)
                 # dropout knows no other generator than the global one
                 torch.manual_seed(datasets.keyed_seed("dropout", seed, state.step))
@@ -129,33 +163,63 @@ def train(config, workdir: Path) -> None:
                     flip=config.data.random_flip,
                     dequantize=config.data.uniform_dequantization,
                 )
-                loss = losses.train_step(state, run.loss_fn, run.scaler(images), generator)
+                watch.add(
+                    state.step,
+                    losses.train_step(state, run.loss_fn, run.scaler(images), generator),
+                )
                 progress.update()
 
-                last = state.step == training.n_iters
-                if last or state.step % training.log_freq == 0:
-                    loss = loss.item()
+                if due(training.log_freq):
                     speed = meter.rate(state.step) * images_per_step
-                    _log_step(progress, board, state.step, loss, speed)
-                if last or state.step % training.eval_freq == 0:
+                    _log_step(progress, board, state.step, watch.look(), speed)
+                if due(training.eval_freq):
                     held_out = _held_out_loss(run, test_data[: training.batch_size], seed)
                     board.add_scalar("loss/test", held_out, state.step)
                     log.info(f"step {state.step}: held-out loss {held_out:.5g}")
-                snapshot = last or state.step % training.snapshot_freq == 0
-                if snapshot:
-                    _save(state, _checkpoint_path(workdir, state.step))
-                if last or state.step % training.snapshot_freq_for_preemption == 0:
-                    _save(state, resume_path)
-                if snapshot and training.snapshot_sampling:
-                    number = min(SNAPSHOT_SAMPLES, images_per_step)
-                    folder = workdir / "samples" / f"iter_{state.step}"
-                    _draw_snapshot(run, board, folder, number, seed)
+                if due(training.snapshot_freq):
+                    written.append(state.step)
+                    save_checkpoint(checkpoint_path(workdir, state.step), _content(state, written))
+                    written = drop_checkpoints(workdir, written, training.keep_checkpoints)
+                if due(training.snapshot_freq_for_preemption):
+                    board.flush()
+                    save_to_resume(workdir, _content(state, written))
+                if training.snapshot_sampling and due(training.snapshot_freq) and not stop():
+                    _draw_snapshot(run, board, workdir, seed, images_per_step)
+
+            if state.step < training.n_iters:
+                save_to_resume(workdir, _content(state, written))
+                watch.look()
+                log.info(f"stopped by {stop()} at step {state.step}, which is saved")
+                return False
         log.info(f"trained to step {state.step}; checkpoints are in {workdir / 'checkpoints'}")
+        return True
 
 
-def _log_step(progress, board, step: int, loss: float, images_per_second: float) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the training loss is {loss} at step {step}")
+def _resume(config, workdir: Path, state: losses.TrainState) -> list[int]:
+    """Loads the newest intact state into `state`, if there is one.
+
+    Returns the steps of the numbered checkpoints that the run has written so far.
+    """
+    found = newest_checkpoint(workdir)
+    if found is None:
+        store_config(workdir, config)
+        return []
+    path, content = found
+    changes = differences(workdir, config)
+    fit(state.load_state_dict, content, path, changes)
+    for change in changes:
+        log.warning(f"the config differs from that of the run's first start: {change}")
+    return [int(step) for step in content.get("written", [])]
+
+
+def _content(state: losses.TrainState, written: list[int]) -> dict:
+    """What a checkpoint holds; never ruined weights, which would cost the good ones before."""
+    if not state.is_finite():
+        raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
+    return state.state_dict() | {"written": written}
+
+
+def _log_step(progress, board: Board, step: int, loss: float, images_per_second: float) -> None:
     progress.set_postfix_str(f"loss {loss:.4g}, {images_per_second:.0f} images/s")
     board.add_scalar("loss/train", loss, step)
     board.add_scalar("images_per_second", images_per_second, step)
@@ -170,10 +234,22 @@ def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
         ).item()
 
 
-def _draw_snapshot(run: Experiment, board, folder: Path, number: int, seed: int) -> None:
-    """Samples from the same prior draw at every call, so that pictures can be compared."""
+def _draw_snapshot(
+    run: Experiment, board: Board, workdir: Path, seed: int, number: int, again: bool = True
+) -> None:
+    """Samples from the same prior draw at every call, so that pictures can be compared.
+
+    Args:
+        number: how many, though at most SNAPSHOT_SAMPLES.
+        again: also where the picture is there; where a run resumes, it is missing if the run was
+            stopped between saving and drawing.
+    """
     step = run.state.step
+    folder = workdir / "samples" / f"iter_{step}"
+    if not again and (folder / "sample.png").exists():
+        return
     generator = datasets.keyed_generator(run.device, "snapshot", seed)
+    number = min(SNAPSHOT_SAMPLES, number)
     try:
         with run.with_ema():
             samples, nfe = run.sample(run.state.model, number, generator=generator)
@@ -182,17 +258,10 @@ def _draw_snapshot(run: Experiment, board, folder: Path, number: int, seed: int)
         return
     images = _to_uint8(samples)
     grid = evaluation.image_grid(images)
-    _save_npz(folder / "sample.npz", samples=images)
-    _save_png(folder / "sample.png", grid)
-    board.add_image("samples", grid, step, dataformats="HWC")
+    save_npz(folder / "sample.npz", samples=images)
+    save_png(folder / "sample.png", grid)
+    board.add_image("samples", grid, step)
     log.info(f"step {step}: samples in {nfe} evaluations: {folder / 'sample.png'}")
-
-
-def _save(state: losses.TrainState, path: Path) -> None:
-    """Saves `state` unless it is ruined, which would cost the good checkpoint before it."""
-    if not state.is_finite():
-        raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
-    save_checkpoint(path, state.state_dict())
 
 
 def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
@@ -202,18 +271,18 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
     from the same weights with the same settings.
     """
     run = Experiment.build(config)
-    checkpoints = _checkpoints_to_evaluate(config, workdir)
+    checkpoints = checkpoints_to_evaluate(config, workdir)
     folder = workdir / eval_folder
     if config.eval.enable_loss or config.eval.enable_bpd:
         data = datasets.get_dataset(config, config.eval.dataset)
     if config.eval.enable_sampling:
         judge = evaluation.Judge.build(config, run.device)
-    with _open_workdir(workdir):
+    with open_workdir(workdir, folder):
         if config.eval.enable_sampling and judge.reference is None:
             with _progress(total=len(judge.data), desc="data", unit="image") as progress:
                 judge.measure(progress.update)
         for k, path in checkpoints.items():
-            _restore(run.state.load_network, path)
+            fit(run.state.load_network, load_checkpoint(path), path)
             log.info(f"evaluating {path} on {run.device}")
             for stale in (folder / f"report_{k}.npz", *folder.glob(f"*_{k}.png")):
                 stale.unlink(missing_ok=True)
@@ -234,7 +303,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
                 if config.eval.enable_rescale:
                     _draw_rescaling(config, run, folder, k)
             report["seconds"] = time.perf_counter() - start
-            _save_npz(folder / f"report_{k}.npz", **report)
+            save_npz(folder / f"report_{k}.npz", **report)
             _save_page(config, run, workdir, folder, k)
             log.info(_table(config, report, path))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
@@ -265,7 +334,7 @@ def _once(path: Path, origin: dict, compute: Callable[[], dict]) -> dict:
         start = time.perf_counter()
         found = compute()
         found |= {"seconds": time.perf_counter() - start, "origin": words}
-        _save_npz(path, **found)
+        save_npz(path, **found)
     return found
 
 
@@ -458,7 +527,7 @@ def _draw_nearest(
         index = torch.from_numpy(reference.index[found[shown, 0]])
         pairs = np.concatenate([_samples_at(rounds, shown), _nhwc(judge.data[index])])
         strips.append(evaluation.image_grid(pairs, columns=number))
-    _save_png(path, np.concatenate(strips))
+    save_png(path, np.concatenate(strips))
     return {"nearest": np.median(distances), "nearest_data": np.median(among_data)}
 
 
@@ -502,7 +571,7 @@ def _draw_strips(run: Experiment, x: Tensor, path: Path, generator: torch.Genera
 
 
 def _save_grid(path: Path, images: evaluation.Images, columns: int | None = None) -> None:
-    _save_png(path, evaluation.image_grid(images, columns))
+    save_png(path, evaluation.image_grid(images, columns))
     log.info(f"picture: {path}")
 
 
@@ -634,97 +703,6 @@ def _records(path: Path) -> Iterator[bytes]:
             yield record
 
 
-# --- the workdir ----------------------------------------------------------------------------------
-
-
-def _checkpoint_path(workdir: Path, step: int) -> Path:
-    return workdir / "checkpoints" / f"checkpoint_{step}.pth"
-
-
-def _checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
-    """{k: path} of those that exist; FileNotFoundError where none does.
-
-    Number k is that of step k * snapshot_freq. Some published programs name files by k itself; such
-    a file is taken where the step it holds agrees.
-    """
-    first, last, freq = config.eval.begin_ckpt, config.eval.end_ckpt, config.training.snapshot_freq
-    if first > last:
-        raise ValueError(f"eval.begin_ckpt={first} lies after eval.end_ckpt={last}")
-    found, missing = {}, []
-    for k in range(first, last + 1):
-        path, by_number = _checkpoint_path(workdir, k * freq), _checkpoint_path(workdir, k)
-        if path.exists():
-            found[k] = path
-        elif by_number.exists() and load_checkpoint(by_number)["step"] // freq == k:
-            found[k] = by_number
-        else:
-            missing.append(path)
-    folder = workdir / "checkpoints"
-    others = sorted(p.name for p in folder.glob("checkpoint_*.pth") if p not in found.values())
-    if not found:
-        raise FileNotFoundError(
-            f"no checkpoint to evaluate: looked in {folder} for checkpoint_{first * freq}.pth to "
-            f"checkpoint_{last * freq}.pth (eval.begin_ckpt and eval.end_ckpt count "
-            f"training.snapshot_freq={freq} steps); found {', '.join(others) or 'none'}"
-        )
-    for path in missing:
-        log.warning(f"{path} does not exist; passed over")
-    if others:
-        log.info(f"not asked for in {folder}: {', '.join(others)}")
-    return found
-
-
-def _restore(load: Callable[[dict], None], path: Path) -> None:
-    loaded = load_checkpoint(path)
-    try:
-        load(loaded)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit the configured network: {reason:.300}") from error
-
-
-@contextlib.contextmanager
-def _open_workdir(workdir: Path) -> Iterator[None]:
-    """Makes the folder, and appends what is logged within the `with` block to its stdout.txt."""
-    if workdir.exists() and not workdir.is_dir():
-        raise NotADirectoryError(f"workdir {workdir} is a file; name a folder")
-    workdir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(workdir / "stdout.txt", mode="a")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        with logging_redirect_tqdm():
-            yield
-    except Exception as error:  # the console hears of it from main.py
-        handler.handle(
-            logging.makeLogRecord({"msg": f"stopped by {type(error).__name__}: {error}"})
-        )
-        raise
-    finally:
-        root.removeHandler(handler)
-        handler.close()
-
-
-@contextlib.contextmanager
-def _summary_writer(workdir: Path, step: int):
-    """TensorBoard's log; what a killed run logged beyond `step` is purged from it."""
-    from tensorboardX import SummaryWriter
-
-    with SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) as board:
-        yield board
-
-
-def _save_npz(path: Path, **arrays) -> None:
-    with atomic_write(path) as file:
-        np.savez_compressed(file, **arrays)
-
-
-def _save_png(path: Path, image: evaluation.Images) -> None:
-    with atomic_write(path) as file:
-        Image.fromarray(image).save(file, format="png")
-
-
 # --- small things ---------------------------------------------------------------------------------
 
 
@@ -782,3 +760,71 @@ class _Meter:
         rate = (step - self.step) / (now - self.time)
         self.step, self.time = step, now
         return rate
+
+
+class _Watch:
+    """Looks at the losses of several steps at once, so that no step waits for its device."""
+
+    def __init__(self, max_bad_steps: int):
+        self.limit, self.bad_in_a_row, self.newest = max_bad_steps, 0, math.nan
+        self.batches, self.losses = [], []
+
+    def add(self, batch: int, loss: Tensor) -> None:
+        """Notes the loss of a step on batch number `batch`; not finite: it was not applied."""
+        self.batches.append(batch)
+        self.losses.append(loss)
+        if len(self.losses) >= self.limit:
+            self.look()
+
+    def look(self) -> float:
+        """The newest loss; FloatingPointError after `max_bad_steps` in a row that are not finite.
+
+        Each of those is named in a warning.
+        """
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        for batch, loss in zip(self.batches, losses, strict=True):
+            self.newest = loss
+            self.bad_in_a_row = 0 if math.isfinite(loss) else self.bad_in_a_row + 1
+            if self.bad_in_a_row:
+                log.warning(
+                    f"batch {batch}: the loss or its gradient is not finite; the step is not "
+                    f"applied ({self.bad_in_a_row} in a row)"
+                )
+            if self.bad_in_a_row == self.limit:
+                raise FloatingPointError(
+                    f"the loss or its gradient was not finite for training.max_bad_steps="
+                    f"{self.limit} batches in a row, the last one number {batch}; the weights "
+                    "before them are not ruined, and the last checkpoint is intact"
+                )
+        self.batches, self.losses = [], []
+        return self.newest
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], str | None]]:
+    """Within the block SIGTERM and SIGINT only ask to stop; a second one ends the process at once.
+
+    Yields a function that gives the name of the signal received, or None. Where another thread
+    than the main one runs this, which cannot handle signals, they do what they did.
+    """
+    process, received = os.getpid(), []
+
+    def receive(number: int, frame) -> None:
+        if os.getpid() != process:  # a forked worker, which inherits this
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return  # the terminal interrupts all; it is for the parent to stop
+        received.append(signal.Signals(number).name)
+        for each in handlers:
+            signal.signal(each, signal.SIG_DFL)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for each in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                handlers[each] = signal.signal(each, receive)
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)

@@ -23,9 +23,11 @@ def get_default_config() -> ml_collections.ConfigDict:
     training.n_iters = 1300001
     training.snapshot_freq = 50000  # steps between numbered checkpoints
     training.snapshot_freq_for_preemption = 10000  # steps between overwritten ones, for resuming
+    training.keep_checkpoints = 0  # newest numbered checkpoints that are kept; 0: all
     training.snapshot_sampling = True  # draw samples with every numbered checkpoint
     training.log_freq = 50
     training.eval_freq = 100  # steps between losses on the test split
+    training.max_bad_steps = 20  # batches in a row without a finite gradient that end the run
 
     config.optim = optim = ml_collections.ConfigDict()
     optim.optimizer = "Adam"

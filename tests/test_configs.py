@@ -18,6 +18,8 @@ OURS = {
     "data.num_workers",
     "data.path",
     "data.resident_bytes",
+    "training.keep_checkpoints",
+    "training.max_bad_steps",
     "optim.cooldown",
     "sampling.ode_solver",
     "sampling.N",

@@ -19,6 +19,7 @@ from test_report import dumped
 import datasets
 import evaluation
 import run_lib
+import workdir as workdirs
 from checkpoints import save_checkpoint
 from configs.poisson import digits_ddpmpp
 
@@ -89,7 +90,7 @@ def test_killed_at_every_write_it_ends_with_the_same_metrics(workdir, tmp_path, 
     written = stamps(workdir / "eval")
     shutil.rmtree(workdir / "eval")
     shutil.rmtree(config.eval.stats_dir)
-    write, deaths, modules = run_lib.atomic_write, 0, (run_lib, evaluation)
+    write, deaths, modules = run_lib.atomic_write, 0, (run_lib, evaluation, workdirs)
     while True:
         budget = iter([True])
 

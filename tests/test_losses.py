@@ -1,5 +1,7 @@
 """The optimisation around the loss: average of weights, learning rate, clipping, the step."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -73,6 +75,49 @@ def test_step_clips_the_gradient_by_its_norm_and_warms_up():
     # Adam's step is the learning rate whatever the gradient's scale
     moved = config.optim.lr * (0 + 1 + 2) / 4
     assert 1 - state.model.weight.item() == pytest.approx(moved, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        lambda weight: weight.sum() * torch.nan,
+        lambda weight: weight.sum() + torch.inf,  # its gradient is finite
+        lambda weight: (weight.sum() - weight.sum().detach()).sqrt(),  # its gradient alone is not
+    ],
+    ids=["loss and gradient", "loss", "gradient"],
+)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("grad_clip", [1.0, -1.0])
+def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts(spoilt, first, grad_clip):
+    config = cifar10_ddpmpp.get_config()
+    config.optim.update(grad_clip=grad_clip, warmup=0, weight_decay=0.1)
+    state = losses.TrainState(config, Line())
+    if not first:
+        losses.train_step(state, lambda net, *_: net.weight.square().sum(), torch.zeros(1))
+    before = copy.deepcopy(state.state_dict())
+    loss = losses.train_step(state, lambda net, *_: spoilt(net.weight), torch.zeros(1))
+    assert loss.isnan()
+    after = state.state_dict()
+    assert after["step"] == before["step"] + 1
+    assert torch.equal(after["model"]["weight"], before["model"]["weight"])
+    assert torch.equal(after["ema"]["shadow_params"][0], before["ema"]["shadow_params"][0])
+    moments = after["optimizer"]["state"][0]
+    expected = {name: torch.zeros_like(value) for name, value in moments.items()}
+    expected = expected if first else before["optimizer"]["state"][0]
+    assert all(torch.equal(moments[name], expected[name]) for name in expected)
+
+
+def test_a_skipped_step_leaves_the_next_ones_as_they_would_be():
+    """Weights after good, bad, good are those of two good steps at the same learning rates."""
+    config = cifar10_ddpmpp.get_config()
+    config.optim.warmup = 0
+    good, bad = (lambda net, *_: net.weight.square().sum()), (lambda net, *_: net.weight.sum() / 0)
+    states = [losses.TrainState(config, Line()) for _ in range(2)]
+    for state, steps in zip(states, ((good, bad, good), (good, good)), strict=True):
+        for loss_fn in steps:
+            losses.train_step(state, loss_fn, torch.zeros(1))
+    assert torch.equal(*(state.model.weight for state in states))
+    assert not torch.equal(states[0].model.weight, torch.ones(1))
 
 
 def test_negative_grad_clip_means_none():

@@ -1,0 +1,621 @@
+"""Kills, full disks, damaged and hostile files: nothing is lost, and what is wrong is named."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import random
+import re
+import resource
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from many_lives import OVERRIDES, small_config
+
+import losses
+import run_lib
+import workdir as workdirs
+from checkpoints import atomic_write, load_checkpoint, save_checkpoint
+
+FULL_DISK = r"^error: .*No space left on device: '.*checkpoint.*\.pth'\n\Z"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def flags(**overrides):
+    """The tiny run of `small_config`, as flags of main.py."""
+    config = OVERRIDES | {"training.n_iters": 12} | overrides
+    return [f"--config.{key}={str(value).replace(' ', '')}" for key, value in config.items()]
+
+
+def command(workdir, *options):
+    config = ROOT / "configs/poisson/digits_ddpmpp.py"
+    start = [sys.executable, str(ROOT / "main.py"), "--config", str(config), "--mode", "train"]
+    return [*start, "--workdir", str(workdir), *options]
+
+
+def run(arguments, expect=0, **options):
+    done = subprocess.run(
+        arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def same(a, b):
+    """Whether two states are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def newest(workdir):
+    return load_checkpoint(workdir / "checkpoints-meta/checkpoint.pth")
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes that are compared with
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+
+def half_written_in_many_lives(mode, workdir, lives, **config):
+    """How many of so many lives left a file half written; see many_lives.py."""
+    options = [f"--config.{key}={json.dumps(value)}" for key, value in config.items()]
+    program = str(ROOT / "tests/many_lives.py")
+    done = run([sys.executable, program, mode, str(workdir), str(lives), *options])
+    return json.loads(done.stdout)["half written"]
+
+
+@pytest.mark.slow
+def test_killed_25_times_the_run_ends_as_if_it_never_was(tmp_path, one_thread):
+    """SIGKILL at random moments, while checkpoints are written too; the ends are equal bitwise."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert half_written_in_many_lives("train", killed, 25) > 0
+    reached = newest(killed)["step"]
+    assert reached > 5
+    config = small_config(**{"training.n_iters": reached + 4})
+    for workdir in (killed, whole):
+        assert run_lib.train(config, workdir)
+    last = f"checkpoints/checkpoint_{reached + 4}.pth"
+    assert same(load_checkpoint(killed / last), load_checkpoint(whole / last))
+    names = {path.name for path in (whole / "checkpoints").iterdir()}
+    assert {path.name for path in (killed / "checkpoints").iterdir()} == names
+    assert not list(killed.glob("*/.*.partial"))
+
+
+@pytest.mark.slow
+def test_killed_10_times_an_evaluation_ends_as_if_it_never_was(tmp_path, one_thread):
+    evaluation = {
+        "training.n_iters": 5,
+        "eval.begin_ckpt": 1,
+        "eval.end_ckpt": 1,
+        "eval.batch_size": 20,
+        "eval.num_samples": 600,
+        "eval.bpd_num_repeats": 2,
+        "eval.stats_dir": str(tmp_path / "stats"),
+        "sampling.ode_solver": "forward_euler",
+        "sampling.N": 10,
+        "sampling.rtol": 0.1,
+        "sampling.atol": 0.1,
+    }
+    config = small_config(**evaluation)
+    run_lib.train(config, tmp_path)
+    assert half_written_in_many_lives("eval", tmp_path, 10, **evaluation) > 0
+    for folder in ("killed", "whole"):
+        run_lib.evaluate(config, tmp_path, folder)
+    killed, whole = (
+        {name: value for name, value in np.load(path).items() if not name.endswith("seconds")}
+        for path in (tmp_path / "killed/report_1.npz", tmp_path / "whole/report_1.npz")
+    )
+    assert {"loss", "bpd", "fid", "kid", "precision", "recall"} <= killed.keys()
+    np.testing.assert_equal(killed, whole)
+    names = [
+        {path.relative_to(tmp_path / folder) for path in (tmp_path / folder).glob("**/*")}
+        for folder in ("killed", "whole")
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(tmp_path):
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    options = flags(**{"training.n_iters": 400})
+    arguments = command(stopped, *options)
+    reached = 0
+    for name in ("SIGTERM", "SIGINT"):
+        process = subprocess.Popen(
+            arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        newest_state = stopped / "checkpoints-meta/checkpoint.pth"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if newest_state.exists() and newest(stopped)["step"] > reached:
+                break
+            time.sleep(0.01)
+        process.send_signal(getattr(signal, name))
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        reached = newest(stopped)["step"]
+        assert f"stopped by {name} at step {reached}, which is saved" in output
+        assert output.splitlines()[-1] == f"to go on: {shlex.join(arguments)}"
+        arguments = shlex.split(output.splitlines()[-1].removeprefix("to go on: "))
+        assert 0 < reached < 400
+    run(arguments)
+    run(command(whole, *options))
+    last = "checkpoints/checkpoint_400.pth"
+    assert same(load_checkpoint(stopped / last), load_checkpoint(whole / last))
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    program = "import run_lib, time\nwith run_lib._stop_signals() as stop:\n"
+    program += " print('ready', flush=True)\n while True:\n"
+    program += "  time.sleep(0.01)\n  if stop(): print(stop(), flush=True)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == -signal.SIGTERM
+    process.stdout.close()
+
+
+def test_signals_mean_afterwards_what_they_meant_before():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with run_lib._stop_signals() as stop:
+        assert stop() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop() == "SIGTERM"
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_picture_that_a_stop_left_out_is_drawn_by_the_next_start(tmp_path, monkeypatch):
+    config = small_config(
+        **{"training.n_iters": 4, "training.snapshot_freq": 2, "training.snapshot_sampling": True}
+    )
+    config.sampling.ode_solver, config.sampling.N = "forward_euler", 2
+    step = losses.train_step
+
+    def step_then_signal(state, *arguments):
+        if state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, *arguments)
+
+    monkeypatch.setattr(losses, "train_step", step_then_signal)
+    assert not run_lib.train(config, tmp_path)
+    assert not (tmp_path / "samples").exists()
+    monkeypatch.setattr(losses, "train_step", step)
+    assert run_lib.train(config, tmp_path)
+    folders = {path.parent.name for path in tmp_path.glob("samples/*/sample.png")}
+    assert folders == {"iter_2", "iter_4"}
+
+
+# --- damaged and foreign checkpoints --------------------------------------------------------------
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_newest_state_is_named_and_the_one_before_taken(tmp_path, one_thread, caplog):
+    caplog.set_level(logging.INFO)
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    run_lib.train(small_config(**{"training.n_iters": 9}), whole)
+    run_lib.train(small_config(**{"training.n_iters": 7}), damaged)
+    meta = damaged / "checkpoints-meta"
+    damage(meta / "checkpoint.pth")
+    run_lib.train(small_config(**{"training.n_iters": 9}), damaged)
+    log = (damaged / "stdout.txt").read_text()
+    assert re.search(r"checkpoint\.pth is not a checkpoint: it is damaged: .*record .*differs", log)
+    assert "resuming at step 6 of 9" in log
+    assert same(newest(damaged), newest(whole))
+    names = {"checkpoint.pth", "checkpoint.prev.pth", "checkpoint.pth.damaged"}
+    assert {path.name for path in meta.iterdir()} == names
+    assert load_checkpoint(meta / "checkpoint.prev.pth")["step"] == 6
+
+
+def test_numbered_checkpoints_are_the_last_resort(tmp_path):
+    run_lib.train(small_config(**{"training.n_iters": 7}), tmp_path)
+    for path in (tmp_path / "checkpoints-meta").iterdir():
+        damage(path)
+    damage(tmp_path / "checkpoints/checkpoint_7.pth")
+    path, state = workdirs.newest_checkpoint(tmp_path)
+    assert (path.name, state["step"]) == ("checkpoint_5.pth", 5)
+    damage(path)
+    with pytest.raises(ValueError, match=r"no intact checkpoint .*checkpoint_5.pth damaged"):
+        workdirs.newest_checkpoint(tmp_path)
+
+
+def test_as_many_numbered_checkpoints_are_kept_as_asked(tmp_path):
+    """Over a resume too; those that the run did not write are not its to delete."""
+    config = small_config(**{"training.keep_checkpoints": 2, "training.snapshot_freq": 2})
+    folder = tmp_path / "checkpoints"
+    for n_iters in (5, 11):
+        config.training.n_iters = n_iters
+        run_lib.train(config, tmp_path)
+        for step in (1, 100):
+            (folder / f"checkpoint_{step}.pth").write_text("a stranger's")
+    steps = {path.name for path in folder.iterdir()}
+    assert steps == {f"checkpoint_{step}.pth" for step in (1, 10, 11, 100)}
+
+
+def test_steps_in_a_hostile_checkpoint_name_no_other_file(tmp_path):
+    config = small_config(**{"training.n_iters": 2, "training.keep_checkpoints": 1})
+    run_lib.train(config, tmp_path)
+    path = tmp_path / "checkpoints-meta/checkpoint.pth"
+    save_checkpoint(path, newest(tmp_path) | {"written": ["1/../../../precious"]})
+    with pytest.raises(ValueError, match="precious"):
+        run_lib.train(config, tmp_path)
+
+
+def tiny_checkpoint(path):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    state = losses.TrainState(small_config(), model)
+    losses.train_step(state, lambda net, batch, generator: net(batch).sum(), torch.ones(4, 8))
+    save_checkpoint(path, state.state_dict())
+    return path.read_bytes()
+
+
+def mutated(content, chance):
+    """`content` with some bits flipped, cut short, extended, or with a block of zeros."""
+    content = bytearray(content)
+    kind = chance.choice(("flip", "flip", "headers", "cut", "extend", "zeros"))
+    if kind == "flip":
+        for _ in range(chance.choice((1, 1, 8, 64))):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    elif kind == "headers":  # most bytes are those of tensors; the first and last are not
+        near = chance.randrange(min(2000, len(content)))
+        content[chance.choice((near, -near - 1))] ^= 1 << chance.randrange(8)
+    elif kind == "cut":
+        del content[chance.randrange(len(content)) :]
+    elif kind == "extend":
+        content += chance.randbytes(chance.choice((1, 100, 70000)))
+    else:
+        start = chance.randrange(len(content))
+        content[start : start + 512] = bytes(len(content[start : start + 512]))
+    return bytes(content)
+
+
+@pytest.mark.slow
+def test_500_mutated_checkpoints_load_as_they_were_or_are_refused(tmp_path):
+    content = tiny_checkpoint(tmp_path / "good.pth")
+    original = load_checkpoint(tmp_path / "good.pth")
+    path, chance, refused = tmp_path / "mutated.pth", random.Random(1), 0
+    for _ in range(500):
+        path.write_bytes(mutated(content, chance))
+        start = time.monotonic()
+        try:
+            assert same(load_checkpoint(path), original)
+        except ValueError as error:
+            assert re.fullmatch(rf"{path} is not a (training )?checkpoint: .+", str(error))
+            refused += 1
+        assert time.monotonic() - start < 10
+    assert 250 < refused < 500  # what extends a file may well be harmless
+
+
+def rewritten(path, change, **options):
+    """The archive at `path` again, its records changed by `change(name, content)`."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", **options) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, change(record.filename, old.read(record)))
+    return packed.getvalue()
+
+
+def test_a_tensor_marked_as_a_folder_is_refused(tmp_path):
+    """One flipped bit that zipfile does not mind, and for which torch reads no tensor."""
+    path = tmp_path / "bit.pth"
+    content = bytearray(tiny_checkpoint(path))
+    with zipfile.ZipFile(path) as archive:
+        entry = content.index(b"archive/data/0", archive.start_dir) - 46
+    content[entry + 38] ^= 0x10  # external attributes
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bit\.pth .*marked as a folder"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
+    path = tmp_path / "bomb.pth"
+    torch.save({"model": torch.zeros(10**7)}, path)
+    path.write_bytes(rewritten(path, lambda n, c: c, compression=zipfile.ZIP_DEFLATED))
+    assert path.stat().st_size < 10**6
+    with pytest.raises(ValueError, match=r"bomb\.pth .*records are larger than the file"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_whose_tensors_claim_more_than_they_hold_is_refused(tmp_path):
+    """Its checksums are right; a stranger can compute them."""
+    path = tmp_path / "liar.pth"
+    torch.save({"model": torch.zeros(1000)}, path)
+
+    def claim(name, content):
+        return content.replace(b"M\xe8\x03", b"J\x00\x00\x00\x7f")  # 1000, 2130706432
+
+    path.write_bytes(rewritten(path, claim))
+    with pytest.raises(ValueError, match=r"liar\.pth is not a checkpoint: .*size"):
+        load_checkpoint(path)
+
+
+def test_moments_of_another_shape_do_not_fit(tmp_path):
+    config = small_config(**{"training.n_iters": 2})
+    run_lib.train(config, tmp_path)
+    path = tmp_path / "checkpoints-meta/checkpoint.pth"
+    state = newest(tmp_path)
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    save_checkpoint(path, state)
+    with pytest.raises(ValueError, match=r"checkpoint\.pth does not fit .*moments"):
+        run_lib.train(config, tmp_path)
+
+
+# --- another config -------------------------------------------------------------------------------
+
+
+def test_what_a_resumed_run_changes_is_said(tmp_path):
+    run_lib.train(small_config(**{"training.n_iters": 2}), tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["training.n_iters"] == 2
+    assert stored["model.ch_mult"] == [1]
+    run_lib.train(small_config(**{"training.n_iters": 2}), tmp_path)
+    assert "config differs" not in (tmp_path / "stdout.txt").read_text()
+    run_lib.train(small_config(**{"training.n_iters": 4, "optim.lr": 0.5}), tmp_path)
+    log = (tmp_path / "stdout.txt").read_text()
+    for change in ("training.n_iters: 2 -> 4", "optim.lr: 0.001 -> 0.5"):
+        assert f"the config differs from that of the run's first start: {change}\n" in log
+    assert json.loads((tmp_path / "config.json").read_text()) == stored
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_keys_that_changed(tmp_path):
+    run_lib.train(small_config(**{"training.n_iters": 2}), tmp_path)
+    config = small_config(**{"training.n_iters": 4, "model.nf": 16})
+    with pytest.raises(ValueError, match=r"does not fit .*model\.nf: 8 -> 16, training\.n_iters"):
+        run_lib.train(config, tmp_path)
+    assert newest(tmp_path)["step"] == 2
+
+
+def test_a_damaged_config_is_named_and_the_run_goes_on(tmp_path):
+    run_lib.train(small_config(**{"training.n_iters": 2}), tmp_path)
+    (tmp_path / "config.json").write_text("[" * 10**5)
+    run_lib.train(small_config(**{"training.n_iters": 3}), tmp_path)
+    assert re.search(r"not compared with .*config\.json", (tmp_path / "stdout.txt").read_text())
+
+
+# --- losses and gradients that are not finite -----------------------------------------------------
+
+
+def spoil(monkeypatch, batches):
+    """Makes the loss of these batches infinite."""
+    build = losses.get_loss_fn
+
+    def get_loss_fn(config, method):
+        loss_fn, calls = build(config, method), []
+
+        def spoilt(net, batch, generator=None, charges=None):
+            loss = loss_fn(net, batch, generator, charges)
+            if not loss.requires_grad:
+                return loss
+            calls.append(batch)
+            return loss * torch.inf if len(calls) - 1 in batches else loss
+
+        return spoilt
+
+    monkeypatch.setattr(losses, "get_loss_fn", get_loss_fn)
+
+
+def test_bad_batches_are_named_and_passed_over(tmp_path, monkeypatch, one_thread):
+    config = small_config(**{"training.n_iters": 9, "training.max_bad_steps": 3})
+    spoil(monkeypatch, {2, 3, 5, 6})
+    assert run_lib.train(config, tmp_path)
+    log = (tmp_path / "stdout.txt").read_text()
+    named = re.findall(r"batch (\d+): the loss or its gradient is not finite", log)
+    assert named == ["2", "3", "5", "6"]
+    state = newest(tmp_path)
+    assert state["step"] == 9
+    assert state["optimizer"]["state"][0]["step"] == 5
+
+
+def test_too_many_bad_batches_in_a_row_end_the_run(tmp_path, monkeypatch, one_thread):
+    config = small_config(**{"training.n_iters": 30, "training.max_bad_steps": 4})
+    spoil(monkeypatch, {2, *range(8, 30)})
+    with pytest.raises(FloatingPointError, match=r"max_bad_steps=4 .* the last one number 11;"):
+        run_lib.train(config, tmp_path)
+    state = newest(tmp_path)
+    assert state["step"] <= 12
+    assert all(weight.isfinite().all() for weight in state["model"].values())
+    assert "stopped by FloatingPointError" in (tmp_path / "stdout.txt").read_text()
+
+
+# --- two processes, one workdir -------------------------------------------------------------------
+
+
+def test_the_second_process_is_refused_and_a_dead_one_makes_way(tmp_path):
+    program = "import sys; from pathlib import Path; from workdir import open_workdir\n"
+    program += "with open_workdir(Path(sys.argv[1]), Path(sys.argv[1], 'checkpoints')):\n"
+    program += " print('open', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "open\n"
+    done = run(command(tmp_path, *flags()), expect=2)
+    named = rf"process {holder.pid} on {re.escape(socket.gethostname())};"
+    assert re.fullmatch(rf"error: .*checkpoints is being written by {named}.*\n", done.stderr)
+    with workdirs.open_workdir(tmp_path, tmp_path / "eval"):
+        pass  # what an evaluation does meanwhile
+    holder.kill()
+    holder.communicate()
+    with workdirs.open_workdir(tmp_path, tmp_path / "checkpoints"):
+        assert f"process {os.getpid()} " in (tmp_path / ".checkpoints.lock").read_text()
+
+
+# --- disks ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1.5 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no file system can be mounted; RLIMIT_FSIZE stands in below")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def assert_intact(workdir):
+    """No part of a file is left, and all checkpoints load."""
+    assert not list(workdir.glob("**/.*.partial"))
+    for path in workdir.glob("checkpoints*/*.pth"):
+        load_checkpoint(path)
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_nothing_earlier(tmp_path, small_disk):
+    workdir, whole = small_disk / "run", tmp_path / "whole"
+    done = run(command(workdir, *flags(**{"training.n_iters": 60})), expect=2)
+    assert re.search(FULL_DISK, done.stderr, re.M)
+    assert_intact(workdir)
+    assert newest(workdir)["step"] > 0
+    for path in (workdir / "checkpoints").iterdir():
+        path.unlink()  # makes room
+    options = flags(**{"training.n_iters": 20, "training.snapshot_freq": 20})
+    run(command(workdir, *options))
+    run(command(whole, *options))
+    last = "checkpoints/checkpoint_20.pth"
+    assert same(load_checkpoint(workdir / last)["model"], load_checkpoint(whole / last)["model"])
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(small_disk):
+    (small_disk / "ballast").write_bytes(bytes(1500 * 1024 - 4096))
+    with contextlib.suppress(OSError), open(small_disk / "ballast", "ab") as file:
+        file.write(bytes(8192))
+    done = run(command(small_disk / "run", *flags()), expect=2)
+    assert re.search(rf"^error: .*No space left on device.*{small_disk}", done.stderr, re.M)
+
+
+@pytest.mark.slow
+def test_a_limit_on_the_size_of_files_costs_nothing_earlier(tmp_path):
+    run(command(tmp_path, *flags(**{"training.n_iters": 4})))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = run(command(tmp_path, *flags()), expect=2, preexec_fn=limit)
+    assert re.search(r"^error: .*File too large: '.*checkpoint.*\.pth'\n\Z", done.stderr, re.M)
+    assert_intact(tmp_path)
+    assert newest(tmp_path)["step"] == 4
+
+
+def noise_image():
+    return np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: save_checkpoint(path, {"weight": torch.rand(10**6)}),
+        lambda path: workdirs.save_npz(path, samples=np.random.default_rng(0).random(10**6)),
+        lambda path: workdirs.save_png(path, noise_image()),
+    ],
+    ids=["checkpoint", "npz", "png"],
+)
+def test_every_kind_of_file_names_itself_on_a_full_disk(small_disk, save):
+    path = small_disk / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file'"):
+        save(path)
+    assert path.read_bytes() == b"old"
+    assert list(small_disk.iterdir()) == [path]
+
+
+def test_a_lost_permission_is_named(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    os.chmod(tmp_path, 0o500)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may do anything
+    try:
+        with pytest.raises(PermissionError, match=str(tmp_path)), atomic_write(path) as file:
+            file.write(b"new")
+    finally:
+        os.seteuid(user)
+        os.chmod(tmp_path, 0o700)
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_removed_while_it_is_written_is_named(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(FileNotFoundError, match=r"file.*file"), atomic_write(path) as file:
+        file.write(b"new")
+        (tmp_path / ".file.partial").unlink()
+    assert path.read_bytes() == b"old"
+
+
+def test_what_is_written_is_read_back_before_the_old_is_dropped(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint(path, {"step": 1})
+
+    def save_wrongly(state, file):
+        torch_save(state, file)
+        file.seek(-300, os.SEEK_CUR)
+        file.write(b"\xff")
+
+    torch_save = torch.save
+    monkeypatch.setattr(torch, "save", save_wrongly)
+    with pytest.raises(OSError, match=r"reads back otherwise: .*checkpoint\.pth"):
+        save_checkpoint(path, {"step": 2}, tmp_path / "previous.pth")
+    assert torch.load(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_log_that_cannot_be_written_is_told_of_once(caplog):
+    logger = logging.getLogger("a full disk")
+    with workdirs._log_file("/dev/full"):
+        logger.warning("first")
+        logger.warning("second")
+    told = [record.getMessage() for record in caplog.records if record.name == "workdir"]
+    assert len(told) == 1
+    assert re.fullmatch(r"/dev/full: .*No space left.*", told[0])
+
+
+def test_a_board_that_cannot_be_written_is_told_of_once(tmp_path, caplog, monkeypatch):
+    def full(event):
+        raise OSError(28, "No space left on device")
+
+    with workdirs.Board(tmp_path, 0) as board:
+        monkeypatch.setattr(board.events, "write_event", full)
+        board.add_scalar("loss", 1.0, 1)
+        board.add_scalar("loss", 1.0, 2)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(rf"{tmp_path}: .*No space left on device; nothing more .*", told)
