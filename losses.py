@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+import distributed
 from methods import Method, poisson_field
 from models import load_reference_state_dict
 
 __all__ = [
     "ExponentialMovingAverage",
     "TrainState",
+    "accumulate_gradient",
     "get_loss_fn",
     "learning_rate_factor",
     "poisson_field",
@@ -23,15 +25,15 @@ def get_loss_fn(config, method: Method) -> Callable[..., Tensor]:
     """The regression loss of `method`.
 
     Returns:
-        `loss_fn(net, batch, generator=None, charges=None)`: a scalar, the squared error between
-        prediction and target, half its sum over the entries of an example or, with
-        `training.reduce_mean`, their mean, averaged over the examples. For `batch` and `charges`
-        see `Method.regress`.
+        `loss_fn(net, batch, generator=None, charges=None, part=(0, 1))`: a scalar, the squared
+        error between prediction and target, half its sum over the entries of an example or, with
+        `training.reduce_mean`, their mean, averaged over the examples. For `batch`, `charges` and
+        `part` see `Method.regress`; the mean over the parts is the whole batch's loss.
     """
     reduce_mean = config.training.reduce_mean
 
-    def loss_fn(net, batch, generator=None, charges=None):
-        prediction, target = method.regress(net, batch, generator, charges)
+    def loss_fn(net, batch, generator=None, charges=None, part=(0, 1)):
+        prediction, target = method.regress(net, batch, generator, charges, part)
         squared = (prediction - target).square()
         return squared.mean() if reduce_mean else 0.5 * squared.sum(1).mean()
 
@@ -112,6 +114,7 @@ class TrainState:
             "fused": True,
         }
         self.model = model
+        self.network = model  # what a step calls: `model`, or what `execution` makes of it
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = ExponentialMovingAverage(self.parameters, config.model.ema_rate)
         self.optimizer = torch.optim.Adam(self.parameters, lr=optim.lr, **hyper)
@@ -124,6 +127,7 @@ class TrainState:
             "cooldown": optim.cooldown,
         }
         self.grad_clip = optim.grad_clip
+        self.accumulate = training.accumulate
 
     def state_dict(self) -> dict:
         return {
@@ -169,11 +173,14 @@ def train_step(
     batch: Tensor,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One update of `state` on `batch` (B, C, H, W); returns the loss, left on its device."""
+    """One update of `state` on `batch` (B, C, H, W); returns the loss, left on its device.
+
+    Of several processes each is given the same batch and generator, and its own part of the
+    examples; the loss is that of its part. The host waits for nothing.
+    """
     state.model.train()
-    loss = loss_fn(state.model, batch, generator)
     state.optimizer.zero_grad()
-    loss.backward()
+    loss = accumulate_gradient(state, loss_fn, batch, generator)
     for group in state.optimizer.param_groups:
         group["lr"] = state.learning_rate * learning_rate_factor(state.step, **state.schedule)
     if state.grad_clip >= 0:
@@ -181,4 +188,38 @@ def train_step(
     state.optimizer.step()
     state.step += 1
     state.ema.update(state.parameters)
-    return loss.detach()
+    return loss
+
+
+def accumulate_gradient(
+    state: TrainState,
+    loss_fn: Callable[..., Tensor],
+    batch: Tensor,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Adds the gradient of the batch's loss to the parameters'; returns this process's loss.
+
+    Process r of R takes the examples in `state.accumulate` = A turns, of which turn k is part
+    r A + k of R A. Every turn repeats the draws of the whole batch, so that neither R nor A changes
+    the gradient but by rounding; only dropout knows of them.
+    """
+    turns, rank = state.accumulate, distributed.rank()
+    parts = turns * distributed.world()
+    if parts == 1:
+        loss = loss_fn(state.network, batch, generator)
+        loss.backward()
+        return loss.detach()
+    if generator is None:
+        raise ValueError("parts of a batch need a generator, which repeats the draws for each")
+    start = generator.get_state()
+    losses = []
+    for k in range(turns):
+        generator.set_state(start)
+        # the processes' mean is taken once, in the last turn
+        alone = k < turns - 1 and distributed.world() > 1
+        with state.network.no_sync() if alone else contextlib.nullcontext():
+            part = (rank * turns + k, parts)
+            loss = loss_fn(state.network, batch, generator, part=part)
+            (loss / turns).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()

@@ -1,6 +1,7 @@
 """Trains and evaluates generative models: see README.md, or `python3 main.py --help`."""
 
 import logging
+import os
 import runpy
 import sys
 import traceback
@@ -29,7 +30,8 @@ def main(argv: list[str]) -> None:
     """Runs `--mode` on `--config`; a mistake of the user ends in one line and exit status 2."""
     import run_lib  # here and not above, so that --help and typing errors answer at once
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    level = logging.WARNING if _rank() else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     workdir = Path(FLAGS.workdir)
     try:
         if FLAGS.mode == "train":
@@ -88,8 +90,14 @@ def _config_path(argv: list[str]) -> str | None:
     return None
 
 
+def _rank() -> int:
+    """The number that torchrun gave this process, 0 where it runs alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def _fail(error: Exception | str) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    where = f"rank {_rank()}: " if _rank() else ""
+    print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
 
 

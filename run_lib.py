@@ -18,7 +18,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import datasets
+import distributed
 import evaluation
+import execution
 import likelihood
 import losses
 import methods
@@ -37,6 +39,7 @@ RANGES = {
     "seed": (0, math.inf),
     "training.batch_size": (1, math.inf),
     "training.n_iters": (1, math.inf),
+    "training.accumulate": (1, math.inf),
     "training.log_freq": (1, math.inf),
     "training.eval_freq": (1, math.inf),
     "training.snapshot_freq": (1, math.inf),
@@ -87,33 +90,41 @@ class Experiment:
         return self.state.ema.swapped_into(self.state.parameters)
 
 
+@distributed.joined()
 def train(config, workdir: Path) -> None:
     """Trains until step `training.n_iters`, from where the workdir's last run stopped."""
     training, seed = config.training, config.seed
     run = Experiment.build(config)
     state, device = run.state, run.device
+    state.network = execution.for_training(config, state.model)
     train_data = datasets.get_dataset(config, "train")
     test_data = datasets.get_dataset(config, "test")
+    images_per_step = run.method.images_per_step(min(training.batch_size, len(train_data)))
+    _check_division(images_per_step, state.accumulate)
     resume_path = workdir / "checkpoints-meta" / "checkpoint.pth"
     if resume_path.exists():
         _restore(state.load_state_dict, resume_path)
+    distributed.check_agreement(state.step, state.parameters)
+    first, main = state.step + 1, distributed.is_main()
 
     with _open_workdir(workdir), _summary_writer(workdir, state.step) as board:
         parameters = sum(p.numel() for p in state.parameters)
         log.info(
             f"{'resuming' if state.step else 'starting'} at step {state.step} of "
             f"{training.n_iters}: {len(train_data):,} images, {parameters:,} parameters, {device}"
+            + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
         )
         batches = datasets.shuffled_batches(train_data, training.batch_size, seed, state.step)
-        images_per_step = run.method.images_per_step(min(training.batch_size, len(train_data)))
         with _progress(total=training.n_iters, initial=state.step, unit="step") as progress:
             meter = _Meter(state.step)
             while state.step < training.n_iters:
                 generator = datasets.keyed_generator(device, "training", seed, state.step)
                 # dropout knows no other generator than the global one
-                torch.manual_seed(datasets.keyed_seed("dropout", seed, state.step))
+                torch.manual_seed(
+                    datasets.keyed_seed("dropout", seed, state.step, distributed.rank())
+                )
                 images = datasets.to_unit_interval(
-                    next(batches).to(device, non_blocking=True),
+                    _copy_ahead(next(batches), device),
                     generator,
                     flip=config.data.random_flip,
                     dequantize=config.data.uniform_dequantization,
@@ -123,10 +134,12 @@ def train(config, workdir: Path) -> None:
 
                 last = state.step == training.n_iters
                 if last or state.step % training.log_freq == 0:
-                    loss = loss.item()
+                    loss = distributed.mean(loss).item()
                     speed = meter.rate(state.step) * images_per_step
                     _log_step(progress, board, state.step, loss, speed)
-                if last or state.step % training.eval_freq == 0:
+                if state.step == first:  # ranks that go apart do so in their first step
+                    distributed.check_agreement(state.step, state.parameters)
+                if main and (last or state.step % training.eval_freq == 0):
                     held_out = _held_out_loss(run, test_data[: training.batch_size], seed)
                     board.add_scalar("loss/test", held_out, state.step)
                     log.info(f"step {state.step}: held-out loss {held_out:.5g}")
@@ -135,7 +148,7 @@ def train(config, workdir: Path) -> None:
                     _save(state, _checkpoint_path(workdir, state.step))
                 if last or state.step % training.snapshot_freq_for_preemption == 0:
                     _save(state, resume_path)
-                if snapshot and training.snapshot_sampling:
+                if main and snapshot and training.snapshot_sampling:
                     number = min(SNAPSHOT_SAMPLES, images_per_step)
                     folder = workdir / "samples" / f"iter_{state.step}"
                     _draw_snapshot(run, board, folder, number, seed)
@@ -179,9 +192,11 @@ def _draw_snapshot(run: Experiment, board, folder: Path, number: int, seed: int)
 
 def _save(state: losses.TrainState, path: Path) -> None:
     """Saves `state` unless it is ruined, which would cost the good checkpoint before it."""
+    distributed.check_agreement(state.step, state.parameters)
     if not state.is_finite():
         raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
-    save_checkpoint(path, state.state_dict())
+    if distributed.is_main():
+        save_checkpoint(path, state.state_dict())
 
 
 def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
@@ -428,7 +443,8 @@ def _open_workdir(workdir: Path) -> Iterator[None]:
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"workdir {workdir} is a file; name a folder")
     workdir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(workdir / "stdout.txt", mode="a")
+    main = distributed.is_main()
+    handler = logging.FileHandler(workdir / "stdout.txt") if main else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -450,7 +466,8 @@ def _summary_writer(workdir: Path, step: int):
     """TensorBoard's log; what a killed run logged beyond `step` is purged from it."""
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) as board:
+    options = {"purge_step": step + 1, "write_to_disk": distributed.is_main()}
+    with SummaryWriter(str(workdir / "tensorboard"), **options) as board:
         yield board
 
 
@@ -469,9 +486,9 @@ def _save_png(path: Path, image: evaluation.Images) -> None:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=distributed.local_device(torch.device(name))).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={name!r} cannot be used: {reason}") from error
@@ -492,6 +509,23 @@ def _check(config) -> None:
         )
 
 
+def _check_division(examples: int, accumulate: int) -> None:
+    parts = distributed.world() * accumulate
+    if examples % parts:
+        raise ValueError(
+            f"the {examples} images of a step cannot be split evenly into {parts} parts "
+            f"({distributed.world()} processes, training.accumulate={accumulate}); change "
+            "training.batch_size or training.small_batch_size"
+        )
+
+
+def _copy_ahead(images: Tensor, device: torch.device) -> Tensor:
+    """`images` on `device`, where a GPU copies them while the host goes on."""
+    if device.type == "cuda" and images.device.type == "cpu":
+        images = images.pin_memory()
+    return images.to(device, non_blocking=True)
+
+
 def _in_order(data, size: int) -> Iterator[Tensor]:
     """Every image once, uint8 (B, C, H, W), the last batch being what is left."""
     for start in range(0, len(data), size):
@@ -510,6 +544,7 @@ def _to_uint8(images: Tensor) -> evaluation.Images:
 def _progress(**options) -> tqdm:
     """A progress bar that redraws often on a terminal and seldom in a file."""
     interactive = sys.stderr.isatty()
+    options |= {"disable": not distributed.is_main()}
     return tqdm(mininterval=0.2 if interactive else 10, dynamic_ncols=interactive, **options)
 
 

@@ -1,0 +1,119 @@
+"""Several processes as one: what torchrun starts, trains one network on the batches of one process.
+
+Every function is also right in a process that runs alone, where it does nothing.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# How long a rank waits for the others, which do nothing while rank 0 draws samples. A rank that
+# died is not waited for: torchrun stops the rest.
+PATIENCE = datetime.timedelta(hours=2)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Within the `with` block the processes that torchrun started are one group.
+
+    It speaks NCCL for CUDA tensors and gloo for those of the CPU, and its processes leave it
+    together; but an error in one leaves the others to torchrun, which stops them.
+    """
+    if world() == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=PATIENCE)
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and reports."""
+    return rank() == 0
+
+
+def local_device(device: torch.device) -> torch.device:
+    """`device`; of several processes each has a GPU of its own where that is a GPU."""
+    if device.type == "cuda" and world() > 1:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of `x` over the processes, in each of them the same."""
+    if world() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / world()
+
+
+def gather(rows: Tensor) -> Tensor:
+    """(world * B, ...), the `rows` (B, ...) of all processes in the order of their ranks."""
+    if world() == 1:
+        return rows
+    everything = rows.new_empty(world() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(everything, rows.contiguous())
+    return everything
+
+
+def check_agreement(step: int, weights: Iterable[Tensor]) -> None:
+    """Compares step and weights, bit by bit as far as a sum of their words shows, over processes.
+
+    Raises:
+        FloatingPointError: in every process, naming the first that differs from the main one.
+    """
+    if world() == 1:
+        return
+    words = [w.detach().contiguous().flatten().view(torch.int32) for w in weights]
+    sums = torch.stack([w.sum(dtype=torch.int64) for w in words])
+    mine = torch.cat([sums.new_tensor([step]), sums])
+    everyone = gather(mine[None])
+    same = (everyone == everyone[0]).all(1).tolist()
+    if not all(same):
+        raise FloatingPointError(
+            f"rank {same.index(False)} has another step or other weights than rank 0 at step "
+            f"{step}; start again from the last checkpoint"
+        )
+
+
+def averaging_gradients(network: nn.Module, some_unused: bool = False) -> nn.Module:
+    """`network` whose backward leaves the mean of the processes' gradients in its parameters.
+
+    The mean is taken while backward still runs. Weights are not made equal here: they are drawn
+    from the same seed or loaded from the same file, and `check_agreement` finds where they differ.
+
+    Args:
+        network: on this process's device.
+        some_unused: it has parameters that its output does not depend on.
+    """
+    if world() == 1:
+        return network
+    return DistributedDataParallel(
+        network,
+        broadcast_buffers=False,  # they are constants
+        init_sync=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=some_unused,
+    )
