@@ -16,16 +16,11 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 def for_training(config, model: nn.Module) -> nn.Module:
     """`model` as the training step calls it, as `config.training` asks; the weights are shared.
 
-    Sets the process's precision of float32 products: IEEE's, or TF32 for `training.precision='tf32'`
-    (about 10 bits of each factor; for what the device has that can use it).
-
     Raises:
         ValueError: an unknown precision, or one that the device of `model` does not have.
     """
     training, device = config.training, next(model.parameters()).device
     check_precision(training.precision, device)
-    torch.set_float32_matmul_precision("high" if training.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = training.precision == "tf32"
     if training.channels_last:
         model.to(memory_format=torch.channels_last)
     network = BFloat16(model) if training.precision == "bf16" else model
@@ -33,6 +28,15 @@ def for_training(config, model: nn.Module) -> nn.Module:
     network = distributed.averaging_gradients(network, some_unused)
     # around the averaging, so that the compiler leaves room for it between parts of backward
     return compiled(network, device) if training.compile else network
+
+
+def set_float32_products(precision: str) -> None:
+    """For the whole process: TF32, 10 bits of each factor, if `precision` is that; else IEEE's.
+
+    PyTorch by itself uses TF32 in convolutions and not in matrix products.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -71,7 +75,7 @@ class BFloat16(nn.Module):
 
 
 def compiled(network: nn.Module, device: torch.device) -> nn.Module:
-    """`network` through torch.compile; as it is, with one warning, where nothing can be compiled."""
+    """`network` through torch.compile; as it is, after one warning, where that does not work."""
     return torch.compile(network) if _compiler_works(device) else network
 
 

@@ -73,6 +73,7 @@ class Experiment:
         _check(config)
         device = _device(config.device)
         torch.manual_seed(config.seed)
+        execution.set_float32_products(config.training.precision)
         method = methods.get_method(config)
         model = models.create_model(config).to(device)
         return cls(
@@ -201,6 +202,8 @@ def _save(state: losses.TrainState, path: Path) -> None:
 
 def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
     """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with averaged weights."""
+    if not distributed.is_main():
+        return  # two writers never write one file
     run = Experiment.build(config)
     if config.eval.features not in evaluation.FEATURES and config.eval.enable_sampling:
         raise ValueError(

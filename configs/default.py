@@ -26,7 +26,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     training.accumulate = 1  # parts of a step's images that go through the network in turn
     training.precision = "fp32"  # or "tf32", "bf16" (autocast): faster on devices that have it
     training.compile = False  # torch.compile the network of training; needs a compiler, and minutes
-    training.channels_last = False  # memory format of the network; pays with tensor cores, if at all
+    training.channels_last = False  # memory format of the network, for tensor cores
 
     config.optim = optim = ml_collections.ConfigDict()
     optim.optimizer = "Adam"

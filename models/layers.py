@@ -283,8 +283,8 @@ class Attention(nn.Module):
 class ResBlock(nn.Module):
     """Residual block (B, in, H, W) to (B, out, H, W), or to twice or half the resolution.
 
-    `emb` (B, emb_channels), the activated noise embedding, is added between the convolutions; `skip`
-    (B, in', H, W), where it is given, makes up `in` channels together with `x`.
+    `emb` (B, emb_channels), the activated noise embedding, is added between the convolutions.
+    `skip`, where it is given, makes up the `in` channels together with `x`.
     Without resampling and with `nin_shortcut` it is the block of DDPM, else that of BigGAN
     (Brock et al., arXiv 1809.11096), which resamples both of its branches.
 
@@ -328,9 +328,7 @@ class ResBlock(nn.Module):
         self.checkpoint_activations = checkpoint_activations
 
     @recomputed
-    def forward(
-        self, x: Tensor, emb: Tensor | None = None, skip: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         h = self.act(self.norm1(x))

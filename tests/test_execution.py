@@ -95,6 +95,15 @@ def no(device):
     return False
 
 
+@pytest.mark.parametrize("precision, allowed", [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_tf32_is_used_where_it_is_asked_for_only(precision, allowed):
+    try:
+        execution.set_float32_products(precision)
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+    finally:
+        execution.set_float32_products("fp32")
+
+
 def test_an_unknown_precision_names_the_known(small):
     config, model = small
     config.training.precision = "fp16"
