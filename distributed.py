@@ -28,12 +28,10 @@ def joined() -> Iterator[None]:
     if world() == 1:
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(timeout=PATIENCE)
     try:
         yield
-        dist.barrier()
+        dist.all_reduce(torch.zeros(()))  # a barrier that touches no GPU
     finally:
         dist.destroy_process_group()
 
@@ -54,10 +52,11 @@ def is_main() -> bool:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """`device`; of several processes each has a GPU of its own where that is a GPU."""
-    if device.type == "cuda" and world() > 1:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+    """`device`; where that is a GPU, of several processes each takes one of its own."""
+    if device.type != "cuda" or world() == 1:
+        return device
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # where NCCL looks
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def mean(x: Tensor) -> Tensor:
