@@ -6,16 +6,20 @@ Every function is also right in a process that runs alone, where it does nothing
 import contextlib
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 # How long a rank waits for the others, which do nothing while rank 0 draws samples. A rank that
 # died is not waited for: torchrun stops the rest.
 PATIENCE = datetime.timedelta(hours=2)
+POLL = 0.01  # seconds between looks into the store
 
 
 @contextlib.contextmanager
@@ -28,12 +32,37 @@ def joined() -> Iterator[None]:
     if world() == 1:
         yield
         return
-    dist.init_process_group(timeout=PATIENCE)
+    store, *_ = next(rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(_new_token(store), store)
+    dist.init_process_group(store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
     try:
         yield
         dist.all_reduce(torch.zeros(()))  # a barrier that touches no GPU
     finally:
         dist.destroy_process_group()
+
+
+def _new_token(store: dist.Store) -> str:
+    """A word that rank 0 makes up for this start of the job and the others learn from it.
+
+    torchrun keeps one store over its restarts, in which processes find the addresses of dead ones
+    (github.com/pytorch/pytorch/issues/135712), so every start needs a place of its own there. An
+    answer counts where it quotes the word that the asking process has just made up.
+    """
+    mine = uuid.uuid4().hex
+    if rank():
+        store.set(f"ask/{rank()}", mine)
+        while not (answer := store.get(f"answer/{rank()}").decode()).startswith(mine):
+            time.sleep(POLL)
+        token = answer.removeprefix(mine)
+        store.set(f"thanks/{rank()}", token)
+        return token
+    for r in range(1, world()):
+        thanks = f"thanks/{r}"
+        while not (store.check([thanks]) and store.get(thanks).decode() == mine):
+            store.set(f"answer/{r}", store.get(f"ask/{r}").decode() + mine)
+            time.sleep(POLL)
+    return mine
 
 
 def rank() -> int:

@@ -186,7 +186,7 @@ def split_products(x: Tensor, y: Tensor) -> Tensor:
     """x @ y.T (B, n), float64, from float32 matrix products of `x` (B, D) and `y` (n, D), float32.
 
     Each operand is its leading bits, on one grid for a row, and a rest. Products of leading bits
-    are sums of integers below 2^24, exact in whichever order; those with a rest are 2^6 times
+    are sums of integers, at most 2^24, exact in whichever order; those with a rest are 2^6 times
     smaller, and with them the rounding: some 2^-30 of the terms. The idea is that of Ozaki et al.
     (Numerical Algorithms 59, 2012), cut off after the first slice.
     """
