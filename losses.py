@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from methods import Method, poisson_field
+import distributed
+from methods import Method, Part, poisson_field
 from models import load_reference_state_dict
 
 __all__ = [
     "ExponentialMovingAverage",
     "TrainState",
+    "accumulate_gradient",
     "get_loss_fn",
     "learning_rate_factor",
     "poisson_field",
@@ -24,15 +26,15 @@ def get_loss_fn(config, method: Method) -> Callable[..., Tensor]:
     """The regression loss of `method`.
 
     Returns:
-        `loss_fn(net, batch, generator=None, charges=None)`: a scalar, the squared error between
-        prediction and target, half its sum over the entries of an example or, with
-        `training.reduce_mean`, their mean, averaged over the examples. For `batch` and `charges`
-        see `Method.regress`.
+        `loss_fn(net, batch, generator=None, charges=None, part=(0, 1))`: a scalar, the squared
+        error between prediction and target, half its sum over the entries of an example or, with
+        `training.reduce_mean`, their mean, averaged over the examples. For `batch`, `charges` and
+        `part` see `Method.regress`; the mean over the parts is the whole batch's loss.
     """
     reduce_mean = config.training.reduce_mean
 
-    def loss_fn(net, batch, generator=None, charges=None):
-        prediction, target = method.regress(net, batch, generator, charges)
+    def loss_fn(net, batch, generator=None, charges=None, part=(0, 1)):
+        prediction, target = method.regress(net, batch, generator, charges, part)
         squared = (prediction - target).square()
         return squared.mean() if reduce_mean else 0.5 * squared.sum(1).mean()
 
@@ -118,6 +120,7 @@ class TrainState:
             "fused": True,
         }
         self.model = model
+        self.network = model  # what a step calls: `model`, or what `execution` makes of it
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = ExponentialMovingAverage(self.parameters, config.model.ema_rate)
         self.optimizer = torch.optim.Adam(self.parameters, lr=optim.lr, **hyper)
@@ -130,6 +133,7 @@ class TrainState:
             "cooldown": optim.cooldown,
         }
         self.grad_clip = optim.grad_clip
+        self.accumulate = training.accumulate
 
     def state_dict(self) -> dict:
         return {
@@ -189,21 +193,63 @@ def train_step(
     loss_fn: Callable[..., Tensor],
     batch: Tensor,
     generator: torch.Generator | None = None,
+    charges: Tensor | None = None,
+    part: Part = (0, 1),
 ) -> Tensor:
     """One update of `state` on `batch` (B, C, H, W).
 
-    Where the loss or its gradient is not finite, the step counts but is not applied.
+    Where the loss or its gradient is not finite, the step counts but is not applied. The host waits
+    for nothing.
+
+    Args:
+        state: what is updated.
+        loss_fn: see `get_loss_fn`.
+        batch, charges: scaled images; see `Method.regress`.
+        generator: source of every random draw but dropout's.
+        part: what this process takes of the examples, (k, n) for the k-th of n equal slices; each
+            of the n is given the same batch and draws.
 
     Returns:
-        The loss, left on its device; nan where the step was not applied.
+        The loss of this process's examples, left on its device; nan where the step was not applied.
     """
     state.model.train()
-    loss = loss_fn(state.model, batch, generator)
     state.optimizer.zero_grad()
-    loss.backward(1 + 0 * loss.detach())  # the gradient of a loss that is not finite is nan
+    loss = accumulate_gradient(state, loss_fn, batch, generator, charges, part)
     for group in state.optimizer.param_groups:
         group["lr"] = state.learning_rate * learning_rate_factor(state.step, **state.schedule)
     limit = state.grad_clip if state.grad_clip >= 0 else math.inf
     finite = nn.utils.clip_grad_norm_(state.parameters, limit).isfinite()
     state.apply_gradient(finite)
-    return torch.where(finite, loss.detach(), math.nan)
+    return torch.where(finite, loss, math.nan)
+
+
+def accumulate_gradient(
+    state: TrainState,
+    loss_fn: Callable[..., Tensor],
+    batch: Tensor,
+    generator: torch.Generator | None = None,
+    charges: Tensor | None = None,
+    part: Part = (0, 1),
+) -> Tensor:
+    """Adds the gradient of the batch's loss to the parameters'; returns this process's loss.
+
+    Process k of n, `part`, takes its examples in `state.accumulate` = A turns, of which turn i is
+    slice k A + i of n A. Every turn repeats the draws of the whole batch, so that neither n nor A
+    changes the gradient but by rounding; only dropout knows of them. The gradient of a loss that is
+    not finite is nan. For the arguments see `train_step`.
+    """
+    (k, n), turns = part, state.accumulate
+    if turns * n > 1 and generator is None:
+        raise ValueError("parts of a batch need a generator, which repeats the draws for each")
+    start = generator.get_state() if generator else None
+    losses = []
+    for i in range(turns):
+        if i:
+            generator.set_state(start)
+        # the processes' mean is taken once, in the last turn
+        alone = i < turns - 1 and distributed.world() > 1
+        with state.network.no_sync() if alone else contextlib.nullcontext():
+            loss = loss_fn(state.network, batch, generator, charges, (k * turns + i, n * turns))
+            loss.backward((1 + 0 * loss.detach()) / turns)
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()

@@ -1,6 +1,7 @@
 """Trains and evaluates generative models: see README.md, or `python3 main.py --help`."""
 
 import logging
+import os
 import runpy
 import shlex
 import sys
@@ -30,13 +31,16 @@ def main(argv: list[str]) -> None:
     """Runs `--mode` on `--config`; a mistake of the user ends in one line and exit status 2."""
     import run_lib  # here and not above, so that --help and typing errors answer at once
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    level = logging.WARNING if _rank() else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     workdir = Path(FLAGS.workdir)
     try:
         if FLAGS.mode == "eval":
             run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder)
-        elif not run_lib.train(FLAGS.config, workdir):
-            print(f"to go on: {shlex.join(sys.orig_argv)}")
+        elif not run_lib.train(FLAGS.config, workdir) and not _rank():
+            alone = "TORCHELASTIC_RUN_ID" not in os.environ
+            again = shlex.join(sys.orig_argv) if alone else "the same torchrun command"
+            print(f"to go on: {again}")
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
     except KeyboardInterrupt:
@@ -92,8 +96,14 @@ def _config_path(argv: list[str]) -> str | None:
     return None
 
 
+def _rank() -> int:
+    """The number that torchrun gave this process, 0 where it runs alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def _fail(error: Exception | str) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    where = f"rank {_rank()}: " if _rank() else ""
+    print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -5,8 +5,9 @@ method is one class, one entry of `METHODS` and one config; no other file change
 """
 
 import abc
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,9 +18,19 @@ from torch import Tensor
 Network = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 
 
+# The k-th of n equal slices of a batch's examples, as (k, n); what ranks and accumulation share.
+Part = tuple[int, int]
+
+
 def spread(c: Tensor, x: Tensor) -> Tensor:
     """A coefficient, one for all images () or one each (B,), so that it multiplies `x` (B, ...)."""
     return c.to(x).view(-1, *[1] * (x.dim() - 1))
+
+
+def take(part: Part, *rows: Tensor) -> list[Tensor]:
+    """The rows (B / n, ...) of each tensor (B, ...) that belong to `part`."""
+    k, n = part
+    return [r[k * len(r) // n : (k + 1) * len(r) // n] for r in rows]
 
 
 class Method(abc.ABC):
@@ -50,6 +61,7 @@ class Method(abc.ABC):
         batch: Tensor,
         generator: torch.Generator | None = None,
         charges: Tensor | None = None,
+        part: Part = (0, 1),
     ) -> tuple[Tensor, Tensor]:
         """The pair (prediction, target), each (b, K), that a training step brings together.
 
@@ -60,6 +72,8 @@ class Method(abc.ABC):
             charges: scaled images (n, C, H, W) that make the target. Where they are given all of
                 `batch` is perturbed; else `batch` is its own charges. A method whose target needs
                 one image only has no use for them.
+            part: the examples that are wanted, (k, n) for the k-th of n equal slices. The draws
+                are always those of the whole batch, so that the slices together are the whole.
         """
 
     @abc.abstractmethod
@@ -109,6 +123,15 @@ class Method(abc.ABC):
 # Charges that `poisson_field` converts to float64 at a time: bounds its memory to this many rows.
 FIELD_CHUNK = 2048
 
+# CUDA devices whose float64 runs at half the rate of float32 (or the like): the data-centre cards
+# P100, V100, A100, H100 and B200, and AMD's CDNA 3. All others have 1/32 or 1/64 of it. Source: the
+# throughput table of NVIDIA's CUDA C++ Programming Guide; AMD's MI300X data sheet.
+FAST_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (9, 4), (10, 0)}
+
+# Columns of which `split_products` sums the leading bits exactly: 2^12 products of 6 by 6 bits and
+# their sums fit the 24 bits of a float32.
+SPLIT_COLUMNS, SPLIT_BITS = 4096, 6
+
 
 def poisson_field(perturbed: Tensor, data: Tensor, gamma: float) -> Tensor:
     """The normalised empirical Poisson field that `data` make at `perturbed` (Algorithm 1).
@@ -116,8 +139,9 @@ def poisson_field(perturbed: Tensor, data: Tensor, gamma: float) -> Tensor:
     The field of a charge falls with the (D+1)-th power of its distance d_j, so the field is
     g = sum_j w_j (y_j, 0) - p with weights w = softmax(-(D+1) log d_j): distances and the weighted
     sum are matrix products, accumulated over chunks of charges (a running softmax), and nothing of
-    size B * n * D exists. All of it is float64: distances come as differences of squares, which in
-    float32 would leave an error of 1e-5.
+    size B * n * D exists. Distances come as differences of squares and count D + 1 times in the
+    weights, which in float32 would leave an error of 1e-5. So everything is float64; where a device
+    is slow at it, only what is of size B * n, and the large products are made of float32 ones.
 
     Args:
         perturbed: augmented points p = (x, z), (B, D+1).
@@ -130,22 +154,68 @@ def poisson_field(perturbed: Tensor, data: Tensor, gamma: float) -> Tensor:
     x, z = perturbed[:, :-1].double(), perturbed[:, -1:].double()
     dim = x.shape[1]
     point_norm = x.square().sum(1, keepdim=True) + z.square()
+    whole = perturbed.dtype == torch.float64 or has_fast_double(perturbed.device)
 
     log_total = torch.full_like(z, -torch.inf)
     centre = torch.zeros_like(x)  # the weighted mean of the charges seen so far
-    for chunk in data.flatten(1).split(FIELD_CHUNK):
-        y = chunk.double()
-        distance = torch.addmm(torch.linalg.vector_norm(y, dim=1).square(), x, y.T, alpha=-2)
-        distance = (distance + point_norm).clamp(min=torch.finfo(x.dtype).tiny)
-        log_weight = -0.5 * (dim + 1) * distance.log()
+    for y in data.flatten(1).split(FIELD_CHUNK):
+        y = y.double() if whole else y.float()
+        products = x @ y.T if whole else split_products(x.float(), y)
+        charge_norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64).square()
+        distance = torch.add(charge_norm, products, alpha=-2).add_(point_norm)
+        distance = distance.clamp_(min=torch.finfo(x.dtype).tiny)
+        log_weight = distance.log_().mul_(-0.5 * (dim + 1))
         log_chunk = log_weight.logsumexp(1, keepdim=True)
         log_sum = torch.logaddexp(log_total, log_chunk)
-        centre = torch.addmm(centre * (log_total - log_sum).exp(), (log_weight - log_sum).exp(), y)
+        with full_float32():  # weights are at most 1, so float32 products leave a rounding of y
+            inflow = (log_weight - log_sum).exp_().to(y.dtype) @ y
+        centre = centre * (log_total - log_sum).exp() + inflow
         log_total = log_sum
 
     field = torch.cat([centre - x, -z], dim=1)
     norm = torch.linalg.vector_norm(field, dim=1, keepdim=True)
     return (math.sqrt(dim) * field / (norm + gamma)).to(perturbed.dtype)
+
+
+def has_fast_double(device: torch.device) -> bool:
+    """Whether float64 matrix products are the fast way to accurate ones on `device`."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in FAST_DOUBLE
+
+
+def split_products(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y.T (B, n), float64, from float32 matrix products of `x` (B, D) and `y` (n, D), float32.
+
+    Each operand is its leading bits, on one grid for a row, and a rest. Products of leading bits
+    are sums of integers, at most 2^24, exact in whichever order; those with a rest are 2^6 times
+    smaller, and with them the rounding: some 2^-30 of the terms. The idea is that of Ozaki et al.
+    (Numerical Algorithms 59, 2012), cut off after the first slice.
+    """
+    total = x.new_zeros(len(x), len(y), dtype=torch.float64)
+    with full_float32():
+        for a, b in zip(x.split(SPLIT_COLUMNS, 1), y.split(SPLIT_COLUMNS, 1), strict=True):
+            a_high, b_high = leading_bits(a), leading_bits(b)
+            total += a_high @ b_high.T
+            total += torch.addmm(a_high @ (b - b_high).T, a - a_high, b.T)
+    return total
+
+
+def leading_bits(x: Tensor) -> Tensor:
+    """`x` (B, K), float32, rounded to multiples of its rows' largest power of two / 2^5."""
+    largest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    power_of_two = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    unit = power_of_two * 2.0 ** (1 - SPLIT_BITS)
+    return (x / unit).round_() * unit
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Within the `with` block float32 matrix products are that, also where TF32 is allowed."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,12 +282,12 @@ class Poisson(Method):
     def images_per_step(self, batch_size):
         return min(self.small_batch_size, batch_size)
 
-    def regress(self, net, batch, generator=None, charges=None):
+    def regress(self, net, batch, generator=None, charges=None, part=(0, 1)):
         x = batch
         if charges is None:
             x, charges = batch[: self.small_batch_size], batch
         with torch.no_grad():
-            perturbed = self.perturb(x, generator)
+            x, perturbed = take(part, x, self.perturb(x, generator))
             target = poisson_field(perturbed, charges, self.gamma)
         field_x, field_z = self.field(net, perturbed[:, :-1].view_as(x), perturbed[:, -1])
         return torch.cat([field_x.flatten(1), field_z[:, None]], dim=1), target
@@ -369,7 +439,7 @@ class SDE(Method):
         t = self.time(torch.as_tensor(u, dtype=torch.float64))
         return -spread(self.noise(t), y) * self.score(net, spread(self.signal(t), y) * y, t)
 
-    def regress(self, net, batch, generator=None, charges=None):
+    def regress(self, net, batch, generator=None, charges=None, part=(0, 1)):
         """Denoising score matching: score against -z / noise, weighted (equation 7).
 
         The weight of their squared distance is noise^2, or g^2 for the likelihood. At the levels of
@@ -377,6 +447,7 @@ class SDE(Method):
         """
         t = self.draw_times(len(batch), generator, batch.device)
         z = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
+        batch, t, z = take(part, batch, t, z)
         signal, noise = (spread(c, batch) for c in self.kernel(t))
         weight = spread(self.coefficients(t)[1], batch) if self.likelihood_weighting else noise
         score = self.score(net, signal * batch + noise * z, t)
@@ -447,7 +518,7 @@ class VESDE(SDE):
 
     def adjacent(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The noise level of `t`, one of N, and the next lower one; 0 lies below the lowest."""
-        k, levels = self.index(t), self._levels.to(t.device)
+        k, levels = self.index(t), self._levels.to(t.device, non_blocking=True)
         return levels[k], torch.where(k > 0, levels[k - 1], 0.0)
 
     @cached_property
@@ -507,7 +578,8 @@ class VPSDE(SDE):
     def kernel(self, t):
         if self.continuous:
             return super().kernel(t)
-        variance = 1 - self._signal_power.to(t.device)[self.index(t)]
+        power = self._signal_power.to(t.device, non_blocking=True)
+        variance = 1 - power[self.index(t)]
         return (1 - variance).sqrt(), variance.sqrt()
 
     @cached_property

@@ -24,7 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import datasets
+import distributed
 import evaluation
+import execution
 import likelihood
 import losses
 import methods
@@ -64,6 +66,7 @@ RANGES = {
     "data.num_workers": (-1, math.inf),
     "training.batch_size": (1, math.inf),
     "training.n_iters": (1, math.inf),
+    "training.accumulate": (1, math.inf),
     "training.log_freq": (1, math.inf),
     "training.eval_freq": (1, math.inf),
     "training.snapshot_freq": (1, math.inf),
@@ -99,6 +102,7 @@ class Experiment:
         _check(config)
         device = _device(config.device)
         torch.manual_seed(config.seed)
+        execution.set_float32_products(config.training.precision)
         method = methods.get_method(config)
         model = models.create_model(config).to(device)
         return cls(
@@ -116,8 +120,12 @@ class Experiment:
         return self.state.ema.swapped_into(self.state.parameters)
 
 
+@distributed.joined()
 def train(config, workdir: Path) -> bool:
     """Trains until step `training.n_iters`, from where the workdir's last run stopped.
+
+    Of several processes that torchrun starts, each takes its part of a step's examples, and the
+    main one writes.
 
     Returns:
         Whether it got there; SIGTERM and SIGINT end it before, after a step and with all saved.
@@ -125,74 +133,133 @@ def train(config, workdir: Path) -> bool:
     Raises:
         ValueError: the config is wrong, or the workdir's checkpoints do not fit it.
         OSError: a file cannot be written, or another process trains in the workdir.
-        FloatingPointError: `training.max_bad_steps` batches in a row gave no finite gradient.
+        FloatingPointError: `training.max_bad_steps` batches in a row gave no finite gradient, or
+            the processes do not agree.
     """
     training, seed = config.training, config.seed
     run = Experiment.build(config)
-    state, device = run.state, run.device
+    state, device, main = run.state, run.device, distributed.is_main()
+    state.network = execution.for_training(config, state.model)
     train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
-    with open_workdir(workdir, workdir / "checkpoints"):
+    share = _Share.of(run, train_data, training)
+    with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
+        distributed.check_agreement(state.step, state.parameters)
         parameters = sum(p.numel() for p in state.parameters)
         log.info(
             f"{'resuming' if state.step else 'starting'} at step {state.step} of "
             f"{training.n_iters}: {len(train_data):,} images, {parameters:,} parameters, {device}"
+            + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
         )
-        batches = datasets.shuffled_batches(train_data, training.batch_size, seed, state.step)
-        images_per_step = run.method.images_per_step(min(training.batch_size, len(train_data)))
+        first = state.step + 1
+        batches = datasets.shuffled_batches(
+            train_data, training.batch_size, seed, state.step, share.of_images
+        )
         meter, watch = _Meter(state.step), _Watch(training.max_bad_steps)
 
         def due(frequency: int) -> bool:
             return state.step == training.n_iters or state.step % frequency == 0
 
         with (
-            Board(workdir / "tensorboard", state.step) as board,
+            Board(workdir / "tensorboard" if main else None, state.step) as board,
             _progress(total=training.n_iters, initial=state.step, unit="step") as progress,
             _stop_signals() as stop,
         ):
-            if training.snapshot_sampling and state.step and due(training.snapshot_freq):
-                _draw_snapshot(run, board, workdir, seed, images_per_step, again=False)
-            while state.step < training.n_iters and not stop():
-                generator = datasets.keyed_generator(device, "training", seed, state.step)
+            if main and training.snapshot_sampling and state.step and due(training.snapshot_freq):
+                _draw_snapshot(run, board, workdir, seed, share.examples, again=False)
+            while state.step < training.n_iters and not distributed.any_of(bool(stop())):
+                generator = datasets.keyed_generator(
+                    device, "training", seed, state.step, *share.key
+                )
                 # dropout knows no other generator than the global one
-                torch.manual_seed(datasets.keyed_seed("dropout", seed, state.step))
+                torch.manual_seed(
+                    datasets.keyed_seed("dropout", seed, state.step, distributed.rank())
+                )
                 images = datasets.to_unit_interval(
                     next(batches).to(device, non_blocking=True),
                     generator,
                     flip=config.data.random_flip,
                     dequantize=config.data.uniform_dequantization,
                 )
-                watch.add(
-                    state.step,
-                    losses.train_step(state, run.loss_fn, run.scaler(images), generator),
+                images = run.scaler(images)
+                loss = losses.train_step(
+                    state, run.loss_fn, images[: share.taken], generator, images, share.of_examples
                 )
+                watch.add(state.step - 1, loss)
                 progress.update()
 
                 if due(training.log_freq):
-                    speed = meter.rate(state.step) * images_per_step
+                    speed = meter.rate(state.step) * share.examples
                     _log_step(progress, board, state.step, watch.look(), speed)
-                if due(training.eval_freq):
+                if state.step == first:  # processes that go apart do so in their first step
+                    distributed.check_agreement(state.step, state.parameters)
+                if main and due(training.eval_freq):
                     held_out = _held_out_loss(run, test_data[: training.batch_size], seed)
                     board.add_scalar("loss/test", held_out, state.step)
                     log.info(f"step {state.step}: held-out loss {held_out:.5g}")
                 if due(training.snapshot_freq):
                     written.append(state.step)
-                    save_checkpoint(checkpoint_path(workdir, state.step), _content(state, written))
-                    written = drop_checkpoints(workdir, written, training.keep_checkpoints)
+                    content = _content(state, written)
+                    if main:
+                        save_checkpoint(checkpoint_path(workdir, state.step), content)
+                        written = drop_checkpoints(workdir, written, training.keep_checkpoints)
                 if due(training.snapshot_freq_for_preemption):
                     board.flush()
-                    save_to_resume(workdir, _content(state, written))
-                if training.snapshot_sampling and due(training.snapshot_freq) and not stop():
-                    _draw_snapshot(run, board, workdir, seed, images_per_step)
+                    content = _content(state, written)
+                    if main:
+                        save_to_resume(workdir, content)
+                drawing = training.snapshot_sampling and due(training.snapshot_freq)
+                if main and drawing and not stop():
+                    _draw_snapshot(run, board, workdir, seed, share.examples)
 
             if state.step < training.n_iters:
-                save_to_resume(workdir, _content(state, written))
+                content = _content(state, written)
+                if main:
+                    save_to_resume(workdir, content)
                 watch.look()
-                log.info(f"stopped by {stop()} at step {state.step}, which is saved")
+                log.info(f"stopped by {stop() or 'a signal'} at step {state.step}, which is saved")
                 return False
         log.info(f"trained to step {state.step}; checkpoints are in {workdir / 'checkpoints'}")
         return True
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What this process takes of each step, whose `examples` images the network sees.
+
+    Of images in memory all processes are given the whole batch, whose draws they repeat, and take
+    their part of the examples: they train exactly as one process would. Of images on disk each
+    decodes its own part of the batch, which makes its charges, and has its own draws.
+
+    Attributes:
+        examples: of all processes together.
+        taken: from the head of what this process is given, so many are examples.
+        of_images, of_examples: (k, n): this process is given, and then takes, the k-th of n slices.
+        key: of its draws, added to (seed, step).
+    """
+
+    examples: int
+    taken: int
+    of_images: tuple[int, int]
+    of_examples: tuple[int, int]
+    key: tuple[int, ...]
+
+    @classmethod
+    def of(cls, run: Experiment, data, training) -> "_Share":
+        """Raises ValueError where the examples cannot be shared equally."""
+        rank, world = distributed.rank(), distributed.world()
+        examples = run.method.images_per_step(min(training.batch_size, len(data)))
+        parts = world * training.accumulate
+        if examples % parts:
+            raise ValueError(
+                f"the {examples} images of a step cannot be split evenly into {parts} parts "
+                f"({world} processes, training.accumulate={training.accumulate}); change "
+                "training.batch_size or training.small_batch_size"
+            )
+        if isinstance(data, datasets.Stream) and world > 1:
+            return cls(examples, examples // world, (rank, world), (0, 1), (rank,))
+        return cls(examples, examples, (0, 1), (rank, world), ())
 
 
 def _resume(config, workdir: Path, state: losses.TrainState) -> list[int]:
@@ -202,7 +269,8 @@ def _resume(config, workdir: Path, state: losses.TrainState) -> list[int]:
     """
     found = newest_checkpoint(workdir)
     if found is None:
-        store_config(workdir, config)
+        if distributed.is_main():
+            store_config(workdir, config)
         return []
     path, content = found
     changes = differences(workdir, config)
@@ -214,6 +282,7 @@ def _resume(config, workdir: Path, state: losses.TrainState) -> list[int]:
 
 def _content(state: losses.TrainState, written: list[int]) -> dict:
     """What a checkpoint holds; never ruined weights, which would cost the good ones before."""
+    distributed.check_agreement(state.step, state.parameters)
     if not state.is_finite():
         raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
     return state.state_dict() | {"written": written}
@@ -270,6 +339,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
     What an earlier evaluation left half done is gone on with: a part on disk counts where it came
     from the same weights with the same settings.
     """
+    if not distributed.is_main():
+        return  # two writers never write one file
     run = Experiment.build(config)
     checkpoints = checkpoints_to_evaluate(config, workdir)
     folder = workdir / eval_folder
@@ -708,9 +779,9 @@ def _records(path: Path) -> Iterator[bytes]:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=distributed.local_device(torch.device(name))).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={name!r} cannot be used: {reason}") from error
@@ -746,6 +817,7 @@ def _to_uint8(images: Tensor) -> evaluation.Images:
 def _progress(**options) -> tqdm:
     """A progress bar that redraws often on a terminal and seldom in a file."""
     interactive = sys.stderr.isatty()
+    options |= {"disable": not distributed.is_main()}
     return tqdm(mininterval=0.2 if interactive else 10, dynamic_ncols=interactive, **options)
 
 
@@ -781,7 +853,7 @@ class _Watch:
 
         Each of those is named in a warning.
         """
-        losses = torch.stack(self.losses).tolist() if self.losses else []
+        losses = distributed.mean(torch.stack(self.losses)).tolist() if self.losses else []
         for batch, loss in zip(self.batches, losses, strict=True):
             self.newest = loss
             self.bad_in_a_row = 0 if math.isfinite(loss) else self.bad_in_a_row + 1

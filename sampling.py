@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+import execution
 from datasets import get_data_inverse_scaler
 from methods import SDE, Method, Network, reverse, spread
 
@@ -437,12 +438,14 @@ def get_sampling_fn(config, method: Method) -> Callable[..., tuple[Tensor, int]]
     inverse_scaler = get_data_inverse_scaler(config)
     name = _choose(config, "method", SAMPLERS if method.predictors else ("ode",))
     carry = SAMPLERS[name](config, method)
+    compiles = config.sampling.compile
 
     @torch.no_grad()
     def sample(net, num=None, x=None, generator=None):
         if x is None:
             device = generator.device if generator else next(net.parameters()).device
             x = method.prior_sampling((num or default_num, *image_shape), generator, device)
+        net = execution.compiled(net, x.device) if compiles else net
         x, evaluations = carry(net, x, generator)
         return inverse_scaler(x).clamp(0, 1), evaluations
 

@@ -44,8 +44,10 @@ FLUSH_SECONDS = 10  # what TensorBoard shows is at most so old
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: Path, folder: Path) -> Iterator[None]:
+def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[None]:
     """Makes the workdir; within the block `folder`, in it, is this process's alone to write to.
+
+    Of several processes of one run only the `main` one writes; for the others nothing is done.
 
     What is logged meanwhile is appended to stdout.txt. Training and an evaluation name different
     folders, so one does not keep the other out.
@@ -53,6 +55,9 @@ def open_workdir(workdir: Path, folder: Path) -> Iterator[None]:
     Raises:
         OSError: the workdir cannot be written, or another process writes to `folder`.
     """
+    if not main:
+        yield
+        return
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"workdir {workdir} is a file; name a folder")
     workdir.mkdir(parents=True, exist_ok=True)
@@ -189,7 +194,8 @@ def newest_checkpoint(workdir: Path) -> tuple[Path, dict] | None:
             damaged.append(path)
             continue
         if newest in damaged:
-            os.replace(newest, newest.with_name(f"{newest.name}.damaged"))
+            with contextlib.suppress(FileNotFoundError):  # another process of the run has done it
+                os.replace(newest, newest.with_name(f"{newest.name}.damaged"))
         return path, state
     if damaged:
         raise ValueError(
@@ -293,9 +299,14 @@ class Board:
     by the caller, and on disk at most `FLUSH_SECONDS` later or with `flush`.
     """
 
-    def __init__(self, folder: Path, step: int):
-        """Starts a file in `folder`; what a killed run logged beyond `step` is purged."""
-        self.folder = folder
+    def __init__(self, folder: Path | None, step: int):
+        """Starts a file in `folder`; what a killed run logged beyond `step` is purged.
+
+        Without a folder nothing is written.
+        """
+        self.folder, self.events = folder, None
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         # names hold the second, so that a start within the same one would write over the file
         self.events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")

@@ -28,6 +28,10 @@ def get_default_config() -> ml_collections.ConfigDict:
     training.log_freq = 50
     training.eval_freq = 100  # steps between losses on the test split
     training.max_bad_steps = 20  # batches in a row without a finite gradient that end the run
+    training.accumulate = 1  # parts of a step's images that go through the network in turn
+    training.precision = "fp32"  # or "tf32", "bf16" (autocast): faster on devices that have it
+    training.compile = False  # torch.compile the network of training; needs a compiler, and minutes
+    training.channels_last = False  # memory format of the network, for tensor cores
 
     config.optim = optim = ml_collections.ConfigDict()
     optim.optimizer = "Adam"
@@ -47,6 +51,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     model.num_scales = 1000  # noise levels, or time steps of an SDE's discretisation
     model.sigma_min = 0.01  # VE SDE: smallest and largest noise level
     model.sigma_max = 50.0
+    model.checkpoint_activations = False  # less memory, a third more time; for 256 px and more
     model.beta_min = 0.1  # VP and sub-VP SDE
     model.beta_max = 20.0
 
@@ -61,6 +66,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     sampling.probability_flow = False  # the predictor follows the ODE in place of the SDE
     sampling.n_steps_each = 1  # corrector steps per noise level
     sampling.snr = 0.16  # signal-to-noise ratio of the corrector
+    sampling.compile = False  # torch.compile the network that samples
 
     config.eval = evaluate = ml_collections.ConfigDict()
     evaluate.begin_ckpt = 9  # checkpoints to evaluate, counted in training.snapshot_freq steps

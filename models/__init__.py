@@ -65,6 +65,11 @@ def create_model(config: ConfigDict) -> nn.Module:
                 f"model.name = {name!r} numbers its noise levels and has no Poisson field; "
                 "use 'ncsnpp' or 'ddpm' with training.sde = 'poisson'"
             )
+        if model.get("checkpoint_activations", False):
+            raise ValueError(
+                "model.checkpoint_activations is for the networks 'ncsnpp' and 'ddpm', "
+                f"not {model.name!r}"
+            )
         layout = "64" if name == "ncsn" else name.removeprefix("ncsnv2_")
         return RefineNet(layout=layout, conditional=name == "ncsn", **options)
 
@@ -79,6 +84,7 @@ def create_model(config: ConfigDict) -> nn.Module:
         "resamp_with_conv": model.resamp_with_conv,
         "dropout": model.dropout,
         "scale_by_sigma": model.scale_by_sigma,
+        "checkpoint_activations": model.get("checkpoint_activations", False),
     }
     if name == "ddpm":
         return DDPM(**options)

@@ -6,12 +6,13 @@ Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from op import upfirdn2d
 
@@ -82,6 +83,22 @@ def residual_sum(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
     """`x + h`; with `rescale` divided by sqrt(2), which keeps the variance of the summands."""
     total = x + h
     return total.mul_(math.sqrt(0.5)) if rescale else total
+
+
+def recomputed(forward: Callable) -> Callable:
+    """A module's `forward` that, where its `checkpoint_activations` is set, keeps only its inputs.
+
+    Backward runs it again, with the same dropout (Chen et al., "Training Deep Nets with Sublinear
+    Memory Cost", arXiv 1604.06174).
+    """
+
+    @wraps(forward)
+    def forward_or_checkpoint(self, *inputs):
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(forward, self, *inputs, use_reentrant=False)
+        return forward(self, *inputs)
+
+    return forward_or_checkpoint
 
 
 class FourierFeatures(nn.Module):
@@ -238,7 +255,13 @@ class Attention(nn.Module):
     """Self-attention of one head among the pixels of (B, C, H, W), added to its input."""
 
     def __init__(
-        self, channels: int, *, init_scale: float, skip_rescale: bool, group_width: int = 4
+        self,
+        channels: int,
+        *,
+        init_scale: float,
+        skip_rescale: bool,
+        group_width: int = 4,
+        checkpoint_activations: bool = False,
     ):
         super().__init__()
         self.norm = group_norm(channels, group_width=group_width)
@@ -246,8 +269,9 @@ class Attention(nn.Module):
         self.key = NIN(channels, channels)
         self.value = NIN(channels, channels)
         self.out = NIN(channels, channels, init_scale=init_scale)
-        self.skip_rescale = skip_rescale
+        self.skip_rescale, self.checkpoint_activations = skip_rescale, checkpoint_activations
 
+    @recomputed
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, HW, C)
         q, k, v = (m.tokens(pixels)[:, None] for m in (self.query, self.key, self.value))
@@ -260,6 +284,7 @@ class ResBlock(nn.Module):
     """Residual block (B, in, H, W) to (B, out, H, W), or to twice or half the resolution.
 
     `emb` (B, emb_channels), the activated noise embedding, is added between the convolutions.
+    `skip`, where it is given, makes up the `in` channels together with `x`.
     Without resampling and with `nin_shortcut` it is the block of DDPM, else that of BigGAN
     (Brock et al., arXiv 1809.11096), which resamples both of its branches.
 
@@ -269,6 +294,7 @@ class ResBlock(nn.Module):
         resample: None, `Double(...)` or `Halve(...)`.
         skip_rescale: divide the sum by sqrt(2).
         nin_shortcut: the shortcut's 1x1 convolution is a `NIN`, else a `Conv2d`.
+        checkpoint_activations: keep only the inputs for backward, and compute the rest again.
     """
 
     def __init__(
@@ -284,6 +310,7 @@ class ResBlock(nn.Module):
         nin_shortcut: bool = False,
         resample: nn.Module | None = None,
         group_width: int = 4,
+        checkpoint_activations: bool = False,
     ):
         super().__init__()
         self.norm1 = group_norm(in_channels, group_width=group_width)
@@ -298,8 +325,12 @@ class ResBlock(nn.Module):
             self.conv_shortcut = conv(in_channels, out_channels, 1)
         self.resample = resample
         self.act, self.dropout, self.skip_rescale = act, dropout, skip_rescale
+        self.checkpoint_activations = checkpoint_activations
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    @recomputed
+    def forward(self, x: Tensor, emb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
         h = self.act(self.norm1(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)

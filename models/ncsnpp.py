@@ -54,8 +54,8 @@ class Stage(nn.Module):
         super().__init__()
         self.block, self.attention = block, attention
 
-    def forward(self, h: Tensor, emb: Tensor | None) -> Tensor:
-        h = self.block(h, emb)
+    def forward(self, h: Tensor, emb: Tensor | None, skip: Tensor | None = None) -> Tensor:
+        h = self.block(h, emb, skip)
         return h if self.attention is None else self.attention(h)
 
 
@@ -157,7 +157,7 @@ class DecoderLevel(nn.Module):
         self, h: Tensor, pyramid: Tensor | None, emb: Tensor | None, skips: list[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         for stage in self.stages:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+            h = stage(h, emb, skips.pop())
         if self.progressive is not None:
             h, pyramid = self.progressive(h, pyramid)
         if self.up is not None:
@@ -197,6 +197,8 @@ class NCSNpp(nn.Module):
         sigmas: noise levels (num_scales,) that `cond` numbers.
         centered: `x` is in [-1, 1]; else in [0, 1], and is centred first.
         group_width: channels of a norm's group, at least.
+        checkpoint_activations: keep only the inputs of residual and attention blocks for backward,
+            which runs them again: less memory for a third more time.
 
     Raises:
         ValueError: an option's value is unknown, or the levels do not divide the image size.
@@ -229,6 +231,7 @@ class NCSNpp(nn.Module):
         sigmas: Tensor | None = None,
         centered: bool = True,
         group_width: int = 4,
+        checkpoint_activations: bool = False,
     ):
         super().__init__()
         one_of("embedding_type", embedding_type, ("fourier", "positional"))
@@ -255,9 +258,14 @@ class NCSNpp(nn.Module):
             skip_rescale=skip_rescale,
             nin_shortcut=resblock_type == "ddpm",
             group_width=group_width,
+            checkpoint_activations=checkpoint_activations,
         )
         attention = partial(
-            Attention, init_scale=init_scale, skip_rescale=skip_rescale, group_width=group_width
+            Attention,
+            init_scale=init_scale,
+            skip_rescale=skip_rescale,
+            group_width=group_width,
+            checkpoint_activations=checkpoint_activations,
         )
         head = partial(Head, act=act, group_width=group_width)
         resampling = {"with_conv": resamp_with_conv, "fir_kernel": fir_kernel}

@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+import execution
 import losses
-from configs.poisson import cifar10_ddpmpp
+import methods
+from configs.poisson import cifar10_ddpmpp, digits_ddpmpp
+from configs.ve import digits_ncsnpp as ve_digits
+from configs.vp import digits_ddpmpp as vp_digits
+from datasets import keyed_generator
+from models import create_model
 
 
 def test_ema_matches_published_trace(golden):
@@ -64,7 +70,7 @@ def test_step_clips_the_gradient_by_its_norm_and_warms_up():
     state = losses.TrainState(config, Line())
     seen = []
 
-    def loss_fn(net, batch, generator):
+    def loss_fn(net, *_):
         return 100 * net.weight.sum()
 
     for _ in range(3):
@@ -124,7 +130,7 @@ def test_negative_grad_clip_means_none():
     config = cifar10_ddpmpp.get_config()
     config.optim.grad_clip = -1.0
     state = losses.TrainState(config, Line())
-    losses.train_step(state, lambda net, batch, generator: 100 * net.weight.sum(), torch.zeros(1))
+    losses.train_step(state, lambda net, *_: 100 * net.weight.sum(), torch.zeros(1))
     assert state.model.weight.grad.item() == 100
 
 
@@ -153,3 +159,61 @@ def test_unknown_optimizer_names_the_known():
     config.optim.optimizer = "SGD"
     with pytest.raises(ValueError, match=r"optim\.optimizer='SGD'; known: Adam"):
         losses.TrainState(config, Line())
+
+
+@pytest.mark.parametrize("experiment", [digits_ddpmpp, vp_digits, ve_digits])
+@pytest.mark.parametrize("turns", [2, 3])
+def test_accumulated_gradient_is_that_of_the_whole_batch(experiment, turns):
+    config = experiment.get_config()
+    config.model.nf = 8
+    config.training.batch_size = 24
+    if "small_batch_size" in config.training:
+        config.training.small_batch_size = 12
+    torch.manual_seed(0)
+    state = losses.TrainState(config, create_model(config).double())
+    with torch.no_grad():  # last layers that start near zero would hide a difference
+        for parameter in state.parameters:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    loss_fn = losses.get_loss_fn(config, methods.get_method(config))
+    images = torch.rand(24, 1, 8, 8, dtype=torch.float64)
+    results = {}
+    for state.accumulate in (1, turns):
+        state.optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(3)
+        loss = losses.accumulate_gradient(state, loss_fn, images, generator)
+        gradients = [p.grad for p in state.parameters if p.grad is not None]
+        results[state.accumulate] = loss, [g.clone() for g in gradients]
+    (loss, whole), (loss_in_turns, in_turns) = results[1], results[turns]
+    torch.testing.assert_close(loss_in_turns, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(in_turns, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_parts_without_a_generator_are_refused():
+    config = cifar10_ddpmpp.get_config()
+    config.training.accumulate = 2
+    state = losses.TrainState(config, Line())
+    with pytest.raises(ValueError, match="need a generator"):
+        losses.train_step(state, lambda net, *_: net.weight.sum(), torch.zeros(1))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("experiment", [digits_ddpmpp, vp_digits, ve_digits])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_step_never_waits_for_the_gpu(experiment, precision, turns):
+    config = experiment.get_config()
+    config.training.precision = precision
+    config.training.accumulate = turns
+    model = create_model(config).cuda()
+    state = losses.TrainState(config, model)
+    state.network = execution.for_training(config, model)
+    loss_fn = losses.get_loss_fn(config, methods.get_method(config))
+    images = torch.rand(96, 1, 8, 8, device="cuda")
+    losses.train_step(state, loss_fn, images, keyed_generator("cuda", "test", 0))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(2):
+            losses.train_step(state, loss_fn, images, keyed_generator("cuda", "test", step))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -84,8 +84,15 @@ def test_drift_matches_published_drift(golden, poisson, exact_network, i):
 # --- the field ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share_of_m", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-def test_field_is_accurate_at_every_distance(poisson, share_of_m):
+@pytest.fixture(params=["double", "split"])
+def products(request, monkeypatch):
+    """Both ways of the field's matrix products, whatever the device is fast at."""
+    monkeypatch.setattr(methods, "has_fast_double", lambda device: request.param == "double")
+    return request.param
+
+
+@pytest.mark.parametrize("share_of_m", [i / 20 for i in range(21)])
+def test_field_is_accurate_at_every_distance(poisson, products, share_of_m):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(256, 3, 32, 32, generator=generator) * 2 - 1
     noise = torch.randn(2, 32, 3072, generator=generator)
@@ -111,6 +118,72 @@ def test_field_equals_its_definition(dim, n, gamma, spread, seed):
     points[:, -1] = points[:, -1].abs() + 1e-3
     truth = broadcast_field(points, charges, gamma)
     assert relative_error(poisson_field(points, charges, gamma), truth) < 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dim=st.sampled_from([1, 64, 3072, 5000]),
+    low=st.integers(-40, 20),
+    high=st.integers(0, 30),
+    seed=st.integers(0, 2**31),
+)
+def test_split_products_are_accurate_at_any_scale(dim, low, high, seed):
+    """Rows of scales 2^low to 2^(low + high), entries too: the error is far below float32's."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(n):
+        exponents = low + torch.rand(n, dim, generator=generator) * high
+        return torch.randn(n, dim, generator=generator) * 2.0**exponents
+
+    x, y = rows(5), rows(7)
+    x[0] = 0
+    error = (methods.split_products(x, y) - x.double() @ y.double().T).abs()
+    sizes = x.double().abs().amax(1)[:, None] * y.double().abs().amax(1) * dim
+    assert (error <= 2.0**-29 * sizes).all()
+
+
+@pytest.mark.parametrize("dim", [64, 4096])
+def test_leading_bits_multiply_exactly(dim):
+    """The largest sum of the products there can be: every entry just below its power of two."""
+    x = torch.full((1, dim), 2.0).nextafter(torch.tensor(0.0))
+    high = methods.leading_bits(x)
+    assert (high == 2).all()  # 2^6 units, so that the sum can be 2^24 of them
+    assert (high @ high.T).item() == (high.double() @ high.double().T).item()
+
+
+def test_slow_double_is_told_from_fast(monkeypatch):
+    known = {(8, 0): True, (9, 0): True, (8, 6): False, (8, 9): False, (12, 0): False}
+    for capability, fast in known.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert methods.has_fast_double(torch.device("cuda")) == fast
+    assert methods.has_fast_double(torch.device("cpu"))
+
+
+def test_full_float32_gives_back_what_it_found():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with methods.full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("share_of_m", [0.0, 0.25, 0.5, 0.6, 0.75, 1.0])
+def test_field_is_accurate_on_a_gpu_with_tf32_allowed(poisson, products, share_of_m):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(256, 3, 32, 32, generator=generator) * 2 - 1
+    noise = torch.randn(2, 32, 3072, generator=generator)
+    m = torch.full((32, 1), share_of_m * poisson.M)
+    height = torch.randn(32, 1, generator=generator)
+    points = poisson.displace(images[:32], m, height, noise[0], noise[1])
+    torch.set_float32_matmul_precision("high")
+    try:
+        field = poisson_field(points.cuda(), images.cuda(), poisson.gamma).cpu()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert relative_error(field, broadcast_field(points, images, poisson.gamma)) < 1e-5
 
 
 def test_field_does_not_depend_on_the_chunks(monkeypatch):

@@ -281,6 +281,33 @@ def test_dropout_only_when_training():
     assert torch.equal(model(x, z)[0], model(x, z)[0])
 
 
+@pytest.mark.parametrize("resblock_type", ["biggan", "ddpm"])
+def test_checkpointed_activations_change_memory_and_nothing_else(resblock_type):
+    """Gradients are equal, with dropout too; backward keeps less than half."""
+    x, cond = torch.randn(2, 1, 8, 8), torch.rand(2) + 0.5
+    results = {}
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        options = {"resblock_type": resblock_type, "checkpoint_activations": checkpointed}
+        model = models.create_model(digits_config(dropout=0.5, init_scale=1.0, **options))
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            field_x, field_z = model.train()(x, cond)
+        weights = {p.data_ptr() for p in model.parameters()}
+        memory = sum(size for address, size in kept.items() if address not in weights)
+        (field_x.square().sum() + field_z.sum()).backward()
+        results[checkpointed] = memory, [p.grad for p in model.parameters()]
+    (memory, gradients), (less_memory, same_gradients) = results[False], results[True]
+    torch.testing.assert_close(same_gradients, gradients, rtol=0, atol=0)
+    assert less_memory < memory / 2
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("case", ["poisson_ncsnpp_fir_residual_input", "vp_ddpm", "ncsnv2_64"])
 def test_dtype_is_that_of_the_input(case, dtype, tolerance):

@@ -1,0 +1,156 @@
+"""Several processes as one: what torchrun starts, trains one network on the batches of one process.
+
+Every function is also right in a process that runs alone, where it does nothing.
+"""
+
+import contextlib
+import datetime
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+# How long a rank waits for the others, which do nothing while rank 0 draws samples. A rank that
+# died is not waited for: torchrun stops the rest.
+PATIENCE = datetime.timedelta(hours=2)
+POLL = 0.01  # seconds between looks into the store
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Within the `with` block the processes that torchrun started are one group.
+
+    It speaks NCCL for CUDA tensors and gloo for those of the CPU, and its processes leave it
+    together; but an error in one leaves the others to torchrun, which stops them.
+    """
+    if world() == 1:
+        yield
+        return
+    store, *_ = next(rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(_new_token(store), store)
+    dist.init_process_group(store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
+    try:
+        yield
+        dist.all_reduce(torch.zeros(()))  # a barrier that touches no GPU
+    finally:
+        dist.destroy_process_group()
+
+
+def _new_token(store: dist.Store) -> str:
+    """A word that rank 0 makes up for this start of the job and the others learn from it.
+
+    torchrun keeps one store over its restarts, in which processes find the addresses of dead ones
+    (github.com/pytorch/pytorch/issues/135712), so every start needs a place of its own there. An
+    answer counts where it quotes the word that the asking process has just made up.
+    """
+    mine = uuid.uuid4().hex
+    if rank():
+        store.set(f"ask/{rank()}", mine)
+        while not (answer := store.get(f"answer/{rank()}").decode()).startswith(mine):
+            time.sleep(POLL)
+        token = answer.removeprefix(mine)
+        store.set(f"thanks/{rank()}", token)
+        return token
+    for r in range(1, world()):
+        thanks = f"thanks/{r}"
+        while not (store.check([thanks]) and store.get(thanks).decode() == mine):
+            store.set(f"answer/{r}", store.get(f"ask/{r}").decode() + mine)
+            time.sleep(POLL)
+    return mine
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and reports."""
+    return rank() == 0
+
+
+def local_device(device: torch.device) -> torch.device:
+    """`device`; where that is a GPU, of several processes each takes one of its own."""
+    if device.type != "cuda" or world() == 1:
+        return device
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # where NCCL looks
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of `x` over the processes, in each of them the same."""
+    if world() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / world()
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` holds in any of the processes; asks the hosts only, not their GPUs."""
+    if world() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def gather(rows: Tensor) -> Tensor:
+    """(world * B, ...), the `rows` (B, ...) of all processes in the order of their ranks."""
+    if world() == 1:
+        return rows
+    everything = rows.new_empty(world() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(everything, rows.contiguous())
+    return everything
+
+
+def check_agreement(step: int, weights: Iterable[Tensor]) -> None:
+    """Compares step and weights, bit by bit as far as a sum of their words shows, over processes.
+
+    Raises:
+        FloatingPointError: in every process, naming the first that differs from the main one.
+    """
+    if world() == 1:
+        return
+    words = [w.detach().contiguous().flatten().view(torch.int32) for w in weights]
+    sums = torch.stack([w.sum(dtype=torch.int64) for w in words])
+    mine = torch.cat([sums.new_tensor([step]), sums])
+    everyone = gather(mine[None])
+    same = (everyone == everyone[0]).all(1).tolist()
+    if not all(same):
+        raise FloatingPointError(
+            f"rank {same.index(False)} has another step or other weights than rank 0 at step "
+            f"{step}; start again from the last checkpoint"
+        )
+
+
+def averaging_gradients(network: nn.Module, some_unused: bool = False) -> nn.Module:
+    """`network` whose backward leaves the mean of the processes' gradients in its parameters.
+
+    The mean is taken while backward still runs. Weights are not made equal here: they are drawn
+    from the same seed or loaded from the same file, and `check_agreement` finds where they differ.
+
+    Args:
+        network: on this process's device.
+        some_unused: it has parameters that its output does not depend on.
+    """
+    if world() == 1:
+        return network
+    return DistributedDataParallel(
+        network,
+        broadcast_buffers=False,  # they are constants
+        init_sync=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=some_unused,
+    )

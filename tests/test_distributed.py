@@ -1,0 +1,224 @@
+"""Several processes against one: the same gradients, one writer, and a job that survives a kill."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import datasets
+import distributed
+import run_lib
+from checkpoints import load_checkpoint
+from configs.poisson import digits_ddpmpp
+from methods import take
+
+DIGITS = ROOT / "configs/poisson/digits_ddpmpp.py"
+TINY = [
+    "--config.model.nf=8",
+    "--config.training.log_freq=1",
+    "--config.training.snapshot_freq_for_preemption=2",
+    "--noconfig.training.snapshot_sampling",
+    "--config.optim.grad_clip=-1.0",
+    "--config.optim.warmup=0",
+]
+
+
+def steps(n):
+    return [f"--config.training.n_iters={n}", f"--config.training.snapshot_freq={n}"]
+
+
+def launch(processes, workdir, *overrides, config=DIGITS, options=()):
+    """Starts training: alone, or as `processes` of torchrun."""
+    start = [sys.executable, str(ROOT / "main.py")]
+    if processes > 1:
+        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        start = [sys.executable, *run, *options, str(ROOT / "main.py")]
+    base = ["--config", str(config), "--mode", "train", "--workdir", str(workdir)]
+    return subprocess.Popen(
+        [*start, *base, *TINY, *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, expect=0):
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == expect, stdout + stderr
+    return stdout, stderr
+
+
+def first_moments(workdir):
+    """Adam's, one vector."""
+    saved = load_checkpoint(workdir / "checkpoints-meta/checkpoint.pth")
+    return torch.cat([m["exp_avg"].flatten() for m in saved["optimizer"]["state"].values()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["poisson", "vp"])
+def test_two_processes_have_the_gradients_of_one(tmp_path, method):
+    """By the whole program; the charges of the Poisson field are all of the data set."""
+    config = ROOT / f"configs/{method}/digits_ddpmpp.py"
+    begun = tmp_path / "begun"
+    finish(launch(1, begun, *steps(3), config=config))  # new networks have hardly a gradient
+    before, gradients = first_moments(begun), {}
+    for name, processes, turns in (("alone", 1, 1), ("together", 2, 1), ("in turns", 2, 2)):
+        workdir = tmp_path / name
+        shutil.copytree(begun, workdir)
+        accumulate = f"--config.training.accumulate={turns}"
+        finish(launch(processes, workdir, *steps(4), accumulate, config=config))
+        gradients[name] = (first_moments(workdir) - 0.9 * before) / (1 - 0.9)
+    truth = gradients.pop("alone")
+    assert truth.norm() > 0.1
+    for gradient in gradients.values():
+        assert (gradient - truth).norm() < 1e-5 * truth.norm()
+        assert (gradient - truth).abs().max() < 1e-5 * truth.abs().max()
+
+    log = (tmp_path / "together/stdout.txt").read_text()
+    assert len(re.findall("resuming at step 3 of 4: .* 2 processes", log)) == 1  # one writes
+    assert len(re.findall("step 4: held-out loss", log)) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again_and_the_job_ends_as_it_should(tmp_path):
+    finish(launch(2, tmp_path / "whole", *steps(12)))
+    job = launch(2, tmp_path / "killed", *steps(12), options=["--max-restarts=1"])
+    resume_path = tmp_path / "killed/checkpoints-meta/checkpoint.pth"
+    deadline = time.monotonic() + 120
+    while not resume_path.exists() and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process_of_rank(job.pid, 1), signal.SIGKILL)
+    finish(job)
+    log = (tmp_path / "killed/stdout.txt").read_text()
+    (reached,) = {int(step) for step in re.findall(r"resuming at step (\d+) of 12", log)}
+    assert 0 < reached < 12
+    last = "checkpoints/checkpoint_12.pth"
+    ours, theirs = (load_checkpoint(tmp_path / w / last)["model"] for w in ("killed", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def process_of_rank(parent: int, rank: int) -> int:
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+                return int(pid)
+    raise ProcessLookupError(f"{parent} has no child of rank {rank}")
+
+
+@pytest.mark.slow
+def test_processes_that_go_apart_are_found_in_the_first_step(tmp_path):
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import pathlib, torch, distributed, losses, run_lib\n"
+        "from configs.poisson import digits_ddpmpp\n"
+        "config = digits_ddpmpp.get_config()\n"
+        "config.model.nf, config.training.n_iters = 8, 4\n"
+        "step = losses.train_step\n"
+        "def faulty(state, *arguments):\n"
+        "    loss = step(state, *arguments)\n"
+        "    if distributed.rank() == 1:\n"
+        "        state.parameters[3].data[0] += 1e-7  # a bit that flipped\n"
+        "    return loss\n"
+        "losses.train_step = faulty\n"
+        "run_lib.train(config, pathlib.Path(sys.argv[1]))\n"
+    )
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *run, script, tmp_path / "run"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode
+    assert "rank 1 has another step or other weights than rank 0 at step 1" in done.stderr
+    assert not list((tmp_path / "run/checkpoints-meta").glob("*"))
+
+
+@pytest.mark.slow
+def test_rows_and_means_of_all_processes(tmp_path):
+    script = tmp_path / "collect.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, distributed\n"
+        "with distributed.joined():\n"
+        "    r = distributed.rank()\n"
+        "    rows = torch.arange(6, dtype=torch.uint8).view(3, 2) + 6 * r\n"
+        "    every = torch.arange(12, dtype=torch.uint8).view(6, 2)\n"
+        "    assert torch.equal(distributed.gather(rows), every)\n"
+        "    assert distributed.mean(torch.tensor(float(r))) == 0.5\n"
+    )
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([sys.executable, *run, script], check=True, timeout=300)
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_one_line(tmp_path, monkeypatch):
+    config = digits_ddpmpp.get_config()
+    run = run_lib.Experiment.build(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "world", lambda: 5)
+        with pytest.raises(ValueError, match="the 96 images of a step .* into 5 parts"):
+            run_lib._Share.of(run, datasets.get_dataset(config, "train"), config.training)
+    config.training.accumulate = 7
+    with pytest.raises(ValueError, match="into 7 parts .*training.accumulate=7"):
+        run_lib.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_shares_cover_a_step(monkeypatch, resident):
+    """In memory all repeat the batch and take turns; from disk each reads its own part only."""
+    config = digits_ddpmpp.get_config()
+    config.data.resident_bytes = 2**31 if resident else 0
+    config.data.num_workers = 0
+    config.training.batch_size = 192
+    data = datasets.get_dataset(config, "train")
+    run = run_lib.Experiment.build(config)
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    whole = next(datasets.shuffled_batches(data, 192, seed=1))
+    given, taken = [], []
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        share = run_lib._Share.of(run, data, config.training)
+        images = next(datasets.shuffled_batches(data, 192, 1, part=share.of_images))
+        given.append(images)
+        taken.append(take(share.of_examples, images[: share.taken])[0])
+        assert share.examples == 96
+    assert [len(t) for t in taken] == 4 * [24]
+    if resident:
+        assert all(torch.equal(g, whole) for g in given)
+        assert torch.equal(torch.cat(taken), whole[:96])
+    else:
+        assert torch.equal(torch.cat(given), whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_data_from_disk(tmp_path):
+    """They agree at every checkpoint, of which training makes sure itself."""
+    options = ["--config.data.resident_bytes=0", "--config.data.num_workers=1"]
+    options += ["--config.training.batch_size=192"]
+    finish(launch(2, tmp_path, *steps(3), *options))
+    assert load_checkpoint(tmp_path / "checkpoints-meta/checkpoint.pth")["step"] == 3
+
+
+def test_alone_everything_is_a_no_op():
+    rows = torch.ones(2, 3)
+    with distributed.joined():
+        assert distributed.is_main()
+        assert distributed.mean(rows) is rows
+        assert distributed.gather(rows) is rows
+        network = torch.nn.Identity()
+        assert distributed.averaging_gradients(network) is network
+        distributed.check_agreement(0, [rows])

@@ -1,0 +1,192 @@
+"""Precision, compiler and memory format change how a network runs, not what it computes."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import execution
+import sampling
+from configs.poisson import digits_ddpmpp
+from methods import get_method
+from models import create_model
+
+
+@pytest.fixture
+def small():
+    """Config and network of the digits, its last layers not near zero."""
+    config = digits_ddpmpp.get_config()
+    config.model.nf = 8
+    torch.manual_seed(0)
+    model = create_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return config, model
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def refuse(*arguments, **options):
+        def fail(*inputs):
+            raise RuntimeError("no working C++ compiler\nwas found")
+
+        return fail
+
+    execution._compiler_works.cache_clear()
+    monkeypatch.setattr(torch, "compile", refuse)
+    yield
+    execution._compiler_works.cache_clear()
+
+
+def outputs(network):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 1, 8, 8, generator=generator)
+    return network(x, torch.rand(4, generator=generator) + 0.5)
+
+
+def relative_difference(ours, theirs):
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_by_default_the_network_itself_is_trained(small):
+    config, model = small
+    assert execution.for_training(config, model) is model
+
+
+def test_bfloat16_is_near_and_keeps_weights_and_outputs_float32(small):
+    config, model = small
+    truth = outputs(model)
+    config.training.precision = "bf16"
+    try:
+        network = execution.for_training(config, model)
+    except ValueError:
+        pytest.skip("this CPU has no bfloat16")
+    ours = outputs(network)
+    assert all(out.dtype == torch.float32 for out in ours)
+    assert 1e-5 < relative_difference(ours, truth) < 3e-2  # 8 bits: 4e-3 for every rounding
+    sum(out.square().sum() for out in ours).backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_channels_last_changes_nothing_but_rounding(small):
+    config, model = small
+    truth = outputs(model)
+    config.training.channels_last = True
+    network = execution.for_training(config, model)
+    assert network.stem.weight.is_contiguous(memory_format=torch.channels_last)
+    assert relative_difference(outputs(network), truth) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_a_precision_that_the_device_lacks_is_one_line(small, monkeypatch, precision):
+    config, model = small
+    config.training.precision = precision
+    monkeypatch.setattr(execution, f"_has_{'bfloat16' if precision == 'bf16' else precision}", no)
+    with pytest.raises(ValueError, match=rf"training\.precision='{precision}': cpu has no .*"):
+        execution.for_training(config, model)
+
+
+def no(device):
+    return False
+
+
+@pytest.mark.parametrize("precision, allowed", [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_tf32_is_used_where_it_is_asked_for_only(precision, allowed):
+    try:
+        execution.set_float32_products(precision)
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+    finally:
+        execution.set_float32_products("fp32")
+
+
+def test_an_unknown_precision_names_the_known(small):
+    config, model = small
+    config.training.precision = "fp16"
+    with pytest.raises(ValueError, match="precision='fp16'; known: fp32, tf32, bf16"):
+        execution.for_training(config, model)
+
+
+def test_old_gpus_have_neither_bfloat16_nor_tf32(monkeypatch):
+    for capability, has in (((7, 5), False), ((8, 0), True), ((8, 9), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert execution._has_bfloat16(torch.device("cuda")) is has
+        assert execution._has_tf32(torch.device("cuda")) is has
+
+
+def test_without_a_compiler_one_warning_and_the_network_as_it_is(small, no_compiler, caplog):
+    config, model = small
+    config.training.compile = config.sampling.compile = True
+    config.sampling.ode_solver, config.sampling.N = "forward_euler", 2
+    with caplog.at_level(logging.WARNING):
+        assert execution.for_training(config, model) is model
+        sample = sampling.get_sampling_fn(config, get_method(config))
+        samples, _ = sample(model.eval(), 2)
+    assert samples.shape == (2, 1, 8, 8)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("RuntimeError: no working C++ compiler was found")
+
+
+def test_a_machine_without_a_compiler_trains(tmp_path):
+    """By the whole program: the compiler that is named does not exist."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "main.py",
+            f"--config={ROOT}/configs/poisson/digits_ddpmpp.py",
+            "--mode=train",
+            f"--workdir={tmp_path / 'run'}",
+            "--config.model.nf=8",
+            "--config.training.n_iters=4",
+            "--config.training.compile",
+            "--noconfig.training.snapshot_sampling",
+        ],
+        env={
+            **os.environ,
+            "CXX": "/nonexistent/c++",
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("not compiled, which only costs speed") == 1
+    assert "trained to step 4" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_compiled_network_computes_the_same_and_is_compiled_once():
+    """Gradients and samples; skipped where there is no compiler."""
+    if not execution._compiler_works(torch.device("cpu")):
+        pytest.skip("no C++ compiler")
+    config = digits_ddpmpp.get_config()
+    config.model.update(nf=8, ch_mult=(1,), attn_resolutions=(), init_scale=1.0)
+    config.training.compile = True
+    config.sampling.ode_solver, config.sampling.N = "forward_euler", 3
+    model, method = create_model(config), get_method(config)
+    network = execution.for_training(config, model)
+    assert network is not model
+    gradients = []
+    for run in (model, network):
+        model.zero_grad()
+        sum(out.square().sum() for out in outputs(run)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative_difference(gradients[1:], gradients[:1]) < 1e-5
+
+    model.eval()
+    x = method.prior_sampling((4, 1, 8, 8), torch.Generator().manual_seed(0))
+    truth, _ = sampling.get_sampling_fn(config, method)(model, x=x)
+    config.sampling.compile = True
+    sample = sampling.get_sampling_fn(config, method)
+    samples, _ = sample(model, x=x)
+    torch.testing.assert_close(samples, truth, rtol=1e-3, atol=1e-3)
+    statistics = torch._dynamo.utils.counters["stats"]
+    graphs = statistics["unique_graphs"]
+    sample(model, x=x)
+    assert statistics["unique_graphs"] == graphs > 0
