@@ -37,7 +37,7 @@ def joined() -> Iterator[None]:
     dist.init_process_group(store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
     try:
         yield
-        dist.all_reduce(torch.zeros(()))  # a barrier that touches no GPU
+        barrier()
     finally:
         dist.destroy_process_group()
 
@@ -98,12 +98,17 @@ def mean(x: Tensor) -> Tensor:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether `flag` holds in any of the processes; asks the hosts only, not their GPUs."""
+    """Whether `flag` holds in any of the processes; asks their hosts, and touches no GPU."""
     if world() == 1:
         return flag
     flags = torch.tensor(int(flag))
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
+
+
+def barrier() -> None:
+    """Returns when all processes have come here."""
+    any_of(False)
 
 
 def gather(rows: Tensor) -> Tensor:

@@ -1,666 +1,448 @@
-"""How good samples are: feature spaces, the metrics that papers quote, pictures and tables.
+"""The parts of an evaluation: loss, bits/dim, samples against data, pictures, the page.
 
-A feature space turns images into features (n, K) and, where its network classifies, logits (n, L).
-The metrics are functions of these, computed in float64.
+A part is a file that knows what it came from, so that an evaluation can be killed and gone on with,
+and several processes can share one.
 """
 
 import hashlib
-import importlib.util
+import io
+import json
 import logging
 import math
-import os
-import tempfile
-import threading
-import urllib.request
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 import datasets
+import distributed
+import likelihood
+import metrics
+import sampling
 from checkpoints import atomic_write
+from experiment import Experiment, progress_bar
+from features import FeatureSpace, Judge, data_name, fingerprint, read_arrays
+from report import Images, Picture, format_table, image_grid, render
+from workdir import read_scalars, save_npz, save_png
 
 log = logging.getLogger(__name__)
 
-Images = NDArray[np.uint8]  # (n, H, W, C)
-Extractor = Callable[[Images], tuple[NDArray, NDArray | None]]
-
-EXTRACTED_AT_ONCE = 100  # images that a feature network sees at a time
-WIDEST = 12_288  # features whose covariance is still worth computing: 1.1 GiB, 64 x 64 x 3 pixels
-FEATURES_KEPT = 50_000  # of the data's images, for what needs more than their moments
-KERNEL_BLOCK = 1024  # largest block of the kernel distance, tensorflow-gan's
-NEIGHBOURS = 3  # k of precision and recall, the paper's
-CHUNK_NUMBERS = 2**25  # entries of a distance matrix that are in memory at a time: 256 MiB
-FETCH_SECONDS = 5  # within which the network has to answer
-
-INCEPTION_URL = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
-INCEPTION_SIZE = 299
-TENSORFLOW = ("tensorflow", "tensorflow_gan", "tensorflow_hub", "tensorflow_probability")
+GRID_SAMPLES = 100  # images of an evaluation that its picture shows
+STRIPS = (8, 10)  # rows and columns of the pictures of interpolation and rescaling
+PAIRS = 10  # samples in a row of the picture of nearest training images
+DISTANCES_KEPT = 5_000  # training images whose own nearest neighbours are looked for
+PAGE_PIXELS = 1400  # side of the largest picture in report.html
 
 
-# --- moments and distances ------------------------------------------------------------------------
+def origin_of(config, run: Experiment) -> dict:
+    """What every part of an evaluation depends on, in words that can be compared."""
+    weights = hashlib.sha256()
+    for name, tensor in run.state.model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return {
+        "weights": weights.hexdigest(),
+        "network": config.model.to_dict(),
+        "method": repr(run.method),
+        "sampling": config.sampling.to_dict(),
+        "centered": config.data.centered,
+        "seed": config.seed,
+        "precision": config.training.precision,
+        "device": run.device.type,
+    }
 
 
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean (K,) and covariance (K, K) of features."""
-
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-
-    @classmethod
-    def fit(cls, features: NDArray) -> "Gaussian":
-        """The moments of `features` (n, K), in float64; ValueError where n < 2."""
-        return cls.fit_blocks([features])
-
-    @classmethod
-    def fit_blocks(cls, blocks: Iterable[NDArray]) -> "Gaussian":
-        """The moments of features that come in blocks (n_i, K), none of them kept.
-
-        Blocks are merged as by Chan, Golub and LeVeque (1983), which loses no digits to means that
-        are large beside the spread.
-        """
-        count, mean, scatter = 0, 0.0, 0.0
-        for block in blocks:
-            block = np.asarray(block, dtype=np.float64)
-            total, block_mean = count + len(block), block.mean(0)
-            centred, shift = block - block_mean, block_mean - mean
-            between = np.outer(shift, shift) * (count * len(block) / total)
-            scatter = scatter + centred.T @ centred + between
-            mean = mean + shift * (len(block) / total)
-            count = total
-        if count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, not {count}")
-        return cls(mean, scatter / (count - 1))
+def _once(path: Path, origin: dict, compute: Callable[[], dict]) -> dict:
+    """The arrays that `compute` gives, from `path` where they are there and of this `origin`."""
+    words = json.dumps(origin, sort_keys=True, default=str)
+    found = _read_if_whole(path)
+    if str(found.get("origin")) != words:
+        start = time.perf_counter()
+        found = compute()
+        found |= {"seconds": time.perf_counter() - start, "origin": words}
+        save_npz(path, **found)
+    return found
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500).
+def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
+    """What all `tasks` give, each with its number of images; in another than the main process [].
 
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The last trace is the sum of the square roots
-    of the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2), which has those of C_a C_b.
+    Each process does its share of them. They meet in the files of `_once`; where they cannot, the
+    main process does again what it does not find.
     """
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ b.covariance @ root).clip(0)
-    shift = np.square(a.mean - b.mean).sum()
-    return float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross).sum())
+    mine = tasks[distributed.rank() :: distributed.world()]
+    results = []
+    with progress_bar(total=sum(n for n, _ in mine), desc=desc, unit="image") as progress:
+        for images, task in mine:
+            results.append(task())
+            progress.update(images)
+    if distributed.world() == 1:
+        return results
+    distributed.barrier()
+    return [task() for _, task in tasks] if distributed.is_main() else []
 
 
-def inception_score(logits: NDArray) -> float:
-    """exp E[KL(p(y|x) || p(y))] over all samples (Salimans et al. 2016, arXiv 1606.03498).
+def remove_results(folder: Path, k: int) -> None:
+    """Removes the report and the pictures of checkpoint `k`, which are to be made anew."""
+    for path in (folder / f"report_{k}.npz", *folder.glob(f"*_{k}.png")):
+        path.unlink(missing_ok=True)
 
-    As in tensorflow-gan, without splits: the mean over splits of the original depends on their
-    number.
 
-    Args:
-        logits: (n, L), up to a constant per row.
+def _read_if_whole(path: Path) -> dict:
+    """The arrays at `path`; none where it does not exist, or is damaged, of which the log tells."""
+    try:
+        return read_arrays(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        log.warning(f"{error}; it is not used")
+        return {}
+
+
+def _remove_others(found: Iterable[Path], wanted: list[Path]) -> None:
+    """Removes what an earlier evaluation with other numbers left, which would mix with this one."""
+    for path in set(found) - set(wanted) if distributed.is_main() else ():
+        path.unlink(missing_ok=True)
+
+
+def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: dict) -> dict:
+    """The loss over a whole split: each image perturbed once in the field of its large batch."""
+
+    def compute() -> dict:
+        generator = datasets.keyed_generator(run.device, "loss", config.seed)
+        net, total = run.state.model, 0.0
+        with progress_bar(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
+            for block in datasets.in_order(data, config.training.batch_size):
+                charges = run.scaler(datasets.to_unit_interval(block.to(run.device)))
+                for batch in charges.split(config.eval.batch_size):
+                    total += run.loss_fn(net, batch, generator, charges).item() * len(batch)
+                    progress.update(len(batch))
+        return {"loss": total / len(data)}
+
+    sizes = {"batch": config.training.batch_size, "at once": config.eval.batch_size}
+    training = config.training.to_dict()
+    origin = origin | {"data": fingerprint(data), "sizes": sizes, "training": training}
+    return {"loss": _once(folder / f"ckpt_{k}_loss.npz", origin, compute)["loss"]}
+
+
+def evaluate_bpd(config, run: Experiment, data, folder: Path, k: int, origin: dict) -> dict:
+    """Bits per dimension of every image of a split, averaged over passes of new noise.
+
+    The latents of the first batch are carried back to images; how far these are from where they
+    came shows what the solver's tolerance costs.
     """
-    logits = np.asarray(logits, dtype=np.float64)
-    logits = logits - logits.max(1, keepdims=True)
-    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    p = np.exp(log_p)
-    mean = p.mean(0)
-    log_mean = np.log(mean, where=mean > 0, out=np.zeros_like(mean))
-    return float(np.exp((p * (log_p - log_mean)).sum(1).mean()))
+    bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
+    split, size = config.eval.dataset, config.eval.batch_size
+    passes = config.eval.bpd_num_repeats if split == "test" else 1
+    origin = origin | {"data": fingerprint(data), "divergence": config.eval.divergence}
 
+    def compute(i: int, start: int) -> dict:
+        generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
+        images = data[start : start + size].to(run.device)
+        images = datasets.to_unit_interval(images, generator, dequantize=True)
+        bits, latents, nfe = bits_per_dim(run.state.model, run.scaler(images), generator)
+        found = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
+        if i == 0:
+            found["encoding_error"] = _encoding_error(config, run, latents, images)
+        return found
 
-def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> float:
-    """Unbiased squared maximum mean discrepancy with the kernel (x . y / K + 1)^3.
-
-    The kernel Inception distance (Binkowski et al. 2018, arXiv 1801.01401), averaged over blocks of
-    at most `block` samples as in tensorflow-gan. Its blocks take samples in order, which should
-    therefore be random.
-
-    Args:
-        real: (n, K).
-        fake: (m, K).
-
-    Raises:
-        ValueError: a block would have fewer than 2 samples of either.
-    """
-    blocks = math.ceil(max(len(real), len(fake)) / block)
-    if min(len(real), len(fake)) < 2 * blocks:
-        raise ValueError(
-            f"a kernel distance over {blocks} blocks needs at least {2 * blocks} samples, "
-            f"not {min(len(real), len(fake))}"
-        )
-    parts = zip(_split(real, blocks), _split(fake, blocks), strict=True)
-    return float(np.mean([_block_discrepancy(x, y) for x, y in parts]))
-
-
-def _split(features: NDArray, blocks: int) -> list[NDArray]:
-    """`blocks` runs of `features` whose sizes differ by one at most, the shorter ones first."""
-    size, longer = divmod(len(features), blocks)
-    ends = np.cumsum([size] * (blocks - longer) + [size + 1] * longer)
-    return np.split(np.asarray(features, dtype=np.float64), ends[:-1])
-
-
-def _block_discrepancy(x: NDArray, y: NDArray) -> float:
-    def kernel(a: NDArray, b: NDArray) -> NDArray:
-        return (a @ b.T / x.shape[1] + 1) ** 3
-
-    def mean_off_diagonal(k: NDArray) -> float:
-        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
-
-    within = mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y))
-    return within - 2 * kernel(x, y).mean()
-
-
-# --- neighbours -----------------------------------------------------------------------------------
-
-
-def _squared_distances(queries: Tensor, points: Tensor) -> Iterator[Tensor]:
-    """Rows of |q_i - p_j|^2, (rows, m), for `queries` (n, K) and `points` (m, K), in chunks."""
-    lengths = points.square().sum(1)
-    for chunk in queries.split(max(1, CHUNK_NUMBERS // len(points))):
-        square = chunk.square().sum(1, keepdim=True) + lengths
-        yield square.addmm_(chunk, points.T, alpha=-2).clamp_(min=0)
-
-
-def nearest(
-    queries: NDArray, points: NDArray, k: int = 1, device: torch.device | str = "cpu"
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The k nearest of `points` (m, K) to each of `queries` (n, K), the nearest first.
-
-    Returns:
-        Euclidean distances (n, k), and rows of `points` (n, k). Computed in float64 by matrix
-        products over chunks of queries, so memory stays bounded.
-    """
-    queries, points = (_double(x, device) for x in (queries, points))
-    found = [d.topk(k, largest=False) for d in _squared_distances(queries, points)]
-    distances = torch.cat([f.values for f in found]).sqrt()
-    return distances.cpu().numpy(), torch.cat([f.indices for f in found]).cpu().numpy()
-
-
-def precision_recall(
-    real: NDArray, fake: NDArray, k: int = NEIGHBOURS, device: torch.device | str = "cpu"
-) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991).
-
-    A manifold is the union of balls around its samples, each reaching to the sample's k-th nearest
-    neighbour. Precision is the share of `fake` (m, K) in the manifold of `real` (n, K), recall the
-    share of `real` in that of `fake`.
-
-    Raises:
-        ValueError: n or m is not greater than k.
-    """
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(
-            f"precision and recall need more than {k} samples, not {min(len(real), len(fake))}"
-        )
-
-    def share_within(queries: NDArray, points: NDArray) -> float:
-        reach = nearest(points, points, k + 1, device)[0][:, k]  # the nearest is the point itself
-        squares = torch.from_numpy(np.square(reach)).to(device)
-        chunks = _squared_distances(_double(queries, device), _double(points, device))
-        return torch.cat([(d <= squares).any(1) for d in chunks]).double().mean().item()
-
-    return share_within(fake, real), share_within(real, fake)
-
-
-def _double(features: NDArray, device: torch.device | str) -> Tensor:
-    return torch.from_numpy(np.asarray(features)).to(device, torch.float64)
-
-
-# --- samples against data -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The features of the data that samples are compared with.
-
-    `gaussian` is that of all of them. `features` (m, K) are kept for at most so many images, in
-    random order, and `index` (m,) says which images they are of; statistics that were published
-    may lack either. `complete` says that `features` are those of all images.
-    """
-
-    gaussian: Gaussian
-    features: NDArray | None = None
-    index: NDArray | None = None
-    complete: bool = False
-
-    def names_images_of(self, data) -> bool:
-        """Whether `index` says for all of `features` which image of `data` they are of."""
-        if self.features is None or self.index is None or self.index.dtype.kind != "i":
-            return False
-        within = (self.index >= 0) & (self.index < len(data))
-        return self.index.shape == self.features.shape[:1] and bool(within.all())
-
-    @classmethod
-    def measure(cls, blocks: Iterable[NDArray], count: int, keep: int) -> "Reference":
-        """From features of `count` images that come in blocks (n_i, K), `keep` of them kept."""
-        index = np.random.default_rng(0).permutation(count)[:keep]
-        chosen = np.zeros(count, dtype=bool)
-        chosen[index] = True
-        kept = []
-
-        def keeping() -> Iterator[NDArray]:
-            start = 0
-            for block in blocks:
-                kept.append(block[chosen[start : start + len(block)]])
-                start += len(block)
-                yield block
-
-        gaussian = Gaussian.fit_blocks(keeping())
-        features = np.concatenate(kept)[np.argsort(np.argsort(index))]  # from the data's order
-        return cls(gaussian, features, index, complete=len(index) == count)
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Who computes the metrics that exist twice; all take arrays (n, ...) and give a float."""
-
-    inception_score: Callable[[NDArray], float]
-    frechet_distance: Callable[[NDArray, Reference], float]
-    kernel_distance: Callable[[NDArray, NDArray], float]
-
-
-OURS = Metrics(
-    inception_score=inception_score,
-    frechet_distance=lambda fake, real: frechet_distance(Gaussian.fit(fake), real.gaussian),
-    kernel_distance=kernel_distance,
-)
-
-
-def compare(
-    features: NDArray,
-    logits: NDArray | None,
-    reference: Reference,
-    metrics: Metrics = OURS,
-    device: torch.device | str = "cpu",
-) -> dict[str, float]:
-    """`fid`, and as far as their parts are known `IS`, `kid`, `precision` and `recall`.
-
-    Args:
-        features, logits: of the samples, (n, K) and (n, L), n > `NEIGHBOURS`.
-        reference: the data's.
-        metrics: who computes those that exist twice.
-        device: where distances to neighbours are computed.
-    """
-    scores = {} if logits is None else {"IS": metrics.inception_score(logits)}
-    scores["fid"] = metrics.frechet_distance(features, reference)
-    real = reference.features
-    if real is not None:
-        two_in_every_block = KERNEL_BLOCK * (len(features) // 2)
-        scores["kid"] = metrics.kernel_distance(real[:two_in_every_block], features)
-        if len(real) > NEIGHBOURS:
-            scores |= zip(
-                ("precision", "recall"),
-                precision_recall(real, features, device=device),
-                strict=True,
+    starts = passes * list(range(0, len(data), size))
+    paths = [folder / f"{split}_ckpt_{k}_bpd_{i}.npz" for i in range(len(starts))]
+    _remove_others(folder.glob(f"{split}_ckpt_{k}_bpd_*.npz"), paths)
+    parts = _shared(
+        "bits/dim",
+        [
+            (
+                min(size, len(data) - start),
+                partial(_once, path, origin | {"batch": (i, size)}, partial(compute, i, start)),
             )
-    return scores
+            for i, (start, path) in enumerate(zip(starts, paths, strict=True))
+        ],
+    )
+    if not parts:
+        return {}
+    bpd = np.concatenate([part["bpd"] for part in parts]).reshape(passes, len(data)).mean(0)
+    return {
+        "bpd": bpd.mean(),
+        "bpd_error": bpd.std(ddof=1) / math.sqrt(len(bpd)),
+        "bpd_nfe": np.mean([part["nfe"] for part in parts]),
+        "bpd_seconds": np.sum([part["seconds"] for part in parts]),
+        "bpd_images": bpd,
+        "encoding_error": parts[0]["encoding_error"],
+    }
 
 
-# --- feature spaces -------------------------------------------------------------------------------
+@torch.no_grad()
+def _encoding_error(config, run: Experiment, latents: Tensor, images: Tensor) -> float:
+    """Root mean square of what the way to the latents and back changes, in units of [0, 1]."""
+    tolerances = sampling.get_tolerances(config)
+    x, _ = sampling.solve_ode(run.method, run.state.model, latents, **tolerances)
+    back = datasets.get_data_inverse_scaler(config)(x)
+    return (back - images).square().mean().sqrt().item()
 
 
-@dataclass(frozen=True)
-class FeatureSpace:
-    """What `eval.features` names.
+def evaluate_samples(
+    config, run: Experiment, judge: Judge, folder: Path, k: int, origin: dict
+) -> dict:
+    """Draws `eval.num_samples` samples and compares their features with those of the data."""
+    wanted = config.eval.num_samples
+    rounds = _draw_rounds(config, run, judge.space, folder / f"ckpt_{k}", origin)
+    if not rounds:
+        return {}
+    features = np.concatenate([part["pool_3"] for part in rounds])
+    logits = [part["logits"] for part in rounds if "logits" in part]
+    found = {
+        "features": config.eval.features,
+        "num_samples": len(features),
+        "nonfinite": wanted - len(features),
+        "nfe": np.mean([part["nfe"] for part in rounds if len(part["pool_3"])] or [math.nan]),
+        "sampling_seconds": np.sum([part["seconds"] for part in rounds]),
+    }
+    if found["nonfinite"]:
+        log.warning(f"{found['nonfinite']} of {wanted} samples are not finite and do not count")
+    if len(features) <= metrics.NEIGHBOURS:
+        log.warning(f"{len(features)} finite samples are too few to be compared with the data")
+        return found
+    log.info(f"comparing {len(features):,} samples with the data")
+    logits = np.concatenate(logits) if logits else None
+    device = run.device if run.device.type == "cuda" else torch.device("cpu")  # for float64
+    found |= metrics.compare(features, logits, judge.reference, judge.space.metrics, device)
+    first = np.arange(min(GRID_SAMPLES, len(features)))
+    _save_grid(folder / f"ode_images_{k}.png", _samples_at(rounds, first))
+    if judge.data is not None:
+        found |= _draw_nearest(judge, rounds, features, folder / f"nearest_{k}.png", device)
+    return found
 
-    `name` also tells the weights apart, `width` is the number K of features, and calling it gives
-    features (n, K) in float32 and logits (n, L) or None.
+
+def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> list[dict]:
+    """The samples in rounds of `eval.batch_size`: `path`, `pool_3`, `logits`, `nfe`, `seconds`.
+
+    A round is two files, its samples and their features, and a kill costs one round at most.
     """
+    wanted, size = config.eval.num_samples, config.eval.batch_size
+    numbers = [min(size, wanted - first) for first in range(0, wanted, size)]
+    drawn = [folder / f"samples_{r}.npz" for r in range(len(numbers))]
+    measured = [folder / f"statistics_{r}.npz" for r in range(len(numbers))]
+    _remove_others(folder.glob("*.npz"), [*drawn, *measured])
 
-    name: str
-    width: int
-    extract: Extractor
-    metrics: Metrics
+    def compute(r: int, number: int) -> dict:
+        key = origin | {"round": r, "number": number}
+        samples = _once(drawn[r], key, partial(_draw_round, config, run, r, number))
+        key |= {"features": space.name}
+        features = _once(measured[r], key, partial(_features, space, samples["samples"]))
+        cost = {"nfe": samples["nfe"], "seconds": samples["seconds"]}
+        return features | cost | {"path": drawn[r]}
 
-    def __call__(self, images: Images) -> tuple[NDArray, NDArray | None]:
-        starts = range(0, len(images), EXTRACTED_AT_ONCE)
-        parts = [self.extract(images[i : i + EXTRACTED_AT_ONCE]) for i in starts]
-        features, logits = zip(*parts, strict=True)
-        return np.concatenate(features), None if logits[0] is None else np.concatenate(logits)
-
-
-def pixels(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]:
-    """Pixels in [0, 1], flattened; there is no network to load."""
-
-    def extract(images: Images) -> tuple[NDArray, None]:
-        return (images.reshape(len(images), -1) / 255).astype(np.float32), None
-
-    return "pixels", extract, OURS
+    tasks = [(number, partial(compute, r, number)) for r, number in enumerate(numbers)]
+    return _shared("sampling", tasks)
 
 
-def torchscript(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]:
-    """The TorchScript module at `path`, run on `device`.
-
-    It is called with uint8 (n, 3, H, W) and resizes and scales by itself. It returns features, or
-    features and logits; or, with the arguments `return_features` and `no_output_bias` of the 2015
-    Inception graph that NVIDIA published as TorchScript, either features or probabilities.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"eval.features='torchscript' needs a file: eval.inception_path={path!r}")
+def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
+    """The finite ones of `number` samples, uint8; none where their common solver diverges."""
+    generator = datasets.keyed_generator(run.device, "samples", config.seed, r)
     try:
-        module = torch.jit.load(path, map_location=device).eval()
-        arguments = {argument.name for argument in module.forward.schema.arguments}
-    except Exception as error:  # a damaged file fails in any way
-        raise ValueError(f"{path} is not a TorchScript module: {_line(error)}") from error
-
-    def call(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not arguments >= {"return_features", "no_output_bias"}:
-            outputs = module(x)
-            return outputs if isinstance(outputs, tuple) else (outputs, None)
-        # Inception Scores are published without the output's bias
-        probabilities = module(x, no_output_bias=True)
-        smallest = torch.finfo(probabilities.dtype).tiny
-        return module(x, return_features=True), probabilities.clamp_min(smallest).log()
-
-    @torch.no_grad()
-    def extract(images: Images) -> tuple[NDArray, NDArray | None]:
-        x = torch.from_numpy(np.ascontiguousarray(_three_channels(images))).permute(0, 3, 1, 2)
-        features, logits = call(x.to(device))
-        return _rows(features), None if logits is None else _rows(logits)
-
-    return f"torchscript-{_digest_files(Path(path))}", extract, OURS
+        samples, nfe = run.sample(run.state.model, number, generator=generator)
+    except FloatingPointError as error:
+        log.warning(f"round {r}: none of its {number} samples counts: {error}")
+        size = config.data.image_size
+        samples, nfe = torch.empty(0, config.data.num_channels, size, size), 0
+    finite = samples.flatten(1).isfinite().all(1)
+    return {"samples": to_uint8(samples[finite]), "nfe": nfe}
 
 
-def _rows(output: Tensor) -> NDArray[np.float32]:
-    return output.flatten(1).float().cpu().numpy()
+def _features(space: FeatureSpace, images: Images) -> dict:
+    if not len(images):
+        return {"pool_3": np.empty((0, space.width), np.float32)}
+    pool_3, logits = space(images)
+    return {"pool_3": pool_3} if logits is None else {"pool_3": pool_3, "logits": logits}
 
 
-def inception(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]:
-    """The 2015 Inception graph of tensorflow-gan, with its metrics.
+def _samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
+    """The samples number `rows`, from the files of the rounds, each of which is read once."""
+    ends = np.cumsum([len(part["pool_3"]) for part in rounds])
+    round_of = np.searchsorted(ends, rows, side="right")
+    images = {}
+    for r in np.unique(round_of):
+        samples = read_arrays(rounds[r]["path"])["samples"]
+        images |= {row: samples[row - ends[r]] for row in rows[round_of == r]}
+    return np.stack([images[row] for row in rows])
 
-    The SavedModel lies in the folder `path`, or where TF-Hub keeps it (TFHUB_CACHE_DIR), or is
-    fetched. Images are resized to 299 x 299 as TensorFlow 1 did it, bilinearly without half pixels:
-    what the graph itself does to smaller ones.
+
+# --- pictures and pages ---------------------------------------------------------------------------
+
+
+def _draw_nearest(
+    judge: Judge, rounds: list[dict], features: np.ndarray, path: Path, device
+) -> dict:
+    """Looks for copies: how far samples are from the training images nearest to them.
+
+    The picture has samples with their nearest training images below: first those samples that are
+    closest to the data, then the first ones drawn. For comparison, training images are measured
+    against all the other ones.
     """
-    missing = [name for name in TENSORFLOW if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"eval.features='inception' needs {', '.join(missing)}, which requirements.txt has for "
-            "Python 3.11 only; eval.features='torchscript' does without"
-        )
-    source = _find_saved_model(path)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
+    reference, number = judge.reference, min(PAIRS, len(features))
+    distances, found = metrics.nearest(features, reference.features, 1, device)
+    some = reference.features[:DISTANCES_KEPT]
+    among_data = metrics.nearest(some, reference.features, 2, device)[0][:, 1]
+    strips = []
+    for shown in (distances[:, 0].argsort()[:number], np.arange(number)):
+        index = torch.from_numpy(reference.index[found[shown, 0]])
+        pairs = np.concatenate([_samples_at(rounds, shown), _nhwc(judge.data[index])])
+        strips.append(image_grid(pairs, columns=number))
+    save_png(path, np.concatenate(strips))
+    return {"nearest": np.median(distances), "nearest_data": np.median(among_data)}
 
-    tf.get_logger().setLevel("ERROR")  # tensorflow-gan is older than TensorFlow and calls what ages
-    with warnings.catch_warnings(action="ignore"):  # of what TF-Hub imports
-        import tensorflow_hub
 
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)  # the sampler needs the rest
+def draw_images(config, run: Experiment, folder: Path, k: int) -> None:
+    """The first samples of the first round, for the eye only."""
+    number = min(GRID_SAMPLES, config.eval.batch_size)
+    samples = _draw_round(config, run, 0, number)["samples"]
+    if len(samples):
+        _save_grid(folder / f"ode_images_{k}.png", samples)
+
+
+def draw_interpolation(config, run: Experiment, folder: Path, k: int) -> None:
+    """Each row goes from one prior sample to another along the arc between them."""
+    shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
+    generator = datasets.keyed_generator(run.device, "interpolation", config.seed)
+    ends = run.method.prior_sampling((2 * STRIPS[0], *shape), generator, run.device)
+    shares = torch.linspace(0, 1, STRIPS[1], device=run.device)
+    x = sampling.spherical_interpolation(*ends.chunk(2), shares).flatten(0, 1)
+    _draw_strips(run, x, folder / f"interpolation_{k}.png", generator)
+
+
+def draw_rescaling(config, run: Experiment, folder: Path, k: int) -> None:
+    """Each row keeps the direction of one prior sample and raises its norm (the temperature)."""
+    shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
+    generator = datasets.keyed_generator(run.device, "rescaling", config.seed)
+    x = run.method.prior_sampling((STRIPS[0], *shape), generator, run.device)
+    low, high = config.eval.rescale_norms or run.method.prior_norms(math.prod(shape))
+    norms = torch.linspace(low, high, STRIPS[1], device=run.device)
+    direction = x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    x = (direction[:, None] * norms.view(1, -1, 1, 1, 1)).flatten(0, 1)
+    _draw_strips(run, x, folder / f"rescale_{k}.png", generator)
+
+
+def _draw_strips(run: Experiment, x: Tensor, path: Path, generator: torch.Generator) -> None:
     try:
-        folder = tensorflow_hub.resolve(source)
-        network = tensorflow_hub.load(folder)
-    except Exception as error:  # TensorFlow's errors have no common type
-        raise ValueError(f"no network can be loaded from {source}: {_line(error)}") from error
-    if not callable(network):
-        raise ValueError(f"the SavedModel in {folder} cannot be called with images")
-
-    def extract(images: Images) -> tuple[NDArray, NDArray]:
-        x = (tf.cast(_three_channels(images), tf.float32) - 127.5) / 127.5
-        x = tf.compat.v1.image.resize_bilinear(x, [INCEPTION_SIZE, INCEPTION_SIZE])
-        outputs = network(x)
-        pool_3, logits = outputs["pool_3"].numpy(), outputs["logits"].numpy()
-        return pool_3.reshape(len(images), -1), logits.reshape(len(images), -1)
-
-    return f"inception-{_digest_files(Path(folder))}", extract, tensorflow_gan()
-
-
-def tensorflow_gan() -> Metrics:
-    """tensorflow-gan's own metrics, on float64 activations."""
-    import tensorflow as tf
-    from tensorflow_gan.python.eval import classifier_metrics as theirs
-
-    def tensor(x: NDArray):
-        return tf.convert_to_tensor(x, dtype=tf.float64)
-
-    def frechet(fake: NDArray, real: Reference) -> float:
-        if not real.complete:  # theirs takes activations only
-            return OURS.frechet_distance(fake, real)
-        pair = tensor(real.features), tensor(fake)
-        return float(theirs.frechet_classifier_distance_from_activations(*pair))
-
-    def kernel(real: NDArray, fake: NDArray) -> float:
-        pair = tensor(real), tensor(fake)
-        return float(theirs.kernel_classifier_distance_from_activations(*pair, KERNEL_BLOCK))
-
-    def score(logits: NDArray) -> float:
-        return float(theirs.classifier_score_from_logits(tensor(logits)))
-
-    return Metrics(inception_score=score, frechet_distance=frechet, kernel_distance=kernel)
-
-
-def _find_saved_model(path: str) -> str:
-    """A folder with the Inception graph, or its address where that answers; else ValueError."""
-    if path:
-        if not (Path(path) / "saved_model.pb").is_file():
-            raise ValueError(f"eval.inception_path={path!r} is no SavedModel: no saved_model.pb")
-        return path
-    kept = os.environ.get("TFHUB_CACHE_DIR") or Path(tempfile.gettempdir()) / "tfhub_modules"
-    cached = Path(kept) / hashlib.sha1(INCEPTION_URL.encode()).hexdigest()
-    if not (cached / "saved_model.pb").is_file():
-        _check_reachable(f"{INCEPTION_URL}?tf-hub-format=compressed")
-    return INCEPTION_URL
-
-
-def _check_reachable(url: str) -> None:
-    """ValueError where `url` does not answer; TF-Hub itself would try for minutes.
-
-    A thread, since a name server that does not answer cannot be given a time limit.
-    """
-    failure: list[str] = [f"no answer within {FETCH_SECONDS} s"]
-
-    def fetch() -> None:
-        try:
-            with urllib.request.urlopen(url, timeout=FETCH_SECONDS):
-                failure.clear()
-        except OSError as error:
-            failure[:] = [str(error)]
-
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(FETCH_SECONDS)
-    if failure:
-        raise ValueError(
-            f"the Inception graph cannot be fetched from {url} ({failure[0]}): unpack it elsewhere "
-            "and name its folder in eval.inception_path, or use eval.features='torchscript'"
-        )
-
-
-def _three_channels(images: Images) -> Images:
-    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
-
-
-def _digest_files(path: Path) -> str:
-    """Eight hexadecimal digits of the content of a file, or of all files in a folder."""
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:8]
-
-
-# eval.features -> what loads it: (eval.inception_path, device) -> its name, extractor and metrics.
-FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels}
-
-
-def get_features(config, device: torch.device) -> FeatureSpace:
-    """The feature space that `config.eval` names, tried on two blank images.
-
-    Raises:
-        ValueError: unknown, or it cannot be loaded or used; one line that says what to do.
-    """
-    features, data = config.eval.features, config.data
-    if features not in FEATURES:
-        raise ValueError(
-            f"unknown features eval.features={features!r}; known: {', '.join(FEATURES)}"
-        )
-    name, extract, metrics = FEATURES[features](config.eval.inception_path, device)
-    blank = np.zeros((2, data.image_size, data.image_size, data.num_channels), dtype=np.uint8)
-    try:
-        pool_3, _ = extract(blank)
-        width = pool_3.shape[1]
-    except Exception as error:  # a stranger's network fails in any way
-        raise ValueError(
-            f"eval.features={features!r}: the network at {config.eval.inception_path or name} does "
-            f"not take images of shape {blank.shape[1:]}: {_line(error)}"
-        ) from error
-    if width > WIDEST:
-        raise ValueError(
-            f"eval.features={features!r} gives {width:,} features of each image, a covariance of "
-            f"{width**2 / 2**27:,.0f} GiB; at most {WIDEST:,} are compared: use 'inception' or "
-            "'torchscript'"
-        )
-    return FeatureSpace(name, width, extract, metrics)
-
-
-# --- statistics of data sets ----------------------------------------------------------------------
-
-
-@dataclass
-class Judge:
-    """What samples are compared with, and in which space.
-
-    `data` is the training split, and `path` where its statistics are kept; both are None where
-    published statistics stand for it. `reference` is None until the data are measured.
-    """
-
-    space: FeatureSpace
-    reference: Reference | None
-    data: Tensor | None = None
-    path: Path | None = None
-
-    @classmethod
-    def build(cls, config, device: torch.device) -> "Judge":
-        """Raises ValueError, in one line, for what cannot be loaded or does not fit."""
-        space, folder = get_features(config, device), Path(config.eval.stats_dir)
-        needed, number = space.width + 1, config.eval.num_samples
-        if number < needed:
-            log.warning(
-                f"eval.num_samples={number} is too few for a covariance of {space.width} features, "
-                f"which needs {needed}: the Frechet distance is biased, and not one to quote"
-            )
-        size, name = config.data.image_size, data_name(config)
-        for published in (folder / f"{name}_{size}_stats.npz", folder / f"{name}_stats.npz"):
-            if published.exists():
-                log.info(f"statistics of the data: {published}, which names no training images")
-                return cls(space, _read_statistics(published, space))
-        data = datasets.get_dataset(config, "train")
-        shape = f"{size}x{size}x{config.data.num_channels}"
-        path = folder / f"{name}_train_{shape}_{space.name}_{fingerprint(data)}.npz"
-        reference = _read_statistics(path, space) if path.exists() else None
-        if reference and not reference.names_images_of(data):
-            raise ValueError(f"{path} does not say which images its features are of; delete it")
-        return cls(space, reference, data, path)
-
-    def measure(self, progress: Callable[[int], object]) -> None:
-        """Computes the statistics of the data and keeps them; `progress` hears of image counts."""
-
-        def blocks() -> Iterator[NDArray]:
-            for images in datasets.in_order(self.data, EXTRACTED_AT_ONCE):
-                yield self.space(images.permute(0, 2, 3, 1).cpu().numpy())[0]
-                progress(len(images))
-
-        count = len(self.data)
-        self.reference = found = Reference.measure(blocks(), count, FEATURES_KEPT)
-        gaussian = {"mu": found.gaussian.mean, "sigma": found.gaussian.covariance}
-        # evaluations of two workdirs may measure the same data at the same time
-        own = self.path.with_suffix(f".{os.getpid()}.npz")
-        with atomic_write(own) as file:
-            kept = {"pool_3": found.features, "index": found.index, "count": count}
-            np.savez_compressed(file, **gaussian, **kept)
-        own.replace(self.path)
-        log.info(f"statistics of the data: {self.path}")
-
-
-def data_name(config) -> str:
-    """Of files: the data set, with its category where it has several."""
-    category = config.data.get("category")
-    return config.data.dataset.lower() + (f"_{category}" if category else "")
-
-
-def fingerprint(data) -> str:
-    """Eight hexadecimal digits of a data set: of its length and 64 of its images."""
-    digest = hashlib.sha256(str(len(data)).encode())
-    for i in np.linspace(0, len(data) - 1, 64).astype(int):
-        digest.update(data[int(i) : int(i) + 1].cpu().numpy().tobytes())
-    return digest.hexdigest()[:8]
-
-
-def read_arrays(path: Path) -> dict[str, NDArray]:
-    """The arrays of the .npz file at `path`.
-
-    Raises:
-        FileNotFoundError, PermissionError: it cannot be read.
-        ValueError: it is no such file, or damaged.
-    """
-    try:
-        with np.load(path) as file:
-            return {name: file[name] for name in file.files}
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # a damaged file fails in any way
-        raise ValueError(f"{path} is not an array file of this program: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    """What `error` says, in one line of bounded length."""
-    return (" ".join(str(error).split()) or type(error).__name__)[-200:]
-
-
-def _read_statistics(path: Path, space: FeatureSpace) -> Reference:
-    """From `mu` and `sigma`, or `pool_3`, features; ValueError where they do not fit."""
-    found = read_arrays(path)
-    features = found.get("pool_3")
-    if not {"mu", "sigma"} <= found.keys() and features is None:
-        raise ValueError(f"{path} holds no statistics: neither mu and sigma nor pool_3")
-    width = np.atleast_1d(found.get("mu", features)).shape[-1]
-    if width != space.width:
-        raise ValueError(
-            f"{path} holds statistics of {width} features, but eval.features={space.name!r} has "
-            f"{space.width}: name another folder in eval.stats_dir, or the network they are of"
-        )
-    shapes = {"mu": (width,), "sigma": (width, width)}
-    if any(name in found and found[name].shape != shape for name, shape in shapes.items()):
-        raise ValueError(f"{path}: mu and sigma are not a mean and a covariance of one width")
-    if features is not None and (features.ndim != 2 or features.shape[1] != width):
-        raise ValueError(f"{path}: pool_3 are not features of {width} numbers each")
-    if {"mu", "sigma"} <= found.keys():
-        gaussian = Gaussian(np.float64(found["mu"]), np.float64(found["sigma"]))
+        samples, _ = run.sample(run.state.model, x=x, generator=generator)
+    except FloatingPointError as error:
+        log.warning(f"{path} is not drawn: {error}")
     else:
-        gaussian = Gaussian.fit(features)
-    complete = features is not None and len(features) == found.get("count", len(features))
-    return Reference(gaussian, features, found.get("index"), complete)
+        _save_grid(path, to_uint8(samples), columns=STRIPS[1])
 
 
-# --- pictures and tables --------------------------------------------------------------------------
+def _save_grid(path: Path, images: Images, columns: int | None = None) -> None:
+    save_png(path, image_grid(images, columns))
+    log.info(f"picture: {path}")
 
 
-def image_grid(
-    images: Images, columns: int | None = None, min_size: int = 48, gap: int = 2
-) -> Images:
-    """One picture (H', W', 3) of `images`, row by row, in a near-square grid or in `columns`.
+def table(config, report: dict, path: Path) -> str:
+    evaluate = config.eval
+    rows = []
+    if evaluate.enable_loss:
+        rows.append((f"loss ({evaluate.dataset})", f"{report['loss']:.5g}"))
+    if evaluate.enable_bpd:
+        value = f"{report['bpd']:.4f} +- {report['bpd_error']:.4f}"
+        rows.append((f"bits/dim ({evaluate.dataset})", value))
+        rows.append(("  evaluations", f"{report['bpd_nfe']:.0f}"))
+        rows.append(("  encoded and decoded, error", f"{report['encoding_error']:.1e}"))
+    if evaluate.enable_sampling:
+        rows += [
+            (label, f"{report[name]:.4g}" if name != "fid" else f"{report[name]:.4f}")
+            for name, label in (
+                ("fid", f"Frechet distance ({report['features']})"),
+                ("IS", "Inception Score"),
+                ("kid", "kernel distance"),
+                ("precision", "precision"),
+                ("recall", "recall"),
+                ("nearest", "to the nearest training image"),
+                ("nearest_data", "  of a training image to another"),
+            )
+            if name in report
+        ]
+        rows.append(("  samples", str(report["num_samples"])))
+        if report["nonfinite"]:
+            rows.append(("  not finite", str(report["nonfinite"])))
+        rows.append(("  evaluations", f"{report['nfe']:.0f}"))
+    rows.append(("seconds", f"{report['seconds']:.1f}"))
+    return format_table(rows, f"{path.name}, averaged weights of step {report['step']}")
 
-    Images smaller than `min_size` are enlarged by a whole factor; `gap` pixels lie between them.
-    """
-    n, height, width, channels = images.shape
-    factor = max(1, math.ceil(min_size / min(height, width)))
-    images = np.broadcast_to(images, (n, height, width, 3)) if channels == 1 else images
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    cell_height, cell_width = height * factor + gap, width * factor + gap
-    grid = np.full((rows * cell_height + gap, columns * cell_width + gap, 3), 128, dtype=np.uint8)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * cell_height, gap + i % columns * cell_width
-        grid[top : top + height * factor, left : left + width * factor] = image
-    return grid
+
+# Below {eval_folder}/, {file}_{k}.png: title and caption on the page.
+PICTURES = {
+    "ode_images": ("Samples", "The first of those drawn, none chosen."),
+    "nearest": (
+        "Nearest training images",
+        "Samples, and below each the training image nearest to its features. Upper pair of rows: "
+        "the samples closest to the data of all; lower pair: the first samples.",
+    ),
+    "interpolation": (
+        "Interpolation",
+        "Each row follows the arc between two draws of the prior.",
+    ),
+    "rescale": (
+        "Temperature",
+        "Each row keeps the direction of a draw of the prior while its norm grows.",
+    ),
+}
 
 
-def format_table(rows: list[tuple[str, str]], title: str) -> str:
-    """`rows` of (what, value) under `title`, aligned in two columns."""
-    width = max(len(what) for what, _ in rows)
-    return "\n".join([title, *(f"  {what:<{width}}  {value}" for what, value in rows)])
+def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> None:
+    """report.html: the numbers of all checkpoints in the folder, the pictures of number k."""
+    reports = {}
+    for path in folder.glob("report_*.npz"):
+        number = path.stem.removeprefix("report_")
+        if number.isdigit() and (found := _read_if_whole(path)):
+            reports[int(number)] = found
+    pictures = [
+        Picture(title, caption, _page_png(path))
+        for name, (title, caption) in PICTURES.items()
+        if (path := folder / f"{name}_{k}.png").exists()
+    ]
+    scalars = read_scalars(workdir / "tensorboard")
+    data, parameters = config.data, sum(p.numel() for p in run.state.parameters)
+    name = data_name(config)
+    channels = "grey" if data.num_channels == 1 else "colour"
+    facts = {
+        "method": type(run.method).__name__,
+        "network": f"{config.model.name}, {parameters:,} parameters",
+        "data": f"{name}, {data.image_size} × {data.image_size}, {channels}",
+        "checkpoint": f"step {run.state.step:,}, averaged weights",
+        "sampler": f"{config.sampling.method}, {config.sampling.get('ode_solver', '')}",
+        "evaluated": time.strftime("%Y-%m-%d"),
+    }
+    page = render(
+        title=f"{workdir.resolve().name}: evaluation",
+        facts=facts,
+        reports=dict(sorted(reports.items())),
+        shown=k,
+        curves={name: scalars.get(f"loss/{name}", []) for name in ("train", "test")},
+        pictures=pictures,
+        config=config.to_dict(),
+    )
+    with atomic_write(folder / "report.html") as file:
+        file.write(page.encode())
+
+
+def _page_png(path: Path) -> bytes:
+    """The picture at `path`, made smaller where it is larger than a page shows."""
+    with Image.open(path) as image:
+        image.thumbnail((PAGE_PIXELS, PAGE_PIXELS))
+        buffer = io.BytesIO()
+        image.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
+
+
+def _nhwc(images: Tensor) -> Images:
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_uint8(images: Tensor) -> Images:
+    """Images in [0, 1], (B, C, H, W), as uint8 (B, H, W, C)."""
+    return _nhwc((images * 255).round().to(torch.uint8))

@@ -193,7 +193,6 @@ def train_step(
     loss_fn: Callable[..., Tensor],
     batch: Tensor,
     generator: torch.Generator | None = None,
-    charges: Tensor | None = None,
     part: Part = (0, 1),
 ) -> Tensor:
     """One update of `state` on `batch` (B, C, H, W).
@@ -204,7 +203,7 @@ def train_step(
     Args:
         state: what is updated.
         loss_fn: see `get_loss_fn`.
-        batch, charges: scaled images; see `Method.regress`.
+        batch: scaled images (B, C, H, W).
         generator: source of every random draw but dropout's.
         part: what this process takes of the examples, (k, n) for the k-th of n equal slices; each
             of the n is given the same batch and draws.
@@ -214,7 +213,7 @@ def train_step(
     """
     state.model.train()
     state.optimizer.zero_grad()
-    loss = accumulate_gradient(state, loss_fn, batch, generator, charges, part)
+    loss = accumulate_gradient(state, loss_fn, batch, generator, part)
     for group in state.optimizer.param_groups:
         group["lr"] = state.learning_rate * learning_rate_factor(state.step, **state.schedule)
     limit = state.grad_clip if state.grad_clip >= 0 else math.inf
@@ -228,7 +227,6 @@ def accumulate_gradient(
     loss_fn: Callable[..., Tensor],
     batch: Tensor,
     generator: torch.Generator | None = None,
-    charges: Tensor | None = None,
     part: Part = (0, 1),
 ) -> Tensor:
     """Adds the gradient of the batch's loss to the parameters'; returns this process's loss.
@@ -249,7 +247,7 @@ def accumulate_gradient(
         # the processes' mean is taken once, in the last turn
         alone = i < turns - 1 and distributed.world() > 1
         with state.network.no_sync() if alone else contextlib.nullcontext():
-            loss = loss_fn(state.network, batch, generator, charges, (k * turns + i, n * turns))
+            loss = loss_fn(state.network, batch, generator, part=(k * turns + i, n * turns))
             loss.backward((1 + 0 * loss.detach()) / turns)
         losses.append(loss.detach())
     return torch.stack(losses).mean()

@@ -1,4 +1,4 @@
-"""The page of an evaluation: numbers, curves and pictures in one HTML file that needs no network.
+"""What a person looks at: grids of images, tables, and an evaluation on one HTML page.
 
 Data in, text out: nothing here reads or writes a file. Whatever comes from outside is escaped.
 """
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+Images = NDArray[np.uint8]  # (n, H, W, C)
 Points = Sequence[tuple[float, float]]
 Report = Mapping[str, float | str | NDArray]
 
@@ -444,3 +445,33 @@ font-size:.8rem;padding:.2rem 0 1rem}
 .pairs dd{font-variant-numeric:tabular-nums;text-align:right;overflow-wrap:anywhere}
 @media print{body{background:#fff}details{display:none}main{padding:0}}
 """
+
+
+# --- pictures and tables --------------------------------------------------------------------------
+
+
+def image_grid(
+    images: Images, columns: int | None = None, min_size: int = 48, gap: int = 2
+) -> Images:
+    """One picture (H', W', 3) of `images`, row by row, in a near-square grid or in `columns`.
+
+    Images smaller than `min_size` are enlarged by a whole factor; `gap` pixels lie between them.
+    """
+    n, height, width, channels = images.shape
+    factor = max(1, math.ceil(min_size / min(height, width)))
+    images = np.broadcast_to(images, (n, height, width, 3)) if channels == 1 else images
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    cell_height, cell_width = height * factor + gap, width * factor + gap
+    grid = np.full((rows * cell_height + gap, columns * cell_width + gap, 3), 128, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * cell_height, gap + i % columns * cell_width
+        grid[top : top + height * factor, left : left + width * factor] = image
+    return grid
+
+
+def format_table(rows: list[tuple[str, str]], title: str) -> str:
+    """`rows` of (what, value) under `title`, aligned in two columns."""
+    width = max(len(what) for what, _ in rows)
+    return "\n".join([title, *(f"  {what:<{width}}  {value}" for what, value in rows)])

@@ -21,6 +21,7 @@ import re
 import socket
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -347,3 +348,34 @@ class Board:
 
     def __exit__(self, *error) -> None:
         self.flush()
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]} of TensorBoard's files, as far as they are whole."""
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in sorted(folder.glob("events.out.tfevents.*")):  # names begin with the time
+        try:
+            for event in map(Event.FromString, _records(path)):
+                if event.session_log.status == SessionLog.START:  # a run resumed before this step
+                    for tag, points in curves.items():
+                        curves[tag] = {s: v for s, v in points.items() if s < event.step}
+                for value in event.summary.value:
+                    if value.HasField("simple_value"):
+                        curves[value.tag][event.step] = value.simple_value
+        except DecodeError:
+            log.warning(f"{path} is damaged; the loss curve lacks what follows in it")
+    return {tag: sorted(points.items()) for tag, points in curves.items()}
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """The records of a TFRecord file: length, its checksum, data, their checksum."""
+    with open(path, "rb") as file:
+        while len(head := file.read(12)) == 12:
+            length = int.from_bytes(head[:8], "little")
+            record = file.read(length) if length <= path.stat().st_size else b""
+            if len(file.read(4)) < 4:  # cut short by a kill
+                return
+            yield record

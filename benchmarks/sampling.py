@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import datasets  # noqa: E402
-import evaluation  # noqa: E402
+import metrics  # noqa: E402
 import run_lib  # noqa: E402
 import sampling  # noqa: E402
 from checkpoints import load_checkpoint  # noqa: E402
@@ -98,11 +98,11 @@ def main() -> None:
     shape = (options.num, config.data.num_channels, *2 * [config.data.image_size])
     generator = datasets.keyed_generator(run.device, "benchmark", config.seed)
     prior = run.method.prior_sampling(shape, generator, run.device)
-    data = evaluation.Gaussian.fit(datasets.get_dataset(config, "train")[:].flatten(1) / 255)
+    data = metrics.Gaussian.fit(datasets.get_dataset(config, "train")[:].flatten(1) / 255)
 
     def distance(samples):
         levels = (to_unit(samples).clamp(0, 1) * 255).round().cpu()
-        return evaluation.frechet_distance(evaluation.Gaussian.fit(levels.flatten(1) / 255), data)
+        return metrics.frechet_distance(metrics.Gaussian.fit(levels.flatten(1) / 255), data)
 
     net = run.state.model
     with run.with_ema():

@@ -13,12 +13,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import datasets
 import distributed
 import run_lib
 from checkpoints import load_checkpoint
 from configs.poisson import digits_ddpmpp
-from methods import take
 
 DIGITS = ROOT / "configs/poisson/digits_ddpmpp.py"
 TINY = [
@@ -166,51 +164,26 @@ def test_rows_and_means_of_all_processes(tmp_path):
 
 def test_a_batch_that_the_processes_do_not_divide_is_one_line(tmp_path, monkeypatch):
     config = digits_ddpmpp.get_config()
-    run = run_lib.Experiment.build(config)
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "world", lambda: 5)
         with pytest.raises(ValueError, match="the 96 images of a step .* into 5 parts"):
-            run_lib._Share.of(run, datasets.get_dataset(config, "train"), config.training)
+            run_lib._check_division(96, accumulate=1)
     config.training.accumulate = 7
     with pytest.raises(ValueError, match="into 7 parts .*training.accumulate=7"):
         run_lib.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_shares_cover_a_step(monkeypatch, resident):
-    """In memory all repeat the batch and take turns; from disk each reads its own part only."""
-    config = digits_ddpmpp.get_config()
-    config.data.resident_bytes = 2**31 if resident else 0
-    config.data.num_workers = 0
-    config.training.batch_size = 192
-    data = datasets.get_dataset(config, "train")
-    run = run_lib.Experiment.build(config)
-    monkeypatch.setattr(distributed, "world", lambda: 4)
-    whole = next(datasets.shuffled_batches(data, 192, seed=1))
-    given, taken = [], []
-    for rank in range(4):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        share = run_lib._Share.of(run, data, config.training)
-        images = next(datasets.shuffled_batches(data, 192, 1, part=share.of_images))
-        given.append(images)
-        taken.append(take(share.of_examples, images[: share.taken])[0])
-        assert share.examples == 96
-    assert [len(t) for t in taken] == 4 * [24]
-    if resident:
-        assert all(torch.equal(g, whole) for g in given)
-        assert torch.equal(torch.cat(taken), whole[:96])
-    else:
-        assert torch.equal(torch.cat(given), whole)
-
-
 @pytest.mark.slow
-def test_two_processes_train_on_data_from_disk(tmp_path):
-    """They agree at every checkpoint, of which training makes sure itself."""
-    options = ["--config.data.resident_bytes=0", "--config.data.num_workers=1"]
-    options += ["--config.training.batch_size=192"]
-    finish(launch(2, tmp_path, *steps(3), *options))
-    assert load_checkpoint(tmp_path / "checkpoints-meta/checkpoint.pth")["step"] == 3
+def test_data_from_disk_train_as_those_in_memory(tmp_path):
+    """Two processes, each of which decodes half of a batch and is sent the other half."""
+    weights = {}
+    for name, limit in (("memory", 2**31), ("disk", 0)):
+        options = [f"--config.data.resident_bytes={limit}", "--config.data.num_workers=1"]
+        finish(launch(2, tmp_path / name, *steps(3), *options, "--config.training.batch_size=192"))
+        path = tmp_path / name / "checkpoints-meta/checkpoint.pth"
+        weights[name] = load_checkpoint(path)["model"]
+    assert all(torch.equal(w, weights["disk"][name]) for name, w in weights["memory"].items())
 
 
 def test_alone_everything_is_a_no_op():

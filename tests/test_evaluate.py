@@ -18,7 +18,10 @@ from test_report import dumped
 
 import datasets
 import evaluation
+import features
+import metrics
 import run_lib
+import sampling
 import workdir as workdirs
 from checkpoints import save_checkpoint
 from configs.poisson import digits_ddpmpp
@@ -90,7 +93,7 @@ def test_killed_at_every_write_it_ends_with_the_same_metrics(workdir, tmp_path, 
     written = stamps(workdir / "eval")
     shutil.rmtree(workdir / "eval")
     shutil.rmtree(config.eval.stats_dir)
-    write, deaths, modules = run_lib.atomic_write, 0, (run_lib, evaluation, workdirs)
+    write, deaths, modules = evaluation.atomic_write, 0, (evaluation, features, workdirs)
     while True:
         budget = iter([True])
 
@@ -202,7 +205,7 @@ def test_samples_are_found_in_their_rounds(tmp_path):
         np.savez(tmp_path / f"{r}.npz", samples=samples)
         rounds.append({"path": tmp_path / f"{r}.npz", "pool_3": samples})
     rows = np.array([11, 0, 4, 5, 4, 9, 8])
-    np.testing.assert_array_equal(run_lib._samples_at(rounds, rows), every[rows])
+    np.testing.assert_array_equal(evaluation._samples_at(rounds, rows), every[rows])
 
 
 def test_the_nearest_picture_shows_pairs(workdir, tmp_path):
@@ -211,7 +214,7 @@ def test_the_nearest_picture_shows_pairs(workdir, tmp_path):
     report = evaluate(config, workdir)
     rounds = [np.load(workdir / f"eval/ckpt_4/samples_{r}.npz")["samples"] for r in range(3)]
     samples = np.concatenate(rounds).reshape(230, 64) / 255.0
-    data = datasets.digits("train").flatten(1).numpy() / 255.0
+    data = datasets.get_dataset(config, "train").flatten(1).numpy() / 255.0
     distances = np.linalg.norm(samples[:, None] - data, axis=2)
     assert report["nearest"] == pytest.approx(np.median(distances.min(1)), rel=1e-5)
     picture = np.asarray(Image.open(workdir / "eval/nearest_4.png"))[..., 0]
@@ -242,13 +245,13 @@ def test_checkpoints_are_evaluated_in_turn(workdir, tmp_path, caplog):
 
 def spoil(monkeypatch, sampler):
     """`sampler(draw, number, generator)` draws in place of the configured sampler `draw`."""
-    get = run_lib.sampling.get_sampling_fn
+    get = sampling.get_sampling_fn
 
     def spoilt(config, method):
         draw = get(config, method)
         return lambda net, number, generator: sampler(draw, net, number, generator)
 
-    monkeypatch.setattr(run_lib.sampling, "get_sampling_fn", spoilt)
+    monkeypatch.setattr(sampling, "get_sampling_fn", spoilt)
 
 
 def test_samples_that_are_not_finite_are_counted_and_left_out(workdir, tmp_path, monkeypatch):
@@ -268,9 +271,9 @@ def test_samples_that_are_not_finite_are_counted_and_left_out(workdir, tmp_path,
     report = evaluate(config, workdir)
     assert (report["num_samples"], report["nonfinite"], whole["nonfinite"]) == (228, 2, 0)
     left = np.concatenate([*rounds[:2], np.delete(rounds[2], [4, 7], axis=0)])
-    data = evaluation.Gaussian.fit(datasets.digits("train").flatten(1) / 255)
-    expected = evaluation.Gaussian.fit(left.reshape(len(left), -1) / 255)
-    fid = evaluation.frechet_distance(expected, data)
+    data = metrics.Gaussian.fit(datasets.get_dataset(config, "train").flatten(1) / 255)
+    expected = metrics.Gaussian.fit(left.reshape(len(left), -1) / 255)
+    fid = metrics.frechet_distance(expected, data)
     assert report["fid"] == pytest.approx(fid, rel=1e-5)
     assert "2 of 230 samples were not finite" in (workdir / "eval/report.html").read_text()
 
@@ -327,11 +330,11 @@ def test_data_are_measured_once(workdir, tmp_path, monkeypatch):
     report = evaluate(config, workdir)
     (path,) = (tmp_path / "stats").iterdir()
     with np.load(path) as file:
-        images = datasets.digits("train").flatten(1).numpy() / 255
+        images = datasets.get_dataset(config, "train").flatten(1).numpy() / 255
         np.testing.assert_allclose(file["mu"], images.mean(0), atol=1e-7)
         np.testing.assert_allclose(file["sigma"], np.cov(images.T), atol=1e-7)
         np.testing.assert_allclose(file["pool_3"], images[file["index"]], rtol=1e-6)
-    monkeypatch.setattr(run_lib.evaluation.Reference, "measure", None)
+    monkeypatch.setattr(features.Reference, "measure", None)
     assert_same_metrics(evaluate(config, workdir), report)
 
 
@@ -416,10 +419,10 @@ def test_loss_curve_of_a_run_that_was_killed(tmp_path):
                 board.add_scalar("loss/train", 10 * purge + step, step)
         time.sleep(1.1)  # the files' names count seconds
     expected = [(s, 10 + s) for s in range(1, 4)] + [(s, 40 + s) for s in range(4, 9)]
-    assert run_lib._scalars(tmp_path) == {"loss/train": expected}
+    assert workdirs.read_scalars(tmp_path) == {"loss/train": expected}
     newest = max(tmp_path.iterdir())
     newest.write_bytes(newest.read_bytes()[:-5])  # a kill while writing
-    assert run_lib._scalars(tmp_path) == {"loss/train": expected[:-1]}
+    assert workdirs.read_scalars(tmp_path) == {"loss/train": expected[:-1]}
 
 
 def test_page_of_an_evaluation(workdir, tmp_path):

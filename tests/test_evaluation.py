@@ -13,20 +13,20 @@ from scipy.spatial import cKDTree
 from scipy.special import softmax
 from scipy.stats import entropy
 
-import evaluation
+import features
+import metrics
 from configs.poisson import digits_ddpmpp
-from evaluation import (
+from features import get_features
+from metrics import (
     Gaussian,
     Reference,
-    format_table,
     frechet_distance,
-    get_features,
-    image_grid,
     inception_score,
     kernel_distance,
     nearest,
     precision_recall,
 )
+from report import format_table, image_grid
 
 CPU = torch.device("cpu")
 
@@ -128,13 +128,13 @@ def test_kernel_distance_has_no_bias():
 
 def test_both_implementations_of_the_metrics_agree():
     pytest.importorskip("tensorflow_gan")
-    theirs = evaluation.tensorflow_gan()
+    theirs = features.tensorflow_gan()
     random = np.random.RandomState(0)
     real = random.gamma(0.5, size=(2100, 48)).astype(np.float32)
     fake = random.gamma(0.7, size=(1500, 48)).astype(np.float32) @ random.standard_normal((48, 48))
     logits = 3 * random.standard_normal((1500, 20))
     reference = Reference.measure([real], len(real), len(real))
-    ours = evaluation.OURS
+    ours = metrics.OURS
     for values in (
         [m.frechet_distance(fake, reference) for m in (ours, theirs)],
         [m.kernel_distance(real, fake) for m in (ours, theirs)],
@@ -148,7 +148,7 @@ def test_both_implementations_of_the_metrics_agree():
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**20])
 def test_nearest_neighbours(chunk, monkeypatch):
-    monkeypatch.setattr(evaluation, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(metrics, "CHUNK_NUMBERS", chunk)
     random = np.random.RandomState(0)
     queries, points = random.standard_normal((31, 5)), random.standard_normal((47, 5))
     distances, rows = nearest(queries, points, 3)
@@ -210,7 +210,7 @@ def test_few_samples_are_compared_with_much_data():
     """Blocks of the kernel distance keep two samples each."""
     random = np.random.RandomState(0)
     real = random.standard_normal((3000, 2))
-    scores = evaluation.compare(real[:4], None, Reference.measure([real], 3000, 3000))
+    scores = metrics.compare(real[:4], None, Reference.measure([real], 3000, 3000))
     assert scores.keys() == {"fid", "kid", "precision", "recall"}
     assert all(np.isfinite(list(scores.values())))
 
@@ -218,7 +218,7 @@ def test_few_samples_are_compared_with_much_data():
 def test_moments_alone_give_a_frechet_distance():
     random = np.random.RandomState(0)
     a, b = random.standard_normal((2, 50, 4))
-    scores = evaluation.compare(a, None, Reference(Gaussian.fit(b)))
+    scores = metrics.compare(a, None, Reference(Gaussian.fit(b)))
     assert scores == {"fid": frechet_distance(Gaussian.fit(a), Gaussian.fit(b))}
 
 
@@ -277,15 +277,15 @@ def test_pixels():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_torchscript(channels, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "EXTRACTED_AT_ONCE", 3)  # 7 images: the last part is smaller
+    monkeypatch.setattr(features, "EXTRACTED_AT_ONCE", 3)  # 7 images: the last part is smaller
     path = save_torchscript(tmp_path / "network.pt", MeanColour())
     space = get_features(configured("torchscript", path, channels), CPU)
     images = random_images(channels)
-    features, logits = space(images)
+    pool_3, logits = space(images)
     expected = np.broadcast_to(images.mean((1, 2)), (7, 3))  # grey is repeated
-    np.testing.assert_allclose(features, expected, rtol=1e-6)
+    np.testing.assert_allclose(pool_3, expected, rtol=1e-6)
     np.testing.assert_allclose(logits, 2 * expected, rtol=1e-6)
-    assert (features.dtype, space.width) == (np.float32, 3)
+    assert (pool_3.dtype, space.width) == (np.float32, 3)
 
 
 def test_torchscript_without_logits(tmp_path):
@@ -313,7 +313,7 @@ def test_the_name_tells_weights_apart(tmp_path):
         with torch.no_grad():
             module.weight.fill_(scale)
         module.save(str(tmp_path / "network.pt"))
-        names.add(evaluation.torchscript(str(tmp_path / "network.pt"), CPU)[0])
+        names.add(features.torchscript(str(tmp_path / "network.pt"), CPU)[0])
     assert len(names) == 2
 
 
@@ -358,7 +358,7 @@ def test_inception_is_found_where_tfhub_keeps_it(tmp_path, monkeypatch):
     import hashlib
 
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
-    name = hashlib.sha1(evaluation.INCEPTION_URL.encode()).hexdigest()
+    name = hashlib.sha1(features.INCEPTION_URL.encode()).hexdigest()
     save_inception(tmp_path / name)
     assert get_features(configured("inception"), CPU).width == 3
 
@@ -366,11 +366,11 @@ def test_inception_is_found_where_tfhub_keeps_it(tmp_path, monkeypatch):
 def test_inception_that_cannot_be_fetched_is_told_soon(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_gan")
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(evaluation, "FETCH_SECONDS", 0.5)
+    monkeypatch.setattr(features, "FETCH_SECONDS", 0.5)
     monkeypatch.setenv("no_proxy", "*")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, says nothing
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/inception"
-        monkeypatch.setattr(evaluation, "INCEPTION_URL", address)
+        monkeypatch.setattr(features, "INCEPTION_URL", address)
         start = time.monotonic()
         with pytest.raises(ValueError, match="cannot be fetched.*eval.inception_path.*torchscript"):
             get_features(configured("inception"), CPU)
@@ -381,7 +381,7 @@ def test_inception_that_cannot_be_fetched_is_told_soon(tmp_path, monkeypatch):
 
 
 def test_without_tensorflow_the_way_is_named(monkeypatch):
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs tensorflow, .*'torchscript' does without"):
         get_features(configured("inception"), CPU)
 

@@ -274,7 +274,7 @@ def test_steps_in_a_hostile_checkpoint_name_no_other_file(tmp_path):
 def tiny_checkpoint(path):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
     state = losses.TrainState(small_config(), model)
-    losses.train_step(state, lambda net, batch, *_: net(batch).sum(), torch.ones(4, 8))
+    losses.train_step(state, lambda net, batch, *_, **__: net(batch).sum(), torch.ones(4, 8))
     save_checkpoint(path, state.state_dict())
     return path.read_bytes()
 

@@ -70,7 +70,7 @@ def test_step_clips_the_gradient_by_its_norm_and_warms_up():
     state = losses.TrainState(config, Line())
     seen = []
 
-    def loss_fn(net, *_):
+    def loss_fn(net, *_, **__):
         return 100 * net.weight.sum()
 
     for _ in range(3):
@@ -99,9 +99,9 @@ def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts(spoilt,
     config.optim.update(grad_clip=grad_clip, warmup=0, weight_decay=0.1)
     state = losses.TrainState(config, Line())
     if not first:
-        losses.train_step(state, lambda net, *_: net.weight.square().sum(), torch.zeros(1))
+        losses.train_step(state, lambda net, *_, **__: net.weight.square().sum(), torch.zeros(1))
     before = copy.deepcopy(state.state_dict())
-    loss = losses.train_step(state, lambda net, *_: spoilt(net.weight), torch.zeros(1))
+    loss = losses.train_step(state, lambda net, *_, **__: spoilt(net.weight), torch.zeros(1))
     assert loss.isnan()
     after = state.state_dict()
     assert after["step"] == before["step"] + 1
@@ -117,7 +117,10 @@ def test_a_skipped_step_leaves_the_next_ones_as_they_would_be():
     """Weights after good, bad, good are those of two good steps at the same learning rates."""
     config = cifar10_ddpmpp.get_config()
     config.optim.warmup = 0
-    good, bad = (lambda net, *_: net.weight.square().sum()), (lambda net, *_: net.weight.sum() / 0)
+    good, bad = (
+        (lambda net, *_, **__: net.weight.square().sum()),
+        (lambda net, *_, **__: net.weight.sum() / 0),
+    )
     states = [losses.TrainState(config, Line()) for _ in range(2)]
     for state, steps in zip(states, ((good, bad, good), (good, good)), strict=True):
         for loss_fn in steps:
@@ -130,7 +133,7 @@ def test_negative_grad_clip_means_none():
     config = cifar10_ddpmpp.get_config()
     config.optim.grad_clip = -1.0
     state = losses.TrainState(config, Line())
-    losses.train_step(state, lambda net, *_: 100 * net.weight.sum(), torch.zeros(1))
+    losses.train_step(state, lambda net, *_, **__: 100 * net.weight.sum(), torch.zeros(1))
     assert state.model.weight.grad.item() == 100
 
 
@@ -193,7 +196,7 @@ def test_parts_without_a_generator_are_refused():
     config.training.accumulate = 2
     state = losses.TrainState(config, Line())
     with pytest.raises(ValueError, match="need a generator"):
-        losses.train_step(state, lambda net, *_: net.weight.sum(), torch.zeros(1))
+        losses.train_step(state, lambda net, *_, **__: net.weight.sum(), torch.zeros(1))
 
 
 @pytest.mark.cuda

@@ -1,0 +1,115 @@
+"""The parts that a config names, built together, so that a mistake shows before any work."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import datasets
+import distributed
+import execution
+import losses
+import methods
+import models
+import sampling
+from metrics import NEIGHBOURS
+
+# Smallest and largest sensible value of what the parts below do not check themselves.
+RANGES = {
+    "seed": (0, math.inf),
+    "data.image_size": (1, math.inf),
+    "data.resident_bytes": (0, math.inf),
+    "data.num_workers": (-1, math.inf),
+    "training.batch_size": (1, math.inf),
+    "training.n_iters": (1, math.inf),
+    "training.accumulate": (1, math.inf),
+    "training.log_freq": (1, math.inf),
+    "training.eval_freq": (1, math.inf),
+    "training.snapshot_freq": (1, math.inf),
+    "training.snapshot_freq_for_preemption": (1, math.inf),
+    "training.keep_checkpoints": (0, math.inf),
+    "training.max_bad_steps": (1, math.inf),
+    "optim.lr": (0, math.inf),
+    "optim.warmup": (0, math.inf),
+    "optim.cooldown": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "model.nf": (1, math.inf),
+    "model.dropout": (0, 1),
+    "model.ema_rate": (0, 1),
+    "eval.batch_size": (1, math.inf),
+    "eval.num_samples": (NEIGHBOURS + 1, math.inf),
+}
+
+
+@dataclass
+class Experiment:
+    """The parts that a config names, built together, so that a mistake shows before any work."""
+
+    device: torch.device
+    method: methods.Method
+    state: losses.TrainState
+    loss_fn: Callable[..., Tensor]
+    sample: Callable[..., tuple[Tensor, int]]
+    scaler: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def build(cls, config) -> "Experiment":
+        """Raises ValueError, in one line, for what the config gets wrong."""
+        _check(config)
+        device = _device(config.device)
+        torch.manual_seed(config.seed)
+        execution.set_float32_products(config.training.precision)
+        method = methods.get_method(config)
+        model = models.create_model(config).to(device)
+        return cls(
+            device=device,
+            method=method,
+            state=losses.TrainState(config, model),
+            loss_fn=losses.get_loss_fn(config, method),
+            sample=sampling.get_sampling_fn(config, method),
+            scaler=datasets.get_data_scaler(config),
+        )
+
+    def with_ema(self):
+        """Within the `with` block the network holds its averaged weights and evaluates."""
+        self.state.model.eval()
+        return self.state.ema.swapped_into(self.state.parameters)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=distributed.local_device(torch.device(name))).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r} cannot be used: {reason}") from error
+
+
+def _check(config) -> None:
+    """Raises ValueError for numbers that would show only in the middle of a run, or never."""
+    for key, (low, high) in RANGES.items():
+        section, _, name = key.rpartition(".")
+        value = (config[section] if section else config)[name]
+        if not low <= value <= high:
+            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ValueError(f"{key} must be {bound}, not {value}")
+    if config.eval.dataset not in datasets.SPLITS:
+        raise ValueError(
+            f"unknown split eval.dataset={config.eval.dataset!r}; "
+            f"known: {', '.join(datasets.SPLITS)}"
+        )
+    norms = config.eval.rescale_norms
+    if norms and not (len(norms) == 2 and 0 < norms[0] < norms[1]):
+        raise ValueError(f"eval.rescale_norms must be two rising norms or (), not {norms}")
+
+
+def progress_bar(**options) -> tqdm:
+    """A progress bar that redraws often on a terminal and seldom in a file."""
+    interactive = sys.stderr.isatty()
+    options |= {"disable": not distributed.is_main()}
+    return tqdm(mininterval=0.2 if interactive else 10, dynamic_ncols=interactive, **options)

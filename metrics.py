@@ -1,0 +1,268 @@
+"""The metrics that papers quote, as functions of features (n, K) and logits (n, L), in float64."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+KERNEL_BLOCK = 1024  # largest block of the kernel distance, tensorflow-gan's
+NEIGHBOURS = 3  # k of precision and recall, the paper's
+CHUNK_NUMBERS = 2**25  # entries of a distance matrix that are in memory at a time: 256 MiB
+
+# --- moments and distances ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean (K,) and covariance (K, K) of features."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+    @classmethod
+    def fit(cls, features: NDArray) -> "Gaussian":
+        """The moments of `features` (n, K), in float64; ValueError where n < 2."""
+        return cls.fit_blocks([features])
+
+    @classmethod
+    def fit_blocks(cls, blocks: Iterable[NDArray]) -> "Gaussian":
+        """The moments of features that come in blocks (n_i, K), none of them kept.
+
+        Blocks are merged as by Chan, Golub and LeVeque (1983), which loses no digits to means that
+        are large beside the spread.
+        """
+        count, mean, scatter = 0, 0.0, 0.0
+        for block in blocks:
+            block = np.asarray(block, dtype=np.float64)
+            total, block_mean = count + len(block), block.mean(0)
+            centred, shift = block - block_mean, block_mean - mean
+            between = np.outer(shift, shift) * (count * len(block) / total)
+            scatter = scatter + centred.T @ centred + between
+            mean = mean + shift * (len(block) / total)
+            count = total
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, not {count}")
+        return cls(mean, scatter / (count - 1))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500).
+
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The last trace is the sum of the square roots
+    of the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2), which has those of C_a C_b.
+    """
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ b.covariance @ root).clip(0)
+    shift = np.square(a.mean - b.mean).sum()
+    return float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross).sum())
+
+
+def inception_score(logits: NDArray) -> float:
+    """exp E[KL(p(y|x) || p(y))] over all samples (Salimans et al. 2016, arXiv 1606.03498).
+
+    As in tensorflow-gan, without splits: the mean over splits of the original depends on their
+    number.
+
+    Args:
+        logits: (n, L), up to a constant per row.
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    logits = logits - logits.max(1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    p = np.exp(log_p)
+    mean = p.mean(0)
+    log_mean = np.log(mean, where=mean > 0, out=np.zeros_like(mean))
+    return float(np.exp((p * (log_p - log_mean)).sum(1).mean()))
+
+
+def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel (x . y / K + 1)^3.
+
+    The kernel Inception distance (Binkowski et al. 2018, arXiv 1801.01401), averaged over blocks of
+    at most `block` samples as in tensorflow-gan. Its blocks take samples in order, which should
+    therefore be random.
+
+    Args:
+        real: (n, K).
+        fake: (m, K).
+
+    Raises:
+        ValueError: a block would have fewer than 2 samples of either.
+    """
+    blocks = math.ceil(max(len(real), len(fake)) / block)
+    if min(len(real), len(fake)) < 2 * blocks:
+        raise ValueError(
+            f"a kernel distance over {blocks} blocks needs at least {2 * blocks} samples, "
+            f"not {min(len(real), len(fake))}"
+        )
+    parts = zip(_split(real, blocks), _split(fake, blocks), strict=True)
+    return float(np.mean([_block_discrepancy(x, y) for x, y in parts]))
+
+
+def _split(features: NDArray, blocks: int) -> list[NDArray]:
+    """`blocks` runs of `features` whose sizes differ by one at most, the shorter ones first."""
+    size, longer = divmod(len(features), blocks)
+    ends = np.cumsum([size] * (blocks - longer) + [size + 1] * longer)
+    return np.split(np.asarray(features, dtype=np.float64), ends[:-1])
+
+
+def _block_discrepancy(x: NDArray, y: NDArray) -> float:
+    def kernel(a: NDArray, b: NDArray) -> NDArray:
+        return (a @ b.T / x.shape[1] + 1) ** 3
+
+    def mean_off_diagonal(k: NDArray) -> float:
+        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+
+    within = mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y))
+    return within - 2 * kernel(x, y).mean()
+
+
+# --- neighbours -----------------------------------------------------------------------------------
+
+
+def _squared_distances(queries: Tensor, points: Tensor) -> Iterator[Tensor]:
+    """Rows of |q_i - p_j|^2, (rows, m), for `queries` (n, K) and `points` (m, K), in chunks."""
+    lengths = points.square().sum(1)
+    for chunk in queries.split(max(1, CHUNK_NUMBERS // len(points))):
+        square = chunk.square().sum(1, keepdim=True) + lengths
+        yield square.addmm_(chunk, points.T, alpha=-2).clamp_(min=0)
+
+
+def nearest(
+    queries: NDArray, points: NDArray, k: int = 1, device: torch.device | str = "cpu"
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The k nearest of `points` (m, K) to each of `queries` (n, K), the nearest first.
+
+    Returns:
+        Euclidean distances (n, k), and rows of `points` (n, k). Computed in float64 by matrix
+        products over chunks of queries, so memory stays bounded.
+    """
+    queries, points = (_double(x, device) for x in (queries, points))
+    found = [d.topk(k, largest=False) for d in _squared_distances(queries, points)]
+    distances = torch.cat([f.values for f in found]).sqrt()
+    return distances.cpu().numpy(), torch.cat([f.indices for f in found]).cpu().numpy()
+
+
+def precision_recall(
+    real: NDArray, fake: NDArray, k: int = NEIGHBOURS, device: torch.device | str = "cpu"
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991).
+
+    A manifold is the union of balls around its samples, each reaching to the sample's k-th nearest
+    neighbour. Precision is the share of `fake` (m, K) in the manifold of `real` (n, K), recall the
+    share of `real` in that of `fake`.
+
+    Raises:
+        ValueError: n or m is not greater than k.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(
+            f"precision and recall need more than {k} samples, not {min(len(real), len(fake))}"
+        )
+
+    def share_within(queries: NDArray, points: NDArray) -> float:
+        reach = nearest(points, points, k + 1, device)[0][:, k]  # the nearest is the point itself
+        squares = torch.from_numpy(np.square(reach)).to(device)
+        chunks = _squared_distances(_double(queries, device), _double(points, device))
+        return torch.cat([(d <= squares).any(1) for d in chunks]).double().mean().item()
+
+    return share_within(fake, real), share_within(real, fake)
+
+
+def _double(features: NDArray, device: torch.device | str) -> Tensor:
+    return torch.from_numpy(np.asarray(features)).to(device, torch.float64)
+
+
+# --- samples against data -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The features of the data that samples are compared with.
+
+    `gaussian` is that of all of them. `features` (m, K) are kept for at most so many images, in
+    random order, and `index` (m,) says which images they are of; statistics that were published
+    may lack either. `complete` says that `features` are those of all images.
+    """
+
+    gaussian: Gaussian
+    features: NDArray | None = None
+    index: NDArray | None = None
+    complete: bool = False
+
+    def names_images_of(self, data) -> bool:
+        """Whether `index` says for all of `features` which image of `data` they are of."""
+        if self.features is None or self.index is None or self.index.dtype.kind != "i":
+            return False
+        within = (self.index >= 0) & (self.index < len(data))
+        return self.index.shape == self.features.shape[:1] and bool(within.all())
+
+    @classmethod
+    def measure(cls, blocks: Iterable[NDArray], count: int, keep: int) -> "Reference":
+        """From features of `count` images that come in blocks (n_i, K), `keep` of them kept."""
+        index = np.random.default_rng(0).permutation(count)[:keep]
+        chosen = np.zeros(count, dtype=bool)
+        chosen[index] = True
+        kept = []
+
+        def keeping() -> Iterator[NDArray]:
+            start = 0
+            for block in blocks:
+                kept.append(block[chosen[start : start + len(block)]])
+                start += len(block)
+                yield block
+
+        gaussian = Gaussian.fit_blocks(keeping())
+        features = np.concatenate(kept)[np.argsort(np.argsort(index))]  # from the data's order
+        return cls(gaussian, features, index, complete=len(index) == count)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Who computes the metrics that exist twice; all take arrays (n, ...) and give a float."""
+
+    inception_score: Callable[[NDArray], float]
+    frechet_distance: Callable[[NDArray, Reference], float]
+    kernel_distance: Callable[[NDArray, NDArray], float]
+
+
+OURS = Metrics(
+    inception_score=inception_score,
+    frechet_distance=lambda fake, real: frechet_distance(Gaussian.fit(fake), real.gaussian),
+    kernel_distance=kernel_distance,
+)
+
+
+def compare(
+    features: NDArray,
+    logits: NDArray | None,
+    reference: Reference,
+    metrics: Metrics = OURS,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """`fid`, and as far as their parts are known `IS`, `kid`, `precision` and `recall`.
+
+    Args:
+        features, logits: of the samples, (n, K) and (n, L), n > `NEIGHBOURS`.
+        reference: the data's.
+        metrics: who computes those that exist twice.
+        device: where distances to neighbours are computed.
+    """
+    scores = {} if logits is None else {"IS": metrics.inception_score(logits)}
+    scores["fid"] = metrics.frechet_distance(features, reference)
+    real = reference.features
+    if real is not None:
+        two_in_every_block = KERNEL_BLOCK * (len(features) // 2)
+        scores["kid"] = metrics.kernel_distance(real[:two_in_every_block], features)
+        if len(real) > NEIGHBOURS:
+            scores |= zip(
+                ("precision", "recall"),
+                precision_recall(real, features, device=device),
+                strict=True,
+            )
+    return scores
