@@ -11,6 +11,7 @@ agree. Images are random: what they show costs nothing.
 """
 
 import contextlib
+import ctypes
 import functools
 import json
 import statistics
@@ -22,6 +23,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from absl import app, flags
 from ml_collections import config_flags
 from torch import Tensor, nn
@@ -190,6 +192,7 @@ class Record:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             return 0  # everything counts, the weights too
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps left would hide what this one takes
         reset_peak()
         return memory("VmRSS")
 
@@ -226,17 +229,23 @@ def count_flops(trainer: Trainer) -> float:
 
 
 def measure_peak(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product, which is what the device can do in this precision."""
+    """FLOP/s of a large matrix product or convolution, whichever the device is faster at."""
     execution.set_float32_products(precision)
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else None)
-    best = float("inf")
-    for _ in range(20):  # the best of many, should others use the machine
-        watch = Stopwatch(device, waits=True)
-        with watch.phase("product"):
-            a @ a
-        best = min(best, watch.seconds["product"])
-    return 2 * n**3 / best
+    n, images = (8192, 256) if device.type == "cuda" else (2048, 8)
+    options = {"device": device, "dtype": torch.bfloat16 if precision == "bf16" else None}
+    a = torch.randn(n, n, **options)
+    x, weight = torch.randn(images, 256, 32, 32, **options), torch.randn(256, 256, 3, 3, **options)
+    rates = []
+    for flops, run in (
+        (2 * n**3, lambda: a @ a),
+        (2 * x.numel() * weight[0].numel(), lambda: F.conv2d(x, weight, padding=1)),
+    ):
+        for _ in range(20):  # the best of many, should others use the machine
+            watch = Stopwatch(device, waits=True)
+            with watch.phase("product"):
+                run()
+            rates.append(flops / watch.seconds["product"])
+    return max(rates)
 
 
 def device_name(device: torch.device) -> str:
