@@ -101,7 +101,7 @@ def main(mode: str, workdir: Path, lives: int, overrides: dict) -> None:
             time.sleep(chance.uniform(0, pace))
             if life % 3 == 2:
                 wait_for(half_written)
-                time.sleep(chance.uniform(0, 0.004))
+                time.sleep(chance.uniform(0, pace / 50))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:

