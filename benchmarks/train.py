@@ -140,6 +140,7 @@ class PlainTrainer(Trainer):
         hyper = self.state.hyper_parameters | {"fused": False, "foreach": False}
         self.state.optimizer = torch.optim.Adam(self.state.parameters, **hyper)
         self.state.ema.update = functools.partial(plain_average, self.state.ema)
+        self.state.apply_gradient = functools.partial(plain_update, self.state)
         self.optimise = self.plain_step
 
     def step(self, watch: Stopwatch) -> Tensor:
@@ -155,6 +156,12 @@ class PlainTrainer(Trainer):
 
 def plain_field(points: Tensor, charges: Tensor, gamma: float) -> Tensor:
     return torch.cat([broadcast_field(p, charges, gamma) for p in points.split(PLAIN_POINTS)])
+
+
+def plain_update(state, finite: Tensor) -> None:
+    state.optimizer.step()
+    state.step += 1
+    state.ema.update(state.parameters)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -33,13 +34,13 @@ def steps(n):
     return [f"--config.training.n_iters={n}", f"--config.training.snapshot_freq={n}"]
 
 
-def launch(processes, workdir, *overrides, config=DIGITS, options=()):
-    """Starts training: alone, or as `processes` of torchrun."""
+def launch(processes, workdir, *overrides, config=DIGITS, options=(), mode="train"):
+    """Starts training, or evaluation: alone, or as `processes` of torchrun."""
     start = [sys.executable, str(ROOT / "main.py")]
     if processes > 1:
         run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         start = [sys.executable, *run, *options, str(ROOT / "main.py")]
-    base = ["--config", str(config), "--mode", "train", "--workdir", str(workdir)]
+    base = ["--config", str(config), "--mode", mode, "--workdir", str(workdir)]
     return subprocess.Popen(
         [*start, *base, *TINY, *overrides],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -160,6 +161,24 @@ def test_rows_and_means_of_all_processes(tmp_path):
     )
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run([sys.executable, *run, script], check=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path):
+    """They draw rounds and batches of their own, and one of them reports the same numbers."""
+    finish(launch(1, tmp_path, *steps(2)))
+    options = [f"--config.eval.{what}" for what in ("begin_ckpt=1", "end_ckpt=1")]
+    options += ["--config.eval.batch_size=50", "--config.eval.num_samples=170"]
+    options += ["--config.sampling.rtol=0.1", "--config.sampling.atol=0.1"]
+    options += [f"--config.eval.stats_dir={tmp_path / 'stats'}"]
+    reports = []
+    for processes in (1, 2):
+        folder = [f"--eval_folder=eval_{processes}"]
+        finish(launch(processes, tmp_path, *steps(2), *options, *folder, mode="eval"))
+        with np.load(tmp_path / f"eval_{processes}/report_1.npz") as file:
+            reports.append({k: file[k].tolist() for k in file.files if "seconds" not in k})
+    assert reports[0] == reports[1]
+    assert np.isfinite([reports[0][k] for k in ("fid", "bpd", "loss", "precision")]).all()
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_one_line(tmp_path, monkeypatch):
