@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 
@@ -118,7 +119,7 @@ class Stream:
             num_workers=self.workers,
             pin_memory=self.pinned,
             generator=torch.Generator(),  # the global one belongs to dropout
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_follow_parent,
             # a fork of this process would lack the threads that CUDA and ArrayRecord count on
             multiprocessing_context=_server_of_workers(),
         )
@@ -158,9 +159,19 @@ def _server_of_workers():
     return context
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole group of processes; what follows from it is the parent's to say."""
+def _follow_parent(worker: int) -> None:
+    """A worker outlives Ctrl-C, which reaches the whole group of processes, but not its parent.
+
+    DataLoader watches the process that forked the worker, here the server, which would wait for
+    its workers for ever after the training process is killed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def get_dataset(config, split: str) -> Tensor | Stream:

@@ -1,11 +1,16 @@
 """Order, coverage and range of what training and evaluation read."""
 
 import re
+import subprocess
+import sys
+import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from data_files import Dying, Interrupting, Numbers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,3 +207,38 @@ def test_the_death_of_a_worker_is_told():
 def test_ctrl_c_leaves_the_batches_to_come():
     (images,) = datasets.in_order(datasets.Stream(Interrupting(4), (1, 1, 1), 1), 4)
     assert images.flatten().tolist() == [0, 1, 2, 3]
+
+
+ENDLESS = """
+import multiprocessing
+import sys
+sys.path[:0] = sys.argv[1:]
+import data_files
+import datasets
+
+if __name__ == "__main__":
+    batches = datasets.shuffled_batches(datasets.Stream(data_files.Numbers(9), (1, 1, 1), 2), 3, 0)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_killed_run(tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    run = subprocess.Popen(
+        [sys.executable, script, ROOT, ROOT / "tests"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    workers = [Path(f"/proc/{pid}") for pid in run.stdout.readline().split()]
+    assert len(workers) == 2
+    assert all(worker.exists() for worker in workers)
+    run.kill()
+    run.communicate()
+    deadline = time.monotonic() + 60
+    while any(worker.exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(worker.exists() for worker in workers)
