@@ -15,13 +15,16 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from data_files import encoded, pictures, stylegan_example, tfrecord, write_tree
 from many_lives import OVERRIDES, small_config
 
+import datasets
 import losses
 import run_lib
 import workdir as workdirs
@@ -86,13 +89,19 @@ def half_written_in_many_lives(mode, workdir, lives, **config):
 
 
 @pytest.mark.slow
-def test_killed_25_times_the_run_ends_as_if_it_never_was(tmp_path, one_thread):
+@pytest.mark.parametrize("lives, streamed", [(25, False), (15, True)], ids=["memory", "disk"])
+def test_killed_many_times_the_run_ends_as_if_it_never_was(tmp_path, one_thread, lives, streamed):
     """SIGKILL at random moments, while checkpoints are written too; the ends are equal bitwise."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    assert half_written_in_many_lives("train", killed, 25) > 0
+    data = {}
+    if streamed:
+        write_tree(tmp_path / "data", pictures(40))
+        data = {"data.dataset": "folder", "data.path": str(tmp_path / "data")}
+        data |= {"data.resident_bytes": 0, "data.num_workers": 0, "training.batch_size": 8}
+    assert half_written_in_many_lives("train", killed, lives, **data) > 0
     reached = newest(killed)["step"]
     assert reached > 5
-    config = small_config(**{"training.n_iters": reached + 4})
+    config = small_config(**data, **{"training.n_iters": reached + 4})
     for workdir in (killed, whole):
         assert run_lib.train(config, workdir)
     last = f"checkpoints/checkpoint_{reached + 4}.pth"
@@ -370,6 +379,109 @@ def test_moments_of_another_shape_do_not_fit(tmp_path):
         run_lib.train(config, tmp_path)
 
 
+# --- damaged and hostile data ---------------------------------------------------------------------
+
+
+def load_or_refuse(name, **data):
+    """Images (n, 1, 8, 8) of a data set, None where it is refused in one line; in 10 seconds."""
+    config = small_config()
+    with config.unlocked():
+        config.data.update(dataset=name, num_workers=0, **data)
+    start = time.monotonic()
+    try:
+        found = datasets.get_dataset(config, "train")
+        images = found[torch.arange(len(found))]
+    except (ValueError, OSError) as error:
+        assert re.fullmatch(".+", str(error))
+        return None
+    finally:
+        assert time.monotonic() - start < 10
+    assert (images.dtype, images.shape[1:]) == (torch.uint8, (1, 8, 8))
+    return images
+
+
+def assert_among(images, originals):
+    """Nothing was read that nobody wrote; `originals` are (n, H, W, 1)."""
+    known = {original.tobytes() for original in originals}
+    assert all(image.numpy().tobytes() in known for image in images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resident_bytes", [0, 2**31], ids=["disk", "memory"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_600_mutated_images_are_read_or_named(tmp_path, kind, resident_bytes, caplog):
+    """A hundred at a time. A PNG holds checksums, so its pixels are right; the others do not."""
+    original, chance = pictures(1, channels=1)[0], random.Random(0)
+    content = encoded(original[..., 0], kind)
+    good = {f"good{i}.{kind.lower()}": content for i in range(10)}
+    bad = {f"bad{i}.{kind.lower()}": mutated(content, chance) for i in range(100)}
+    for name, written in (good | bad).items():
+        (tmp_path / name).write_bytes(written)
+    images = load_or_refuse("folder", path=str(tmp_path), resident_bytes=resident_bytes)
+    named = set(re.findall(r"(?:good|bad)\d+\.\w+", caplog.text))
+    assert named
+    assert named <= bad.keys()
+    if kind == "PNG":
+        assert_among(images, [original])
+
+
+@pytest.mark.slow
+def test_300_mutated_zips_are_read_or_refused(tmp_path):
+    path, chance, refused = tmp_path / "pictures.zip", random.Random(3), 0
+    originals = pictures(10, channels=1)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, original in enumerate(originals):
+            archive.writestr(f"{i}.png", encoded(original[..., 0]))
+    content = path.read_bytes()
+    for _ in range(300):
+        path.write_bytes(mutated(content, chance))
+        images = load_or_refuse("folder", path=str(path))
+        if images is None:
+            refused += 1
+        else:
+            assert_among(images, originals)
+    assert 30 < refused < 300
+
+
+@pytest.mark.slow
+def test_200_mutated_tfrecords_are_read_or_refused(tmp_path):
+    path, chance, refused = tmp_path / "faces-r03.tfrecords", random.Random(4), 0
+    originals = pictures(12, channels=1)
+    content = tfrecord(*(stylegan_example(original) for original in originals))
+    for _ in range(200):
+        path.write_bytes(mutated(content, chance))
+        images = load_or_refuse("ffhq", tfrecords_path=str(path))
+        if images is None:
+            refused += 1
+        else:
+            assert_among(images, originals)
+    assert 20 < refused < 200
+
+
+def test_entries_of_a_zip_cannot_leave_it(tmp_path):
+    path = tmp_path / "data" / "pictures.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("../outside.png", f"{tmp_path}/absolute.png", *(f"{i}.png" for i in range(9))):
+            archive.writestr(name, encoded(pictures(1, channels=1)[0, ..., 0]))
+    load_or_refuse("folder", path=str(path))
+    assert list(tmp_path.iterdir()) == [path.parent]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_image_that_claims_gigabytes_is_named(tmp_path, caplog):
+    """A PNG of 40,000 x 40,000 pixels in a hundred bytes, its checksums right."""
+    content = encoded(pictures(1, channels=1)[0, ..., 0])
+    for i in range(20):
+        (tmp_path / f"good{i}.png").write_bytes(content)
+    header = content[12:16] + 2 * (40_000).to_bytes(4, "big") + content[24:29]
+    checksum = zlib.crc32(header).to_bytes(4, "big")
+    (tmp_path / "claims.png").write_bytes(content[:12] + header + checksum + content[33:])
+    images = load_or_refuse("folder", path=str(tmp_path))
+    assert "claims.png" in caplog.text
+    assert len(images) > 10
+
+
 # --- another config -------------------------------------------------------------------------------
 
 
@@ -412,8 +524,8 @@ def spoil(monkeypatch, batches):
     def get_loss_fn(config, method):
         loss_fn, calls = build(config, method), []
 
-        def spoilt(net, batch, generator=None, charges=None):
-            loss = loss_fn(net, batch, generator, charges)
+        def spoilt(net, batch, *arguments, **options):
+            loss = loss_fn(net, batch, *arguments, **options)
             if not loss.requires_grad:
                 return loss
             calls.append(batch)
