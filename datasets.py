@@ -5,6 +5,7 @@ tensor or a slice gives uint8 images (k, C, H, W). Order and noise depend on (se
 a stream of batches can start anywhere and does not depend on who decodes it.
 """
 
+import collections
 import itertools
 import logging
 import math
@@ -112,10 +113,17 @@ class Stream:
         if not self.workers:
             yield from (self[index] for index in indices)
             return
+        indices, asked = iter(indices), collections.deque()
+
+        def ask() -> Iterator[list[int]]:
+            for index in indices:
+                asked.append(index)
+                yield index.tolist()
+
         loader = DataLoader(
             _Reader(self),
             batch_size=None,
-            sampler=(index.tolist() for index in indices),
+            sampler=ask(),
             num_workers=self.workers,
             pin_memory=self.pinned,
             generator=torch.Generator(),  # the global one belongs to dropout
@@ -127,15 +135,16 @@ class Stream:
         while True:
             try:
                 batch = next(batches, None)
-            except RuntimeError as error:
+            except RuntimeError as error:  # as when a signal ends the whole group of processes
                 reason = " ".join(str(error).split())
-                raise OSError(
-                    f"a process that decodes images died; data.num_workers=0 does without: {reason}"
-                ) from error
+                log.warning(f"the processes that decode images died; going on without: {reason}")
+                yield from (self[index] for index in itertools.chain(asked, indices))
+                return
             if batch is None:
                 return
             if isinstance(batch, Exception):
                 raise batch
+            asked.popleft()
             yield self._accept(batch)
 
 
@@ -231,8 +240,10 @@ def _decoded(stream: Stream) -> Tensor:
 
 
 def _processors() -> int:
+    """Those for this process, one of several that torchrun may have started on this machine."""
     known = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    processors = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def get_data_scaler(config) -> Callable[[Tensor], Tensor]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-# How long a rank waits for the others, which do nothing while rank 0 draws samples. A rank that
-# died is not waited for: torchrun stops the rest.
-PATIENCE = datetime.timedelta(hours=2)
+# How long a rank waits for the others: rank 0 may measure the features of millions of images. One
+# that died is not waited for: torchrun stops the rest.
+PATIENCE = datetime.timedelta(days=30)
 POLL = 0.01  # seconds between looks into the store
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 import datasets
 import distributed
-import likelihood
 import metrics
 import sampling
 from checkpoints import atomic_write
@@ -130,13 +129,14 @@ def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: d
     return {"loss": _once(folder / f"ckpt_{k}_loss.npz", origin, compute)["loss"]}
 
 
-def evaluate_bpd(config, run: Experiment, data, folder: Path, k: int, origin: dict) -> dict:
+def evaluate_bpd(
+    config, run: Experiment, bits_per_dim: Callable, data, folder: Path, k: int, origin: dict
+) -> dict:
     """Bits per dimension of every image of a split, averaged over passes of new noise.
 
     The latents of the first batch are carried back to images; how far these are from where they
     came shows what the solver's tolerance costs.
     """
-    bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
     split, size = config.eval.dataset, config.eval.batch_size
     passes = config.eval.bpd_num_repeats if split == "test" else 1
     origin = origin | {"data": fingerprint(data), "divergence": config.eval.divergence}
@@ -299,7 +299,7 @@ def _draw_nearest(
 
 
 def draw_images(config, run: Experiment, folder: Path, k: int) -> None:
-    """The first samples of the first round, for the eye only."""
+    """Some samples, for the eye only."""
     number = min(GRID_SAMPLES, config.eval.batch_size)
     samples = _draw_round(config, run, 0, number)["samples"]
     if len(samples):

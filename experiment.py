@@ -62,6 +62,7 @@ class Experiment:
         _check(config)
         device = _device(config.device)
         torch.manual_seed(config.seed)
+        execution.check_precision(config.training.precision, device)
         execution.set_float32_products(config.training.precision)
         method = methods.get_method(config)
         model = models.create_model(config).to(device)

@@ -62,7 +62,7 @@ class ExponentialMovingAverage:
         self.shadow_params = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[nn.Parameter], applied: Tensor | None = None) -> None:
+    def update(self, parameters: Iterable[nn.Parameter], applied: Tensor) -> None:
         """Moves the average towards `parameters`, in the order of construction.
 
         Where `applied`, a 0-d tensor on their device, is 0 and not 1, the average stays as it is;
@@ -70,7 +70,7 @@ class ExponentialMovingAverage:
         """
         self.num_updates += 1
         way = 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        ways = way if applied is None else [way * applied] * len(self.shadow_params)
+        ways = [way * applied] * len(self.shadow_params)
         torch._foreach_lerp_(self.shadow_params, list(parameters), ways)
 
     @contextlib.contextmanager
@@ -168,6 +168,10 @@ class TrainState:
             if not shapes <= {(), self.parameters[index].shape}:
                 raise ValueError("the optimizer's moments have other shapes than the weights")
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == parameter.shape:  # the fused step pairs memory, not indices
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
         for group in self.optimizer.param_groups:
             group |= self.hyper_parameters  # those of the config, also where a run resumes
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import os
 import signal
 import threading
 import time
@@ -17,6 +16,7 @@ import datasets
 import distributed
 import evaluation
 import execution
+import likelihood
 import losses
 from checkpoints import load_checkpoint, save_checkpoint
 from experiment import Experiment, progress_bar
@@ -65,9 +65,11 @@ def train(config, workdir: Path) -> bool:
     train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
     images_per_step = run.method.images_per_step(min(training.batch_size, len(train_data)))
-    _check_division(images_per_step, training.accumulate)
-    part = distributed.rank(), distributed.world()
     on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its part of a batch
+    _check_division(images_per_step, training.accumulate)
+    if on_disk:
+        _check_division(min(training.batch_size, len(train_data)))
+    part = distributed.rank(), distributed.world()
     with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
         distributed.check_agreement(state.step, state.parameters)
@@ -113,23 +115,21 @@ def train(config, workdir: Path) -> bool:
                     _log_step(progress, board, state.step, watch.look(), speed)
                 if state.step == first:  # processes that go apart do so in their first step
                     distributed.check_agreement(state.step, state.parameters)
-                if main and due(training.eval_freq):
+                if due(training.eval_freq):
                     held_out = _held_out_loss(run, test_data[: training.batch_size], seed)
                     board.add_scalar("loss/test", held_out, state.step)
                     log.info(f"step {state.step}: held-out loss {held_out:.5g}")
-                if due(training.snapshot_freq):
-                    written.append(state.step)
+                numbered = due(training.snapshot_freq)
+                if numbered or due(training.snapshot_freq_for_preemption):
+                    board.flush()
+                    written += [state.step] * numbered
                     content = _content(state, written)
-                    if main:
+                    if main and numbered:
                         save_checkpoint(checkpoint_path(workdir, state.step), content)
                         written = drop_checkpoints(workdir, written, training.keep_checkpoints)
-                if due(training.snapshot_freq_for_preemption):
-                    board.flush()
-                    content = _content(state, written)
                     if main:
                         save_to_resume(workdir, content)
-                drawing = training.snapshot_sampling and due(training.snapshot_freq)
-                if main and drawing and not stop():
+                if main and numbered and training.snapshot_sampling and not stop():
                     _draw_snapshot(run, board, workdir, seed, images_per_step)
 
             if state.step < training.n_iters:
@@ -150,15 +150,24 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
     What an earlier evaluation left half done is gone on with: a part on disk counts where it came
     from the same weights with the same settings. Several processes share the batches of bits/dim
     and the rounds of samples; the rest is the main one's.
+
+    Raises:
+        ValueError: the config is wrong, or a checkpoint is damaged or does not fit it.
+        OSError: there is no checkpoint, a file cannot be written, or another process writes to
+            the folder.
+        FloatingPointError: the ODE of a likelihood cannot be solved.
     """
     run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
     checkpoints = checkpoints_to_evaluate(config, workdir)
     folder = workdir / eval_folder
     if asked.enable_loss or asked.enable_bpd:
         data = datasets.get_dataset(config, asked.dataset)
+    if asked.enable_bpd:
+        bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
     if asked.enable_sampling:
         judge = Judge.build(config, run.device)
     with open_workdir(workdir, folder, main):
+        distributed.barrier()  # nobody writes before the main process holds the lock
         if main and asked.enable_sampling and judge.reference is None:
             with progress_bar(total=len(judge.data), desc="data", unit="image") as progress:
                 judge.measure(progress.update)
@@ -172,7 +181,9 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             with run.with_ema():
                 origin = evaluation.origin_of(config, run)
                 if asked.enable_bpd:
-                    report |= evaluation.evaluate_bpd(config, run, data, folder, k, origin)
+                    report |= evaluation.evaluate_bpd(
+                        config, run, bits_per_dim, data, folder, k, origin
+                    )
                 if asked.enable_sampling:
                     report |= evaluation.evaluate_samples(config, run, judge, folder, k, origin)
                 if not main:
@@ -192,11 +203,11 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
 
 
-def _check_division(examples: int, accumulate: int) -> None:
+def _check_division(images: int, accumulate: int = 1) -> None:
     parts = distributed.world() * accumulate
-    if examples % parts:
+    if images % parts:
         raise ValueError(
-            f"the {examples} images of a step cannot be split evenly into {parts} parts "
+            f"the {images} images of a step cannot be split evenly into {parts} parts "
             f"({distributed.world()} processes, training.accumulate={accumulate}); change "
             "training.batch_size or training.small_batch_size"
         )
@@ -235,12 +246,21 @@ def _log_step(progress, board: Board, step: int, loss: float, images_per_second:
 
 
 def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
-    """Loss of the averaged network on `images`, with the same noise at every call."""
+    """Loss of the averaged network on `images`, with the same noise at every call.
+
+    It is computed in the parts in which a training step is, so it needs no more memory.
+    """
     batch = run.scaler(datasets.to_unit_interval(images.to(run.device)))
+    turns, (rank, world) = run.state.accumulate, (distributed.rank(), distributed.world())
+    if run.method.images_per_step(len(batch)) % (turns * world):
+        turns, rank, world = 1, 0, 1  # too few to be shared equally
+    parts = [(rank * turns + i, turns * world) for i in range(turns)]
+    net, total = run.state.model, torch.zeros((), device=run.device)
     with run.with_ema(), torch.no_grad():
-        return run.loss_fn(
-            run.state.model, batch, datasets.keyed_generator(run.device, "held out", seed)
-        ).item()
+        for part in parts:
+            generator = datasets.keyed_generator(run.device, "held out", seed)
+            total += run.loss_fn(net, batch, generator, part=part) / turns
+    return distributed.mean(total).item()
 
 
 def _draw_snapshot(
@@ -331,13 +351,9 @@ def _stop_signals() -> Iterator[Callable[[], str | None]]:
     Yields a function that gives the name of the signal received, or None. Where another thread
     than the main one runs this, which cannot handle signals, they do what they did.
     """
-    process, received = os.getpid(), []
+    received = []
 
     def receive(number: int, frame) -> None:
-        if os.getpid() != process:  # a forked worker, which inherits this
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-            return  # the terminal interrupts all; it is for the parent to stop
         received.append(signal.Signals(number).name)
         for each in handlers:
             signal.signal(each, signal.SIG_DFL)

@@ -35,6 +35,18 @@ def record_index(path: Path) -> NDArray[np.int64]:
     return np.array(index, dtype=np.int64).reshape(-1, 2)
 
 
+def whole_records(path: Path) -> Iterator[bytes]:
+    """The records of a file that may still be written to: as far as they are whole."""
+    with open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        while len(head := file.read(12)) == 12:
+            (size,) = struct.unpack("<Q", head[:8])
+            record = file.read(size) if size < end else b""
+            if len(file.read(4)) < 4:
+                return
+            yield record
+
+
 def checked(data: bytes) -> bytes:
     """`data` without the masked CRC-32C that follows it; ValueError where that is another."""
     crc = google_crc32c.value(data[:-4])

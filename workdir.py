@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from PIL import Image
 from tensorboardX import summary
@@ -34,6 +35,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import tfrecords
 from checkpoints import atomic_write, load_checkpoint, naming, save_checkpoint
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ def _lock(folder: Path) -> Iterator[None]:
     by workers. Over NFS it holds between machines.
     """
     path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,15 +137,13 @@ def store_config(workdir: Path, config) -> None:
 
 
 def differences(workdir: Path, config) -> list[str]:
-    """What `config` changes of the stored one, as "key: old -> new" each; stored where none is."""
+    """What `config` changes of the stored one, as "key: old -> new" each."""
     path = workdir / "config.json"
-    if not path.exists():
-        store_config(workdir, config)
     new = json.loads(json.dumps(_flat(config), default=str))
     try:
         old = json.loads(path.read_bytes())
         keys = sorted(old.keys() | new.keys())
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
         log.warning(f"the config is not compared with that of the first start, {path}: {error}")
         return []
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
@@ -352,13 +353,10 @@ class Board:
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """{tag: [(step, value)]} of TensorBoard's files, as far as they are whole."""
-    from google.protobuf.message import DecodeError
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for path in sorted(folder.glob("events.out.tfevents.*")):  # names begin with the time
         try:
-            for event in map(Event.FromString, _records(path)):
+            for event in map(Event.FromString, tfrecords.whole_records(path)):
                 if event.session_log.status == SessionLog.START:  # a run resumed before this step
                     for tag, points in curves.items():
                         curves[tag] = {s: v for s, v in points.items() if s < event.step}
@@ -368,14 +366,3 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
         except DecodeError:
             log.warning(f"{path} is damaged; the loss curve lacks what follows in it")
     return {tag: sorted(points.items()) for tag, points in curves.items()}
-
-
-def _records(path: Path) -> Iterator[bytes]:
-    """The records of a TFRecord file: length, its checksum, data, their checksum."""
-    with open(path, "rb") as file:
-        while len(head := file.read(12)) == 12:
-            length = int.from_bytes(head[:8], "little")
-            record = file.read(length) if length <= path.stat().st_size else b""
-            if len(file.read(4)) < 4:  # cut short by a kill
-                return
-            yield record

@@ -43,8 +43,12 @@ def median_seconds(*actions: Callable[[], object]) -> list[float]:
 
 def saves_of_a_run(training) -> int:
     """How many checkpoints a whole run writes, numbered ones and those to resume from."""
-    frequencies = training.snapshot_freq, training.snapshot_freq_for_preemption
-    return sum(-(-training.n_iters // frequency) for frequency in frequencies)
+    n = training.n_iters
+    numbered, overwritten = (
+        {*range(frequency, n + 1, frequency), n}
+        for frequency in (training.snapshot_freq, training.snapshot_freq_for_preemption)
+    )
+    return len(numbered) + len(numbered | overwritten)
 
 
 def main() -> None:

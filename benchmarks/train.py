@@ -161,11 +161,11 @@ def plain_field(points: Tensor, charges: Tensor, gamma: float) -> Tensor:
 def plain_update(state, finite: Tensor) -> None:
     state.optimizer.step()
     state.step += 1
-    state.ema.update(state.parameters)
+    state.ema.update(state.parameters, finite)
 
 
 @torch.no_grad()
-def plain_average(ema, parameters) -> None:
+def plain_average(ema, parameters, applied: Tensor) -> None:
     ema.num_updates += 1
     decay = min(ema.decay, (1 + ema.num_updates) / (10 + ema.num_updates))
     for shadow, parameter in zip(ema.shadow_params, parameters, strict=True):

@@ -23,7 +23,7 @@ def test_ema_matches_published_trace(golden):
     for i, expected in enumerate(golden["ema/trace"]):
         value = torch.tensor(float(i))
         parameter.data = torch.stack([value, value.sin(), torch.tensor(2.0)])
-        ema.update([parameter])
+        ema.update([parameter], torch.ones(()))
         torch.testing.assert_close(ema.shadow_params[0], expected, rtol=1e-5, atol=1e-5)
 
 
