@@ -134,15 +134,13 @@ def store_config(workdir: Path, config) -> None:
 
 
 def differences(workdir: Path, config) -> list[str]:
-    """What `config` changes of the stored one, as "key: old -> new" each; stored where none is."""
+    """What `config` changes of the stored one, as "key: old -> new" each."""
     path = workdir / "config.json"
-    if not path.exists():
-        store_config(workdir, config)
     new = json.loads(json.dumps(_flat(config), default=str))
     try:
         old = json.loads(path.read_bytes())
         keys = sorted(old.keys() | new.keys())
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
         log.warning(f"the config is not compared with that of the first start, {path}: {error}")
         return []
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
