@@ -1,5 +1,6 @@
 """Fixtures of all tests: numbers of the published implementations, exact fields, the GPU's mark."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ import methods
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
