@@ -325,6 +325,15 @@ def test_networks_judge_from_end_to_end(features, workdir, tmp_path):
     assert ">FID<" in (workdir / "eval/report.html").read_text()
 
 
+def test_a_mistake_costs_no_earlier_results(workdir, tmp_path):
+    config = tiny(tmp_path)
+    evaluate(config, workdir)
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "eval").rglob("*.*")}
+    with pytest.raises(ValueError, match="unknown eval.divergence='rademcher'"):
+        evaluate(tiny(tmp_path, divergence="rademcher"), workdir)
+    assert {p: p.stat().st_mtime_ns for p in (workdir / "eval").rglob("*.*")} == before
+
+
 def test_data_are_measured_once(workdir, tmp_path, monkeypatch):
     config = tiny(tmp_path, enable_bpd=False)
     report = evaluate(config, workdir)

@@ -145,14 +145,24 @@ def test_killed_10_times_an_evaluation_ends_as_if_it_never_was(tmp_path, one_thr
 
 
 @pytest.mark.slow
-def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(tmp_path):
+@pytest.mark.parametrize("resident_bytes", [2**31, 0], ids=["memory", "disk"])
+def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
+    tmp_path, resident_bytes
+):
+    """It reaches the whole group of processes, those that decode images too."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    options = flags(**{"training.n_iters": 400})
+    data = {"data.resident_bytes": resident_bytes, "data.num_workers": 1}
+    options = flags(**{"training.n_iters": 400, **data})
     arguments = command(stopped, *options)
     reached = 0
     for name in ("SIGTERM", "SIGINT"):
         process = subprocess.Popen(
-            arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            arguments,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
         )
         newest_state = stopped / "checkpoints-meta/checkpoint.pth"
         deadline = time.monotonic() + 120
@@ -160,7 +170,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(tm
             if newest_state.exists() and newest(stopped)["step"] > reached:
                 break
             time.sleep(0.01)
-        process.send_signal(getattr(signal, name))
+        os.killpg(process.pid, getattr(signal, name))
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0
         reached = newest(stopped)["step"]

@@ -220,3 +220,25 @@ def test_a_step_never_waits_for_the_gpu(experiment, precision, turns):
             losses.train_step(state, loss_fn, images, keyed_generator("cuda", "test", step))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_resumed_moments_have_the_layout_of_the_weights():
+    """The fused step pairs memory, not indices; the layout is the config's, of either start."""
+    config = ve_digits.get_config()
+    config.model.nf = 8
+    images = torch.rand(96, 1, 8, 8)
+    loss_fn = losses.get_loss_fn(config, methods.get_method(config))
+    weights = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        state = losses.TrainState(config, create_model(config))
+        for second in (False, True):
+            if second:
+                saved = copy.deepcopy(state.state_dict())
+                model = create_model(config).to(memory_format=layout)
+                state = losses.TrainState(config, model)
+                state.load_state_dict(saved)
+            state.step = 100  # warmed up
+            losses.train_step(state, loss_fn, images, torch.Generator().manual_seed(1))
+        weights.append([p.detach().contiguous() for p in state.parameters])
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)

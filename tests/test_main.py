@@ -90,6 +90,15 @@ def test_held_out_loss_has_the_same_noise_at_every_step():
     assert run_lib._held_out_loss(run, images, seed=4) != first
 
 
+def test_held_out_loss_in_parts_is_that_of_the_whole():
+    config = digits_ddpmpp.get_config()
+    images = datasets.get_dataset(config, "test")
+    run = run_lib.Experiment.build(config)
+    whole = run_lib._held_out_loss(run, images, seed=3)
+    for run.state.accumulate in (4, 7):  # 7 does not divide the 96 examples
+        assert run_lib._held_out_loss(run, images, seed=3) == pytest.approx(whole, rel=1e-5)
+
+
 def test_a_failed_snapshot_does_not_stop_training(tmp_path, monkeypatch):
     config = digits_ddpmpp.get_config()
     config.training.n_iters = 4
