@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import distributed
 import sources
 
 log = logging.getLogger(__name__)
@@ -226,7 +227,8 @@ def _decoded(stream: Stream) -> Tensor:
     """All images of `stream` that can be read, (n, C, H, W)."""
     images, at = torch.empty(len(stream), *stream.shape, dtype=torch.uint8), 0
     interval = 0.2 if sys.stderr.isatty() else 10
-    with tqdm(total=len(stream), desc="decoding", delay=1, mininterval=interval) as progress:
+    options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
+    with tqdm(total=len(stream), desc="decoding", **options) as progress:
         for batch in in_order(stream, 64):
             images[at : at + len(batch)] = batch
             at += len(batch)

@@ -110,7 +110,7 @@ def _remove_others(found: Iterable[Path], wanted: list[Path]) -> None:
 
 
 def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: dict) -> dict:
-    """The loss over a whole split: each image perturbed once in the field of its large batch."""
+    """`loss` over a whole split: each image perturbed once in the field of its large batch."""
 
     def compute() -> dict:
         generator = datasets.keyed_generator(run.device, "loss", config.seed)
@@ -135,7 +135,14 @@ def evaluate_bpd(
     """Bits per dimension of every image of a split, averaged over passes of new noise.
 
     The latents of the first batch are carried back to images; how far these are from where they
-    came shows what the solver's tolerance costs.
+    came, `encoding_error`, shows what the solver's tolerance costs.
+
+    Returns:
+        The entries `bpd...` and `encoding_error` of the report (docs/architecture.md); nothing in
+        another than the main process.
+
+    Raises:
+        FloatingPointError: the ODE cannot be solved.
     """
     split, size = config.eval.dataset, config.eval.batch_size
     passes = config.eval.bpd_num_repeats if split == "test" else 1
@@ -189,7 +196,12 @@ def _encoding_error(config, run: Experiment, latents: Tensor, images: Tensor) ->
 def evaluate_samples(
     config, run: Experiment, judge: Judge, folder: Path, k: int, origin: dict
 ) -> dict:
-    """Draws `eval.num_samples` samples and compares their features with those of the data."""
+    """Draws `eval.num_samples` samples and compares their features with those of the data.
+
+    Returns:
+        The report's entries on samples, from `fid` to `sampling_seconds` (docs/architecture.md);
+        nothing in another than the main process.
+    """
     wanted = config.eval.num_samples
     rounds = _draw_rounds(config, run, judge.space, folder / f"ckpt_{k}", origin)
     if not rounds:
@@ -343,6 +355,7 @@ def _save_grid(path: Path, images: Images, columns: int | None = None) -> None:
 
 
 def table(config, report: dict, path: Path) -> str:
+    """The numbers of `report`, as far as `config.eval` asked for them, for the checkpoint `path`."""
     evaluate = config.eval
     rows = []
     if evaluate.enable_loss:

@@ -47,7 +47,10 @@ RANGES = {
 
 @dataclass
 class Experiment:
-    """The parts that a config names, built together, so that a mistake shows before any work."""
+    """What training and evaluation work with.
+
+    `state` holds the network, on `device`; `scaler` leads from images in [0, 1] to what it sees.
+    """
 
     device: torch.device
     method: methods.Method

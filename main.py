@@ -97,7 +97,7 @@ def _config_path(argv: list[str]) -> str | None:
 
 
 def _rank() -> int:
-    """The number that torchrun gave this process, 0 where it runs alone."""
+    """`distributed.rank`, for before the flags are parsed: that module imports torch."""
     return int(os.environ.get("RANK", "0"))
 
 

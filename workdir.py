@@ -161,6 +161,7 @@ def _flat(config, prefix: str = "") -> dict[str, Any]:
 
 
 def checkpoint_path(workdir: Path, step: int) -> Path:
+    """The numbered state of `step`."""
     return workdir / "checkpoints" / f"checkpoint_{step}.pth"
 
 
@@ -171,6 +172,7 @@ def resume_paths(workdir: Path) -> tuple[Path, Path]:
 
 
 def save_to_resume(workdir: Path, state: dict) -> None:
+    """Saves the newest state and keeps the one before; OSError where it cannot be written."""
     newest, previous = resume_paths(workdir)
     save_checkpoint(newest, state, previous)
 
@@ -282,6 +284,7 @@ def fit(load: Callable[[dict], None], state: dict, path: Path, changes: list[str
 
 
 def save_npz(path: Path, **arrays) -> None:
+    """Writes `arrays` by name, compressed; OSError, which names the path, where it cannot."""
     packed = io.BytesIO()  # numpy's archive, left open by a failing file, would fail again later
     np.savez_compressed(packed, **arrays)
     with atomic_write(path) as file:
@@ -289,6 +292,7 @@ def save_npz(path: Path, **arrays) -> None:
 
 
 def save_png(path: Path, image: NDArray[np.uint8]) -> None:
+    """Writes `image` (H, W, 3); OSError, which names the path, where it cannot."""
     with atomic_write(path) as file:
         Image.fromarray(image).save(file, format="png")
 
