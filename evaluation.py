@@ -355,7 +355,7 @@ def _save_grid(path: Path, images: Images, columns: int | None = None) -> None:
 
 
 def table(config, report: dict, path: Path) -> str:
-    """The numbers of `report`, as far as `config.eval` asked for them, for the checkpoint `path`."""
+    """The numbers of `report` that `config.eval` asked for, of the checkpoint `path`, as text."""
     evaluate = config.eval
     rows = []
     if evaluate.enable_loss:

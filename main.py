@@ -41,6 +41,12 @@ def main(argv: list[str]) -> None:
             alone = "TORCHELASTIC_RUN_ID" not in os.environ
             again = shlex.join(sys.orig_argv) if alone else "the same torchrun command"
             print(f"to go on: {again}")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # With all done, one process of several now and then aborts while Python shuts down
+            # (seen with PyTorch 2.13 and gloo), for which torchrun would call the job failed.
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(0)
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
     except KeyboardInterrupt:
