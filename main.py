@@ -33,20 +33,13 @@ def main(argv: list[str]) -> None:
 
     level = logging.WARNING if _rank() else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
-    workdir = Path(FLAGS.workdir)
+    workdir, several = Path(FLAGS.workdir), "TORCHELASTIC_RUN_ID" in os.environ
     try:
         if FLAGS.mode == "eval":
             run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder)
         elif not run_lib.train(FLAGS.config, workdir) and not _rank():
-            alone = "TORCHELASTIC_RUN_ID" not in os.environ
-            again = shlex.join(sys.orig_argv) if alone else "the same torchrun command"
+            again = "the same torchrun command" if several else shlex.join(sys.orig_argv)
             print(f"to go on: {again}")
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            # With all done, one process of several now and then aborts while Python shuts down
-            # (seen with PyTorch 2.13 and gloo), for which torchrun would call the job failed.
-            logging.shutdown()
-            sys.stdout.flush()
-            os._exit(0)
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
     except KeyboardInterrupt:
@@ -56,6 +49,12 @@ def main(argv: list[str]) -> None:
         if "out of memory" not in str(error):
             raise
         _fail(f"out of memory: smaller training.batch_size or eval.batch_size need less. {error}")
+    if several:
+        # With all done, one process of several now and then aborts while Python shuts down (seen
+        # with PyTorch 2.13 and gloo), for which torchrun would call the whole job failed.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def parse(argv: list[str]) -> list[str]:
