@@ -115,9 +115,9 @@ def gather(rows: Tensor) -> Tensor:
     """(world * B, ...), the `rows` (B, ...) of all processes in the order of their ranks."""
     if world() == 1:
         return rows
-    everything = rows.new_empty(world() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(everything, rows.contiguous())
-    return everything
+    everyone = [torch.empty_like(rows) for _ in range(world())]
+    dist.all_gather(everyone, rows.contiguous())
+    return torch.cat(everyone)
 
 
 def check_agreement(step: int, weights: Iterable[Tensor]) -> None:
@@ -154,7 +154,7 @@ def averaging_gradients(network: nn.Module, some_unused: bool = False) -> nn.Mod
         return network
     return DistributedDataParallel(
         network,
-        broadcast_buffers=False,  # they are constants
+        forward_sync_buffers=False,  # they are constants
         init_sync=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=some_unused,

@@ -31,6 +31,16 @@ from workdir import read_scalars, save_npz, save_png
 
 log = logging.getLogger(__name__)
 
+# What can be asked for, in config.eval.
+PARTS = (
+    "enable_loss",
+    "enable_bpd",
+    "enable_sampling",
+    "save_images",
+    "enable_interpolate",
+    "enable_rescale",
+)
+
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
 STRIPS = (8, 10)  # rows and columns of the pictures of interpolation and rescaling
 PAIRS = 10  # samples in a row of the picture of nearest training images

@@ -63,7 +63,14 @@ def parse(argv: list[str]) -> list[str]:
         _check_config_file(argv)
         rest = FLAGS(argv)
     except (AttributeError, KeyError) as error:
-        _fail(f"unknown config value: {error.args[0]}")
+        message = (
+            str(error.args[0])
+            .replace("\\n", " ")
+            .replace("\\'", "'")
+            .replace("''", "'")
+            .removesuffix("'")
+        )
+        _fail(f"unknown config value: {message}")
     except (flags.Error, ValueError, TypeError, OSError) as error:
         _fail(error)
     if rest[1:]:
@@ -76,8 +83,10 @@ def _check_config_file(argv: list[str]) -> None:
     path = _config_path(argv)
     if path is None:
         return
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"config file {path} does not exist")
+    if Path(path).is_dir():
+        raise ValueError(f"config file {path} is a folder; name a file in it")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:

@@ -635,6 +635,8 @@ def _poisson(config) -> Poisson:
             f"training.small_batch_size must be between 1 and training.batch_size "
             f"({training.batch_size}), not {training.small_batch_size}"
         )
+    if training.M < 1:
+        raise ValueError(f"training.M must be at least 1, not {training.M}")
     return Poisson(
         sigma=config.model.sigma_end,
         tau=training.tau,

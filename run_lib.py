@@ -158,8 +158,14 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         FloatingPointError: the ODE of a likelihood cannot be solved.
     """
     run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
-    checkpoints = checkpoints_to_evaluate(config, workdir)
+    if not any(asked[what] for what in evaluation.PARTS):
+        raise ValueError(
+            f"nothing is asked for: set one of {', '.join(f'eval.{w}' for w in evaluation.PARTS)}"
+        )
     folder = workdir / eval_folder
+    if not folder.resolve().is_relative_to(workdir.resolve()):
+        raise ValueError(f"--eval_folder={eval_folder} lies outside the workdir {workdir}")
+    checkpoints = checkpoints_to_evaluate(config, workdir)
     if asked.enable_loss or asked.enable_bpd:
         data = datasets.get_dataset(config, asked.dataset)
     if asked.enable_bpd:

@@ -19,7 +19,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import tfrecords
 
@@ -147,7 +147,10 @@ def decode_image(data: bytes, channels: int) -> Picture:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        try:
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        except UnidentifiedImageError as error:
+            raise ValueError("no PNG, JPEG or WebP file") from error
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -12,7 +12,7 @@ SMALL = {
         "eval_freq": 200,
         "snapshot_freq_for_preemption": 200,
     },
-    "optim": {"lr": 1e-3, "warmup": 50, "cooldown": 600},
+    "optim": {"lr": 1e-3},
     "model": {
         "nf": 32,
         "ch_mult": (1, 2),
@@ -41,5 +41,8 @@ def get_default_config() -> ml_collections.ConfigDict:
     config.data.image_size = 8
     config.data.num_channels = 1
     config.data.random_flip = False
-    config.training.snapshot_freq = config.training.get_ref("n_iters") // 4
+    n_iters = config.training.get_ref("n_iters")  # what follows keeps its share of any number
+    config.training.snapshot_freq = n_iters // 4
+    config.optim.warmup = n_iters // 40
+    config.optim.cooldown = n_iters * 3 // 10
     return config
