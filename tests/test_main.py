@@ -32,6 +32,7 @@ TINY = [
     "--config.sampling.N=3",
     "--config.eval.batch_size=100",
     "--config.eval.num_samples=130",
+    "--config.eval.bpd_num_repeats=1",
 ]
 
 
