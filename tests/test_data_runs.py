@@ -143,7 +143,7 @@ def bad_data(tmp):
         ),
         "corrupt": (
             {"data.dataset": "folder", "data.path": tmp / "corrupt"},
-            r"1\d images in a row cannot be used; the last: .*corrupt/\d+\.png: no PNG, JPEG or WebP",
+            r"1\d images in a row cannot be used; the last: .*corrupt/\d+\.png: no PNG",
         ),
         "channels": (
             {"data.dataset": "folder", "data.path": tmp / "four.npy"},
