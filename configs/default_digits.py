@@ -33,6 +33,13 @@ SMALL = {
     },
 }
 
+# The same for Poisson flow: M, z_max and upper_norm are those that hyper_parameters.py measures.
+SMALL_POISSON = {
+    "data": {"channels": 1},
+    "training": {"small_batch_size": 96, "M": 261},
+    "sampling": {"z_max": 17.9, "upper_norm": 179.0},
+}
+
 
 def get_default_config() -> ml_collections.ConfigDict:
     """Returns the shared default with the digits as data and a checkpoint at each quarter."""

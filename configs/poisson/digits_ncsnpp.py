@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs.default_digits import SMALL, get_default_config
+from configs.default_digits import SMALL, SMALL_POISSON, get_default_config
 from configs.methods import POISSON
 from configs.networks import NCSNPP
 
@@ -12,9 +12,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.update(POISSON)
     config.update(NCSNPP)
     config.update(SMALL)
-    config.data.channels = 1
-    config.training.small_batch_size = 96
-    config.training.M = 261
-    config.sampling.z_max = 17.9
-    config.sampling.upper_norm = 179.0
+    config.update(SMALL_POISSON)
     return config
