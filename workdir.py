@@ -35,7 +35,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import tfrecords
+from sources import tfrecords
 from checkpoints import atomic_write, load_checkpoint, naming, save_checkpoint
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from PIL import Image
 
 import datasets
 import sources
-import tfrecords
+from sources import tfrecords
 from configs.poisson import digits_ddpmpp
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-import tfrecords
+from sources import tfrecords
 
 Picture = NDArray[np.uint8]  # (H, W, C)
 Filter = Image.Resampling
