@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -120,17 +121,19 @@ def _remove_others(found: Iterable[Path], wanted: list[Path]) -> None:
 
 
 def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: dict) -> dict:
-    """`loss` over a whole split: each image perturbed once in the field of its large batch."""
+    """`loss` over a whole split: each image is perturbed once, its batch the reference batch."""
 
     def compute() -> dict:
         generator = datasets.keyed_generator(run.device, "loss", config.seed)
         net, total = run.state.model, 0.0
         with progress_bar(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
-            for block in datasets.in_order(data, config.training.batch_size):
-                charges = run.scaler(datasets.to_unit_interval(block.to(run.device)))
-                for batch in charges.split(config.eval.batch_size):
-                    total += run.loss_fn(net, batch, generator, charges).item() * len(batch)
-                    progress.update(len(batch))
+            for batch in datasets.in_order(data, config.training.batch_size):
+                images = run.scaler(datasets.to_unit_interval(batch.images.to(run.device)))
+                reference = replace(batch.to(run.device), images=images)
+                for some in reference.split(config.eval.batch_size):
+                    examples = run.method.draw(some, generator)
+                    total += run.loss.error(net, examples, reference).item() * len(some)
+                    progress.update(len(some))
         return {"loss": total / len(data)}
 
     sizes = {"batch": config.training.batch_size, "at once": config.eval.batch_size}

@@ -24,7 +24,7 @@ def for_training(config, model: nn.Module) -> nn.Module:
     if training.channels_last:
         model.to(memory_format=torch.channels_last)
     network = BFloat16(model) if training.precision == "bf16" else model
-    some_unused = not config.model.get("conditional", True)  # published: layers without a use
+    some_unused = not config.model.conditional  # published: layers without a use
     network = distributed.averaging_gradients(network, some_unused)
     # around the averaging, so that the compiler leaves room for it between parts of backward
     return compiled(network, device) if training.compile else network
@@ -68,9 +68,11 @@ class BFloat16(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, noise_label: Tensor, **conditions: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            out = self.model(x, cond)
+            out = self.model(x, noise_label, **conditions)
         return out.float() if isinstance(out, Tensor) else tuple(part.float() for part in out)
 
 

@@ -17,6 +17,7 @@ import methods
 import models
 import sampling
 from metrics import NEIGHBOURS
+from training import TrainState
 
 # Smallest and largest sensible value of what the parts below do not check themselves.
 RANGES = {
@@ -54,8 +55,8 @@ class Experiment:
 
     device: torch.device
     method: methods.Method
-    state: losses.TrainState
-    loss_fn: Callable[..., Tensor]
+    state: TrainState
+    loss: losses.RegressionLoss
     sample: Callable[..., tuple[Tensor, int]]
     scaler: Callable[[Tensor], Tensor]
 
@@ -72,14 +73,14 @@ class Experiment:
         return cls(
             device=device,
             method=method,
-            state=losses.TrainState(config, model),
-            loss_fn=losses.get_loss_fn(config, method),
+            state=TrainState(config, model),
+            loss=losses.get_loss_fn(config, method),
             sample=sampling.get_sampling_fn(config, method),
             scaler=datasets.get_data_scaler(config),
         )
 
     def with_ema(self):
-        """Within the `with` block the network holds its averaged weights and evaluates."""
+        """Within the `with` block the network holds its EMA weights and evaluates."""
         self.state.model.eval()
         return self.state.ema.swapped_into(self.state.parameters)
 

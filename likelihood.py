@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from methods import Method, Network
-from sampling import get_tolerances, rk45
+from sampling import get_tolerances
+from solvers import Counted, rk45
 
 
 def rademacher(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -43,7 +44,7 @@ def log_likelihood(
     rtol: float = 1e-4,
     atol: float = 1e-4,
 ) -> tuple[Tensor, Tensor, int]:
-    """Log density of `x` under the law that the sampling ODE carries from the prior to the data.
+    """Log density of `x` under the distribution that the sampling ODE makes of the prior.
 
     log p(x_0) = log p_prior(x_T) + integral of div(dx/dt) dt from data to prior (Chen et al. 2018,
     arXiv 1806.07366), the divergence a sum over probes of probe . d(dx/dt . probe)/dx: exact for
@@ -51,7 +52,7 @@ def log_likelihood(
     arXiv 1810.01367).
 
     Args:
-        method, net: whose law.
+        method, net: whose ODE.
         x: scaled images (B, C, H, W).
         probes: (K, B or 1, C, H, W): the unit vectors, or one of mean 0 and covariance I.
         rtol, atol: see `rk45`.
@@ -61,7 +62,7 @@ def log_likelihood(
         dx/dt, each with K backward passes.
     """
 
-    def flow(state: Tensor, t: float) -> Tensor:
+    def drift_and_divergence(state: Tensor, t: float) -> Tensor:
         with torch.enable_grad():
             x_t = state[:, :-1].view_as(x).requires_grad_()
             drift = method.ode(net, x_t, t)
@@ -73,9 +74,11 @@ def log_likelihood(
 
     with torch.no_grad():
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
-        end, evaluations = rk45(flow, start, method.t_data, method.t_prior, rtol, atol)
+        times = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
+        flow = Counted(drift_and_divergence)
+        end = rk45(flow, start, times, rtol=rtol, atol=atol)
         latent, change = end[:, :-1].view_as(x), end[:, -1]
-        return method.prior_logp(latent) + change, latent, evaluations
+        return method.prior_logp(latent) + change, latent, flow.calls
 
 
 def get_likelihood_fn(config, method: Method) -> Callable[..., tuple[Tensor, Tensor, int]]:

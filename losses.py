@@ -1,257 +1,68 @@
-"""What a training step minimises, and the step itself: optimiser, schedule, clipping, EMA."""
+"""What a training step minimises: the squared error between a method's prediction and target."""
 
-import contextlib
-import math
-from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import distributed
-from methods import Method, Part, poisson_field
-from models import load_reference_state_dict
+from methods import Method, Network, poisson_field
+from sources.batch import Batch
 
-__all__ = [
-    "ExponentialMovingAverage",
-    "TrainState",
-    "accumulate_gradient",
-    "get_loss_fn",
-    "learning_rate_factor",
-    "poisson_field",
-    "train_step",
-]
+__all__ = ["RegressionLoss", "get_loss_fn", "poisson_field"]
 
 
-def get_loss_fn(config, method: Method) -> Callable[..., Tensor]:
-    """The regression loss of `method`.
+class RegressionLoss:
+    """The loss of a method; called with a batch, or in steps: `draw` examples, then their `error`.
 
-    Returns:
-        `loss_fn(net, batch, generator=None, charges=None, part=(0, 1))`: a scalar, the squared
-        error between prediction and target, half its sum over the entries of an example or, with
-        `training.reduce_mean`, their mean, averaged over the examples. For `batch`, `charges` and
-        `part` see `Method.regress`; the mean over the parts is the whole batch's loss.
+    Half the sum over the entries of an example, or with `reduce_mean` their mean, of the squared
+    error, weighted by the method, averaged over the examples.
+
+    Attributes:
+        method: whose loss.
+        reduce_mean: see above.
+        batch_size: images that a training step takes from the data.
+        examples: of these, how many are perturbed; all of them are the reference batch.
     """
-    reduce_mean = config.training.reduce_mean
 
-    def loss_fn(net, batch, generator=None, charges=None, part=(0, 1)):
-        prediction, target = method.regress(net, batch, generator, charges, part)
-        squared = (prediction - target).square()
-        return squared.mean() if reduce_mean else 0.5 * squared.sum(1).mean()
+    def __init__(self, method: Method, reduce_mean: bool, batch_size: int, examples: int):
+        self.method, self.reduce_mean, self.examples = method, reduce_mean, examples
+        self.batch_size = batch_size if method.uses_reference_batch else examples
 
-    return loss_fn
-
-
-def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int = 0) -> float:
-    """Share of the learning rate that update `step` (from 0) of `n_iters` uses.
-
-    It rises linearly over the first `warmup` updates and falls linearly to 0 over the last
-    `cooldown` ones.
-    """
-    rise = min(1.0, step / warmup) if warmup else 1.0
-    fall = min(1.0, (n_iters - step) / cooldown) if cooldown else 1.0
-    return rise * max(0.0, fall)
-
-
-class ExponentialMovingAverage:
-    """Running average of parameters; at update k the decay is min(decay, (1 + k) / (10 + k))."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
-        """Starts from a copy of `parameters`; `decay` in [0, 1]."""
-        self.decay = decay
-        self.num_updates = 0
-        self.shadow_params = [p.detach().clone() for p in parameters]
+    def __call__(
+        self, net: Network, batch: Batch | Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The loss, a scalar, of scaled images (B, C, H, W) or a batch of them."""
+        batch = batch if isinstance(batch, Batch) else Batch(batch)
+        return self.error(net, self.draw(batch, generator), batch)
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[nn.Parameter], applied: Tensor) -> None:
-        """Moves the average towards `parameters`, in the order of construction.
+    def draw(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
+        """The perturbed examples of a training step on `batch`; see `Method.draw`."""
+        return self.method.draw(batch[: self.examples], generator)
 
-        Where `applied`, a 0-d tensor on their device, is 0 and not 1, the average stays as it is;
-        the decay counts the update nevertheless, as the learning rate does.
-        """
-        self.num_updates += 1
-        way = 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        ways = [way * applied] * len(self.shadow_params)
-        torch._foreach_lerp_(self.shadow_params, list(parameters), ways)
-
-    @contextlib.contextmanager
-    def swapped_into(self, parameters: Iterable[nn.Parameter]):
-        """Within the `with` block, `parameters` hold the average."""
-        parameters = list(parameters)
-        self._swap(parameters)
-        try:
-            yield
-        finally:
-            self._swap(parameters)
-
-    def _swap(self, parameters: list[nn.Parameter]) -> None:
-        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
-            shadow.data, parameter.data = parameter.data, shadow.data
-
-    def state_dict(self) -> dict:
-        return {
-            "decay": self.decay,
-            "num_updates": self.num_updates,
-            "shadow_params": self.shadow_params,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Raises KeyError or, where number or shapes of the parameters differ, ValueError."""
-        ours, given = ([p.shape for p in s["shadow_params"]] for s in (self.state_dict(), state))
-        if ours != given:
-            raise ValueError("the averaged weights have other shapes than the network's")
-        self.num_updates = state["num_updates"]  # the decay is the config's
-        for shadow, loaded in zip(self.shadow_params, state["shadow_params"], strict=True):
-            shadow.copy_(loaded)
+    def error(self, net: Network, examples: Batch, reference: Batch) -> Tensor:
+        """The loss, a scalar, of `examples`, with the targets that `reference` makes."""
+        with torch.no_grad():
+            target = self.method.target(examples, reference)
+            weight = self.method.weight(examples)
+        prediction = self.method.predict(partial(net, **examples.conditions), examples)
+        squared = (prediction - target).square()
+        if weight is not None:
+            squared = weight.to(squared)[:, None] * squared
+        return squared.mean() if self.reduce_mean else 0.5 * squared.sum(1).mean()
 
 
-class TrainState:
-    """Everything that training changes: the network, its average, the optimiser, the step count."""
+def get_loss_fn(config, method: Method) -> RegressionLoss:
+    """The loss of `method`: `loss_fn(net, batch, generator=None)`, a scalar.
 
-    def __init__(self, config, model: nn.Module):
-        """Builds the optimiser and the EMA that `config.optim` and `config.model` ask for."""
-        optim, training = config.optim, config.training
-        if optim.optimizer != "Adam":
-            raise ValueError(f"unknown optimizer optim.optimizer={optim.optimizer!r}; known: Adam")
-        hyper = {
-            "betas": (optim.beta1, 0.999),
-            "eps": optim.eps,
-            "weight_decay": optim.weight_decay,
-            "amsgrad": optim.get("amsgrad", False),
-            "fused": True,
-        }
-        self.model = model
-        self.network = model  # what a step calls: `model`, or what `execution` makes of it
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.ema = ExponentialMovingAverage(self.parameters, config.model.ema_rate)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=optim.lr, **hyper)
-        self.hyper_parameters = hyper
-        self.step = 0
-        self.learning_rate = optim.lr
-        self.schedule = {
-            "n_iters": training.n_iters,
-            "warmup": optim.warmup,
-            "cooldown": optim.cooldown,
-        }
-        self.grad_clip = optim.grad_clip
-        self.accumulate = training.accumulate
-
-    def state_dict(self) -> dict:
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-        }
-
-    def load_network(self, state: dict) -> None:
-        """What evaluation needs: the network, its average and the step count.
-
-        `state` is a `state_dict()`, or a checkpoint of the published implementations, known by
-        the names of its weights.
-
-        Raises:
-            ValueError (also KeyError, TypeError, AttributeError, RuntimeError, from malformed
-            parts): `state` does not fit, and the network is in no defined state.
-        """
-        if state["model"].keys() == self.model.state_dict().keys():
-            self.model.load_state_dict(state["model"])
-        else:  # published moving averages have no names, but the same order
-            load_reference_state_dict(self.model, state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.step = int(state["step"])
-
-    def load_state_dict(self, state: dict) -> None:
-        """Everything, to go on training; raises as `load_network` does."""
-        self.load_network(state)
-        for index, moments in state["optimizer"]["state"].items():
-            shapes = {getattr(moment, "shape", ()) for moment in moments.values()}
-            if not shapes <= {(), self.parameters[index].shape}:
-                raise ValueError("the optimizer's moments have other shapes than the weights")
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, moments in self.optimizer.state.items():
-            for name, moment in moments.items():
-                if moment.shape == parameter.shape:  # the fused step pairs memory, not indices
-                    moments[name] = torch.empty_like(parameter).copy_(moment)
-        for group in self.optimizer.param_groups:
-            group |= self.hyper_parameters  # those of the config, also where a run resumes
-
-    def apply_gradient(self, finite: Tensor) -> None:
-        """Moves weights and average where `finite` (0-d bool, on their device) holds.
-
-        Elsewhere they stay as they are, and the optimiser too. No tensor is read by the host, so
-        that it need not wait for the device.
-        """
-        self.optimizer.found_inf = 1.0 - finite.float()  # the fused step heeds it
-        self.optimizer.step()
-        self.step += 1
-        self.ema.update(self.parameters, finite.float())
-
-    def is_finite(self) -> bool:
-        """Whether every trained parameter is."""
-        norms = torch.stack(torch._foreach_norm(self.parameters))
-        return bool(norms.isfinite().all())
-
-
-def train_step(
-    state: TrainState,
-    loss_fn: Callable[..., Tensor],
-    batch: Tensor,
-    generator: torch.Generator | None = None,
-    part: Part = (0, 1),
-) -> Tensor:
-    """One update of `state` on `batch` (B, C, H, W).
-
-    Where the loss or its gradient is not finite, the step counts but is not applied. The host waits
-    for nothing.
-
-    Args:
-        state: what is updated.
-        loss_fn: see `get_loss_fn`.
-        batch: scaled images (B, C, H, W).
-        generator: source of every random draw but dropout's.
-        part: what this process takes of the examples, (k, n) for the k-th of n equal slices; each
-            of the n is given the same batch and draws.
-
-    Returns:
-        The loss of this process's examples, left on its device; nan where the step was not applied.
+    Raises:
+        ValueError: `training.small_batch_size` is larger than the batch.
     """
-    state.model.train()
-    state.optimizer.zero_grad()
-    loss = accumulate_gradient(state, loss_fn, batch, generator, part)
-    for group in state.optimizer.param_groups:
-        group["lr"] = state.learning_rate * learning_rate_factor(state.step, **state.schedule)
-    limit = state.grad_clip if state.grad_clip >= 0 else math.inf
-    finite = nn.utils.clip_grad_norm_(state.parameters, limit).isfinite()
-    state.apply_gradient(finite)
-    return torch.where(finite, loss, math.nan)
-
-
-def accumulate_gradient(
-    state: TrainState,
-    loss_fn: Callable[..., Tensor],
-    batch: Tensor,
-    generator: torch.Generator | None = None,
-    part: Part = (0, 1),
-) -> Tensor:
-    """Adds the gradient of the batch's loss to the parameters'; returns this process's loss.
-
-    Process k of n, `part`, takes its examples in `state.accumulate` = A turns, of which turn i is
-    slice k A + i of n A. Every turn repeats the draws of the whole batch, so that neither n nor A
-    changes the gradient but by rounding; only dropout knows of them. The gradient of a loss that is
-    not finite is nan. For the arguments see `train_step`.
-    """
-    (k, n), turns = part, state.accumulate
-    if turns * n > 1 and generator is None:
-        raise ValueError("parts of a batch need a generator, which repeats the draws for each")
-    start = generator.get_state() if generator else None
-    losses = []
-    for i in range(turns):
-        if i:
-            generator.set_state(start)
-        # the processes' mean is taken once, in the last turn
-        alone = i < turns - 1 and distributed.world() > 1
-        with state.network.no_sync() if alone else contextlib.nullcontext():
-            loss = loss_fn(state.network, batch, generator, part=(k * turns + i, n * turns))
-            loss.backward((1 + 0 * loss.detach()) / turns)
-        losses.append(loss.detach())
-    return torch.stack(losses).mean()
+    training = config.training
+    if not 0 <= training.small_batch_size <= training.batch_size:
+        raise ValueError(
+            f"training.small_batch_size must be between 0 and training.batch_size "
+            f"({training.batch_size}), not {training.small_batch_size}"
+        )
+    examples = training.small_batch_size or training.batch_size
+    return RegressionLoss(method, training.reduce_mean, training.batch_size, examples)

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,11 +18,12 @@ import distributed
 import evaluation
 import execution
 import likelihood
-import losses
 from checkpoints import load_checkpoint, save_checkpoint
 from experiment import Experiment, progress_bar
 from features import Judge
 from report import image_grid
+from sources.batch import Batch
+from training import TrainState, held_out_loss, train_step
 from workdir import (
     Board,
     checkpoint_path,
@@ -46,7 +48,7 @@ SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
 def train(config, workdir: Path) -> bool:
     """Trains until step `training.n_iters`, from where the workdir's last run stopped.
 
-    Of several processes that torchrun starts, each takes its part of a step's examples, and the
+    Of several processes that torchrun starts, each takes its shard of a step's examples, and the
     main one writes.
 
     Returns:
@@ -64,12 +66,12 @@ def train(config, workdir: Path) -> bool:
     state.network = execution.for_training(config, state.model)
     train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
-    images_per_step = run.method.images_per_step(min(training.batch_size, len(train_data)))
-    on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its part of a batch
+    images_per_step = min(run.loss.examples, len(train_data))
+    on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
     _check_division(images_per_step, training.accumulate)
     if on_disk:
-        _check_division(min(training.batch_size, len(train_data)))
-    part = distributed.rank(), distributed.world()
+        _check_division(min(run.loss.batch_size, len(train_data)))
+    shard = distributed.rank(), distributed.world()
     with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
         distributed.check_agreement(state.step, state.parameters)
@@ -81,7 +83,7 @@ def train(config, workdir: Path) -> bool:
         )
         first = state.step + 1
         batches = datasets.shuffled_batches(
-            train_data, training.batch_size, seed, state.step, part if on_disk else (0, 1)
+            train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)
         )
         meter, watch = _Meter(state.step), _Watch(training.max_bad_steps)
 
@@ -98,15 +100,18 @@ def train(config, workdir: Path) -> bool:
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
                 generator = datasets.keyed_generator(device, "training", seed, state.step)
                 # dropout knows no other generator than the global one
-                torch.manual_seed(datasets.keyed_seed("dropout", seed, state.step, part[0]))
-                images = next(batches).to(device, non_blocking=True)
+                torch.manual_seed(datasets.keyed_seed("dropout", seed, state.step, shard[0]))
+                batch = next(batches).to(device, non_blocking=True)
+                if on_disk:
+                    batch = batch.map(distributed.gather)
                 images = datasets.to_unit_interval(
-                    distributed.gather(images) if on_disk else images,
+                    batch.images,
                     generator,
                     flip=config.data.random_flip,
                     dequantize=config.data.uniform_dequantization,
                 )
-                loss = losses.train_step(state, run.loss_fn, run.scaler(images), generator, part)
+                batch = replace(batch, images=run.scaler(images))
+                loss = train_step(state, run.loss, batch, generator, shard)
                 watch.add(state.step - 1, loss)
                 progress.update()
 
@@ -116,7 +121,7 @@ def train(config, workdir: Path) -> bool:
                 if state.step == first:  # processes that go apart do so in their first step
                     distributed.check_agreement(state.step, state.parameters)
                 if due(training.eval_freq):
-                    held_out = _held_out_loss(run, test_data[: training.batch_size], seed)
+                    held_out = _held_out_loss(run, test_data[: run.loss.batch_size], seed)
                     board.add_scalar("loss/test", held_out, state.step)
                     log.info(f"step {state.step}: held-out loss {held_out:.5g}")
                 numbered = due(training.snapshot_freq)
@@ -219,7 +224,7 @@ def _check_division(images: int, accumulate: int = 1) -> None:
         )
 
 
-def _resume(config, workdir: Path, state: losses.TrainState) -> list[int]:
+def _resume(config, workdir: Path, state: TrainState) -> list[int]:
     """Loads the newest intact state into `state`, if there is one.
 
     Returns the steps of the numbered checkpoints that the run has written so far.
@@ -237,7 +242,7 @@ def _resume(config, workdir: Path, state: losses.TrainState) -> list[int]:
     return [int(step) for step in content.get("written", [])]
 
 
-def _content(state: losses.TrainState, written: list[int]) -> dict:
+def _content(state: TrainState, written: list[int]) -> dict:
     """What a checkpoint holds; never ruined weights, which would cost the good ones before."""
     distributed.check_agreement(state.step, state.parameters)
     if not state.is_finite():
@@ -252,21 +257,12 @@ def _log_step(progress, board: Board, step: int, loss: float, images_per_second:
 
 
 def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
-    """Loss of the averaged network on `images`, with the same noise at every call.
-
-    It is computed in the parts in which a training step is, so it needs no more memory.
-    """
-    batch = run.scaler(datasets.to_unit_interval(images.to(run.device)))
-    turns, (rank, world) = run.state.accumulate, (distributed.rank(), distributed.world())
-    if run.method.images_per_step(len(batch)) % (turns * world):
-        turns, rank, world = 1, 0, 1  # too few to be shared equally
-    parts = [(rank * turns + i, turns * world) for i in range(turns)]
-    net, total = run.state.model, torch.zeros((), device=run.device)
-    with run.with_ema(), torch.no_grad():
-        for part in parts:
-            generator = datasets.keyed_generator(run.device, "held out", seed)
-            total += run.loss_fn(net, batch, generator, part=part) / turns
-    return distributed.mean(total).item()
+    """The loss of the EMA weights on `images`, with the same noise at every call."""
+    batch = Batch(run.scaler(datasets.to_unit_interval(images.to(run.device))))
+    generator = datasets.keyed_generator(run.device, "held out", seed)
+    shard = distributed.rank(), distributed.world()
+    with run.with_ema():
+        return held_out_loss(run.state, run.loss, batch, generator, shard).item()
 
 
 def _draw_snapshot(

@@ -1,118 +1,54 @@
-"""The networks: tensors in, tensors out. `create_model` is the one place that reads a config."""
+"""The networks, by name: tensors in, tensors out. A further one is a file and a `NETWORKS` line."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 from ml_collections import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
+from methods import method_class
 from models.ddpm import DDPM
-from models.layers import geometric_sigmas, one_of
+from models.layers import one_of
 from models.ncsn import RefineNet
 from models.ncsnpp import NCSNpp
 from models.published import load_reference_state_dict, reference_names
 
 __all__ = [
+    "NETWORKS",
     "create_model",
     "load_reference_state_dict",
     "reference_names",
 ]
 
-# Options that published configs state although these networks know one value of them.
-_UNET = {"normalization": "GroupNorm", "attention_type": "ddpm", "conv_size": 3}
-_REFINENET = {"normalization": "InstanceNorm++", "interpolation": "bilinear"}
-
-# model.name to what it can have of these options.
-NAMES = {
-    "ddpm": _UNET,
-    "ncsn": _REFINENET | {"scale_by_sigma": False},
-    "ncsnpp": _UNET,
-    "ncsnv2_64": _REFINENET | {"scale_by_sigma": True},
-    "ncsnv2_128": _REFINENET | {"scale_by_sigma": True},
-    "ncsnv2_256": _REFINENET | {"scale_by_sigma": True},
+# model.name -> what builds it: (config, number of channels it gives) -> network.
+NETWORKS: dict[str, Callable[[ConfigDict, int], nn.Module]] = {
+    "ncsnpp": NCSNpp.from_config,
+    "ddpm": DDPM.from_config,
+    "ncsn": partial(RefineNet.from_config, layout="64", conditional=True),
+    "ncsnv2_64": partial(RefineNet.from_config, layout="64"),
+    "ncsnv2_128": partial(RefineNet.from_config, layout="128"),
+    "ncsnv2_256": partial(RefineNet.from_config, layout="256"),
 }
 
 
 def create_model(config: ConfigDict) -> nn.Module:
     """The network of `config.model.name`, on the CPU, its weights drawn from the global generator.
 
-    Call it as `model(x, cond)`, with `x` (B, C, H, W) as the data scaler leaves it and `cond` (B,).
-    It returns a tensor of the shape of `x`; where `config.training.sde` is 'poisson', the pair of
-    that tensor and the field's z entry (B,).
+    Call it as `model(x, noise_label)`, with `x` (B, C, H, W) as the data scaler leaves it and
+    `noise_label` (B,). It returns a tensor of the shape of `x`; where the method needs a channel
+    more, the pair of that tensor and the channel's spatial mean (B,), which is the Poisson field.
 
     Raises:
         ValueError: an option has an unknown value, two options do not go together, or the levels
             do not divide the image size.
     """
-    data, model, training = config.data, config.model, config.training
-    name = one_of("name", model.name, NAMES)
-    for option, known in NAMES[name].items():
-        one_of(option, model.get(option, known), (known,))
-    _check_whole("nf", (model.nf,))
-    _check_whole("num_scales", (model.num_scales,))
-    field_output = training.get("sde", "").lower() == "poisson"
-    options = {
-        "image_size": data.image_size,
-        "channels": data.num_channels,
-        "centered": data.centered,
-        "nf": model.nf,
-        "nonlinearity": model.nonlinearity.lower(),
-        "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
-    }
-
-    if NAMES[name] is not _UNET:
-        if field_output:
-            raise ValueError(
-                f"model.name = {name!r} numbers its noise levels and has no Poisson field; "
-                "use 'ncsnpp' or 'ddpm' with training.sde = 'poisson'"
-            )
-        if model.get("checkpoint_activations", False):
-            raise ValueError(
-                "model.checkpoint_activations is for the networks 'ncsnpp' and 'ddpm', "
-                f"not {model.name!r}"
-            )
-        layout = "64" if name == "ncsn" else name.removeprefix("ncsnv2_")
-        return RefineNet(layout=layout, conditional=name == "ncsn", **options)
-
-    _check_whole("ch_mult", model.ch_mult)
-    _check_whole("num_res_blocks", (model.num_res_blocks,))
-    options |= {
-        "field_output": field_output,
-        "ch_mult": tuple(model.ch_mult),
-        "num_res_blocks": model.num_res_blocks,
-        "attn_resolutions": tuple(model.attn_resolutions),
-        "conditional": model.conditional,
-        "resamp_with_conv": model.resamp_with_conv,
-        "dropout": model.dropout,
-        "scale_by_sigma": model.scale_by_sigma,
-        "checkpoint_activations": model.get("checkpoint_activations", False),
-    }
-    if name == "ddpm":
-        return DDPM(**options)
-
-    embedding_type = model.embedding_type.lower()
-    if embedding_type == "fourier" and not training.get("continuous", True):
-        raise ValueError(
-            "model.embedding_type = 'fourier' takes the log of a noise level, but with "
-            "training.continuous = False the levels are numbered from 0; use 'positional'"
-        )
-    return NCSNpp(
-        **options,
-        embedding_type=embedding_type,
-        fourier_scale=model.get("fourier_scale", 16),
-        resblock_type=model.resblock_type.lower(),
-        fir_kernel=tuple(model.fir_kernel) if model.fir else None,
-        progressive=model.progressive.lower(),
-        progressive_input=model.progressive_input.lower(),
-        progressive_combine=model.progressive_combine.lower(),
-        init_scale=model.init_scale,
-        skip_rescale=model.skip_rescale,
-    )
+    extra = method_class(config).extra_channels
+    name = one_of("name", config.model.name, NETWORKS)
+    network = NETWORKS[name](config, config.data.num_channels + extra)
+    if extra:  # a hook, and no wrapper, which would rename the weights
+        network.register_forward_hook(_field)
+    return network
 
 
-def _check_whole(option: str, values: Sequence[int]) -> None:
-    """Command lines can put anything into a tuple, and a network of no levels is no network."""
-    if not values or not all(isinstance(value, int) and value >= 1 for value in values):
-        raise ValueError(
-            f"model.{option} must be whole numbers of at least 1, not "
-            f"{', '.join(map(repr, values)) or 'nothing'}"
-        )
+def _field(network: nn.Module, inputs: tuple, output: Tensor) -> tuple[Tensor, Tensor]:
+    return output[:, :-1], output[:, -1].mean(dim=(1, 2))

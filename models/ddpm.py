@@ -1,6 +1,8 @@
 """The U-Net of DDPM: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239)."""
 
-from models.ncsnpp import NCSNpp
+from typing import Self
+
+from models.ncsnpp import NCSNpp, unet_options
 
 
 class DDPM(NCSNpp):
@@ -8,6 +10,11 @@ class DDPM(NCSNpp):
 
     Takes the arguments of `NCSNpp` that remain, and is called like it.
     """
+
+    @classmethod
+    def from_config(cls, config, out_channels: int) -> Self:
+        """The network that `config.model` describes; see `NETWORKS`."""
+        return cls(**unet_options(config, out_channels))
 
     def __init__(self, **options):
         super().__init__(

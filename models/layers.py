@@ -34,6 +34,15 @@ def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
     return value
 
 
+def check_whole(option: str, values: Sequence[int]) -> None:
+    """Command lines can put anything into a tuple, and a network of no levels is no network."""
+    if not values or not all(isinstance(value, int) and value >= 1 for value in values):
+        raise ValueError(
+            f"model.{option} must be whole numbers of at least 1, not "
+            f"{', '.join(map(repr, values)) or 'nothing'}"
+        )
+
+
 def check_size(height: int, width: int, *, halvings: int) -> None:
     """Raises a ValueError unless an image can be halved `halvings` times."""
     if height % 2**halvings or width % 2**halvings:
@@ -108,8 +117,8 @@ class FourierFeatures(nn.Module):
         super().__init__()
         self.W = nn.Parameter(torch.randn(size) * scale, requires_grad=False)
 
-    def forward(self, cond: Tensor) -> Tensor:
-        angles = 2 * math.pi * torch.outer(cond.log(), self.W)
+    def forward(self, noise_label: Tensor) -> Tensor:
+        angles = 2 * math.pi * torch.outer(noise_label.log(), self.W)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -123,10 +132,11 @@ class PositionalFeatures(nn.Module):
         super().__init__()
         self.size = size
 
-    def forward(self, cond: Tensor) -> Tensor:
-        cond = cond.to(torch.promote_types(cond.dtype, torch.float32))  # half is too coarse
-        frequencies = torch.logspace(0, -4, self.size // 2, dtype=cond.dtype, device=cond.device)
-        angles = torch.outer(cond, frequencies)
+    def forward(self, noise_label: Tensor) -> Tensor:
+        dtype = torch.promote_types(noise_label.dtype, torch.float32)  # half is too coarse
+        label = noise_label.to(dtype)
+        frequencies = torch.logspace(0, -4, self.size // 2, dtype=dtype, device=label.device)
+        angles = torch.outer(label, frequencies)
         return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.size % 2))
 
 

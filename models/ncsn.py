@@ -9,13 +9,20 @@ The parts have the names and the order of the published weights.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import ACTIVATIONS, Activation, check_size, one_of
+from models.layers import (
+    ACTIVATIONS,
+    Activation,
+    check_size,
+    check_whole,
+    geometric_sigmas,
+    one_of,
+)
 
 Norm = Callable[[int], nn.Module]
 
@@ -241,20 +248,58 @@ class RefineBlock(nn.Module):
 
 
 class RefineNet(nn.Module):
-    """Images `x` (B, channels, H, W) at the noise levels numbered `cond` (B,), to the same shape.
+    """From images (B, channels, H, W) and the numbers (B,) of their noise levels to the same shape.
 
     Args:
         layout: encoder of `LAYOUTS`, named by the image size it was made for.
         image_size: height and width it is meant for.
-        conditional: every norm depends on `cond` (NCSN); else none does, and the output is
+        conditional: every norm depends on the noise level (NCSN); else none does, and the output is
             divided by the noise level instead (NCSNv2).
-        sigmas: the noise levels (num_scales,) that `cond` numbers.
+        sigmas: the noise levels (num_scales,) that the labels number.
         centered: `x` is in [-1, 1]; else in [0, 1], and is centred first.
         nf, channels, nonlinearity: as of `NCSNpp`.
 
     Raises:
         ValueError: the nonlinearity is unknown, or the image cannot be halved as often as needed.
     """
+
+    @classmethod
+    def from_config(
+        cls, config, out_channels: int, *, layout: str, conditional: bool = False
+    ) -> Self:
+        """The network that `config.model` describes; see `NETWORKS`."""
+        data, model = config.data, config.model
+        check_whole("nf", (model.nf,))
+        check_whole("num_scales", (model.num_scales,))
+        if out_channels != data.num_channels:
+            raise ValueError(
+                f"model.name = {model.name!r} gives the channels of the image and no more, as "
+                "the Poisson field needs; use 'ncsnpp' or 'ddpm'"
+            )
+        if config.training.continuous:
+            raise ValueError(
+                f"model.name = {model.name!r} numbers its noise levels; it needs "
+                "training.continuous = False, or use 'ncsnpp' or 'ddpm'"
+            )
+        if model.scale_by_sigma == conditional:
+            raise ValueError(
+                f"model.name = {model.name!r} has model.scale_by_sigma = {not conditional}"
+            )
+        if model.checkpoint_activations:
+            raise ValueError(
+                "model.checkpoint_activations is for the networks 'ncsnpp' and 'ddpm', "
+                f"not {model.name!r}"
+            )
+        return cls(
+            layout=layout,
+            image_size=data.image_size,
+            conditional=conditional,
+            sigmas=geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
+            channels=data.num_channels,
+            nf=model.nf,
+            nonlinearity=model.nonlinearity.lower(),
+            centered=data.centered,
+        )
 
     def __init__(
         self,
@@ -297,9 +342,9 @@ class RefineNet(nn.Module):
         self.decoder = nn.ModuleDict({name: decoder[name] for name in sorted(decoder)})
         self.ascent = [level.decoder for level in reversed(levels)]
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
         check_size(*x.shape[2:], halvings=self.halvings)
-        labels = cond.long()
+        labels = noise_label.round().long()
         h = self.begin_conv(x if self.centered else 2 * x - 1)
 
         skips = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from models.layers import (
     ResBlock,
     Upsample,
     check_size,
+    check_whole,
     conv,
     dense,
+    geometric_sigmas,
     group_norm,
     one_of,
     residual_sum,
@@ -165,22 +168,43 @@ class DecoderLevel(nn.Module):
         return h, pyramid
 
 
-class NCSNpp(nn.Module):
-    """U-Net for images `x` (B, channels, H, W) at noise levels `cond` (B,).
+def unet_options(config, out_channels: int) -> dict:
+    """The arguments that every U-Net here takes from `config`; ValueError where one is unusable."""
+    data, model = config.data, config.model
+    check_whole("nf", (model.nf,))
+    check_whole("num_scales", (model.num_scales,))
+    check_whole("ch_mult", model.ch_mult)
+    check_whole("num_res_blocks", (model.num_res_blocks,))
+    return {
+        "image_size": data.image_size,
+        "channels": data.num_channels,
+        "out_channels": out_channels,
+        "centered": data.centered,
+        "nf": model.nf,
+        "nonlinearity": model.nonlinearity.lower(),
+        "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
+        "ch_mult": tuple(model.ch_mult),
+        "num_res_blocks": model.num_res_blocks,
+        "attn_resolutions": tuple(model.attn_resolutions),
+        "conditional": model.conditional,
+        "resamp_with_conv": model.resamp_with_conv,
+        "dropout": model.dropout,
+        "scale_by_sigma": model.scale_by_sigma,
+        "checkpoint_activations": model.checkpoint_activations,
+    }
 
-    Returns (B, channels, H, W); with `field_output` the Poisson field at (x, z = cond), a pair of
-    (B, channels, H, W) and its z entry (B,), the spatial mean of one more output channel
-    (Xu et al., "Poisson Flow Generative Models", arXiv 2209.11178).
+
+class NCSNpp(nn.Module):
+    """U-Net from images (B, channels, H, W) and noise labels (B,) to (B, out_channels, H, W).
 
     Args:
         image_size: height and width it is meant for; decides which levels have attention.
-        channels: of the image.
-        field_output: return the Poisson field instead of one tensor.
+        channels, out_channels: of the image, and of the output.
         nf: channels at the first level; level i has `nf * ch_mult[i]` at `image_size / 2^i`.
         num_res_blocks: residual blocks for each level of the encoder (one more in the decoder).
         attn_resolutions: image sizes at which attention follows the blocks.
-        embedding_type: of `cond`, 'fourier' (of its log) or 'positional'.
-        conditional: embed `cond` in every block; without it only `scale_by_sigma` reads it.
+        embedding_type: of the noise label, 'fourier' (of its log) or 'positional'.
+        conditional: embed the label in every block; without it only `scale_by_sigma` reads it.
         resblock_type: 'biggan' resamples inside residual blocks, 'ddpm' between them.
         resamp_with_conv: the resampling of 'ddpm' has a convolution.
         fir_kernel: taps of the resampling filter, as (1, 3, 3, 1); None for nearest pixel and mean.
@@ -192,9 +216,9 @@ class NCSNpp(nn.Module):
         init_scale: initial variance scale of the last layer of each branch, 0 for almost 0.
         skip_rescale: divide residual sums by sqrt(2).
         fourier_scale: standard deviation of the Fourier frequencies.
-        scale_by_sigma: divide the output by the noise level: `sigmas[cond]` where the embedding is
-            'positional', `cond` itself where it is 'fourier'.
-        sigmas: noise levels (num_scales,) that `cond` numbers.
+        scale_by_sigma: divide the output by the noise level: `sigmas[label]` where the embedding is
+            'positional', the label itself where it is 'fourier'.
+        sigmas: noise levels (num_scales,) that the labels number.
         centered: `x` is in [-1, 1]; else in [0, 1], and is centred first.
         group_width: channels of a norm's group, at least.
         checkpoint_activations: keep only the inputs of residual and attention blocks for backward,
@@ -204,12 +228,34 @@ class NCSNpp(nn.Module):
         ValueError: an option's value is unknown, or the levels do not divide the image size.
     """
 
+    @classmethod
+    def from_config(cls, config, out_channels: int) -> Self:
+        """The network that `config.model` describes; see `NETWORKS`."""
+        model = config.model
+        if model.embedding_type.lower() == "fourier" and not config.training.continuous:
+            raise ValueError(
+                "model.embedding_type = 'fourier' takes the log of a noise level, but with "
+                "training.continuous = False the levels are numbered from 0; use 'positional'"
+            )
+        return cls(
+            **unet_options(config, out_channels),
+            embedding_type=model.embedding_type.lower(),
+            fourier_scale=model.fourier_scale,
+            resblock_type=model.resblock_type.lower(),
+            fir_kernel=tuple(model.fir_kernel) if model.fir else None,
+            progressive=model.progressive.lower(),
+            progressive_input=model.progressive_input.lower(),
+            progressive_combine=model.progressive_combine.lower(),
+            init_scale=model.init_scale,
+            skip_rescale=model.skip_rescale,
+        )
+
     def __init__(
         self,
         *,
         image_size: int,
         channels: int = 3,
-        field_output: bool = False,
+        out_channels: int = 3,
         nf: int = 128,
         ch_mult: Sequence[int] = (1, 2, 2, 2),
         num_res_blocks: int = 4,
@@ -241,7 +287,7 @@ class NCSNpp(nn.Module):
         one_of("progressive_combine", progressive_combine, ("cat", "sum"))
         act = ACTIVATIONS[one_of("nonlinearity", nonlinearity, ACTIVATIONS)]
 
-        self.act, self.centered, self.field_output = act, centered, field_output
+        self.act, self.centered = act, centered
         self.conditional, self.scale_by_sigma = conditional, scale_by_sigma
         self.halvings = len(ch_mult) - 1
         check_size(image_size, image_size, halvings=self.halvings)
@@ -324,7 +370,6 @@ class NCSNpp(nn.Module):
         self.middle2 = block(width, width)
 
         self.decoder = nn.ModuleList()
-        out_channels = channels + field_output
         for i, (level_width, attend) in reversed(list(enumerate(levels))):
             stages = []
             for k in range(num_res_blocks + 1):
@@ -350,9 +395,9 @@ class NCSNpp(nn.Module):
         if progressive != "output_skip":
             self.head = head(width, out_channels, init_scale=init_scale)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
         check_size(*x.shape[2:], halvings=self.halvings)
-        emb = self._embed(cond, x.dtype) if self.conditional else None
+        emb = self._embed(noise_label, x.dtype) if self.conditional else None
         if not self.centered:
             x = 2 * x - 1
 
@@ -371,13 +416,11 @@ class NCSNpp(nn.Module):
         out = pyramid if self.head is None else self.head(h)
 
         if self.scale_by_sigma:
-            sigma = cond if self.sigmas is None else self.sigmas[cond.long()]
+            sigma = noise_label if self.sigmas is None else self.sigmas[noise_label.long()]
             out = out / sigma.to(out.dtype)[:, None, None, None]
-        if self.field_output:
-            return out[:, :-1], out[:, -1].mean(dim=(1, 2))
         return out
 
-    def _embed(self, cond: Tensor, dtype: torch.dtype) -> Tensor:
-        """The noise level's embedding (B, 4 nf), activated, as all blocks take it."""
-        emb = self.dense1(self.features(cond).to(dtype))
+    def _embed(self, noise_label: Tensor, dtype: torch.dtype) -> Tensor:
+        """The label's embedding (B, 4 nf), activated, as all blocks take it."""
+        emb = self.dense1(self.features(noise_label).to(dtype))
         return self.act(self.dense2(self.act(emb)))

@@ -1,0 +1,241 @@
+"""Poisson flow (Xu, Liu, Tegmark and Jaakkola 2022, arXiv 2209.11178)."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from methods.base import Method, Network, Preconditioning, spread
+from methods.field import poisson_field
+from sources.batch import Batch
+
+
+class PoissonRange(NamedTuple):
+    """How far perturbations reach, and the prior plane that follows."""
+
+    M: int
+    z_max: float
+    upper_norm: float
+
+
+def poisson_range(
+    data_norm: float, data_dim: int, sigma: float = 0.01, tau: float = 0.03
+) -> PoissonRange:
+    """The range of a Poisson flow for data of a given size.
+
+    Args:
+        data_norm: mean Euclidean norm of the scaled images.
+        data_dim: D = C * H * W.
+        sigma, tau: `model.sigma_end` and `training.tau`.
+
+    Raises:
+        ValueError: a number is not positive, or the data are no larger than their perturbation.
+
+    Source: Xu et al. 2022 (arXiv 2209.11178), appendix B.1.1.
+    """
+    if not min(data_norm, data_dim, sigma, tau) > 0:
+        raise ValueError("data_norm, data_dim, sigma and tau must all be positive")
+    ratio = data_norm**2 / (2 * math.sqrt(data_dim) * sigma**2)
+    if ratio <= 1:
+        raise ValueError(f"data of norm {data_norm:g} are lost in perturbations of sigma {sigma:g}")
+    return range_of(int(0.75 * math.log(ratio) / math.log(1 + tau)) + 1, data_dim, sigma, tau)
+
+
+def range_of(m: int, data_dim: int, sigma: float, tau: float) -> PoissonRange:
+    """z_max and upper_norm for `M = m`; the arguments of `poisson_range`, and its source."""
+    reach = sigma * (1 + tau) ** m
+    return PoissonRange(m, math.sqrt(2 / math.pi) * reach, math.sqrt(data_dim) * reach)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples(Batch):
+    """Images perturbed to the heights `z` (B,)."""
+
+    z: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisson(Method):
+    """Poisson flow: data are charges on the plane z = 0, samples follow field lines back to it.
+
+    The network gives one channel more than the image has; the field's z entry is its spatial mean.
+
+    Attributes:
+        sigma_end: scale of the smallest perturbation.
+        tau, M: perturbations grow as (1 + tau)^m, m in [0, M].
+        restrict_M: whether points that start within 0.005 of the plane keep m below 0.7 M.
+        gamma: see `poisson_field`.
+        z_max, z_min: height of the prior plane, and where sampling stops.
+        z_exp: below this height the z entry of the field is inferred from the x entries.
+        upper_norm: largest norm of a prior sample.
+    """
+
+    sigma_end: float
+    tau: float
+    M: float
+    restrict_M: bool
+    gamma: float
+    z_max: float
+    z_min: float
+    z_exp: float
+    upper_norm: float
+
+    extra_channels = 1
+    uses_reference_batch = True
+
+    @classmethod
+    def from_config(cls, config):
+        training, sampling = config.training, config.sampling
+        for section, key in ((training, "M"), (sampling, "z_max"), (sampling, "upper_norm")):
+            if section[key] is None:
+                raise ValueError(
+                    f"{'training' if key == 'M' else 'sampling'}.{key} is open: training measures "
+                    "it at its first start; python3 hyper_parameters.py --config FILE prints it"
+                )
+        if not 0 < sampling.z_min < sampling.z_max:
+            raise ValueError(
+                f"sampling.z_min must lie between 0 and sampling.z_max: "
+                f"{sampling.z_min} and {sampling.z_max} do not"
+            )
+        if training.M < 1:
+            raise ValueError(f"training.M must be at least 1, not {training.M}")
+        return cls(
+            sigma_end=config.model.sigma_end,
+            tau=training.tau,
+            M=training.M,
+            restrict_M=training.restrict_M,
+            gamma=training.gamma,
+            z_max=sampling.z_max,
+            z_min=sampling.z_min,
+            z_exp=sampling.z_exp,
+            upper_norm=sampling.upper_norm,
+        )
+
+    @classmethod
+    def measure(cls, config, mean_norm):
+        data, training, sampling = config.data, config.training, config.sampling
+        given = {
+            "training.M": training.M,
+            "sampling.z_max": sampling.z_max,
+            "sampling.upper_norm": sampling.upper_norm,
+        }
+        if None not in given.values():
+            return {}
+        dim, scales = data.num_channels * data.image_size**2, (config.model.sigma_end, training.tau)
+        if training.M is None:
+            found = poisson_range(mean_norm(), dim, *scales)
+        else:
+            found = range_of(training.M, dim, *scales)
+        pairs = zip(given.items(), found, strict=True)
+        return {key: value for (key, old), value in pairs if old is None}
+
+    # --- training ---
+
+    def draw(self, batch, generator=None):
+        points = self.perturb(batch.images, generator)
+        x, z = points[:, :-1].view_as(batch.images), points[:, -1]
+        return Examples(images=x, labels=batch.labels, z=z)
+
+    def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Augmented points (B, D+1) around images `x` (B, C, H, W) (Algorithm 2)."""
+        draw = {"generator": generator, "device": x.device, "dtype": x.dtype}
+        z_noise = torch.randn(len(x), 1, **draw)
+        m = self.restrict(
+            torch.rand(len(x), 1, **draw) * self.M, z_noise, torch.rand(len(x), 1, **draw)
+        )
+        radial_noise = torch.randn(len(x), x[0].numel(), **draw)
+        direction = torch.randn(len(x), x[0].numel(), **draw)
+        return self.displace(x, m, z_noise, radial_noise, direction)
+
+    def restrict(self, m: Tensor, z_noise: Tensor, uniform: Tensor) -> Tensor:
+        """Exponents (B, 1) with those of points near the plane redrawn from U[0, floor(0.7 M)]."""
+        if not self.restrict_M:
+            return m
+        near = self.sigma_end * z_noise.abs() < 0.005
+        return torch.where(near, uniform * math.floor(0.7 * self.M), m)
+
+    def displace(
+        self, x: Tensor, m: Tensor, z_noise: Tensor, radial_noise: Tensor, direction: Tensor
+    ) -> Tensor:
+        """Algorithm 2 given its draws: m, z_noise (B, 1), radial_noise and direction (B, D)."""
+        scale = self.sigma_end * (1 + self.tau) ** m
+        radius = scale * radial_noise.norm(dim=1, keepdim=True)
+        direction = direction / direction.norm(dim=1, keepdim=True)
+        return torch.cat([x.flatten(1) + radius * direction, scale * z_noise.abs()], dim=1)
+
+    def target(self, examples, reference):
+        points = torch.cat([examples.images.flatten(1), examples.z[:, None]], dim=1)
+        return poisson_field(points, reference.images, self.gamma)
+
+    def predict(self, net, examples):
+        x, z = self.field(net, examples.images, examples.z)
+        return torch.cat([x.flatten(1), z[:, None]], dim=1)
+
+    # --- sampling ---
+
+    def field(self, net: Network, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The predicted field, (B, C, H, W) and (B,), at `x` (B, C, H, W) and heights `z` (B,)."""
+        return Preconditioning(c_noise=lambda z: z.clamp(min=1e-10))(net, x, z)
+
+    def slope(self, net, y, sigma):
+        """dx/dz = v_x / v_z (B, C, H, W) along the field line at (y, z = sigma) (equation 6).
+
+        Near the plane the small v_z is hard to learn; below `z_exp` it follows from the length of
+        v_x, which fixes the distance rho to the charges (appendix B.2.3 of the paper).
+        """
+        z = torch.as_tensor(sigma, dtype=y.dtype, device=y.device)
+        v_x, v_z = self.field(net, y, z.expand(len(y)))
+        sqrt_dim = math.sqrt(y[0].numel())
+        a = (v_x.flatten(1).norm(dim=1) / sqrt_dim).clamp(max=1 - 1e-5)
+        rho = torch.hypot(self.gamma * a / (1 - a), z)
+        v_z = torch.where(z < self.z_exp, -sqrt_dim * z / (rho + self.gamma), v_z)
+        return v_x / spread(v_z + 1e-5, y)
+
+    def ode(self, net, x, t):
+        """dx/dt = z dx/dz with t = log z."""
+        z = torch.as_tensor(t, dtype=x.dtype, device=x.device).exp()
+        return z * self.slope(net, x, z)
+
+    @property
+    def t_prior(self) -> float:
+        return math.log(self.z_max)
+
+    @property
+    def t_data(self) -> float:
+        return math.log(self.z_min)
+
+    def sigma(self, t):
+        """The height z: the kernel of a charge at height z is a Cauchy distribution of scale z."""
+        return t.exp()
+
+    def time(self, sigma):
+        return sigma.log()
+
+    def perturb_at(self, images, t, generator=None):
+        """Where field lines of a charge at each image cross the height z = exp(t)."""
+        draw = {"generator": generator, "device": images.device, "dtype": images.dtype}
+        noise, radius = torch.randn(images.shape, **draw), torch.randn(len(images), **draw)
+        return images + spread(self.sigma(t) / radius.abs(), images) * noise
+
+    def prior_sampling(self, shape, generator=None, device="cpu"):
+        """Where field lines of a far point charge cross z = z_max: a D-variate Cauchy distribution.
+
+        Its heavy tail is cut: norms are kept within [1, upper_norm], as published.
+        """
+        x = torch.randn(shape, generator=generator, device=device).flatten(1)
+        x = self.z_max * x / torch.randn(len(x), 1, generator=generator, device=device).abs()
+        norm = x.norm(dim=1, keepdim=True)
+        return (x * (norm.clamp(1, self.upper_norm) / norm)).view(shape)
+
+    def prior_norms(self, dim):
+        """Up to the largest; with larger ones the network has not been trained."""
+        return self.upper_norm / 4, self.upper_norm
+
+    def prior_logp(self, x):
+        """log of z_max Gamma((D+1)/2) / pi^((D+1)/2) (||x||^2 + z_max^2)^(-(D+1)/2)."""
+        half = 0.5 * (x[0].numel() + 1)
+        squared = x.double().flatten(1).square().sum(1) + self.z_max**2
+        constant = math.log(self.z_max) + math.lgamma(half) - half * math.log(math.pi)
+        return (constant - half * squared.log()).to(x.dtype)

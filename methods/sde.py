@@ -1,0 +1,361 @@
+"""Score SDEs: VE, VP and sub-VP (Song et al. 2021, arXiv 2011.13456)."""
+
+import abc
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from methods.base import Method, Network, Preconditioning, spread
+from sources.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples(Batch):
+    """Perturbed images at times `t` (B,), and the `noise` (B, C, H, W) of variance 1 in them."""
+
+    t: Tensor
+    noise: Tensor
+
+
+def reverse(
+    drift: Tensor, diffusion: Tensor, score: Tensor, probability_flow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What runs an SDE backwards (equation 6), or one step of a Markov chain (appendix E).
+
+    Args:
+        drift, diffusion: of `SDE.sde` or `SDE.discretize`, (B, C, H, W) and () or (B,).
+        score: at the same x and t, (B, C, H, W).
+        probability_flow: give the ODE of the same marginals (equation 13).
+
+    Returns:
+        Drift and diffusion, of the same shapes; time runs backwards, so x <- x - drift + noise.
+    """
+    share = 0.5 if probability_flow else 1.0
+    drift = drift - share * spread(diffusion**2, score) * score
+    return drift, torch.zeros_like(diffusion) if probability_flow else diffusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDE(Method):
+    """Noise is added by dx = c(t) x dt + g(t) dw, t in [0, 1], and removed by the learned score.
+
+    An SDE is its marginal (`alpha`, `std`), its coefficients (`coefficients`), its prior
+    N(0, prior_std^2 I) and the preconditioning that makes the network's output the predicted noise;
+    everything else, and what runs backwards, is derived from these here.
+
+    Attributes:
+        N: steps of the discretisation, or noise levels of a discretely trained network; >= 2.
+        continuous: trained at all times, else at the N levels (SMLD, DDPM).
+        likelihood_weighting: the loss is weighted to bound the likelihood (arXiv 2101.09258).
+    """
+
+    N: int
+    continuous: bool
+    likelihood_weighting: bool
+
+    t_prior = 1.0
+    noisy_end = True
+    prior_std = 1.0
+    predictors = ("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "none")
+    correctors = ("langevin", "ald", "none")
+
+    @classmethod
+    def from_config(cls, config):
+        training, model = config.training, config.model
+        if model.num_scales < 2:
+            raise ValueError(f"model.num_scales must be at least 2, not {model.num_scales}")
+        if training.likelihood_weighting and not training.continuous:
+            raise ValueError(
+                "training.likelihood_weighting needs training.continuous: the losses of SMLD and "
+                "DDPM have no such weighting"
+            )
+        return cls(
+            N=model.num_scales,
+            continuous=training.continuous,
+            likelihood_weighting=training.likelihood_weighting,
+            **cls.range_from_config(config),
+        )
+
+    @classmethod
+    @abc.abstractmethod
+    def range_from_config(cls, config) -> dict[str, float]:
+        """The remaining attributes, from where to where the noise grows."""
+
+    @abc.abstractmethod
+    def std(self, t: Tensor) -> Tensor:
+        """Standard deviation of x at time `t` around alpha(t) times the data."""
+
+    @abc.abstractmethod
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """c and g of the SDE at time `t`, each of its shape."""
+
+    @property
+    @abc.abstractmethod
+    def precondition(self) -> Preconditioning:
+        """What the network is told, and how its output becomes the noise in x it predicts."""
+
+    def transition(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b of the Markov chain's step to time `t`, x <- a x + b noise: here Euler's."""
+        c, g = self.coefficients(t)
+        return 1 + c / self.N, g / math.sqrt(self.N)
+
+    def kernel(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and std at time `t` that the network is trained with."""
+        return self.alpha(t), self.std(t)
+
+    # What follows is the same for every SDE.
+
+    def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Drift (B, C, H, W) and diffusion (B,) at `x` and times `t` (B,)."""
+        c, g = self.coefficients(t)
+        return spread(c, x) * x, g.to(x)
+
+    def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, C, H, W) and standard deviation (B,), given the data `x`, at times `t` (B,)."""
+        return spread(self.alpha(t), x) * x, self.std(t)
+
+    def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f (B, C, H, W) and G (B,) of the chain's step x <- x + f + G noise to times `t` (B,)."""
+        a, b = self.transition(t)
+        return spread(a - 1, x) * x, b.to(x)
+
+    def ode(self, net, x, t):
+        t = torch.as_tensor(t, dtype=torch.float64)
+        return reverse(*self.sde(x, t), self.score(net, x, t), probability_flow=True)[0]
+
+    def score(self, net: Network, x: Tensor, t: Tensor) -> Tensor:
+        """The predicted score, the gradient of log p_t at `x` (B, C, H, W) and `t`, () or (B,)."""
+        return -self.precondition(net, x, t) / spread(self.kernel(t)[1], x)
+
+    def sigma(self, t):
+        return self.std(t) / self.alpha(t)
+
+    def slope(self, net, y, sigma):
+        """dy/dsigma = -std score, the predicted noise (Karras et al. 2022, arXiv 2206.00364)."""
+        t = self.time(torch.as_tensor(sigma, dtype=torch.float64))
+        return -spread(self.std(t), y) * self.score(net, spread(self.alpha(t), y) * y, t)
+
+    def perturb_at(self, images, t, generator=None):
+        draw = {"generator": generator, "device": images.device, "dtype": images.dtype}
+        mean, std = self.marginal_prob(images, t)
+        return mean + spread(std, images) * torch.randn(images.shape, **draw)
+
+    def draw(self, batch, generator=None):
+        x = batch.images
+        t = self.draw_times(len(x), generator, x.device)
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        alpha, std = (spread(c, x) for c in self.kernel(t))
+        return Examples(images=alpha * x + std * noise, labels=batch.labels, t=t, noise=noise)
+
+    def target(self, examples, reference):
+        """The noise: denoising score matching with the weight std^2 (equation 7).
+
+        At the noise levels of a discretely trained network this is the loss of SMLD (equation 1) or
+        DDPM (equation 3).
+        """
+        return examples.noise.flatten(1)
+
+    def predict(self, net, examples):
+        return self.precondition(net, examples.images, examples.t).flatten(1)
+
+    def weight(self, examples):
+        """1, or with `likelihood_weighting` g^2 / std^2, which gives the score's error g^2."""
+        if not self.likelihood_weighting:
+            return None
+        return (self.coefficients(examples.t)[1] / self.kernel(examples.t)[1]).square()
+
+    def draw_times(self, n: int, generator=None, device: torch.device | str = "cpu") -> Tensor:
+        """Times (n,) of a training step: uniform in [t_data, 1], or one of the N levels'."""
+        draw = {"generator": generator, "device": device}
+        if self.continuous:
+            t = torch.rand(n, dtype=torch.float64, **draw)
+            return self.t_data + (self.t_prior - self.t_data) * t
+        return torch.randint(self.N, (n,), **draw).double() / (self.N - 1)
+
+    def index(self, t: Tensor) -> Tensor:
+        """The last k (int64) of 0 .. N-1 whose time k / (N-1) is not after `t` but for rounding."""
+        return (t.double() * (self.N - 1) + 5e-4).long()
+
+    def prior_sampling(self, shape, generator=None, device="cpu"):
+        return self.prior_std * torch.randn(shape, generator=generator, device=device)
+
+    def prior_norms(self, dim):
+        """Up to where almost all prior samples lie."""
+        typical = self.prior_std * math.sqrt(dim)
+        return typical / 2, typical
+
+    def prior_logp(self, x):
+        scaled = x.double().flatten(1) / self.prior_std
+        constant = 0.5 * math.log(2 * math.pi) + math.log(self.prior_std)
+        return (-0.5 * scaled.square() - constant).sum(1).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VESDE(SDE):
+    """Variance exploding: the noise grows geometrically, the data stay (equation 9; SMLD).
+
+    Attributes:
+        sigma_min, sigma_max: the noise level at t = 0 and 1.
+    """
+
+    sigma_min: float
+    sigma_max: float
+
+    t_data = 1e-5
+
+    @classmethod
+    def range_from_config(cls, config):
+        return _rising(config, "sigma_min", "sigma_max")
+
+    @property
+    def prior_std(self) -> float:
+        return self.sigma_max
+
+    @property
+    def log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def std(self, t):
+        return self.sigma_min * (self.log_ratio * t).exp()
+
+    def coefficients(self, t):
+        return torch.zeros_like(t), self.std(t) * math.sqrt(2 * self.log_ratio)
+
+    def transition(self, t):
+        """One noise level up (equation 8)."""
+        sigma, lower = self.adjacent(t)
+        return torch.ones_like(sigma), (sigma**2 - lower**2).sqrt()
+
+    def ancestral_std(self, t: Tensor) -> Tensor:
+        """Noise of an ancestral step from `t`: that of x one level down, given x and the data."""
+        sigma, lower = self.adjacent(t)
+        return lower / sigma * (sigma**2 - lower**2).sqrt()
+
+    def adjacent(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise level of `t`, one of N, and the next lower one; 0 lies below the lowest."""
+        k, levels = self.index(t), self._levels.to(t.device, non_blocking=True)
+        return levels[k], torch.where(k > 0, levels[k - 1], 0.0)
+
+    @cached_property
+    def _levels(self) -> Tensor:
+        """The N noise levels, rising; rounded to float32, as networks were trained with them."""
+        ends = math.log(self.sigma_min), math.log(self.sigma_max)
+        return torch.linspace(*ends, self.N).exp().double()
+
+    def time(self, sigma):
+        return (sigma / self.sigma_min).log() / self.log_ratio
+
+    @property
+    def precondition(self):
+        """The network gives the score; it is told sigma, or the level's number from the top."""
+        label = self.std if self.continuous else self._label
+        return Preconditioning(c_noise=label, c_out=lambda t: -self.std(t))
+
+    def _label(self, t: Tensor) -> Tensor:
+        return ((1 - t) * (self.N - 1)).round().long()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPSDE(SDE):
+    """Variance preserving: data fade while noise comes up to variance 1 (equation 11; DDPM).
+
+    Attributes:
+        beta_min, beta_max: the rate beta(t) of forgetting rises linearly between them.
+    """
+
+    beta_min: float
+    beta_max: float
+
+    t_data = 1e-3
+
+    @classmethod
+    def range_from_config(cls, config):
+        return _rising(config, "beta_min", "beta_max", equal=True)
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def decay(self, t: Tensor) -> Tensor:
+        """The integral of beta from 0 to `t`."""
+        return t * self.beta_min + 0.5 * t**2 * (self.beta_max - self.beta_min)
+
+    def alpha(self, t):
+        return (-0.5 * self.decay(t)).exp()
+
+    def std(self, t):
+        return (-torch.expm1(-self.decay(t))).sqrt()
+
+    def coefficients(self, t):
+        return -0.5 * self.beta(t), self.beta(t).sqrt()
+
+    def transition(self, t):
+        """A step of DDPM (equation 10)."""
+        beta = self.beta(self.index(t).double() / (self.N - 1)) / self.N
+        return (1 - beta).sqrt(), beta.sqrt()
+
+    def ancestral_std(self, t: Tensor) -> Tensor:
+        """Noise of an ancestral step from `t`: as published, as much as the forward step adds."""
+        return self.transition(t)[1]
+
+    def kernel(self, t):
+        if self.continuous:
+            return super().kernel(t)
+        squared = self._alpha_squared.to(t.device, non_blocking=True)
+        variance = 1 - squared[self.index(t)]
+        return (1 - variance).sqrt(), variance.sqrt()
+
+    @cached_property
+    def _alpha_squared(self) -> Tensor:
+        """Squared alpha at each of the N levels of DDPM."""
+        _, b = self.transition(torch.arange(self.N, dtype=torch.float64) / (self.N - 1))
+        return (1 - b**2).cumprod(0)
+
+    def time(self, sigma):
+        return self._time_of_decay((sigma**2).log1p())
+
+    def _time_of_decay(self, decay: Tensor) -> Tensor:
+        growth = self.beta_max - self.beta_min
+        return 2 * decay / (self.beta_min + (self.beta_min**2 + 2 * growth * decay).sqrt())
+
+    @property
+    def precondition(self):
+        """The network gives the noise; it is told 999 t, or t (N - 1)."""
+        return Preconditioning(c_noise=lambda t: t * (999 if self.continuous else self.N - 1))
+
+
+class SubVPSDE(VPSDE):
+    """sub-VP: VP with less noise on the way (equation 12). It has no discrete form."""
+
+    predictors = ("euler_maruyama", "reverse_diffusion", "none")
+
+    @classmethod
+    def from_config(cls, config):
+        if not config.training.continuous:
+            raise ValueError("subvpsde has no discrete form: training.continuous must be True")
+        return super().from_config(config)
+
+    def std(self, t):
+        return -torch.expm1(-self.decay(t))
+
+    def coefficients(self, t):
+        c, g = super().coefficients(t)
+        return c, g * (-torch.expm1(-2 * self.decay(t))).sqrt()
+
+    def transition(self, t):
+        return SDE.transition(self, t)
+
+    def time(self, sigma):
+        return self._time_of_decay(2 * (sigma / 2).asinh())
+
+
+def _rising(config, low: str, high: str, equal: bool = False) -> dict[str, float]:
+    """Two values of `config.model` that must be positive and rise (or be equal)."""
+    first, last = config.model[low], config.model[high]
+    if not (0 < first < last or equal and 0 < first == last):
+        raise ValueError(
+            f"model.{low} must lie between 0 and model.{high}: {first} and {last} do not"
+        )
+    return {low: first, high: last}

@@ -1,0 +1,118 @@
+"""Predictors and correctors of a score SDE (Song et al. 2021, arXiv 2011.13456).
+
+One step at `x` (B, C, H, W) and time `t` () or (B,), given the score there and standard normal
+noise, both of the shape of `x`. Each returns the new x, and the new x without its noise.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from methods.base import Network, spread
+from methods.sde import SDE, reverse
+from solvers.base import Callback, Step, check_finite
+
+
+def euler_maruyama(
+    sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, probability_flow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A step of 1 / N of the reverse SDE, or of the probability flow."""
+    drift, diffusion = reverse(*sde.sde(x, t), score, probability_flow)
+    mean = x - drift / sde.N
+    return mean + spread(diffusion, x) / math.sqrt(sde.N) * noise, mean
+
+
+def reverse_diffusion(
+    sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, probability_flow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The step of the SDE's own discretisation, reversed (appendix E)."""
+    drift, diffusion = reverse(*sde.discretize(x, t), score, probability_flow)
+    mean = x - drift
+    return mean + spread(diffusion, x) * noise, mean
+
+
+def ancestral_sampling(
+    sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, probability_flow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A draw from the Markov chain one step back (equation 4, appendix F)."""
+    a, b = (spread(c, x) for c in sde.transition(t))
+    mean = (x + b**2 * score) / a
+    return mean + spread(sde.ancestral_std(t), x) * noise, mean
+
+
+def langevin(
+    sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, snr: float
+) -> tuple[Tensor, Tensor]:
+    """A Langevin step, its size from the mean norms of noise and score (algorithms 4 and 5)."""
+    a, _ = sde.transition(t)
+    ratio = snr * noise.flatten(1).norm(dim=1).mean() / score.flatten(1).norm(dim=1).mean()
+    return _langevin(x, score, noise, spread(a**2, x) * ratio**2)
+
+
+def ald(
+    sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, snr: float
+) -> tuple[Tensor, Tensor]:
+    """A step of annealed Langevin dynamics, its size from the noise level (arXiv 1907.05600)."""
+    a, _ = sde.transition(t)
+    return _langevin(x, score, noise, spread((a * snr * sde.std(t)) ** 2, x))
+
+
+def _langevin(x: Tensor, score: Tensor, noise: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x + 2 * size * score
+    return mean + 2 * size.sqrt() * noise, mean
+
+
+PREDICTORS = {
+    "euler_maruyama": euler_maruyama,
+    "reverse_diffusion": reverse_diffusion,
+    "ancestral_sampling": ancestral_sampling,
+    "none": None,
+}
+CORRECTORS = {"langevin": langevin, "ald": ald, "none": None}
+
+
+def predictor_corrector(
+    sde: SDE,
+    net: Network,
+    x: Tensor,
+    predictor: str = "reverse_diffusion",
+    corrector: str = "langevin",
+    generator: torch.Generator | None = None,
+    *,
+    n_steps_each: int = 1,
+    snr: float = 0.16,
+    probability_flow: bool = False,
+    noise_removal: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Integrates `x` (B, C, H, W) from the prior to the data in the SDE's N steps (algorithm 1).
+
+    Args:
+        sde, net: whose reverse.
+        x: a sample of the prior.
+        predictor, corrector: names in `sde.predictors` and `sde.correctors`.
+        generator: source of the noise, on the device of `x`.
+        n_steps_each: corrector steps before each step of the predictor.
+        snr: ratio that sets the corrector's step size, > 0.
+        probability_flow: the predictor follows the ODE.
+        noise_removal: leave out the noise of the last step.
+        callback: called before each of the N steps; its level is the time, its slope the score.
+
+    Raises:
+        FloatingPointError: the sample is not finite; the message says from when on.
+    """
+    predict, correct = PREDICTORS[predictor], CORRECTORS[corrector]
+    steps = [partial(correct, snr=snr)] * n_steps_each if correct else []
+    steps += [partial(predict, probability_flow=probability_flow)] if predict else []
+    mean = x
+    for i, t in enumerate(torch.linspace(sde.t_prior, sde.t_data, sde.N, dtype=torch.float64)):
+        for k, step in enumerate(steps):
+            score = sde.score(net, x, t)
+            if callback and k == 0:
+                callback(Step(i, t.item(), x, score))
+            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x, mean = step(sde, x, t, score, noise)
+        check_finite(x, t)
+    return mean if noise_removal else x

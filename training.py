@@ -1,0 +1,250 @@
+"""The training state and the step: optimiser, learning rate, clipping, EMA."""
+
+import contextlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+import distributed
+from losses import RegressionLoss
+from models import load_reference_state_dict
+from sources.batch import Batch
+
+
+def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int = 0) -> float:
+    """Share of the learning rate that update `step` (from 0) of `n_iters` uses.
+
+    It rises linearly over the first `warmup` updates and falls linearly to 0 over the last
+    `cooldown` ones.
+    """
+    rise = min(1.0, step / warmup) if warmup else 1.0
+    fall = min(1.0, (n_iters - step) / cooldown) if cooldown else 1.0
+    return rise * max(0.0, fall)
+
+
+class ExponentialMovingAverage:
+    """EMA of parameters; at update k the decay is min(decay, (1 + k) / (10 + k))."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        """Starts from a copy of `parameters`; `decay` in [0, 1]."""
+        self.decay = decay
+        self.num_updates = 0
+        self.shadow_params = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[nn.Parameter], applied: Tensor) -> None:
+        """Moves the EMA weights towards `parameters`, in the order of construction.
+
+        Where `applied`, a 0-d tensor on their device, is 0 and not 1, they stay as they are; the
+        decay counts the update nevertheless, as the learning rate does.
+        """
+        self.num_updates += 1
+        weight = 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        weights = [weight * applied] * len(self.shadow_params)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), weights)
+
+    @contextlib.contextmanager
+    def swapped_into(self, parameters: Iterable[nn.Parameter]):
+        """Within the `with` block, `parameters` hold the EMA weights."""
+        parameters = list(parameters)
+        self._swap(parameters)
+        try:
+            yield
+        finally:
+            self._swap(parameters)
+
+    def _swap(self, parameters: list[nn.Parameter]) -> None:
+        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+            shadow.data, parameter.data = parameter.data, shadow.data
+
+    def state_dict(self) -> dict:
+        return {
+            "decay": self.decay,
+            "num_updates": self.num_updates,
+            "shadow_params": self.shadow_params,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises KeyError or, where number or shapes of the parameters differ, ValueError."""
+        ours, given = ([p.shape for p in s["shadow_params"]] for s in (self.state_dict(), state))
+        if ours != given:
+            raise ValueError("the EMA weights have other shapes than the network's")
+        self.num_updates = state["num_updates"]  # the decay is the config's
+        for shadow, loaded in zip(self.shadow_params, state["shadow_params"], strict=True):
+            shadow.copy_(loaded)
+
+
+class TrainState:
+    """Everything that training changes: network, EMA weights, optimiser, step count."""
+
+    def __init__(self, config, model: nn.Module):
+        """Builds the optimiser and the EMA that `config.optim` and `config.model` ask for."""
+        optim, training = config.optim, config.training
+        if optim.optimizer != "Adam":
+            raise ValueError(f"unknown optimizer optim.optimizer={optim.optimizer!r}; known: Adam")
+        hyper = {
+            "betas": (optim.beta1, 0.999),
+            "eps": optim.eps,
+            "weight_decay": optim.weight_decay,
+            "amsgrad": optim.amsgrad,
+            "fused": True,
+        }
+        self.model = model
+        self.network = model  # what a step calls: `model`, or what `execution` makes of it
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.ema = ExponentialMovingAverage(self.parameters, config.model.ema_rate)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=optim.lr, **hyper)
+        self.hyper_parameters = hyper
+        self.step = 0
+        self.learning_rate = optim.lr
+        self.schedule = {
+            "n_iters": training.n_iters,
+            "warmup": optim.warmup,
+            "cooldown": optim.cooldown,
+        }
+        self.grad_clip = optim.grad_clip
+        self.accumulate = training.accumulate
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+
+    def load_network(self, state: dict) -> None:
+        """What evaluation needs: the network, its EMA weights and the step count.
+
+        `state` is a `state_dict()`, or a checkpoint of the published implementations, known by
+        the names of its weights.
+
+        Raises:
+            ValueError (also KeyError, TypeError, AttributeError, RuntimeError, from malformed
+            parts): `state` does not fit, and the network is in no defined state.
+        """
+        if state["model"].keys() == self.model.state_dict().keys():
+            self.model.load_state_dict(state["model"])
+        else:  # published EMA weights have no names, but the same order
+            load_reference_state_dict(self.model, state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.step = int(state["step"])
+
+    def load_state_dict(self, state: dict) -> None:
+        """Everything, to go on training; raises as `load_network` does."""
+        self.load_network(state)
+        for index, moments in state["optimizer"]["state"].items():
+            shapes = {getattr(moment, "shape", ()) for moment in moments.values()}
+            if not shapes <= {(), self.parameters[index].shape}:
+                raise ValueError("the optimizer's moments have other shapes than the weights")
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == parameter.shape:  # the fused step pairs memory, not indices
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
+        for group in self.optimizer.param_groups:
+            group |= self.hyper_parameters  # those of the config, also where a run resumes
+
+    def apply_gradient(self, finite: Tensor) -> None:
+        """Moves weights and EMA where `finite` (0-d bool, on their device) holds.
+
+        Elsewhere they stay as they are, and the optimiser too. No tensor is read by the host, so
+        that it need not wait for the device.
+        """
+        self.optimizer.found_inf = 1.0 - finite.float()  # the fused step heeds it
+        self.optimizer.step()
+        self.step += 1
+        self.ema.update(self.parameters, finite.float())
+
+    def is_finite(self) -> bool:
+        """Whether every trained parameter is."""
+        norms = torch.stack(torch._foreach_norm(self.parameters))
+        return bool(norms.isfinite().all())
+
+
+def train_step(
+    state: TrainState,
+    loss: RegressionLoss,
+    batch: Batch,
+    generator: torch.Generator | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """One update of `state` on `batch`.
+
+    Where the loss or its gradient is not finite, the step counts but is not applied. The host waits
+    for nothing.
+
+    Args:
+        state: what is updated.
+        loss: what is minimised.
+        batch: scaled images (B, C, H, W).
+        generator: source of every random draw but dropout's.
+        shard: what this process takes of the examples, (k, n) for the k-th of n equal shards; each
+            of the n is given the same batch and the same state of the generator.
+
+    Returns:
+        The loss of this process's examples, left on its device; nan where the step was not applied.
+    """
+    state.model.train()
+    state.optimizer.zero_grad()
+    value = accumulate_gradient(state, loss, batch, generator, shard)
+    for group in state.optimizer.param_groups:
+        group["lr"] = state.learning_rate * learning_rate_factor(state.step, **state.schedule)
+    limit = state.grad_clip if state.grad_clip >= 0 else math.inf
+    finite = nn.utils.clip_grad_norm_(state.parameters, limit).isfinite()
+    state.apply_gradient(finite)
+    return torch.where(finite, value, math.nan)
+
+
+def accumulate_gradient(
+    state: TrainState,
+    loss: RegressionLoss,
+    batch: Batch,
+    generator: torch.Generator | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """Adds the gradient of the batch's loss to the parameters'; returns this process's loss.
+
+    The examples of the whole batch are drawn once. Process k of n takes its shard of them in
+    `state.accumulate` = A micro-batches, of which number i is shard k A + i of n A. So neither n nor
+    A changes the gradient but by rounding; only dropout depends on them. The gradient of a loss that
+    is not finite is nan. For the arguments see `train_step`.
+    """
+    (rank, world), accumulate = shard, state.accumulate
+    examples = loss.draw(batch, generator)
+    values = []
+    for i in range(accumulate):
+        micro_batch = examples.shard(rank * accumulate + i, world * accumulate)
+        # the processes' gradients are averaged once, with the last micro-batch
+        alone = i < accumulate - 1 and distributed.world() > 1
+        with state.network.no_sync() if alone else contextlib.nullcontext():
+            value = loss.error(state.network, micro_batch, batch)
+            value.backward((1 + 0 * value.detach()) / accumulate)
+        values.append(value.detach())
+    return torch.stack(values).mean()
+
+
+@torch.no_grad()
+def held_out_loss(
+    state: TrainState,
+    loss: RegressionLoss,
+    batch: Batch,
+    generator: torch.Generator,
+    shard: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """The loss of `batch` with the weights that the network holds, over all processes.
+
+    It is computed in the micro-batches of a training step, so it needs no more memory. For the
+    arguments see `train_step`.
+    """
+    examples = loss.draw(batch, generator)
+    (rank, world), accumulate = shard, state.accumulate
+    if len(examples) % (accumulate * world):
+        (rank, world), accumulate = (0, 1), 1  # too few to be shared equally
+    values = [
+        loss.error(state.model, examples.shard(rank * accumulate + i, world * accumulate), batch)
+        for i in range(accumulate)
+    ]
+    return distributed.mean(torch.stack(values).mean())
