@@ -71,7 +71,7 @@ def rk45(
             reason = f"step below {smallest:.1e}" if finite else "state not finite"
             raise FloatingPointError(f"rk45 cannot go on at t = {t:.6g}: {reason}")
         if callback and not retry:
-            callback(Step(accepted, t, x, stages[0]))
+            callback(Step(accepted, t, x, stages[0].clone()))
         t_next = t + direction * step if step < abs(t_end - t) else t_end
         h = t_next - t
         for i in range(1, 6):

@@ -36,12 +36,11 @@ def golden():
 def poisson():
     """The Poisson method that the golden numbers were measured with."""
     return methods.Poisson(
-        sigma=0.01,
+        sigma_end=0.01,
         tau=0.03,
         M=291,
         restrict_M=True,
         gamma=5.0,
-        small_batch_size=16,
         z_max=40.0,
         z_min=1e-3,
         z_exp=5.0,

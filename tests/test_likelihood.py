@@ -151,7 +151,7 @@ def test_bits_per_dim_of_normal_data(name, divergence):
 
     assert error(data, stats.norm(mean, std)) < 5e-3
     ends = torch.tensor([sde.t_prior, sde.t_data], dtype=torch.float64)
-    signal, scale = sde.signal(ends), torch.hypot(sde.signal(ends) * std, sde.noise(ends))
+    signal, scale = sde.alpha(ends), torch.hypot(sde.alpha(ends) * std, sde.std(ends))
     ratio = scale[1] / scale[0]
     carried = stats.norm((signal[1] - signal[0] * ratio) * mean, sde.prior_std * ratio)
     config.sampling.rtol = config.sampling.atol = 1e-7

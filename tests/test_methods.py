@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known_laws import SDES, gaussian_network
 from scipy import stats
 
 import losses
 import methods
 from configs.poisson import cifar10_ddpmpp
+from methods import field as field_module
 from methods import poisson_field
 
 
@@ -39,7 +41,7 @@ def broadcast_field(points, charges, gamma):
 
 def test_perturbation_matches_published_draws(golden, poisson):
     z_noise = golden["perturb/z0_normal"].view(-1, 1)
-    near = (poisson.sigma * z_noise.abs() < 0.005).flatten()
+    near = (poisson.sigma_end * z_noise.abs() < 0.005).flatten()
     uniform = torch.zeros(16, 1)
     uniform[near, 0] = golden["perturb/restrict_uniform"]
     m = poisson.restrict(golden["perturb/m_drawn"].view(-1, 1), z_noise, uniform)
@@ -67,6 +69,7 @@ def test_loss_matches_published_loss(golden, poisson, reduce_mean):
 
     config = cifar10_ddpmpp.get_config()
     config.training.reduce_mean = reduce_mean
+    config.training.small_batch_size = len(golden["field/perturbed"])
     method = Fixed(**vars(poisson))
     loss_fn = losses.get_loss_fn(config, method)
     loss = loss_fn(lambda x, z: (torch.zeros_like(x), torch.zeros(len(x))), golden["field/data"])
@@ -87,7 +90,7 @@ def test_drift_matches_published_drift(golden, poisson, exact_network, i):
 @pytest.fixture(params=["double", "split"])
 def products(request, monkeypatch):
     """Both ways of the field's matrix products, whatever the device is fast at."""
-    monkeypatch.setattr(methods, "has_fast_double", lambda device: request.param == "double")
+    monkeypatch.setattr(field_module, "has_fast_double", lambda device: request.param == "double")
     return request.param
 
 
@@ -137,7 +140,7 @@ def test_split_products_are_accurate_at_any_scale(dim, low, high, seed):
 
     x, y = rows(5), rows(7)
     x[0] = 0
-    error = (methods.split_products(x, y) - x.double() @ y.double().T).abs()
+    error = (field_module.split_products(x, y) - x.double() @ y.double().T).abs()
     sizes = x.double().abs().amax(1)[:, None] * y.double().abs().amax(1) * dim
     assert (error <= 2.0**-29 * sizes).all()
 
@@ -146,7 +149,7 @@ def test_split_products_are_accurate_at_any_scale(dim, low, high, seed):
 def test_leading_bits_multiply_exactly(dim):
     """The largest sum of the products there can be: every entry just below its power of two."""
     x = torch.full((1, dim), 2.0).nextafter(torch.tensor(0.0))
-    high = methods.leading_bits(x)
+    high = field_module.leading_bits(x)
     assert (high == 2).all()  # 2^6 units, so that the sum can be 2^24 of them
     assert (high @ high.T).item() == (high.double() @ high.double().T).item()
 
@@ -155,14 +158,14 @@ def test_slow_double_is_told_from_fast(monkeypatch):
     known = {(8, 0): True, (9, 0): True, (8, 6): False, (8, 9): False, (12, 0): False}
     for capability, fast in known.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert methods.has_fast_double(torch.device("cuda")) == fast
-    assert methods.has_fast_double(torch.device("cpu"))
+        assert field_module.has_fast_double(torch.device("cuda")) == fast
+    assert field_module.has_fast_double(torch.device("cpu"))
 
 
 def test_full_float32_gives_back_what_it_found():
     torch.set_float32_matmul_precision("high")
     try:
-        with methods.full_float32():
+        with field_module.full_float32():
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -192,7 +195,7 @@ def test_field_does_not_depend_on_the_chunks(monkeypatch):
     points = torch.randn(9, 7, generator=generator)
     truth = broadcast_field(points, charges, 5.0)
     for chunk in (1, 7, 50, 51):
-        monkeypatch.setattr(methods, "FIELD_CHUNK", chunk)
+        monkeypatch.setattr(field_module, "FIELD_CHUNK", chunk)
         assert relative_error(poisson_field(points, charges, 5.0), truth) < 1e-6
 
 
@@ -332,3 +335,29 @@ def test_heights_must_be_ordered(key, value):
     config.sampling[key] = value
     with pytest.raises(ValueError, match=r"sampling\.z_min"):
         methods.get_method(config)
+
+
+@pytest.mark.parametrize("name", ["poisson", *SDES])
+def test_an_euler_step_to_zero_denoises(poisson, exact_network, name):
+    """With the exact network of one image every method's denoised image is that image."""
+    image = torch.full((1, 1, 2, 2), 0.25, dtype=torch.float64)
+    if name == "poisson":
+        method = replace(poisson, gamma=1e-9, z_exp=0.0)
+        net = exact_network(image, method.gamma)
+    else:
+        method = SDES[name]
+        net = gaussian_network(method, 0.25, 1e-9)
+    y = image + torch.randn(6, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    assert relative_error(method.denoise(net, y, 0.7), image.expand_as(y)) < 1e-3
+
+
+@pytest.mark.parametrize("t", [0.01, 0.5])
+@pytest.mark.parametrize("name", ["poisson", *SDES])
+def test_perturbed_images_have_the_marginal_of_their_time(poisson, name, t):
+    """Normal of mean alpha y and standard deviation alpha sigma; for Poisson flow Cauchy."""
+    method, y = SDES.get(name, poisson), torch.full((4000, 1, 1, 1), 0.25, dtype=torch.float64)
+    times = torch.full((4000,), t, dtype=torch.float64)
+    x = method.perturb_at(y, times, torch.Generator().manual_seed(0)).flatten()
+    alpha, sigma = method.alpha(times)[0].item(), method.sigma(times)[0].item()
+    law = stats.cauchy if name == "poisson" else stats.norm
+    assert stats.kstest(x.numpy(), law(alpha * 0.25, alpha * sigma).cdf).pvalue > 1e-3

@@ -16,24 +16,18 @@ from configs.subvp import cifar10_ddpmpp_continuous as subvp_config
 from configs.ve import cifar10_ncsnpp_continuous as ve_config
 from configs.vp import cifar10_ddpmpp_continuous as vp_config
 from methods import get_method
-from sampling import (
-    CORRECTORS,
-    FIXED_STEPS,
-    ODE_SOLVERS,
-    PREDICTORS,
-    forward_euler,
-    get_sampling_fn,
-    improved_euler,
-    multistep,
-    polynomial_levels,
-    predictor_corrector,
-    rk45,
-    solve_ode,
-    spherical_interpolation,
-    uniform_levels,
-)
+from sampling import get_sampling_fn, solve_ode, spherical_interpolation
+from solvers import SCHEDULES, SOLVERS, Counted, rk45
+from solvers.fixed_steps import euler, heun, multistep
+from solvers.predictor_corrector import CORRECTORS, PREDICTORS, predictor_corrector
 
-SOLVERS = {"forward_euler": forward_euler, "improved_euler": improved_euler, "multistep": multistep}
+FIXED_STEPS = [name for name, solver in SOLVERS.items() if solver.schedule]
+
+
+def solve(solver, f, x, levels, **options):
+    """The state at the last of `levels`, and the number of evaluations."""
+    f = Counted(f)
+    return solver(f, x, torch.as_tensor(levels, dtype=torch.float64), **options), f.calls
 
 
 def seeded(seed):
@@ -119,7 +113,7 @@ PROBLEMS = {
 def test_rk45_steps_as_scipy_does(name, tolerance):
     f, x, start, end = PROBLEMS[name]
     x = torch.tensor(x, dtype=torch.float64)
-    state, evaluations = rk45(f, x, start, end, rtol=tolerance, atol=tolerance)
+    state, evaluations = solve(rk45, f, x, [start, end], rtol=tolerance, atol=tolerance)
     truth = integrate.solve_ivp(
         lambda t, y: f(torch.from_numpy(y), t).numpy(),
         (start, end),
@@ -134,18 +128,17 @@ def test_rk45_steps_as_scipy_does(name, tolerance):
 
 def test_rk45_converges_to_the_solution():
     x = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    state, _ = rk45(
-        lambda x, t: torch.stack([x[1], -x[0]]), x, 0.0, 2 * math.pi, rtol=1e-10, atol=1e-10
-    )
+    times = torch.tensor([0.0, 2 * math.pi], dtype=torch.float64)
+    state = rk45(lambda x, t: torch.stack([x[1], -x[0]]), x, times, rtol=1e-10, atol=1e-10)
     assert (state - x).abs().max() < 1e-8
 
 
 def test_rk45_says_where_it_fails():
     """dx/dt = x^2 from 1 has a pole at t = 1."""
     with pytest.raises(FloatingPointError, match=r"rk45 cannot go on at t = (0\.99|1)"):
-        rk45(lambda x, t: x**2, torch.ones(1, dtype=torch.float64), 0.0, 2.0)
+        solve(rk45, lambda x, t: x**2, torch.ones(1, dtype=torch.float64), [0, 2])
     with pytest.raises(FloatingPointError, match="state not finite"):
-        rk45(lambda x, t: x * math.nan, torch.ones(1), 0.0, 1.0)
+        solve(rk45, lambda x, t: x * math.nan, torch.ones(1), [0, 1])
 
 
 # --- solvers with fixed steps ---------------------------------------------------------------------
@@ -158,8 +151,8 @@ def test_fixed_steps_converge_with_their_order(name, order):
     truth = math.exp(math.sin(2.0))
 
     def error(n):
-        nodes = torch.linspace(0, 2, n + 1, dtype=torch.float64)
-        return abs(SOLVERS[name](lambda x, t: x * math.cos(t), x, nodes)[0].item() - truth)
+        levels = torch.linspace(0, 2, n + 1, dtype=torch.float64)
+        return abs(SOLVERS[name].solve(lambda x, t: x * math.cos(t), x, levels).item() - truth)
 
     assert math.log2(error(200) / error(400)) == pytest.approx(order, abs=0.1)
 
@@ -170,7 +163,7 @@ def test_multistep_has_the_weights_of_adams_and_bashforth():
         for i, weight in enumerate(reversed(expected)):
             slope = lambda x, u, at=last - 1 - i: torch.full_like(x, float(u == at))  # noqa: E731
             states = [
-                multistep(slope, torch.zeros(1), torch.arange(n + 1))[0].item()
+                multistep(slope, torch.zeros(1), torch.arange(n + 1)).item()
                 for n in (last - 1, last)
                 if n
             ]
@@ -184,7 +177,7 @@ def test_multistep_integrates_parabolas_exactly_once_it_has_three_slopes():
     def f(x, u):
         return torch.full_like(x, 3 * u**2 - 4 * u + 1)
 
-    ends = [multistep(f, zero, u[:k])[0].item() for k in (3, 4, 5, 6)]
+    ends = [multistep(f, zero, u[:k]).item() for k in (3, 4, 5, 6)]
     integral = (u**3 - 2 * u**2 + u)[2:]
     np.testing.assert_allclose(np.diff(ends), integral.diff().numpy(), rtol=1e-12)
 
@@ -197,23 +190,52 @@ def test_evaluations_are_counted(n):
         calls.append(t)
         return -x
 
-    nodes = torch.linspace(1, 0, n + 1, dtype=torch.float64)
-    assert forward_euler(f, torch.ones(1), nodes)[1] == len(calls) == n
+    levels = torch.linspace(1, 0, n + 1, dtype=torch.float64)
+    for solver, expected in ((euler, n), (heun, 2 * n - 1), (multistep, n)):
+        calls.clear()
+        assert solve(solver, f, torch.ones(1), levels)[1] == len(calls) == expected
     calls.clear()
-    assert improved_euler(f, torch.ones(1), nodes)[1] == len(calls) == 2 * n - 1
-    calls.clear()
-    assert multistep(f, torch.ones(1), nodes)[1] == len(calls) == n
-    calls.clear()
-    assert rk45(f, torch.ones(1), 1.0, 0.0)[1] == len(calls)
+    assert solve(rk45, f, torch.ones(1), [1, 0])[1] == len(calls)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_callback_sees_each_step_before_it_is_taken(solver):
+    """dx/dt = -x from 1: the state at t is exp(-t), the slope minus that."""
+    seen, levels = [], torch.linspace(0, 1, 101, dtype=torch.float64)
+    end = SOLVERS[solver].solve(lambda x, t: -x, torch.ones(1).double(), levels, seen.append)
+    assert [step.index for step in seen] == list(range(len(seen)))
+    passed = [step.level for step in seen]
+    if SOLVERS[solver].schedule:
+        assert passed == levels[:-1].tolist()
+    assert passed[0] == 0
+    assert sorted(passed) == passed
+    for step in seen:
+        assert step.x.item() == pytest.approx(math.exp(-step.level), rel=1e-2)
+        assert step.slope.item() == -step.x.item()
+    assert end.item() == pytest.approx(math.exp(-1), rel=1e-2)
+
+
+def test_the_callback_of_a_sampler_sees_every_network_evaluation_of_euler():
+    config = vp_config.get_config()
+    config.data.image_size = 4
+    config.model.num_scales = 5
+    method, x = get_method(config), torch.randn(2, 3, 4, 4)
+    for name in ("pc", "ode"):
+        config.sampling.update({"method": name, "ode_solver": "forward_euler", "N": 5})
+        seen = []
+        sample = get_sampling_fn(config, method)
+        _, evaluations = sample(gaussian_network(method), x=x, callback=seen.append)
+        assert evaluations == len(seen) == 5
+        assert all(step.x.shape == step.slope.shape == x.shape for step in seen)
 
 
 @pytest.mark.parametrize(
     "name, where", [("forward_euler", "0.5"), ("improved_euler", "0.25"), ("multistep", "0.5")]
 )
 def test_fixed_steps_say_where_they_diverge(name, where):
-    nodes = torch.linspace(0, 1, 5, dtype=torch.float64)
+    levels = torch.linspace(0, 1, 5, dtype=torch.float64)
     with pytest.raises(FloatingPointError, match=f"not finite after the step to {where}"):
-        SOLVERS[name](lambda x, t: x * (math.inf if t >= 0.25 else 1), torch.ones(1), nodes)
+        SOLVERS[name].solve(lambda x, t: x * (math.inf if t >= 0.25 else 1), torch.ones(1), levels)
 
 
 # --- the sampling ODE -----------------------------------------------------------------------------
@@ -222,15 +244,15 @@ def test_fixed_steps_say_where_they_diverge(name, where):
 @pytest.mark.parametrize("name", ["poisson", *SDES])
 def test_levels_go_from_prior_to_data(poisson, name):
     method = SDES.get(name, poisson)
-    ends = method.level(torch.tensor([method.t_prior, method.t_data], dtype=torch.float64))
-    for place in (uniform_levels, polynomial_levels):
-        levels = place(method, 9, 7.0)
+    ends = method.sigma(torch.tensor([method.t_prior, method.t_data], dtype=torch.float64))
+    for schedule in SCHEDULES.values():
+        levels = schedule(method, 9, 7.0)
         torch.testing.assert_close(levels[[0, -1]], ends, rtol=1e-12, atol=0)
         assert (levels.diff() < 0).all()
-        torch.testing.assert_close(place(method, 0, 7.0), ends[:1])
-    roots = polynomial_levels(method, 9, 3.0) ** (1 / 3)
+        torch.testing.assert_close(schedule(method, 0, 7.0), ends[:1])
+    roots = SCHEDULES["polynomial"](method, 9, 3.0) ** (1 / 3)
     torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(9), rtol=1e-9, atol=0)
-    t = method.time(uniform_levels(method, 9, 7.0))
+    t = method.time(SCHEDULES["uniform"](method, 9, 7.0))
     torch.testing.assert_close(t.diff(), t.diff().mean().expand(9), rtol=1e-9, atol=0)
 
 
@@ -263,9 +285,9 @@ def end_of_gaussian_flow(sde, x, mean, std):
     first, last = torch.tensor([sde.t_prior, sde.t_data], dtype=torch.float64)
 
     def scale(t):
-        return torch.hypot(sde.signal(t) * std, sde.noise(t))
+        return torch.hypot(sde.alpha(t) * std, sde.std(t))
 
-    return sde.signal(last) * mean + (x - sde.signal(first) * mean) / scale(first) * scale(last)
+    return sde.alpha(last) * mean + (x - sde.alpha(first) * mean) / scale(first) * scale(last)
 
 
 @pytest.mark.parametrize("name", SDES)
@@ -282,7 +304,7 @@ def test_solvers_converge_to_the_flow_with_their_order(name, solver, order):
 
 
 @pytest.mark.parametrize("name", SDES)
-@pytest.mark.parametrize("solver", ODE_SOLVERS)
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_noise_removal_leads_to_the_data(name, solver):
     """An Euler step gives Tweedie's mean, a step of higher order the end of the flow."""
     sde, mean, std = SDES[name], 0.3, 0.05
@@ -293,7 +315,7 @@ def test_noise_removal_leads_to_the_data(name, solver):
     clean, more = solve_ode(sde, net, x, **options, noise_removal=True)
     assert more - evaluations == (1 if solver == "rk45" else 0)
     last = torch.tensor(sde.t_data, dtype=torch.float64)
-    signal, noise = sde.signal(last), sde.noise(last)
+    signal, noise = sde.alpha(last), sde.std(last)
     gain = std / torch.hypot(signal * std, noise)
     if solver != "multistep":
         gain = signal * gain**2
@@ -354,9 +376,10 @@ def test_pc_samples_follow_the_law_of_the_data(name, predictor, corrector, conti
     if name == "subvp" and not continuous:
         pytest.skip("has no discrete form")
     generator = seeded(0)
-    x, evaluations = predictor_corrector(
+    net = Counted(gaussian_network(sde, MEAN, STD))
+    x = predictor_corrector(
         sde,
-        gaussian_network(sde, MEAN, STD),
+        net,
         sde.prior_sampling((500, 1, 2, 2), generator),
         predictor,
         corrector,
@@ -367,7 +390,7 @@ def test_pc_samples_follow_the_law_of_the_data(name, predictor, corrector, conti
     )
     assert is_law_of_data(x)
     each = (predictor != "none") + (corrector != "none") * (10 if predictor == "none" else 1)
-    assert evaluations == 300 * each
+    assert net.calls == 300 * each
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -404,7 +427,7 @@ def test_correctors_keep_the_marginal(name, corrector):
     for _ in range(300):
         noise = torch.randn(x.shape, generator=generator)
         x, _ = CORRECTORS[corrector](sde, x, t, sde.score(net, x, t), noise, snr=0.15)
-    law = stats.norm(sde.signal(t) * MEAN, torch.hypot(sde.signal(t) * STD, sde.noise(t)))
+    law = stats.norm(sde.alpha(t) * MEAN, torch.hypot(sde.alpha(t) * STD, sde.std(t)))
     assert stats.kstest(x.flatten().numpy(), law.cdf).pvalue > 1e-3
 
 
@@ -500,6 +523,26 @@ def test_ancestral_sampling_has_no_probability_flow():
         get_sampling_fn(config, get_method(config))
 
 
+def test_schedule_and_solver_are_chosen_apart():
+    config = vp_config.get_config()
+    config.data.image_size = 4
+    config.sampling.update({"method": "ode", "N": 5})
+    method = get_method(config)
+    net, x = gaussian_network(method), torch.randn(2, 3, 4, 4)
+
+    def sample(solver, schedule):
+        config.sampling.update({"ode_solver": solver, "schedule": schedule})
+        return get_sampling_fn(config, method)(net, x=x)[0]
+
+    assert torch.equal(sample("heun", "uniform"), sample("improved_euler", "auto"))
+    assert torch.equal(sample("improved_euler", "polynomial"), sample("heun", "auto"))
+    assert not torch.equal(sample("heun", "uniform"), sample("heun", "auto"))
+    with pytest.raises(ValueError, match="rk45' chooses its own steps: sampling.schedule must be"):
+        sample("rk45", "uniform")
+    with pytest.raises(ValueError, match=r"has no sampling\.schedule='cosine'; it has: auto, unif"):
+        sample("heun", "cosine")
+
+
 def test_config_chooses_the_sampler():
     """What `get_sampling_fn` runs is what the config says, noise removal and all."""
     config = vp_config.get_config()
@@ -510,7 +553,7 @@ def test_config_chooses_the_sampler():
     method = get_method(config)
     net, x = gaussian_network(method), torch.randn(2, 3, 4, 4)
     samples, evaluations = get_sampling_fn(config, method)(net, x=x, generator=seeded(7))
-    expected, _ = predictor_corrector(
+    expected = predictor_corrector(
         method,
         net,
         x,

@@ -19,6 +19,7 @@ from configs.ve import cifar10_ncsnpp_continuous as ve_config
 from configs.vp import cifar10_ddpmpp_continuous as vp_config
 from methods import get_method
 from sampling import get_sampling_fn
+from sources.batch import Batch
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DISCRETE = {"smld": replace(VE, continuous=False), "ddpm": replace(VP, continuous=False)}
@@ -112,7 +113,7 @@ def test_marginal_solves_the_moment_equations(name):
         return [c * state[0], 2 * c * state[1] + g**2]
 
     t = times(20)
-    start = [1.0, sde.noise(torch.zeros(1, dtype=torch.float64)).item() ** 2]
+    start = [1.0, sde.std(torch.zeros(1, dtype=torch.float64)).item() ** 2]
     truth = integrate.solve_ivp(
         moments, (0, 1), start, t_eval=t.numpy(), rtol=1e-9, atol=1e-15, method="LSODA"
     )
@@ -123,31 +124,31 @@ def test_marginal_solves_the_moment_equations(name):
 
 @pytest.mark.parametrize("name", SDES)
 @given(t=st.floats(1e-5, 1.0))
-def test_time_inverts_level(name, t):
+def test_time_inverts_sigma(name, t):
     t = torch.tensor(t, dtype=torch.float64)
-    assert SDES[name].time(SDES[name].level(t)).item() == pytest.approx(t.item(), rel=1e-6)
+    assert SDES[name].time(SDES[name].sigma(t)).item() == pytest.approx(t.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", SDES)
 def test_at_level_zero_there_is_only_data(name):
     zero = torch.zeros(1, dtype=torch.float64)
-    assert SDES[name].signal(SDES[name].time(zero)).item() == 1
+    assert SDES[name].alpha(SDES[name].time(zero)).item() == 1
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_slope_is_the_ode_in_natural_variables(name):
-    """dx/dt = signal' y + signal dy/du u' for x = signal(t) y, u = level(t)."""
+    """dx/dt = alpha' y + alpha dy/dsigma sigma' for x = alpha(t) y."""
     sde = TRAINED[name]
     net = gaussian_network(sde, 0.3, 0.2)
     y = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for t in times(7, start=0.01):
         h = 1e-5 * torch.tensor([-1.0, 1.0], dtype=torch.float64)
-        signal_rate, level_rate = (f(t + h).diff() / 2e-5 for f in (sde.signal, sde.level))
-        signal = sde.signal(t)
-        expected = signal_rate * y + signal * level_rate * sde.slope(net, y, sde.level(t))
-        drift = sde.ode(net, signal * y, t)
+        alpha_rate, sigma_rate = (f(t + h).diff() / 2e-5 for f in (sde.alpha, sde.sigma))
+        alpha = sde.alpha(t)
+        expected = alpha_rate * y + alpha * sigma_rate * sde.slope(net, y, sde.sigma(t))
+        drift = sde.ode(net, alpha * y, t)
         torch.testing.assert_close(drift, expected, rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close(sde.ode(net, signal * y, t.item()), drift, rtol=0, atol=0)
+        torch.testing.assert_close(sde.ode(net, alpha * y, t.item()), drift, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", SDES)
@@ -178,8 +179,8 @@ def test_chain_has_the_marginals_of_the_sde(name):
     mean, variance = 1.0, 0.0
     for factor, noise in zip((1 + f.flatten()).tolist(), g.tolist(), strict=True):
         mean, variance = factor * mean, factor**2 * variance + noise**2
-    assert mean == pytest.approx(sde.signal(t[-1]).item(), abs=1e-3)
-    assert variance == pytest.approx(sde.noise(t[-1]).item() ** 2, rel=2e-3)
+    assert mean == pytest.approx(sde.alpha(t[-1]).item(), abs=1e-3)
+    assert variance == pytest.approx(sde.std(t[-1]).item() ** 2, rel=2e-3)
 
 
 def test_ddpm_kernel_is_the_law_of_its_chain():
@@ -221,17 +222,21 @@ def test_rescaling_ends_at_the_norm_of_prior_samples(name):
 @pytest.mark.parametrize("name", SDES)
 def test_prior_is_where_the_sde_ends(name):
     one = torch.ones(1, dtype=torch.float64)
-    assert SDES[name].noise(one).item() == pytest.approx(SDES[name].prior_std, rel=1e-4)
-    assert SDES[name].level(one) > 49
+    assert SDES[name].std(one).item() == pytest.approx(SDES[name].prior_std, rel=1e-4)
+    assert SDES[name].sigma(one) > 49
 
 
 # --- the loss -------------------------------------------------------------------------------------
 
 
 def loss_of(sde, net, batch, seed=0):
-    """The loss of `sde` with the sum over entries, and the pair it is made of."""
-    pair = sde.regress(net, batch, torch.Generator().manual_seed(seed))
-    return 0.5 * (pair[0] - pair[1]).square().sum(1), *pair
+    """The loss of each example with the sum over entries; weighted prediction and target."""
+    batch = Batch(batch)
+    examples = sde.draw(batch, torch.Generator().manual_seed(seed))
+    prediction, target = sde.predict(net, examples), sde.target(examples, batch)
+    weight = sde.weight(examples)
+    root = 1.0 if weight is None else weight.to(target).sqrt()[:, None]
+    return 0.5 * (root * (prediction - target)).square().sum(1), root * prediction, root * target
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -307,7 +312,7 @@ def test_training_times_cover_their_range(name):
 
 
 @pytest.mark.parametrize("reduce_mean", [False, True])
-def test_loss_reads_reduce_mean_and_ignores_charges(reduce_mean):
+def test_loss_reads_reduce_mean_and_ignores_the_reference_batch(reduce_mean):
     config = vp_config.get_config()
     config.training.reduce_mean = reduce_mean
     loss_fn = losses.get_loss_fn(config, VP)
@@ -316,7 +321,8 @@ def test_loss_reads_reduce_mean_and_ignores_charges(reduce_mean):
     loss = loss_fn(net, batch, torch.Generator().manual_seed(0))
     half_sum = loss_of(VP, net, batch)[0].mean()
     assert loss.item() == pytest.approx((half_sum * (2 / 48 if reduce_mean else 1)).item())
-    assert loss == loss_fn(net, batch, torch.Generator().manual_seed(0), charges=batch)
+    examples = loss_fn.draw(Batch(batch), torch.Generator().manual_seed(0))
+    assert loss == loss_fn.error(net, examples, Batch(batch[:2]))
 
 
 # --- configs --------------------------------------------------------------------------------------
