@@ -25,11 +25,10 @@ def explain_unknown(key: str, known: Iterable[str]) -> str:
     if key in UNREAD:
         return f"{key} is a published key that nothing reads ({UNREAD[key]}): remove it"
     known, (section, _, name) = list(known), key.rpartition(".")
-    beside = [k for k in known if k.rpartition(".")[0] == section]
+    beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    if not section:
+        beside |= {k: k for k in (k.partition(".")[0] for k in known)}
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]
-    near = (
-        difflib.get_close_matches(key, beside, 1, 0.8)
-        or elsewhere[:1]
-        or difflib.get_close_matches(key, known, 1)
-    )
+    near = [beside[n] for n in difflib.get_close_matches(name, beside, 1)]
+    near += difflib.get_close_matches(key, elsewhere, 1, 0)
     return f"unknown config value {key}" + (f'. Did you mean "{near[0]}"?' if near else "")

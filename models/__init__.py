@@ -17,18 +17,14 @@ __all__ = [
     "reference_names",
 ]
 
-# Options that published configs state although these networks know one value of them.
-_UNET = {"normalization": "GroupNorm", "attention_type": "ddpm", "conv_size": 3}
-_REFINENET = {"normalization": "InstanceNorm++", "interpolation": "bilinear"}
-
-# model.name to what it can have of these options.
+# model.name to the values of model.scale_by_sigma that it can have.
 NAMES = {
-    "ddpm": _UNET,
-    "ncsn": _REFINENET | {"scale_by_sigma": False},
-    "ncsnpp": _UNET,
-    "ncsnv2_64": _REFINENET | {"scale_by_sigma": True},
-    "ncsnv2_128": _REFINENET | {"scale_by_sigma": True},
-    "ncsnv2_256": _REFINENET | {"scale_by_sigma": True},
+    "ddpm": (False, True),
+    "ncsn": (False,),
+    "ncsnpp": (False, True),
+    "ncsnv2_64": (True,),
+    "ncsnv2_128": (True,),
+    "ncsnv2_256": (True,),
 }
 
 
@@ -45,11 +41,10 @@ def create_model(config: ConfigDict) -> nn.Module:
     """
     data, model, training = config.data, config.model, config.training
     name = one_of("name", model.name, NAMES)
-    for option, known in NAMES[name].items():
-        one_of(option, model.get(option, known), (known,))
+    one_of("scale_by_sigma", model.scale_by_sigma, NAMES[name])
     _check_whole("nf", (model.nf,))
     _check_whole("num_scales", (model.num_scales,))
-    field_output = training.get("sde", "").lower() == "poisson"
+    field_output = training.sde.lower() == "poisson"
     options = {
         "image_size": data.image_size,
         "channels": data.num_channels,
@@ -59,13 +54,13 @@ def create_model(config: ConfigDict) -> nn.Module:
         "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
     }
 
-    if NAMES[name] is not _UNET:
+    if name.startswith("ncsn") and name != "ncsnpp":
         if field_output:
             raise ValueError(
                 f"model.name = {name!r} numbers its noise levels and has no Poisson field; "
                 "use 'ncsnpp' or 'ddpm' with training.sde = 'poisson'"
             )
-        if model.get("checkpoint_activations", False):
+        if model.checkpoint_activations:
             raise ValueError(
                 "model.checkpoint_activations is for the networks 'ncsnpp' and 'ddpm', "
                 f"not {model.name!r}"
@@ -84,13 +79,13 @@ def create_model(config: ConfigDict) -> nn.Module:
         "resamp_with_conv": model.resamp_with_conv,
         "dropout": model.dropout,
         "scale_by_sigma": model.scale_by_sigma,
-        "checkpoint_activations": model.get("checkpoint_activations", False),
+        "checkpoint_activations": model.checkpoint_activations,
     }
     if name == "ddpm":
         return DDPM(**options)
 
     embedding_type = model.embedding_type.lower()
-    if embedding_type == "fourier" and not training.get("continuous", True):
+    if embedding_type == "fourier" and not training.continuous:
         raise ValueError(
             "model.embedding_type = 'fourier' takes the log of a noise level, but with "
             "training.continuous = False the levels are numbered from 0; use 'positional'"
@@ -98,7 +93,7 @@ def create_model(config: ConfigDict) -> nn.Module:
     return NCSNpp(
         **options,
         embedding_type=embedding_type,
-        fourier_scale=model.get("fourier_scale", 16),
+        fourier_scale=model.fourier_scale,
         resblock_type=model.resblock_type.lower(),
         fir_kernel=tuple(model.fir_kernel) if model.fir else None,
         progressive=model.progressive.lower(),

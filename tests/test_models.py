@@ -471,8 +471,6 @@ def message(error):
         "progressive",
         "progressive_input",
         "progressive_combine",
-        "normalization",
-        "attention_type",
     ],
 )
 def test_unknown_value_lists_the_known(option):
