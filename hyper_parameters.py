@@ -1,13 +1,22 @@
 """M, z_max and upper_norm of a Poisson flow, from the norm and dimension of its data.
 
-python3 hyper_parameters.py --config configs/poisson/digits_ddpmpp.py
+python3 hyper_parameters.py --config configs/poisson/digits_ddpmpp.py [--config.a.b=VALUE ...]
 python3 hyper_parameters.py --data_norm 27.9 --data_dim 3072
 """
 
-import argparse
 import math
-import runpy
 from typing import NamedTuple
+
+from absl import app, flags
+
+from configs import command_line
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_float("data_norm", None, "Mean Euclidean norm of the scaled images, if known.")
+flags.DEFINE_integer("data_dim", None, "D = C * H * W, if known.")
+flags.DEFINE_float("sigma", None, "In place of model.sigma_end (0.01 without --config).")
+flags.DEFINE_float("tau", None, "In place of training.tau (0.03 without --config).")
 
 
 class PoissonRange(NamedTuple):
@@ -54,34 +63,23 @@ def data_norm(data, scaler, batch_size: int = 1000) -> float:
     return total / len(data)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", help="experiment whose data are measured, its values compared")
-    parser.add_argument("--data_norm", type=float, help="mean norm of scaled images, if known")
-    parser.add_argument("--data_dim", type=int, help="D = C * H * W, if known")
-    parser.add_argument("--sigma", type=float, help="model.sigma_end (the config's, else 0.01)")
-    parser.add_argument("--tau", type=float, help="training.tau (the config's, else 0.03)")
-    options = parser.parse_args()
-    known = {name: value for name, value in vars(options).items() if value is not None}
-    path = known.pop("config", None)
-    if path is None and not known.keys() >= {"data_norm", "data_dim"}:
-        parser.error("give --config, or --data_norm and --data_dim")
-
-    configured = {}
+def main(argv: list[str]) -> None:
+    names = ("data_norm", "data_dim", "sigma", "tau")
+    known = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+    config, configured = FLAGS.config, {}
+    if config is None and not known.keys() >= {"data_norm", "data_dim"}:
+        command_line.fail("give --config, or --data_norm and --data_dim")
     try:
-        if path is not None:
-            config = runpy.run_path(path)["get_config"]()
+        if config is not None:
             known = _of_config(config) | known
             configured = {
-                "M": config.training.get("M"),
-                "z_max": config.sampling.get("z_max"),
-                "upper_norm": config.sampling.get("upper_norm"),
+                "M": config.training.M,
+                "z_max": config.sampling.z_max,
+                "upper_norm": config.sampling.upper_norm,
             }
         result = poisson_range(**known)
-    except (OSError, KeyError, ValueError) as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        command_line.fail(error)
     print(f"mean norm {known['data_norm']:.4g} in {known['data_dim']} dimensions")
     for name, value in result._asdict().items():
         given = configured.get(name)
@@ -96,11 +94,11 @@ def _of_config(config) -> dict:
     data = datasets.get_dataset(config, "train")
     return {
         "data_norm": data_norm(data, datasets.get_data_scaler(config)),
-        "data_dim": config.data.num_channels * config.data.image_size**2,
-        "sigma": config.model.get("sigma_end", 0.01),
-        "tau": config.training.get("tau", 0.03),
+        "data_dim": data[:1].numel(),
+        "sigma": config.model.sigma_end,
+        "tau": config.training.tau,
     }
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main, flags_parser=command_line.parse)

@@ -8,7 +8,7 @@ adds a method (`methods.py`) and a network (`networks.py`), and states what else
     config.update(DDPMPP)
     config.model.num_res_blocks = 8
 
-Later lines win. `default.py` explains every key that all experiments share; each of them can be
-set on the command line too, as in `--config.training.batch_size=64`. Nothing here imports more
-than `ml_collections`, so that a typing error in a flag is reported at once.
+Later lines win. `default.py` has every key and explains it; each of them can be set on the command
+line too, as in `--config.training.batch_size=64`. Nothing here imports more than `ml_collections`
+and absl, so that a typing error in a flag is reported at once.
 """

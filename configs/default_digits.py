@@ -22,8 +22,6 @@ SMALL = {
         "ema_rate": 0.995,
     },
     "eval": {
-        "begin_ckpt": 4,
-        "end_ckpt": 4,
         "batch_size": 500,
         "num_samples": 1000,
         "features": "pixels",
@@ -31,13 +29,6 @@ SMALL = {
         "enable_bpd": True,
         "enable_sampling": True,
     },
-}
-
-# The same for Poisson flow: M, z_max and upper_norm are those that hyper_parameters.py measures.
-SMALL_POISSON = {
-    "data": {"channels": 1},
-    "training": {"small_batch_size": 96, "M": 261},
-    "sampling": {"z_max": 17.9, "upper_norm": 179.0},
 }
 
 
@@ -48,8 +39,9 @@ def get_default_config() -> ml_collections.ConfigDict:
     config.data.image_size = 8
     config.data.num_channels = 1
     config.data.random_flip = False
-    n_iters = config.training.get_ref("n_iters")  # what follows keeps its share of any number
-    config.training.snapshot_freq = n_iters // 4
-    config.optim.warmup = n_iters // 40
-    config.optim.cooldown = n_iters * 3 // 10
+    config.training.M = 261  # this and the next two as hyper_parameters.py measures them
+    config.sampling.z_max = 17.9
+    config.sampling.upper_norm = 179.0
+    config.model.sigma_max = 5.0  # the largest distance of two digits (arXiv 2006.09011)
+    default.share_of_steps(config, snapshots=4)
     return config

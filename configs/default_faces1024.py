@@ -10,7 +10,6 @@ def get_default_config() -> ml_collections.ConfigDict:
     config = default_lsun.get_default_config()
     config.data.image_size = 1024
     config.training.batch_size = 8
-    config.optim.amsgrad = False
     config.model.sigma_max = 1348.0
     config.sampling.snr = 0.15
     config.eval.begin_ckpt = 1

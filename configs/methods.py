@@ -1,40 +1,23 @@
 """What each method changes, for `config.update(...)`."""
 
-# Poisson flow (Xu et al., NeurIPS 2022). M, z_max and upper_norm are those of CIFAR-10;
-# hyper_parameters.py computes them for other data.
+# Poisson flow (Xu et al., NeurIPS 2022). M, z_max and upper_norm belong to the data.
 POISSON = {
     "seed": 49,
-    "data": {"centered": True, "channels": 3},
+    "data": {"centered": True},
     "training": {
         "sde": "poisson",
-        "model": "ddpmpp",  # a label, nothing depends on it
-        "batch_size": 4096,  # charges that make up the field
-        "small_batch_size": 128,  # of which so many are perturbed
+        "batch_size": 4096,
+        "small_batch_size": 128,
         "continuous": True,
-        "reduce_mean": False,  # sum over the entries of the field, not their mean
-        "gamma": 5.0,  # added to the field's norm before it divides
-        "M": 291,  # perturbed points lie up to about sigma_end * (1 + tau)^M away
+        "reduce_mean": False,
+        "gamma": 5.0,
         "tau": 0.03,
-        "restrict_M": True,  # a smaller M close to the data
+        "restrict_M": True,
         "eval_freq": 10000,
     },
-    "model": {
-        "sigma_end": 0.01,  # perturbation of points next to the data
-        "ema_rate": 0.9999,
-        "scale_by_sigma": False,
-    },
-    "sampling": {
-        "method": "ode",
-        "ode_solver": "rk45",
-        "N": 100,
-        "z_max": 40.0,  # the prior's plane, where the ODE starts
-        "z_min": 1e-3,  # where it ends
-        "z_exp": 5.0,  # below it, z itself gives the field's z entry in place of the network
-        "upper_norm": 3000.0,  # the prior sample's norm is clipped to it
-        "vs": False,  # keep the intermediate images
-    },
+    "model": {"sigma_end": 0.01, "ema_rate": 0.9999, "scale_by_sigma": False},
+    "sampling": {"method": "ode", "ode_solver": "rk45", "N": 100, "z_min": 1e-3},
     "eval": {
-        "begin_ckpt": 8,
         "batch_size": 1000,
         "num_samples": 10000,
         "enable_loss": False,
@@ -84,6 +67,6 @@ SMLD = {
         "likelihood_weighting": False,
     },
     "optim": {"lr": 1e-3, "warmup": 0, "grad_clip": -1.0, "amsgrad": False},
-    "model": {"ema_rate": 0.999},
+    "model": {"ema_rate": 0.999, "scale_by_sigma": False},
     "sampling": {"method": "pc", "predictor": "none", "corrector": "ald", "n_steps_each": 5},
 }

@@ -1,30 +1,28 @@
-"""What each network needs, for `config.update(...)`."""
+"""What each network needs, for `config.update(...)`; `default.py` explains the keys."""
 
 _UNET = {
-    "normalization": "GroupNorm",
     "nonlinearity": "swish",
-    "ch_mult": (1, 2, 2, 2),  # channels of each level, in units of nf; a level halves the image
-    "attn_resolutions": (16,),  # attention where the image is this wide
+    "ch_mult": (1, 2, 2, 2),
+    "attn_resolutions": (16,),
     "resamp_with_conv": True,
-    "conditional": True,  # the network sees its noise level or time
+    "conditional": True,
 }
 
-# NCSN++ (Song et al., ICLR 2021).
+# NCSN++ (Song et al., ICLR 2021). The "deep" experiments have 8 residual blocks per level.
 _NCSNPP = {
     **_UNET,
     "name": "ncsnpp",
-    "num_res_blocks": 4,  # per level; the "deep" experiments have 8
-    "resblock_type": "biggan",  # "biggan", "ddpm"
-    "fir": True,  # resample with the filter fir_kernel
-    "fir_kernel": (1, 3, 3, 1),
-    "skip_rescale": True,  # sums of two branches are divided by sqrt(2)
-    "progressive": "none",  # "none", "output_skip", "residual"
-    "progressive_input": "residual",  # "none", "input_skip", "residual"
-    "progressive_combine": "sum",  # "sum", "cat"
+    "num_res_blocks": 4,
+    "embedding_type": "fourier",
     "fourier_scale": 16.0,
+    "resblock_type": "biggan",
+    "fir": True,
+    "fir_kernel": (1, 3, 3, 1),
+    "skip_rescale": True,
+    "progressive": "none",
+    "progressive_input": "residual",
+    "progressive_combine": "sum",
     "init_scale": 0.0,
-    "attention_type": "ddpm",
-    "conv_size": 3,
 }
 NCSNPP = {"model": _NCSNPP}
 
@@ -54,11 +52,6 @@ DDPM = {"model": {**_UNET, "name": "ddpm", "num_res_blocks": 2}}
 DDPM_LARGE = {"model": {**DDPM["model"], "ch_mult": (1, 1, 2, 2, 4, 4)}}
 
 # The RefineNets of NCSN (Song and Ermon, NeurIPS 2019) and NCSNv2 (NeurIPS 2020).
-_REFINENET = {
-    "normalization": "InstanceNorm++",
-    "nonlinearity": "elu",
-    "interpolation": "bilinear",
-}
-NCSN = {"model": {**_REFINENET, "name": "ncsn"}}
-NCSNV2_64 = {"model": {**_REFINENET, "name": "ncsnv2_64", "scale_by_sigma": True}}
-NCSNV2_128 = {"model": {**_REFINENET, "name": "ncsnv2_128", "scale_by_sigma": True}}
+NCSN = {"model": {"nonlinearity": "elu", "name": "ncsn"}}
+NCSNV2_64 = {"model": {"nonlinearity": "elu", "name": "ncsnv2_64", "scale_by_sigma": True}}
+NCSNV2_128 = {"model": {"nonlinearity": "elu", "name": "ncsnv2_128", "scale_by_sigma": True}}

@@ -14,8 +14,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 42
     config.training.batch_size = 512
     config.training.eval_freq = 5000
-    config.sampling.z_max = 60.0
-    config.sampling.z_exp = 1.0
-    config.sampling.upper_norm = 6000.0
     config.eval.begin_ckpt = 5
     return config

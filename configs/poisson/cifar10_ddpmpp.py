@@ -11,4 +11,5 @@ def get_config() -> ml_collections.ConfigDict:
     config = get_default_config()
     config.update(POISSON)
     config.update(DDPMPP)
+    config.eval.begin_ckpt = 8
     return config

@@ -12,4 +12,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.update(POISSON)
     config.update(DDPMPP)
     config.model.num_res_blocks = 8
+    config.eval.begin_ckpt = 8
     return config

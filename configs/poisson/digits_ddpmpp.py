@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs.default_digits import SMALL, SMALL_POISSON, get_default_config
+from configs.default_digits import SMALL, get_default_config
 from configs.methods import POISSON
 from configs.networks import DDPMPP
 
@@ -12,5 +12,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.update(POISSON)
     config.update(DDPMPP)
     config.update(SMALL)
-    config.update(SMALL_POISSON)
+    config.training.small_batch_size = 96
     return config

@@ -13,5 +13,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.update(NCSNPP)
     config.training.continuous = False
     config.model.embedding_type = "positional"
-    config.model.sigma_begin = 90.0  # read by nothing: sigma_max is
     return config

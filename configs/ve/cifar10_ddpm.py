@@ -12,5 +12,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.update(VE)
     config.update(DDPM)
     config.training.continuous = False
-    config.model.conv_size = 3
     return config

@@ -13,7 +13,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.update(NCSNPP)
     config.update(SMALL)
     config.training.batch_size = 96
-    config.model.sigma_max = 5.0  # the largest distance of two digits (arXiv 2006.09011)
     config.model.fourier_scale = 1.0  # smooth in the noise level: few steps have to learn it
     config.sampling.method = "ode"
     return config

@@ -1,0 +1,134 @@
+"""The flag `--config`: an experiment's file, overrides of its values, one line for a mistake."""
+
+import os
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs.default import get_default_config
+from configs.keys import explain_unknown, flatten
+
+FLAGS = flags.FLAGS
+HELP = (
+    "Experiment to run, a file of configs/. Its values are overridden as in "
+    "--config.training.n_iters=200."
+)
+
+
+def parse(argv: list[str], stored: Callable[[], ConfigDict | None] = lambda: None) -> list[str]:
+    """Defines `--config`, parses `argv` into FLAGS; a mistake ends in one line, exit status 2.
+
+    Args:
+        stored: gives the config where `--config` is left out; None where it must not be.
+
+    Returns:
+        The program's name.
+    """
+    try:
+        path, known = value_of(argv, "config"), flatten(get_default_config())
+        if path is not None:
+            _check_file(path, known)
+        _check_overrides(argv, known)
+        asks_help = any(re.match(r"--?(help|h$|\?)", argument) for argument in argv)
+        config = None if path is not None or asks_help else stored()
+        if config is not None:
+            config_flags.DEFINE_config_dict("config", config, HELP)
+        else:
+            config_flags.DEFINE_config_file("config", None, HELP)
+        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["config"])  # --help lists it
+        rest = FLAGS(argv)
+    except (AttributeError, KeyError) as error:
+        fail(f"unknown config value: {error.args[0]}")
+    except (flags.Error, ValueError, TypeError, OSError) as error:
+        fail(error)
+    if rest[1:]:
+        fail(f"unexpected argument {rest[1]!r}; values are given as --flag=value")
+    return rest
+
+
+def value_of(argv: list[str], flag: str) -> str | None:
+    """The last value of `--{flag}` in `argv`, before it is parsed."""
+    value = None
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        name, equals, given = argument.partition("=")
+        if name in (f"--{flag}", f"-{flag}"):
+            value = given if equals else following
+    return value
+
+
+def fail(error: Exception | str) -> NoReturn:
+    """Ends the program with one line on the user's mistake and exit status 2."""
+    where = f"rank {rank()}: " if rank() else ""
+    print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def rank() -> int:
+    """`distributed.rank`, for before the flags are parsed: that module imports torch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _check_overrides(argv: list[str], known: dict) -> None:
+    allowed = known.keys() | {key.partition(".")[0] for key in known}
+    for argument in argv:
+        override = re.match(r"--?(?:no)?config\.([^=\[]*)", argument)
+        if override and override[1] not in allowed:
+            raise ValueError(explain_unknown(override[1], known))
+
+
+def _check_file(path: str, known: dict) -> None:
+    """Runs the config file by itself, so that its mistakes are not taken for those of overrides."""
+    if not Path(path).exists():
+        raise ValueError(f"config file {path} does not exist")
+    if Path(path).is_dir():
+        raise ValueError(f"config file {path} is a folder; name a file in it")
+    config = None
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is not None:
+            config = get_config()
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"config file {_place(path, error)}: {_reason(error, known)}") from error
+    if get_config is None:
+        raise ValueError(f"config file {path} defines no get_config()")
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"config file {path}: its get_config() does not return an ml_collections.ConfigDict"
+        )
+    keys = flatten(config).keys()
+    if more := keys - known.keys():
+        raise ValueError(f"config file {path}: {explain_unknown(min(more), known)}")
+    if less := known.keys() - keys:
+        raise ValueError(f"config file {path} lacks {min(less)}; start from configs/default.py")
+
+
+def _place(path: str, error: Exception) -> str:
+    """File and line: of `path`, or of the defaults and methods that it takes from a `configs`."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f"{error.filename}, line {error.lineno}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        own = Path(frame.filename).parent.name == "configs" and frame.filename != __file__
+        if frame.filename == path or own:
+            return f"{frame.filename}, line {frame.lineno}"
+    return path
+
+
+def _reason(error: Exception, known: dict) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg}"
+    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+    section = frame.f_locals.get("self")  # an unknown key is refused by the section it is not in
+    quoted = re.search(r"""["'](\w+)\\?["']""", str(error.args[0])) if error.args else None
+    if isinstance(error, (AttributeError, KeyError)) and isinstance(section, ConfigDict) and quoted:
+        default = get_default_config()
+        sections = [n for n, s in default.items() if isinstance(s, ConfigDict)]
+        inside = [f"{n}." for n in sections if default[n].keys() == section.keys()]
+        return explain_unknown("".join([*inside, quoted[1]]), known)
+    return f"{type(error).__name__}: {error}"
