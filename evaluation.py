@@ -127,7 +127,7 @@ def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: d
         net, total = run.state.model, 0.0
         with progress_bar(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
             for block in datasets.in_order(data, config.training.batch_size):
-                charges = run.scaler(datasets.to_unit_interval(block.to(run.device)))
+                charges = run.scaler(datasets.to_unit_interval(block.images.to(run.device)))
                 for batch in charges.split(config.eval.batch_size):
                     total += run.loss_fn(net, batch, generator, charges).item() * len(batch)
                     progress.update(len(batch))

@@ -49,7 +49,7 @@ def data_norm(data, scaler, batch_size: int = 1000) -> float:
 
     total = 0.0
     for batch in datasets.in_order(data, batch_size):
-        images = scaler(batch / 255)
+        images = scaler(batch.images / 255)
         total += images.flatten(1).norm(dim=1).sum().item()
     return total / len(data)
 
@@ -96,7 +96,7 @@ def _of_config(config) -> dict:
     data = datasets.get_dataset(config, "train")
     return {
         "data_norm": data_norm(data, datasets.get_data_scaler(config)),
-        "data_dim": config.data.num_channels * config.data.image_size**2,
+        "data_dim": data[:1].numel(),
         "sigma": config.model.get("sigma_end", 0.01),
         "tau": config.training.get("tau", 0.03),
     }

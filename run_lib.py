@@ -79,6 +79,7 @@ def train(config, workdir: Path) -> bool:
             f"{training.n_iters}: {len(train_data):,} images, {parameters:,} parameters, {device}"
             + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
         )
+        log.info(datasets.describe(config, train_data, test_data))
         first = state.step + 1
         batches = datasets.shuffled_batches(
             train_data, training.batch_size, seed, state.step, part if on_disk else (0, 1)
@@ -99,7 +100,7 @@ def train(config, workdir: Path) -> bool:
                 generator = datasets.keyed_generator(device, "training", seed, state.step)
                 # dropout knows no other generator than the global one
                 torch.manual_seed(datasets.keyed_seed("dropout", seed, state.step, part[0]))
-                images = next(batches).to(device, non_blocking=True)
+                images = next(batches).images.to(device, non_blocking=True)
                 images = datasets.to_unit_interval(
                     distributed.gather(images) if on_disk else images,
                     generator,
