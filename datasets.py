@@ -2,7 +2,7 @@
 
 A data set is a tensor, or a `Stream` from disk: both have `len()`, and indexing by an integer
 tensor or a slice gives uint8 images (k, C, H, W). Order and noise depend on (seed, step) alone, so
-a stream of batches can start anywhere and does not depend on who decodes it.
+the batches can start anywhere and do not depend on which process decodes them.
 """
 
 import collections
@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 import distributed
 import sources
+from sources import folder
+from sources.batch import Batch
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ MAX_TRIES = 1000  # images in a row that may be unreadable
 MAX_NAMED = 20  # unreadable images that are named
 MAX_WORKERS = 8  # of data.num_workers=-1
 SMALL = 2**24  # bytes of images that are decoded before processes to do it have started
+MEASURED = 64  # images that `measure_channels` looks at
 
 
 def keyed_seed(purpose: str, *key: int) -> int:
@@ -49,11 +52,11 @@ def keyed_generator(device: torch.device | str, purpose: str, *key: int) -> torc
 class Stream:
     """Images that stay on disk and are decoded when they are indexed.
 
-    An image that cannot be read, or has another shape, gives its place to the next one that can,
-    and is named in a warning; so length and order do not depend on when a damage is found.
+    An image that cannot be read, or has another shape, is replaced by the next one that can be
+    used, and is named in a warning; so length and order do not depend on when a damage is found.
 
     Args:
-        source: see sources.py.
+        source: see sources/__init__.py.
         shape: (C, H, W) of its images.
         workers: processes that decode the batches of `in_order` and `shuffled_batches`; with 0 it
             happens in the process that asks for them.
@@ -191,7 +194,7 @@ def get_dataset(config, split: str) -> Tensor | Stream:
     that cannot be read; what takes more stays on disk.
 
     Args:
-        config: reads `data`.
+        config: reads `data`; where `data.num_channels` is 0, it is measured.
         split: "train" or "test".
 
     Returns:
@@ -203,6 +206,67 @@ def get_dataset(config, split: str) -> Tensor | Stream:
         OSError: the data are not where they should be.
     """
     data = config.data
+    if not data.num_channels:
+        data = _with_channels(data, measure_channels(config))
+    source = _source(data, split)
+    workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, _processors())
+    shape = (data.num_channels, data.image_size, data.image_size)
+    stream = Stream(source, shape, workers)
+    stream.read([0])  # so that data of which none can be used are refused here
+    size = len(stream) * math.prod(shape)
+    if size > data.resident_bytes:
+        return stream
+    return _decoded(stream if size > SMALL else Stream(source, shape))
+
+
+def measure_channels(config) -> int:
+    """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
+
+    They are spread over the split, and grey where R = G = B in every pixel. Where the channels are
+    stored, as in an .npy, they count.
+
+    Args:
+        config: reads `data`, but not `data.num_channels`.
+
+    Raises:
+        ValueError, OSError: as `get_dataset`.
+    """
+    source = _source(_with_channels(config.data, 0), "train")
+    channels, last = [], None
+    for i in np.linspace(0, len(source) - 1, min(len(source), MEASURED)).astype(int).tolist():
+        try:
+            channels.append(source[i].shape[2])
+        except sources.Unreadable as error:
+            last = error
+    if not channels:
+        raise ValueError(
+            f"none of {min(len(source), MEASURED)} images can be used; the last: {last}"
+        )
+    return max(channels)
+
+
+def describe(config, train: Tensor | Stream, test: Tensor | Stream) -> str:
+    """A line for the log on the data of a run: where they are, and what is made of them.
+
+    Args:
+        config: reads `data`.
+        train, test: its data sets, as `get_dataset` gives them.
+    """
+    data, held_out, (channels, height, width) = config.data, "", train[:1].shape[1:]
+    name = data.dataset.lower()
+    if name == "folder":
+        name, given = str(data.path), folder.splits_of(data)
+        held_out = (
+            " ({train} and {test})".format(**given) if given else (" (a random tenth is held out)")
+        )
+    return (
+        f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on{held_out}, "
+        f"{height} x {width}, {channels} channel{'s' * (channels > 1)}, "
+        f"{'mirrored at random' if data.random_flip else 'not mirrored'} (data.random_flip)"
+    )
+
+
+def _source(data, split: str) -> sources.Source:
     name = data.dataset.lower()
     if name not in sources.SOURCES:
         raise ValueError(
@@ -210,17 +274,16 @@ def get_dataset(config, split: str) -> Tensor | Stream:
         )
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    source = sources.SOURCES[name](data, split=split)
-    workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, _processors())
-    shape = (data.num_channels, data.image_size, data.image_size)
-    stream = Stream(source, shape, workers)
-    if not len(stream):
+    source = sources.SOURCES[name](data, split)
+    if not len(source):
         raise ValueError(f"{name} holds no images for the split {split}")
-    stream.read([0])  # so that data of which none can be used are refused here
-    size = len(stream) * math.prod(shape)
-    if size > data.resident_bytes:
-        return stream
-    return _decoded(stream if size > SMALL else Stream(source, shape))
+    return source
+
+
+def _with_channels(data, channels: int):
+    data = data.copy_and_resolve_references()
+    data.num_channels = channels
+    return data
 
 
 def _decoded(stream: Stream) -> Tensor:
@@ -230,7 +293,7 @@ def _decoded(stream: Stream) -> Tensor:
     options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
     with tqdm(total=len(stream), desc="decoding", **options) as progress:
         for batch in in_order(stream, 64):
-            images[at : at + len(batch)] = batch
+            images[at : at + len(batch)] = batch.images
             at += len(batch)
             progress.update(len(batch))
     if not stream.unreadable:
@@ -258,8 +321,8 @@ def get_data_inverse_scaler(config) -> Callable[[Tensor], Tensor]:
     return (lambda x: (x + 1) / 2) if config.data.centered else (lambda x: x)
 
 
-def in_order(data: Tensor | Stream, size: int) -> Iterator[Tensor]:
-    """Every image once, uint8 (B, C, H, W), in batches of `size` and a last one of what is left."""
+def in_order(data: Tensor | Stream, size: int) -> Iterator[Batch]:
+    """Every image once, in uint8 batches of `size` and a last one of what is left."""
     return _fetched(data, torch.arange(len(data)).split(size))
 
 
@@ -268,22 +331,22 @@ def shuffled_batches(
     batch_size: int,
     seed: int,
     step: int = 0,
-    part: tuple[int, int] = (0, 1),
-) -> Iterator[Tensor]:
-    """Endless uint8 batches (B, C, H, W) from batch number `step` on.
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Endless uint8 batches from batch number `step` on.
 
     Every epoch is a permutation given by (seed, epoch); a batch that crosses its end goes on in the
-    next one, so that no image is left out. B is `batch_size`, or the whole data set where that is
-    smaller. The r-th of n processes, `part=(r, n)`, gets the r-th of n equal pieces of each batch.
+    next one, so that no image is left out. A batch has `batch_size` images, or the whole data set
+    where that is smaller. Process r of n, `shard=(r, n)`, gets the r-th of n equal shards of each.
 
     Raises:
-        ValueError: n pieces of a batch would not be equal.
+        ValueError: n shards of a batch would not be equal.
     """
-    size, (rank, world) = min(batch_size, len(data)), part
+    size, (rank, world) = min(batch_size, len(data)), shard
     if size % world:
         raise ValueError(f"a batch of {size} images cannot be shared equally by {world} processes")
-    piece = slice(rank * size // world, (rank + 1) * size // world)
-    indices = (batch[piece] for batch in _shuffled(len(data), size, seed, step))
+    own = slice(rank * size // world, (rank + 1) * size // world)
+    indices = (batch[own] for batch in _shuffled(len(data), size, seed, step))
     return _fetched(data, indices)
 
 
@@ -297,10 +360,11 @@ def _shuffled(n: int, size: int, seed: int, step: int) -> Iterator[Tensor]:
         )
 
 
-def _fetched(data: Tensor | Stream, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+def _fetched(data: Tensor | Stream, indices: Iterable[Tensor]) -> Iterator[Batch]:
     if isinstance(data, Stream):
-        return data.batches(indices)
-    return (data.index_select(0, index.to(data.device, non_blocking=True)) for index in indices)
+        return map(Batch, data.batches(indices))
+    indices = (index.to(data.device, non_blocking=True) for index in indices)
+    return (Batch(data.index_select(0, index)) for index in indices)
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:

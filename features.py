@@ -298,9 +298,9 @@ class Judge:
         """Computes the statistics of the data and keeps them; `progress` hears of image counts."""
 
         def blocks() -> Iterator[NDArray]:
-            for images in datasets.in_order(self.data, EXTRACTED_AT_ONCE):
-                yield self.space(images.permute(0, 2, 3, 1).cpu().numpy())[0]
-                progress(len(images))
+            for batch in datasets.in_order(self.data, EXTRACTED_AT_ONCE):
+                yield self.space(batch.images.permute(0, 2, 3, 1).cpu().numpy())[0]
+                progress(len(batch))
 
         count = len(self.data)
         self.reference = found = Reference.measure(blocks(), count, FEATURES_KEPT)

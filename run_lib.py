@@ -81,6 +81,7 @@ def train(config, workdir: Path) -> bool:
             f"{training.n_iters}: {len(train_data):,} images, {parameters:,} parameters, {device}"
             + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
         )
+        log.info(datasets.describe(config, train_data, test_data))
         first = state.step + 1
         batches = datasets.shuffled_batches(
             train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)

@@ -43,8 +43,8 @@ def write_zip(path: Path) -> None:
 
 def ours(data, batch: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    for images in datasets.shuffled_batches(data, batch, seed=0):
-        yield datasets.to_unit_interval(images, generator, flip=True)
+    for found in datasets.shuffled_batches(data, batch, seed=0):
+        yield datasets.to_unit_interval(found.images, generator, flip=True)
 
 
 def obvious(read: Callable[[int], Tensor], n: int, batch: int) -> Iterator[Tensor]:

@@ -102,7 +102,7 @@ class Trainer:
         with watch.phase("data"):
             generator = datasets.keyed_generator(self.device, "training", seed, state.step)
             torch.manual_seed(datasets.keyed_seed("dropout", seed, state.step))
-            images = next(self.batches).to(self.device, non_blocking=True)
+            images = next(self.batches).images.to(self.device, non_blocking=True)
             options = {"flip": self.config.data.random_flip}
             options["dequantize"] = self.config.data.uniform_dequantization
             batch = self.run.scaler(datasets.to_unit_interval(images, generator, **options))

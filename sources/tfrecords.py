@@ -7,12 +7,42 @@ a protobuf message that maps names to features (protobuf.dev/programming-guides/
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
+
+from sources.base import Picture, Unreadable, reason
+
+
+class TFRecords:
+    """The images of TFRecord files, found once; `parse` makes a picture of the data of one.
+
+    Raises:
+        ValueError: a file ends within a record, or a length is damaged; the file is named.
+    """
+
+    def __init__(self, paths: list[Path], parse: Callable[[bytes], Picture]):
+        self.paths, self.parse = paths, parse
+        indices = [record_index(path) for path in paths]
+        self.file = np.repeat(np.arange(len(paths)), [len(index) for index in indices])
+        self.start, self.size = np.concatenate(indices).T
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, i: int) -> Picture:
+        path = self.paths[self.file[i]]
+        try:
+            with open(path, "rb") as file:
+                data = os.pread(file.fileno(), self.size[i] + 4, self.start[i])
+            return self.parse(checked(data))
+        except Exception as error:  # a damaged record makes the parser fail in any way
+            raise Unreadable(
+                f"{path}, record at byte {self.start[i] - 12}: {reason(error)}"
+            ) from error
 
 
 def record_index(path: Path) -> NDArray[np.int64]:

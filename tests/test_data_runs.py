@@ -121,6 +121,13 @@ def test_images_that_are_left_out_are_named_in_the_log(tmp_path):
     write_tree(tmp_path / "data", images)
     values = {"data.dataset": "folder", "data.path": tmp_path / "data", "training.n_iters": 1}
     done = call("train", tmp_path / "run", **values)
+    assert re.search(
+        r"^data: .*/data, 1[01] images to train on and 1 to test on "
+        r"\(a random tenth is held out\), 8 x 8, 3 channels, "
+        r"mirrored at random \(data\.random_flip\)$",
+        done.stdout,
+        re.M,
+    )
     assert re.search(r"^unreadable image: .*/data/003\.png: ", done.stdout, re.M)
     assert re.search(r"^1 of 1[12] images are unreadable and left out$", done.stdout, re.M)
 
@@ -164,19 +171,21 @@ def test_bad_data_are_one_line(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_hyper_parameters_measure_any_data(tmp_path):
-    np.save(tmp_path / "x.npy", np.full((10, 8, 8, 1), 255, np.uint8))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_hyper_parameters_measure_any_data(tmp_path, channels):
+    np.save(tmp_path / "x.npy", np.full((10, 8, 8, channels), 255, np.uint8))
     (tmp_path / "experiment.py").write_text(
         "from configs.poisson import digits_ddpmpp\n"
         "def get_config():\n"
         "    config = digits_ddpmpp.get_config()\n"
         f"    config.data.update(dict(dataset='folder', path={str(tmp_path / 'x.npy')!r}))\n"
-        "    config.data.update(dict(resident_bytes=0, num_workers=1))\n"
+        "    config.data.update(dict(resident_bytes=0, num_workers=1, num_channels=0))\n"
         "    return config\n"
     )
     command = [sys.executable, "hyper_parameters.py", "--config", tmp_path / "experiment.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert "mean norm 8 in 64 dimensions" in done.stdout, done.stderr
+    norm, dimensions = 8 * channels**0.5, 64 * channels
+    assert f"mean norm {norm:.4g} in {dimensions} dimensions" in done.stdout, done.stderr
 
 
 def test_a_stream_moves_to_a_device_batch_by_batch():

@@ -46,18 +46,19 @@ def test_stream_covers_every_epoch_and_starts_anywhere(n, batch_size, start, see
     count = -(-3 * n // size)  # enough batches for three epochs
     stream = list(islice(datasets.shuffled_batches(data, batch_size, seed), start + count))
     assert all(len(batch) == size for batch in stream)
-    for epoch in torch.cat(stream)[: 3 * n].split(n):
+    images = torch.cat([batch.images for batch in stream])
+    for epoch in images[: 3 * n].split(n):
         assert epoch.sort().values.tolist() == list(range(n))
-    resumed = list(islice(datasets.shuffled_batches(data, batch_size, seed, start), count))
-    assert torch.equal(torch.cat(resumed), torch.cat(stream[start:]))
+    resumed = islice(datasets.shuffled_batches(data, batch_size, seed, start), count)
+    assert torch.equal(torch.cat([batch.images for batch in resumed]), images[start * size :])
 
 
 def test_epochs_and_seeds_differ():
     data = torch.arange(100, dtype=torch.uint8)
     first, second = islice(datasets.shuffled_batches(data, 100, seed=0), 2)
     (other,) = islice(datasets.shuffled_batches(data, 100, seed=1), 1)
-    assert not torch.equal(first, second)
-    assert not torch.equal(first, other)
+    assert not torch.equal(first.images, second.images)
+    assert not torch.equal(first.images, other.images)
 
 
 def test_keyed_generators_repeat_and_differ():
@@ -119,7 +120,7 @@ def test_mistakes_are_named():
 
 
 def first(stream, count):
-    return torch.stack(list(islice(stream, count)))
+    return torch.stack([batch.images for batch in islice(stream, count)])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -131,7 +132,8 @@ def test_streams_give_what_tensors_give_before_and_after_a_resume(workers):
     resumed = first(datasets.shuffled_batches(stream, 6, seed=3, step=5), 7)
     assert torch.equal(resumed, expected[5:])
     for a, b in zip(datasets.in_order(stream, 6), resident.split(6), strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a.images, b)
+        assert a.labels is None
     assert torch.equal(stream[3:9], resident[3:9])
 
 
@@ -139,12 +141,12 @@ def test_streams_give_what_tensors_give_before_and_after_a_resume(workers):
 def test_processes_share_one_batch(workers):
     stream = datasets.Stream(Numbers(20), (1, 1, 1), workers)
     whole = first(datasets.shuffled_batches(stream, 6, seed=0), 8)
-    parts = [
-        first(datasets.shuffled_batches(stream, 6, seed=0, part=(rank, 3)), 8) for rank in range(3)
+    shards = [
+        first(datasets.shuffled_batches(stream, 6, seed=0, shard=(rank, 3)), 8) for rank in range(3)
     ]
-    assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert torch.equal(torch.cat(shards, dim=1), whole)
     with pytest.raises(ValueError, match="batch of 6 images cannot be shared equally by 4"):
-        datasets.shuffled_batches(stream, 6, seed=0, part=(0, 4))
+        datasets.shuffled_batches(stream, 6, seed=0, shard=(0, 4))
 
 
 def test_worker_processes_leave_the_global_generator_alone():
@@ -154,10 +156,10 @@ def test_worker_processes_leave_the_global_generator_alone():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_gives_its_place_to_the_next(workers, caplog):
+def test_an_unreadable_image_is_replaced_by_the_next(workers, caplog):
     stream = datasets.Stream(Numbers(6, unreadable={2, 3, 5}), (1, 1, 1), workers)
-    (images,) = datasets.in_order(stream, 6)
-    assert images.flatten().tolist() == [0, 1, 4, 4, 4, 0]
+    (batch,) = datasets.in_order(stream, 6)
+    assert batch.images.flatten().tolist() == [0, 1, 4, 4, 4, 0]
     list(datasets.in_order(stream, 6))
     assert sorted(caplog.messages) == [f"unreadable image: image {i} is damaged" for i in (2, 3, 5)]
 
@@ -186,6 +188,30 @@ def test_resident_data_leave_the_unreadable_out(monkeypatch, caplog):
     assert len(caplog.messages) == datasets.MAX_NAMED + 2  # and that the others are not named
 
 
+def test_channels_are_measured_over_the_whole_split(monkeypatch):
+    asked = []
+
+    class Watched(Numbers):
+        def __getitem__(self, i):
+            asked.append(i)
+            return super().__getitem__(i)
+
+    found = {"train": Watched(200), "test": Numbers(2)}
+    monkeypatch.setitem(datasets.sources.SOURCES, "mine", lambda data, split: found[split])
+    config = digits_ddpmpp.get_config()
+    config.data.update({"dataset": "Mine", "image_size": 1, "num_channels": 0})
+    assert datasets.measure_channels(config) == 1
+    assert len(set(asked)) == len(asked) == datasets.MEASURED
+    assert (asked[0], asked[-1]) == (0, 199)
+    assert max(np.diff(asked)) <= 4
+    train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
+    assert train.flatten().tolist() == list(range(200))
+    assert datasets.describe(config, train, test) == (
+        "data: mine, 200 images to train on and 2 to test on, 1 x 1, 1 channel, "
+        "not mirrored (data.random_flip)"
+    )
+
+
 def test_size_decides_what_stays_on_disk():
     config = digits_ddpmpp.get_config()
     config.data.resident_bytes = 1617 * 64
@@ -202,14 +228,14 @@ def test_size_decides_what_stays_on_disk():
 def test_batches_go_on_without_dead_workers(caplog):
     """As when a signal ends the whole group of processes, and the run has yet to save."""
     stream = datasets.Stream(Dying(8), (1, 1, 1), 2)
-    batches = list(datasets.in_order(stream, 2))
-    assert torch.cat(batches).flatten().tolist() == list(range(8))
+    batches = datasets.in_order(stream, 2)
+    assert torch.cat([batch.images for batch in batches]).flatten().tolist() == list(range(8))
     assert "the processes that decode images died; going on without" in caplog.text
 
 
 def test_ctrl_c_leaves_the_batches_to_come():
-    (images,) = datasets.in_order(datasets.Stream(Interrupting(4), (1, 1, 1), 1), 4)
-    assert images.flatten().tolist() == [0, 1, 2, 3]
+    (batch,) = datasets.in_order(datasets.Stream(Interrupting(4), (1, 1, 1), 1), 4)
+    assert batch.images.flatten().tolist() == [0, 1, 2, 3]
 
 
 ENDLESS = """

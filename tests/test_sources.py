@@ -24,9 +24,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import datasets
-import sources
 from configs.poisson import digits_ddpmpp
-from sources import tfrecords
+from sources import Unreadable, folder, stylegan, tfrecords
+from sources.base import held_out
+from sources.images import (
+    cropped_then_resized,
+    decode_image,
+    face,
+    resized_then_cropped,
+    resized_whole,
+)
 
 
 def config_of(dataset, size=8, channels=3, **data):
@@ -83,9 +90,9 @@ def test_published_crops(channels):
         "lsun": reference_resize(wide[:, 25:125], 48, cubic, 2),
     }
     actual = {
-        "face": sources.face(image, 64),
-        "whole": sources.resized_whole(image, 32),
-        "lsun": sources.cropped_then_resized(wide, 48),
+        "face": face(image, 64),
+        "whole": resized_whole(image, 32),
+        "lsun": cropped_then_resized(wide, 48),
     }
     for name, pixels in actual.items():
         assert pixels.dtype == np.uint8
@@ -95,7 +102,7 @@ def test_published_crops(channels):
 
 def test_the_shorter_side_then_the_centre():
     columns = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (50, 100, 3))
-    out = sources.resized_then_cropped(columns, 25)
+    out = resized_then_cropped(columns, 25)
     assert out.shape == (25, 25, 3)
     assert abs(out[0, 0, 0].astype(int) - 25) <= 2  # every second column, from a quarter on
     assert abs(out[0, -1, 0].astype(int) - 74) <= 2
@@ -107,20 +114,30 @@ def test_the_shorter_side_then_the_centre():
 def test_modes_become_grey_or_rgb():
     (rgb,) = pictures(1)
     grey = rgb[..., 0]
-    assert (sources.decode_image(encoded(rgb), 3) == rgb).all()
-    assert (sources.decode_image(encoded(grey), 3) == grey[..., None]).all()
-    assert (sources.decode_image(encoded(grey), 1)[..., 0] == grey).all()
+    assert (decode_image(encoded(rgb), 3) == rgb).all()
+    assert (decode_image(encoded(grey), 3) == grey[..., None]).all()
+    assert (decode_image(encoded(grey), 1)[..., 0] == grey).all()
     luma = rgb @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-    assert np.abs(sources.decode_image(encoded(rgb), 1)[..., 0] - luma).max() <= 1
-    assert (sources.decode_image(encoded(grey.astype(np.uint16) * 257), 1)[..., 0] == grey).all()
-    assert (sources.decode_image(encoded(rgb, "WEBP", lossless=True), 3) == rgb).all()
+    assert np.abs(decode_image(encoded(rgb), 1)[..., 0] - luma).max() <= 1
+    assert (decode_image(encoded(grey.astype(np.uint16) * 257), 1)[..., 0] == grey).all()
+    assert (decode_image(encoded(rgb, "WEBP", lossless=True), 3) == rgb).all()
+
+
+def test_grey_is_found_where_no_channels_are_asked_for():
+    (rgb,) = pictures(1)
+    grey = np.repeat(rgb[..., :1], 3, axis=2)
+    assert (decode_image(encoded(rgb), 0) == rgb).all()
+    assert (decode_image(encoded(grey), 0) == grey[..., :1]).all()
+    assert (decode_image(encoded(grey[..., 0]), 0) == grey[..., :1]).all()
+    grey_jpeg = decode_image(encoded(grey, "JPEG"), 0)
+    assert grey_jpeg.shape == (8, 8, 1)  # its chroma is exactly neutral
 
 
 def test_what_is_transparent_becomes_white():
     (rgba,) = pictures(1, channels=4)
     alpha = rgba[..., 3:] / 255
     expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
-    assert np.abs(sources.decode_image(encoded(rgba), 3) - expected).max() <= 1
+    assert np.abs(decode_image(encoded(rgba), 3) - expected).max() <= 1
 
 
 def test_photographs_are_upright():
@@ -129,7 +146,7 @@ def test_photographs_are_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
     stored = encoded(np.rot90(upright), "JPEG", exif=exif, quality=95)
-    decoded = sources.decode_image(stored, 3)
+    decoded = decode_image(stored, 3)
     assert decoded.shape == (16, 24, 3)
     assert np.abs(decoded.astype(int) - upright).max() < 40
 
@@ -137,12 +154,12 @@ def test_photographs_are_upright():
 def test_too_many_pixels_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)  # for Pillow a warning up to twice as many
     with pytest.raises(Image.DecompressionBombWarning):
-        sources.decode_image(encoded(pictures(1)[0]), 3)
+        decode_image(encoded(pictures(1)[0]), 3)
 
 
 def test_other_formats_are_refused():
     with pytest.raises(Exception, match="no PNG, JPEG or WebP file"):
-        sources.decode_image(encoded(pictures(1)[0], "TIFF"), 3)
+        decode_image(encoded(pictures(1)[0], "TIFF"), 3)
 
 
 def test_trees_and_zips_hold_the_same(tmp_path):
@@ -157,19 +174,141 @@ def test_trees_and_zips_hold_the_same(tmp_path):
         assert list(sizes) == [18, 2]
 
 
+SPLIT_NAMES = [("train", "test"), ("Train", "VAL"), ("TRAIN", "valid"), ("train", "Validation")]
+
+
+def write_splits(root, **splits):
+    """A tree, zip and npz of the images of each split; their paths by kind."""
+    for name, images in splits.items():
+        write_tree(root / "data" / name, images)
+    write_zip(root / "data.zip", root / "data")
+    np.savez(root / "data.npz", **splits)
+    return {"tree": root / "data", "zip": root / "data.zip", "npz": root / "data.npz"}
+
+
 @pytest.mark.parametrize("kind", ["tree", "zip", "npz"])
-def test_given_splits_are_used(tmp_path, kind):
+@pytest.mark.parametrize("train, test", SPLIT_NAMES)
+def test_given_splits_are_used(tmp_path, kind, train, test):
     images = pictures(9)
-    root = tmp_path / "data"
-    write_tree(root / "train", images[:6])
-    write_tree(root / "test", images[6:])
-    path = {"tree": root, "zip": tmp_path / "data.zip", "npz": tmp_path / "data.npz"}[kind]
-    write_zip(tmp_path / "data.zip", root)
-    np.savez(tmp_path / "data.npz", train=images[:6], test=images[6:])
+    path = write_splits(tmp_path, **{train: images[:6], test: images[6:]})[kind]
     config = config_of("folder", path=str(path))
     for split, expected in (("train", images[:6]), ("test", images[6:])):
         data = datasets.get_dataset(config, split)
         assert (data.permute(0, 2, 3, 1).numpy() == expected).all()
+    assert folder.splits_of(config.data) == {"train": train, "test": test}
+
+
+@pytest.mark.parametrize("kind", ["tree", "zip", "npz"])
+def test_one_of_several_splits_is_tested_on(tmp_path, kind):
+    images = pictures(10)
+    splits = {"train": images[:6], "val": images[6:7], "valid": images[7:8]}
+    splits |= {"validation": images[8:9], "Test": images[9:]}
+    for name, number in (("Test", 9), ("validation", 8), ("valid", 7), ("val", 6)):
+        path = write_splits(tmp_path / name, **splits)[kind]
+        config = config_of("folder", path=str(path))
+        data = datasets.get_dataset(config, "test")
+        assert (data.permute(0, 2, 3, 1).numpy() == images[number : number + 1]).all()
+        assert len(datasets.get_dataset(config, "train")) == 6
+        splits.pop(name)
+
+
+@pytest.mark.parametrize("names", [("train", "other"), ("training", "test"), ("a", "val")])
+def test_other_folders_are_not_splits(tmp_path, names):
+    for number, name in enumerate(names):
+        write_tree(tmp_path / name, pictures(10, seed=number))
+    config = config_of("folder", path=str(tmp_path))
+    assert folder.splits_of(config.data) == {}
+    assert list(both_splits(config)[1]) == [18, 2]
+
+
+@pytest.mark.parametrize("kind", ["tree", "zip", "npz", "npy"])
+@pytest.mark.parametrize("given", [True, False])
+def test_the_log_says_what_is_trained_on(tmp_path, kind, given):
+    images = pictures(20)
+    found = "18 images to train on and 2 to test on (a random tenth is held out)"
+    if kind == "npy":
+        path = tmp_path / "data.npy"
+        np.save(path, images)
+    elif given:
+        path = write_splits(tmp_path, Train=images[:13], VAL=images[13:])[kind]
+        found = "13 images to train on and 7 to test on (Train and VAL)"
+    else:
+        path = write_splits(tmp_path, all=images)[kind]
+    config = config_of("folder", path=str(path), random_flip=given)
+    train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
+    mirrored = "mirrored at random" if given else "not mirrored"
+    assert datasets.describe(config, train, test) == (
+        f"data: {path}, {found}, 8 x 8, 3 channels, {mirrored} (data.random_flip)"
+    )
+
+
+# --- the number of channels -----------------------------------------------------------------------
+
+
+def test_grey_files_are_measured_as_grey(tmp_path):
+    grey = pictures(30, channels=1)
+    stored = np.repeat(grey, 3, axis=3)
+    write_tree(tmp_path / "x", [*stored[:20], *(encoded(i[..., 0]) for i in grey[20:])])
+    write_zip(tmp_path / "x.zip", tmp_path / "x")
+    for path in (tmp_path / "x", tmp_path / "x.zip"):
+        config = config_of("folder", channels=0, path=str(path))
+        assert datasets.measure_channels(config) == 1
+        found, sizes = both_splits(config)
+        assert sorted(found) == sorted(image.tobytes() for image in grey)
+        assert list(sizes) == [27, 3]
+    assert config.data.num_channels == 0  # left as it is
+
+
+@pytest.mark.parametrize("at", [0, 17, 39])
+def test_one_colour_image_makes_three_channels(tmp_path, at):
+    images = np.repeat(pictures(40, channels=1), 3, axis=3)
+    images[at, 3, 4, 2] ^= 1
+    write_splits(tmp_path, train=images, test=images[:1])
+    config = config_of("folder", channels=0, path=str(tmp_path / "data"))
+    assert datasets.measure_channels(config) == 3
+    assert datasets.get_dataset(config, "train").shape == (40, 3, 8, 8)
+
+
+def test_files_are_measured_whatever_the_config_says(tmp_path):
+    write_tree(tmp_path / "x", pictures(4))
+    for channels in (0, 1, 3):
+        config = config_of("folder", channels=channels, path=str(tmp_path / "x"))
+        assert datasets.measure_channels(config) == 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_arrays_have_the_channels_of_their_last_axis(tmp_path, name, channels):
+    images = np.full((10, 8, 8, channels), 7, np.uint8)  # grey, but that is not what counts
+    np.save(tmp_path / name, images) if name == "x.npy" else np.savez(tmp_path / name, images)
+    config = config_of("folder", channels=0, path=str(tmp_path / name))
+    assert datasets.measure_channels(config) == channels
+    assert datasets.get_dataset(config, "train").shape == (9, channels, 8, 8)
+
+
+def test_stored_channels_count(tmp_path):
+    assert datasets.measure_channels(config_of("digits", channels=0)) == 1
+    path = tmp_path / "r03.tfrecords"
+    path.write_bytes(tfrecord(*map(stylegan_example, pictures(4))))
+    assert datasets.measure_channels(config_of("ffhq", channels=0, tfrecords_path=str(path))) == 3
+
+
+def test_damaged_images_are_not_measured(tmp_path):
+    images = [image[..., 0] for image in pictures(12, channels=1)]
+    write_tree(tmp_path / "some", [*images[:6], b"damaged", *images[6:]])
+    write_tree(tmp_path / "all", 12 * [b"damaged"])
+    np.save(tmp_path / "four.npy", pictures(12, channels=4))
+    config = config_of("folder", channels=0, path=str(tmp_path / "some"))
+    assert datasets.measure_channels(config) == 1
+    for name, message in (
+        ("all", r"none of 11 images can be used; the last: .*all/\d+\.png: no PNG"),
+        ("four.npy", r"uint8 images \(n, H, W, 1 or 3\), not uint8 \(12, 8, 8, 4\)"),
+        ("nowhere", "nowhere does not exist"),
+    ):
+        config = config_of("folder", channels=0, path=str(tmp_path / name))
+        for opened in (datasets.measure_channels, lambda c: datasets.get_dataset(c, "train")):
+            with pytest.raises((ValueError, OSError), match=message):
+                opened(config)
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.npz"])
@@ -178,8 +317,8 @@ def test_arrays_are_resized_like_files(tmp_path, name):
     np.save(tmp_path / name, images) if name == "x.npy" else np.savez(tmp_path / name, images)
     config = config_of("folder", channels=1, path=str(tmp_path / name))
     train = datasets.get_dataset(config, "train")
-    index = sources.held_out(10, "train")
-    expected = [sources.cropped_then_resized(images[i], 8) for i in index]
+    index = held_out(10, "train")
+    expected = [cropped_then_resized(images[i], 8) for i in index]
     assert (train.permute(0, 2, 3, 1).numpy() == np.stack(expected)).all()
 
 
@@ -194,7 +333,7 @@ def test_links_to_folders_are_not_followed(tmp_path):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ValueError, match="not a file"):
-        sources.read_file(tmp_path, "pipe.png")
+        folder.read_file(tmp_path, "pipe.png")
 
 
 def test_entries_are_bounded_and_never_extracted(tmp_path, monkeypatch):
@@ -202,11 +341,12 @@ def test_entries_are_bounded_and_never_extracted(tmp_path, monkeypatch):
         file.writestr("../../evil.png", encoded(pictures(1)[0]))
         file.writestr("bomb.png", bytes(10**6))
         file.writestr("good.png", encoded(pictures(1)[0]))
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10**5)
-    source = sources.folder(config_of("folder", path=str(tmp_path / "x.zip")).data, "train").source
+    monkeypatch.setattr(folder, "MAX_FILE_BYTES", 10**5)
+    config = config_of("folder", path=str(tmp_path / "x.zip"))
+    source = folder.open_folder(config.data, "train").source
     assert source.names == ["../../evil.png", "bomb.png", "good.png"]
     assert (source[0] == source[2]).all()
-    with pytest.raises(sources.Unreadable, match=r"x\.zip/bomb\.png: larger than"):
+    with pytest.raises(Unreadable, match=r"x\.zip/bomb\.png: larger than"):
         source[1]
     assert [path.name for path in tmp_path.rglob("*")] == ["x.zip"]
 
@@ -215,7 +355,7 @@ def test_sources_travel_to_other_processes(tmp_path):
     write_tree(tmp_path / "data", pictures(4))
     write_zip(tmp_path / "data.zip", tmp_path / "data")
     for path in ("data", "data.zip"):
-        source = sources.folder(config_of("folder", path=str(tmp_path / path)).data, "train")
+        source = folder.open_folder(config_of("folder", path=str(tmp_path / path)).data, "train")
         before = all_of(source)
         assert (all_of(pickle.loads(pickle.dumps(source))) == before).all()
 
@@ -254,7 +394,9 @@ def test_mistakes_of_folders_are_named(tmp_path):
             datasets.get_dataset(config, "train")
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="data.num_channels must be 1 or 3, not 2"):
-        sources.folder(config_of("folder", channels=2, path=str(tmp_path / "one")).data, "train")
+        folder.open_folder(
+            config_of("folder", channels=2, path=str(tmp_path / "one")).data, "train"
+        )
 
 
 # --- TFRecords ------------------------------------------------------------------------------------
@@ -282,7 +424,7 @@ def test_records_that_tensorflow_wrote(tmp_path):
             other = tf.train.Feature(float_list=tf.train.FloatList(value=[1.0, 2.0]))
             features = tf.train.Features(feature={"shape": shape, "data": data, "other": other})
             writer.write(tf.train.Example(features=features).SerializeToString())
-    source = sources.TFRecords([tmp_path / "x.tfrecords"], sources.stylegan_image)
+    source = tfrecords.TFRecords([tmp_path / "x.tfrecords"], stylegan.stylegan_image)
     assert (all_of(source) == images).all()
 
 
@@ -293,16 +435,16 @@ def test_a_damaged_record_is_named(tmp_path):
     damaged[len(whole) // 10 * 3 + 100] ^= 4  # within the data of the fourth of ten equal records
     path = tmp_path / "x.tfrecords"
     path.write_bytes(damaged)
-    source = sources.TFRecords([path], sources.stylegan_image)
-    with pytest.raises(sources.Unreadable, match=rf"byte {len(whole) // 10 * 3}: its checksum"):
+    source = tfrecords.TFRecords([path], stylegan.stylegan_image)
+    with pytest.raises(Unreadable, match=rf"byte {len(whole) // 10 * 3}: its checksum"):
         source[3]
     assert (source[4] == images[4]).all()
     path.write_bytes(whole[:-5])
     with pytest.raises(ValueError, match="x.tfrecords is damaged.*record 9, at byte .* ends"):
-        sources.TFRecords([path], sources.stylegan_image)
+        tfrecords.TFRecords([path], stylegan.stylegan_image)
     path.write_bytes(b"something else altogether")
     with pytest.raises(ValueError, match="no TFRecord file: record 0, at byte 0.*checksum"):
-        sources.TFRecords([path], sources.stylegan_image)
+        tfrecords.TFRecords([path], stylegan.stylegan_image)
 
 
 @given(st.binary(max_size=80), st.integers(0, 200), st.integers(0, 7))
@@ -311,7 +453,7 @@ def test_any_bytes_are_an_example_or_an_error(noise, at, bit):
     mutated[at] ^= 1 << bit
     for data in (noise, bytes(mutated)):
         try:
-            sources.stylegan_image(data)
+            stylegan.stylegan_image(data)
         except (ValueError, TypeError, LookupError):
             continue
 
@@ -360,8 +502,8 @@ for split in ("train", "test"):
     for limit in (2**31, 0):
         config.data.resident_bytes, config.data.num_workers = limit, 1
         data = datasets.get_dataset(config, split)
-        (images,) = datasets.in_order(data, 100)
-        print(images.shape, images.double().sum().item())
+        (batch,) = datasets.in_order(data, 100)
+        print(batch.images.shape, batch.images.double().sum().item())
 assert "tensorflow" not in sys.modules
 """
 

@@ -1,0 +1,83 @@
+"""What every kind of data is made of: the protocol of a source, and parts to build one from."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Picture = NDArray[np.uint8]  # (H, W, C)
+
+
+class Unreadable(ValueError):
+    """An image that is damaged, missing or larger than it may be."""
+
+
+class Source(Protocol):
+    """A sequence of images, of which each is read when it is indexed."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Picture:
+        """Image i, uint8 (H, W, C).
+
+        Raises:
+            Unreadable: it cannot be read; the message names it.
+        """
+        ...
+
+
+class PerProcess:
+    """What `open()` returns, once in each process: an open file does not survive a fork.
+
+    Forked processes share the position in it, and have none of the threads of its reader. What
+    the parent opened is kept, because closing it needs these threads.
+    """
+
+    def __init__(self, open: Callable):
+        self._open = open
+        self._opened = {}
+
+    def __call__(self):
+        process = os.getpid()
+        if process not in self._opened:
+            self._opened[process] = self._open()
+        return self._opened[process]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_opened": {}}
+
+
+@dataclass(frozen=True)
+class View:
+    """The images `index` of a source, each of them as `prepare` makes it."""
+
+    source: Source
+    prepare: Callable[[Picture], Picture]
+    index: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Picture:
+        return self.prepare(self.source[int(self.index[i])])
+
+
+def held_out(n: int, split: str) -> NDArray[np.int64]:
+    """Indices of `split` where nobody has split n images: "test" is a fixed random tenth.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    if n < 2:
+        raise ValueError(f"{n} image(s) cannot be split into data to train and to test on")
+    order = np.random.RandomState(0).permutation(n)
+    tenth = max(1, round(n / 10))
+    return order[tenth:] if split == "train" else order[:tenth]
+
+
+def reason(error: Exception) -> str:
+    """What `error` says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,230 @@
+"""The user's own images: a folder or zip of image files, an .npy or an .npz."""
+
+import os
+import posixpath
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sources.base import PerProcess, Picture, Source, Unreadable, View, held_out, reason
+from sources.images import cropped_then_resized, decode_image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_FILE_BYTES = 2**28  # of one image, as it is read or unpacked; Pillow bounds the pixels
+TEST_NAMES = ("test", "validation", "valid", "val")  # of the split to test on; the first counts
+
+
+def open_folder(data, split: str) -> Source:
+    """The images at `data.path`: files of a folder or a zip, or arrays of an .npy or an .npz.
+
+    Files of all sub-folders count, in the order of their names; links to files are followed, links
+    to folders are not. The splits are those that `given_splits` finds among the sub-folders or the
+    arrays of an .npz, else a fixed random tenth is held out to test on.
+
+    Args:
+        data: reads `path`, `num_channels`, `image_size` and `resident_bytes`. Where `num_channels`
+            is 0, a file gives as many as it needs (see `decode_image`), an array those it has.
+        split: "train" or "test".
+
+    Raises:
+        ValueError, OSError: there is nothing to read, or not what it should be.
+    """
+    path = _path(data)
+    if _is_array(path):
+        images, index = _array(path, split, data.num_channels, data.resident_bytes)
+    else:
+        if data.num_channels not in (0, 1, 3):
+            raise ValueError(f"data.num_channels must be 1 or 3, not {data.num_channels}")
+        names, read = _list(path)
+        tops = _tops(names)
+        if given := given_splits(tops):
+            index = np.flatnonzero([top.lower() == given[split].lower() for top in tops])
+        else:
+            index = held_out(len(names), split)
+        images = Files(path, names, read, data.num_channels)
+    return View(images, partial(cropped_then_resized, size=data.image_size), index)
+
+
+def splits_of(data) -> dict[str, str]:
+    """What holds the splits of the images at `data.path`; see `given_splits`."""
+    path = _path(data)
+    if not _is_array(path):
+        return given_splits(_tops(_list(path)[0]))
+    images = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(images, np.lib.npyio.NpzFile):
+        return {}
+    with images as file:
+        return given_splits(file.files)
+
+
+def given_splits(names: Iterable[str]) -> dict[str, str]:
+    """Which of `names` are those of the splits "train" and "test", in any case.
+
+    Beside `train` there has to be one of `TEST_NAMES`, else the result is empty.
+    """
+    found = {name.lower(): name for name in sorted(set(names))}
+    held = [found[name] for name in TEST_NAMES if name in found]
+    return {"train": found["train"], "test": held[0]} if "train" in found and held else {}
+
+
+def _path(data) -> Path:
+    path = Path(data.path).expanduser()
+    if not data.path:
+        raise ValueError(
+            "data.dataset='folder' needs data.path, a folder or .zip of images, .npy or .npz"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"data.path={data.path} does not exist")
+    return path
+
+
+# --- image files ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Files:
+    """Encoded images by name; `read` gives the bytes of one."""
+
+    where: Path
+    names: list[str]
+    read: Callable[[str], bytes]
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Picture:
+        try:
+            return decode_image(self.read(self.names[i]), self.channels)
+        except Exception as error:  # a damaged file makes the decoder fail in any way
+            raise Unreadable(f"{self.where}/{self.names[i]}: {reason(error)}") from error
+
+
+def read_file(folder: Path, name: str) -> bytes:
+    """The bytes of a regular file below `folder`."""
+    path = folder / name
+    if not path.is_file():  # a pipe or a device could be read for ever
+        raise ValueError("not a file")
+    with open(path, "rb") as file:
+        return _bounded(file)
+
+
+def _bounded(file: BinaryIO) -> bytes:
+    data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    return data
+
+
+def read_entry(archive: PerProcess, name: str) -> bytes:
+    """The bytes of an entry of a zip file, unpacked in memory; nothing is extracted to disk."""
+    with archive().open(name) as entry:
+        return _bounded(entry)
+
+
+def _list(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    """The names of the image files in a folder or zip, and what reads one of them."""
+    names, read = _zip_entries(path) if path.is_file() else _tree(path)
+    if not names:
+        raise ValueError(f"data.path={path} holds no images ({', '.join(SUFFIXES)})")
+    return names, read
+
+
+def _tree(root: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    names = []
+    for folder, _, files in os.walk(root, onerror=_raise):
+        below = Path(folder).relative_to(root)
+        names += [(below / file).as_posix() for file in files if _is_image(file)]
+    return sorted(names), partial(read_file, root)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _zip_entries(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    archive = PerProcess(partial(zipfile.ZipFile, path))
+    try:
+        names = archive().namelist()
+    except Exception as error:  # a damaged directory makes it fail in any way
+        raise ValueError(
+            f"data.path={path} is no folder, .npy, .npz or zip file: {reason(error)}"
+        ) from error
+    images = {name for name in names if _is_image(posixpath.basename(name))}
+    return sorted(images), partial(read_entry, archive)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")  # "._x" is macOS's own
+
+
+def _tops(names: list[str]) -> list[str]:
+    """The top folder of each file; the one below where a single folder holds all files."""
+    parts = [name.split("/", 2) for name in names]
+    level = 1 if len({part[0] for part in parts}) == 1 else 0
+    return ["".join(part[level : level + 1]) for part in parts]
+
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+
+def _is_array(path: Path) -> bool:
+    return path.suffix.lower() in (".npy", ".npz")
+
+
+@dataclass(frozen=True)
+class Array:
+    """The images of an .npy, which stays on disk."""
+
+    file: PerProcess
+
+    def __len__(self) -> int:
+        return len(self.file())
+
+    def __getitem__(self, i: int) -> Picture:
+        return self.file()[i]
+
+
+def _array(path: Path, split: str, channels: int, limit: int) -> tuple[Source, NDArray[np.int64]]:
+    """The images of an .npy or .npz, and which of them belong to `split`."""
+    mapped = PerProcess(partial(np.load, path, mmap_mode="r", allow_pickle=False))
+    try:
+        images, given = mapped(), False
+        if isinstance(images, np.lib.npyio.NpzFile):
+            with images as file:
+                images, given = _unpacked(file, split, limit)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes numpy fail in any way
+        raise ValueError(f"data.path={path} cannot be read: {reason(error)}") from error
+    known, says = ((channels,), ", as data.num_channels says") if channels else ((1, 3), "")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in known:
+        raise ValueError(
+            f"data.path={path} must hold uint8 images (n, H, W, {' or '.join(map(str, known))})"
+            f"{says}, not {images.dtype} {images.shape}"
+        )
+    if not images.size:
+        raise ValueError(f"data.path={path} holds no images: its shape is {images.shape}")
+    index = np.arange(len(images)) if given else held_out(len(images), split)
+    return Array(mapped) if isinstance(images, np.memmap) else images, index
+
+
+def _unpacked(file, split: str, limit: int) -> tuple[NDArray, bool]:
+    """The array of `split` in an .npz, or its only array; and whether the file gives the splits."""
+    given = given_splits(file.files)
+    if not given and len(file.files) != 1:
+        raise ValueError(f"it needs one array, or train and test; it has {file.files}")
+    name = given.get(split, file.files[0])
+    size = file.zip.getinfo(f"{name}.npy").file_size
+    if size > limit:
+        raise ValueError(
+            f"{name} unpacks to {size:,} bytes, more than data.resident_bytes={limit:,}; "
+            "an .npy is read from disk"
+        )
+    return file[name], bool(given)

@@ -1,0 +1,107 @@
+"""Data sets that tensorflow_datasets has prepared on disk; nothing is downloaded."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from sources import images, tfrecords
+from sources.base import PerProcess, Picture, Source, Unreadable, View, reason
+
+# what tensorflow_datasets calls the splits
+TESTED = {"train": "train", "test": "test"}
+VALIDATED = {"train": "train", "test": "validation"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A split of a data set that tensorflow_datasets prepared for random access."""
+
+    where: str
+    open: PerProcess
+
+    def __len__(self) -> int:
+        return len(self.open())
+
+    def __getitem__(self, i: int) -> Picture:
+        stored = self.open()
+        try:
+            return stored[i]["image"]
+        except Exception as error:  # a damaged record makes the decoder fail in any way
+            raise Unreadable(f"{self.where}, image {i}: {reason(error)}") from error
+
+
+def encoded_image(data: bytes, channels: int) -> Picture:
+    """An image of tensorflow_datasets' TFRecords: a PNG or JPEG file in `image`."""
+    image = tfrecords.bytes_feature(tfrecords.parse_example(data)["image"])
+    return images.decode_image(bytes(image), channels)
+
+
+def open_prepared(
+    data,
+    split: str,
+    name: str,
+    prepare: Callable[[Picture, int], Picture],
+    splits: dict[str, str],
+) -> Source:
+    """A data set of tensorflow_datasets, which has to be on disk.
+
+    It may have been prepared for random access (ArrayRecord), or as TFRecords, the default.
+
+    Args:
+        data: reads `data_dir`, `image_size` and `num_channels`.
+        split: "train" or "test".
+        name: what tensorflow_datasets calls it.
+        prepare: makes an image of side `image_size` of a stored one.
+        splits: what it calls the splits.
+
+    Raises:
+        FileNotFoundError: it is not there; the message says how to get it.
+        ValueError: tensorflow_datasets is not installed.
+    """
+    builder = _builder(name, data.data_dir)
+    stored = splits[split]
+    if builder.info.file_format.value == "tfrecord" and stored in builder.info.splits:
+        paths = [Path(path) for path in builder.info.splits[stored].filepaths]
+        source = tfrecords.TFRecords(paths, partial(encoded_image, channels=data.num_channels))
+    else:
+        source = Prepared(
+            f"{name} ({stored})", PerProcess(partial(_data_source, name, stored, data.data_dir))
+        )
+    try:
+        index = np.arange(len(source))
+    except (NotImplementedError, OSError, LookupError) as error:
+        root = str(builder.data_path).removesuffix(f"/{name}/{builder.version}")
+        raise FileNotFoundError(
+            f"{name} is not in {builder.data_path}. Where there is a network, run: python3 -c "
+            f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='{root}')\""
+            " and copy the folder here, or name another folder as data.data_dir"
+        ) from error
+    return View(source, partial(prepare, size=data.image_size), index)
+
+
+def _data_source(name: str, split: str, data_dir: str):
+    return _builder(name, data_dir).as_data_source(split)
+
+
+def _builder(name: str, data_dir: str):
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ValueError(
+            f"{name} is read by tensorflow_datasets: pip install -r requirements.txt ({error})"
+        ) from error
+    return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+
+
+def open_lsun(data, split: str) -> Source:
+    """The LSUN category `data.category`, cut as published for its size."""
+    category = data.get("category", "")
+    if category not in ("bedroom", "church_outdoor"):
+        raise ValueError(f"data.category={category!r}; known: bedroom, church_outdoor")
+    wide = data.image_size == 128
+    prepare = images.resized_then_cropped if wide else images.cropped_then_resized
+    return open_prepared(data, split, f"lsun/{category}", prepare, VALIDATED)

@@ -1,0 +1,34 @@
+"""CelebA-HQ and FFHQ from the TFRecord files that StyleGAN's dataset_tool.py writes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from sources import tfrecords
+from sources.base import Picture, Source, View, held_out
+from sources.images import unchanged
+
+
+def stylegan_image(data: bytes) -> Picture:
+    """An image of StyleGAN's TFRecords: `shape`, and `data` as (C, H, W)."""
+    features = tfrecords.parse_example(data)
+    shape = tfrecords.int_feature(features["shape"])
+    pixels = np.frombuffer(tfrecords.bytes_feature(features["data"]), np.uint8)
+    return pixels.reshape(shape).transpose(1, 2, 0)
+
+
+def open_faces(data, split: str) -> Source:
+    """The images of the file `data.tfrecords_path`; a fixed random tenth is held out to test on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    path = Path(data.get("tfrecords_path", ""))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.tfrecords_path={path} does not exist; name the -r08 (256 x 256) or -r10 (1024 x "
+            f"1024) file that StyleGAN's dataset_tool.py makes of {data.dataset}"
+        )
+    records = tfrecords.TFRecords([path], stylegan_image)
+    return View(records, unchanged, held_out(len(records), split))
