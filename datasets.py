@@ -248,6 +248,11 @@ def _processors() -> int:
     return max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def image_shape(config) -> tuple[int, int, int]:
+    """(C, H, W) of the configured images."""
+    return config.data.num_channels, config.data.image_size, config.data.image_size
+
+
 def get_data_scaler(config) -> Callable[[Tensor], Tensor]:
     """From [0, 1] to what the network sees: [-1, 1] with `data.centered`, else unchanged."""
     return (lambda x: 2 * x - 1) if config.data.centered else (lambda x: x)

@@ -16,7 +16,7 @@ import losses
 import methods
 import models
 import sampling
-from metrics import NEIGHBOURS
+from metrics.distances import NEIGHBOURS
 
 # Smallest and largest sensible value of what the parts below do not check themselves.
 RANGES = {
@@ -79,7 +79,7 @@ class Experiment:
         )
 
     def with_ema(self):
-        """Within the `with` block the network holds its averaged weights and evaluates."""
+        """Within the `with` block the network holds its EMA weights and evaluates."""
         self.state.model.eval()
         return self.state.ema.swapped_into(self.state.parameters)
 
