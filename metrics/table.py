@@ -98,57 +98,43 @@ def _kernel(c: Comparison) -> float | None:
     return c.backend.kernel_distance(c.reference.features[:two_in_every_block], c.features)
 
 
-def _nearest_of_data(c: Comparison) -> float | None:
-    if c.nearest is None:
-        return None
-    real = c.reference.features
-    return np.median(distances.nearest(real[:QUERIED], real, 2, c.device)[0][:, 1])
+def _inception_score(c: Comparison) -> float | None:
+    return None if c.logits is None else c.backend.inception_score(c.logits)
 
+
+def _precision(c: Comparison) -> float | None:
+    return c.precision_recall and c.precision_recall[0]
+
+
+def _recall(c: Comparison) -> float | None:
+    return c.precision_recall and c.precision_recall[1]
+
+
+def _nearest(c: Comparison) -> float | None:
+    return c.nearest and np.median(c.nearest[0])
+
+
+def _nearest_of_data(c: Comparison) -> float | None:
+    real = c.reference.features
+    return c.nearest and np.median(distances.nearest(real[:QUERIED], real, 2, c.device)[0][:, 1])
+
+
+_FID = {"inception": "FID", "torchscript": "FID"}
+_KID = "KID: unbiased, so below zero by chance where it is small"
+_NEAREST = "median distance of a training image to its nearest other one"
 
 # Key in report_{k}.npz -> the metric, in the order in which they are shown.
 METRICS: dict[str, Metric] = {
     "fid": Metric(
-        "Fréchet distance",
-        better=-1,
-        note="of Gaussian fits to the features",
-        compute=_frechet,
-        names_space=True,
-        labels={"inception": "FID", "torchscript": "FID"},
+        "Fréchet distance", -1, "of Gaussian fits to the features", _frechet, None, True, _FID
     ),
-    "kid": Metric(
-        "Kernel distance",
-        better=-1,
-        note="KID: unbiased, so below zero by chance where it is small",
-        compute=_kernel,
-        names_space=True,
-    ),
-    "IS": Metric(
-        "Inception Score",
-        better=1,
-        note="over all samples, without splits",
-        compute=lambda c: None if c.logits is None else c.backend.inception_score(c.logits),
-    ),
-    "precision": Metric(
-        "Precision",
-        better=1,
-        note="share of samples on the data's manifold",
-        compute=lambda c: c.precision_recall and c.precision_recall[0],
-    ),
-    "recall": Metric(
-        "Recall",
-        better=1,
-        note="share of the data on the samples' manifold",
-        compute=lambda c: c.precision_recall and c.precision_recall[1],
-    ),
-    "bpd": Metric("Bits/dim", better=-1, note="negative log-likelihood"),
-    "loss": Metric("Loss", better=-1, note="over the evaluated split"),
-    "nearest": Metric(
-        "Nearest training image",
-        better=0,
-        note="median distance of a training image to its nearest other one",
-        compute=lambda c: c.nearest and np.median(c.nearest[0]),
-        of_data=_nearest_of_data,
-    ),
+    "kid": Metric("Kernel distance", -1, _KID, _kernel, names_space=True),
+    "IS": Metric("Inception Score", 1, "over all samples, without splits", _inception_score),
+    "precision": Metric("Precision", 1, "share of samples on the data's manifold", _precision),
+    "recall": Metric("Recall", 1, "share of the data on the samples' manifold", _recall),
+    "bpd": Metric("Bits/dim", -1, "negative log-likelihood"),
+    "loss": Metric("Loss", -1, "over the evaluated split"),
+    "nearest": Metric("Nearest training image", 0, _NEAREST, _nearest, _nearest_of_data),
 }
 
 

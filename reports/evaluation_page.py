@@ -22,10 +22,7 @@ PICTURES = {
         "Samples, and below each the training image nearest to its features. Upper pair of rows: "
         "the samples closest to the data of all; lower pair: the first samples.",
     ),
-    "interpolation": (
-        "Interpolation",
-        "Each row follows the arc between two draws of the prior.",
-    ),
+    "interpolation": ("Interpolation", "Each row follows the arc between two draws of the prior."),
     "rescale": (
         "Temperature",
         "Each row keeps the direction of a draw of the prior while its norm grows.",

@@ -146,7 +146,7 @@ def test_both_implementations_of_the_metrics_agree():
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**20])
 def test_nearest_neighbours(chunk, monkeypatch):
-    monkeypatch.setattr(distances, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr("metrics.distances.CHUNK_NUMBERS", chunk)
     random = np.random.RandomState(0)
     queries, points = random.standard_normal((31, 5)), random.standard_normal((47, 5))
     distances, rows = nearest(queries, points, 3)

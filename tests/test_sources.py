@@ -25,8 +25,8 @@ from PIL import Image
 
 import datasets
 import sources
-from configs.poisson import digits_ddpmpp
 from sources import tfrecords
+from configs.poisson import digits_ddpmpp
 
 
 def config_of(dataset, size=8, channels=3, **data):
