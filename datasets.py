@@ -311,6 +311,11 @@ def _processors() -> int:
     return max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def image_shape(config) -> tuple[int, int, int]:
+    """(C, H, W) of the configured images."""
+    return config.data.num_channels, config.data.image_size, config.data.image_size
+
+
 def get_data_scaler(config) -> Callable[[Tensor], Tensor]:
     """From [0, 1] to what the network sees: [-1, 1] with `data.centered`, else unchanged."""
     return (lambda x: 2 * x - 1) if config.data.centered else (lambda x: x)
@@ -324,6 +329,14 @@ def get_data_inverse_scaler(config) -> Callable[[Tensor], Tensor]:
 def in_order(data: Tensor | Stream, size: int) -> Iterator[Batch]:
     """Every image once, in uint8 batches of `size` and a last one of what is left."""
     return _fetched(data, torch.arange(len(data)).split(size))
+
+
+def mean_norm(data: Tensor | Stream, scaler: Callable[[Tensor], Tensor]) -> float:
+    """Mean Euclidean norm of the scaled images of a data set."""
+    total = 0.0
+    for batch in in_order(data, 1000):
+        total += scaler(batch.images / 255).flatten(1).norm(dim=1).sum().item()
+    return total / len(data)
 
 
 def shuffled_batches(

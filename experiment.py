@@ -4,8 +4,10 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,7 +18,8 @@ import losses
 import methods
 import models
 import sampling
-from metrics import NEIGHBOURS
+from metrics.distances import NEIGHBOURS
+from storage import run_config
 from training import TrainState
 
 # Smallest and largest sensible value of what the parts below do not check themselves.
@@ -46,6 +49,41 @@ RANGES = {
 }
 
 
+def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]:
+    """`config` with the values that it leaves open, and a line that names them, if there are any.
+
+    They are those of the run in `workdir`; where it has none, they are measured from the training
+    images.
+
+    Raises:
+        ValueError, OSError: the config is wrong, or the data cannot be read.
+    """
+    check(config)
+    config = config.copy_and_resolve_references()
+    method, flat = methods.method_class(config), run_config.flatten(config)
+    left_open = {key for key, value in flat.items() if value is None}
+    if config.data.num_channels == 0:
+        left_open.add("data.num_channels")
+    if not left_open:
+        return config, None
+    found = {}
+    if stored := run_config.find(workdir):
+        own = run_config.flatten(run_config.restore(stored[1]))
+        found = {key: own[key] for key in left_open if own[key]}
+    config.update_from_flattened_dict(found)
+    if config.data.num_channels == 0:
+        found["data.num_channels"] = config.data.num_channels = datasets.measure_channels(config)
+    measured = method.measure(config, lambda: _mean_norm(config))
+    config.update_from_flattened_dict(measured)
+    values = ", ".join(f"{key} = {value:.6g}" for key, value in sorted((found | measured).items()))
+    return config, f"the training images decide: {values}" if values else None
+
+
+def _mean_norm(config) -> float:
+    data = datasets.get_dataset(config, "train")
+    return datasets.mean_norm(data, datasets.get_data_scaler(config))
+
+
 @dataclass
 class Experiment:
     """What training and evaluation work with.
@@ -63,7 +101,7 @@ class Experiment:
     @classmethod
     def build(cls, config) -> "Experiment":
         """Raises ValueError, in one line, for what the config gets wrong."""
-        _check(config)
+        check(config)
         device = _device(config.device)
         torch.manual_seed(config.seed)
         execution.check_precision(config.training.precision, device)
@@ -95,7 +133,7 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device={name!r} cannot be used: {reason}") from error
 
 
-def _check(config) -> None:
+def check(config) -> None:
     """Raises ValueError for numbers that would show only in the middle of a run, or never."""
     for key, (low, high) in RANGES.items():
         section, _, name = key.rpartition(".")

@@ -5,7 +5,6 @@ python3 hyper_parameters.py --data_norm 27.9 --data_dim 3072
 """
 
 import math
-from typing import NamedTuple
 
 from absl import app, flags
 
@@ -17,50 +16,6 @@ flags.DEFINE_float("data_norm", None, "Mean Euclidean norm of the scaled images,
 flags.DEFINE_integer("data_dim", None, "D = C * H * W, if known.")
 flags.DEFINE_float("sigma", None, "In place of model.sigma_end (0.01 without --config).")
 flags.DEFINE_float("tau", None, "In place of training.tau (0.03 without --config).")
-
-
-class PoissonRange(NamedTuple):
-    """How far perturbations reach, and the prior plane that follows."""
-
-    M: int
-    z_max: float
-    upper_norm: float
-
-
-def poisson_range(
-    data_norm: float, data_dim: int, sigma: float = 0.01, tau: float = 0.03
-) -> PoissonRange:
-    """The range of `methods.Poisson` for data of a given size.
-
-    Args:
-        data_norm: mean Euclidean norm of the scaled images.
-        data_dim: D = C * H * W.
-        sigma, tau: `model.sigma_end` and `training.tau`.
-
-    Raises:
-        ValueError: a number is not positive, or the data are no larger than their perturbation.
-
-    Source: Xu et al. 2022 (arXiv 2209.11178), appendix B.1.1.
-    """
-    if not min(data_norm, data_dim, sigma, tau) > 0:
-        raise ValueError("data_norm, data_dim, sigma and tau must all be positive")
-    ratio = data_norm**2 / (2 * math.sqrt(data_dim) * sigma**2)
-    if ratio <= 1:
-        raise ValueError(f"data of norm {data_norm:g} are lost in perturbations of sigma {sigma:g}")
-    m = int(0.75 * math.log(ratio) / math.log(1 + tau)) + 1
-    reach = sigma * (1 + tau) ** m
-    return PoissonRange(m, math.sqrt(2 / math.pi) * reach, math.sqrt(data_dim) * reach)
-
-
-def data_norm(data, scaler, batch_size: int = 1000) -> float:
-    """Mean Euclidean norm of the scaled images of a data set (see datasets.py)."""
-    import datasets
-
-    total = 0.0
-    for batch in datasets.in_order(data, batch_size):
-        images = scaler(batch / 255)
-        total += images.flatten(1).norm(dim=1).sum().item()
-    return total / len(data)
 
 
 def main(argv: list[str]) -> None:
@@ -77,6 +32,8 @@ def main(argv: list[str]) -> None:
                 "z_max": config.sampling.z_max,
                 "upper_norm": config.sampling.upper_norm,
             }
+        from methods.poisson import poisson_range  # torch: not before the flags are parsed
+
         result = poisson_range(**known)
     except (OSError, ValueError) as error:
         command_line.fail(error)
@@ -91,9 +48,11 @@ def main(argv: list[str]) -> None:
 def _of_config(config) -> dict:
     import datasets
 
+    if config.data.num_channels == 0:
+        config.data.num_channels = datasets.measure_channels(config)
     data = datasets.get_dataset(config, "train")
     return {
-        "data_norm": data_norm(data, datasets.get_data_scaler(config)),
+        "data_norm": datasets.mean_norm(data, datasets.get_data_scaler(config)),
         "data_dim": data[:1].numel(),
         "sigma": config.model.sigma_end,
         "tau": config.training.tau,

@@ -18,26 +18,26 @@ import distributed
 import evaluation
 import execution
 import likelihood
-from checkpoints import load_checkpoint, save_checkpoint
-from experiment import Experiment, progress_bar
-from features import Judge
-from report import image_grid
+from experiment import Experiment, complete, progress_bar
+from metrics.reference import ReferenceStatistics
+from reports.evaluation_page import save_page
+from reports.images import image_grid, to_uint8
+from reports.table import report_table
 from sources.batch import Batch
-from training import TrainState, held_out_loss, train_step
-from workdir import (
-    Board,
-    checkpoint_path,
+from storage import run_config
+from storage.checkpoints import (
     checkpoints_to_evaluate,
-    differences,
     drop_checkpoints,
     fit,
+    load_checkpoint,
     newest_checkpoint,
-    open_workdir,
-    save_npz,
-    save_png,
+    save_checkpoint,
     save_to_resume,
-    store_config,
 )
+from storage.files import save_npz, save_png
+from storage.tensorboard import TensorBoardWriter
+from storage.workdir import checkpoint_path, open_workdir
+from training import TrainState, held_out_loss, train_step
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def train(config, workdir: Path) -> bool:
         FloatingPointError: `training.max_bad_steps` batches in a row gave no finite gradient, or
             the processes do not agree.
     """
+    config, decided = complete(config, workdir)
     training, seed = config.training, config.seed
     run = Experiment.build(config)
     state, device, main = run.state, run.device, distributed.is_main()
@@ -82,6 +83,8 @@ def train(config, workdir: Path) -> bool:
             + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
         )
         log.info(datasets.describe(config, train_data, test_data))
+        if decided:
+            log.info(decided)
         first = state.step + 1
         batches = datasets.shuffled_batches(
             train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)
@@ -92,12 +95,12 @@ def train(config, workdir: Path) -> bool:
             return state.step == training.n_iters or state.step % frequency == 0
 
         with (
-            Board(workdir / "tensorboard" if main else None, state.step) as board,
+            TensorBoardWriter(workdir / "tensorboard" if main else None, state.step) as writer,
             progress_bar(total=training.n_iters, initial=state.step, unit="step") as progress,
             _stop_signals() as stop,
         ):
             if main and training.snapshot_sampling and state.step and due(training.snapshot_freq):
-                _draw_snapshot(run, board, workdir, seed, images_per_step, again=False)
+                _draw_snapshot(run, writer, workdir, seed, images_per_step, again=False)
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
                 generator = datasets.keyed_generator(device, "training", seed, state.step)
                 # dropout knows no other generator than the global one
@@ -118,28 +121,28 @@ def train(config, workdir: Path) -> bool:
 
                 if due(training.log_freq):
                     speed = meter.rate(state.step) * images_per_step
-                    _log_step(progress, board, state.step, watch.look(), speed)
+                    _log_step(progress, writer, state.step, watch.look(), speed)
                 if state.step == first:  # processes that go apart do so in their first step
                     distributed.check_agreement(state.step, state.parameters)
                 if due(training.eval_freq):
                     held_out = _held_out_loss(run, test_data[: run.loss.batch_size], seed)
-                    board.add_scalar("loss/test", held_out, state.step)
+                    writer.add_scalar("loss/test", held_out, state.step)
                     log.info(f"step {state.step}: held-out loss {held_out:.5g}")
                 numbered = due(training.snapshot_freq)
                 if numbered or due(training.snapshot_freq_for_preemption):
-                    board.flush()
+                    writer.flush()
                     written += [state.step] * numbered
-                    content = _content(state, written)
+                    content = _content(config, state, written)
                     if main and numbered:
                         save_checkpoint(checkpoint_path(workdir, state.step), content)
                         written = drop_checkpoints(workdir, written, training.keep_checkpoints)
                     if main:
                         save_to_resume(workdir, content)
                 if main and numbered and training.snapshot_sampling and not stop():
-                    _draw_snapshot(run, board, workdir, seed, images_per_step)
+                    _draw_snapshot(run, writer, workdir, seed, images_per_step)
 
             if state.step < training.n_iters:
-                content = _content(state, written)
+                content = _content(config, state, written)
                 if main:
                     save_to_resume(workdir, content)
                 watch.look()
@@ -151,9 +154,9 @@ def train(config, workdir: Path) -> bool:
 
 @distributed.joined()
 def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
-    """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with averaged weights.
+    """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with EMA weights.
 
-    What an earlier evaluation left half done is gone on with: a part on disk counts where it came
+    What an earlier evaluation left half done is gone on with: a file on disk counts where it came
     from the same weights with the same settings. Several processes share the batches of bits/dim
     and the rounds of samples; the rest is the main one's.
 
@@ -163,6 +166,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             the folder.
         FloatingPointError: the ODE of a likelihood cannot be solved.
     """
+    config, _ = complete(config, workdir)
     run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
     if not any(asked[what] for what in evaluation.PARTS):
         raise ValueError(
@@ -177,14 +181,20 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
     if asked.enable_bpd:
         bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
     if asked.enable_sampling:
-        judge = Judge.build(config, run.device)
+        statistics = ReferenceStatistics.build(config, run.device)
     with open_workdir(workdir, folder, main):
         distributed.barrier()  # nobody writes before the main process holds the lock
-        if main and asked.enable_sampling and judge.reference is None:
-            with progress_bar(total=len(judge.data), desc="data", unit="image") as progress:
-                judge.measure(progress.update)
+        if main and asked.enable_sampling and statistics.reference is None:
+            with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
+                statistics.measure(progress.update)
+        said = []
         for k, path in checkpoints.items():
-            fit(run.state.load_network, load_checkpoint(path), path)
+            content = load_checkpoint(path)
+            changes = run_config.changes(content, config)
+            fit(run.state.load_network, content, path, changes)
+            for change in [] if said == changes else changes:
+                log.info(f"the config differs from that of the run: {change}")
+            said = changes
             log.info(f"evaluating {path} on {run.device}")
             if main:
                 evaluation.remove_results(folder, k)
@@ -197,7 +207,9 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
                         config, run, bits_per_dim, data, folder, k, origin
                     )
                 if asked.enable_sampling:
-                    report |= evaluation.evaluate_samples(config, run, judge, folder, k, origin)
+                    report |= evaluation.evaluate_samples(
+                        config, run, statistics, folder, k, origin
+                    )
                 if not main:
                     continue
                 if asked.enable_loss:
@@ -210,8 +222,9 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
                     evaluation.draw_rescaling(config, run, folder, k)
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
-            evaluation.save_page(config, run, workdir, folder, k)
-            log.info(evaluation.table(config, report, path))
+            save_page(config, run, workdir, folder, k)
+            title = f"{path.name}, EMA weights of step {report['step']}"
+            log.info(report_table(report, asked.dataset, title))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
 
 
@@ -233,28 +246,30 @@ def _resume(config, workdir: Path, state: TrainState) -> list[int]:
     found = newest_checkpoint(workdir)
     if found is None:
         if distributed.is_main():
-            store_config(workdir, config)
+            run_config.store(workdir, config)
         return []
     path, content = found
-    changes = differences(workdir, config)
+    changes = run_config.changes(content, config)
     fit(state.load_state_dict, content, path, changes)
     for change in changes:
-        log.warning(f"the config differs from that of the run's first start: {change}")
+        log.warning(f"the config differs from that of the run: {change}")
     return [int(step) for step in content.get("written", [])]
 
 
-def _content(state: TrainState, written: list[int]) -> dict:
+def _content(config, state: TrainState, written: list[int]) -> dict:
     """What a checkpoint holds; never ruined weights, which would cost the good ones before."""
     distributed.check_agreement(state.step, state.parameters)
     if not state.is_finite():
         raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
-    return state.state_dict() | {"written": written}
+    return state.state_dict() | {"written": written, "config": run_config.flatten(config)}
 
 
-def _log_step(progress, board: Board, step: int, loss: float, images_per_second: float) -> None:
+def _log_step(
+    progress, writer: TensorBoardWriter, step: int, loss: float, images_per_second: float
+) -> None:
     progress.set_postfix_str(f"loss {loss:.4g}, {images_per_second:.0f} images/s")
-    board.add_scalar("loss/train", loss, step)
-    board.add_scalar("images_per_second", images_per_second, step)
+    writer.add_scalar("loss/train", loss, step)
+    writer.add_scalar("images_per_second", images_per_second, step)
 
 
 def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
@@ -267,7 +282,12 @@ def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
 
 
 def _draw_snapshot(
-    run: Experiment, board: Board, workdir: Path, seed: int, number: int, again: bool = True
+    run: Experiment,
+    writer: TensorBoardWriter,
+    workdir: Path,
+    seed: int,
+    number: int,
+    again: bool = True,
 ) -> None:
     """Samples from the same prior draw at every call, so that pictures can be compared.
 
@@ -288,11 +308,11 @@ def _draw_snapshot(
     except FloatingPointError as error:  # a network that is still young may have no smooth flow
         log.warning(f"step {step}: no samples drawn: {error}")
         return
-    images = evaluation.to_uint8(samples)
+    images = to_uint8(samples)
     grid = image_grid(images)
     save_npz(folder / "sample.npz", samples=images)
     save_png(folder / "sample.png", grid)
-    board.add_image("samples", grid, step)
+    writer.add_image("samples", grid, step)
     log.info(f"step {step}: samples in {nfe} evaluations: {folder / 'sample.png'}")
 
 

@@ -208,9 +208,9 @@ def accumulate_gradient(
     """Adds the gradient of the batch's loss to the parameters'; returns this process's loss.
 
     The examples of the whole batch are drawn once. Process k of n takes its shard of them in
-    `state.accumulate` = A micro-batches, of which number i is shard k A + i of n A. So neither n nor
-    A changes the gradient but by rounding; only dropout depends on them. The gradient of a loss that
-    is not finite is nan. For the arguments see `train_step`.
+    `state.accumulate` = A micro-batches, of which number i is shard k A + i of n A. So neither n
+    nor A changes the gradient but by rounding; only dropout depends on them. The gradient of a loss
+    that is not finite is nan. For the arguments see `train_step`.
     """
     (rank, world), accumulate = shard, state.accumulate
     examples = loss.draw(batch, generator)

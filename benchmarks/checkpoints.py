@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoints  # noqa: E402
 import datasets  # noqa: E402
 import losses  # noqa: E402
 from run_lib import Experiment  # noqa: E402
-from workdir import save_to_resume  # noqa: E402
+from storage.checkpoints import _check_records, save_to_resume  # noqa: E402
+from storage.files import atomic_write  # noqa: E402
 
 ROUNDS = 15
 
@@ -71,10 +71,10 @@ def main() -> None:
 
         def check() -> None:
             with open(path, "rb") as file:
-                checkpoints._check_records(file)
+                _check_records(file)
 
         def fsync() -> None:
-            with checkpoints.atomic_write(Path(folder) / "bytes") as file:
+            with atomic_write(Path(folder) / "bytes") as file:
                 file.write(content)
 
         torch.save(state, path)

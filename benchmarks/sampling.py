@@ -17,10 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import datasets  # noqa: E402
-import metrics  # noqa: E402
 import run_lib  # noqa: E402
 import sampling  # noqa: E402
-from checkpoints import load_checkpoint  # noqa: E402
+from metrics.distances import Gaussian, frechet_distance  # noqa: E402
+from storage.checkpoints import load_checkpoint  # noqa: E402
 
 STEPS = {
     "forward_euler": (8, 12, 15, 20, 30, 50, 100),
@@ -98,11 +98,11 @@ def main() -> None:
     shape = (options.num, config.data.num_channels, *2 * [config.data.image_size])
     generator = datasets.keyed_generator(run.device, "benchmark", config.seed)
     prior = run.method.prior_sampling(shape, generator, run.device)
-    data = metrics.Gaussian.fit(datasets.get_dataset(config, "train")[:].flatten(1) / 255)
+    data = Gaussian.fit(datasets.get_dataset(config, "train")[:].flatten(1) / 255)
 
     def distance(samples):
         levels = (to_unit(samples).clamp(0, 1) * 255).round().cpu()
-        return metrics.frechet_distance(metrics.Gaussian.fit(levels.flatten(1) / 255), data)
+        return frechet_distance(Gaussian.fit(levels.flatten(1) / 255), data)
 
     net = run.state.model
     with run.with_ema():

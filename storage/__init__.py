@@ -1,0 +1,1 @@
+"""The files of a run: complete or absent, written by one process at a time."""

@@ -11,12 +11,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from checkpoints import load_checkpoint
 from configs.default import get_default_config
 from configs.keys import explain_unknown, flatten
 from configs.published import UNREAD
+from storage.checkpoints import load_checkpoint
+from storage.files import atomic_write
 
-__all__ = ["differences", "flatten", "load", "restore"]
+__all__ = ["changes", "differences", "find", "flatten", "load", "restore", "store"]
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +25,19 @@ PRIMITIVES = (str, int, float, bool, type(None))
 REMOVED = UNREAD.keys()  # and whatever else older programs stored and this one has no use for
 
 
-def load(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`: its newest intact checkpoint's, else config.json's.
+def store(workdir: Path, config: ConfigDict) -> None:
+    """Stores `config` as config.json of the workdir."""
+    with atomic_write(workdir / "config.json") as file:
+        file.write(json.dumps(flatten(config), indent=1).encode())
+
+
+def find(workdir: Path) -> tuple[Path, Any] | None:
+    """The stored config of the run in `workdir` and the file that carries it; None without one.
+
+    It is that of the newest intact checkpoint, else config.json, and has not been checked.
 
     Raises:
-        ValueError: no file there carries a config, or the one that does is not a valid one.
+        ValueError: config.json is no JSON.
     """
     numbered = (workdir / "checkpoints").glob("checkpoint_*.pth")
     steps = {int(n): path for path in numbered if (n := path.stem.partition("_")[2]).isdecimal()}
@@ -42,22 +51,33 @@ def load(workdir: Path) -> ConfigDict:
             log.warning(f"{error}; looking for the config elsewhere")
             continue
         if "config" in content:
-            return _restored(path, content["config"])
+            return path, content["config"]
     path = workdir / "config.json"
     try:
-        flat = json.loads(path.read_bytes())
+        return path, json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"nothing in {workdir} carries a config: --config is needed") from None
+        return None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no config ({error}): --config is needed") from None
-    return _restored(path, flat)
+        raise ValueError(f"{path} is no config: {error}") from None
 
 
-def _restored(path: Path, flat: Any) -> ConfigDict:
+def load(workdir: Path) -> ConfigDict:
+    """The config of the run in `workdir`.
+
+    Raises:
+        ValueError: no file there carries a config, or the one that does is not a valid one.
+    """
     try:
-        return restore(flat)
+        found = find(workdir)
+        if found is None:
+            raise ValueError(f"nothing in {workdir} carries a config")
+        path, flat = found
+        try:
+            return restore(flat)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; name the experiment as --config") from None
+        raise ValueError(f"{error}; name the experiment as --config") from None
 
 
 def restore(flat: Any) -> ConfigDict:
@@ -84,6 +104,15 @@ def restore(flat: Any) -> ConfigDict:
         owner = config[section] if section else config
         owner[name] = _typed(key, flat[key], owner.get_type(name), known[key] is None)
     return config
+
+
+def changes(checkpoint: dict, config: ConfigDict) -> list[str]:
+    """What `config` changes of the config that `checkpoint` carries; nothing where it has none.
+
+    See `differences`.
+    """
+    own = checkpoint.get("config")
+    return [] if own is None else differences(own, flatten(config))
 
 
 def differences(old: Any, new: dict[str, Any]) -> list[str]:

@@ -5,7 +5,9 @@ import pickle
 import pytest
 import torch
 
-from checkpoints import atomic_write, load_checkpoint, save_checkpoint
+from configs.poisson import digits_ddpmpp
+from storage.checkpoints import checkpoints_to_evaluate, load_checkpoint, save_checkpoint
+from storage.files import atomic_write
 
 
 def state():
@@ -81,3 +83,57 @@ def test_no_code_is_run(tmp_path, save):
     with pytest.raises(ValueError, match="is not a checkpoint"):
         load_checkpoint(path)
     assert not (tmp_path / "created").exists()
+
+
+# --- which to evaluate ----------------------------------------------------------------------------
+
+
+def config_of(n_iters, freq, first, last):
+    config = digits_ddpmpp.get_config()
+    config.training.update(n_iters=n_iters, snapshot_freq=freq)
+    config.eval.update(begin_ckpt=first, end_ckpt=last)
+    return config
+
+
+def write_steps(workdir, *steps, name=lambda step: step):
+    for step in steps:
+        path = workdir / f"checkpoints/checkpoint_{name(step)}.pth"
+        save_checkpoint(path, {**state(), "step": step})
+
+
+def found(config, workdir):
+    """{k: step in the file's name}."""
+    paths = checkpoints_to_evaluate(config, workdir)
+    return {k: int(path.stem.removeprefix("checkpoint_")) for k, path in paths.items()}
+
+
+@pytest.mark.parametrize("n_iters", [1, 2, 3, 7, 8, 9])
+@pytest.mark.parametrize("freq", [1, 2, 4])
+def test_every_number_of_steps_has_a_last_checkpoint(n_iters, freq, tmp_path, caplog):
+    """What a run of so many steps has written; the numbers asked for are the default ones."""
+    caplog.set_level("INFO")
+    write_steps(tmp_path, *{*range(freq, n_iters + 1, freq), n_iters})
+    last = -(-n_iters // freq)
+    k = min(4, last)
+    assert found(config_of(n_iters, freq, 4, 4), tmp_path) == {k: min(k * freq, n_iters)}
+    said = f"the last checkpoint of training.n_iters={n_iters} steps is number {last}"
+    assert caplog.text.count(said) == (last < 4)
+    every = {k: min(k * freq, n_iters) for k in range(1, last + 1)}
+    assert found(config_of(n_iters, freq, 1, 99), tmp_path) == every
+
+
+def test_published_files_are_found_by_their_number(tmp_path, caplog):
+    """Also those beyond the configured number of steps, and the last of an uneven number."""
+    write_steps(tmp_path, 15, 20, 21, 30, name=lambda step: -(-step // 5))
+    assert found(config_of(21, 5, 3, 9), tmp_path) == {3: 3, 4: 4, 5: 5, 6: 6}
+    assert found(config_of(21, 5, 6, 6), tmp_path) == {6: 6}
+    with pytest.raises(FileNotFoundError, match=r"checkpoint_10\.pth to checkpoint_10\.pth"):
+        found(config_of(21, 5, 2, 2), tmp_path)
+
+
+def test_missing_checkpoints_are_named(tmp_path, caplog):
+    write_steps(tmp_path, 4, 8)
+    assert found(config_of(8, 2, 2, 4), tmp_path) == {2: 4, 4: 8}
+    assert "checkpoint_6.pth does not exist; passed over" in caplog.text
+    with pytest.raises(FileNotFoundError, match=r"for checkpoint_9\.pth to checkpoint_9\.pth"):
+        found(config_of(9, 2, 7, 8), tmp_path)

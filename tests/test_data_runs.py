@@ -13,8 +13,8 @@ from data_files import encoded, pictures, stylegan_example, tfrecord, write_tree
 
 import datasets
 import run_lib
-from checkpoints import load_checkpoint
 from configs.poisson import cifar10_ddpmpp, digits_ddpmpp
+from storage.checkpoints import load_checkpoint
 
 TINY = {
     "data.num_channels": 3,

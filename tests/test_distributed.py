@@ -16,8 +16,8 @@ from conftest import ROOT
 
 import distributed
 import run_lib
-from checkpoints import load_checkpoint
 from configs.poisson import digits_ddpmpp
+from storage.checkpoints import load_checkpoint
 
 DIGITS = ROOT / "configs/poisson/digits_ddpmpp.py"
 TINY = [

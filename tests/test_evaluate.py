@@ -13,18 +13,21 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_evaluation import MeanColour, save_inception, save_torchscript
+from test_metrics import MeanColour, save_inception, save_torchscript
 from test_report import dumped
 
 import datasets
 import evaluation
-import features
-import metrics
 import run_lib
 import sampling
-import workdir as workdirs
-from checkpoints import save_checkpoint
 from configs.poisson import digits_ddpmpp
+from metrics.distances import Gaussian, frechet_distance
+from metrics.reference import Reference
+from metrics.table import METRICS, Metric
+from reports import evaluation_page
+from storage import files
+from storage.checkpoints import save_checkpoint
+from storage.tensorboard import read_scalars
 
 CONFIG = ROOT / "configs/poisson/digits_ddpmpp.py"
 MEASURED = {"IS", "fid", "kid", "precision", "recall", "nearest", "loss", "bpd", "bpd_error"}
@@ -93,7 +96,7 @@ def test_killed_at_every_write_it_ends_with_the_same_metrics(workdir, tmp_path, 
     written = stamps(workdir / "eval")
     shutil.rmtree(workdir / "eval")
     shutil.rmtree(config.eval.stats_dir)
-    write, deaths, modules = evaluation.atomic_write, 0, (evaluation, features, workdirs)
+    write, deaths, modules = files.atomic_write, 0, (evaluation_page, files)
     while True:
         budget = iter([True])
 
@@ -271,9 +274,9 @@ def test_samples_that_are_not_finite_are_counted_and_left_out(workdir, tmp_path,
     report = evaluate(config, workdir)
     assert (report["num_samples"], report["nonfinite"], whole["nonfinite"]) == (228, 2, 0)
     left = np.concatenate([*rounds[:2], np.delete(rounds[2], [4, 7], axis=0)])
-    data = metrics.Gaussian.fit(datasets.get_dataset(config, "train").flatten(1) / 255)
-    expected = metrics.Gaussian.fit(left.reshape(len(left), -1) / 255)
-    fid = metrics.frechet_distance(expected, data)
+    data = Gaussian.fit(datasets.get_dataset(config, "train").flatten(1) / 255)
+    expected = Gaussian.fit(left.reshape(len(left), -1) / 255)
+    fid = frechet_distance(expected, data)
     assert report["fid"] == pytest.approx(fid, rel=1e-5)
     assert "2 of 230 samples were not finite" in (workdir / "eval/report.html").read_text()
 
@@ -307,7 +310,7 @@ def test_an_evaluation_without_any_finite_sample_still_reports(workdir, tmp_path
 
 
 @pytest.mark.parametrize("features", ["inception", "torchscript"])
-def test_networks_judge_from_end_to_end(features, workdir, tmp_path):
+def test_feature_networks_from_end_to_end(features, workdir, tmp_path):
     path = tmp_path / "network"
     if features == "inception":
         pytest.importorskip("tensorflow_gan")
@@ -343,7 +346,7 @@ def test_data_are_measured_once(workdir, tmp_path, monkeypatch):
         np.testing.assert_allclose(file["mu"], images.mean(0), atol=1e-7)
         np.testing.assert_allclose(file["sigma"], np.cov(images.T), atol=1e-7)
         np.testing.assert_allclose(file["pool_3"], images[file["index"]], rtol=1e-6)
-    monkeypatch.setattr(features.Reference, "measure", None)
+    monkeypatch.setattr(Reference, "measure", None)
     assert_same_metrics(evaluate(config, workdir), report)
 
 
@@ -415,6 +418,26 @@ def test_few_samples_are_told_how_many_are_needed(workdir, tmp_path, caplog):
         evaluate(tiny(tmp_path, num_samples=3), workdir)
 
 
+# --- a further metric -----------------------------------------------------------------------------
+
+
+def test_a_further_metric_is_a_function_and_a_line(workdir, tmp_path, monkeypatch, caplog):
+    """It is computed, reported and shown beside the others."""
+    mine = Metric("Mine", better=-1, note="noted", compute=lambda c: 1.5 + len(c.features))
+    missing = Metric("Missing", better=1, note="", compute=lambda c: None)
+    monkeypatch.setitem(METRICS, "mine", mine)
+    monkeypatch.setitem(METRICS, "missing", missing)
+    caplog.set_level("INFO")
+    report = evaluate(tiny(tmp_path, enable_bpd=False), workdir)
+    assert report["mine"] == 231.5
+    assert "missing" not in report
+    assert "\n  Mine " in caplog.text
+    page = (workdir / "eval/report.html").read_text()
+    assert "<h3>Mine</h3><p>231.5</p><span>noted</span>" in page
+    assert "<th>Mine\u00a0↓</th>" in page
+    assert "Missing" not in page
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 
@@ -428,10 +451,10 @@ def test_loss_curve_of_a_run_that_was_killed(tmp_path):
                 board.add_scalar("loss/train", 10 * purge + step, step)
         time.sleep(1.1)  # the files' names count seconds
     expected = [(s, 10 + s) for s in range(1, 4)] + [(s, 40 + s) for s in range(4, 9)]
-    assert workdirs.read_scalars(tmp_path) == {"loss/train": expected}
+    assert read_scalars(tmp_path) == {"loss/train": expected}
     newest = max(tmp_path.iterdir())
     newest.write_bytes(newest.read_bytes()[:-5])  # a kill while writing
-    assert workdirs.read_scalars(tmp_path) == {"loss/train": expected[:-1]}
+    assert read_scalars(tmp_path) == {"loss/train": expected[:-1]}
 
 
 def test_page_of_an_evaluation(workdir, tmp_path):

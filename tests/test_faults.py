@@ -27,8 +27,10 @@ from many_lives import OVERRIDES, small_config
 import datasets
 import losses
 import run_lib
-import workdir as workdirs
-from checkpoints import atomic_write, load_checkpoint, save_checkpoint
+import storage.workdir as workdirs
+from storage.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from storage.files import atomic_write, save_npz, save_png
+from storage.tensorboard import TensorBoardWriter
 
 FULL_DISK = r"^error: .*No space left on device: '.*checkpoint.*\.pth'\n\Z"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -261,11 +263,11 @@ def test_numbered_checkpoints_are_the_last_resort(tmp_path):
     for path in (tmp_path / "checkpoints-meta").iterdir():
         damage(path)
     damage(tmp_path / "checkpoints/checkpoint_7.pth")
-    path, state = workdirs.newest_checkpoint(tmp_path)
+    path, state = newest_checkpoint(tmp_path)
     assert (path.name, state["step"]) == ("checkpoint_5.pth", 5)
     damage(path)
     with pytest.raises(ValueError, match=r"no intact checkpoint .*checkpoint_5.pth damaged"):
-        workdirs.newest_checkpoint(tmp_path)
+        newest_checkpoint(tmp_path)
 
 
 def test_as_many_numbered_checkpoints_are_kept_as_asked(tmp_path):
@@ -573,7 +575,7 @@ def test_too_many_bad_batches_in_a_row_end_the_run(tmp_path, monkeypatch, one_th
 
 
 def test_the_second_process_is_refused_and_a_dead_one_makes_way(tmp_path):
-    program = "import sys; from pathlib import Path; from workdir import open_workdir\n"
+    program = "import sys; from pathlib import Path; from storage.workdir import open_workdir\n"
     program += "with open_workdir(Path(sys.argv[1]), Path(sys.argv[1], 'checkpoints')):\n"
     program += " print('open', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
@@ -664,8 +666,8 @@ def noise_image():
     "save",
     [
         lambda path: save_checkpoint(path, {"weight": torch.rand(10**6)}),
-        lambda path: workdirs.save_npz(path, samples=np.random.default_rng(0).random(10**6)),
-        lambda path: workdirs.save_png(path, noise_image()),
+        lambda path: save_npz(path, samples=np.random.default_rng(0).random(10**6)),
+        lambda path: save_png(path, noise_image()),
     ],
     ids=["checkpoint", "npz", "png"],
 )
@@ -726,18 +728,18 @@ def test_a_log_that_cannot_be_written_is_told_of_once(caplog):
     with workdirs._log_file("/dev/full"):
         logger.warning("first")
         logger.warning("second")
-    told = [record.getMessage() for record in caplog.records if record.name == "workdir"]
+    told = [record.getMessage() for record in caplog.records if record.name == "storage.workdir"]
     assert len(told) == 1
     assert re.fullmatch(r"/dev/full: .*No space left.*", told[0])
 
 
-def test_a_board_that_cannot_be_written_is_told_of_once(tmp_path, caplog, monkeypatch):
+def test_tensorboard_that_cannot_be_written_is_told_of_once(tmp_path, caplog, monkeypatch):
     def full(event):
         raise OSError(28, "No space left on device")
 
-    with workdirs.Board(tmp_path, 0) as board:
-        monkeypatch.setattr(board.events, "write_event", full)
-        board.add_scalar("loss", 1.0, 1)
-        board.add_scalar("loss", 1.0, 2)
+    with TensorBoardWriter(tmp_path, 0) as writer:
+        monkeypatch.setattr(writer.events, "write_event", full)
+        writer.add_scalar("loss", 1.0, 1)
+        writer.add_scalar("loss", 1.0, 2)
     (told,) = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(rf"{tmp_path}: .*No space left on device; nothing more .*", told)

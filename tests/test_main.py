@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import datasets
 import run_lib
 import sampling
-from checkpoints import load_checkpoint
 from configs.poisson import digits_ddpmpp
 from models import create_model, reference_names
+from storage.checkpoints import load_checkpoint
 
 DIGITS = ROOT / "configs/poisson/digits_ddpmpp.py"
 TINY = [
@@ -153,8 +153,8 @@ def test_evaluation_reports_what_was_asked(trained):
         assert report["num_samples"] == 130
         assert str(report["features"]) == "pixels"
         assert all(np.isfinite(report[key]) for key in ("loss", "bpd", "bpd_error", "fid"))
-        shown = f"{report['fid']:.4f}"
-    assert re.search(rf"Frechet distance \(pixels\) +{shown}", done.stdout)
+        shown = f"{report['fid']:.6g}"
+    assert re.search(rf"Fréchet distance, pixels +{shown}", done.stdout)
     rounds = [np.load(folder / f"ckpt_4/samples_{r}.npz")["samples"] for r in range(2)]
     assert [r.shape for r in rounds] == [(100, 8, 8, 1), (30, 8, 8, 1)]
     statistics = np.load(folder / "ckpt_4/statistics_1.npz")["pool_3"]
@@ -194,7 +194,7 @@ def test_the_published_name_of_the_split_still_works(trained):
     options = ["--noconfig.eval.enable_sampling", "--noconfig.eval.enable_bpd"]
     options += ["--config.eval.bpd_dataset=train", "--eval_folder=train_split"]
     done = call("eval", trained, *TINY, *options)
-    assert "loss (train)" in done.stdout
+    assert "Loss (train)" in done.stdout
 
 
 def test_a_published_checkpoint_evaluates_as_it_is(trained, tmp_path):
@@ -222,14 +222,14 @@ def test_checkpoints_named_by_their_number_are_found(trained, tmp_path):
     path.write_bytes((trained / "checkpoints/checkpoint_8.pth").read_bytes())
     options = ["--noconfig.eval.enable_sampling", "--noconfig.eval.enable_bpd"]
     done = call("eval", tmp_path, *TINY, *options)
-    assert "averaged weights of step 8" in done.stdout
+    assert "EMA weights of step 8" in done.stdout
 
 
 @pytest.mark.cuda
 def test_the_program_runs_on_a_gpu(tmp_path):
     for mode in ("train", "train", "eval"):
         done = call(mode, tmp_path, *TINY, "--config.device=cuda")
-    assert "Frechet distance" in done.stdout
+    assert "Fréchet distance" in done.stdout
 
 
 def test_a_killed_run_goes_on_at_its_step(trained, tmp_path):

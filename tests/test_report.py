@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from report import METRICS, Axis, Picture, number, render
+from metrics.table import METRICS
+from reports.images import image_grid
+from reports.page import Picture, render
+from reports.plots import Axis, number
+from reports.table import format_table, report_table
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 QUIET = ["gpu", "quic", "background-networking", "component-update", "sync"]
@@ -105,7 +109,7 @@ def test_page_says_the_numbers(page):
     assert "3.500<small> ± 0.02</small>" in page
     assert "2 of 1,000 samples were not finite" in page
     assert page.count("class=best>0.7500") == 1
-    assert all(metric.label in page for metric in METRICS if metric.key != "loss")
+    assert all(metric.label in page for key, metric in METRICS.items() if key != "loss")
 
 
 def test_browser_shows_the_page_without_a_network(page, tmp_path):
@@ -162,3 +166,39 @@ def test_a_single_checkpoint_has_no_curve_over_checkpoints():
     assert "<svg" not in page
     assert "<figure" not in page
     assert "1" in page
+
+
+# --- pictures and tables --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_shows_every_image_once(channels):
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) * 20
+    images = np.broadcast_to(images, (5, 4, 6, channels))
+    grid = image_grid(images, min_size=8, gap=1)
+    assert grid.shape == (2 * 9 + 1, 3 * 13 + 1, 3)  # 2 x 3 cells, each image enlarged twice
+    for i in range(5):
+        top, left = 1 + i // 3 * 9, 1 + i % 3 * 13
+        assert (grid[top : top + 8, left : left + 12] == i * 20).all()
+    assert (grid[-1] == 128).all()
+    assert image_grid(images, columns=5, min_size=8, gap=1).shape == (9 + 1, 5 * 13 + 1, 3)
+
+
+def test_table_is_aligned():
+    table = format_table([("a", "1"), ("longer", "2")], "title")
+    assert table == "title\n  a       1\n  longer  2"
+
+
+def test_table_of_a_report():
+    report = {"loss": 2.0, "bpd": 3.5, "bpd_error": 0.021, "bpd_nfe": 50.0, "encoding_error": 0.1}
+    report |= {"features": np.array("pixels"), "fid": 15.55193, "num_samples": 230, "nfe": 3.0}
+    report |= {"nonfinite": 2, "nearest": 4.5, "nearest_data": 1.25, "seconds": 3.0}
+    lines = [line.split("  ") for line in report_table(report, "test", "title").splitlines()]
+    rows = {words[1] or words[2]: words[-1].strip() for words in lines[1:]}
+    assert rows["Fréchet distance, pixels"] == "15.5519"
+    assert rows["Bits/dim (test)"] == "3.5 +- 0.021"
+    assert rows["Loss (test)"] == "2"
+    assert rows["Nearest training image"] == "4.5"
+    assert rows["of the data"] == "1.25"
+    assert "Inception Score" not in rows
+    assert rows["not finite"] == "2"

@@ -178,91 +178,27 @@ def _double(features: NDArray, device: torch.device | str) -> Tensor:
     return torch.from_numpy(np.asarray(features)).to(device, torch.float64)
 
 
-# --- samples against data -------------------------------------------------------------------------
+# --- who computes them ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The features of the data that samples are compared with.
+class Backend:
+    """Who computes the metrics that exist twice.
 
-    `gaussian` is that of all of them. `features` (m, K) are kept for at most so many images, in
-    random order, and `index` (m,) says which images they are of; statistics that were published
-    may lack either. `complete` says that `features` are those of all images.
+    Attributes:
+        inception_score: of logits (n, L).
+        frechet_distance: of samples' features (n, K), the Gaussian of the data's features, and
+            these themselves (m, K), or None where not all of them are known.
+        kernel_distance: of the data's features (m, K) and the samples' (n, K).
     """
 
-    gaussian: Gaussian
-    features: NDArray | None = None
-    index: NDArray | None = None
-    complete: bool = False
-
-    def names_images_of(self, data) -> bool:
-        """Whether `index` says for all of `features` which image of `data` they are of."""
-        if self.features is None or self.index is None or self.index.dtype.kind != "i":
-            return False
-        within = (self.index >= 0) & (self.index < len(data))
-        return self.index.shape == self.features.shape[:1] and bool(within.all())
-
-    @classmethod
-    def measure(cls, blocks: Iterable[NDArray], count: int, keep: int) -> "Reference":
-        """From features of `count` images that come in blocks (n_i, K), `keep` of them kept."""
-        index = np.random.default_rng(0).permutation(count)[:keep]
-        chosen = np.zeros(count, dtype=bool)
-        chosen[index] = True
-        kept = []
-
-        def keeping() -> Iterator[NDArray]:
-            start = 0
-            for block in blocks:
-                kept.append(block[chosen[start : start + len(block)]])
-                start += len(block)
-                yield block
-
-        gaussian = Gaussian.fit_blocks(keeping())
-        features = np.concatenate(kept)[np.argsort(np.argsort(index))]  # from the data's order
-        return cls(gaussian, features, index, complete=len(index) == count)
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Who computes the metrics that exist twice; all take arrays (n, ...) and give a float."""
-
     inception_score: Callable[[NDArray], float]
-    frechet_distance: Callable[[NDArray, Reference], float]
+    frechet_distance: Callable[[NDArray, Gaussian, NDArray | None], float]
     kernel_distance: Callable[[NDArray, NDArray], float]
 
 
-OURS = Metrics(
+OURS = Backend(
     inception_score=inception_score,
-    frechet_distance=lambda fake, real: frechet_distance(Gaussian.fit(fake), real.gaussian),
+    frechet_distance=lambda fake, real, _: frechet_distance(Gaussian.fit(fake), real),
     kernel_distance=kernel_distance,
 )
-
-
-def compare(
-    features: NDArray,
-    logits: NDArray | None,
-    reference: Reference,
-    metrics: Metrics = OURS,
-    device: torch.device | str = "cpu",
-) -> dict[str, float]:
-    """`fid`, and as far as their parts are known `IS`, `kid`, `precision` and `recall`.
-
-    Args:
-        features, logits: of the samples, (n, K) and (n, L), n > `NEIGHBOURS`.
-        reference: the data's.
-        metrics: who computes those that exist twice.
-        device: where distances to neighbours are computed.
-    """
-    scores = {} if logits is None else {"IS": metrics.inception_score(logits)}
-    scores["fid"] = metrics.frechet_distance(features, reference)
-    real = reference.features
-    if real is not None:
-        two_in_every_block = KERNEL_BLOCK * (len(features) // 2)
-        scores["kid"] = metrics.kernel_distance(real[:two_in_every_block], features)
-        if len(real) > NEIGHBOURS:
-            scores |= zip(
-                ("precision", "recall"),
-                precision_recall(real, features, device=device),
-                strict=True,
-            )
-    return scores

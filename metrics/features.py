@@ -1,17 +1,16 @@
-"""The spaces in which samples are compared with data, and the statistics of data in them.
+"""The spaces in which samples are compared with data.
 
 A feature space turns images into features (n, K) and, where its network classifies, logits (n, L).
 """
 
 import hashlib
 import importlib.util
-import logging
 import os
 import tempfile
 import threading
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import datasets
-from checkpoints import atomic_write
-from metrics import KERNEL_BLOCK, OURS, Gaussian, Metrics, Reference
-from report import Images
+from metrics.distances import KERNEL_BLOCK, OURS, Backend, Gaussian
+from storage.files import one_line
 
-log = logging.getLogger(__name__)
-
+Images = NDArray[np.uint8]  # (n, H, W, C)
 Extractor = Callable[[Images], tuple[NDArray, NDArray | None]]
 
 EXTRACTED_AT_ONCE = 100  # images that a feature network sees at a time
 WIDEST = 12_288  # features whose covariance is still worth computing: 1.1 GiB, 64 x 64 x 3 pixels
-FEATURES_KEPT = 50_000  # of the data's images, for what needs more than their moments
 FETCH_SECONDS = 5  # within which the network has to answer
 
 INCEPTION_URL = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
@@ -50,7 +45,7 @@ class FeatureSpace:
     name: str
     width: int
     extract: Extractor
-    metrics: Metrics
+    backend: Backend
 
     def __call__(self, images: Images) -> tuple[NDArray, NDArray | None]:
         starts = range(0, len(images), EXTRACTED_AT_ONCE)
@@ -59,7 +54,7 @@ class FeatureSpace:
         return np.concatenate(features), None if logits[0] is None else np.concatenate(logits)
 
 
-def pixels(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]:
+def pixels(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
     """Pixels in [0, 1], flattened; there is no network to load."""
 
     def extract(images: Images) -> tuple[NDArray, None]:
@@ -68,7 +63,7 @@ def pixels(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]:
     return "pixels", extract, OURS
 
 
-def torchscript(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]:
+def torchscript(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
     """The TorchScript module at `path`, run on `device`.
 
     It is called with uint8 (n, 3, H, W) and resizes and scales by itself. It returns features, or
@@ -81,7 +76,7 @@ def torchscript(path: str, device: torch.device) -> tuple[str, Extractor, Metric
         module = torch.jit.load(path, map_location=device).eval()
         arguments = {argument.name for argument in module.forward.schema.arguments}
     except Exception as error:  # a damaged file fails in any way
-        raise ValueError(f"{path} is not a TorchScript module: {_line(error)}") from error
+        raise ValueError(f"{path} is not a TorchScript module: {one_line(error)}") from error
 
     def call(x: Tensor) -> tuple[Tensor, Tensor | None]:
         if not arguments >= {"return_features", "no_output_bias"}:
@@ -105,7 +100,7 @@ def _rows(output: Tensor) -> NDArray[np.float32]:
     return output.flatten(1).float().cpu().numpy()
 
 
-def inception(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]:
+def inception(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
     """The 2015 Inception graph of tensorflow-gan, with its metrics.
 
     The SavedModel lies in the folder `path`, or where TF-Hub keeps it (TFHUB_CACHE_DIR), or is
@@ -132,7 +127,7 @@ def inception(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]
         folder = tensorflow_hub.resolve(source)
         network = tensorflow_hub.load(folder)
     except Exception as error:  # TensorFlow's errors have no common type
-        raise ValueError(f"no network can be loaded from {source}: {_line(error)}") from error
+        raise ValueError(f"no network can be loaded from {source}: {one_line(error)}") from error
     if not callable(network):
         raise ValueError(f"the SavedModel in {folder} cannot be called with images")
 
@@ -146,7 +141,7 @@ def inception(path: str, device: torch.device) -> tuple[str, Extractor, Metrics]
     return f"inception-{_digest_files(Path(folder))}", extract, tensorflow_gan()
 
 
-def tensorflow_gan() -> Metrics:
+def tensorflow_gan() -> Backend:
     """tensorflow-gan's own metrics, on float64 activations."""
     import tensorflow as tf
     from tensorflow_gan.python.eval import classifier_metrics as theirs
@@ -154,10 +149,10 @@ def tensorflow_gan() -> Metrics:
     def tensor(x: NDArray):
         return tf.convert_to_tensor(x, dtype=tf.float64)
 
-    def frechet(fake: NDArray, real: Reference) -> float:
-        if not real.complete:  # theirs takes activations only
-            return OURS.frechet_distance(fake, real)
-        pair = tensor(real.features), tensor(fake)
+    def frechet(fake: NDArray, gaussian: Gaussian, real: NDArray | None) -> float:
+        if real is None:  # theirs takes activations only
+            return OURS.frechet_distance(fake, gaussian, real)
+        pair = tensor(real), tensor(fake)
         return float(theirs.frechet_classifier_distance_from_activations(*pair))
 
     def kernel(real: NDArray, fake: NDArray) -> float:
@@ -167,7 +162,7 @@ def tensorflow_gan() -> Metrics:
     def score(logits: NDArray) -> float:
         return float(theirs.classifier_score_from_logits(tensor(logits)))
 
-    return Metrics(inception_score=score, frechet_distance=frechet, kernel_distance=kernel)
+    return Backend(inception_score=score, frechet_distance=frechet, kernel_distance=kernel)
 
 
 def _find_saved_model(path: str) -> str:
@@ -221,7 +216,7 @@ def _digest_files(path: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-# eval.features -> what loads it: (eval.inception_path, device) -> its name, extractor and metrics.
+# eval.features -> what loads it: (eval.inception_path, device) -> its name, extractor and backend.
 FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels}
 
 
@@ -236,15 +231,15 @@ def get_features(config, device: torch.device) -> FeatureSpace:
         raise ValueError(
             f"unknown features eval.features={features!r}; known: {', '.join(FEATURES)}"
         )
-    name, extract, metrics = FEATURES[features](config.eval.inception_path, device)
+    name, extract, backend = FEATURES[features](config.eval.inception_path, device)
     blank = np.zeros((2, data.image_size, data.image_size, data.num_channels), dtype=np.uint8)
     try:
         pool_3, _ = extract(blank)
         width = pool_3.shape[1]
-    except Exception as error:  # a stranger's network fails in any way
+    except Exception as error:  # an untrusted network fails in any way
         raise ValueError(
             f"eval.features={features!r}: the network at {config.eval.inception_path or name} does "
-            f"not take images of shape {blank.shape[1:]}: {_line(error)}"
+            f"not take images of shape {blank.shape[1:]}: {one_line(error)}"
         ) from error
     if width > WIDEST:
         raise ValueError(
@@ -252,123 +247,4 @@ def get_features(config, device: torch.device) -> FeatureSpace:
             f"{width**2 / 2**27:,.0f} GiB; at most {WIDEST:,} are compared: use 'inception' or "
             "'torchscript'"
         )
-    return FeatureSpace(name, width, extract, metrics)
-
-
-# --- statistics of data sets ----------------------------------------------------------------------
-
-
-@dataclass
-class Judge:
-    """What samples are compared with, and in which space.
-
-    `data` is the training split, and `path` where its statistics are kept; both are None where
-    published statistics stand for it. `reference` is None until the data are measured.
-    """
-
-    space: FeatureSpace
-    reference: Reference | None
-    data: Tensor | None = None
-    path: Path | None = None
-
-    @classmethod
-    def build(cls, config, device: torch.device) -> "Judge":
-        """Raises ValueError, in one line, for what cannot be loaded or does not fit."""
-        space, folder = get_features(config, device), Path(config.eval.stats_dir)
-        needed, number = space.width + 1, config.eval.num_samples
-        if number < needed:
-            log.warning(
-                f"eval.num_samples={number} is too few for a covariance of {space.width} features, "
-                f"which needs {needed}: the Frechet distance is biased, and not one to quote"
-            )
-        size, name = config.data.image_size, data_name(config)
-        for published in (folder / f"{name}_{size}_stats.npz", folder / f"{name}_stats.npz"):
-            if published.exists():
-                log.info(f"statistics of the data: {published}, which names no training images")
-                return cls(space, _read_statistics(published, space))
-        data = datasets.get_dataset(config, "train")
-        shape = f"{size}x{size}x{config.data.num_channels}"
-        path = folder / f"{name}_train_{shape}_{space.name}_{fingerprint(data)}.npz"
-        reference = _read_statistics(path, space) if path.exists() else None
-        if reference and not reference.names_images_of(data):
-            raise ValueError(f"{path} does not say which images its features are of; delete it")
-        return cls(space, reference, data, path)
-
-    def measure(self, progress: Callable[[int], object]) -> None:
-        """Computes the statistics of the data and keeps them; `progress` hears of image counts."""
-
-        def blocks() -> Iterator[NDArray]:
-            for batch in datasets.in_order(self.data, EXTRACTED_AT_ONCE):
-                yield self.space(batch.images.permute(0, 2, 3, 1).cpu().numpy())[0]
-                progress(len(batch))
-
-        count = len(self.data)
-        self.reference = found = Reference.measure(blocks(), count, FEATURES_KEPT)
-        gaussian = {"mu": found.gaussian.mean, "sigma": found.gaussian.covariance}
-        # evaluations of two workdirs may measure the same data at the same time
-        own = self.path.with_suffix(f".{os.getpid()}.npz")
-        with atomic_write(own) as file:
-            kept = {"pool_3": found.features, "index": found.index, "count": count}
-            np.savez_compressed(file, **gaussian, **kept)
-        own.replace(self.path)
-        log.info(f"statistics of the data: {self.path}")
-
-
-def data_name(config) -> str:
-    """Of files: the data set, with its category where it has several."""
-    category = config.data.get("category")
-    return config.data.dataset.lower() + (f"_{category}" if category else "")
-
-
-def fingerprint(data) -> str:
-    """Eight hexadecimal digits of a data set: of its length and 64 of its images."""
-    digest = hashlib.sha256(str(len(data)).encode())
-    for i in np.linspace(0, len(data) - 1, 64).astype(int):
-        digest.update(data[int(i) : int(i) + 1].cpu().numpy().tobytes())
-    return digest.hexdigest()[:8]
-
-
-def read_arrays(path: Path) -> dict[str, NDArray]:
-    """The arrays of the .npz file at `path`.
-
-    Raises:
-        FileNotFoundError, PermissionError: it cannot be read.
-        ValueError: it is no such file, or damaged.
-    """
-    try:
-        with np.load(path) as file:
-            return {name: file[name] for name in file.files}
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # a damaged file fails in any way
-        raise ValueError(f"{path} is not an array file of this program: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    """What `error` says, in one line of bounded length."""
-    return (" ".join(str(error).split()) or type(error).__name__)[-200:]
-
-
-def _read_statistics(path: Path, space: FeatureSpace) -> Reference:
-    """From `mu` and `sigma`, or `pool_3`, features; ValueError where they do not fit."""
-    found = read_arrays(path)
-    features = found.get("pool_3")
-    if not {"mu", "sigma"} <= found.keys() and features is None:
-        raise ValueError(f"{path} holds no statistics: neither mu and sigma nor pool_3")
-    width = np.atleast_1d(found.get("mu", features)).shape[-1]
-    if width != space.width:
-        raise ValueError(
-            f"{path} holds statistics of {width} features, but eval.features={space.name!r} has "
-            f"{space.width}: name another folder in eval.stats_dir, or the network they are of"
-        )
-    shapes = {"mu": (width,), "sigma": (width, width)}
-    if any(name in found and found[name].shape != shape for name, shape in shapes.items()):
-        raise ValueError(f"{path}: mu and sigma are not a mean and a covariance of one width")
-    if features is not None and (features.ndim != 2 or features.shape[1] != width):
-        raise ValueError(f"{path}: pool_3 are not features of {width} numbers each")
-    if {"mu", "sigma"} <= found.keys():
-        gaussian = Gaussian(np.float64(found["mu"]), np.float64(found["sigma"]))
-    else:
-        gaussian = Gaussian.fit(features)
-    complete = features is not None and len(features) == found.get("count", len(features))
-    return Reference(gaussian, features, found.get("index"), complete)
+    return FeatureSpace(name, width, extract, backend)

@@ -13,20 +13,20 @@ from scipy.spatial import cKDTree
 from scipy.special import softmax
 from scipy.stats import entropy
 
-import features
-import metrics
 from configs.poisson import digits_ddpmpp
-from features import get_features
-from metrics import (
+from metrics import distances, features
+from metrics.distances import (
+    OURS,
     Gaussian,
-    Reference,
     frechet_distance,
     inception_score,
     kernel_distance,
     nearest,
     precision_recall,
 )
-from report import format_table, image_grid
+from metrics.features import get_features
+from metrics.reference import Reference
+from metrics.table import METRICS, Comparison, compare
 
 CPU = torch.device("cpu")
 
@@ -133,12 +133,10 @@ def test_both_implementations_of_the_metrics_agree():
     real = random.gamma(0.5, size=(2100, 48)).astype(np.float32)
     fake = random.gamma(0.7, size=(1500, 48)).astype(np.float32) @ random.standard_normal((48, 48))
     logits = 3 * random.standard_normal((1500, 20))
-    reference = Reference.measure([real], len(real), len(real))
-    ours = metrics.OURS
     for values in (
-        [m.frechet_distance(fake, reference) for m in (ours, theirs)],
-        [m.kernel_distance(real, fake) for m in (ours, theirs)],
-        [m.inception_score(logits) for m in (ours, theirs)],
+        [b.frechet_distance(fake, Gaussian.fit(real), real) for b in (OURS, theirs)],
+        [b.kernel_distance(real, fake) for b in (OURS, theirs)],
+        [b.inception_score(logits) for b in (OURS, theirs)],
     ):
         assert values[0] == pytest.approx(values[1], rel=1e-4)
 
@@ -148,7 +146,7 @@ def test_both_implementations_of_the_metrics_agree():
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**20])
 def test_nearest_neighbours(chunk, monkeypatch):
-    monkeypatch.setattr(metrics, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr("metrics.distances.CHUNK_NUMBERS", chunk)
     random = np.random.RandomState(0)
     queries, points = random.standard_normal((31, 5)), random.standard_normal((47, 5))
     distances, rows = nearest(queries, points, 3)
@@ -210,16 +208,34 @@ def test_few_samples_are_compared_with_much_data():
     """Blocks of the kernel distance keep two samples each."""
     random = np.random.RandomState(0)
     real = random.standard_normal((3000, 2))
-    scores = metrics.compare(real[:4], None, Reference.measure([real], 3000, 3000))
-    assert scores.keys() == {"fid", "kid", "precision", "recall"}
+    scores = compare(Comparison(real[:4], None, Reference.measure([real], 3000, 3000)))
+    assert scores.keys() == {"fid", "kid", "precision", "recall", "nearest", "nearest_data"}
     assert all(np.isfinite(list(scores.values())))
 
 
 def test_moments_alone_give_a_frechet_distance():
     random = np.random.RandomState(0)
     a, b = random.standard_normal((2, 50, 4))
-    scores = metrics.compare(a, None, Reference(Gaussian.fit(b)))
+    scores = compare(Comparison(a, None, Reference(Gaussian.fit(b))))
     assert scores == {"fid": frechet_distance(Gaussian.fit(a), Gaussian.fit(b))}
+
+
+def test_what_two_metrics_share_is_computed_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        distances, "precision_recall", lambda *_, **__: calls.append(1) or (0.25, 0.75)
+    )
+    a, b = np.random.RandomState(0).standard_normal((2, 50, 4))
+    scores = compare(Comparison(a, None, Reference.measure([b], 50, 50)))
+    assert (scores["precision"], scores["recall"]) == (0.25, 0.75)
+    assert len(calls) == 1
+
+
+def test_labels_name_the_feature_space():
+    assert METRICS["fid"].label_in("pixels") == "Fréchet distance, pixels"
+    assert METRICS["fid"].label_in("torchscript") == "FID"
+    assert METRICS["kid"].label_in("") == "Kernel distance"
+    assert METRICS["recall"].label_in("pixels") == "Recall"
 
 
 # --- feature spaces -------------------------------------------------------------------------------
@@ -412,24 +428,3 @@ def test_feature_spaces_that_cannot_be_used_are_one_line(features, make, pattern
     with pytest.raises(ValueError, match=pattern) as caught:
         get_features(configured(features, path, size=size), CPU)
     assert "\n" not in str(caught.value)
-
-
-# --- pictures and tables --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_grid_shows_every_image_once(channels):
-    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) * 20
-    images = np.broadcast_to(images, (5, 4, 6, channels))
-    grid = image_grid(images, min_size=8, gap=1)
-    assert grid.shape == (2 * 9 + 1, 3 * 13 + 1, 3)  # 2 x 3 cells, each image enlarged twice
-    for i in range(5):
-        top, left = 1 + i // 3 * 9, 1 + i % 3 * 13
-        assert (grid[top : top + 8, left : left + 12] == i * 20).all()
-    assert (grid[-1] == 128).all()
-    assert image_grid(images, columns=5, min_size=8, gap=1).shape == (9 + 1, 5 * 13 + 1, 3)
-
-
-def test_table_is_aligned():
-    table = format_table([("a", "1"), ("longer", "2")], "title")
-    assert table == "title\n  a       1\n  longer  2"

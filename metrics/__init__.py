@@ -1,0 +1,1 @@
+"""Samples against data: feature spaces, reference statistics, distances, the metrics."""

@@ -1,0 +1,148 @@
+"""The table of metrics: what each is called, which direction is better, how it is computed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metrics import distances
+from metrics.distances import KERNEL_BLOCK, NEIGHBOURS, OURS, Backend
+from metrics.reference import Reference
+
+QUERIED = 5_000  # training images whose own nearest neighbours are looked for
+
+
+@dataclass
+class Comparison:
+    """Samples and data in one feature space: what a metric is computed from.
+
+    Attributes:
+        features: of the samples, (n, K), n > `NEIGHBOURS`.
+        logits: of the samples, (n, L), or None where the space has none.
+        reference: the statistics of the data.
+        backend: who computes the metrics that exist twice.
+        device: where distances to neighbours are computed.
+    """
+
+    features: NDArray
+    logits: NDArray | None
+    reference: Reference
+    backend: Backend = OURS
+    device: torch.device | str = "cpu"
+
+    @cached_property
+    def precision_recall(self) -> tuple[float, float] | None:
+        """None where too few features of the data are known."""
+        real = self.reference.features
+        if real is None or len(real) <= NEIGHBOURS:
+            return None
+        return distances.precision_recall(real, self.features, device=self.device)
+
+    @cached_property
+    def nearest(self) -> tuple[NDArray, NDArray] | None:
+        """Each sample's distance to the nearest training image, (n,), and its row in `reference`.
+
+        None where the reference does not say which images its features are of.
+        """
+        real = self.reference
+        if real.features is None or real.index is None:
+            return None
+        found, rows = distances.nearest(self.features, real.features, 1, self.device)
+        return found[:, 0], rows[:, 0]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a report, under the key that it has in `METRICS`.
+
+    Attributes:
+        label: its name.
+        better: -1 where lower is better, 1 where higher is, 0 where neither; a number without a
+            direction is shown for one checkpoint, and not compared over several.
+        note: a few words below it.
+        compute: from a `Comparison`; gives None where the parts that it needs are missing. Without
+            it the number is not computed from samples, but over the split `eval.dataset`.
+        of_data: the same for training images in place of samples, for comparison; the report has
+            it as {key}_data.
+        names_space: whether the label is followed by the feature space.
+        labels: {feature space: label} where the number has another name.
+    """
+
+    label: str
+    better: int
+    note: str
+    compute: Callable[[Comparison], float | None] | None = None
+    of_data: Callable[[Comparison], float | None] | None = None
+    names_space: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def label_in(self, space: str) -> str:
+        """The label where `space` is the feature space, "" where there is none."""
+        if space in self.labels:
+            return self.labels[space]
+        return f"{self.label}, {space}" if self.names_space and space else self.label
+
+
+def _frechet(c: Comparison) -> float:
+    every = c.reference.features if c.reference.complete else None
+    return c.backend.frechet_distance(c.features, c.reference.gaussian, every)
+
+
+def _kernel(c: Comparison) -> float | None:
+    if c.reference.features is None:
+        return None
+    two_in_every_block = KERNEL_BLOCK * (len(c.features) // 2)
+    return c.backend.kernel_distance(c.reference.features[:two_in_every_block], c.features)
+
+
+def _inception_score(c: Comparison) -> float | None:
+    return None if c.logits is None else c.backend.inception_score(c.logits)
+
+
+def _precision(c: Comparison) -> float | None:
+    return c.precision_recall and c.precision_recall[0]
+
+
+def _recall(c: Comparison) -> float | None:
+    return c.precision_recall and c.precision_recall[1]
+
+
+def _nearest(c: Comparison) -> float | None:
+    return c.nearest and np.median(c.nearest[0])
+
+
+def _nearest_of_data(c: Comparison) -> float | None:
+    real = c.reference.features
+    return c.nearest and np.median(distances.nearest(real[:QUERIED], real, 2, c.device)[0][:, 1])
+
+
+_FID = {"inception": "FID", "torchscript": "FID"}
+_KID = "KID: unbiased, so below zero by chance where it is small"
+_NEAREST = "median distance of a training image to its nearest other one"
+
+# Key in report_{k}.npz -> the metric, in the order in which they are shown.
+METRICS: dict[str, Metric] = {
+    "fid": Metric(
+        "Fréchet distance", -1, "of Gaussian fits to the features", _frechet, None, True, _FID
+    ),
+    "kid": Metric("Kernel distance", -1, _KID, _kernel, names_space=True),
+    "IS": Metric("Inception Score", 1, "over all samples, without splits", _inception_score),
+    "precision": Metric("Precision", 1, "share of samples on the data's manifold", _precision),
+    "recall": Metric("Recall", 1, "share of the data on the samples' manifold", _recall),
+    "bpd": Metric("Bits/dim", -1, "negative log-likelihood"),
+    "loss": Metric("Loss", -1, "over the evaluated split"),
+    "nearest": Metric("Nearest training image", 0, _NEAREST, _nearest, _nearest_of_data),
+}
+
+
+def compare(comparison: Comparison) -> dict[str, float]:
+    """The metrics of `METRICS` whose parts are there, by their keys."""
+    found = {}
+    for key, metric in METRICS.items():
+        for name, compute in ((key, metric.compute), (f"{key}_data", metric.of_data)):
+            if compute is not None and (value := compute(comparison)) is not None:
+                found[name] = value
+    return found

@@ -1,0 +1,215 @@
+"""An evaluation on one HTML page: numbers, curves, pictures, settings.
+
+Data in, text out. Whatever comes from outside is escaped.
+"""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metrics.table import METRICS, Metric
+from reports.plots import Points, histogram, loss_plot, number, trend
+
+Report = Mapping[str, float | str | NDArray]
+
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG of the page, with the words below it."""
+
+    title: str
+    caption: str
+    png: bytes
+
+
+def render(
+    title: str,
+    facts: Mapping[str, str],
+    reports: Mapping[int, Report],
+    shown: int,
+    curves: Mapping[str, Points],
+    pictures: Sequence[Picture],
+    config: Mapping,
+) -> str:
+    """The whole page.
+
+    Args:
+        title: its heading.
+        facts: what was evaluated, in a few words each.
+        reports: {k: the arrays of report_{k}.npz}, by rising k.
+        shown: the checkpoint that figures and large numbers are of.
+        curves: {name: [(step, loss)]} of training.
+        pictures: of checkpoint `shown`.
+        config: every setting, as nested mappings.
+    """
+    report = reports[shown]
+    figures = [_figure(_image(p), p.title, p.caption) for p in pictures]
+    if loss := loss_plot(curves):
+        caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
+        figures.append(_figure(loss, "Loss", caption))
+    bits = np.asarray(report.get("bpd_images", ()))
+    if len(bits):
+        caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
+        figures.append(_figure(histogram(bits, "bits/dim"), "Likelihood", caption))
+    numbered = "".join(f.replace("<b>", f"<b>Figure {i}. ", 1) for i, f in enumerate(figures, 1))
+    listed = "".join(
+        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()
+    )
+    body = [
+        f"<header><h1>{escape(title)}</h1><dl class=facts>{listed}</dl></header>",
+        _cards(report),
+        _section("Checkpoints", _table(reports, shown) + _trends(reports)),
+        _section("Figures", f"<div class=figures>{numbered}</div>"),
+        _section("Cost", _cost(report)),
+        _section("Settings", "".join(_settings(config))),
+    ]
+    return (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>\n{STYLE}</style></head>\n"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>\n" if content else ""
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def _label(metric: Metric, report: Report) -> str:
+    return metric.label_in(str(report.get("features", "")))
+
+
+def _compared(reports: Mapping[int, Report]) -> dict[str, Metric]:
+    """What checkpoints are compared by: the metrics with a direction that some of them have."""
+    return {
+        key: metric
+        for key, metric in METRICS.items()
+        if metric.better and any(key in report for report in reports.values())
+    }
+
+
+def _cards(report: Report) -> str:
+    cards = []
+    for key, metric in METRICS.items():
+        if key in report:
+            error, of_data = (report.get(f"{key}_{what}") for what in ("error", "data"))
+            spread = "" if error is None else f"<small> ± {float(error):.2g}</small>"
+            note = metric.note if of_data is None else f"{metric.note}: {number(of_data)}"
+            cards.append(
+                f"<div class=card><h3>{escape(_label(metric, report))}</h3>"
+                f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span></div>"
+            )
+    warning = ""
+    if report.get("nonfinite", 0) > 0:
+        drawn = float(report["num_samples"]) + float(report["nonfinite"])
+        warning = (
+            f"<p class=warning>{number(report['nonfinite'])} of {number(drawn)} samples were not "
+            "finite; they are in no number of this page.</p>"
+        )
+    return f"<div class=cards>{''.join(cards)}</div>{warning}"
+
+
+def _table(reports: Mapping[int, Report], shown: int) -> str:
+    """A row for each checkpoint; the best of several in bold."""
+    metrics = _compared(reports)
+    best = {key: _best(reports, key) for key in metrics}
+    names = [
+        f"{_label(m, reports[shown])}\u00a0{'↓' if m.better < 0 else '↑'}" for m in metrics.values()
+    ]
+    head = "".join(f"<th>{escape(n)}</th>" for n in ("checkpoint", "step", "samples", *names))
+    rows = []
+    for k, report in reports.items():
+        mark = " class=shown" if k == shown and len(reports) > 1 else ""
+        cells = [f"<td>{k}</td>"]
+        for key in ("step", "num_samples", *metrics):
+            value = number(report[key]) if key in report else ""
+            cells.append(f"<td{' class=best' if best.get(key) == k else ''}>{value}</td>")
+        rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
+    return (
+        f"<div class=wide><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _best(reports: Mapping[int, Report], key: str) -> int | None:
+    """The checkpoint with the best value, if several have one."""
+    values = {k: float(r[key]) for k, r in reports.items() if key in r}
+    values = {k: METRICS[key].better * v for k, v in values.items() if math.isfinite(v)}
+    return max(values, key=values.get) if len(values) > 1 else None
+
+
+def _trends(reports: Mapping[int, Report]) -> str:
+    """A small curve over the checkpoints for each metric that several of them have."""
+    plots = []
+    for key, metric in _compared(reports).items():
+        having = [r for r in reports.values() if key in r]
+        points = [(float(r["step"]), float(r[key])) for r in having]
+        points = [p for p in points if math.isfinite(p[1])]
+        if len(points) > 1:
+            label = _label(metric, having[0])
+            arrow = "lower is better" if metric.better < 0 else "higher is better"
+            plot = trend(points, f"{label} over steps")
+            plots.append(f"<div><h3>{escape(label)} <small>{arrow}</small></h3>{plot}</div>")
+    return f"<div class=trends>{''.join(plots)}</div>" if plots else ""
+
+
+def _cost(report: Report) -> str:
+    """Images, evaluations of the network and seconds of what was drawn and measured."""
+    rows = []
+    if "num_samples" in report:
+        drawn = report["num_samples"] + report["nonfinite"]
+        rows.append(("samples", drawn, report["nfe"], report["sampling_seconds"]))
+    if "bpd_images" in report:
+        images = len(report["bpd_images"])
+        rows.append(("likelihoods", images, report["bpd_nfe"], report["bpd_seconds"]))
+    lines = []
+    for what, *values in rows:
+        cells = "".join(f"<td>{number(round(float(v), 1))}</td>" for v in values)
+        lines.append(f"<tr><td>{what}</td>{cells}</tr>")
+    head = "<tr><th></th><th>images</th><th>network evaluations</th><th>seconds</th></tr>"
+    table = f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>" if rows else ""
+    seconds = number(round(float(report["seconds"]), 1))
+    return (
+        f"<div class=wide>{table}</div><p class=note>{seconds} seconds for this checkpoint since "
+        "the last start; what an earlier one left on disk is not in them.</p>"
+    )
+
+
+def _settings(config: Mapping) -> list[str]:
+    """One folded list for each section of the config, and one for what is in none."""
+    sections = {name: value for name, value in config.items() if isinstance(value, Mapping)}
+    alone = {name: value for name, value in config.items() if name not in sections}
+    lists = []
+    for name, values in {"general": alone, **sections}.items():
+        items = "".join(
+            f"<div><dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd></div>"
+            for key, value in sorted(values.items())
+        )
+        lists.append(
+            f"<details><summary>{escape(name)}</summary><dl class=pairs>{items}</dl></details>"
+        )
+    return lists
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def _figure(content: str, title: str, caption: str) -> str:
+    words = f"<figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption>"
+    return f"<figure>{content}{words}</figure>"
+
+
+def _image(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode("ascii")
+    return f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,162 @@
+"""Plots as SVG: curves and histograms over axes with round numbers. Names are escaped."""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Points = Sequence[tuple[float, float]]
+
+WIDTH, HEIGHT = 520, 260  # of a large plot, in its own units
+SMALL = (300, 190)
+MARGIN = (58, 14, 14, 36)  # left, right, top, bottom: where the axes' numbers are
+MOST_POINTS = 400  # of a curve; more are averaged
+MOST_COLUMNS = 40  # of a histogram
+
+
+def number(value: float) -> str:
+    """All digits of a whole number, and four significant ones of any other."""
+    value = float(value)
+    if not math.isfinite(value):
+        return "–"
+    return (f"{value:,.0f}" if value.is_integer() else f"{value:#.4g}").replace("-", "−")
+
+
+class Axis(NamedTuple):
+    """Where the values from `low` to `high` lie between the pixels `start` and `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    logarithmic: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (
+            math.log(v) if self.logarithmic else v for v in (self.low, self.high, value)
+        )
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """A few round numbers from `low` to `high`."""
+        if self.logarithmic:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            steps = (1, 2, 5) if self.high < 100 * self.low else (1,)
+            marks = [step * 10.0**decade for decade in decades for step in steps]
+            return [m for m in marks if self.low <= m * (1 + 1e-9) and m <= self.high * (1 + 1e-9)]
+        rough = (self.high - self.low) / 5
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough)
+        first = math.ceil(self.low / step - 1e-9)
+        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _axis(values: Sequence[float], start: float, end: float, logarithmic: bool = False) -> Axis:
+    """An axis over `values` with some room; around a single value where there is but one."""
+    low, high = min(values), max(values)
+    if low == high:
+        room = abs(low) / 10 or 1.0
+        low, high = low - room, high + room
+    elif logarithmic:
+        low, high = low / 1.05, high * 1.05
+    else:
+        low, high = low - (high - low) * 0.04, high + (high - low) * 0.06
+    return Axis(low, high, start, end, logarithmic)
+
+
+def _frame(size: tuple[int, int], x: Axis, y: Axis, name: str, marks: str) -> str:
+    """A plot: `marks` over the grid and numbers of its axes."""
+    width, height = size
+    left, right, _, bottom = MARGIN
+    parts = []
+    for tick in y.ticks():
+        at = f"{y(tick):.1f}"
+        parts.append(f'<path class=grid d="M{left},{at}H{width - right}"/>')
+        parts.append(f'<text class=y x="{left - 8}" y="{at}" dy=".32em">{_tick(tick)}</text>')
+    for tick in x.ticks():
+        parts.append(
+            f'<text class=x x="{x(tick):.1f}" y="{height - bottom + 18}">{_tick(tick)}</text>'
+        )
+    base = f'<path class=base d="M{left},{height - bottom}H{width - right}"/>'
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role=img aria-label="{escape(name)}">'
+        f"{''.join(parts)}{marks}{base}</svg>"
+    )
+
+
+def _tick(value: float) -> str:
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:.3g}".replace("-", "−")
+
+
+def _area(size: tuple[int, int]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """From where to where x and y go, in a plot's own units."""
+    (width, height), (left, right, top, bottom) = size, MARGIN
+    return (left, width - right), (height - bottom, top)
+
+
+def _path(points: Points) -> str:
+    return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _binned(points: Points) -> NDArray:
+    """Rows (step, mean, lowest, highest) of `points`, of runs of them where there are many."""
+    parts = np.array_split(np.asarray(points, dtype=float), min(len(points), MOST_POINTS))
+    means = [(p[:, 0].mean(), p[:, 1].mean(), p[:, 1].min(), p[:, 1].max()) for p in parts]
+    return np.array(means)
+
+
+def loss_plot(curves: Mapping[str, Points]) -> str:
+    """The curve of training, `train`, as mean and range, and `test` as dots; "" without any."""
+    train, test = ([p for p in curves.get(n, ()) if math.isfinite(p[1])] for n in ("train", "test"))
+    if not train and not test:
+        return ""
+    values = [value for _, value in (*train, *test)]
+    logarithmic = min(values) > 0 and max(values) > 8 * min(values)
+    across, up = _area((WIDTH, HEIGHT))
+    x = _axis([step for step, _ in (*train, *test)], *across)
+    y = _axis(values, *up, logarithmic)
+    marks = ""
+    if train:
+        rows = _binned(train)
+        band = [(x(s), y(low)) for s, _, low, _ in rows] + [(x(s), y(h)) for s, *_, h in rows[::-1]]
+        marks += f'<path class=band d="{_path(band)}Z"/>'
+        marks += f'<path class=line d="{_path([(x(s), y(mean)) for s, mean, *_ in rows])}"/>'
+    for step, value, *_ in _binned(test) if test else ():
+        marks += f'<circle class=dot cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>'
+    return _frame((WIDTH, HEIGHT), x, y, "loss over steps", marks)
+
+
+def trend(points: Points, name: str) -> str:
+    """A small curve through a few points."""
+    across, up = _area(SMALL)
+    x, y = (_axis(v, *s) for v, s in zip(zip(*points, strict=True), (across, up), strict=True))
+    places = [(x(a), y(b)) for a, b in points]
+    marks = f'<path class=line d="{_path(places)}"/>'
+    marks += "".join(f'<circle class=knot cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>' for a, b in places)
+    return _frame(SMALL, x, y, name, marks)
+
+
+def histogram(values: NDArray, name: str) -> str:
+    """Of `values` (n,), with a line at their mean."""
+    columns = min(MOST_COLUMNS, max(5, round(2 * math.sqrt(len(values)))))
+    counts, edges = np.histogram(values, bins=columns)
+    across, up = _area((WIDTH, HEIGHT))
+    x = _axis([float(edges[0]), float(edges[-1])], *across)
+    y = Axis(0.0, float(counts.max()) * 1.08, *up)
+    marks = ""
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        left, width, top = x(low), x(high) - x(low), y(float(count))
+        marks += (
+            f'<rect class=bar x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(width - 1, 0.5):.1f}"'
+        )
+        marks += f' height="{y(0.0) - top:.1f}"/>'
+    mean = float(np.mean(values))
+    marks += f'<path class=mean d="M{x(mean):.1f},{up[0]}V{up[1]}"/>'
+    marks += f'<text class=mean x="{x(mean) + 6:.1f}" y="{up[1] + 10}">mean {number(mean)}</text>'
+    return _frame((WIDTH, HEIGHT), x, y, f"histogram of {name}", marks)

@@ -1,0 +1,36 @@
+"""The numbers of a report as text for a console."""
+
+from collections.abc import Mapping
+
+from metrics.table import METRICS
+
+
+def report_table(report: Mapping, split: str, title: str) -> str:
+    """The numbers of a report (the arrays of report_{k}.npz) that was made over `split`."""
+    space = str(report.get("features", ""))
+    rows = []
+    for key, metric in METRICS.items():
+        if key in report:
+            label, value = metric.label_in(space), f"{float(report[key]):.6g}"
+            label += f" ({split})" if metric.compute is None else ""
+            if (error := report.get(f"{key}_error")) is not None:
+                value += f" +- {float(error):.2g}"
+            rows.append((label, value))
+            if (of_data := report.get(f"{key}_data")) is not None:
+                rows.append(("  of the data", f"{float(of_data):.6g}"))
+    if "bpd" in report:
+        rows.append(("evaluations of a likelihood", f"{report['bpd_nfe']:.0f}"))
+        rows.append(("encoded and decoded, error", f"{report['encoding_error']:.1e}"))
+    if "num_samples" in report:
+        rows.append(("samples", str(report["num_samples"])))
+        if report["nonfinite"]:
+            rows.append(("  not finite", str(report["nonfinite"])))
+        rows.append(("  evaluations", f"{report['nfe']:.0f}"))
+    rows.append(("seconds", f"{report['seconds']:.1f}"))
+    return format_table(rows, title)
+
+
+def format_table(rows: list[tuple[str, str]], title: str) -> str:
+    """`rows` of (what, value) under `title`, aligned in two columns."""
+    width = max(len(what) for what, _ in rows)
+    return "\n".join([title, *(f"  {what:<{width}}  {value}" for what, value in rows)])

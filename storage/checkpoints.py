@@ -1,0 +1,217 @@
+"""Checkpoints: written, checked and read; which to go on from, which to evaluate."""
+
+import contextlib
+import errno
+import logging
+import math
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from storage.files import atomic_write, naming
+from storage.workdir import checkpoint_path, resume_paths
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step")
+FOLDER = 0x10  # the attribute of a zip's record for which torch leaves a tensor's memory unread
+
+
+def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:
+    """Writes `state`, a dictionary of tensors, numbers, lists and dictionaries, to `path`.
+
+    The file is read back and checked before it takes the place of an earlier one, which goes on
+    as `previous`. Raises OSError as `atomic_write` does, and where the check fails.
+    """
+    with atomic_write(path, previous) as file:
+        try:
+            torch.save(state, file)
+            file.flush()
+            _check_records(file)
+        except RuntimeError as error:  # torch's writer hides what went wrong with the file
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise OSError(errno.EIO, f"what was written reads back otherwise: {error}") from error
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The dictionary saved at `path`, its tensors on the CPU; no code in the file is run.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: the file is damaged, or not a checkpoint of this program.
+    """
+    try:
+        with naming(path), open(path, "rb") as file:
+            _check_records(file)
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes zipfile and the unpickler fail in any way
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to nowhere
+            raise
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint: {reason}") from error
+    missing = [k for k in CHECKPOINT_KEYS if not isinstance(state, dict) or k not in state]
+    if missing:
+        raise ValueError(f"{path} is not a training checkpoint: it has no {', '.join(missing)}")
+    return state
+
+
+def _check_records(file: BinaryIO) -> None:
+    """Raises ValueError (BadZipFile from some damage) where a record is not what was written.
+
+    What `torch.save` writes is a zip file with a CRC-32 of every record, which `torch.load` does
+    not look at. Reading at 4 GB/s, the check costs a fraction of the writing.
+    """
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is cut short, or not from torch.save of PyTorch 1.6 or later")
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if sum(record.file_size for record in records) > file.seek(0, os.SEEK_END):
+            raise ValueError("its records are larger than the file")
+        if any(record.external_attr & FOLDER for record in records):
+            raise ValueError("it is damaged: a record is marked as a folder")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"it is damaged: the checksum of its record {damaged} differs")
+
+
+# --- of a run ------------------------------------------------------------------------------------
+
+
+def save_to_resume(workdir: Path, state: dict) -> None:
+    """Saves the newest state and keeps the one before; OSError where it cannot be written."""
+    newest, previous = resume_paths(workdir)
+    save_checkpoint(newest, state, previous)
+
+
+def newest_checkpoint(workdir: Path) -> tuple[Path, dict] | None:
+    """Path and content of the newest state that is intact; None where there is none at all.
+
+    A damaged file is named in a warning, and the one before it is taken; at last the numbered
+    ones. A damaged newest state is set aside, so that it does not become the one before.
+
+    Raises:
+        ValueError: there are states, but all of them are damaged.
+    """
+    newest, *others = [*resume_paths(workdir), *reversed(_numbered(workdir).values())]
+    damaged = []
+    for path in (newest, *others):
+        try:
+            state = load_checkpoint(path)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            log.warning(f"{error}; looking for the checkpoint before it")
+            damaged.append(path)
+            continue
+        if newest in damaged:
+            with contextlib.suppress(FileNotFoundError):  # another process of the run has done it
+                os.replace(newest, newest.with_name(f"{newest.name}.damaged"))
+        return path, state
+    if damaged:
+        raise ValueError(
+            f"no intact checkpoint to go on from: {', '.join(map(str, damaged))} damaged; "
+            "name another workdir to start anew"
+        )
+    return None
+
+
+def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:
+    """Deletes the oldest of the run's own numbered checkpoints, to leave `keep` (0: all).
+
+    Args:
+        written: their steps, in the order of writing; files of other steps are not touched.
+
+    Returns:
+        The steps that are left.
+    """
+    dropped = written[:-keep] if keep else []
+    for step in dropped:
+        checkpoint_path(workdir, step).unlink(missing_ok=True)
+    return written[len(dropped) :]
+
+
+def _numbered(workdir: Path) -> dict[int, Path]:
+    """{step: path} of the numbered checkpoints, in ascending order."""
+    names = re.compile(r"checkpoint_(\d+)\.pth")
+    paths = (workdir / "checkpoints").glob("checkpoint_*.pth")
+    return dict(sorted((int(m[1]), p) for p in paths if (m := names.fullmatch(p.name))))
+
+
+def checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
+    """{k: path} of those from `eval.begin_ckpt` to `eval.end_ckpt` that exist.
+
+    Number k is that of step k * snapshot_freq, and the last number of a run is that of step
+    n_iters, also where snapshot_freq does not divide it. Some published programs name files by k
+    itself; such a file is taken where the step it holds agrees. A number beyond the last one whose
+    file does not exist means the last one.
+
+    Raises:
+        FileNotFoundError: none of them exists.
+        ValueError: the first number is larger than the last.
+    """
+    first, end, training = config.eval.begin_ckpt, config.eval.end_ckpt, config.training
+    if first > end:
+        raise ValueError(f"eval.begin_ckpt={first} lies after eval.end_ckpt={end}")
+    freq, last = training.snapshot_freq, math.ceil(training.n_iters / training.snapshot_freq)
+
+    def step_of(k: int) -> int:
+        return training.n_iters if k == last else k * freq
+
+    def find(k: int) -> Path | None:
+        path, by_number = checkpoint_path(workdir, step_of(k)), checkpoint_path(workdir, k)
+        if path.exists():
+            return path
+        if not by_number.exists():
+            return None
+        step = load_checkpoint(by_number)["step"]
+        return by_number if step == step_of(k) or step // freq == k else None
+
+    found = {k: find(k) for k in range(first, end + 1)}
+    if beyond := [k for k in found if k > last and found[k] is None]:
+        log.info(
+            f"eval.begin_ckpt={first} to eval.end_ckpt={end}: the last checkpoint of "
+            f"training.n_iters={training.n_iters} steps is number {last}"
+        )
+        asked = {k: path for k, path in found.items() if k not in beyond}
+        found = dict(sorted(({last: find(last)} | asked).items()))
+    missing = [k for k, path in found.items() if path is None]
+    found = {k: path for k, path in found.items() if path is not None}
+    folder = workdir / "checkpoints"
+    others = sorted(p.name for p in folder.glob("checkpoint_*.pth") if p not in found.values())
+    if not found:
+        first, end = min(first, last), min(end, last)
+        raise FileNotFoundError(
+            f"no checkpoint to evaluate: looked in {folder} for checkpoint_{step_of(first)}.pth to "
+            f"checkpoint_{step_of(end)}.pth (eval.begin_ckpt and eval.end_ckpt count "
+            f"training.snapshot_freq={freq} steps); found {', '.join(others) or 'none'}"
+        )
+    for k in missing:
+        log.warning(f"{checkpoint_path(workdir, step_of(k))} does not exist; passed over")
+    if others:
+        log.info(f"not asked for in {folder}: {', '.join(others)}")
+    return found
+
+
+def fit(load: Callable[[dict], None], state: dict, path: Path, changes: list[str] = ()) -> None:
+    """`load(state)`, the content of `path`; where it does not fit, a ValueError says why.
+
+    Args:
+        changes: what the config changes of the run's own, to be named then.
+    """
+    try:
+        load(state)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        since = f"; the run's own config differs: {', '.join(changes)}"
+        raise ValueError(
+            f"{path} does not fit the configured network: {reason:.300}{since if changes else ''}"
+        ) from error

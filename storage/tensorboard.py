@@ -1,0 +1,96 @@
+"""TensorBoard's files: a writer that may fail, and the curves that are read back."""
+
+import contextlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from sources import tfrecords
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 10  # what TensorBoard shows is at most so old
+
+
+class TensorBoardWriter:
+    """TensorBoard's log, as a context manager; it may fail, and the run goes on without it.
+
+    `tensorboardX.SummaryWriter` writes from a thread that a full disk ends, whereupon the run waits
+    for it for ever; and what it holds when the process is killed is lost. Here events are written
+    by the caller, and on disk at most `FLUSH_SECONDS` later or with `flush`.
+    """
+
+    def __init__(self, folder: Path | None, step: int):
+        """Starts a file in `folder`; what a killed run logged beyond `step` is purged.
+
+        Without a folder nothing is written.
+        """
+        self.folder, self.events = folder, None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        # names hold the second, so that a start within the same one would write over the file
+        self.events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self.flushed = 0.0
+        self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self._write(step, summary=summary.scalar(tag, value))
+
+    def add_image(self, tag: str, image: NDArray[np.uint8], step: int) -> None:
+        """`image` is (H, W, C)."""
+        self._write(step, summary=summary.image(tag, image, dataformats="HWC"))
+
+    def flush(self) -> None:
+        """Whatever was added is on disk when this returns."""
+        if self.events:
+            with self._failing():
+                self.events.flush()
+                self.flushed = time.monotonic()
+
+    def _write(self, step: int, **content) -> None:
+        if self.events:
+            with self._failing():
+                self.events.write_event(Event(step=step, wall_time=time.time(), **content))
+            if time.monotonic() - self.flushed > FLUSH_SECONDS:
+                self.flush()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.warning(f"{self.folder}: {error}; nothing more is written there")
+            self.events = None
+
+    def __enter__(self) -> "TensorBoardWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.flush()
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]} of TensorBoard's files, as far as they are whole."""
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in sorted(folder.glob("events.out.tfevents.*")):  # names begin with the time
+        try:
+            for event in map(Event.FromString, tfrecords.whole_records(path)):
+                if event.session_log.status == SessionLog.START:  # a run resumed before this step
+                    for tag, points in curves.items():
+                        curves[tag] = {s: v for s, v in points.items() if s < event.step}
+                for value in event.summary.value:
+                    if value.HasField("simple_value"):
+                        curves[value.tag][event.step] = value.simple_value
+        except DecodeError:
+            log.warning(f"{path} is damaged; the loss curve lacks what follows in it")
+    return {tag: sorted(points.items()) for tag, points in curves.items()}

@@ -1,0 +1,122 @@
+"""The workdir of a run: what its files are called, who may write to it, and what is left of it.
+
+.checkpoints.lock                     held by the process that trains
+config.json                           the config of the first start
+stdout.txt                            what was logged, over all starts
+tensorboard/                          curves and pictures
+checkpoints/checkpoint_{step}.pth     numbered states, to evaluate
+checkpoints-meta/checkpoint.pth       the newest state, to go on from
+checkpoints-meta/checkpoint.prev.pth  the one before, where the newest is damaged
+samples/iter_{step}/                  pictures along the way
+.{eval_folder}.lock, {eval_folder}/   the same for an evaluation
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from storage.files import naming
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_path(workdir: Path, step: int) -> Path:
+    """The numbered state of `step`."""
+    return workdir / "checkpoints" / f"checkpoint_{step}.pth"
+
+
+def resume_paths(workdir: Path) -> tuple[Path, Path]:
+    """The newest state, and the one before it."""
+    folder = workdir / "checkpoints-meta"
+    return folder / "checkpoint.pth", folder / "checkpoint.prev.pth"
+
+
+# --- one writer at a time, and its log ------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[None]:
+    """Makes the workdir; within the block `folder`, in it, is this process's alone to write to.
+
+    Of several processes of one run only the `main` one writes; for the others nothing is done.
+
+    What is logged meanwhile is appended to stdout.txt. Training and an evaluation name different
+    folders, so one does not keep the other out.
+
+    Raises:
+        OSError: the workdir cannot be written, or another process writes to `folder`.
+    """
+    if not main:
+        yield
+        return
+    if workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"workdir {workdir} is a file; name a folder")
+    workdir.mkdir(parents=True, exist_ok=True)
+    with _lock(folder), _log_file(workdir / "stdout.txt"), logging_redirect_tqdm():
+        yield
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Holds `.{name}.lock` beside `folder`, which names the process that does.
+
+    The lock is the kernel's, so it ends with the process, however that ends, and is not inherited
+    by workers. Over NFS it holds between machines.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", buffering=0) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().decode(errors="replace") or "another process"
+            raise BlockingIOError(
+                f"{folder} is being written by {holder}; wait for its end, or name another folder"
+            ) from None
+        except OSError as error:
+            log.warning(
+                f"{path} cannot be locked ({error.strerror}); see to it that no other process "
+                f"writes to {folder}"
+            )
+        with naming(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose file may fail: the console hears of it once, and the run goes on."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            log.warning(f"{self.baseFilename}: {sys.exc_info()[1]}; lines may be missing there")
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    handler = _LogFile(path, mode="a")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    except Exception as error:  # the console hears of it from main.py
+        handler.handle(
+            logging.makeLogRecord({"msg": f"stopped by {type(error).__name__}: {error}"})
+        )
+        raise
+    finally:
+        root.removeHandler(handler)
+        with contextlib.suppress(OSError):  # a full disk, of which `handleError` has told
+            handler.close()
