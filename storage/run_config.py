@@ -97,8 +97,8 @@ def restore(flat: Any) -> ConfigDict:
         log.info(f"values of the stored config that nothing reads: {', '.join(removed)}")
     unknown = sorted(flat.keys() - known.keys() - REMOVED)
     if unknown:
-        more = f" (and {len(unknown) - 1} more)" if unknown[1:] else ""
-        raise ValueError(f"{explain_unknown(_shown(unknown[0]), known)}{more}")
+        others = f"; also unknown: {_shown(', '.join(unknown[1:]))}" if unknown[1:] else ""
+        raise ValueError(explain_unknown(_shown(unknown[0]), known) + others)
     for key in (k for k in known if k in flat):
         section, _, name = key.rpartition(".")
         owner = config[section] if section else config

@@ -2,65 +2,31 @@
 
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import methods
+import models
+import sampling
+from configs.default import get_default_config
+from configs.keys import explain_unknown, flatten
+from configs.published import UNREAD
+
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads((ROOT / "tests/golden/configs.json").read_text())
 
-# Keys that this framework needs and no published config has, or those of one method only.
-OURS = {
-    "device",
-    "data.data_dir",
-    "data.num_workers",
-    "data.path",
-    "data.resident_bytes",
-    "training.keep_checkpoints",
-    "training.max_bad_steps",
-    "training.accumulate",
-    "training.channels_last",
-    "training.compile",
-    "training.precision",
-    "model.checkpoint_activations",
-    "optim.cooldown",
-    "sampling.ode_solver",
-    "sampling.N",
-    "sampling.rho",
-    "sampling.rtol",
-    "sampling.atol",
-    "sampling.compile",
-    "eval.bpd_num_repeats",
-    "eval.dataset",
-    "eval.divergence",
-    "eval.features",
-    "eval.inception_path",
-    "eval.stats_dir",
-    "eval.enable_interpolate",
-    "eval.enable_rescale",
-    "eval.rescale_norms",
-    "eval.save_images",
-}
+# What the misspelling of a published key undid: of training.continuous, as training.continuouse.
+DEFECTS = {"ve/ncsnv2/bedroom.py": {"training.continuous": False}}
 
-# Keys that a few published configs lack and all their siblings have.
-COMPLETED = {
-    "ve/celeba_ncsnpp.py": {"model.fourier_scale"},
-    "ve/cifar10_ncsnpp.py": {"model.fourier_scale"},
-    "vp/cifar10_ncsnpp.py": {"model.fourier_scale"},
-    "ve/ncsn/celeba.py": {"training.sde"},
-}
-for name in ("ve/celebahq_ncsnpp_continuous.py", "ve/ffhq_ncsnpp_continuous.py"):
-    COMPLETED[name] = {"model.beta_min", "model.beta_max", "eval.bpd_dataset"} | {
-        f"eval.enable_{what}" for what in ("loss", "bpd", "sampling")
-    }
-
-# Values that are there only because of a defect: misspelt keys, and what the misspelling undid.
-DEFECTS = {
-    "ve/ncsn/celeba.py": {"training.loss": None},
-    "ve/ncsnv2/bedroom.py": {"training.continuouse": None, "training.continuous": False},
-}
+DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("poisson", "subvp", "vp")]
+DIGITS += ["poisson/digits_ncsnpp.py", "ve/digits_ncsnpp.py"]
+IMAGES = [f"{name}/images{size}_ddpmpp.py" for name in ("poisson", "vp") for size in (32, 64)]
+EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES]
 
 
 def load(path: str):
@@ -71,25 +37,102 @@ def load(path: str):
     return module.get_config()
 
 
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """`{"a": {"b": (1,)}}` as `{"a.b": [1]}`."""
+def flatten_published(tree: dict, prefix: str = "") -> dict:
+    """`{"a": {"b": [1]}}` as `{"a.b": [1]}`."""
     flat = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+        inner = isinstance(value, dict)
+        flat |= flatten_published(value, f"{prefix}{key}.") if inner else {prefix + key: value}
     return flat
 
 
 @pytest.mark.parametrize("path", PUBLISHED)
 def test_values_are_the_published_ones(path):
-    expected = flatten(PUBLISHED[path]) | DEFECTS.get(path, {})
-    expected = {key: value for key, value in expected.items() if value is not None}
-    config = flatten(load(path).to_dict())
-    extra = (OURS | COMPLETED.get(path, set())) - expected.keys()
-    assert {key: value for key, value in config.items() if key not in extra} == expected
-    assert extra <= config.keys()
+    expected = flatten_published(PUBLISHED[path]) | DEFECTS.get(path, {})
+    expected = {key: value for key, value in expected.items() if key not in UNREAD}
+    config = flatten(load(path))
+    assert expected.keys() <= config.keys()
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_unread_keys_are_published_and_nowhere_else():
+    published = {key for tree in PUBLISHED.values() for key in flatten_published(tree)}
+    assert UNREAD.keys() <= published
+    assert not UNREAD.keys() & flatten(get_default_config()).keys()
+    assert published - UNREAD.keys() <= flatten(get_default_config()).keys()
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS)
+def test_experiments_have_every_key_and_no_other(path):
+    config, default = load(path), get_default_config()
+    assert flatten(config).keys() == flatten(default).keys()
+    for key in flatten(default):
+        section, _, name = key.rpartition(".")
+        owners = [c[section] if section else c for c in (config, default)]
+        assert owners[0].get_type(name) == owners[1].get_type(name), key
+    assert config.is_locked
+    with pytest.raises(AttributeError):
+        config.model.nff = 3
+    with pytest.raises(KeyError):
+        config.update({"training": {"model": "ddpmpp"}})
+
+
+def test_every_key_is_explained():
+    """A comment on its line or the one before."""
+    source = (ROOT / "configs/default.py").read_text().splitlines()
+    lines = [i for i, line in enumerate(source) if re.match(r"    \w+\.\w+ = (?!\w+ = )", line)]
+    assert len(lines) > 90
+    unexplained = [source[i] for i in lines if "#" not in source[i] + source[i - 1]]
+    names = [line.split("=")[0].strip() for line in unexplained]
+    assert set(names) <= {"model.fir_kernel", "model.beta_max", "evaluate.num_samples"}
+
+
+@pytest.mark.parametrize("sde", ["poisson", "vesde", "vpsde", "subvpsde"])
+@pytest.mark.parametrize("path", DIGITS)
+def test_any_method_by_one_override(path, sde):
+    config = load(path)
+    config.training.sde = sde
+    config.model.nf = 8
+    models.create_model(config)
+    if sde == "poisson":  # 0 stands for the whole batch
+        config.training.small_batch_size = config.training.small_batch_size or 96
+    sampling.get_sampling_fn(config, methods.get_method(config))
+
+
+@pytest.mark.parametrize("n_iters", [1, 2, 3, 4, 5, 7, 8, 10, 11, 399, 2000, 50000])
+@pytest.mark.parametrize("path", ["poisson/digits_ddpmpp.py", "vp/images32_ddpmpp.py"])
+def test_any_number_of_steps(path, n_iters):
+    config = load(path)
+    config.training.n_iters = n_iters
+    freq, most = config.training.snapshot_freq, 4 if "digits" in path else 10
+    assert freq == math.ceil(n_iters / most)
+    assert config.eval.begin_ckpt == config.eval.end_ckpt == n_iters // freq
+    assert 1 <= n_iters // freq <= most
+    assert config.optim.warmup + config.optim.cooldown <= n_iters
+    assert 0 <= config.model.ema_rate < 1
+
+
+def test_each_share_can_be_overridden():
+    config = load("poisson/digits_ddpmpp.py")
+    config.eval.begin_ckpt = 2
+    config.training.snapshot_freq = 200
+    assert (config.eval.begin_ckpt, config.eval.end_ckpt) == (2, 10)
+
+
+@pytest.mark.parametrize("path", IMAGES)
+def test_what_the_images_themselves_tell_is_open(path):
+    config = load(path)
+    assert config.data.num_channels == 0
+    assert config.training.M is config.sampling.z_max is config.sampling.upper_norm is None
+    config.training.M, config.sampling.z_max = 261, 17
+    assert isinstance(config.sampling.z_max, float)
+
+
+def test_ema_of_the_images_follows_the_steps():
+    config = load("vp/images32_ddpmpp.py")
+    assert config.model.ema_rate == pytest.approx(0.9998, abs=1e-6)
+    config.training.n_iters = 2000
+    assert config.model.ema_rate == pytest.approx(0.995, abs=1e-4)
 
 
 @pytest.mark.parametrize("path", PUBLISHED)
@@ -103,13 +146,7 @@ def test_calls_do_not_share_state(path):
 
 def test_every_experiment_is_published_or_listed():
     files = {str(p.relative_to(ROOT / "configs")) for p in (ROOT / "configs").glob("*/**/*.py")}
-    assert files - PUBLISHED.keys() == {
-        "poisson/digits_ddpmpp.py",
-        "poisson/digits_ncsnpp.py",
-        "subvp/digits_ddpmpp.py",
-        "ve/digits_ncsnpp.py",
-        "vp/digits_ddpmpp.py",
-    }
+    assert files == set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("key", ["dataset", "bpd_dataset"])
@@ -144,3 +181,21 @@ def test_loads_as_a_flag_without_torch(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "train (1, 2) 60.0"
+
+
+@pytest.mark.parametrize(
+    "key, expected",
+    [
+        ("training.n_iter", '. Did you mean "training.n_iters"?'),
+        ("trainin.n_iters", '. Did you mean "training.n_iters"?'),
+        ("evl.batch_size", '. Did you mean "eval.batch_size"?'),
+        ("data.nf", '. Did you mean "model.nf"?'),
+        ("seeed", '. Did you mean "seed"?'),
+        ("modle", '. Did you mean "model"?'),
+        ("nothing.like_it", ""),
+    ],
+)
+def test_unknown_keys_are_explained_by_the_nearest(key, expected):
+    known = flatten(get_default_config())
+    assert explain_unknown(key, known) == f"unknown config value {key}{expected}"
+    assert "published key that nothing reads" in explain_unknown("model.z_max", known)

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -43,6 +44,25 @@ def test_the_digits_config_has_what_its_data_ask_for():
     assert "the config has" not in done.stdout
     done = run("--config", "configs/poisson/digits_ddpmpp.py", "--data_norm", "60")
     assert done.stdout.count("the config has") == 3
+
+
+def test_overrides_are_those_of_main():
+    digits = ("--config", "configs/vp/digits_ddpmpp.py")
+    assert "mean norm 3.8" in run(*digits, "--config.data.centered=False").stdout
+    by_flag, by_config = (run(*digits, f"--{tau}=0.055") for tau in ("tau", "config.training.tau"))
+    assert by_flag.stdout == by_config.stdout
+    assert by_flag.stdout.count("the config has") == 1
+    done = run(*digits, "--config.data.centred=False")
+    assert done.returncode == 2
+    assert 'Did you mean "data.centered"?' in done.stderr
+
+
+def test_open_values_are_not_compared(tmp_path):
+    np.save(tmp_path / "x.npy", np.full((20, 32, 32, 3), 255, np.uint8))
+    options = (f"--config.data.path={tmp_path / 'x.npy'}", "--config.data.num_channels=3")
+    done = run("--config", "configs/poisson/images32_ddpmpp.py", *options)
+    assert "mean norm 55.43 in 3072 dimensions" in done.stdout, done.stderr
+    assert "the config has" not in done.stdout
 
 
 def test_mistakes_are_told():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,22 +262,27 @@ def test_a_killed_run_goes_on_at_its_step(trained, tmp_path):
 # --- mistakes: one line, a non-zero status, nothing written ---------------------------------------
 
 
-def test_help_imports_nothing_heavy():
+@pytest.mark.parametrize("options", [[], ["--mode=eval", "--workdir=nowhere"]])
+def test_help_imports_nothing_heavy(options):
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / "main.py"), "--help"],
+        [sys.executable, "-X", "importtime", str(ROOT / "main.py"), *options, "--help"],
         capture_output=True,
         text=True,
     )
-    assert "--workdir" in done.stdout
+    assert all(f"--{flag}: " in done.stdout for flag in ("config", "mode", "workdir"))
     assert not re.search(r"\| +(torch|numpy|scipy|tensorflow)$", done.stderr, re.MULTILINE)
 
 
 MISTAKES = {
     "unknown override": (
         ["--config.training.n_iter=3"],
-        'unknown config value.*n_iter.*Did you mean "n_iters"',
+        'unknown config value training.n_iter. Did you mean "training.n_iters"',
     ),
-    "unknown section": (["--config.trainin.n_iters=3"], 'trainin.*Did you mean "training"'),
+    "unknown section": (
+        ["--config.trainin.n_iters=3"],
+        'unknown config value trainin.n_iters. Did you mean "training.n_iters"',
+    ),
+    "unread": (["--config.sampling.vs=1"], "sampling.vs is a published key that .*: remove it"),
     "wrong type": (["--config.training.n_iters=many"], "config.training.n_iters=many"),
     "mode": (["--mode=trian"], "mode=trian: value should be one of <train.eval>"),
     "flag": (["--workdri=x"], "workdri.*workdir"),
@@ -306,15 +312,50 @@ def test_mistakes_are_one_line(mistake, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+CHANGED = """from configs.poisson import digits_ddpmpp
+
+def get_config():
+    config = digits_ddpmpp.get_config()
+    {}
+    return config
+"""
+
+
 @pytest.mark.parametrize(
     "content, pattern",
     [
-        (None, "does not exist"),
-        ("def get_config(:\n", "line 1: .*syntax"),
-        ("import math\n\ndef get_config():\n    return math.nothing\n", "line 4: .*nothing"),
-        ("import nothing_at_all\n", "line 1: .*nothing_at_all"),
-        ("x = 1\n", "defines no get_config"),
-        ("def get_config():\n    return 3\n", "does not return an ml_collections.ConfigDict"),
+        (None, " does not exist"),
+        ("def get_config(:\n", ", line 1: .*syntax"),
+        ("import math\n\ndef get_config():\n    return math.nothing\n", ", line 4: .*nothing"),
+        ("import nothing_at_all\n", ", line 1: .*nothing_at_all"),
+        ("x = 1\n", " defines no get_config"),
+        ("def get_config():\n    return 3\n", ".* does not return an ml_collections.ConfigDict"),
+        (
+            "from ml_collections import ConfigDict as get_config\n",
+            " lacks data.category; start from configs/default.py",
+        ),
+        (
+            CHANGED.format("config.training.n_iter = 3"),
+            ', line 5: unknown config value training.n_iter. Did you mean "training.n_iters"',
+        ),
+        (
+            CHANGED.format("config.update({'model': {'ch_mul': (1,)}})"),
+            ', line 5: unknown config value model.ch_mul. Did you mean "model.ch_mult"',
+        ),
+        (
+            CHANGED.format("config.trainin.n_iters = 3"),
+            ', line 5: unknown config value trainin. Did you mean "training"',
+        ),
+        (
+            CHANGED.format("config.data.channels = 1"),
+            ", line 5: data.channels is a published key that nothing reads .*: remove it",
+        ),
+        (CHANGED.format("config.training.n_iters = 'a'"), ", line 5: TypeError: .*n_iters"),
+        (CHANGED.format("config = {}['training']"), ", line 5: KeyError: 'training'"),
+        (
+            CHANGED.format("config.unlock(); config.training.n_iter = 3"),
+            ': unknown config value training.n_iter. Did you mean "training.n_iters"',
+        ),
     ],
 )
 def test_bad_config_files_are_one_line(content, pattern, tmp_path):
@@ -322,8 +363,72 @@ def test_bad_config_files_are_one_line(content, pattern, tmp_path):
     if content is not None:
         config.write_text(content)
     done = call("train", tmp_path / "run", config=config, expect=2)
-    assert re.fullmatch(rf"error: config file .*experiment\.py.*{pattern}.*\n", done.stderr)
+    assert re.fullmatch(rf"error: config file .*experiment\.py{pattern}.*\n", done.stderr)
     assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_of_shared_defaults_name_their_own_line(tmp_path):
+    """The last line of the user's own code, here of a copied configs folder's method."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    path = tmp_path / "configs/default_digits.py"
+    text = path.read_text().replace("config.data.image_size", "config.data.imagesize")
+    path.write_text(text)
+    script = f"import sys; sys.path[0] = {str(tmp_path)!r}; from configs import command_line; "
+    script += "command_line.parse(['x', '--config', 'configs/poisson/digits_ddpmpp.py'])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
+    line = text[: text.index("imagesize")].count("\n") + 1
+    expected = rf'error: config file .*default_digits\.py, line {line}: .*"data.image_size"\?\n'
+    assert re.fullmatch(expected, done.stderr)
+
+
+# --- evaluation without --config ------------------------------------------------------------------
+
+
+def evaluate_stored(workdir, *overrides, expect=0):
+    """Evaluation with the config that the workdir carries."""
+    arguments = ["--mode=eval", f"--workdir={workdir}", *overrides]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def test_evaluation_takes_the_config_of_the_run(trained):
+    options = ["--noconfig.eval.enable_sampling", "--noconfig.eval.enable_bpd"]
+    call("eval", trained, *TINY, *options, "--eval_folder=given")
+    evaluate_stored(trained, *options, "--eval_folder=stored")
+    given, stored = (np.load(trained / f"{name}/report_4.npz") for name in ("given", "stored"))
+    assert given["loss"] == stored["loss"]
+    done = evaluate_stored(trained, *options, "--config.eval.dataset=train", "--eval_folder=over")
+    assert "loss (train)" in done.stdout
+
+
+def test_typing_errors_without_a_config_are_one_line(trained, tmp_path):
+    for workdir, override, pattern in [
+        (tmp_path, "--config.eval.batch_size=100", r"nothing in .* carries .*--config is needed"),
+        (trained, "--config.eval.batchsize=100", 'Did you mean "eval.batch_size"'),
+        (trained, "--config.eval.batch_size=many", "config.eval.batch_size=many"),
+        (trained, "--workdri=x", "workdri.*workdir"),
+    ]:
+        done = evaluate_stored(workdir, override, expect=2)
+        assert re.fullmatch(rf"error: .*{pattern}.*\n", done.stderr)
+
+
+def test_training_needs_a_config(trained):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "--mode=train", f"--workdir={trained}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch("error: --config is needed.*\n", done.stderr)
 
 
 def test_evaluation_without_checkpoints_says_where_it_looked(tmp_path):
