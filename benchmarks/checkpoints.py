@@ -22,7 +22,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import datasets  # noqa: E402
-import losses  # noqa: E402
 from run_lib import Experiment  # noqa: E402
 from storage.checkpoints import _check_records, save_to_resume  # noqa: E402
 from storage.files import atomic_write  # noqa: E402
@@ -62,7 +61,7 @@ def main() -> None:
     batch = run.scaler(datasets.to_unit_interval(images))
 
     def step() -> None:
-        losses.train_step(run.state, run.loss_fn, batch).item()
+        training.train_step(run.state, run.loss, batch).item()
 
     step()
     state = run.state.state_dict()

@@ -119,17 +119,17 @@ def test_processes_that_go_apart_are_found_in_the_first_step(tmp_path):
     script.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import pathlib, torch, distributed, losses, run_lib\n"
+        "import pathlib, torch, distributed, run_lib\n"
         "from configs.poisson import digits_ddpmpp\n"
         "config = digits_ddpmpp.get_config()\n"
         "config.model.nf, config.training.n_iters = 8, 4\n"
-        "step = losses.train_step\n"
+        "step = run_lib.train_step\n"
         "def faulty(state, *arguments):\n"
         "    loss = step(state, *arguments)\n"
         "    if distributed.rank() == 1:\n"
         "        state.parameters[3].data[0] += 1e-7  # a bit that flipped\n"
         "    return loss\n"
-        "losses.train_step = faulty\n"
+        "run_lib.train_step = faulty\n"
         "run_lib.train(config, pathlib.Path(sys.argv[1]))\n"
     )
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -28,6 +28,7 @@ import datasets
 import losses
 import run_lib
 import storage.workdir as workdirs
+import training
 from storage.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from storage.files import atomic_write, save_npz, save_png
 from storage.tensorboard import TensorBoardWriter
@@ -216,17 +217,17 @@ def test_a_picture_that_a_stop_left_out_is_drawn_by_the_next_start(tmp_path, mon
         **{"training.n_iters": 4, "training.snapshot_freq": 2, "training.snapshot_sampling": True}
     )
     config.sampling.ode_solver, config.sampling.N = "forward_euler", 2
-    step = losses.train_step
+    step = run_lib.train_step
 
     def step_then_signal(state, *arguments):
         if state.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(state, *arguments)
 
-    monkeypatch.setattr(losses, "train_step", step_then_signal)
+    monkeypatch.setattr(run_lib, "train_step", step_then_signal)
     assert not run_lib.train(config, tmp_path)
     assert not (tmp_path / "samples").exists()
-    monkeypatch.setattr(losses, "train_step", step)
+    monkeypatch.setattr(run_lib, "train_step", step)
     assert run_lib.train(config, tmp_path)
     folders = {path.parent.name for path in tmp_path.glob("samples/*/sample.png")}
     assert folders == {"iter_2", "iter_4"}
@@ -294,8 +295,9 @@ def test_steps_in_a_hostile_checkpoint_name_no_other_file(tmp_path):
 
 def tiny_checkpoint(path):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
-    state = losses.TrainState(small_config(), model)
-    losses.train_step(state, lambda net, batch, *_, **__: net(batch).sum(), torch.ones(4, 8))
+    state = training.TrainState(small_config(), model)
+    model(torch.ones(4, 8)).sum().backward()
+    state.apply_gradient(torch.tensor(True))
     save_checkpoint(path, state.state_dict())
     return path.read_bytes()
 
@@ -531,21 +533,17 @@ def test_a_damaged_config_is_named_and_the_run_goes_on(tmp_path):
 
 def spoil(monkeypatch, batches):
     """Makes the loss of these batches infinite."""
-    build = losses.get_loss_fn
+    calls = []
 
-    def get_loss_fn(config, method):
-        loss_fn, calls = build(config, method), []
-
-        def spoilt(net, batch, *arguments, **options):
-            loss = loss_fn(net, batch, *arguments, **options)
+    class Spoilt(losses.RegressionLoss):
+        def error(self, net, examples, reference):
+            loss = super().error(net, examples, reference)
             if not loss.requires_grad:
                 return loss
-            calls.append(batch)
+            calls.append(examples)
             return loss * torch.inf if len(calls) - 1 in batches else loss
 
-        return spoilt
-
-    monkeypatch.setattr(losses, "get_loss_fn", get_loss_fn)
+    monkeypatch.setattr(losses, "RegressionLoss", Spoilt)
 
 
 def test_bad_batches_are_named_and_passed_over(tmp_path, monkeypatch, one_thread):

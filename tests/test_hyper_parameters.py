@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from hyper_parameters import data_norm, poisson_range
+from datasets import mean_norm
+from methods.poisson import poisson_range
 
 
 def test_range_where_logarithms_are_whole():
@@ -30,7 +31,7 @@ def test_impossible_numbers_are_refused(bad):
 def test_norm_of_known_images():
     data = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
     data[1] = 255
-    assert data_norm(data, lambda x: 3 * x, batch_size=2) == pytest.approx(2 * 3 / 3)
+    assert mean_norm(data, lambda x: 3 * x) == pytest.approx(2 * 3 / 3)
 
 
 def run(*arguments):

@@ -121,7 +121,7 @@ def test_ruined_weights_are_not_saved_over_good_ones(tmp_path, monkeypatch):
     config.training.snapshot_freq_for_preemption = 3
     config.training.snapshot_sampling = False
     config.model.nf = 8
-    step = run_lib.losses.train_step
+    step = run_lib.train_step
 
     def step_then_ruin(state, *arguments):
         loss = step(state, *arguments)
@@ -129,7 +129,7 @@ def test_ruined_weights_are_not_saved_over_good_ones(tmp_path, monkeypatch):
             state.parameters[0].data.fill_(torch.nan)
         return loss
 
-    monkeypatch.setattr(run_lib.losses, "train_step", step_then_ruin)
+    monkeypatch.setattr(run_lib, "train_step", step_then_ruin)
     with pytest.raises(FloatingPointError, match="not finite at step 6"):
         run_lib.train(config, tmp_path)
     # the newest good one: step 4 has a numbered checkpoint, with which the state is saved too

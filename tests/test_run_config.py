@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_configs import EXPERIMENTS, load
 
-from checkpoints import save_checkpoint
 from configs.default import get_default_config
 from configs.published import UNREAD
 from storage import run_config
+from storage.checkpoints import save_checkpoint
 from storage.run_config import differences, flatten, restore
 
 

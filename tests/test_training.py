@@ -1,4 +1,4 @@
-"""The optimisation around the loss: average of weights, learning rate, clipping, the step."""
+"""The optimisation around the loss: EMA weights, learning rate, clipping, the step."""
 
 import copy
 
@@ -9,17 +9,19 @@ from torch import nn
 import execution
 import losses
 import methods
+import training
 from configs.poisson import cifar10_ddpmpp, digits_ddpmpp
 from configs.ve import digits_ncsnpp as ve_digits
 from configs.vp import digits_ddpmpp as vp_digits
 from datasets import keyed_generator
 from models import create_model
+from sources.batch import Batch
 
 
 def test_ema_matches_published_trace(golden):
-    """The average of (i, sin i, 2), step by step, from zero."""
+    """The EMA of (i, sin i, 2), step by step, from zero."""
     parameter = nn.Parameter(torch.zeros(3))
-    ema = losses.ExponentialMovingAverage([parameter], golden["ema/decay"])
+    ema = training.ExponentialMovingAverage([parameter], golden["ema/decay"])
     for i, expected in enumerate(golden["ema/trace"]):
         value = torch.tensor(float(i))
         parameter.data = torch.stack([value, value.sin(), torch.tensor(2.0)])
@@ -28,7 +30,7 @@ def test_ema_matches_published_trace(golden):
 
 
 def test_ema_refuses_other_shapes():
-    ema = losses.ExponentialMovingAverage([nn.Parameter(torch.zeros(3))], 0.5)
+    ema = training.ExponentialMovingAverage([nn.Parameter(torch.zeros(3))], 0.5)
     state = ema.state_dict() | {"shadow_params": [torch.ones(1)]}
     with pytest.raises(ValueError, match="other shapes"):
         ema.load_state_dict(state)
@@ -36,7 +38,7 @@ def test_ema_refuses_other_shapes():
 
 def test_ema_swaps_in_and_out_even_after_an_error():
     parameter = nn.Parameter(torch.zeros(2))
-    ema = losses.ExponentialMovingAverage([parameter], 0.5)
+    ema = training.ExponentialMovingAverage([parameter], 0.5)
     parameter.data.fill_(1.0)
     with pytest.raises(RuntimeError), ema.swapped_into([parameter]):
         assert parameter.tolist() == [0.0, 0.0]
@@ -47,12 +49,28 @@ def test_ema_swaps_in_and_out_even_after_an_error():
 
 def test_learning_rate_rises_and_falls():
     schedule = {"n_iters": 100, "warmup": 10, "cooldown": 20}
-    factors = [losses.learning_rate_factor(step, **schedule) for step in range(100)]
+    factors = [training.learning_rate_factor(step, **schedule) for step in range(100)]
     assert factors[:3] == [0.0, 0.1, 0.2]
     assert factors[10:81] == [1.0] * 71
     assert factors[90] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.05)
-    assert losses.learning_rate_factor(10**6, n_iters=1300001) == 1.0
+    assert training.learning_rate_factor(10**6, n_iters=1300001) == 1.0
+
+
+IMAGES = Batch(torch.zeros(1, 1, 1, 1))
+
+
+class LossOf:
+    """A loss that is a given function of the network."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def draw(self, batch, generator=None):
+        return batch
+
+    def error(self, net, examples, reference):
+        return self.function(net)
 
 
 class Line(nn.Module):
@@ -67,14 +85,13 @@ def test_step_clips_the_gradient_by_its_norm_and_warms_up():
     config = cifar10_ddpmpp.get_config()
     config.optim.warmup = 4
     config.optim.grad_clip = 0.5
-    state = losses.TrainState(config, Line())
+    state = training.TrainState(config, Line())
     seen = []
 
-    def loss_fn(net, *_, **__):
-        return 100 * net.weight.sum()
+    loss = LossOf(lambda net: 100 * net.weight.sum())
 
     for _ in range(3):
-        losses.train_step(state, loss_fn, torch.zeros(1))
+        training.train_step(state, loss, IMAGES)
         seen.append(state.model.weight.grad.item())
         assert state.optimizer.param_groups[0]["lr"] == config.optim.lr * (state.step - 1) / 4
     assert seen == pytest.approx([0.5] * 3, rel=1e-4)
@@ -97,11 +114,11 @@ def test_step_clips_the_gradient_by_its_norm_and_warms_up():
 def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts(spoilt, first, grad_clip):
     config = cifar10_ddpmpp.get_config()
     config.optim.update(grad_clip=grad_clip, warmup=0, weight_decay=0.1)
-    state = losses.TrainState(config, Line())
+    state = training.TrainState(config, Line())
     if not first:
-        losses.train_step(state, lambda net, *_, **__: net.weight.square().sum(), torch.zeros(1))
+        training.train_step(state, LossOf(lambda net: net.weight.square().sum()), IMAGES)
     before = copy.deepcopy(state.state_dict())
-    loss = losses.train_step(state, lambda net, *_, **__: spoilt(net.weight), torch.zeros(1))
+    loss = training.train_step(state, LossOf(lambda net: spoilt(net.weight)), IMAGES)
     assert loss.isnan()
     after = state.state_dict()
     assert after["step"] == before["step"] + 1
@@ -118,13 +135,13 @@ def test_a_skipped_step_leaves_the_next_ones_as_they_would_be():
     config = cifar10_ddpmpp.get_config()
     config.optim.warmup = 0
     good, bad = (
-        (lambda net, *_, **__: net.weight.square().sum()),
-        (lambda net, *_, **__: net.weight.sum() / 0),
+        LossOf(lambda net: net.weight.square().sum()),
+        LossOf(lambda net: net.weight.sum() / 0),
     )
-    states = [losses.TrainState(config, Line()) for _ in range(2)]
+    states = [training.TrainState(config, Line()) for _ in range(2)]
     for state, steps in zip(states, ((good, bad, good), (good, good)), strict=True):
-        for loss_fn in steps:
-            losses.train_step(state, loss_fn, torch.zeros(1))
+        for loss in steps:
+            training.train_step(state, loss, IMAGES)
     assert torch.equal(*(state.model.weight for state in states))
     assert not torch.equal(states[0].model.weight, torch.ones(1))
 
@@ -132,18 +149,18 @@ def test_a_skipped_step_leaves_the_next_ones_as_they_would_be():
 def test_negative_grad_clip_means_none():
     config = cifar10_ddpmpp.get_config()
     config.optim.grad_clip = -1.0
-    state = losses.TrainState(config, Line())
-    losses.train_step(state, lambda net, *_, **__: 100 * net.weight.sum(), torch.zeros(1))
+    state = training.TrainState(config, Line())
+    training.train_step(state, LossOf(lambda net: 100 * net.weight.sum()), IMAGES)
     assert state.model.weight.grad.item() == 100
 
 
 def test_a_resumed_run_follows_the_config(tmp_path):
     config = cifar10_ddpmpp.get_config()
-    saved = losses.TrainState(config, Line()).state_dict()
+    saved = training.TrainState(config, Line()).state_dict()
     config.optim.weight_decay = 0.25
     config.optim.beta1 = 0.5
     config.model.ema_rate = 0.75
-    state = losses.TrainState(config, Line())
+    state = training.TrainState(config, Line())
     state.load_state_dict(saved)
     (group,) = state.optimizer.param_groups
     assert (group["weight_decay"], group["betas"]) == (0.25, (0.5, 0.999))
@@ -151,7 +168,7 @@ def test_a_resumed_run_follows_the_config(tmp_path):
 
 
 def test_ruined_weights_are_noticed():
-    state = losses.TrainState(cifar10_ddpmpp.get_config(), Line())
+    state = training.TrainState(cifar10_ddpmpp.get_config(), Line())
     assert state.is_finite()
     state.model.weight.data.fill_(torch.nan)
     assert not state.is_finite()
@@ -161,7 +178,7 @@ def test_unknown_optimizer_names_the_known():
     config = cifar10_ddpmpp.get_config()
     config.optim.optimizer = "SGD"
     with pytest.raises(ValueError, match=r"optim\.optimizer='SGD'; known: Adam"):
-        losses.TrainState(config, Line())
+        training.TrainState(config, Line())
 
 
 @pytest.mark.parametrize("experiment", [digits_ddpmpp, vp_digits, ve_digits])
@@ -170,20 +187,20 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(experiment, turns):
     config = experiment.get_config()
     config.model.nf = 8
     config.training.batch_size = 24
-    if "small_batch_size" in config.training:
+    if config.training.small_batch_size:
         config.training.small_batch_size = 12
     torch.manual_seed(0)
-    state = losses.TrainState(config, create_model(config).double())
+    state = training.TrainState(config, create_model(config).double())
     with torch.no_grad():  # last layers that start near zero would hide a difference
         for parameter in state.parameters:
             parameter.add_(0.05 * torch.randn_like(parameter))
     loss_fn = losses.get_loss_fn(config, methods.get_method(config))
-    images = torch.rand(24, 1, 8, 8, dtype=torch.float64)
+    images = Batch(torch.rand(24, 1, 8, 8, dtype=torch.float64))
     results = {}
     for state.accumulate in (1, turns):
         state.optimizer.zero_grad()
         generator = torch.Generator().manual_seed(3)
-        loss = losses.accumulate_gradient(state, loss_fn, images, generator)
+        loss = training.accumulate_gradient(state, loss_fn, images, generator)
         gradients = [p.grad for p in state.parameters if p.grad is not None]
         results[state.accumulate] = loss, [g.clone() for g in gradients]
     (loss, whole), (loss_in_turns, in_turns) = results[1], results[turns]
@@ -191,12 +208,49 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(experiment, turns):
     torch.testing.assert_close(in_turns, whole, rtol=1e-9, atol=1e-12)
 
 
-def test_parts_without_a_generator_are_refused():
-    config = cifar10_ddpmpp.get_config()
-    config.training.accumulate = 2
-    state = losses.TrainState(config, Line())
-    with pytest.raises(ValueError, match="need a generator"):
-        losses.train_step(state, lambda net, *_, **__: net.weight.sum(), torch.zeros(1))
+def test_examples_that_cannot_be_shared_are_refused():
+    config = vp_digits.get_config()
+    config.training.accumulate = 5
+    state = training.TrainState(config, Line())
+    loss = losses.get_loss_fn(config, methods.get_method(config))
+    with pytest.raises(ValueError, match="96 rows cannot be split evenly into 5 shards"):
+        training.train_step(state, loss, Batch(torch.zeros(96, 1, 8, 8)))
+
+
+class Labelled(nn.Module):
+    """A network that keeps the labels it was given."""
+
+    def forward(self, x, noise_label, class_labels):
+        self.class_labels = class_labels
+        return x
+
+
+def test_labels_travel_with_their_examples():
+    config = vp_digits.get_config()
+    loss = losses.get_loss_fn(config, methods.get_method(config))
+    batch = Batch(torch.rand(96, 1, 8, 8), torch.arange(96))
+    examples = loss.draw(batch, torch.Generator().manual_seed(0))
+    net = Labelled()
+    loss.error(net, examples.shard(1, 4), batch)
+    assert net.class_labels.tolist() == list(range(24, 48))
+    assert batch.to("cpu")[torch.tensor([5, 3])].labels.tolist() == [5, 3]
+    assert [len(piece) for piece in batch.split(40)] == [40, 40, 16]
+
+
+@pytest.mark.parametrize("small, message", [(97, "between 0 and .* not 97"), (-1, "not -1")])
+def test_examples_are_part_of_the_batch(small, message):
+    config = vp_digits.get_config()
+    config.training.small_batch_size = small
+    with pytest.raises(ValueError, match=message):
+        losses.get_loss_fn(config, methods.get_method(config))
+
+
+def test_only_a_reference_batch_is_larger_than_the_examples():
+    for experiment, images in ((digits_ddpmpp, 4096), (vp_digits, 96)):
+        config = experiment.get_config()
+        config.training.update(batch_size=4096, small_batch_size=96)
+        loss = losses.get_loss_fn(config, methods.get_method(config))
+        assert (loss.batch_size, loss.examples) == (images, 96)
 
 
 @pytest.mark.cuda
@@ -208,16 +262,16 @@ def test_a_step_never_waits_for_the_gpu(experiment, precision, turns):
     config.training.precision = precision
     config.training.accumulate = turns
     model = create_model(config).cuda()
-    state = losses.TrainState(config, model)
+    state = training.TrainState(config, model)
     state.network = execution.for_training(config, model)
     loss_fn = losses.get_loss_fn(config, methods.get_method(config))
-    images = torch.rand(96, 1, 8, 8, device="cuda")
-    losses.train_step(state, loss_fn, images, keyed_generator("cuda", "test", 0))
+    images = Batch(torch.rand(96, 1, 8, 8, device="cuda"))
+    training.train_step(state, loss_fn, images, keyed_generator("cuda", "test", 0))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(2):
-            losses.train_step(state, loss_fn, images, keyed_generator("cuda", "test", step))
+            training.train_step(state, loss_fn, images, keyed_generator("cuda", "test", step))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -226,19 +280,19 @@ def test_resumed_moments_have_the_layout_of_the_weights():
     """The fused step pairs memory, not indices; the layout is the config's, of either start."""
     config = ve_digits.get_config()
     config.model.nf = 8
-    images = torch.rand(96, 1, 8, 8)
+    images = Batch(torch.rand(96, 1, 8, 8))
     loss_fn = losses.get_loss_fn(config, methods.get_method(config))
     weights = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
-        state = losses.TrainState(config, create_model(config))
+        state = training.TrainState(config, create_model(config))
         for second in (False, True):
             if second:
                 saved = copy.deepcopy(state.state_dict())
                 model = create_model(config).to(memory_format=layout)
-                state = losses.TrainState(config, model)
+                state = training.TrainState(config, model)
                 state.load_state_dict(saved)
             state.step = 100  # warmed up
-            losses.train_step(state, loss_fn, images, torch.Generator().manual_seed(1))
+            training.train_step(state, loss_fn, images, torch.Generator().manual_seed(1))
         weights.append([p.detach().contiguous() for p in state.parameters])
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
