@@ -77,7 +77,7 @@ def load(workdir: Path) -> ConfigDict:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{error}; name the experiment as --config") from None
+        raise ValueError(f"{error}: --config is needed") from None
 
 
 def restore(flat: Any) -> ConfigDict:

@@ -407,7 +407,7 @@ def test_evaluation_takes_the_config_of_the_run(trained):
     given, stored = (np.load(trained / f"{name}/report_4.npz") for name in ("given", "stored"))
     assert given["loss"] == stored["loss"]
     done = evaluate_stored(trained, *options, "--config.eval.dataset=train", "--eval_folder=over")
-    assert "loss (train)" in done.stdout
+    assert "Loss (train)" in done.stdout
 
 
 def test_typing_errors_without_a_config_are_one_line(trained, tmp_path):

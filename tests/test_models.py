@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import models
+from configs.published import UNREAD
 from models import layers
 from models.ncsn import InstanceNormPlus, RefineNet
 from models.ncsnpp import NCSNpp
@@ -48,7 +49,11 @@ def case_config(case):
         config.model.scale_by_sigma = case["model"]["name"] != "ncsn"
         return config
     config = load_config(case["config"])
-    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in case["overrides"].items()}
+    overrides = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in case["overrides"].items()
+        if k not in UNREAD
+    }
     config.update_from_flattened_dict(overrides)
     return config
 

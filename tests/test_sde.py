@@ -336,6 +336,8 @@ def test_every_experiment_has_a_method_and_a_sampler(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
+    if config.training.M is None:  # training measures it
+        config.training.M, config.sampling.z_max, config.sampling.upper_norm = 291, 40.0, 3000.0
     method = get_method(config)
     assert path.split("/")[0] == config.training.sde.removesuffix("sde")
     get_sampling_fn(config, method)
