@@ -227,7 +227,7 @@ def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> 
     A round is two files, its samples and their features, and a kill costs one round at most.
     """
     wanted, size = config.eval.num_samples, config.eval.batch_size
-    numbers = [min(size, wanted - first) for first in range(0, wanted, size)]
+    numbers = _numbers_of_rounds(wanted, size)
     drawn = [folder / f"samples_{r}.npz" for r in range(len(numbers))]
     measured = [folder / f"statistics_{r}.npz" for r in range(len(numbers))]
     _remove_others(folder.glob("*.npz"), [*drawn, *measured])
@@ -242,6 +242,10 @@ def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> 
 
     tasks = [(number, partial(compute, r, number)) for r, number in enumerate(numbers)]
     return _shared("sampling", tasks)
+
+
+def _numbers_of_rounds(wanted: int, size: int) -> list[int]:
+    return [min(size, wanted - first) for first in range(0, wanted, size)]
 
 
 def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
@@ -294,8 +298,9 @@ def _draw_nearest(comparison: Comparison, data, rounds: list[dict], path: Path) 
 
 def draw_images(config, run: Experiment, folder: Path, k: int) -> None:
     """Some samples, for the eye only."""
-    number = min(GRID_SAMPLES, config.eval.batch_size)
-    samples = _draw_round(config, run, 0, number)["samples"]
+    wanted = min(GRID_SAMPLES, config.eval.num_samples)
+    numbers = enumerate(_numbers_of_rounds(wanted, config.eval.batch_size))
+    samples = np.concatenate([_draw_round(config, run, r, n)["samples"] for r, n in numbers])
     if len(samples):
         _save_grid(folder / f"ode_images_{k}.png", samples)
 

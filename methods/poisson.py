@@ -88,12 +88,14 @@ class Poisson(Method):
     @classmethod
     def from_config(cls, config):
         training, sampling = config.training, config.sampling
-        for section, key in ((training, "M"), (sampling, "z_max"), (sampling, "upper_norm")):
-            if section[key] is None:
-                raise ValueError(
-                    f"{'training' if key == 'M' else 'sampling'}.{key} is open: training measures "
-                    "it at its first start; python3 hyper_parameters.py --config FILE prints it"
-                )
+        numbers = {k: training[k] for k in ("tau", "M", "restrict_M", "gamma")}
+        numbers |= {k: sampling[k] for k in ("z_max", "z_min", "z_exp", "upper_norm")}
+        if None in numbers.values():
+            raise ValueError(
+                "training.M, sampling.z_max and sampling.upper_norm are not all set: training "
+                "measures them at its first start; python3 hyper_parameters.py --config FILE "
+                "prints them"
+            )
         if not 0 < sampling.z_min < sampling.z_max:
             raise ValueError(
                 f"sampling.z_min must lie between 0 and sampling.z_max: "
@@ -101,26 +103,13 @@ class Poisson(Method):
             )
         if training.M < 1:
             raise ValueError(f"training.M must be at least 1, not {training.M}")
-        return cls(
-            sigma_end=config.model.sigma_end,
-            tau=training.tau,
-            M=training.M,
-            restrict_M=training.restrict_M,
-            gamma=training.gamma,
-            z_max=sampling.z_max,
-            z_min=sampling.z_min,
-            z_exp=sampling.z_exp,
-            upper_norm=sampling.upper_norm,
-        )
+        return cls(sigma_end=config.model.sigma_end, **numbers)
 
     @classmethod
     def measure(cls, config, mean_norm):
         data, training, sampling = config.data, config.training, config.sampling
-        given = {
-            "training.M": training.M,
-            "sampling.z_max": sampling.z_max,
-            "sampling.upper_norm": sampling.upper_norm,
-        }
+        given = {"training.M": training.M}
+        given |= {f"sampling.{key}": sampling[key] for key in ("z_max", "upper_norm")}
         if None not in given.values():
             return {}
         dim, scales = data.num_channels * data.image_size**2, (config.model.sigma_end, training.tau)
@@ -128,8 +117,7 @@ class Poisson(Method):
             found = poisson_range(mean_norm(), dim, *scales)
         else:
             found = range_of(training.M, dim, *scales)
-        pairs = zip(given.items(), found, strict=True)
-        return {key: value for (key, old), value in pairs if old is None}
+        return {k: v for (k, old), v in zip(given.items(), found, strict=True) if old is None}
 
     # --- training ---
 

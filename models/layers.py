@@ -176,11 +176,14 @@ class Halve(nn.Module):
         return upfirdn2d(x, self.kernel, down=2, pad=((p + 1) // 2, p // 2))
 
 
-class Upsample(nn.Module):
-    """(B, in, H, W) to (B, out, 2H, 2W), with a 3x3 convolution where `with_conv`.
+class _Resampling(nn.Module):
+    """From one resolution to another, with a 3x3 convolution where `with_conv`.
 
     Called like a residual block; the embedding is not used.
     """
+
+    filter: type[nn.Module]
+    conv_options: dict = {}
 
     def __init__(
         self,
@@ -191,12 +194,15 @@ class Upsample(nn.Module):
         fir_kernel: Sequence[float] | None = None,
     ):
         super().__init__()
-        self.resample = Double(fir_kernel)
-        self.conv = self.fir_conv = None
-        if with_conv and fir_kernel is None:
-            self.conv = conv(in_channels, out_channels)
-        elif with_conv:
-            self.fir_conv = conv(in_channels, out_channels)
+        self.resample = self.filter(fir_kernel)
+        layer = conv(in_channels, out_channels, **self.conv_options) if with_conv else None
+        self.conv, self.fir_conv = (layer, None) if fir_kernel is None else (None, layer)
+
+
+class Upsample(_Resampling):
+    """(B, in, H, W) to (B, out, 2H, 2W)."""
+
+    filter = Double
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         if self.fir_conv is not None:
@@ -212,27 +218,11 @@ class Upsample(nn.Module):
         return h if self.conv is None else self.conv(h)
 
 
-class Downsample(nn.Module):
-    """(B, in, H, W) to (B, out, H/2, W/2), with a 3x3 convolution where `with_conv`.
+class Downsample(_Resampling):
+    """(B, in, H, W) to (B, out, H/2, W/2)."""
 
-    Called like a residual block; the embedding is not used.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        with_conv: bool = True,
-        fir_kernel: Sequence[float] | None = None,
-    ):
-        super().__init__()
-        self.resample = Halve(fir_kernel)
-        self.conv = self.fir_conv = None
-        if with_conv and fir_kernel is None:
-            self.conv = conv(in_channels, out_channels, stride=2, padding=0)
-        elif with_conv:
-            self.fir_conv = conv(in_channels, out_channels, stride=2, padding=0)
+    filter = Halve
+    conv_options = {"stride": 2, "padding": 0}
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         if self.conv is not None:

@@ -171,12 +171,13 @@ def test_pictures_without_metrics(trained):
     options = [f"--noconfig.eval.enable_{what}" for what in ("loss", "bpd", "sampling")]
     options += [f"--config.eval.{what}" for what in ("enable_interpolate", "enable_rescale")]
     options += ["--config.eval.save_images", "--config.eval.rescale_norms=(20.0, 100.0)"]
+    options += ["--config.eval.num_samples=20", "--config.eval.batch_size=12"]
     call("eval", trained, *TINY, *options, "--eval_folder=pictures")
     folder = trained / "pictures"
     for name in ("interpolation", "rescale"):
         width, height = Image.open(folder / f"{name}_4.png").size
         assert (width, height) == (10 * 50 + 2, 8 * 50 + 2)  # 8 rows of 10, each 48 wide, gap 2
-    assert Image.open(folder / "ode_images_4.png").size == (502, 502)  # 100 of the batch
+    assert Image.open(folder / "ode_images_4.png").size == (252, 202)  # 20 in rows of 5
     assert not list(folder.glob("ckpt_4/*"))
 
 
