@@ -5,6 +5,8 @@ PYTHON  ?= python3
 VENV    ?= .venv
 WORKDIR ?= runs/demo
 CONFIG  ?= configs/poisson/digits_ddpmpp.py
+# processes that run the tests, of one thread each
+WORKERS ?= 2
 PIP      = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 
 .PHONY: demo test lint format clean
@@ -16,7 +18,7 @@ demo: $(VENV)/.core
 test: $(VENV)/.all
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=10
 
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .
