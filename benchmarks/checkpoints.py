@@ -6,38 +6,24 @@ The plain way is torch.save in place, which a kill or a power cut can leave half
 here is also flushed to the disk, with its folder's entry, and read back against its checksums.
 """
 
-import argparse
 import hashlib
-import os
 import runpy
-import statistics
-import sys
 import tempfile
-import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
+import common
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import datasets  # noqa: E402
-from run_lib import Experiment  # noqa: E402
-from storage.checkpoints import _check_records, save_to_resume  # noqa: E402
-from storage.files import atomic_write  # noqa: E402
+import datasets
+from experiment import Experiment
+from sources.batch import Batch
+from storage.checkpoints import _check_records, save_to_resume
+from storage.files import atomic_write
+from training import train_step
 
 ROUNDS = 15
-
-
-def median_seconds(*actions: Callable[[], object]) -> list[float]:
-    """Of each of the actions, which are run turn by turn."""
-    times = [[] for _ in actions]
-    for _ in range(ROUNDS):
-        for action, its in zip(actions, times, strict=True):
-            start = time.perf_counter()
-            action()
-            its.append(time.perf_counter() - start)
-    return [statistics.median(its) for its in times]
+DIGESTS = {"CRC-32": zlib.crc32, "SHA-256": hashlib.sha256, "BLAKE2b": hashlib.blake2b}
 
 
 def saves_of_a_run(training) -> int:
@@ -51,62 +37,56 @@ def saves_of_a_run(training) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/poisson/digits_ddpmpp.py")
-    parser.add_argument("--folder", help="where to write; default: a temporary folder")
-    arguments = parser.parse_args()
-    config = runpy.run_path(arguments.config)["get_config"]()
+    options = common.options(
+        __doc__, config="configs/poisson/digits_ddpmpp.py", folder=tempfile.gettempdir()
+    )
+    config = runpy.run_path(options.config)["get_config"]()
     run = Experiment.build(config)
     images = datasets.get_dataset(config, "train")[: config.training.batch_size].to(run.device)
-    batch = run.scaler(datasets.to_unit_interval(images))
+    batch = Batch(run.scaler(datasets.to_unit_interval(images)))
 
     def step() -> None:
-        training.train_step(run.state, run.loss, batch).item()
+        train_step(run.state, run.loss, batch).item()
 
     step()
     state = run.state.state_dict()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "plain.pth"
 
         def check() -> None:
             with open(path, "rb") as file:
                 _check_records(file)
 
-        def fsync() -> None:
+        def flush() -> None:
             with atomic_write(Path(folder) / "bytes") as file:
                 file.write(content)
 
         torch.save(state, path)
         content = path.read_bytes()
-        step_s, finite_s, plain_s, check_s, flushed_s, save_s = median_seconds(
+        step_s, finite_s, plain_s, check_s, flushed_s, save_s = common.medians(
             step,
             run.state.is_finite,
             lambda: torch.save(state, path),
             check,
-            fsync,
+            flush,
             lambda: save_to_resume(Path(folder), state),
+            rounds=ROUNDS,
         )
-    print(f"{arguments.config}, {run.device}, {os.cpu_count()} cores, torch {torch.__version__}")
-    print(f"checkpoint of {len(content) / 1e6:.1f} MB; medians of {ROUNDS} rounds, in milliseconds")
-    for name, seconds in (
-        ("training step", step_s),
-        ("torch.save in place", plain_s),
-        ("the same bytes, flushed and renamed", flushed_s),
-        ("reading back against the checksums", check_s),
-        ("looking for weights that are not finite", finite_s),
-        (f"a save as it is, {save_s / plain_s:.2f} times the plain one", save_s + finite_s),
-    ):
-        print(f"  {name:<48}{1e3 * seconds:>9.2f}")
+    print(f"{options.config}, {common.setting(run.device)}; medians of {ROUNDS} rounds")
+    table = common.Table((f"checkpoint of {len(content) / 1e6:.1f} MB", "<48"), ("ms", ">9.2f"))
+    table.row("training step", 1e3 * step_s)
+    table.row("torch.save in place", 1e3 * plain_s)
+    table.row("the same bytes, flushed and renamed", 1e3 * flushed_s)
+    table.row("reading back against the checksums", 1e3 * check_s)
+    table.row("looking for weights that are not finite", 1e3 * finite_s)
+    table.row(f"a save, {save_s / plain_s:.2f} times the plain one", 1e3 * (save_s + finite_s))
     number, n_iters = saves_of_a_run(config.training), config.training.n_iters
     share = number * (save_s + finite_s) / (n_iters * step_s)
     print(f"{number} saves in {n_iters} steps: {share:.2%} of the training time")
-    for name, digest in (
-        ("CRC-32", zlib.crc32),
-        ("SHA-256", lambda b: hashlib.sha256(b).digest()),
-        ("BLAKE2b", lambda b: hashlib.blake2b(b).digest()),
-    ):
-        (seconds,) = median_seconds(lambda digest=digest: digest(content))
-        print(f"  {name:<10}{len(content) / seconds / 1e9:>6.1f} GB/s")
+    times = common.medians(*(lambda d=d: d(content) for d in DIGESTS.values()), rounds=ROUNDS)
+    table = common.Table(("checksum", "<10"), ("GB/s", ">6.1f"))
+    for name, seconds in zip(DIGESTS, times, strict=True):
+        table.row(name, len(content) / seconds / 1e9)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,31 @@
-"""Images a second from memory and from a zip of PNGs, against the obvious loop, turn by turn.
+"""Images a second from memory and from a zip of PNGs, against the obvious loop, in turn.
 
-    python3 benchmarks/data.py [--batch 4096] [--rounds 7]
+    python3 benchmarks/data.py [--batch 4096] [--rounds 7] [--workers 2]
 
 Counted is what a training step waits for: a shuffled batch of 32 x 32 x 3 images, half of them
 mirrored, as floats in [0, 1]. The obvious loops fetch (or decode), convert and mirror image by
 image and stack them.
 """
 
-import argparse
 import io
 import itertools
 import statistics
-import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import datasets  # noqa: E402
+import datasets
+from configs.default import get_default_config
 
 RESIDENT, ON_DISK = 50_000, 20_000  # images
+COUNTED = 8  # batches of ours in a round
 
 
 def write_zip(path: Path) -> None:
@@ -65,49 +63,38 @@ def png_reader(path: Path) -> Callable[[int], Tensor]:
     return read
 
 
-def seconds(batches: Iterator[Tensor], count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        next(batches)
-    return (time.perf_counter() - start) / count
-
-
-def compare(name: str, batch: int, rounds: int, ahead: int, a: Iterator, b: Iterator) -> None:
-    """Prints images a second of both; the batches of `a` decoded ahead of a round do not count."""
-    next(a), next(b)  # processes start
-    times = []
-    for _ in range(rounds):
-        plain = seconds(b, 1)
-        list(itertools.islice(a, ahead))
-        times.append((seconds(a, 8), plain))
-    ours, plain = (batch / statistics.median(column) for column in zip(*times, strict=True))
-    print(f"{name:<22}{ours:>12,.0f}{plain:>14,.0f}{ours / plain:>8.1f}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
-    batch, rounds = options.batch, options.rounds
+    options = common.options(__doc__, batch=4096, rounds=7, workers=2)
+    batch, workers = options.batch, options.workers
     print(
-        f"batch {batch}, 32 x 32 x 3, {options.workers} workers, {torch.get_num_threads()} threads"
-        f", torch {torch.__version__}; medians of {rounds}"
+        f"batch {batch}, 32 x 32 x 3, {workers} workers, {common.setting()}; "
+        f"medians of {options.rounds}"
     )
-    print(f"{'':<22}{'images/s':>12}{'obvious loop':>14}{'ratio':>8}")
+    columns = ("images/s", ">12,.0f"), ("obvious loop", ">14,.0f"), ("ratio", ">8.1f")
+    table = common.Table(("data", "<22"), *columns)
+
+    def compare(name: str, ahead: int, a: Iterator[Tensor], b: Iterator[Tensor]) -> None:
+        """Adds a row; the batches of `a` that were decoded ahead of a round do not count."""
+        next(a), next(b)  # processes start
+        times = []
+        for _ in range(options.rounds):
+            plain = common.seconds(lambda: next(b))
+            list(itertools.islice(a, ahead))
+            times.append((common.seconds(lambda: list(itertools.islice(a, COUNTED))), plain))
+        own, plain = (statistics.median(column) for column in zip(*times, strict=True))
+        table.row(name, COUNTED * batch / own, batch / plain, COUNTED * plain / own)
+
     resident = torch.randint(0, 256, (RESIDENT, 3, 32, 32), dtype=torch.uint8)
     plain = obvious(resident.__getitem__, RESIDENT, batch)
-    compare("in memory", batch, rounds, 0, ours(resident, batch), plain)
+    compare("in memory", 0, ours(resident, batch), plain)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "images.zip"
         write_zip(path)
-        config = ConfigDict({"data": {"dataset": "folder", "path": str(path), "image_size": 32}})
-        config.data.update(num_channels=3, resident_bytes=0, num_workers=options.workers)
-        stream = datasets.get_dataset(config, "train")
-        plain = obvious(png_reader(path), ON_DISK, batch)
-        ahead = 2 * options.workers  # as DataLoader does by default
-        compare("from a zip of PNGs", batch, rounds, ahead, ours(stream, batch), plain)
+        config = get_default_config()
+        config.data.update(dataset="folder", path=str(path), resident_bytes=0, num_workers=workers)
+        stream = ours(datasets.get_dataset(config, "train"), batch)
+        ahead = 2 * workers  # as DataLoader does by default
+        compare("from a zip of PNGs", ahead, stream, obvious(png_reader(path), ON_DISK, batch))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ is a process of its own, so that its peak memory is its own.
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import common
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import methods  # noqa: E402
-from methods import poisson_field  # noqa: E402
+from methods import field, poisson_field
 
 B, D, GAMMA = 128, 3072, 5.0
 OURS = ("matrix", "split")  # float64 products, and float32 ones for devices slow at these
@@ -62,40 +60,33 @@ def reset_peak() -> None:
 def measure(form: str, n: int) -> None:
     """Prints seconds, extra bytes and the largest relative error over 16 points."""
     function = broadcast_field if form == "broadcast" else poisson_field
-    methods.has_fast_double = lambda device: form == "matrix"
+    field.has_fast_double = lambda device: form == "matrix"
     points, charges = problem(n)
     function(points[:2], charges[:8], GAMMA)  # libraries load and threads start
     before = memory("VmRSS")
     reset_peak()
-    field = function(points, charges, GAMMA)
-    extra = memory("VmHWM") - before
-    times = []
-    for _ in range(2 if form == "broadcast" else 5):
-        start = time.perf_counter()
-        function(points, charges, GAMMA)
-        times.append(time.perf_counter() - start)
+    result = function(points, charges, GAMMA)
+    extra, rounds = memory("VmHWM") - before, 2 if form == "broadcast" else 5
+    times = [common.seconds(lambda: function(points, charges, GAMMA)) for _ in range(rounds)]
     truth = torch.cat(
         [broadcast_field(p[None].double(), charges.double(), GAMMA) for p in points[:16]]
     )
-    error = ((field[:16] - truth).norm(dim=1) / truth.norm(dim=1)).max().item()
-    print(min(times), extra, error)
+    error = ((result[:16] - truth).norm(dim=1) / truth.norm(dim=1)).max().item()
+    print(min(times), extra / 2**20, error)
 
 
 def main() -> None:
     if len(sys.argv) == 3:
         measure(sys.argv[1], int(sys.argv[2]))
         return
-    print(f"B = {B}, D = {D}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'n':>6}  {'form':<9}  {'seconds':>8}  {'extra MiB':>9}  {'error':>7}")
+    print(f"B = {B}, D = {D}, {common.setting()}")
+    columns = ("seconds", ">8.4f"), ("extra MiB", ">9.0f"), ("error", ">7.1e")
+    table = common.Table(("n", ">6"), ("form", "<9"), *columns)
     for n, forms in SIZES.items():
-        seconds = {}
         for form in forms:
             command = [sys.executable, __file__, form, str(n)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            seconds[form], extra, error = map(float, output.split())
-            print(f"{n:>6}  {form:<9}  {seconds[form]:>8.4f}  {extra / 2**20:>9.0f}  {error:>7.1e}")
-        if "broadcast" in seconds:
-            print(f"        matrix is {seconds['broadcast'] / seconds['matrix']:.0f} times faster")
+            table.row(n, form, *map(float, output.split()))
 
 
 if __name__ == "__main__":

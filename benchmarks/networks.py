@@ -1,4 +1,4 @@
-"""Time of the CIFAR-10 networks against their plain form, in one process, turn by turn.
+"""Time of the CIFAR-10 networks against their plain form, in one process, in turn.
 
     python3 benchmarks/networks.py [--nf 64] [--batch 16] [--rounds 7] [--device cpu]
 
@@ -6,21 +6,16 @@ The plain form is the same network, weight for weight, with attention as explici
 as einsums, and resampling by inserting zeros with reshapes, as its ancestors have them.
 """
 
-import argparse
-import statistics
-import sys
-import time
 from contextlib import ExitStack
-from pathlib import Path
 from unittest import mock
 
+import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from configs.poisson import cifar10_ddpmpp, cifar10_ncsnpp  # noqa: E402
-from models import create_model, layers  # noqa: E402
+from configs.poisson import cifar10_ddpmpp, cifar10_ncsnpp
+from models import create_model, layers
 
 NETWORKS = {"DDPM++": cifar10_ddpmpp, "NCSN++": cifar10_ncsnpp}
 
@@ -80,32 +75,24 @@ def plain() -> ExitStack:
     return stack
 
 
-def seconds(run, device: torch.device) -> float:
-    def synchronise():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def in_plain_form(run):
+    def run_plain():
+        with plain():
+            return run()
 
-    synchronise()
-    start = time.perf_counter()
-    run()
-    synchronise()
-    return time.perf_counter() - start
+    return run_plain
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nf", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", type=torch.device, default="cpu")
-    options = parser.parse_args()
+    options = common.options(__doc__, nf=64, batch=16, rounds=7, device=torch.device("cpu"))
     print(
-        f"nf = {options.nf}, batch {options.batch}, 32 x 32, {options.device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {options.rounds}"
+        f"nf = {options.nf}, batch {options.batch}, 32 x 32, {common.setting(options.device)}; "
+        f"medians of {options.rounds}"
     )
-    print(f"{'network':<8}{'pass':<18}{'seconds':>9}{'plain':>9}{'plain / ours':>14}{'differ':>9}")
-    for name, config in NETWORKS.items():
-        config = config.get_config()
+    columns = ("seconds", ">9.3f"), ("plain", ">9.3f"), ("plain / ours", ">13.2f")
+    table = common.Table(("network", "<8"), ("pass", "<17"), *columns, ("differ", ">7.0e"))
+    for name, experiment in NETWORKS.items():
+        config = experiment.get_config()
         config.model.nf = options.nf
         torch.manual_seed(0)
         model = create_model(config).to(options.device).eval()
@@ -125,17 +112,13 @@ def main() -> None:
             (field_x.square().mean() + field_z.square().mean()).backward()
 
         ours = forward()
-        with plain():
-            differ = ((ours - forward()).norm() / ours.norm()).item()
+        differ = ((ours - in_plain_form(forward)()).norm() / ours.norm()).item()
         for what, run in (("forward", forward), ("forward+backward", both)):
-            times, plain_times = [], []
             run()
-            for _ in range(options.rounds):
-                times.append(seconds(run, options.device))
-                with plain():
-                    plain_times.append(seconds(run, options.device))
-            t, p = statistics.median(times), statistics.median(plain_times)
-            print(f"{name:<8}{what:<18}{t:>9.3f}{p:>9.3f}{p / t:>14.2f}{differ:>9.0e}")
+            t, plain_t = common.medians(
+                run, in_plain_form(run), rounds=options.rounds, device=options.device
+            )
+            table.row(name, what, t, plain_t, plain_t / t, differ)
 
 
 if __name__ == "__main__":

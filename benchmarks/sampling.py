@@ -7,20 +7,18 @@ All solvers start from the same prior samples. The error is the root mean square
 in float64. The last column is the share of the time that is spent outside the network.
 """
 
-import argparse
 import runpy
-import sys
 import time
 from pathlib import Path
 
+import common
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import datasets  # noqa: E402
-import run_lib  # noqa: E402
-import sampling  # noqa: E402
-from metrics.distances import Gaussian, frechet_distance  # noqa: E402
-from storage.checkpoints import load_checkpoint  # noqa: E402
+import datasets
+import sampling
+from experiment import Experiment
+from metrics.distances import Gaussian, frechet_distance
+from storage.checkpoints import load_checkpoint
 
 STEPS = {
     "forward_euler": (8, 12, 15, 20, 30, 50, 100),
@@ -28,8 +26,6 @@ STEPS = {
     "heun": (5, 6, 8, 12, 25, 50),
     "multistep": (8, 10, 12, 15, 20, 30, 50),
 }
-
-
 COMPARED = 100  # samples whose exact solution is computed
 
 
@@ -39,26 +35,15 @@ class Stopwatch:
     def __init__(self, net):
         self.net, self.seconds = net, 0.0
 
-    def __call__(self, x, cond):
+    def __call__(self, x, noise_label):
         start = time.perf_counter()
-        out = self.net(x, cond)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
+        out = self.net(x, noise_label)
+        common.synchronise(x.device)
         self.seconds += time.perf_counter() - start
         return out
 
 
-def solutions(method, net, x):
-    """(solver, steps, seconds, seconds in the network, samples, evaluations) of every solver."""
-    runs = [("rk45", 0), *((solver, n) for solver, steps in STEPS.items() for n in steps)]
-    for solver, n in runs:
-        watch = Stopwatch(net)
-        start = time.perf_counter()
-        samples, evaluations = sampling.solve_ode(method, watch, x, solver, n)
-        yield solver, n, time.perf_counter() - start, watch.seconds, samples, evaluations
-
-
-def plot(rows, path: Path) -> None:
+def plot(rows: list[dict], path: str) -> None:
     """Distance and error against evaluations, a line for each solver, as a PNG."""
     import matplotlib
 
@@ -84,53 +69,49 @@ def plot(rows, path: Path) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/poisson/digits_ddpmpp.py")
-    parser.add_argument("--workdir", type=Path, default="runs/demo")
-    parser.add_argument("--num", type=int, default=1000, help="samples")
-    parser.add_argument("--plot", type=Path, help="also draw the table, as this PNG")
-    options = parser.parse_args()
-
+    options = common.options(
+        __doc__,
+        config="configs/poisson/digits_ddpmpp.py",
+        workdir=Path("runs/demo"),
+        num=1000,
+        plot=None,
+    )
     config = runpy.run_path(options.config)["get_config"]()
-    run = run_lib.Experiment.build(config)
+    run = Experiment.build(config)
     run.state.load_network(load_checkpoint(options.workdir / "checkpoints-meta/checkpoint.pth"))
     to_unit = datasets.get_data_inverse_scaler(config)
-    shape = (options.num, config.data.num_channels, *2 * [config.data.image_size])
     generator = datasets.keyed_generator(run.device, "benchmark", config.seed)
+    shape = (options.num, *datasets.image_shape(config))
     prior = run.method.prior_sampling(shape, generator, run.device)
     data = Gaussian.fit(datasets.get_dataset(config, "train")[:].flatten(1) / 255)
 
     def distance(samples):
-        levels = (to_unit(samples).clamp(0, 1) * 255).round().cpu()
-        return frechet_distance(Gaussian.fit(levels.flatten(1) / 255), data)
+        rounded = (to_unit(samples).clamp(0, 1) * 255).round().cpu()
+        return frechet_distance(Gaussian.fit(rounded.flatten(1) / 255), data)
 
-    net = run.state.model
+    net, rows = run.state.model, []
     with run.with_ema():
         exact, evaluations = sampling.solve_ode(
             run.method, net.double(), prior[:COMPARED].double(), rtol=1e-6, atol=1e-6
         )
         net.float()
         print(
-            f"{options.config}, step {run.state.step}, {options.num} samples, {run.device}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
-            f"{evaluations} evaluations for the exact solution"
+            f"{options.config}, step {run.state.step}, {options.num} samples, "
+            f"{common.setting(run.device)}; {evaluations} evaluations for the exact solution"
         )
-        print("solver           steps  evaluations  distance   / rk45     error  seconds  outside")
-        rows = []
-        for solver, n, seconds, inside, samples, evaluations in solutions(run.method, net, prior):
+        columns = ("solver", "<15"), ("steps", ">5"), ("evaluations", ">11"), ("distance", ">8.4f")
+        more = ("/ rk45", ">7.2f"), ("error", ">8.1e"), ("seconds", ">7.2f"), ("outside", ">7.1%")
+        table = common.Table(*columns, *more)
+        for solver, n in [("rk45", 0), *((name, n) for name in STEPS for n in STEPS[name])]:
+            watch, start = Stopwatch(net), time.perf_counter()
+            samples, evaluations = sampling.solve_ode(run.method, watch, prior, solver, n)
+            seconds = time.perf_counter() - start
             difference = to_unit(samples[:COMPARED]) - to_unit(exact)
-            row = {
-                "solver": solver,
-                "evaluations": evaluations,
-                "fid": distance(samples),
-                "error": difference.square().mean().sqrt().item(),
-            }
-            rows.append(row)
-            print(
-                f"{solver:<15}  {n or '':>5}  {evaluations:>11}  {row['fid']:>8.4f}  "
-                f"{row['fid'] / rows[0]['fid']:>7.2f}  {row['error']:>8.1e}  {seconds:>7.2f}  "
-                f"{1 - inside / seconds:>7.1%}"
-            )
+            fid, error = distance(samples), difference.square().mean().sqrt().item()
+            rows.append({"solver": solver, "evaluations": evaluations, "fid": fid, "error": error})
+            outside = 1 - watch.seconds / seconds
+            relative = fid / rows[0]["fid"]
+            table.row(solver, n or "", evaluations, fid, relative, error, seconds, outside)
     if options.plot:
         plot(rows, options.plot)
 

@@ -115,7 +115,7 @@ def _place(path: str, error: Exception) -> str:
         return f"{error.filename}, line {error.lineno}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         own = Path(frame.filename).parent.name == "configs" and frame.filename != __file__
-        if frame.filename == path or own:
+        if frame.filename == path or (own and "part" not in frame.line):  # those are the caller's
             return f"{frame.filename}, line {frame.lineno}"
     return path
 

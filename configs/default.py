@@ -4,17 +4,18 @@ The config is locked: the defaults of each data set and the experiments only set
 here, so that a misspelt one is an error.
 """
 
-import ml_collections
-from ml_collections import config_dict
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict, config_dict
 
 
-def get_default_config() -> ml_collections.ConfigDict:
+def get_default_config() -> ConfigDict:
     """Returns a new, locked config; the experiment sets data set, method and network."""
-    config = ml_collections.ConfigDict()
+    config = ConfigDict()
     config.seed = 42  # of weights, noise and the order of the data; >= 0
     config.device = "auto"  # "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
 
-    config.data = data = ml_collections.ConfigDict()
+    config.data = data = ConfigDict()
     data.dataset = ""  # "CIFAR10", "CELEBA", "LSUN", "CelebAHQ", "FFHQ", "digits", "folder"
     data.category = ""  # of "LSUN": "bedroom", "church_outdoor"
     data.tfrecords_path = ""  # of "CelebAHQ" and "FFHQ": their TFRecord file
@@ -28,7 +29,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     data.resident_bytes = 2**31  # data of at most this size, decoded, stay in memory
     data.num_workers = -1  # processes that decode larger data; -1: as many as processors, up to 8
 
-    config.training = training = ml_collections.ConfigDict()
+    config.training = training = ConfigDict()
     training.sde = ""  # the method: "poisson", "vesde", "vpsde", "subvpsde"
     training.batch_size = 128  # images of a step, >= 1; they are the reference batch
     training.small_batch_size = 0  # examples of a step, out of the batch; 0: all of the batch
@@ -52,7 +53,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     training.M = config_dict.placeholder(int)  # Poisson, >= 1; None: measured from the data
     training.restrict_M = True  # Poisson: a smaller M close to the data
 
-    config.optim = optim = ml_collections.ConfigDict()
+    config.optim = optim = ConfigDict()
     optim.optimizer = "Adam"  # the only one
     optim.lr = 2e-4  # learning rate
     optim.beta1 = 0.9  # Adam's decay of the first moment, 0 to 1
@@ -63,7 +64,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     optim.cooldown = 0  # steps at the end over which it falls linearly to zero
     optim.grad_clip = 1.0  # largest global norm of the gradient; negative: no clipping
 
-    config.model = model = ml_collections.ConfigDict()
+    config.model = model = ConfigDict()
     model.name = ""  # "ncsnpp", "ddpm", "ncsn", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"
     model.ema_rate = 0.9999  # decay of the EMA weights per step, 0 to 1
     model.checkpoint_activations = False  # less memory, a third more time; for 256 px and more
@@ -96,7 +97,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     model.beta_max = 20.0
     model.sigma_end = 0.01  # Poisson: perturbation of points next to the data
 
-    config.sampling = sampling = ml_collections.ConfigDict()
+    config.sampling = sampling = ConfigDict()
     sampling.method = "ode"  # or, for SDEs, "pc" (predictor and corrector)
     sampling.ode_solver = "rk45"  # of "ode": "rk45" (adaptive); or, with N steps,
     # "heun", "multistep", "forward_euler", "improved_euler"
@@ -121,7 +122,7 @@ def get_default_config() -> ml_collections.ConfigDict:
     # clipped to it; None: measured from the data
     sampling.compile = False  # torch.compile the network that samples
 
-    config.eval = evaluate = ml_collections.ConfigDict()
+    config.eval = evaluate = ConfigDict()
     evaluate.begin_ckpt = 1  # checkpoints to evaluate, counted in training.snapshot_freq steps
     evaluate.end_ckpt = 26
     evaluate.batch_size = 1024  # images at once
@@ -145,7 +146,14 @@ def get_default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def share_of_steps(config: ml_collections.ConfigDict, snapshots: int) -> None:
+def updated(config: ConfigDict, parts: Iterable[dict]) -> ConfigDict:
+    """`config` itself, updated with each of the `parts` (a method, a network); later ones win."""
+    for part in parts:
+        config.update(part)
+    return config
+
+
+def share_of_steps(config: ConfigDict, snapshots: int) -> None:
     """Makes what counts steps a share of `training.n_iters`, also where that is overridden.
 
     The run has at most `snapshots` checkpoints at equal distances; the last of these is evaluated.

@@ -1,12 +1,12 @@
 """CelebA, 64 x 64."""
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import default
 
 
-def get_default_config() -> ml_collections.ConfigDict:
-    """Returns the shared default with the data and schedule of CelebA."""
+def get_default_config(*parts: dict) -> ConfigDict:
+    """Returns the shared default for CelebA, updated with the `parts`."""
     config = default.get_default_config()
     config.data.dataset = "CELEBA"
     config.data.image_size = 64
@@ -17,4 +17,4 @@ def get_default_config() -> ml_collections.ConfigDict:
     config.sampling.z_exp = 1.0
     config.sampling.upper_norm = 6000.0
     config.eval.enable_sampling = True
-    return config
+    return default.updated(config, parts)

@@ -1,12 +1,12 @@
 """CIFAR-10, 32 x 32."""
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import default
 
 
-def get_default_config() -> ml_collections.ConfigDict:
-    """Returns the shared default with the data and schedule of CIFAR-10."""
+def get_default_config(*parts: dict) -> ConfigDict:
+    """Returns the shared default for CIFAR-10, updated with the `parts`."""
     config = default.get_default_config()
     config.data.dataset = "CIFAR10"
     config.data.image_size = 32
@@ -16,4 +16,4 @@ def get_default_config() -> ml_collections.ConfigDict:
     config.sampling.z_exp = 5.0
     config.sampling.upper_norm = 3000.0
     config.eval.begin_ckpt = 9
-    return config
+    return default.updated(config, parts)

@@ -1,10 +1,10 @@
 """scikit-learn's handwritten digits, 8 x 8 grey: the experiments that two CPU cores train."""
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import default
 
-# For `config.update(...)` after method and network: what suits small images and little time.
+# A part after method and network: what suits small images and little time.
 SMALL = {
     "training": {
         "n_iters": 2000,
@@ -32,8 +32,8 @@ SMALL = {
 }
 
 
-def get_default_config() -> ml_collections.ConfigDict:
-    """Returns the shared default with the digits as data and a checkpoint at each quarter."""
+def get_default_config(*parts: dict) -> ConfigDict:
+    """Returns the shared default for the digits, updated with the `parts`; four checkpoints."""
     config = default.get_default_config()
     config.data.dataset = "digits"
     config.data.image_size = 8
@@ -44,4 +44,4 @@ def get_default_config() -> ml_collections.ConfigDict:
     config.sampling.upper_norm = 179.0
     config.model.sigma_max = 5.0  # the largest distance of two digits (arXiv 2006.09011)
     default.share_of_steps(config, snapshots=4)
-    return config
+    return default.updated(config, parts)

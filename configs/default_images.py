@@ -1,10 +1,10 @@
 """The user's own images, small: for one small GPU, or a patient CPU."""
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import default
 
-# For `config.update(...)` after method and network.
+# Follows method and network.
 SMALL = {
     "training": {
         "batch_size": 128,
@@ -26,19 +26,18 @@ SMALL = {
 }
 
 
-def get_default_config(image_size: int) -> ml_collections.ConfigDict:
-    """Returns the shared default for images at `data.path`, and a checkpoint at each tenth."""
+def get_default_config(image_size: int, *parts: dict) -> ConfigDict:
+    """Returns the shared default for images at `data.path`, updated with the `parts` and SMALL.
+
+    There is a checkpoint at each tenth, and the EMA weights average over about as many steps.
+    """
     config = default.get_default_config()
     config.data.dataset = "folder"
     config.data.image_size = image_size
     config.data.num_channels = 0
     config.data.random_flip = False
     default.share_of_steps(config, snapshots=10)
-    return config
-
-
-def make_small(config: ml_collections.ConfigDict) -> None:
-    """Adds SMALL, and EMA weights that average over about a tenth of the steps."""
-    config.update(SMALL)
+    default.updated(config, (*parts, SMALL))
     n_iters = config.training.get_ref("n_iters").to_float()
     config.model.ema_rate = n_iters / (n_iters + 10.0)
+    return config

@@ -1,12 +1,12 @@
 """LSUN, 256 x 256. The experiment names the category; other data of this size start here too."""
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from configs import default
 
 
-def get_default_config() -> ml_collections.ConfigDict:
-    """Returns the shared default with the data and schedule of LSUN."""
+def get_default_config(*parts: dict) -> ConfigDict:
+    """Returns the shared default for LSUN, updated with the `parts`."""
     config = default.get_default_config()
     config.data.dataset = "LSUN"
     config.data.image_size = 256
@@ -21,4 +21,4 @@ def get_default_config() -> ml_collections.ConfigDict:
     config.eval.end_ckpt = 96
     config.eval.batch_size = 512
     config.eval.enable_sampling = True
-    return config
+    return default.updated(config, parts)

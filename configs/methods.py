@@ -1,4 +1,4 @@
-"""What each method changes, for `config.update(...)`."""
+"""What each method changes: the parts that `get_default_config(...)` is given."""
 
 # Poisson flow (Xu et al., NeurIPS 2022). M, z_max and upper_norm belong to the data.
 POISSON = {

@@ -1,4 +1,4 @@
-"""What each network needs, for `config.update(...)`; `default.py` explains the keys."""
+"""What each network needs, for `get_default_config(...)`; `default.py` explains the keys."""
 
 _UNET = {
     "nonlinearity": "swish",

@@ -344,6 +344,11 @@ def get_config():
             ', line 5: unknown config value model.ch_mul. Did you mean "model.ch_mult"',
         ),
         (
+            "from configs.default_digits import get_default_config\n\ndef get_config():\n"
+            "    return get_default_config({'model': {'ch_mul': (1,)}})\n",
+            ', line 4: unknown config value model.ch_mul. Did you mean "model.ch_mult"',
+        ),
+        (
             CHANGED.format("config.trainin.n_iters = 3"),
             ', line 5: unknown config value trainin. Did you mean "training"',
         ),

@@ -1,16 +1,12 @@
 """PFGM with DDPM++ on LSUN bedrooms, 256 x 256."""
 
-import ml_collections
-
-from configs.default_lsun import get_default_config
+from configs.default_lsun import ConfigDict, get_default_config
 from configs.methods import POISSON
 from configs.networks import DDPMPP
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(POISSON)
-    config.update(DDPMPP)
+def get_config() -> ConfigDict:
+    config = get_default_config(POISSON, DDPMPP)
     config.data.category = "bedroom"
     config.training.batch_size = 32
     config.training.small_batch_size = 32

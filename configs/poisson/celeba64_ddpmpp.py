@@ -1,16 +1,12 @@
 """PFGM with DDPM++ on CelebA, 64 x 64."""
 
-import ml_collections
-
-from configs.default_celeba import get_default_config
+from configs.default_celeba import ConfigDict, get_default_config
 from configs.methods import POISSON
 from configs.networks import DDPMPP
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(POISSON)
-    config.update(DDPMPP)
+def get_config() -> ConfigDict:
+    config = get_default_config(POISSON, DDPMPP)
     config.seed = 42
     config.training.batch_size = 512
     config.training.eval_freq = 5000

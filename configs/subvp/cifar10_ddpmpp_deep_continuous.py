@@ -1,16 +1,12 @@
 """sub-VP SDE with the deep DDPM++ on CIFAR-10."""
 
-import ml_collections
-
-from configs.default_cifar10 import get_default_config
+from configs.default_cifar10 import ConfigDict, get_default_config
 from configs.methods import SUBVP
 from configs.networks import DDPMPP
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(SUBVP)
-    config.update(DDPMPP)
+def get_config() -> ConfigDict:
+    config = get_default_config(SUBVP, DDPMPP)
     config.training.n_iters = 950001
     config.model.num_res_blocks = 8
     return config

@@ -1,17 +1,12 @@
 """sub-VP SDE with a small DDPM++ on handwritten digits, 8 x 8: minutes on two CPU cores."""
 
-import ml_collections
-
-from configs.default_digits import SMALL, get_default_config
+from configs.default_digits import SMALL, ConfigDict, get_default_config
 from configs.methods import SUBVP
 from configs.networks import DDPMPP
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(SUBVP)
-    config.update(DDPMPP)
-    config.update(SMALL)
+def get_config() -> ConfigDict:
+    config = get_default_config(SUBVP, DDPMPP, SMALL)
     config.training.batch_size = 96
     config.sampling.method = "ode"
     return config

@@ -1,16 +1,12 @@
 """VE SDE with NCSN++ on CelebA-HQ, 1024 x 1024."""
 
-import ml_collections
-
-from configs.default_faces1024 import get_default_config
+from configs.default_faces1024 import ConfigDict, get_default_config
 from configs.methods import VE
 from configs.networks import NCSNPP_LARGE
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(VE)
-    config.update(NCSNPP_LARGE)
+def get_config() -> ConfigDict:
+    config = get_default_config(VE, NCSNPP_LARGE)
     config.data.dataset = "CelebAHQ"
     config.data.tfrecords_path = "/atlas/u/yangsong/celeba_hq/-r10.tfrecords"
     config.model.ema_rate = 0.9999

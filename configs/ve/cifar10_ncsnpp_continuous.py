@@ -1,14 +1,9 @@
 """VE SDE with NCSN++ on CIFAR-10."""
 
-import ml_collections
-
-from configs.default_cifar10 import get_default_config
+from configs.default_cifar10 import ConfigDict, get_default_config
 from configs.methods import VE
 from configs.networks import NCSNPP
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(VE)
-    config.update(NCSNPP)
-    return config
+def get_config() -> ConfigDict:
+    return get_default_config(VE, NCSNPP)

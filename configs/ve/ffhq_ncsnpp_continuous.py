@@ -1,16 +1,12 @@
 """VE SDE with NCSN++ on FFHQ, 1024 x 1024."""
 
-import ml_collections
-
-from configs.default_faces1024 import get_default_config
+from configs.default_faces1024 import ConfigDict, get_default_config
 from configs.methods import VE
 from configs.networks import NCSNPP_LARGE
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(VE)
-    config.update(NCSNPP_LARGE)
+def get_config() -> ConfigDict:
+    config = get_default_config(VE, NCSNPP_LARGE)
     config.data.dataset = "FFHQ"
     config.data.tfrecords_path = "/raid/song/ffhq-dataset/ffhq/ffhq-r10.tfrecords"
     config.training.reduce_mean = True

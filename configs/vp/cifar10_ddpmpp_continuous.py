@@ -1,14 +1,9 @@
 """VP SDE with DDPM++ on CIFAR-10."""
 
-import ml_collections
-
-from configs.default_cifar10 import get_default_config
+from configs.default_cifar10 import ConfigDict, get_default_config
 from configs.methods import VP
 from configs.networks import DDPMPP
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(VP)
-    config.update(DDPMPP)
-    return config
+def get_config() -> ConfigDict:
+    return get_default_config(VP, DDPMPP)

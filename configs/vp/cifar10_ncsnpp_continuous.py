@@ -1,15 +1,11 @@
 """VP SDE with NCSN++ on CIFAR-10."""
 
-import ml_collections
-
-from configs.default_cifar10 import get_default_config
+from configs.default_cifar10 import ConfigDict, get_default_config
 from configs.methods import VP
 from configs.networks import NCSNPP
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(VP)
-    config.update(NCSNPP)
+def get_config() -> ConfigDict:
+    config = get_default_config(VP, NCSNPP)
     config.model.embedding_type = "positional"
     return config

@@ -1,17 +1,12 @@
 """VP SDE with a small DDPM++ on handwritten digits, 8 x 8: minutes on two CPU cores."""
 
-import ml_collections
-
-from configs.default_digits import SMALL, get_default_config
+from configs.default_digits import SMALL, ConfigDict, get_default_config
 from configs.methods import VP
 from configs.networks import DDPMPP
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(VP)
-    config.update(DDPMPP)
-    config.update(SMALL)
+def get_config() -> ConfigDict:
+    config = get_default_config(VP, DDPMPP, SMALL)
     config.training.batch_size = 96
     config.sampling.method = "ode"
     return config

@@ -3,17 +3,13 @@
 The published file misspells `training.sde` as `training.loss`; here SMLD sets it.
 """
 
-import ml_collections
-
-from configs.default_celeba import get_default_config
+from configs.default_celeba import ConfigDict, get_default_config
 from configs.methods import SMLD
 from configs.networks import NCSN
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(SMLD)
-    config.update(NCSN)
+def get_config() -> ConfigDict:
+    config = get_default_config(SMLD, NCSN)
     config.model.ema_rate = 0.0
     config.model.num_scales = 10
     config.model.sigma_max = 1.0

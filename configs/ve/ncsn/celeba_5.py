@@ -1,16 +1,12 @@
 """NCSN with technique 5 of NCSNv2 on CelebA, 64 x 64."""
 
-import ml_collections
-
-from configs.default_celeba import get_default_config
+from configs.default_celeba import ConfigDict, get_default_config
 from configs.methods import SMLD
 from configs.networks import NCSN
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(SMLD)
-    config.update(NCSN)
+def get_config() -> ConfigDict:
+    config = get_default_config(SMLD, NCSN)
     config.model.num_scales = 10
     config.model.sigma_max = 1.0
     config.sampling.n_steps_each = 100

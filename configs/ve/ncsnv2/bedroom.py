@@ -4,17 +4,13 @@ The published file misspells `training.continuous = False`, so its training is c
 a network of discrete noise levels cannot follow; here SMLD sets it.
 """
 
-import ml_collections
-
-from configs.default_lsun import get_default_config
+from configs.default_lsun import ConfigDict, get_default_config
 from configs.methods import SMLD
 from configs.networks import NCSNV2_128
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(SMLD)
-    config.update(NCSNV2_128)
+def get_config() -> ConfigDict:
+    config = get_default_config(SMLD, NCSNV2_128)
     config.data.category = "bedroom"
     config.data.image_size = 128
     config.training.batch_size = 128

@@ -1,16 +1,12 @@
 """NCSNv2 on CIFAR-10."""
 
-import ml_collections
-
-from configs.default_cifar10 import get_default_config
+from configs.default_cifar10 import ConfigDict, get_default_config
 from configs.methods import SMLD
 from configs.networks import NCSNV2_64
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(SMLD)
-    config.update(NCSNV2_64)
+def get_config() -> ConfigDict:
+    config = get_default_config(SMLD, NCSNV2_64)
     config.optim.lr = 1e-4
     config.model.num_scales = 232
     config.sampling.snr = 0.176

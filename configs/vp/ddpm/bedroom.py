@@ -1,16 +1,12 @@
 """DDPM on LSUN bedrooms, 256 x 256."""
 
-import ml_collections
-
-from configs.default_lsun import get_default_config
+from configs.default_lsun import ConfigDict, get_default_config
 from configs.methods import VP
 from configs.networks import DDPM_LARGE
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(VP)
-    config.update(DDPM_LARGE)
+def get_config() -> ConfigDict:
+    config = get_default_config(VP, DDPM_LARGE)
     config.data.category = "bedroom"
     config.training.continuous = False
     config.optim.lr = 2e-5

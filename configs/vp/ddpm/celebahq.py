@@ -1,16 +1,12 @@
 """DDPM on CelebA-HQ, 256 x 256."""
 
-import ml_collections
-
-from configs.default_lsun import get_default_config
+from configs.default_lsun import ConfigDict, get_default_config
 from configs.methods import VP
 from configs.networks import DDPM_LARGE
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(VP)
-    config.update(DDPM_LARGE)
+def get_config() -> ConfigDict:
+    config = get_default_config(VP, DDPM_LARGE)
     config.data.dataset = "CelebAHQ"
     # Published so, though these images are 1024 pixels wide.
     config.data.tfrecords_path = "/atlas/u/yangsong/celeba_hq/-r10.tfrecords"

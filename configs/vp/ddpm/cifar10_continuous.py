@@ -1,14 +1,9 @@
 """VP SDE with the network of DDPM on CIFAR-10."""
 
-import ml_collections
-
-from configs.default_cifar10 import get_default_config
+from configs.default_cifar10 import ConfigDict, get_default_config
 from configs.methods import VP
 from configs.networks import DDPM
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = get_default_config()
-    config.update(VP)
-    config.update(DDPM)
-    return config
+def get_config() -> ConfigDict:
+    return get_default_config(VP, DDPM)
