@@ -23,8 +23,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import datasets  # noqa: E402
 from run_lib import Experiment  # noqa: E402
+from sources.batch import Batch  # noqa: E402
 from storage.checkpoints import _check_records, save_to_resume  # noqa: E402
 from storage.files import atomic_write  # noqa: E402
+from training import train_step  # noqa: E402
 
 ROUNDS = 15
 
@@ -58,10 +60,10 @@ def main() -> None:
     config = runpy.run_path(arguments.config)["get_config"]()
     run = Experiment.build(config)
     images = datasets.get_dataset(config, "train")[: config.training.batch_size].to(run.device)
-    batch = run.scaler(datasets.to_unit_interval(images))
+    batch = Batch(run.scaler(datasets.to_unit_interval(images)))
 
     def step() -> None:
-        training.train_step(run.state, run.loss, batch).item()
+        train_step(run.state, run.loss, batch).item()
 
     step()
     state = run.state.state_dict()

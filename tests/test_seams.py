@@ -37,6 +37,7 @@ REGISTRIES = (
 TINY = [
     "--config.model.nf=8",
     "--config.model.ch_mult=(1,)",
+    "--config.model.attn_resolutions=()",
     "--config.training.n_iters=20",
     "--config.training.batch_size=96",
     "--config.training.snapshot_freq=20",
@@ -112,7 +113,7 @@ def test_a_network(tmp_path):
 def test_a_method(tmp_path):
     program("train", "method", tmp_path)
     bpd = ["--config.eval.enable_bpd=True", "--config.eval.bpd_num_repeats=1"]
-    bpd += ["--config.sampling.rtol=1e-2", "--config.sampling.atol=1e-2"]
+    bpd += ["--config.sampling.rtol=0.5", "--config.sampling.atol=0.5"]
     report, output, page = evaluated("method", tmp_path, *bpd, "--config.eval.enable_rescale=True")
     assert report["nfe"] == 2 * 3 - 1
     assert np.isfinite(report["bpd"])
