@@ -44,4 +44,10 @@ def get_method(config) -> Method:
     Raises:
         ValueError: the method is unknown, or its numbers contradict each other.
     """
-    return method_class(config).from_config(config)
+    method = method_class(config)
+    if config.model.scale_by_sigma and not method.gives_score:
+        raise ValueError(
+            "model.scale_by_sigma makes the network's output a score, which "
+            f"training.sde={config.training.sde!r} does not take: set model.scale_by_sigma=False"
+        )
+    return method.from_config(config)

@@ -59,12 +59,14 @@ class Method(abc.ABC):
         extra_channels: channels that the network gives beyond those of the image.
         uses_reference_batch: `target` depends on the reference batch.
         t_prior, t_data: where sampling starts and ends.
+        gives_score: the network gives the score, which `model.scale_by_sigma` divides by sigma.
         noisy_end: samples at `t_data` still have noise, which one more step to sigma = 0 removes.
         predictors, correctors: those that `sampling.method='pc'` can take; none without an SDE.
     """
 
     extra_channels: ClassVar[int] = 0
     uses_reference_batch: ClassVar[bool] = False
+    gives_score: ClassVar[bool] = False
     noisy_end: ClassVar[bool] = False
     predictors: ClassVar[tuple[str, ...]] = ()
     correctors: ClassVar[tuple[str, ...]] = ()

@@ -204,6 +204,7 @@ class VESDE(SDE):
     sigma_min: float
     sigma_max: float
 
+    gives_score = True
     t_data = 1e-5
 
     @classmethod

@@ -93,6 +93,10 @@ def test_any_method_by_one_override(path, sde):
     config = load(path)
     config.training.sde = sde
     config.model.nf = 8
+    if config.model.scale_by_sigma and sde != "vesde":
+        with pytest.raises(ValueError, match="set model.scale_by_sigma=False"):
+            methods.get_method(config)
+        config.model.scale_by_sigma = False
     models.create_model(config)
     if sde == "poisson":  # 0 stands for the whole batch
         config.training.small_batch_size = config.training.small_batch_size or 96

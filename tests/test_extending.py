@@ -1,0 +1,136 @@
+"""The examples of docs/extending.md, run as they stand there."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_seams import REGISTRIES
+
+import datasets
+import methods
+import models
+import sampling
+import solvers
+import sources
+from configs.poisson import digits_ddpmpp as poisson_digits
+from configs.ve import digits_ncsnpp as ve_digits
+from configs.vp import digits_ddpmpp as vp_digits
+from losses import get_loss_fn
+from metrics import table
+from metrics.distances import Gaussian
+from metrics.reference import Reference
+
+PAGE = (ROOT / "docs/extending.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```python\n(.*?)^```", PAGE, re.M | re.S))
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """Each test starts with the registries as they are, and leaves them so."""
+    before = [dict(registry) for registry in REGISTRIES]
+    yield
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+def run(section):
+    names = {"__name__": "example"}
+    exec(compile(SECTIONS[section], section, "exec"), names)
+    return names
+
+
+def test_seven_examples_of_at_most_twenty_lines():
+    assert len(SECTIONS) == PAGE.count("```python") == 7
+    for section, code in SECTIONS.items():
+        lines = [line for line in code.splitlines() if line.strip()]
+        assert len(lines) <= 20, section
+        assert max(map(len, lines)) <= 100, section
+
+
+def test_source():
+    run("A data source")
+    config = vp_digits.get_config()
+    config.data.dataset = "Checkerboards"
+    data = [datasets.get_dataset(config, split) for split in ("train", "test")]
+    assert [d.shape for d in data] == [(4, 1, 8, 8), (2, 1, 8, 8)]
+    assert data[0][1, 0, 0].tolist() == [0, 0, 255, 255, 0, 0, 255, 255]
+
+
+@pytest.mark.parametrize("default", [poisson_digits, vp_digits])
+def test_network(default):
+    run("A network")
+    config = default.get_config()
+    config.model.name = "mlp"
+    net, method = models.create_model(config), methods.get_method(config)
+    loss = get_loss_fn(config, method)(net, torch.rand(96, 1, 8, 8))
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_method():
+    run("A method")
+    config = ve_digits.get_config()
+    config.training.sde = "lognormal_ve"
+    config.model.update({"nf": 8, "scale_by_sigma": True})
+    method = methods.get_method(config)
+    t = method.draw_times(20000, torch.Generator().manual_seed(0))
+    assert method.sigma(t).log().median().item() == pytest.approx(-1.2, abs=0.05)
+    assert method.t_data <= t.min() < t.max() <= method.t_prior
+    loss = get_loss_fn(config, method)(models.create_model(config), torch.rand(96, 1, 8, 8))
+    assert loss.isfinite()
+    config.sampling.N = 2
+    config.sampling.ode_solver = "heun"
+    sample = sampling.get_sampling_fn(config, method)
+    images, nfe = sample(models.create_model(config).eval(), num=2)
+    assert (images.shape, nfe) == ((2, 1, 8, 8), 3)
+
+
+def test_solver():
+    run("A solver")
+    solve, errors = solvers.SOLVERS["ralston"].solve, []
+    for n in (20, 40):
+        levels, seen = torch.linspace(1, 0, n + 1, dtype=torch.float64), []
+        one = torch.ones(1, dtype=torch.float64)
+        x = solve(lambda x, level: level * x, one, levels, seen.append)
+        errors.append(abs(x.item() - math.exp(-0.5)))
+        assert [step.level for step in seen] == levels[:-1].tolist()
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)  # order 2
+    method = methods.get_method(vp_digits.get_config())
+    noise = method.prior_sampling((2, 1, 8, 8))
+    _, nfe = sampling.solve_ode(method, lambda x, label: x, noise, "ralston", 5)
+    assert nfe == 10
+
+
+def test_schedule():
+    run("A schedule")
+    method = methods.get_method(poisson_digits.get_config())
+    levels = solvers.SCHEDULES["geometric"](method, 8, 7.0)
+    torch.testing.assert_close(levels, solvers.SCHEDULES["uniform"](method, 8, 7.0))
+    noise, net, seen = method.prior_sampling((2, 1, 8, 8)), lambda x, z: (x, -z), []
+    options = {"schedule": "geometric", "callback": seen.append}
+    sampling.solve_ode(method, net, noise, "forward_euler", 8, **options)
+    assert [step.level for step in seen] == levels[:-1].tolist()
+
+
+def test_callback():
+    example = run("Guidance, films, progress")
+    assert example["evaluations"] == 2 * 5 - 1
+    film = torch.stack(example["film"])
+    assert film.shape == (5, 4, 1, 8, 8)
+    assert film.isfinite().all()
+    last = ((film[-1] + 1) / 2).clamp(0, 1)  # the last step is Euler's, to noise level 0
+    torch.testing.assert_close(example["images"], last, rtol=0, atol=1e-5)
+
+
+def test_metric():
+    run("A metric")
+    features = np.random.default_rng(0).normal(size=(2000, 3))
+    reference = Reference(gaussian=Gaussian.fit(features / 2))
+    found = table.compare(table.Comparison(features, None, reference))
+    assert found["variance"] == pytest.approx(4, rel=1e-3)
+    assert found["fid"] > 0
+    assert sources.SOURCES.keys() >= {"digits", "folder"}
