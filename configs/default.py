@@ -161,7 +161,7 @@ def share_of_steps(config: ConfigDict, snapshots: int) -> None:
     n_iters = config.training.get_ref("n_iters")
     config.training.snapshot_freq = (n_iters + (snapshots - 1)) // snapshots
     freq = config.training.get_ref("snapshot_freq")
-    config.eval.begin_ckpt = n_iters // freq
-    config.eval.end_ckpt = n_iters // freq  # an expression of its own: each can be overridden
+    for key in ("begin_ckpt", "end_ckpt"):  # an expression each, so that either can be overridden
+        config.eval[key] = (n_iters + freq - 1) // freq
     config.optim.warmup = n_iters // 40
     config.optim.cooldown = n_iters * 3 // 10
