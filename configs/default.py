@@ -70,7 +70,7 @@ def get_default_config() -> ConfigDict:
     model.checkpoint_activations = False  # less memory, a third more time; for 256 px and more
     model.nf = 128  # channels at the highest resolution
     model.nonlinearity = "swish"  # or "elu", "relu", "lrelu"
-    model.scale_by_sigma = False  # divide the output by the noise level
+    model.scale_by_sigma = False  # VE SDE: divide the output by the noise level
     model.num_scales = 1000  # noise levels, or time steps of an SDE's discretisation; >= 2
     # Of "ncsnpp" and "ddpm":
     model.ch_mult = (1, 2, 2, 2)  # channels of each level, in units of nf; a level halves the image
