@@ -51,7 +51,14 @@ VP = {
     "sampling": {"method": "pc", "predictor": "euler_maruyama", "corrector": "none"},
 }
 
-# sub-VP SDE (same paper).
+# DDPM (Ho et al., NeurIPS 2020): VP with discrete times, sampled by its own chain.
+VP_DISCRETE = {
+    **VP,
+    "training": {**VP["training"], "continuous": False},
+    "sampling": {**VP["sampling"], "predictor": "ancestral_sampling"},
+}
+
+# sub-VP SDE (Song et al., ICLR 2021).
 SUBVP = {**VP, "training": {**VP["training"], "sde": "subvpsde"}}
 
 # Score matching with annealed Langevin dynamics (Song and Ermon, NeurIPS 2019): VE with discrete
@@ -69,4 +76,10 @@ SMLD = {
     "optim": {"lr": 1e-3, "warmup": 0, "grad_clip": -1.0, "amsgrad": False},
     "model": {"ema_rate": 0.999, "scale_by_sigma": False},
     "sampling": {"method": "pc", "predictor": "none", "corrector": "ald", "n_steps_each": 5},
+}
+
+# After SMLD: the noise levels and the sampler of the 2019 paper, without techniques 1, 2 and 4.
+SMLD_2019 = {
+    "model": {"num_scales": 10, "sigma_max": 1.0},
+    "sampling": {"n_steps_each": 100, "snr": 0.316},
 }

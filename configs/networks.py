@@ -8,7 +8,7 @@ _UNET = {
     "conditional": True,
 }
 
-# NCSN++ (Song et al., ICLR 2021). The "deep" experiments have 8 residual blocks per level.
+# NCSN++ (Song et al., ICLR 2021).
 _NCSNPP = {
     **_UNET,
     "name": "ncsnpp",
@@ -25,6 +25,9 @@ _NCSNPP = {
     "init_scale": 0.0,
 }
 NCSNPP = {"model": _NCSNPP}
+
+# After a network: its "deep" form, and how long the same paper trains it.
+DEEP = {"training": {"n_iters": 950001}, "model": {"num_res_blocks": 8}}
 
 # NCSN++ for 256 x 256 and more.
 NCSNPP_LARGE = {

@@ -37,7 +37,7 @@ class Prepared:
 def encoded_image(data: bytes, channels: int) -> Picture:
     """An image of tensorflow_datasets' TFRecords: a PNG or JPEG file in `image`."""
     image = tfrecords.bytes_feature(tfrecords.parse_example(data)["image"])
-    return images.decode_image(bytes(image), channels)
+    return images.decode_image(image, channels)
 
 
 def open_prepared(

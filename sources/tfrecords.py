@@ -12,9 +12,32 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from sources.base import Picture, Unreadable, reason
+
+# What is read of tensorflow/core/example/example.proto and feature.proto; a map is its entries.
+_SCHEMA = """
+name: "example.proto"
+message_type { name: "Example" field { name: "features" number: 1 type_name: "Features" } }
+message_type { name: "Features"
+  field { name: "entry" number: 1 type_name: "Entry" label: LABEL_REPEATED } }
+message_type { name: "Entry"
+  field { name: "key" number: 1 type: TYPE_STRING }
+  field { name: "value" number: 2 type_name: "Feature" } }
+message_type { name: "Feature"
+  field { name: "bytes_list" number: 1 type_name: "Bytes" }
+  field { name: "int64_list" number: 3 type_name: "Ints" } }
+message_type { name: "Bytes"
+  field { name: "value" number: 1 type: TYPE_BYTES label: LABEL_REPEATED } }
+message_type { name: "Ints"
+  field { name: "value" number: 1 type: TYPE_INT64 label: LABEL_REPEATED } }
+"""
+_pool = descriptor_pool.DescriptorPool()
+_pool.Add(text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto()))
+_Example = message_factory.GetMessageClass(_pool.FindMessageTypeByName("Example"))
 
 
 class TFRecords:
@@ -86,69 +109,22 @@ def checked(data: bytes) -> bytes:
     return data[:-4]
 
 
-def parse_example(data: bytes) -> dict[str, memoryview]:
-    """The features of a serialised tf.train.Example, each still serialised, by name.
+def parse_example(data: bytes) -> dict[str, Message]:
+    """The features of a serialised tf.train.Example by name.
 
     Raises:
-        ValueError, TypeError, LookupError: `data` are not one.
+        ValueError: `data` are not one.
     """
-    found = {}
-    for features in _values(memoryview(data), 1):
-        for entry in _values(features, 1):
-            fields = dict(_fields(entry))
-            found[bytes(fields[1]).decode()] = fields[2]
-    return found
+    try:
+        return {entry.key: entry.value for entry in _Example.FromString(data).features.entry}
+    except DecodeError as error:
+        raise ValueError(str(error)) from error
 
 
-def bytes_feature(feature: memoryview) -> memoryview:
-    (values,) = _values(feature, 1)
-    (value,) = _values(values, 1)
+def bytes_feature(feature: Message) -> bytes:
+    (value,) = feature.bytes_list.value
     return value
 
 
-def int_feature(feature: memoryview) -> list[int]:
-    (values,) = _values(feature, 3)
-    numbers = []
-    for value in _values(values, 1):  # one by one, or packed into one field
-        at = 0
-        while not isinstance(value, int) and at < len(value):
-            number, at = _varint(value, at)
-            numbers.append(number)
-        numbers += [value] if isinstance(value, int) else []
-    return numbers
-
-
-def _values(message: memoryview, number: int) -> list:
-    return [value for n, value in _fields(message) if n == number]
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Number and value of each field (protobuf.dev/programming-guides/encoding)."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(message, at)
-        else:
-            fixed = {1: 8, 5: 4}
-            if kind == 2:
-                size, at = _varint(message, at)
-            elif kind in fixed:
-                size = fixed[kind]
-            else:
-                raise ValueError(f"unknown wire type {kind}")
-            value, at = message[at : at + size], at + size
-            if at > len(message):
-                raise ValueError("a field ends beyond its message")
-        yield tag >> 3, value
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """The number that starts at byte `at`, seven bits a byte, and where it ends."""
-    value = 0
-    for i, byte in enumerate(message[at : at + 10]):
-        value |= (byte & 127) << 7 * i
-        if byte < 128:
-            return value, at + i + 1
-    raise ValueError("a number without an end")
+def int_feature(feature: Message) -> list[int]:
+    return list(feature.int64_list.value)

@@ -101,7 +101,7 @@ def newest_checkpoint(workdir: Path) -> tuple[Path, dict] | None:
     Raises:
         ValueError: there are states, but all of them are damaged.
     """
-    newest, *others = [*resume_paths(workdir), *reversed(_numbered(workdir).values())]
+    newest, *others = [*resume_paths(workdir), *reversed(numbered_checkpoints(workdir).values())]
     damaged = []
     for path in (newest, *others):
         try:
@@ -139,7 +139,7 @@ def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:
     return written[len(dropped) :]
 
 
-def _numbered(workdir: Path) -> dict[int, Path]:
+def numbered_checkpoints(workdir: Path) -> dict[int, Path]:
     """{step: path} of the numbered checkpoints, in ascending order."""
     names = re.compile(r"checkpoint_(\d+)\.pth")
     paths = (workdir / "checkpoints").glob("checkpoint_*.pth")

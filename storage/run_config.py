@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 from configs.default import get_default_config
 from configs.keys import explain_unknown, flatten
 from configs.published import UNREAD
-from storage.checkpoints import load_checkpoint
+from storage.checkpoints import load_checkpoint, numbered_checkpoints
 from storage.files import atomic_write
+from storage.workdir import resume_paths
 
 __all__ = ["changes", "differences", "find", "flatten", "load", "restore", "store"]
 
@@ -39,10 +40,8 @@ def find(workdir: Path) -> tuple[Path, Any] | None:
     Raises:
         ValueError: config.json is no JSON.
     """
-    numbered = (workdir / "checkpoints").glob("checkpoint_*.pth")
-    steps = {int(n): path for path in numbered if (n := path.stem.partition("_")[2]).isdecimal()}
-    newest = workdir / "checkpoints-meta" / "checkpoint.pth"
-    for path in (newest, *(steps[step] for step in sorted(steps, reverse=True))):
+    newest, _ = resume_paths(workdir)
+    for path in (newest, *reversed(numbered_checkpoints(workdir).values())):
         try:
             content = load_checkpoint(path)
         except FileNotFoundError:

@@ -2,11 +2,8 @@
 
 from configs.default_cifar10 import ConfigDict, get_default_config
 from configs.methods import SUBVP
-from configs.networks import DDPMPP
+from configs.networks import DDPMPP, DEEP
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(SUBVP, DDPMPP)
-    config.training.n_iters = 950001
-    config.model.num_res_blocks = 8
-    return config
+    return get_default_config(SUBVP, DDPMPP, DEEP)

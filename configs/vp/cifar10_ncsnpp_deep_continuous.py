@@ -2,12 +2,10 @@
 
 from configs.default_cifar10 import ConfigDict, get_default_config
 from configs.methods import VP
-from configs.networks import NCSNPP
+from configs.networks import DEEP, NCSNPP
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VP, NCSNPP)
-    config.training.n_iters = 950001
+    config = get_default_config(VP, NCSNPP, DEEP)
     config.model.embedding_type = "positional"
-    config.model.num_res_blocks = 8
     return config

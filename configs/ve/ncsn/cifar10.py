@@ -1,15 +1,11 @@
 """NCSN on CIFAR-10."""
 
 from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import SMLD
+from configs.methods import SMLD, SMLD_2019
 from configs.networks import NCSN
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(SMLD, NCSN)
+    config = get_default_config(SMLD, NCSN, SMLD_2019)
     config.model.ema_rate = 0.0
-    config.model.num_scales = 10
-    config.model.sigma_max = 1.0
-    config.sampling.n_steps_each = 100
-    config.sampling.snr = 0.316
     return config

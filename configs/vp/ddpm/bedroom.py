@@ -1,15 +1,13 @@
 """DDPM on LSUN bedrooms, 256 x 256."""
 
 from configs.default_lsun import ConfigDict, get_default_config
-from configs.methods import VP
+from configs.methods import VP_DISCRETE
 from configs.networks import DDPM_LARGE
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VP, DDPM_LARGE)
+    config = get_default_config(VP_DISCRETE, DDPM_LARGE)
     config.data.category = "bedroom"
-    config.training.continuous = False
     config.optim.lr = 2e-5
     config.model.num_scales = 1000
-    config.sampling.predictor = "ancestral_sampling"
     return config

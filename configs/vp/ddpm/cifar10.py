@@ -1,12 +1,9 @@
 """DDPM on CIFAR-10."""
 
 from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VP
+from configs.methods import VP_DISCRETE
 from configs.networks import DDPM
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VP, DDPM)
-    config.training.continuous = False
-    config.sampling.predictor = "ancestral_sampling"
-    return config
+    return get_default_config(VP_DISCRETE, DDPM)
