@@ -41,6 +41,8 @@ RANGES = {
     "optim.warmup": (0, math.inf),
     "optim.cooldown": (0, math.inf),
     "optim.weight_decay": (0, math.inf),
+    "optim.beta1": (0, math.nextafter(1, 0)),
+    "optim.eps": (0, math.inf),
     "model.nf": (1, math.inf),
     "model.dropout": (0, 1),
     "model.ema_rate": (0, 1),

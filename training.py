@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,6 @@ class TrainState:
         self.network = model  # what a step calls: `model`, or what `execution` makes of it
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = ExponentialMovingAverage(self.parameters, config.model.ema_rate)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=optim.lr, **hyper)
         self.hyper_parameters = hyper
         self.step = 0
         self.learning_rate = optim.lr
@@ -106,6 +106,11 @@ class TrainState:
         }
         self.grad_clip = optim.grad_clip
         self.accumulate = training.accumulate
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Made when it is first asked for: evaluation does without, and it imports for a second."""
+        return torch.optim.Adam(self.parameters, lr=self.learning_rate, **self.hyper_parameters)
 
     def state_dict(self) -> dict:
         return {
