@@ -139,7 +139,11 @@ class Stream:
         while True:
             try:
                 batch = next(batches, None)
-            except RuntimeError as error:  # as when a signal ends the whole group of processes
+            except (
+                RuntimeError,
+                OSError,
+                EOFError,
+            ) as error:  # as when a signal ends the whole group
                 reason = " ".join(str(error).split())
                 log.warning(f"the processes that decode images died; going on without: {reason}")
                 yield from (self[index] for index in itertools.chain(asked, indices))

@@ -119,7 +119,7 @@ def evaluate_bpd(
 ) -> dict:
     """Bits per dimension of every image of a split, averaged over passes of new noise.
 
-    The latents of the first batch are carried back to images; how far these are from where they
+    The latents of the first batch are integrated back to images; how far these are from where they
     came, `encoding_error`, shows what the solver's tolerance costs.
 
     Returns:
