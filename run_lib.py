@@ -190,7 +190,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         said = []
         for k, path in checkpoints.items():
             content = load_checkpoint(path)
-            changes = run_config.changes(content, config)
+            changes = run_config.changes(path, content, config)
             fit(run.state.load_network, content, path, changes)
             for change in [] if said == changes else changes:
                 log.info(f"the config differs from that of the run: {change}")
@@ -249,7 +249,7 @@ def _resume(config, workdir: Path, state: TrainState) -> list[int]:
             run_config.store(workdir, config)
         return []
     path, content = found
-    changes = run_config.changes(content, config)
+    changes = run_config.changes(path, content, config)
     fit(state.load_state_dict, content, path, changes)
     for change in changes:
         log.warning(f"the config differs from that of the run: {change}")

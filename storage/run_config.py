@@ -105,13 +105,19 @@ def restore(flat: Any) -> ConfigDict:
     return config
 
 
-def changes(checkpoint: dict, config: ConfigDict) -> list[str]:
-    """What `config` changes of the config that `checkpoint` carries; nothing where it has none.
+def changes(path: Path, checkpoint: dict, config: ConfigDict) -> list[str]:
+    """What `config` changes of the one that `checkpoint`, from `path`, carries; see `differences`.
 
-    See `differences`.
+    A checkpoint of the published programs carries none, and nothing is changed.
+
+    Raises:
+        ValueError: it carries something that is no config.
     """
     own = checkpoint.get("config")
-    return [] if own is None else differences(own, flatten(config))
+    try:
+        return [] if own is None else differences(own, flatten(config))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def differences(old: Any, new: dict[str, Any]) -> list[str]:
