@@ -337,8 +337,8 @@ def in_order(data: Tensor | Stream, size: int) -> Iterator[Batch]:
 
 def mean_norm(data: Tensor | Stream, scaler: Callable[[Tensor], Tensor]) -> float:
     """Mean Euclidean norm of the scaled images of a data set."""
-    total = 0.0
-    for batch in in_order(data, 1000):
+    total, at_once = 0.0, max(1, SMALL // data[:1].numel())
+    for batch in in_order(data, at_once):
         total += scaler(batch.images / 255).flatten(1).norm(dim=1).sum().item()
     return total / len(data)
 

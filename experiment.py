@@ -25,7 +25,8 @@ from training import TrainState
 # Smallest and largest sensible value of what the parts below do not check themselves.
 RANGES = {
     "seed": (0, math.inf),
-    "data.image_size": (1, math.inf),
+    "data.image_size": (1, 2**16),
+    "data.num_channels": (0, 2**10),
     "data.resident_bytes": (0, math.inf),
     "data.num_workers": (-1, math.inf),
     "training.batch_size": (1, math.inf),
@@ -50,12 +51,15 @@ RANGES = {
     "eval.num_samples": (NEIGHBOURS + 1, math.inf),
 }
 
+# What M, z_max and upper_norm depend on besides the images themselves.
+DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end", "training.tau")
+
 
 def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]:
     """`config` with the values that it leaves open, and a line that names them, if there are any.
 
-    They are those of the run in `workdir`; where it has none, they are measured from the training
-    images.
+    They are those of the run in `workdir`, where a checkpoint has them and the `DECISIVE` values are
+    the same; else they are measured on the training images.
 
     Raises:
         ValueError, OSError: the config is wrong, or the data cannot be read.
@@ -69,12 +73,16 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     if not left_open:
         return config, None
     found = {}
-    if stored := run_config.find(workdir):
-        own = run_config.flatten(run_config.restore(stored[1]))
-        found = {key: own[key] for key in left_open if own[key]}
+    stored = run_config.find(workdir)
+    if stored and stored[0].suffix == ".pth":  # config.json may be of a start that saved nothing
+        own = run_config.flatten(stored[1])
+        if all(own[key] == flat[key] for key in DECISIVE):
+            found = {key: own[key] for key in left_open if own[key]}
     config.update_from_flattened_dict(found)
     if config.data.num_channels == 0:
         found["data.num_channels"] = config.data.num_channels = datasets.measure_channels(config)
+    with torch.device("meta"):  # mistakes of these show before all images are read
+        models.create_model(config)
     measured = method.measure(config, lambda: _mean_norm(config))
     config.update_from_flattened_dict(measured)
     values = ", ".join(f"{key} = {value:.6g}" for key, value in sorted((found | measured).items()))

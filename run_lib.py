@@ -33,6 +33,7 @@ from storage.checkpoints import (
     newest_checkpoint,
     save_checkpoint,
     save_to_resume,
+    written_steps,
 )
 from storage.files import save_npz, save_png
 from storage.tensorboard import TensorBoardWriter
@@ -166,7 +167,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             the folder.
         FloatingPointError: the ODE of a likelihood cannot be solved.
     """
-    config, _ = complete(config, workdir)
+    config, decided = complete(config, workdir)
     run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
     if not any(asked[what] for what in evaluation.PARTS):
         raise ValueError(
@@ -184,6 +185,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         statistics = ReferenceStatistics.build(config, run.device)
     with open_workdir(workdir, folder, main):
         distributed.barrier()  # nobody writes before the main process holds the lock
+        if decided:
+            log.info(decided)
         if main and asked.enable_sampling and statistics.reference is None:
             with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
                 statistics.measure(progress.update)
@@ -229,10 +232,10 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
 
 
 def _check_division(images: int, accumulate: int = 1) -> None:
-    parts = distributed.world() * accumulate
-    if images % parts:
+    shards = distributed.world() * accumulate
+    if images % shards:
         raise ValueError(
-            f"the {images} images of a step cannot be split evenly into {parts} parts "
+            f"the {images} images of a step cannot be split evenly into {shards} shards "
             f"({distributed.world()} processes, training.accumulate={accumulate}); change "
             "training.batch_size or training.small_batch_size"
         )
@@ -253,7 +256,7 @@ def _resume(config, workdir: Path, state: TrainState) -> list[int]:
     fit(state.load_state_dict, content, path, changes)
     for change in changes:
         log.warning(f"the config differs from that of the run: {change}")
-    return [int(step) for step in content.get("written", [])]
+    return written_steps(content, path)
 
 
 def _content(config, state: TrainState, written: list[int]) -> dict:

@@ -72,7 +72,10 @@ class ExponentialMovingAverage:
         ours, given = ([p.shape for p in s["shadow_params"]] for s in (self.state_dict(), state))
         if ours != given:
             raise ValueError("the EMA weights have other shapes than the network's")
-        self.num_updates = state["num_updates"]  # the decay is the config's
+        updates = state["num_updates"]
+        if type(updates) is not int or updates < 0:
+            raise ValueError(f"the EMA's num_updates is no number of updates: {updates!r:.100}")
+        self.num_updates = updates  # the decay is the config's
         for shadow, loaded in zip(self.shadow_params, state["shadow_params"], strict=True):
             shadow.copy_(loaded)
 
@@ -241,7 +244,7 @@ def held_out_loss(
 ) -> Tensor:
     """The loss of `batch` with the weights that the network holds, over all processes.
 
-    It is computed in the micro-batches of a training step, so it needs no more memory. For the
+    It is computed in the micro-batches of a training step where these can be equal. For the
     arguments see `train_step`.
     """
     examples = loss.draw(batch, generator)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sources.batch import Batch
 
 # (x (B, C, H, W), noise_label (B,)) -> a tensor, or the Poisson field. Further conditions, such as
-# class labels, are keyword arguments, which the loss and the sampler bind.
+# class labels, are keyword arguments, which the loss binds.
 Network = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 

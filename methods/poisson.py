@@ -44,7 +44,12 @@ def poisson_range(
 
 
 def range_of(m: int, data_dim: int, sigma: float, tau: float) -> PoissonRange:
-    """z_max and upper_norm for `M = m`; the arguments of `poisson_range`, and its source."""
+    """z_max and upper_norm for `M = m`; arguments, errors and source as of `poisson_range`."""
+    if not (sigma > 0 and tau > 0 and m >= 1 and m * math.log1p(tau) < 700):
+        raise ValueError(
+            f"training.M={m}, training.tau={tau} and model.sigma_end={sigma} are no range of "
+            "perturbations: all must be positive, M at least 1, and (1 + tau)^M a finite number"
+        )
     reach = sigma * (1 + tau) ** m
     return PoissonRange(m, math.sqrt(2 / math.pi) * reach, math.sqrt(data_dim) * reach)
 
@@ -101,8 +106,9 @@ class Poisson(Method):
                 f"sampling.z_min must lie between 0 and sampling.z_max: "
                 f"{sampling.z_min} and {sampling.z_max} do not"
             )
-        if training.M < 1:
-            raise ValueError(f"training.M must be at least 1, not {training.M}")
+        range_of(training.M, 1, config.model.sigma_end, training.tau)  # raises what it must
+        if training.gamma < 0:
+            raise ValueError(f"training.gamma must be at least 0, not {training.gamma}")
         return cls(sigma_end=config.model.sigma_end, **numbers)
 
     @classmethod

@@ -42,6 +42,8 @@ def create_model(config: ConfigDict) -> nn.Module:
         ValueError: an option has an unknown value, two options do not go together, or the levels
             do not divide the image size.
     """
+    if config.data.num_channels < 1:
+        raise ValueError("data.num_channels is open: training measures it at its first start")
     extra = method_class(config).extra_channels
     name = one_of("name", config.model.name, NETWORKS)
     network = NETWORKS[name](config, config.data.num_channels + extra)

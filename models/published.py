@@ -76,13 +76,16 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 
     Args:
         model: network of `create_model`, for the config that the weights were trained with.
-        state_dict: published name to tensor, the names with or without a leading `module.`;
+        state_dict: published name to tensor, with or without a leading `module.` or `model.`;
             `sigmas`, which follow from the config, are skipped.
 
     Raises:
         ValueError: a name is missing or unknown, or a shape is wrong; the message names it.
     """
-    given = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    given = {
+        name.removeprefix("module.").removeprefix("model."): value
+        for name, value in state_dict.items()
+    }
     given.pop("sigmas", None)
     names, parameters = reference_names(model), dict(model.named_parameters())
     for problem, where in (

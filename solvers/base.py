@@ -27,9 +27,9 @@ class Counted:
     def __init__(self, function: Callable[..., Tensor]):
         self.function, self.calls = function, 0
 
-    def __call__(self, *inputs) -> Tensor:
+    def __call__(self, *inputs, **conditions) -> Tensor:
         self.calls += 1
-        return self.function(*inputs)
+        return self.function(*inputs, **conditions)
 
 
 def check_finite(x: Tensor, level: float) -> Tensor:

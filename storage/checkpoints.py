@@ -61,7 +61,21 @@ def load_checkpoint(path: Path) -> dict:
     missing = [k for k in CHECKPOINT_KEYS if not isinstance(state, dict) or k not in state]
     if missing:
         raise ValueError(f"{path} is not a training checkpoint: it has no {', '.join(missing)}")
+    if type(state["step"]) is not int or not 0 <= state["step"] < 2**53:
+        raise ValueError(f"{path} is not a training checkpoint: its step is no number of steps")
     return state
+
+
+def written_steps(checkpoint: dict, path: Path) -> list[int]:
+    """The steps of the numbered checkpoints that the run of `checkpoint`, from `path`, has written.
+
+    Raises:
+        ValueError: the checkpoint holds something else.
+    """
+    steps = checkpoint.get("written", [])
+    if type(steps) is not list or not all(type(step) is int and step >= 0 for step in steps):
+        raise ValueError(f"{path}: `written` holds no steps of checkpoints: {str(steps):.100}")
+    return steps
 
 
 def _check_records(file: BinaryIO) -> None:
@@ -209,7 +223,14 @@ def fit(load: Callable[[dict], None], state: dict, path: Path, changes: list[str
     """
     try:
         load(state)
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         reason = " ".join(str(error).split())
         since = f"; the run's own config differs: {', '.join(changes)}"
         raise ValueError(

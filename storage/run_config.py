@@ -23,7 +23,7 @@ __all__ = ["changes", "differences", "find", "flatten", "load", "restore", "stor
 log = logging.getLogger(__name__)
 
 PRIMITIVES = (str, int, float, bool, type(None))
-REMOVED = UNREAD.keys()  # and whatever else older programs stored and this one has no use for
+REMOVED = UNREAD.keys()  # which configs of older programs have
 
 
 def store(workdir: Path, config: ConfigDict) -> None:
@@ -32,13 +32,13 @@ def store(workdir: Path, config: ConfigDict) -> None:
         file.write(json.dumps(flatten(config), indent=1).encode())
 
 
-def find(workdir: Path) -> tuple[Path, Any] | None:
-    """The stored config of the run in `workdir` and the file that carries it; None without one.
+def find(workdir: Path) -> tuple[Path, ConfigDict] | None:
+    """The config of the run in `workdir` and the file that carries it; None without one.
 
-    It is that of the newest intact checkpoint, else config.json, and has not been checked.
+    It is that of the newest intact checkpoint, else config.json.
 
     Raises:
-        ValueError: config.json is no JSON.
+        ValueError: what the file carries is not a valid config; the message names it.
     """
     newest, _ = resume_paths(workdir)
     for path in (newest, *reversed(numbered_checkpoints(workdir).values())):
@@ -50,14 +50,22 @@ def find(workdir: Path) -> tuple[Path, Any] | None:
             log.warning(f"{error}; looking for the config elsewhere")
             continue
         if "config" in content:
-            return path, content["config"]
+            return path, _restored(path, content["config"])
     path = workdir / "config.json"
     try:
-        return path, json.loads(path.read_bytes())
+        flat = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no config: {error}") from None
+    return path, _restored(path, flat)
+
+
+def _restored(path: Path, flat: Any) -> ConfigDict:
+    try:
+        return restore(flat)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def load(workdir: Path) -> ConfigDict:
@@ -70,11 +78,7 @@ def load(workdir: Path) -> ConfigDict:
         found = find(workdir)
         if found is None:
             raise ValueError(f"nothing in {workdir} carries a config")
-        path, flat = found
-        try:
-            return restore(flat)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return found[1]
     except ValueError as error:
         raise ValueError(f"{error}: --config is needed") from None
 

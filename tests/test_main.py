@@ -299,7 +299,7 @@ MISTAKES = {
     "device": (["--config.device=cud"], "device='cud' cannot be used"),
     "number": (["--config.training.batch_size=0"], "training.batch_size must be at least 1, not 0"),
     "precision": (["--config.training.precision=fp16"], "precision='fp16'; known: fp32, .*bf16"),
-    "parts": (["--config.training.accumulate=7"], "96 images of a step .* into 7 parts"),
+    "parts": (["--config.training.accumulate=7"], "96 images of a step .* into 7 shards"),
     "share": (["--config.model.dropout=2"], "model.dropout must be between 0 and 1, not 2"),
     "tuple": (["--config.model.ch_mult=abc"], "model.ch_mult must be whole numbers.*'abc'"),
 }
