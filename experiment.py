@@ -58,8 +58,8 @@ DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end
 def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]:
     """`config` with the values that it leaves open, and a line that names them, if there are any.
 
-    They are those of the run in `workdir`, where a checkpoint has them and the `DECISIVE` values are
-    the same; else they are measured on the training images.
+    They are those of the run in `workdir`, where a checkpoint has them and the `DECISIVE` values
+    are the same; else they are measured on the training images.
 
     Raises:
         ValueError, OSError: the config is wrong, or the data cannot be read.

@@ -136,7 +136,7 @@ def stored(nf):
 
 def test_the_newest_intact_checkpoint_carries_the_config(tmp_path, caplog):
     newest = tmp_path / "checkpoints-meta/checkpoint.pth"
-    with pytest.raises(ValueError, match="nothing in .* carries a config; name .* as --config"):
+    with pytest.raises(ValueError, match="nothing in .* carries a config: --config is needed"):
         run_config.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model.nf": 1}))
     assert run_config.load(tmp_path).model.nf == 1
