@@ -66,7 +66,7 @@ class Stage(nn.Module):
 class InputSkip(nn.Module):
     """`progressive_input='input_skip'`: the image, halved, joins the features of its size."""
 
-    def __init__(self, image_channels: int, channels: int, *, fir_kernel: Taps, combine: str):
+    def __init__(self, image_channels: int, channels: int, fir_kernel: Taps, combine: str):
         super().__init__()
         self.resample = Halve(fir_kernel)
         self.conv = conv(image_channels, channels, 1)
@@ -115,50 +115,6 @@ class OutputResidual(nn.Module):
     def forward(self, h: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         h = residual_sum(self.up(branch), h, self.skip_rescale)
         return h, h
-
-
-class EncoderLevel(nn.Module):
-    """Stages at one resolution, then, but at the last, the step to half of it."""
-
-    def __init__(
-        self, stages: list[Stage], down: nn.Module | None, progressive_input: nn.Module | None
-    ):
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.down, self.progressive_input = down, progressive_input
-
-    def forward(
-        self, h: Tensor, pyramid: Tensor, emb: Tensor | None, skips: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        for stage in self.stages:
-            h = stage(h, emb)
-            skips.append(h)
-        if self.down is not None:
-            h = self.down(h, emb)
-            if self.progressive_input is not None:
-                h, pyramid = self.progressive_input(h, pyramid)
-            skips.append(h)
-        return h, pyramid
-
-
-class DecoderLevel(nn.Module):
-    """Stages at one resolution, each taking a skip; then, but at the last, the step to twice it."""
-
-    def __init__(self, stages: list[Stage], progressive: nn.Module | None, up: nn.Module | None):
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.progressive, self.up = progressive, up
-
-    def forward(
-        self, h: Tensor, pyramid: Tensor | None, emb: Tensor | None, skips: list[Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        for stage in self.stages:
-            h = stage(h, emb, skips.pop())
-        if self.progressive is not None:
-            h, pyramid = self.progressive(h, pyramid)
-        if self.up is not None:
-            h = self.up(h, emb)
-        return h, pyramid
 
 
 def unet_options(config, out_channels: int) -> dict:
@@ -278,16 +234,16 @@ class NCSNpp(nn.Module):
         sigmas = sigmas.float() if positional and scale_by_sigma else None
         self.register_buffer("sigmas", sigmas, persistent=False)
 
-        attention = partial(
-            Attention,
-            init_scale=init_scale,
-            skip_rescale=skip_rescale,
-            group_width=group_width,
-            checkpoint_activations=checkpoint_activations,
-        )
+        shared = {
+            "init_scale": init_scale,
+            "skip_rescale": skip_rescale,
+            "group_width": group_width,
+            "checkpoint_activations": checkpoint_activations,
+        }
+        attention = partial(Attention, **shared)
         block = partial(
             ResBlock,
-            **attention.keywords,
+            **shared,
             emb_channels=4 * nf,
             act=act,
             dropout=dropout,
@@ -315,6 +271,7 @@ class NCSNpp(nn.Module):
         levels = [(nf * m, image_size // 2**i in attn_resolutions) for i, m in enumerate(ch_mult)]
         coarsest = len(levels) - 1
 
+        # What a level does not have is None: the coarsest has no `down`, the finest no `up`.
         self.encoder = nn.ModuleList()
         width, branch_width, skip_widths = nf, channels, [nf]
         for i, (level_width, attend) in enumerate(levels):
@@ -327,16 +284,15 @@ class NCSNpp(nn.Module):
             if i < coarsest:
                 down = resampled(Downsample, width)
                 if progressive_input == "input_skip":
-                    join = InputSkip(
-                        channels, width, fir_kernel=fir_kernel, combine=progressive_combine
-                    )
+                    join = InputSkip(channels, width, fir_kernel, progressive_combine)
                     width *= 2 if progressive_combine == "cat" else 1
                 elif progressive_input == "residual":
                     branch = Downsample(branch_width, width, fir_kernel=fir_kernel)
                     join = InputResidual(branch, skip_rescale)
                     branch_width = width
                 skip_widths.append(width)
-            self.encoder.append(EncoderLevel(stages, down, join))
+            parts = {"stages": nn.ModuleList(stages), "down": down, "progressive_input": join}
+            self.encoder.append(nn.ModuleDict(parts))
 
         self.middle1 = block(width, width)
         self.middle_attention = attention(width)
@@ -360,7 +316,8 @@ class NCSNpp(nn.Module):
                 grow = OutputResidual(branch, skip_rescale)
             branch_width = width
             up = resampled(Upsample, width) if i > 0 else None
-            self.decoder.append(DecoderLevel(stages, grow, up))
+            parts = {"stages": nn.ModuleList(stages), "progressive": grow, "up": up}
+            self.decoder.append(nn.ModuleDict(parts))
 
         self.head = None
         if progressive != "output_skip":
@@ -378,14 +335,26 @@ class NCSNpp(nn.Module):
         h = self.stem(x)
         skips, pyramid = [h], x
         for level in self.encoder:
-            h, pyramid = level(h, pyramid, emb, skips)
+            for stage in level["stages"]:
+                h = stage(h, emb)
+                skips.append(h)
+            if level["down"] is not None:
+                h = level["down"](h, emb)
+                if level["progressive_input"] is not None:
+                    h, pyramid = level["progressive_input"](h, pyramid)
+                skips.append(h)
 
         h = self.middle_attention(self.middle1(h, emb))
         h = self.middle2(h, emb)
 
         pyramid = None
         for level in self.decoder:
-            h, pyramid = level(h, pyramid, emb, skips)
+            for stage in level["stages"]:
+                h = stage(h, emb, skips.pop())
+            if level["progressive"] is not None:
+                h, pyramid = level["progressive"](h, pyramid)
+            if level["up"] is not None:
+                h = level["up"](h, emb)
         out = pyramid if self.head is None else self.head(h)
 
         if self.scale_by_sigma:
