@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 from torch import Tensor
 
 KERNEL_BLOCK = 1024  # largest block of the kernel distance, tensorflow-gan's
 NEIGHBOURS = 3  # k of precision and recall, the paper's
 CHUNK_NUMBERS = 2**25  # entries of a distance matrix that are in memory at a time: 256 MiB
-
-# --- moments and distances ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,7 @@ def inception_score(logits: NDArray) -> float:
     Args:
         logits: (n, L), up to a constant per row.
     """
-    logits = np.asarray(logits, dtype=np.float64)
-    logits = logits - logits.max(1, keepdims=True)
-    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
     p = np.exp(log_p)
     mean = p.mean(0)
     log_mean = np.log(mean, where=mean > 0, out=np.zeros_like(mean))
@@ -120,9 +117,6 @@ def _block_discrepancy(x: NDArray, y: NDArray) -> float:
 
     within = mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y))
     return within - 2 * kernel(x, y).mean()
-
-
-# --- neighbours -----------------------------------------------------------------------------------
 
 
 def _squared_distances(queries: Tensor, points: Tensor) -> Iterator[Tensor]:
@@ -176,9 +170,6 @@ def precision_recall(
 
 def _double(features: NDArray, device: torch.device | str) -> Tensor:
     return torch.from_numpy(np.asarray(features)).to(device, torch.float64)
-
-
-# --- who computes them ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

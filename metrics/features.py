@@ -12,6 +12,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,23 +147,20 @@ def tensorflow_gan() -> Backend:
     import tensorflow as tf
     from tensorflow_gan.python.eval import classifier_metrics as theirs
 
-    def tensor(x: NDArray):
-        return tf.convert_to_tensor(x, dtype=tf.float64)
+    def call(metric: Callable, *arrays: NDArray, **options) -> float:
+        return float(metric(*(tf.convert_to_tensor(x, tf.float64) for x in arrays), **options))
 
     def frechet(fake: NDArray, gaussian: Gaussian, real: NDArray | None) -> float:
         if real is None:  # theirs takes activations only
             return OURS.frechet_distance(fake, gaussian, real)
-        pair = tensor(real), tensor(fake)
-        return float(theirs.frechet_classifier_distance_from_activations(*pair))
+        return call(theirs.frechet_classifier_distance_from_activations, real, fake)
 
-    def kernel(real: NDArray, fake: NDArray) -> float:
-        pair = tensor(real), tensor(fake)
-        return float(theirs.kernel_classifier_distance_from_activations(*pair, KERNEL_BLOCK))
-
-    def score(logits: NDArray) -> float:
-        return float(theirs.classifier_score_from_logits(tensor(logits)))
-
-    return Backend(inception_score=score, frechet_distance=frechet, kernel_distance=kernel)
+    kernel = theirs.kernel_classifier_distance_from_activations
+    return Backend(
+        inception_score=partial(call, theirs.classifier_score_from_logits),
+        frechet_distance=frechet,
+        kernel_distance=partial(call, kernel, max_block_size=KERNEL_BLOCK),
+    )
 
 
 def _find_saved_model(path: str) -> str:
@@ -234,8 +232,7 @@ def get_features(config, device: torch.device) -> FeatureSpace:
     name, extract, backend = FEATURES[features](config.eval.inception_path, device)
     blank = np.zeros((2, data.image_size, data.image_size, data.num_channels), dtype=np.uint8)
     try:
-        pool_3, _ = extract(blank)
-        width = pool_3.shape[1]
+        width = extract(blank)[0].shape[1]
     except Exception as error:  # an untrusted network fails in any way
         raise ValueError(
             f"eval.features={features!r}: the network at {config.eval.inception_path or name} does "

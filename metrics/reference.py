@@ -47,8 +47,7 @@ class Reference:
     def measure(cls, blocks: Iterable[NDArray], count: int, keep: int) -> "Reference":
         """From features of `count` images that come in blocks (n_i, K), `keep` of them kept."""
         index = np.random.default_rng(0).permutation(count)[:keep]
-        chosen = np.zeros(count, dtype=bool)
-        chosen[index] = True
+        chosen = np.isin(np.arange(count), index)
         kept = []
 
         def keeping() -> Iterator[NDArray]:

@@ -7,23 +7,18 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from methods import method_class
-from models.ddpm import DDPM
+from models.ddpm import create_ddpm
 from models.layers import one_of
 from models.ncsn import RefineNet
 from models.ncsnpp import NCSNpp
 from models.published import load_reference_state_dict, reference_names
 
-__all__ = [
-    "NETWORKS",
-    "create_model",
-    "load_reference_state_dict",
-    "reference_names",
-]
+__all__ = ["NETWORKS", "create_model", "load_reference_state_dict", "reference_names"]
 
 # model.name -> what builds it: (config, number of channels it gives) -> network.
 NETWORKS: dict[str, Callable[[ConfigDict, int], nn.Module]] = {
     "ncsnpp": NCSNpp.from_config,
-    "ddpm": DDPM.from_config,
+    "ddpm": create_ddpm,
     "ncsn": partial(RefineNet.from_config, layout="64", conditional=True),
     "ncsnv2_64": partial(RefineNet.from_config, layout="64"),
     "ncsnv2_128": partial(RefineNet.from_config, layout="128"),

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from op import upfirdn2d
 
 Activation = Callable[[Tensor], Tensor]
+Taps = Sequence[float] | None  # of a resampling filter
 
 ACTIVATIONS: dict[str, Activation] = {
     "elu": F.elu,
@@ -34,13 +36,15 @@ def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
     return value
 
 
-def check_whole(option: str, values: Sequence[int]) -> None:
+def check_whole(model: ConfigDict, *options: str) -> None:
     """Command lines can put anything into a tuple, and a network of no levels is no network."""
-    if not values or not all(isinstance(value, int) and value >= 1 for value in values):
-        raise ValueError(
-            f"model.{option} must be whole numbers of at least 1, not "
-            f"{', '.join(map(repr, values)) or 'nothing'}"
-        )
+    for option in options:
+        values = model[option] if option == "ch_mult" else (model[option],)
+        if not values or not all(isinstance(value, int) and value >= 1 for value in values):
+            raise ValueError(
+                f"model.{option} must be whole numbers of at least 1, not "
+                f"{', '.join(map(repr, values)) or 'nothing'}"
+            )
 
 
 def check_size(height: int, width: int, *, halvings: int) -> None:
@@ -140,40 +144,42 @@ class PositionalFeatures(nn.Module):
         return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.size % 2))
 
 
-def _fir_filter(taps: Sequence[float] | None, gain: float) -> Tensor | None:
-    """The separable filter (len, len) of `taps`, its entries summing to `gain`."""
-    if taps is None:
-        return None
-    taps = torch.tensor(taps, dtype=torch.float32)
-    return torch.outer(taps, taps) * (gain / taps.sum() ** 2)
+class _Filter(nn.Module):
+    """The separable filter (len, len) of the taps `fir_kernel`, its entries summing to `gain`."""
+
+    gain: int
+
+    def __init__(self, fir_kernel: Taps = None):
+        super().__init__()
+        kernel = None
+        if fir_kernel is not None:
+            taps = torch.tensor(fir_kernel, dtype=torch.float32)
+            kernel = torch.outer(taps, taps) * (self.gain / taps.sum() ** 2)
+        self.register_buffer("kernel", kernel, persistent=False)
 
 
-class Double(nn.Module):
+class Double(_Filter):
     """(B, C, H, W) to (B, C, 2H, 2W): by the filter of `fir_kernel`, or by repeating pixels."""
 
-    def __init__(self, fir_kernel: Sequence[float] | None = None):
-        super().__init__()
-        self.register_buffer("kernel", _fir_filter(fir_kernel, gain=4), persistent=False)
+    gain = 4
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
             return F.interpolate(x, scale_factor=2)
-        p = len(self.kernel) - 2
-        return upfirdn2d(x, self.kernel, up=2, pad=((p + 1) // 2 + 1, p // 2))
+        n = len(self.kernel)
+        return upfirdn2d(x, self.kernel, up=2, pad=((n + 1) // 2, n // 2 - 1))
 
 
-class Halve(nn.Module):
+class Halve(_Filter):
     """(B, C, H, W) to (B, C, H/2, W/2): by the filter of `fir_kernel`, or by 2x2 means."""
 
-    def __init__(self, fir_kernel: Sequence[float] | None = None):
-        super().__init__()
-        self.register_buffer("kernel", _fir_filter(fir_kernel, gain=1), persistent=False)
+    gain = 1
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
             return F.avg_pool2d(x, 2)
-        p = len(self.kernel) - 2
-        return upfirdn2d(x, self.kernel, down=2, pad=((p + 1) // 2, p // 2))
+        n = len(self.kernel)
+        return upfirdn2d(x, self.kernel, down=2, pad=((n - 1) // 2, n // 2 - 1))
 
 
 class _Resampling(nn.Module):
@@ -182,7 +188,7 @@ class _Resampling(nn.Module):
     Called like a residual block; the embedding is not used.
     """
 
-    filter: type[nn.Module]
+    filter: type[_Filter]
     conv_options: dict = {}
 
     def __init__(
@@ -191,7 +197,7 @@ class _Resampling(nn.Module):
         out_channels: int,
         *,
         with_conv: bool = True,
-        fir_kernel: Sequence[float] | None = None,
+        fir_kernel: Taps = None,
     ):
         super().__init__()
         self.resample = self.filter(fir_kernel)
@@ -210,9 +216,8 @@ class Upsample(_Resampling):
             # filter comes last, so that the border is padded once (Karras et al., StyleGAN2).
             weight = self.fir_conv.weight.transpose(0, 1).flip(2, 3)
             h = F.conv_transpose2d(x, weight, stride=2)
-            kernel = self.resample.kernel
-            p = len(kernel) - 4
-            h = upfirdn2d(h, kernel, pad=((p + 1) // 2 + 1, p // 2 + 1))
+            n = len(self.resample.kernel)
+            h = upfirdn2d(h, self.resample.kernel, pad=((n - 1) // 2, n // 2 - 1))
             return h + self.fir_conv.bias[:, None, None]
         h = self.resample(x)
         return h if self.conv is None else self.conv(h)
@@ -228,9 +233,9 @@ class Downsample(_Resampling):
         if self.conv is not None:
             return self.conv(F.pad(x, (0, 1, 0, 1)))
         if self.fir_conv is not None:
-            kernel = self.resample.kernel
-            p = len(kernel)
-            return self.fir_conv(upfirdn2d(x, kernel, pad=((p + 1) // 2, p // 2)))
+            n = len(self.resample.kernel)
+            h = upfirdn2d(x, self.resample.kernel, pad=((n + 1) // 2, n // 2))
+            return self.fir_conv(h)
         return self.resample(x)
 
 

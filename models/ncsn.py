@@ -40,7 +40,7 @@ class Level(NamedTuple):
     dilation: int = 1
 
 
-LAYOUTS: dict[str, tuple[Level, ...]] = {
+LAYOUTS = {
     "64": (
         Level("res1", "refine4", 1),
         Level("res2", "refine3", 2),
@@ -54,22 +54,12 @@ LAYOUTS: dict[str, tuple[Level, ...]] = {
         Level("res4", "refine2", 4, dilation=2),
         Level("res5", "refine1", 4, dilation=4),
     ),
-    "256": (
-        Level("res1", "refine5", 1),
-        Level("res2", "refine4", 2),
-        Level("res3", "refine3", 2),
-        Level("res31", "refine31", 2),
-        Level("res4", "refine2", 4, dilation=2),
-        Level("res5", "refine1", 4, dilation=4),
-    ),
 }
+LAYOUTS["256"] = (*LAYOUTS["128"][:3], Level("res31", "refine31", 2), *LAYOUTS["128"][3:])
 
 
-def conv3x3(
-    in_channels: int, out_channels: int, *, dilation: int = 1, bias: bool = True
-) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the resolution whatever its dilation."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=bias)
+# It keeps the resolution whatever its dilation.
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding="same")
 
 
 class InstanceNormPlus(nn.Module):
@@ -160,19 +150,17 @@ class ResidualUnits(nn.ModuleDict):
 
     def __init__(self, channels: int, *, units: int, norm: Norm | None, act: Activation):
         super().__init__()
-        self.layers = [[f"{i}_{j}" for j in (1, 2)] for i in range(1, units + 1)]
-        for layer in (layer for unit in self.layers for layer in unit):
-            if norm is not None:
+        self.units, self.normed, self.act = range(1, units + 1), norm is not None, act
+        for layer in (f"{i}_{j}" for i in self.units for j in (1, 2)):
+            if self.normed:
                 self[f"{layer}_norm"] = norm(channels)
             self[f"{layer}_conv"] = conv3x3(channels, channels, bias=False)
-        self.normed, self.act = norm is not None, act
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        for unit in self.layers:
+        for i in self.units:
             h = x
-            for layer in unit:
-                if self.normed:
-                    h = self[f"{layer}_norm"](h, labels)
+            for layer in (f"{i}_1", f"{i}_2"):
+                h = self[f"{layer}_norm"](h, labels) if self.normed else h
                 h = self[f"{layer}_conv"](self.act(h))
             x = h.add_(x)
         return x
@@ -189,8 +177,7 @@ class MultiResolutionFusion(nn.Module):
     def forward(self, features: list[Tensor], labels: Tensor) -> Tensor:
         total, size = 0, features[0].shape[2:]
         for i, h in enumerate(features):
-            h = h if self.norms is None else self.norms[i](h, labels)
-            h = self.convs[i](h)
+            h = self.convs[i](h if self.norms is None else self.norms[i](h, labels))
             total = total + F.interpolate(h, size=size, mode="bilinear", align_corners=True)
         return total
 
@@ -269,22 +256,22 @@ class RefineNet(nn.Module):
     ) -> Self:
         """The network that `config.model` describes; see `NETWORKS`."""
         data, model = config.data, config.model
-        check_whole("nf", (model.nf,))
-        check_whole("num_scales", (model.num_scales,))
+        check_whole(model, "nf", "num_scales")
+        problem = None
         if out_channels != data.num_channels:
-            raise ValueError(
-                f"model.name = {model.name!r} gives the channels of the image and no more, as "
-                "the Poisson field needs; use 'ncsnpp' or 'ddpm'"
+            problem = (
+                "gives the channels of the image and no more, as the Poisson field needs; use "
+                "'ncsnpp' or 'ddpm'"
             )
-        if config.training.continuous:
-            raise ValueError(
-                f"model.name = {model.name!r} numbers its noise levels; it needs "
-                "training.continuous = False, or use 'ncsnpp' or 'ddpm'"
+        elif config.training.continuous:
+            problem = (
+                "numbers its noise levels; it needs training.continuous = False, or use 'ncsnpp' "
+                "or 'ddpm'"
             )
-        if model.scale_by_sigma == conditional:
-            raise ValueError(
-                f"model.name = {model.name!r} has model.scale_by_sigma = {not conditional}"
-            )
+        elif model.scale_by_sigma == conditional:
+            problem = f"has model.scale_by_sigma = {not conditional}"
+        if problem:
+            raise ValueError(f"model.name = {model.name!r} {problem}")
         if model.checkpoint_activations:
             raise ValueError(
                 "model.checkpoint_activations is for the networks 'ncsnpp' and 'ddpm', "

@@ -17,6 +17,7 @@ from models.layers import (
     Halve,
     PositionalFeatures,
     ResBlock,
+    Taps,
     Upsample,
     check_size,
     check_whole,
@@ -65,9 +66,7 @@ class Stage(nn.Module):
 class InputSkip(nn.Module):
     """`progressive_input='input_skip'`: the image, halved, joins the features of its size."""
 
-    def __init__(
-        self, image_channels: int, channels: int, *, fir_kernel: Sequence | None, combine: str
-    ):
+    def __init__(self, image_channels: int, channels: int, fir_kernel: Taps, combine: str):
         super().__init__()
         self.resample = Halve(fir_kernel)
         self.conv = conv(image_channels, channels, 1)
@@ -82,12 +81,9 @@ class InputSkip(nn.Module):
 class InputResidual(nn.Module):
     """`progressive_input='residual'`: a branch from the image is summed with the features."""
 
-    def __init__(
-        self, in_channels: int, channels: int, *, fir_kernel: Sequence | None, skip_rescale: bool
-    ):
+    def __init__(self, down: Downsample, skip_rescale: bool):
         super().__init__()
-        self.down = Downsample(in_channels, channels, fir_kernel=fir_kernel)
-        self.skip_rescale = skip_rescale
+        self.down, self.skip_rescale = down, skip_rescale
 
     def forward(self, h: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         h = residual_sum(self.down(branch), h, self.skip_rescale)
@@ -95,7 +91,10 @@ class InputResidual(nn.Module):
 
 
 class OutputSkip(nn.Module):
-    """`progressive='output_skip'`: every level adds to an image that doubles with each."""
+    """`progressive='output_skip'`: every level adds to an image that doubles with each.
+
+    `progressive='residual'` has one at the coarsest level, where its branch begins.
+    """
 
     def __init__(self, head: Head, resample: Double):
         super().__init__()
@@ -107,90 +106,32 @@ class OutputSkip(nn.Module):
 
 
 class OutputResidual(nn.Module):
-    """`progressive='residual'`: a branch to the output is summed with the features.
+    """`progressive='residual'`: a branch to the output is summed with the features."""
 
-    At the coarsest level, which is the one with a `head`, the branch begins.
-    """
-
-    def __init__(self, *, head: Head | None, up: Upsample | None, skip_rescale: bool):
+    def __init__(self, up: Upsample, skip_rescale: bool):
         super().__init__()
-        self.head, self.up = head, up
-        self.skip_rescale = skip_rescale
+        self.up, self.skip_rescale = up, skip_rescale
 
-    def forward(self, h: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.head is not None:
-            return h, self.head(h)
+    def forward(self, h: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         h = residual_sum(self.up(branch), h, self.skip_rescale)
         return h, h
-
-
-class EncoderLevel(nn.Module):
-    """Stages at one resolution, then, but at the last, the step to half of it."""
-
-    def __init__(
-        self, stages: list[Stage], down: nn.Module | None, progressive_input: nn.Module | None
-    ):
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.down, self.progressive_input = down, progressive_input
-
-    def forward(
-        self, h: Tensor, pyramid: Tensor, emb: Tensor | None, skips: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        for stage in self.stages:
-            h = stage(h, emb)
-            skips.append(h)
-        if self.down is not None:
-            h = self.down(h, emb)
-            if self.progressive_input is not None:
-                h, pyramid = self.progressive_input(h, pyramid)
-            skips.append(h)
-        return h, pyramid
-
-
-class DecoderLevel(nn.Module):
-    """Stages at one resolution, each taking a skip; then, but at the last, the step to twice it."""
-
-    def __init__(self, stages: list[Stage], progressive: nn.Module | None, up: nn.Module | None):
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.progressive, self.up = progressive, up
-
-    def forward(
-        self, h: Tensor, pyramid: Tensor | None, emb: Tensor | None, skips: list[Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        for stage in self.stages:
-            h = stage(h, emb, skips.pop())
-        if self.progressive is not None:
-            h, pyramid = self.progressive(h, pyramid)
-        if self.up is not None:
-            h = self.up(h, emb)
-        return h, pyramid
 
 
 def unet_options(config, out_channels: int) -> dict:
     """The arguments that every U-Net here takes from `config`; ValueError where one is unusable."""
     data, model = config.data, config.model
-    check_whole("nf", (model.nf,))
-    check_whole("num_scales", (model.num_scales,))
-    check_whole("ch_mult", model.ch_mult)
-    check_whole("num_res_blocks", (model.num_res_blocks,))
-    return {
+    check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
+    as_they_are = ("nf", "num_res_blocks", "conditional", "resamp_with_conv", "dropout")
+    as_they_are += ("scale_by_sigma", "checkpoint_activations")
+    return {name: model[name] for name in as_they_are} | {
         "image_size": data.image_size,
         "channels": data.num_channels,
         "out_channels": out_channels,
         "centered": data.centered,
-        "nf": model.nf,
         "nonlinearity": model.nonlinearity.lower(),
         "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
         "ch_mult": tuple(model.ch_mult),
-        "num_res_blocks": model.num_res_blocks,
         "attn_resolutions": tuple(model.attn_resolutions),
-        "conditional": model.conditional,
-        "resamp_with_conv": model.resamp_with_conv,
-        "dropout": model.dropout,
-        "scale_by_sigma": model.scale_by_sigma,
-        "checkpoint_activations": model.checkpoint_activations,
     }
 
 
@@ -232,20 +173,19 @@ class NCSNpp(nn.Module):
     def from_config(cls, config, out_channels: int) -> Self:
         """The network that `config.model` describes; see `NETWORKS`."""
         model = config.model
-        if model.embedding_type.lower() == "fourier" and not config.training.continuous:
+        words = ("embedding_type", "resblock_type")
+        words += ("progressive", "progressive_input", "progressive_combine")
+        chosen = {option: model[option].lower() for option in words}
+        if chosen["embedding_type"] == "fourier" and not config.training.continuous:
             raise ValueError(
                 "model.embedding_type = 'fourier' takes the log of a noise level, but with "
                 "training.continuous = False the levels are numbered from 0; use 'positional'"
             )
         return cls(
             **unet_options(config, out_channels),
-            embedding_type=model.embedding_type.lower(),
+            **chosen,
             fourier_scale=model.fourier_scale,
-            resblock_type=model.resblock_type.lower(),
             fir_kernel=tuple(model.fir_kernel) if model.fir else None,
-            progressive=model.progressive.lower(),
-            progressive_input=model.progressive_input.lower(),
-            progressive_combine=model.progressive_combine.lower(),
             init_scale=model.init_scale,
             skip_rescale=model.skip_rescale,
         )
@@ -264,7 +204,7 @@ class NCSNpp(nn.Module):
         conditional: bool = True,
         resblock_type: str = "biggan",
         resamp_with_conv: bool = True,
-        fir_kernel: Sequence[float] | None = None,
+        fir_kernel: Taps = None,
         progressive: str = "none",
         progressive_input: str = "none",
         progressive_combine: str = "sum",
@@ -287,48 +227,38 @@ class NCSNpp(nn.Module):
         one_of("progressive_combine", progressive_combine, ("cat", "sum"))
         act = ACTIVATIONS[one_of("nonlinearity", nonlinearity, ACTIVATIONS)]
 
-        self.act, self.centered = act, centered
-        self.conditional, self.scale_by_sigma = conditional, scale_by_sigma
+        self.act, self.centered, self.scale_by_sigma = act, centered, scale_by_sigma
         self.halvings = len(ch_mult) - 1
         check_size(image_size, image_size, halvings=self.halvings)
         positional = embedding_type == "positional"
         sigmas = sigmas.float() if positional and scale_by_sigma else None
         self.register_buffer("sigmas", sigmas, persistent=False)
 
+        shared = {
+            "init_scale": init_scale,
+            "skip_rescale": skip_rescale,
+            "group_width": group_width,
+            "checkpoint_activations": checkpoint_activations,
+        }
+        attention = partial(Attention, **shared)
         block = partial(
             ResBlock,
+            **shared,
             emb_channels=4 * nf,
             act=act,
             dropout=dropout,
-            init_scale=init_scale,
-            skip_rescale=skip_rescale,
             nin_shortcut=resblock_type == "ddpm",
-            group_width=group_width,
-            checkpoint_activations=checkpoint_activations,
-        )
-        attention = partial(
-            Attention,
-            init_scale=init_scale,
-            skip_rescale=skip_rescale,
-            group_width=group_width,
-            checkpoint_activations=checkpoint_activations,
         )
         head = partial(Head, act=act, group_width=group_width)
-        resampling = {"with_conv": resamp_with_conv, "fir_kernel": fir_kernel}
 
         def stage(in_channels: int, out_channels: int, *, attend: bool) -> Stage:
             resnet = block(in_channels, out_channels)
             return Stage(resnet, attention(out_channels) if attend else None)
 
-        def halve(width: int) -> nn.Module:
+        def resampled(to: type[Downsample] | type[Upsample], width: int) -> nn.Module:
             if resblock_type == "biggan":
-                return block(width, width, resample=Halve(fir_kernel))
-            return Downsample(width, width, **resampling)
-
-        def double(width: int) -> nn.Module:
-            if resblock_type == "biggan":
-                return block(width, width, resample=Double(fir_kernel))
-            return Upsample(width, width, **resampling)
+                return block(width, width, resample=to.filter(fir_kernel))
+            return to(width, width, with_conv=resamp_with_conv, fir_kernel=fir_kernel)
 
         # The parts are made in the order of the diagram, which is that of the published weights.
         self.features = PositionalFeatures(nf) if positional else FourierFeatures(nf, fourier_scale)
@@ -341,6 +271,7 @@ class NCSNpp(nn.Module):
         levels = [(nf * m, image_size // 2**i in attn_resolutions) for i, m in enumerate(ch_mult)]
         coarsest = len(levels) - 1
 
+        # What a level does not have is None: the coarsest has no `down`, the finest no `up`.
         self.encoder = nn.ModuleList()
         width, branch_width, skip_widths = nf, channels, [nf]
         for i, (level_width, attend) in enumerate(levels):
@@ -351,19 +282,17 @@ class NCSNpp(nn.Module):
                 skip_widths.append(width)
             down = join = None
             if i < coarsest:
-                down = halve(width)
+                down = resampled(Downsample, width)
                 if progressive_input == "input_skip":
-                    join = InputSkip(
-                        channels, width, fir_kernel=fir_kernel, combine=progressive_combine
-                    )
+                    join = InputSkip(channels, width, fir_kernel, progressive_combine)
                     width *= 2 if progressive_combine == "cat" else 1
                 elif progressive_input == "residual":
-                    join = InputResidual(
-                        branch_width, width, fir_kernel=fir_kernel, skip_rescale=skip_rescale
-                    )
+                    branch = Downsample(branch_width, width, fir_kernel=fir_kernel)
+                    join = InputResidual(branch, skip_rescale)
                     branch_width = width
                 skip_widths.append(width)
-            self.encoder.append(EncoderLevel(stages, down, join))
+            parts = {"stages": nn.ModuleList(stages), "down": down, "progressive_input": join}
+            self.encoder.append(nn.ModuleDict(parts))
 
         self.middle1 = block(width, width)
         self.middle_attention = attention(width)
@@ -380,16 +309,15 @@ class NCSNpp(nn.Module):
             if progressive == "output_skip":
                 update = head(width, out_channels, init_scale=init_scale)
                 grow = OutputSkip(update, Double(fir_kernel))
+            elif progressive == "residual" and i == coarsest:
+                grow = OutputSkip(head(width, width, init_scale=1.0), Double(fir_kernel))
             elif progressive == "residual":
-                grow = OutputResidual(
-                    head=head(width, width, init_scale=1.0) if i == coarsest else None,
-                    up=Upsample(branch_width, width, fir_kernel=fir_kernel)
-                    if i < coarsest
-                    else None,
-                    skip_rescale=skip_rescale,
-                )
-                branch_width = width
-            self.decoder.append(DecoderLevel(stages, grow, double(width) if i > 0 else None))
+                branch = Upsample(branch_width, width, fir_kernel=fir_kernel)
+                grow = OutputResidual(branch, skip_rescale)
+            branch_width = width
+            up = resampled(Upsample, width) if i > 0 else None
+            parts = {"stages": nn.ModuleList(stages), "progressive": grow, "up": up}
+            self.decoder.append(nn.ModuleDict(parts))
 
         self.head = None
         if progressive != "output_skip":
@@ -397,30 +325,39 @@ class NCSNpp(nn.Module):
 
     def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
         check_size(*x.shape[2:], halvings=self.halvings)
-        emb = self._embed(noise_label, x.dtype) if self.conditional else None
+        emb = None  # (B, 4 nf), activated, as all blocks take it
+        if self.dense1 is not None:
+            emb = self.dense1(self.features(noise_label).to(x.dtype))
+            emb = self.act(self.dense2(self.act(emb)))
         if not self.centered:
             x = 2 * x - 1
 
         h = self.stem(x)
         skips, pyramid = [h], x
         for level in self.encoder:
-            h, pyramid = level(h, pyramid, emb, skips)
+            for stage in level["stages"]:
+                h = stage(h, emb)
+                skips.append(h)
+            if level["down"] is not None:
+                h = level["down"](h, emb)
+                if level["progressive_input"] is not None:
+                    h, pyramid = level["progressive_input"](h, pyramid)
+                skips.append(h)
 
-        h = self.middle1(h, emb)
-        h = self.middle_attention(h)
+        h = self.middle_attention(self.middle1(h, emb))
         h = self.middle2(h, emb)
 
         pyramid = None
         for level in self.decoder:
-            h, pyramid = level(h, pyramid, emb, skips)
+            for stage in level["stages"]:
+                h = stage(h, emb, skips.pop())
+            if level["progressive"] is not None:
+                h, pyramid = level["progressive"](h, pyramid)
+            if level["up"] is not None:
+                h = level["up"](h, emb)
         out = pyramid if self.head is None else self.head(h)
 
         if self.scale_by_sigma:
             sigma = noise_label if self.sigmas is None else self.sigmas[noise_label.long()]
             out = out / sigma.to(out.dtype)[:, None, None, None]
         return out
-
-    def _embed(self, noise_label: Tensor, dtype: torch.dtype) -> Tensor:
-        """The label's embedding (B, 4 nf), activated, as all blocks take it."""
-        emb = self.dense1(self.features(noise_label).to(dtype))
-        return self.act(self.dense2(self.act(emb)))

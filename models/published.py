@@ -97,16 +97,12 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
             raise ValueError(
                 f"the weights {problem} {where[0]!r}{more}; use the config they were trained with"
             )
-    _copy({name: (parameters[own], given[name]) for name, own in names.items()})
-
-
-@torch.no_grad()
-def _copy(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    for name, (parameter, value) in pairs.items():
-        if value.shape != parameter.shape:
+    for name, own in names.items():
+        if given[name].shape != parameters[own].shape:
             raise ValueError(
-                f"weight {name!r} has shape {tuple(value.shape)}, the network's has "
-                f"{tuple(parameter.shape)}; use the config it was trained with"
+                f"weight {name!r} has shape {tuple(given[name].shape)}, the network's has "
+                f"{tuple(parameters[own].shape)}; use the config it was trained with"
             )
-    for parameter, value in pairs.values():
-        parameter.copy_(value)
+    with torch.no_grad():
+        for name, own in names.items():
+            parameters[own].copy_(given[name])

@@ -43,13 +43,12 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
         if (path := folder / f"{name}_{k}.png").exists()
     ]
     scalars = read_scalars(workdir / "tensorboard")
-    data, parameters = config.data, sum(p.numel() for p in run.state.parameters)
-    name = data_name(config)
-    channels = "grey" if data.num_channels == 1 else "colour"
+    parameters = sum(p.numel() for p in run.state.parameters)
+    size, channels = config.data.image_size, config.data.num_channels
     facts = {
         "method": type(run.method).__name__,
         "network": f"{config.model.name}, {parameters:,} parameters",
-        "data": f"{name}, {data.image_size} × {data.image_size}, {channels}",
+        "data": f"{data_name(config)}, {size} × {size}, {'grey' if channels == 1 else 'colour'}",
         "checkpoint": f"step {run.state.step:,}, EMA weights",
         "sampler": f"{config.sampling.method}, {config.sampling.get('ode_solver', '')}",
         "evaluated": time.strftime("%Y-%m-%d"),

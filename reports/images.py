@@ -27,15 +27,13 @@ def image_grid(
 
     Images smaller than `min_size` are enlarged by a whole factor; `gap` pixels lie between them.
     """
-    n, height, width, channels = images.shape
+    n, height, width, _ = images.shape
     factor = max(1, math.ceil(min_size / min(height, width)))
-    images = np.broadcast_to(images, (n, height, width, 3)) if channels == 1 else images
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    cell_height, cell_width = height * factor + gap, width * factor + gap
-    grid = np.full((rows * cell_height + gap, columns * cell_width + gap, 3), 128, dtype=np.uint8)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * cell_height, gap + i % columns * cell_width
-        grid[top : top + height * factor, left : left + width * factor] = image
-    return grid
+    height, width = height * factor + gap, width * factor + gap  # with the gap before each
+    cells = np.full((rows * columns, height, width, 3), 128, dtype=np.uint8)
+    cells[:n, gap:, gap:] = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    grid = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    grid = grid.reshape(rows * height, columns * width, 3)
+    return np.pad(grid, ((0, gap), (0, gap), (0, 0)), constant_values=128)

@@ -51,7 +51,11 @@ def render(
         config: every setting, as nested mappings.
     """
     report = reports[shown]
-    figures = [_figure(_image(p), p.title, p.caption) for p in pictures]
+    figures = []
+    for p in pictures:
+        data = base64.b64encode(p.png).decode("ascii")
+        image = f'<img alt="{escape(p.title)}" src="data:image/png;base64,{data}">'
+        figures.append(_figure(image, p.title, p.caption))
     if loss := loss_plot(curves):
         caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
         figures.append(_figure(loss, "Loss", caption))
@@ -60,16 +64,13 @@ def render(
         caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
         figures.append(_figure(histogram(bits, "bits/dim"), "Likelihood", caption))
     numbered = "".join(f.replace("<b>", f"<b>Figure {i}. ", 1) for i, f in enumerate(figures, 1))
-    listed = "".join(
-        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()
-    )
     body = [
-        f"<header><h1>{escape(title)}</h1><dl class=facts>{listed}</dl></header>",
+        f"<header><h1>{escape(title)}</h1><dl class=facts>{_pairs(facts)}</dl></header>",
         _cards(report),
         _section("Checkpoints", _table(reports, shown) + _trends(reports)),
         _section("Figures", f"<div class=figures>{numbered}</div>"),
         _section("Cost", _cost(report)),
-        _section("Settings", "".join(_settings(config))),
+        _section("Settings", _settings(config)),
     ]
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
@@ -79,11 +80,20 @@ def render(
     )
 
 
+def _pairs(pairs: Mapping) -> str:
+    return "".join(
+        f"<div><dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd></div>"
+        for key, value in pairs.items()
+    )
+
+
+def _html_table(names: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
 def _section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>\n" if content else ""
-
-
-# --- numbers --------------------------------------------------------------------------------------
 
 
 def _label(metric: Metric, report: Report) -> str:
@@ -127,7 +137,6 @@ def _table(reports: Mapping[int, Report], shown: int) -> str:
     names = [
         f"{_label(m, reports[shown])}\u00a0{'↓' if m.better < 0 else '↑'}" for m in metrics.values()
     ]
-    head = "".join(f"<th>{escape(n)}</th>" for n in ("checkpoint", "step", "samples", *names))
     rows = []
     for k, report in reports.items():
         mark = " class=shown" if k == shown and len(reports) > 1 else ""
@@ -136,10 +145,8 @@ def _table(reports: Mapping[int, Report], shown: int) -> str:
             value = number(report[key]) if key in report else ""
             cells.append(f"<td{' class=best' if best.get(key) == k else ''}>{value}</td>")
         rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
-    return (
-        f"<div class=wide><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    table = _html_table(("checkpoint", "step", "samples", *names), rows)
+    return f"<div class=wide>{table}</div>"
 
 
 def _best(reports: Mapping[int, Report], key: str) -> int | None:
@@ -154,8 +161,7 @@ def _trends(reports: Mapping[int, Report]) -> str:
     plots = []
     for key, metric in _compared(reports).items():
         having = [r for r in reports.values() if key in r]
-        points = [(float(r["step"]), float(r[key])) for r in having]
-        points = [p for p in points if math.isfinite(p[1])]
+        points = [(float(r["step"]), float(r[key])) for r in having if math.isfinite(r[key])]
         if len(points) > 1:
             label = _label(metric, having[0])
             arrow = "lower is better" if metric.better < 0 else "higher is better"
@@ -177,8 +183,8 @@ def _cost(report: Report) -> str:
     for what, *values in rows:
         cells = "".join(f"<td>{number(round(float(v), 1))}</td>" for v in values)
         lines.append(f"<tr><td>{what}</td>{cells}</tr>")
-    head = "<tr><th></th><th>images</th><th>network evaluations</th><th>seconds</th></tr>"
-    table = f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>" if rows else ""
+    names = ("", "images", "network evaluations", "seconds")
+    table = _html_table(names, lines) if rows else ""
     seconds = number(round(float(report["seconds"]), 1))
     return (
         f"<div class=wide>{table}</div><p class=note>{seconds} seconds for this checkpoint since "
@@ -186,30 +192,17 @@ def _cost(report: Report) -> str:
     )
 
 
-def _settings(config: Mapping) -> list[str]:
+def _settings(config: Mapping) -> str:
     """One folded list for each section of the config, and one for what is in none."""
     sections = {name: value for name, value in config.items() if isinstance(value, Mapping)}
     alone = {name: value for name, value in config.items() if name not in sections}
     lists = []
     for name, values in {"general": alone, **sections}.items():
-        items = "".join(
-            f"<div><dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd></div>"
-            for key, value in sorted(values.items())
-        )
-        lists.append(
-            f"<details><summary>{escape(name)}</summary><dl class=pairs>{items}</dl></details>"
-        )
-    return lists
-
-
-# --- figures --------------------------------------------------------------------------------------
+        pairs = f"<dl class=pairs>{_pairs(dict(sorted(values.items())))}</dl>"
+        lists.append(f"<details><summary>{escape(name)}</summary>{pairs}</details>")
+    return "".join(lists)
 
 
 def _figure(content: str, title: str, caption: str) -> str:
     words = f"<figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption>"
     return f"<figure>{content}{words}</figure>"
-
-
-def _image(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode("ascii")
-    return f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Points = Sequence[tuple[float, float]]
+Size = tuple[int, int]
 
-WIDTH, HEIGHT = 520, 260  # of a large plot, in its own units
-SMALL = (300, 190)
+LARGE, SMALL = (520, 260), (300, 190)  # width and height of a plot, in its own units
 MARGIN = (58, 14, 14, 36)  # left, right, top, bottom: where the axes' numbers are
 MOST_POINTS = 400  # of a curve; more are averaged
 MOST_COLUMNS = 40  # of a histogram
@@ -67,7 +67,12 @@ def _axis(values: Sequence[float], start: float, end: float, logarithmic: bool =
     return Axis(low, high, start, end, logarithmic)
 
 
-def _frame(size: tuple[int, int], x: Axis, y: Axis, name: str, marks: str) -> str:
+def _axes(size: Size, xs: Sequence[float], ys: Sequence[float], logarithmic=False) -> list[Axis]:
+    (width, height), (left, right, top, bottom) = size, MARGIN
+    return [_axis(xs, left, width - right), _axis(ys, height - bottom, top, logarithmic)]
+
+
+def _frame(size: Size, x: Axis, y: Axis, name: str, marks: str) -> str:
     """A plot: `marks` over the grid and numbers of its axes."""
     width, height = size
     left, right, _, bottom = MARGIN
@@ -94,12 +99,6 @@ def _tick(value: float) -> str:
     return f"{value:.3g}".replace("-", "−")
 
 
-def _area(size: tuple[int, int]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """From where to where x and y go, in a plot's own units."""
-    (width, height), (left, right, top, bottom) = size, MARGIN
-    return (left, width - right), (height - bottom, top)
-
-
 def _path(points: Points) -> str:
     return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
@@ -118,9 +117,7 @@ def loss_plot(curves: Mapping[str, Points]) -> str:
         return ""
     values = [value for _, value in (*train, *test)]
     logarithmic = min(values) > 0 and max(values) > 8 * min(values)
-    across, up = _area((WIDTH, HEIGHT))
-    x = _axis([step for step, _ in (*train, *test)], *across)
-    y = _axis(values, *up, logarithmic)
+    x, y = _axes(LARGE, [step for step, _ in (*train, *test)], values, logarithmic)
     marks = ""
     if train:
         rows = _binned(train)
@@ -129,13 +126,12 @@ def loss_plot(curves: Mapping[str, Points]) -> str:
         marks += f'<path class=line d="{_path([(x(s), y(mean)) for s, mean, *_ in rows])}"/>'
     for step, value, *_ in _binned(test) if test else ():
         marks += f'<circle class=dot cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>'
-    return _frame((WIDTH, HEIGHT), x, y, "loss over steps", marks)
+    return _frame(LARGE, x, y, "loss over steps", marks)
 
 
 def trend(points: Points, name: str) -> str:
     """A small curve through a few points."""
-    across, up = _area(SMALL)
-    x, y = (_axis(v, *s) for v, s in zip(zip(*points, strict=True), (across, up), strict=True))
+    x, y = _axes(SMALL, *zip(*points, strict=True))
     places = [(x(a), y(b)) for a, b in points]
     marks = f'<path class=line d="{_path(places)}"/>'
     marks += "".join(f'<circle class=knot cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>' for a, b in places)
@@ -146,17 +142,14 @@ def histogram(values: NDArray, name: str) -> str:
     """Of `values` (n,), with a line at their mean."""
     columns = min(MOST_COLUMNS, max(5, round(2 * math.sqrt(len(values)))))
     counts, edges = np.histogram(values, bins=columns)
-    across, up = _area((WIDTH, HEIGHT))
-    x = _axis([float(edges[0]), float(edges[-1])], *across)
-    y = Axis(0.0, float(counts.max()) * 1.08, *up)
+    x, y = _axes(LARGE, edges, counts)
+    y = y._replace(low=0.0, high=float(counts.max()) * 1.08)
     marks = ""
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        left, width, top = x(low), x(high) - x(low), y(float(count))
-        marks += (
-            f'<rect class=bar x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(width - 1, 0.5):.1f}"'
-        )
+        width, top = max(x(high) - x(low) - 1, 0.5), y(count)
+        marks += f'<rect class=bar x="{x(low) + 0.5:.1f}" y="{top:.1f}" width="{width:.1f}"'
         marks += f' height="{y(0.0) - top:.1f}"/>'
     mean = float(np.mean(values))
-    marks += f'<path class=mean d="M{x(mean):.1f},{up[0]}V{up[1]}"/>'
-    marks += f'<text class=mean x="{x(mean) + 6:.1f}" y="{up[1] + 10}">mean {number(mean)}</text>'
-    return _frame((WIDTH, HEIGHT), x, y, f"histogram of {name}", marks)
+    marks += f'<path class=mean d="M{x(mean):.1f},{y.start}V{y.end}"/>'
+    marks += f'<text class=mean x="{x(mean) + 6:.1f}" y="{y.end + 10}">mean {number(mean)}</text>'
+    return _frame(LARGE, x, y, f"histogram of {name}", marks)
