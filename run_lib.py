@@ -80,7 +80,8 @@ def train(config, workdir: Path) -> bool:
         parameters = sum(p.numel() for p in state.parameters)
         log.info(
             f"{'resuming' if state.step else 'starting'} at step {state.step} of "
-            f"{training.n_iters}: {len(train_data):,} images, {parameters:,} parameters, {device}"
+            f"{training.n_iters}: {type(run.method).__name__}, {len(train_data):,} images, "
+            f"{parameters:,} parameters, {device}"
             + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
         )
         log.info(datasets.describe(config, train_data, test_data))
