@@ -46,7 +46,7 @@ def _new_token(store: dist.Store) -> str:
     """A word that rank 0 makes up for this start of the job and the others learn from it.
 
     torchrun keeps one store over its restarts, in which processes find the addresses of dead ones
-    (github.com/pytorch/pytorch/issues/135712), so every start needs a place of its own there. An
+    (github.com/pytorch/pytorch/issues/135712), so every start needs a prefix of its own there. An
     answer counts where it quotes the word that the asking process has just made up.
     """
     mine = uuid.uuid4().hex

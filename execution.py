@@ -26,7 +26,7 @@ def for_training(config, model: nn.Module) -> nn.Module:
     network = BFloat16(model) if training.precision == "bf16" else model
     some_unused = not config.model.conditional  # published: layers without a use
     network = distributed.averaging_gradients(network, some_unused)
-    # around the averaging, so that the compiler leaves room for it between parts of backward
+    # around the averaging, so that the compiler leaves room for it between stages of backward
     return compiled(network, device) if training.compile else network
 
 
@@ -73,7 +73,7 @@ class BFloat16(nn.Module):
     ) -> Tensor | tuple[Tensor, ...]:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             out = self.model(x, noise_label, **conditions)
-        return out.float() if isinstance(out, Tensor) else tuple(part.float() for part in out)
+        return out.float() if isinstance(out, Tensor) else tuple(o.float() for o in out)
 
 
 def compiled(network: nn.Module, device: torch.device) -> nn.Module:

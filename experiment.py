@@ -1,4 +1,4 @@
-"""The parts that a config names, built together, so that a mistake shows before any work."""
+"""The objects that a config names, built together, so that a mistake shows before any work."""
 
 import math
 import sys
@@ -22,7 +22,7 @@ from metrics.distances import NEIGHBOURS
 from storage import run_config
 from training import TrainState
 
-# Smallest and largest sensible value of what the parts below do not check themselves.
+# Smallest and largest sensible value of what the modules below do not check themselves.
 RANGES = {
     "seed": (0, math.inf),
     "data.image_size": (1, 2**16),

@@ -14,8 +14,8 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_float("data_norm", None, "Mean Euclidean norm of the scaled images, if known.")
 flags.DEFINE_integer("data_dim", None, "D = C * H * W, if known.")
-flags.DEFINE_float("sigma", None, "In place of model.sigma_end (0.01 without --config).")
-flags.DEFINE_float("tau", None, "In place of training.tau (0.03 without --config).")
+flags.DEFINE_float("sigma", None, "Instead of model.sigma_end (0.01 without --config).")
+flags.DEFINE_float("tau", None, "Instead of training.tau (0.03 without --config).")
 
 
 def main(argv: list[str]) -> None:

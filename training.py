@@ -131,7 +131,7 @@ class TrainState:
 
         Raises:
             ValueError (also KeyError, TypeError, AttributeError, RuntimeError, from malformed
-            parts): `state` does not fit, and the network is in no defined state.
+            entries): `state` does not fit, and the network is in no defined state.
         """
         if state["model"].keys() == self.model.state_dict().keys():
             self.model.load_state_dict(state["model"])

@@ -95,7 +95,7 @@ def _check_file(path: str, known: dict) -> None:
         if get_config is not None:
             config = get_config()
     except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"config file {_place(path, error)}: {_reason(error, known)}") from error
+        raise ValueError(f"config file {_where(path, error)}: {_reason(error, known)}") from error
     if get_config is None:
         raise ValueError(f"config file {path} defines no get_config()")
     if not isinstance(config, ConfigDict):
@@ -109,7 +109,7 @@ def _check_file(path: str, known: dict) -> None:
         raise ValueError(f"config file {path} lacks {min(less)}; start from configs/default.py")
 
 
-def _place(path: str, error: Exception) -> str:
+def _where(path: str, error: Exception) -> str:
     """File and line: of `path`, or of the defaults and methods that it takes from a `configs`."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename}, line {error.lineno}"

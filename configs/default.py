@@ -111,7 +111,7 @@ def get_default_config() -> ConfigDict:
     sampling.predictor = "euler_maruyama"  # "pc": or "reverse_diffusion", "ancestral_sampling",
     # "none"
     sampling.corrector = "none"  # "pc": or "langevin", "ald"
-    sampling.probability_flow = False  # the predictor follows the ODE in place of the SDE
+    sampling.probability_flow = False  # the predictor follows the ODE instead of the SDE
     sampling.n_steps_each = 1  # corrector steps per noise level
     sampling.snr = 0.16  # signal-to-noise ratio of the corrector
     sampling.z_max = config_dict.placeholder(float)  # Poisson: the prior's plane, where the ODE

@@ -97,8 +97,8 @@ def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> 
             f"a kernel distance over {blocks} blocks needs at least {2 * blocks} samples, "
             f"not {min(len(real), len(fake))}"
         )
-    parts = zip(_split(real, blocks), _split(fake, blocks), strict=True)
-    return float(np.mean([_block_discrepancy(x, y) for x, y in parts]))
+    pairs = zip(_split(real, blocks), _split(fake, blocks), strict=True)
+    return float(np.mean([_block_discrepancy(x, y) for x, y in pairs]))
 
 
 def _split(features: NDArray, blocks: int) -> list[NDArray]:

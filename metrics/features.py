@@ -50,8 +50,8 @@ class FeatureSpace:
 
     def __call__(self, images: Images) -> tuple[NDArray, NDArray | None]:
         starts = range(0, len(images), EXTRACTED_AT_ONCE)
-        parts = [self.extract(images[i : i + EXTRACTED_AT_ONCE]) for i in starts]
-        features, logits = zip(*parts, strict=True)
+        blocks = [self.extract(images[i : i + EXTRACTED_AT_ONCE]) for i in starts]
+        features, logits = zip(*blocks, strict=True)
         return np.concatenate(features), None if logits[0] is None else np.concatenate(logits)
 
 

@@ -63,7 +63,7 @@ class Metric:
         better: -1 where lower is better, 1 where higher is, 0 where neither; a number without a
             direction is shown for one checkpoint, and not compared over several.
         note: a few words below it.
-        compute: from a `Comparison`; gives None where the parts that it needs are missing. Without
+        compute: from a `Comparison`; gives None where what it needs is missing. Without
             it the number is not computed from samples, but over the split `eval.dataset`.
         of_data: the same for training images in place of samples, for comparison; the report has
             it as {key}_data.
@@ -139,7 +139,7 @@ METRICS: dict[str, Metric] = {
 
 
 def compare(comparison: Comparison) -> dict[str, float]:
-    """The metrics of `METRICS` whose parts are there, by their keys."""
+    """The metrics of `METRICS` that can be computed, by their keys."""
     found = {}
     for key, metric in METRICS.items():
         for name, compute in ((key, metric.compute), (f"{key}_data", metric.of_data)):

@@ -1,4 +1,4 @@
-"""Parts of the U-Nets: noise embeddings, resampling, residual and attention blocks.
+"""Building blocks of the U-Nets: noise embeddings, resampling, residual and attention blocks.
 
 Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), and Song et al.,
 "Score-Based Generative Modeling through SDEs" (arXiv 2011.13456), appendix H.

@@ -4,7 +4,7 @@ Sources: Song and Ermon, "Generative Modeling by Estimating Gradients of the Dat
 (arXiv 1907.05600), appendix A; "Improved Techniques for Training Score-Based Generative Models"
 (arXiv 2006.09011); Lin et al., "RefineNet" (arXiv 1611.06612).
 
-The parts have the names and the order of the published weights.
+The modules have the names and the order of the published weights.
 """
 
 from collections.abc import Callable

@@ -260,7 +260,7 @@ class NCSNpp(nn.Module):
                 return block(width, width, resample=to.filter(fir_kernel))
             return to(width, width, with_conv=resamp_with_conv, fir_kernel=fir_kernel)
 
-        # The parts are made in the order of the diagram, which is that of the published weights.
+        # The modules are made in the order of the diagram, which is that of the published weights.
         self.features = PositionalFeatures(nf) if positional else FourierFeatures(nf, fourier_scale)
         self.dense1 = self.dense2 = None
         if conditional:

@@ -1,9 +1,9 @@
 """Published weights (score_sde_pytorch, Poisson_flow, ncsnv2): their names, and how they are read.
 
-The published U-Nets keep their parts in one list, `all_modules`, in the order of the diagram. The
-networks here register the same parts in the same order, under names of their own. So the number of
-a part is its place among the parts, and a table renames the pieces inside it. The RefineNets carry
-the published names, below the two dictionaries of their encoder and decoder.
+The published U-Nets keep their blocks in one list, `all_modules`, in the order of the diagram. The
+networks here register the same blocks in the same order, under names of their own. So the number
+of a block is its index among the blocks, and a table renames the pieces inside it. The RefineNets
+have the published names, below the two dictionaries of their encoder and decoder.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from models.ncsn import RefineNet
 from models.ncsnpp import InputSkip
 
 # What counts as an entry of `all_modules`.
-_PARTS = (
+_BLOCKS = (
     nn.Linear,
     nn.Conv2d,
     nn.GroupNorm,
@@ -28,7 +28,7 @@ _PARTS = (
     InputSkip,
 )
 
-# Pieces of a part: own name to published name.
+# Pieces of a block: own name to published name.
 _PIECES = {
     "norm": "GroupNorm_0",
     "norm1": "GroupNorm_0",
@@ -47,12 +47,12 @@ _PIECES = {
 }
 
 
-def _parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
-        if isinstance(child, _PARTS):
+        if isinstance(child, _BLOCKS):
             yield f"{path}{name}", child
         else:
-            yield from _parts(child, f"{path}{name}.")
+            yield from _blocks(child, f"{path}{name}.")
 
 
 def reference_names(model: nn.Module) -> dict[str, str]:
@@ -64,8 +64,8 @@ def reference_names(model: nn.Module) -> dict[str, str]:
         own = (name for name, _ in model.named_parameters())
         return {name.removeprefix("encoder.").removeprefix("decoder."): name for name in own}
     names = {}
-    for number, (path, part) in enumerate(_parts(model)):
-        for name, _ in part.named_parameters():
+    for number, (path, block) in enumerate(_blocks(model)):
+        for name, _ in block.named_parameters():
             published = ".".join(_PIECES.get(piece, piece) for piece in name.split("."))
             names[f"all_modules.{number}.{published}"] = f"{path}.{name}"
     return names

@@ -57,5 +57,5 @@ def _build() -> ModuleType | None:
 
 
 def _warn(reason: str) -> None:
-    message = f"op: plain PyTorch in place of the CUDA kernels: {reason}"
+    message = f"op: plain PyTorch instead of the CUDA kernels: {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=5)  # at the caller of the operator

@@ -93,7 +93,7 @@ class UpFirDn2d(torch.autograd.Function):
     """A pass through `run(x, step)`, which need not be differentiable; all derivatives are passes.
 
     The map is linear, so its gradient is its adjoint applied to the output's gradient, whose
-    gradient in turn is the adjoint's adjoint, and so on.
+    gradient is again the adjoint's adjoint, and so on.
     """
 
     @staticmethod

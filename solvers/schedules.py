@@ -1,4 +1,4 @@
-"""Schedules: at which noise levels the solvers with given steps take them."""
+"""Schedules: the noise levels of the solvers with given steps."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from methods.base import Method
 
 
 def uniform(method: Method, n: int, rho: float) -> Tensor:
-    """The n + 1 noise levels, from prior to data, of evenly spaced times; `rho` plays no part."""
+    """The n + 1 noise levels, from prior to data, of evenly spaced times; `rho` is not used."""
     return method.sigma(torch.linspace(method.t_prior, method.t_data, n + 1, dtype=torch.float64))
 
 

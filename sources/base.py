@@ -1,4 +1,4 @@
-"""What every kind of data is made of: the protocol of a source, and parts to build one from."""
+"""What every kind of data is made of: the protocol of a source, and classes to build one from."""
 
 import os
 from collections.abc import Callable

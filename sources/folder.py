@@ -166,9 +166,9 @@ def _is_image(name: str) -> bool:
 
 def _tops(names: list[str]) -> list[str]:
     """The top folder of each file; the one below where a single folder holds all files."""
-    parts = [name.split("/", 2) for name in names]
-    level = 1 if len({part[0] for part in parts}) == 1 else 0
-    return ["".join(part[level : level + 1]) for part in parts]
+    pieces = [name.split("/", 2) for name in names]
+    level = 1 if len({p[0] for p in pieces}) == 1 else 0
+    return ["".join(p[level : level + 1]) for p in pieces]
 
 
 # --- arrays ---------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ FOLDER = 0x10  # the attribute of a zip's record for which torch leaves a tensor
 def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:
     """Writes `state`, a dictionary of tensors, numbers, lists and dictionaries, to `path`.
 
-    The file is read back and checked before it takes the place of an earlier one, which goes on
-    as `previous`. Raises OSError as `atomic_write` does, and where the check fails.
+    The file is read back and checked before it replaces an earlier one, which is kept as
+    `previous`. Raises OSError as `atomic_write` does, and where the check fails.
     """
     with atomic_write(path, previous) as file:
         try:

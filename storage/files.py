@@ -34,7 +34,7 @@ def naming(path: Path) -> Iterator[None]:
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the `with` block ends without an error.
 
-    It is written beside `path`, flushed to disk and renamed, so that `path` never holds a part;
+    It is written beside `path`, flushed to disk and renamed, so that `path` is never incomplete;
     what a kill leaves beside it is overwritten by the next write. With `previous`, what was at
     `path` is kept there.
 

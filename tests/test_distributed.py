@@ -185,10 +185,10 @@ def test_a_batch_that_the_processes_do_not_divide_is_one_line(tmp_path, monkeypa
     config = digits_ddpmpp.get_config()
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "world", lambda: 5)
-        with pytest.raises(ValueError, match="the 96 images of a step .* into 5 parts"):
+        with pytest.raises(ValueError, match="the 96 images of a step .* into 5 shards"):
             run_lib._check_division(96, accumulate=1)
     config.training.accumulate = 7
-    with pytest.raises(ValueError, match="into 7 parts .*training.accumulate=7"):
+    with pytest.raises(ValueError, match="into 7 shards .*training.accumulate=7"):
         run_lib.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
