@@ -34,6 +34,8 @@ TINY = [
     "--config.eval.batch_size=100",
     "--config.eval.num_samples=130",
     "--config.eval.bpd_num_repeats=1",
+    "--config.sampling.rtol=0.03",  # a likelihood in fewer evaluations
+    "--config.sampling.atol=0.03",
 ]
 
 
