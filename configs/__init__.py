@@ -1,10 +1,9 @@
 """Experiments: one file each, named `{method}/{data}_{network}.py`, run as `--config FILE`.
 
-`get_config()` of an experiment starts from the default of its data (`default_cifar10.py`, ...) with
-the parts that it names, a method (`methods.py`) and a network (`networks.py`), and states what else
-differs:
+`get_config()` of an experiment names its parts, a data set, a method and a network of `parts.py`,
+and states what else differs:
 
-    config = get_default_config(POISSON, DDPMPP)
+    config = experiment(CIFAR10, POISSON, DDPMPP)
     config.model.num_res_blocks = 8
     return config
 

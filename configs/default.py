@@ -1,10 +1,8 @@
 """Every key of a config, with the value that holds where no experiment states another.
 
-The config is locked: the defaults of each data set and the experiments only set keys that stand
-here, so that a misspelt one is an error.
+The config is locked: the parts of an experiment (`parts.py`) and the experiment only set keys that
+stand here, so that a misspelt one is an error.
 """
-
-from collections.abc import Iterable
 
 from ml_collections import ConfigDict, config_dict
 
@@ -144,24 +142,3 @@ def get_default_config() -> ConfigDict:
     evaluate.rescale_norms = ()  # from and to which norm; () for the method's own range
 
     return config.lock()
-
-
-def updated(config: ConfigDict, parts: Iterable[dict]) -> ConfigDict:
-    """`config` itself, updated with each of the `parts` (a method, a network); later ones win."""
-    for part in parts:
-        config.update(part)
-    return config
-
-
-def share_of_steps(config: ConfigDict, snapshots: int) -> None:
-    """Makes what counts steps a share of `training.n_iters`, also where that is overridden.
-
-    The run has at most `snapshots` checkpoints at equal distances; the last of these is evaluated.
-    """
-    n_iters = config.training.get_ref("n_iters")
-    config.training.snapshot_freq = (n_iters + (snapshots - 1)) // snapshots
-    freq = config.training.get_ref("snapshot_freq")
-    for key in ("begin_ckpt", "end_ckpt"):  # an expression each, so that either can be overridden
-        config.eval[key] = (n_iters + freq - 1) // freq
-    config.optim.warmup = n_iters // 40
-    config.optim.cooldown = n_iters * 3 // 10

@@ -346,8 +346,8 @@ def get_config():
             ', line 5: unknown config value model.ch_mul. Did you mean "model.ch_mult"',
         ),
         (
-            "from configs.default_digits import get_default_config\n\ndef get_config():\n"
-            "    return get_default_config({'model': {'ch_mul': (1,)}})\n",
+            "from configs.parts import experiment\n\ndef get_config():\n"
+            "    return experiment({'model': {'ch_mul': (1,)}})\n",
             ', line 4: unknown config value model.ch_mul. Did you mean "model.ch_mult"',
         ),
         (
@@ -375,19 +375,19 @@ def test_bad_config_files_are_one_line(content, pattern, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_mistakes_of_shared_defaults_name_their_own_line(tmp_path):
-    """The last line of the user's own code, here of a copied configs folder's method."""
+def test_mistakes_of_shared_parts_name_their_own_line(tmp_path):
+    """The last line of the user's own code, here of a copied configs folder's data set."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    path = tmp_path / "configs/default_digits.py"
-    text = path.read_text().replace("config.data.image_size", "config.data.imagesize")
+    path = tmp_path / "configs/parts.py"
+    text = path.read_text().replace("config.model.sigma_max", "config.model.sigmamax")
     path.write_text(text)
     script = f"import sys; sys.path[0] = {str(tmp_path)!r}; from configs import command_line; "
     script += "command_line.parse(['x', '--config', 'configs/poisson/digits_ddpmpp.py'])"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
     )
-    line = text[: text.index("imagesize")].count("\n") + 1
-    expected = rf'error: config file .*default_digits\.py, line {line}: .*"data.image_size"\?\n'
+    line = text[: text.index("sigmamax")].count("\n") + 1
+    expected = rf'error: config file .*parts\.py, line {line}: .*"model.sigma_max"\?\n'
     assert re.fullmatch(expected, done.stderr)
 
 

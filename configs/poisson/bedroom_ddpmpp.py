@@ -1,12 +1,10 @@
 """PFGM with DDPM++ on LSUN bedrooms, 256 x 256."""
 
-from configs.default_lsun import ConfigDict, get_default_config
-from configs.methods import POISSON
-from configs.networks import DDPMPP
+from configs.parts import DDPMPP, LSUN, POISSON, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(POISSON, DDPMPP)
+    config = experiment(LSUN, POISSON, DDPMPP)
     config.data.category = "bedroom"
     config.training.batch_size = 32
     config.training.small_batch_size = 32

@@ -1,12 +1,10 @@
 """PFGM with DDPM++ on CelebA, 64 x 64."""
 
-from configs.default_celeba import ConfigDict, get_default_config
-from configs.methods import POISSON
-from configs.networks import DDPMPP
+from configs.parts import CELEBA, DDPMPP, POISSON, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(POISSON, DDPMPP)
+    config = experiment(CELEBA, POISSON, DDPMPP)
     config.seed = 42
     config.training.batch_size = 512
     config.training.eval_freq = 5000

@@ -1,11 +1,9 @@
 """PFGM with DDPM++ on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import POISSON
-from configs.networks import DDPMPP
+from configs.parts import CIFAR10, DDPMPP, POISSON, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(POISSON, DDPMPP)
+    config = experiment(CIFAR10, POISSON, DDPMPP)
     config.eval.begin_ckpt = 8
     return config

@@ -1,11 +1,9 @@
 """PFGM with a small DDPM++ on handwritten digits, 8 x 8: minutes on two CPU cores."""
 
-from configs.default_digits import SMALL, ConfigDict, get_default_config
-from configs.methods import POISSON
-from configs.networks import DDPMPP
+from configs.parts import DDPMPP, POISSON, ConfigDict, digits, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(POISSON, DDPMPP, SMALL)
+    config = experiment(POISSON, DDPMPP, digits)
     config.training.small_batch_size = 96
     return config

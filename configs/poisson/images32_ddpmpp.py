@@ -1,9 +1,7 @@
 """PFGM with a small DDPM++ on your own images, 32 x 32: --config.data.path=photos/."""
 
-from configs.default_images import ConfigDict, get_default_config
-from configs.methods import POISSON
-from configs.networks import DDPMPP
+from configs.parts import DDPMPP, POISSON, ConfigDict, experiment, images
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(32, POISSON, DDPMPP)
+    return experiment(POISSON, DDPMPP, images)

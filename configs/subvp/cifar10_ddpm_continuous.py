@@ -1,9 +1,7 @@
 """sub-VP SDE with the network of DDPM on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import SUBVP
-from configs.networks import DDPM
+from configs.parts import CIFAR10, DDPM, SUBVP, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(SUBVP, DDPM)
+    return experiment(CIFAR10, SUBVP, DDPM)

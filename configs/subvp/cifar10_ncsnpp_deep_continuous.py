@@ -1,11 +1,7 @@
 """sub-VP SDE with the deep NCSN++ on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import SUBVP
-from configs.networks import DEEP, NCSNPP
+from configs.parts import CIFAR10, DEEP, NCSNPP_POSITIONAL, SUBVP, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(SUBVP, NCSNPP, DEEP)
-    config.model.embedding_type = "positional"
-    return config
+    return experiment(CIFAR10, SUBVP, NCSNPP_POSITIONAL, DEEP)

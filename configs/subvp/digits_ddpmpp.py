@@ -1,12 +1,10 @@
 """sub-VP SDE with a small DDPM++ on handwritten digits, 8 x 8: minutes on two CPU cores."""
 
-from configs.default_digits import SMALL, ConfigDict, get_default_config
-from configs.methods import SUBVP
-from configs.networks import DDPMPP
+from configs.parts import DDPMPP, SUBVP, ConfigDict, digits, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(SUBVP, DDPMPP, SMALL)
+    config = experiment(SUBVP, DDPMPP, digits)
     config.training.batch_size = 96
     config.sampling.method = "ode"
     return config

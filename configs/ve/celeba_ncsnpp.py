@@ -1,12 +1,9 @@
 """SMLD (discrete VE) with NCSN++ on CelebA, 64 x 64."""
 
-from configs.default_celeba import ConfigDict, get_default_config
-from configs.methods import VE
-from configs.networks import NCSNPP
+from configs.parts import CELEBA, NCSNPP_POSITIONAL, VE, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VE, NCSNPP)
+    config = experiment(CELEBA, VE, NCSNPP_POSITIONAL)
     config.training.continuous = False
-    config.model.embedding_type = "positional"
     return config

@@ -1,12 +1,10 @@
 """VE SDE with NCSN++ on CelebA-HQ, 256 x 256."""
 
-from configs.default_lsun import ConfigDict, get_default_config
-from configs.methods import VE
-from configs.networks import NCSNPP_LARGE
+from configs.parts import LSUN, NCSNPP_LARGE, VE, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VE, NCSNPP_LARGE)
+    config = experiment(LSUN, VE, NCSNPP_LARGE)
     config.data.dataset = "CelebAHQ"
     config.data.tfrecords_path = "/home/yangsong/ncsc/celebahq/r08.tfrecords"
     config.model.sigma_max = 348.0

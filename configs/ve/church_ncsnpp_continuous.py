@@ -1,12 +1,10 @@
 """VE SDE with NCSN++ on LSUN churches, 256 x 256."""
 
-from configs.default_lsun import ConfigDict, get_default_config
-from configs.methods import VE
-from configs.networks import NCSNPP_LARGE
+from configs.parts import LSUN, NCSNPP_LARGE, VE, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VE, NCSNPP_LARGE)
+    config = experiment(LSUN, VE, NCSNPP_LARGE)
     config.data.category = "church_outdoor"
     config.model.sigma_max = 380.0
     return config

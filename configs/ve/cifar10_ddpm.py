@@ -1,11 +1,9 @@
 """SMLD (discrete VE) with the network of DDPM on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VE
-from configs.networks import DDPM
+from configs.parts import CIFAR10, DDPM, VE, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VE, DDPM)
+    config = experiment(CIFAR10, VE, DDPM)
     config.training.continuous = False
     return config

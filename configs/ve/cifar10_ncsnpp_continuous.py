@@ -1,9 +1,7 @@
 """VE SDE with NCSN++ on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VE
-from configs.networks import NCSNPP
+from configs.parts import CIFAR10, NCSNPP, VE, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(VE, NCSNPP)
+    return experiment(CIFAR10, VE, NCSNPP)

@@ -1,9 +1,7 @@
 """VE SDE with the deep NCSN++ on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VE
-from configs.networks import DEEP, NCSNPP
+from configs.parts import CIFAR10, DEEP, NCSNPP, VE, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(VE, NCSNPP, DEEP)
+    return experiment(CIFAR10, VE, NCSNPP, DEEP)

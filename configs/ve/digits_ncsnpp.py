@@ -1,12 +1,10 @@
 """VE SDE with a small NCSN++ on handwritten digits, 8 x 8: minutes on two CPU cores."""
 
-from configs.default_digits import SMALL, ConfigDict, get_default_config
-from configs.methods import VE
-from configs.networks import NCSNPP
+from configs.parts import NCSNPP, VE, ConfigDict, digits, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VE, NCSNPP, SMALL)
+    config = experiment(VE, NCSNPP, digits)
     config.training.batch_size = 96
     config.model.fourier_scale = 1.0  # smooth in the noise level: few steps have to learn it
     config.sampling.method = "ode"

@@ -1,9 +1,7 @@
 """DDPM (discrete VP) with DDPM++ on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VP_DISCRETE
-from configs.networks import DDPMPP
+from configs.parts import CIFAR10, DDPMPP, VP_DISCRETE, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(VP_DISCRETE, DDPMPP)
+    return experiment(CIFAR10, VP_DISCRETE, DDPMPP)

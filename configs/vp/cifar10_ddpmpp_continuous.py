@@ -1,9 +1,7 @@
 """VP SDE with DDPM++ on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VP
-from configs.networks import DDPMPP
+from configs.parts import CIFAR10, DDPMPP, VP, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(VP, DDPMPP)
+    return experiment(CIFAR10, VP, DDPMPP)

@@ -1,9 +1,7 @@
 """VP SDE with the deep DDPM++ on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VP
-from configs.networks import DDPMPP, DEEP
+from configs.parts import CIFAR10, DDPMPP, DEEP, VP, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(VP, DDPMPP, DEEP)
+    return experiment(CIFAR10, VP, DDPMPP, DEEP)

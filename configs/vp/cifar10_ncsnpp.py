@@ -1,13 +1,10 @@
 """DDPM (discrete VP) with NCSN++ on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VP
-from configs.networks import NCSNPP
+from configs.parts import CIFAR10, NCSNPP_POSITIONAL, VP, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VP, NCSNPP)
+    config = experiment(CIFAR10, VP, NCSNPP_POSITIONAL)
     config.training.continuous = False
-    config.model.embedding_type = "positional"
     config.sampling.predictor = "reverse_diffusion"
     return config

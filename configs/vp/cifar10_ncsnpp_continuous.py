@@ -1,11 +1,7 @@
 """VP SDE with NCSN++ on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VP
-from configs.networks import NCSNPP
+from configs.parts import CIFAR10, NCSNPP_POSITIONAL, VP, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VP, NCSNPP)
-    config.model.embedding_type = "positional"
-    return config
+    return experiment(CIFAR10, VP, NCSNPP_POSITIONAL)

@@ -1,12 +1,10 @@
 """VP SDE with a small DDPM++ on handwritten digits, 8 x 8: minutes on two CPU cores."""
 
-from configs.default_digits import SMALL, ConfigDict, get_default_config
-from configs.methods import VP
-from configs.networks import DDPMPP
+from configs.parts import DDPMPP, VP, ConfigDict, digits, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VP, DDPMPP, SMALL)
+    config = experiment(VP, DDPMPP, digits)
     config.training.batch_size = 96
     config.sampling.method = "ode"
     return config

@@ -1,9 +1,7 @@
 """VP SDE with a small DDPM++ on your own images, 32 x 32: --config.data.path=photos/."""
 
-from configs.default_images import ConfigDict, get_default_config
-from configs.methods import VP
-from configs.networks import DDPMPP
+from configs.parts import DDPMPP, VP, ConfigDict, experiment, images
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(32, VP, DDPMPP)
+    return experiment(VP, DDPMPP, images)

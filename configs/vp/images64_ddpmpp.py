@@ -1,9 +1,9 @@
 """VP SDE with a small DDPM++ on your own images, 64 x 64: --config.data.path=photos/."""
 
-from configs.default_images import ConfigDict, get_default_config
-from configs.methods import VP
-from configs.networks import DDPMPP
+from configs.parts import DDPMPP, VP, ConfigDict, experiment, images
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(64, VP, DDPMPP)
+    config = experiment(VP, DDPMPP, images)
+    config.data.image_size = 64
+    return config

@@ -1,11 +1,9 @@
 """NCSN on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import SMLD, SMLD_2019
-from configs.networks import NCSN
+from configs.parts import CIFAR10, NCSN, SMLD, SMLD_2019, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(SMLD, NCSN, SMLD_2019)
+    config = experiment(CIFAR10, SMLD, NCSN, SMLD_2019)
     config.model.ema_rate = 0.0
     return config

@@ -4,13 +4,11 @@ The published file misspells `training.continuous = False`, so its training is c
 a network of discrete noise levels cannot follow; here SMLD sets it.
 """
 
-from configs.default_lsun import ConfigDict, get_default_config
-from configs.methods import SMLD
-from configs.networks import NCSNV2_128
+from configs.parts import LSUN, NCSNV2_128, SMLD, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(SMLD, NCSNV2_128)
+    config = experiment(LSUN, SMLD, NCSNV2_128)
     config.data.category = "bedroom"
     config.data.image_size = 128
     config.training.batch_size = 128

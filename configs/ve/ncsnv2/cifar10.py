@@ -1,12 +1,10 @@
 """NCSNv2 on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import SMLD
-from configs.networks import NCSNV2_64
+from configs.parts import CIFAR10, NCSNV2_64, SMLD, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(SMLD, NCSNV2_64)
+    config = experiment(CIFAR10, SMLD, NCSNV2_64)
     config.optim.lr = 1e-4
     config.model.num_scales = 232
     config.sampling.snr = 0.176

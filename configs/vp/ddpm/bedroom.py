@@ -1,13 +1,9 @@
 """DDPM on LSUN bedrooms, 256 x 256."""
 
-from configs.default_lsun import ConfigDict, get_default_config
-from configs.methods import VP_DISCRETE
-from configs.networks import DDPM_LARGE
+from configs.parts import DDPM_LARGE, LSUN, VP_DISCRETE, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    config = get_default_config(VP_DISCRETE, DDPM_LARGE)
+    config = experiment(LSUN, VP_DISCRETE, DDPM_LARGE)
     config.data.category = "bedroom"
-    config.optim.lr = 2e-5
-    config.model.num_scales = 1000
     return config

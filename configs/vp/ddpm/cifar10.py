@@ -1,9 +1,7 @@
 """DDPM on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VP_DISCRETE
-from configs.networks import DDPM
+from configs.parts import CIFAR10, DDPM, VP_DISCRETE, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(VP_DISCRETE, DDPM)
+    return experiment(CIFAR10, VP_DISCRETE, DDPM)

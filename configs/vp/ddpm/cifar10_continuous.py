@@ -1,9 +1,7 @@
 """VP SDE with the network of DDPM on CIFAR-10."""
 
-from configs.default_cifar10 import ConfigDict, get_default_config
-from configs.methods import VP
-from configs.networks import DDPM
+from configs.parts import CIFAR10, DDPM, VP, ConfigDict, experiment
 
 
 def get_config() -> ConfigDict:
-    return get_default_config(VP, DDPM)
+    return experiment(CIFAR10, VP, DDPM)

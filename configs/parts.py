@@ -1,0 +1,210 @@
+"""The parts that an experiment is put together from: a data set, a method, a network.
+
+A part is a dict of what differs from `default.py`, which explains the keys, or a function that
+sets it, where a value follows from another one.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from configs.default import get_default_config
+
+Part = dict | Callable[[ConfigDict], None]
+
+
+def experiment(*parts: Part) -> ConfigDict:
+    """Returns a new, locked config: the defaults, changed by the `parts`; later ones win.
+
+    Raises:
+        AttributeError, KeyError: a part sets a key that `default.py` does not have.
+        TypeError: a part gives a key another type.
+    """
+    config = get_default_config()
+    for part in parts:
+        if callable(part):
+            part(config)
+        else:
+            config.update(part)
+    return config
+
+
+# --- data sets ------------------------------------------------------------------------------------
+
+CIFAR10 = {  # 32 x 32
+    "data": {"dataset": "CIFAR10"},
+    "training": {"M": 291},
+    "sampling": {"z_max": 40.0, "upper_norm": 3000.0},
+    "eval": {"begin_ckpt": 9},
+}
+CELEBA = {
+    "data": {"dataset": "CELEBA", "image_size": 64},
+    "training": {"M": 291},
+    "model": {"sigma_max": 90.0},
+    "sampling": {"snr": 0.17, "z_max": 60.0, "z_exp": 1.0, "upper_norm": 6000.0},
+    "eval": {"enable_sampling": True},
+}
+
+# The experiment names the category; other data of 256 x 256 and more start here too.
+LSUN = {
+    "data": {"dataset": "LSUN", "image_size": 256},
+    "training": {"batch_size": 64, "n_iters": 2400001, "snapshot_freq_for_preemption": 5000},
+    "model": {"dropout": 0.0, "num_scales": 2000, "sigma_max": 378.0},
+    "sampling": {"snr": 0.075},
+    "eval": {"begin_ckpt": 50, "end_ckpt": 96, "batch_size": 512, "enable_sampling": True},
+}
+
+# After LSUN, VE and NCSNPP_LARGE: CelebA-HQ and FFHQ, 1024 x 1024.
+FACES_1024 = {
+    "data": {"image_size": 1024},
+    "training": {"batch_size": 8},
+    "model": {
+        "ema_rate": 0.9999,
+        "nf": 16,
+        "ch_mult": (1, 2, 4, 8, 16, 32, 32, 32),
+        "num_res_blocks": 1,
+        "sigma_max": 1348.0,
+    },
+    "sampling": {"snr": 0.15},
+    "eval": {"begin_ckpt": 1, "batch_size": 1024},
+}
+
+
+def digits(config: ConfigDict) -> None:
+    """scikit-learn's digits, 8 x 8 grey, after method and network: two CPU cores train them."""
+    config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False)
+    config.training.update(n_iters=2000, log_freq=20, eval_freq=200)
+    config.training.snapshot_freq_for_preemption = 200
+    config.training.M = 261  # this and the next two as hyper_parameters.py measures them
+    config.sampling.z_max = 17.9
+    config.sampling.upper_norm = 179.0
+    config.optim.lr = 1e-3
+    config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
+    config.model.update(dropout=0.0, ema_rate=0.995)
+    config.model.sigma_max = 5.0  # the largest distance of two digits (arXiv 2006.09011)
+    config.eval.update(batch_size=500, num_samples=1000, features="pixels")
+    config.eval.update(enable_loss=True, enable_bpd=True, enable_sampling=True)
+    share_of_steps(config, snapshots=4)
+
+
+def images(config: ConfigDict) -> None:
+    """The user's own images, small, after method and network: for one small GPU or a patient CPU.
+
+    There is a checkpoint at each tenth, and the EMA weights average over about as many steps.
+    """
+    config.data.update(dataset="folder", num_channels=0, random_flip=False)
+    config.training.update(batch_size=128, small_batch_size=0, n_iters=50000, eval_freq=500)
+    config.training.snapshot_freq_for_preemption = 1000
+    config.optim.lr = 5e-4
+    config.model.update(nf=64, ch_mult=(1, 2, 2), num_res_blocks=2)
+    config.sampling.update(method="ode", ode_solver="multistep", N=20)
+    config.eval.update(batch_size=100, num_samples=1000, features="pixels")
+    config.eval.update(enable_loss=True, enable_sampling=True)
+    share_of_steps(config, snapshots=10)
+    n_iters = config.training.get_ref("n_iters").to_float()
+    config.model.ema_rate = n_iters / (n_iters + 10.0)
+
+
+def share_of_steps(config: ConfigDict, snapshots: int) -> None:
+    """Makes what counts steps a share of `training.n_iters`, also where that is overridden.
+
+    The run has at most `snapshots` checkpoints at equal distances; the last of these is evaluated.
+    """
+    n_iters = config.training.get_ref("n_iters")
+    config.training.snapshot_freq = (n_iters + (snapshots - 1)) // snapshots
+    freq = config.training.get_ref("snapshot_freq")
+    for key in ("begin_ckpt", "end_ckpt"):  # an expression each, so that either can be overridden
+        config.eval[key] = (n_iters + freq - 1) // freq
+    config.optim.warmup = n_iters // 40
+    config.optim.cooldown = n_iters * 3 // 10
+
+
+# --- methods --------------------------------------------------------------------------------------
+
+# Poisson flow (Xu et al., NeurIPS 2022). M, z_max and upper_norm belong to the data.
+POISSON = {
+    "seed": 49,
+    "training": {
+        "sde": "poisson",
+        "batch_size": 4096,
+        "small_batch_size": 128,
+        "eval_freq": 10000,
+    },
+    "eval": {
+        "batch_size": 1000,
+        "num_samples": 10000,
+        "enable_loss": False,
+        "enable_sampling": False,
+    },
+}
+
+# Variance exploding SDE, sampled by predictor and corrector (Song et al., ICLR 2021).
+VE = {
+    "data": {"centered": False},
+    "training": {"sde": "vesde"},
+    "model": {"ema_rate": 0.999, "scale_by_sigma": True},
+    "sampling": {"method": "pc", "predictor": "reverse_diffusion", "corrector": "langevin"},
+}
+
+# Variance preserving and sub-VP SDE (same paper).
+VP = {"training": {"sde": "vpsde", "reduce_mean": True}, "sampling": {"method": "pc"}}
+SUBVP = {"training": {"sde": "subvpsde", "reduce_mean": True}, "sampling": {"method": "pc"}}
+
+# DDPM (Ho et al., NeurIPS 2020): VP with discrete times, sampled by its own chain.
+VP_DISCRETE = {
+    "training": {"sde": "vpsde", "reduce_mean": True, "continuous": False},
+    "sampling": {"method": "pc", "predictor": "ancestral_sampling"},
+}
+
+# Score matching with annealed Langevin dynamics (Song and Ermon, NeurIPS 2019): VE with discrete
+# noise levels, sampled by the corrector alone. The numbered variants add techniques of the same
+# authors' NeurIPS 2020 paper: 1 largest noise level, 2 number of levels, 4 step size of the
+# sampler, 5 moving average of the weights. NCSNv2 has these and 3, noise level outside the network.
+SMLD = {
+    "data": {"centered": False},
+    "training": {"sde": "vesde", "continuous": False},
+    "optim": {"lr": 1e-3, "warmup": 0, "grad_clip": -1.0},
+    "model": {"ema_rate": 0.999},
+    "sampling": {"method": "pc", "predictor": "none", "corrector": "ald", "n_steps_each": 5},
+}
+
+# After SMLD: the noise levels and the sampler of the 2019 paper, without techniques 1, 2 and 4.
+SMLD_2019 = {
+    "model": {"num_scales": 10, "sigma_max": 1.0},
+    "sampling": {"n_steps_each": 100, "snr": 0.316},
+}
+
+# --- networks -------------------------------------------------------------------------------------
+
+# NCSN++ (Song et al., ICLR 2021), with either embedding of the noise level.
+NCSNPP = {"model": {"name": "ncsnpp", "progressive_input": "residual"}}
+NCSNPP_POSITIONAL = {"model": {**NCSNPP["model"], "embedding_type": "positional"}}
+
+# NCSN++ for 256 x 256 and more.
+NCSNPP_LARGE = {
+    "model": {
+        "name": "ncsnpp",
+        "ch_mult": (1, 1, 2, 2, 2, 2, 2),
+        "num_res_blocks": 2,
+        "progressive": "output_skip",
+        "progressive_input": "input_skip",
+    }
+}
+
+# DDPM++ (same paper): NCSN++ without filters, progressive input and Fourier embedding.
+DDPMPP = {"model": {"name": "ncsnpp", "embedding_type": "positional", "fir": False}}
+
+# After NCSNPP or DDPMPP: its "deep" form, and how long the same paper trains it.
+DEEP = {"training": {"n_iters": 950001}, "model": {"num_res_blocks": 8}}
+
+# The network of DDPM (Ho et al., NeurIPS 2020), and how it trains it for 256 x 256.
+DDPM = {"model": {"name": "ddpm", "num_res_blocks": 2}}
+DDPM_LARGE = {
+    "optim": {"lr": 2e-5},
+    "model": {**DDPM["model"], "ch_mult": (1, 1, 2, 2, 4, 4), "num_scales": 1000},
+}
+
+# The RefineNets of NCSN (Song and Ermon, NeurIPS 2019) and NCSNv2 (NeurIPS 2020).
+NCSN = {"model": {"name": "ncsn", "nonlinearity": "elu"}}
+NCSNV2_64 = {"model": {"name": "ncsnv2_64", "nonlinearity": "elu", "scale_by_sigma": True}}
+NCSNV2_128 = {"model": {"name": "ncsnv2_128", "nonlinearity": "elu", "scale_by_sigma": True}}
