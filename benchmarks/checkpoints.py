@@ -37,9 +37,8 @@ def saves_of_a_run(training) -> int:
 
 
 def main() -> None:
-    options = common.options(
-        __doc__, config="configs/poisson/digits_ddpmpp.py", folder=tempfile.gettempdir()
-    )
+    defaults = {"config": "configs/poisson/digits_ddpmpp.py", "folder": tempfile.gettempdir()}
+    options = common.options(__doc__, **defaults)
     config = runpy.run_path(options.config)["get_config"]()
     run = Experiment.build(config)
     images = datasets.get_dataset(config, "train")[: config.training.batch_size].to(run.device)
@@ -63,22 +62,20 @@ def main() -> None:
 
         torch.save(state, path)
         content = path.read_bytes()
-        step_s, finite_s, plain_s, check_s, flushed_s, save_s = common.medians(
-            step,
-            run.state.is_finite,
-            lambda: torch.save(state, path),
-            check,
-            flush,
-            lambda: save_to_resume(Path(folder), state),
-            rounds=ROUNDS,
-        )
+        actions = {
+            "training step": step,
+            "torch.save in place": lambda: torch.save(state, path),
+            "the same bytes, flushed and renamed": flush,
+            "reading back against the checksums": check,
+            "looking for weights that are not finite": run.state.is_finite,
+            "save": lambda: save_to_resume(Path(folder), state),
+        }
+        times = common.medians(*actions.values(), rounds=ROUNDS)
     print(f"{options.config}, {common.setting(run.device)}; medians of {ROUNDS} rounds")
     table = common.Table((f"checkpoint of {len(content) / 1e6:.1f} MB", "<48"), ("ms", ">9.2f"))
-    table.row("training step", 1e3 * step_s)
-    table.row("torch.save in place", 1e3 * plain_s)
-    table.row("the same bytes, flushed and renamed", 1e3 * flushed_s)
-    table.row("reading back against the checksums", 1e3 * check_s)
-    table.row("looking for weights that are not finite", 1e3 * finite_s)
+    for name, seconds in list(zip(actions, times, strict=True))[:-1]:
+        table.row(name, 1e3 * seconds)
+    step_s, plain_s, *_, finite_s, save_s = times
     table.row(f"a save, {save_s / plain_s:.2f} times the plain one", 1e3 * (save_s + finite_s))
     number, n_iters = saves_of_a_run(config.training), config.training.n_iters
     share = number * (save_s + finite_s) / (n_iters * step_s)

@@ -1,60 +1,104 @@
-"""What the benchmarks share: the path to the framework, options, timing and tables."""
+"""What the benchmarks share: the path to the framework, options, timing, memory and tables."""
 
 import argparse
+import contextlib
+import ctypes
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+CPU = torch.device("cpu")
+
 
 def options(doc: str, **defaults) -> argparse.Namespace:
     """Those of the command line, --{name} for each default, None standing for an unset string."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
     for name, default in defaults.items():
         kind = str if default is None else type(default)
         parser.add_argument(f"--{name}", type=kind, default=default)
     return parser.parse_args()
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Stopwatch:
+    """Seconds by phase; the device is waited for at either end of one."""
+
+    def __init__(self, device: torch.device = CPU):
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time in the `with` block, or in every call of a function it decorates."""
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[name] += time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
-def seconds(action: Callable[[], object], device: torch.device | str = "cpu") -> float:
+def seconds(action: Callable[[], object], device: torch.device = CPU) -> float:
     """How long `action` takes on the device."""
-    device = torch.device(device)
-    synchronise(device)
-    start = time.perf_counter()
-    action()
-    synchronise(device)
-    return time.perf_counter() - start
+    watch = Stopwatch(device)
+    watch.phase("action")(action)()
+    return watch.seconds["action"]
 
 
-def medians(
-    *actions: Callable[[], object], rounds: int, device: torch.device | str = "cpu"
-) -> list[float]:
+def medians(*actions: Callable[[], object], rounds: int, device: torch.device = CPU) -> list[float]:
     """Median seconds of each of the actions, which run in turn `rounds` times."""
     times = [[seconds(action, device) for action in actions] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
-def setting(device: torch.device | str = "cpu") -> str:
+def with_peak_memory(action: Callable[[], Any], device: torch.device = CPU) -> tuple[Any, int]:
+    """What `action` returns, and the most bytes that it holds at once.
+
+    On a GPU everything counts, the weights too; on the CPU (Linux) what is added to the process.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return action(), torch.cuda.max_memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what `action` takes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+
+    def resident(which: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{which}:\s+(\d+) kB", status)[1]) * 1024
+
+    before = resident("VmRSS")
+    return action(), resident("VmHWM") - before
+
+
+@contextlib.contextmanager
+def patched(*replacements: tuple[object, str, Callable]) -> Iterator[None]:
+    """Within the `with` block, attributes (of an object, by name) are replaced by functions."""
+    with contextlib.ExitStack() as stack:
+        for replacement in replacements:
+            stack.enter_context(mock.patch.object(*replacement))
+        yield
+
+
+def setting(device: torch.device = CPU) -> str:
     """What the figures depend on besides the options: processor, threads, PyTorch."""
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = found[1] if found else "CPU"
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -70,10 +114,8 @@ class Table:
         self.row(*(title for title, _ in columns))
 
     def row(self, *values) -> None:
-        cells = zip(values, self.formats, strict=True)
-        print(
-            *(
-                f"{value:{re.match('[<>][0-9]+', kind)[0] if isinstance(value, str) else kind}}"
-                for value, kind in cells
-            )
-        )
+        kinds = [
+            re.match("[<>][0-9]+", kind)[0] if isinstance(value, str) else kind
+            for value, kind in zip(values, self.formats, strict=True)
+        ]
+        print(*map(format, values, kinds))

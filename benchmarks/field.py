@@ -9,7 +9,6 @@ is a process of its own, so that its peak memory is its own.
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import common
 import torch
@@ -45,29 +44,18 @@ def problem(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return noise, charges
 
 
-def memory(which: str) -> int:
-    """Bytes of resident memory (Linux): "VmRSS" now, "VmHWM" at its highest since `reset_peak`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(which):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"no {which} in /proc/self/status")
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def measure(form: str, n: int) -> None:
     """Prints seconds, extra bytes and the largest relative error over 16 points."""
     function = broadcast_field if form == "broadcast" else poisson_field
     field.has_fast_double = lambda device: form == "matrix"
     points, charges = problem(n)
     function(points[:2], charges[:8], GAMMA)  # libraries load and threads start
-    before = memory("VmRSS")
-    reset_peak()
-    result = function(points, charges, GAMMA)
-    extra, rounds = memory("VmHWM") - before, 2 if form == "broadcast" else 5
-    times = [common.seconds(lambda: function(points, charges, GAMMA)) for _ in range(rounds)]
+
+    def run() -> torch.Tensor:
+        return function(points, charges, GAMMA)
+
+    result, extra = common.with_peak_memory(run)
+    times = [common.seconds(run) for _ in range(2 if form == "broadcast" else 5)]
     truth = torch.cat(
         [broadcast_field(p[None].double(), charges.double(), GAMMA) for p in points[:16]]
     )

@@ -6,8 +6,7 @@ The plain form is the same network, weight for weight, with attention as explici
 as einsums, and resampling by inserting zeros with reshapes, as its ancestors have them.
 """
 
-from contextlib import ExitStack
-from unittest import mock
+from contextlib import AbstractContextManager
 
 import common
 import torch
@@ -61,30 +60,19 @@ def plain_halve(self: layers.Halve, x: Tensor) -> Tensor:
     return plain_upfirdn2d(x, self.kernel, down=2, pad=((p + 1) // 2, p // 2))
 
 
-def plain() -> ExitStack:
+def plain() -> AbstractContextManager:
     """Within the `with` block every network computes in its plain form."""
-    stack = ExitStack()
-    for target, name, function in (
+    return common.patched(
         (layers.NIN, "forward", plain_nin),
         (layers.Attention, "forward", plain_attention),
         (layers.Double, "forward", plain_double),
         (layers.Halve, "forward", plain_halve),
         (layers, "upfirdn2d", plain_upfirdn2d),
-    ):
-        stack.enter_context(mock.patch.object(target, name, function))
-    return stack
-
-
-def in_plain_form(run):
-    def run_plain():
-        with plain():
-            return run()
-
-    return run_plain
+    )
 
 
 def main() -> None:
-    options = common.options(__doc__, nf=64, batch=16, rounds=7, device=torch.device("cpu"))
+    options = common.options(__doc__, nf=64, batch=16, rounds=7, device=common.CPU)
     print(
         f"nf = {options.nf}, batch {options.batch}, 32 x 32, {common.setting(options.device)}; "
         f"medians of {options.rounds}"
@@ -112,12 +100,11 @@ def main() -> None:
             (field_x.square().mean() + field_z.square().mean()).backward()
 
         ours = forward()
-        differ = ((ours - in_plain_form(forward)()).norm() / ours.norm()).item()
+        differ = ((ours - plain()(forward)()).norm() / ours.norm()).item()
         for what, run in (("forward", forward), ("forward+backward", both)):
             run()
-            t, plain_t = common.medians(
-                run, in_plain_form(run), rounds=options.rounds, device=options.device
-            )
+            forms = run, plain()(run)
+            t, plain_t = common.medians(*forms, rounds=options.rounds, device=options.device)
             table.row(name, what, t, plain_t, plain_t / t, differ)
 
 

@@ -8,7 +8,6 @@ in float64. The last column is the share of the time that is spent outside the n
 """
 
 import runpy
-import time
 from pathlib import Path
 
 import common
@@ -27,20 +26,6 @@ STEPS = {
     "multistep": (8, 10, 12, 15, 20, 30, 50),
 }
 COMPARED = 100  # samples whose exact solution is computed
-
-
-class Stopwatch:
-    """A network that adds up the seconds spent in it."""
-
-    def __init__(self, net):
-        self.net, self.seconds = net, 0.0
-
-    def __call__(self, x, noise_label):
-        start = time.perf_counter()
-        out = self.net(x, noise_label)
-        common.synchronise(x.device)
-        self.seconds += time.perf_counter() - start
-        return out
 
 
 def plot(rows: list[dict], path: str) -> None:
@@ -69,13 +54,8 @@ def plot(rows: list[dict], path: str) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    options = common.options(
-        __doc__,
-        config="configs/poisson/digits_ddpmpp.py",
-        workdir=Path("runs/demo"),
-        num=1000,
-        plot=None,
-    )
+    defaults = {"config": "configs/poisson/digits_ddpmpp.py", "workdir": Path("runs/demo")}
+    options = common.options(__doc__, **defaults, num=1000, plot=None)
     config = runpy.run_path(options.config)["get_config"]()
     run = Experiment.build(config)
     run.state.load_network(load_checkpoint(options.workdir / "checkpoints-meta/checkpoint.pth"))
@@ -103,14 +83,15 @@ def main() -> None:
         more = ("/ rk45", ">7.2f"), ("error", ">8.1e"), ("seconds", ">7.2f"), ("outside", ">7.1%")
         table = common.Table(*columns, *more)
         for solver, n in [("rk45", 0), *((name, n) for name in STEPS for n in STEPS[name])]:
-            watch, start = Stopwatch(net), time.perf_counter()
-            samples, evaluations = sampling.solve_ode(run.method, watch, prior, solver, n)
-            seconds = time.perf_counter() - start
+            watch = common.Stopwatch(run.device)
+            timed = watch.phase("network")(net)
+            with watch.phase("all"):
+                samples, evaluations = sampling.solve_ode(run.method, timed, prior, solver, n)
+            inside, seconds = watch.seconds["network"], watch.seconds["all"]
             difference = to_unit(samples[:COMPARED]) - to_unit(exact)
             fid, error = distance(samples), difference.square().mean().sqrt().item()
             rows.append({"solver": solver, "evaluations": evaluations, "fid": fid, "error": error})
-            outside = 1 - watch.seconds / seconds
-            relative = fid / rows[0]["fid"]
+            relative, outside = fid / rows[0]["fid"], 1 - inside / seconds
             table.row(solver, n or "", evaluations, fid, relative, error, seconds, outside)
     if options.plot:
         plot(rows, options.plot)

@@ -10,23 +10,17 @@ not compiled. Both start from the same weights and draw the same noise, so that 
 Images are random: what they show costs nothing.
 """
 
-import contextlib
-import ctypes
 import functools
 import json
 import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import common
 import torch
 import torch.nn.functional as F
 from absl import app, flags
-from field import broadcast_field, memory, reset_peak
+from field import broadcast_field
 from ml_collections import config_flags
 from networks import plain
 from torch import Tensor, nn
@@ -50,66 +44,21 @@ PLAIN_POINTS = 8  # points whose broadcast field is computed at once, so that it
 IMAGES = 2**26  # bytes of random images, or a batch where that is more
 
 
-class Stopwatch:
-    """Seconds by phase; with `waits` the device is waited for at either end of one."""
-
-    def __init__(self, device: torch.device, waits: bool):
-        self.device = device if waits else torch.device("cpu")
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        common.synchronise(self.device)
-        start = time.perf_counter()
-        yield
-        common.synchronise(self.device)
-        self.seconds[name] += time.perf_counter() - start
-
-    def timed(self, name: str, function: Callable) -> Callable:
-        @functools.wraps(function)
-        def run(*arguments, **options):
-            with self.phase(name):
-                return function(*arguments, **options)
-
-        return run
-
-    @contextlib.contextmanager
-    def watching(self, state) -> Iterator[None]:
-        """Within the `with` block the phases of a step on `state` are timed."""
-        with contextlib.ExitStack() as stack:
-            for target, name, phase in (
-                (poisson, "poisson_field", "field"),
-                (state, "network", "forward"),
-                (Tensor, "backward", "backward"),
-                (nn.utils, "clip_grad_norm_", "optimiser"),
-                (state.optimizer, "step", "optimiser"),
-                (state.ema, "update", "EMA"),
-            ):
-                timed = self.timed(phase, getattr(target, name))
-                stack.enter_context(mock.patch.object(target, name, timed))
-            yield
-
-
 class Trainer:
-    """What `run_lib.train` does in a step, on random images; its times, memory and losses."""
+    """What `run_lib.train` does in a step, on random images, and what each step took."""
 
     def __init__(self, config):
         self.config, self.run = config, Experiment.build(config)
         self.state, self.device = self.run.state, self.run.device
-        self.cuda = self.device.type == "cuda"
         self.state.network = execution.for_training(config, self.state.model)
         size, shape = self.run.loss.batch_size, datasets.image_shape(config)
         number = max(size, IMAGES // torch.Size(shape).numel())
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (number, *shape), generator=generator, dtype=torch.uint8)
         self.batches = datasets.shuffled_batches(images, size, config.seed)
-        self.losses = []
-        self.forget()
+        self.steps = []
 
-    def forget(self) -> None:
-        self.seconds, self.phases, self.peak = [], defaultdict(list), 0
-
-    def step(self, watch: Stopwatch) -> Tensor:
+    def step(self, watch: common.Stopwatch) -> Tensor:
         config, state = self.config, self.state
         execution.set_float32_products(config.training.precision)
         with watch.phase("data"):
@@ -120,48 +69,41 @@ class Trainer:
             options["dequantize"] = config.data.uniform_dequantization
             images = datasets.to_unit_interval(batch.images, generator, **options)
             batch = replace(batch, images=self.run.scaler(images))
-        with watch.watching(state):
+        watched = (
+            (poisson, "poisson_field", "field"),
+            (state, "network", "forward"),
+            (Tensor, "backward", "backward"),
+            (nn.utils, "clip_grad_norm_", "optimiser"),
+            (state.optimizer, "step", "optimiser"),
+            (state.ema, "update", "EMA"),
+        )
+        timed = ((owner, name, watch.phase(p)(getattr(owner, name))) for owner, name, p in watched)
+        with common.patched(*timed):
             return train_step(state, self.run.loss, batch, generator)
 
     def measure(self, waits: bool = False) -> None:
         """One step; with `waits` the phases are told apart on a GPU, at the cost of its speed."""
-        watch = Stopwatch(self.device, waits)
-        whole = Stopwatch(self.device, waits=True)
-        before = self.reset_peak()
-        with whole.phase("step"):
-            loss = self.step(watch)
-        self.peak = max(self.peak, self.read_peak() - before)
-        if waits or not self.cuda:
-            for phase in PHASES:
-                self.phases[phase].append(watch.seconds[phase])
-            self.phases["step"].append(whole.seconds["step"])
-        if not waits:
-            self.seconds.append(whole.seconds["step"])
-        self.losses.append(loss.item())
-
-    def reset_peak(self) -> int:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            return 0  # everything counts, the weights too
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps left would hide what this one takes
-        reset_peak()
-        return memory("VmRSS")
-
-    def read_peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.cuda else memory("VmHWM")
+        watch = common.Stopwatch(self.device if waits else common.CPU)
+        whole = common.Stopwatch(self.device)
+        step = whole.phase("step")(lambda: self.step(watch))
+        loss, peak = common.with_peak_memory(step, self.device)
+        taken = dict.fromkeys(PHASES, 0.0) | watch.seconds | whole.seconds
+        self.steps.append({"waits": waits, "loss": loss.item(), "peak": peak, **taken})
 
     def summary(self, flops_per_image: float, peak_flops: float) -> dict:
-        phases = {name: statistics.median(times) for name, times in self.phases.items()}
+        steps = self.steps[1:]  # in the first, libraries load and kernels are chosen and compiled
+        seconds = statistics.median(step["step"] for step in steps if not step["waits"])
+        split = [step for step in steps if step["waits"] or self.device.type != "cuda"]
+        phases = {k: statistics.median(step[k] for step in split) for k in (*PHASES, "step")}
         phases["other"] = phases["step"] - sum(phases[name] for name in PHASES)
-        seconds = statistics.median(self.seconds)
         rate = self.run.loss.examples / seconds
         return {
             "seconds": seconds,
             "phases": phases,
             "images_per_second": rate,
-            "memory_bytes": self.peak,
+            "memory_bytes": max(step["peak"] for step in steps),
             "model_flop_utilisation": rate * flops_per_image / peak_flops,
-            "losses": self.losses,
+            "losses": [step["loss"] for step in self.steps],
         }
 
 
@@ -178,8 +120,8 @@ class PlainTrainer(Trainer):
         self.state.ema.update = functools.partial(plain_ema, self.state.ema)
         self.state.apply_gradient = functools.partial(plain_update, self.state)
 
-    def step(self, watch: Stopwatch) -> Tensor:
-        with plain(), mock.patch.object(poisson, "poisson_field", plain_field):
+    def step(self, watch: common.Stopwatch) -> Tensor:
+        with plain(), common.patched((poisson, "poisson_field", plain_field)):
             loss = super().step(watch)
         loss.item()
         return loss
@@ -250,10 +192,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.plain:
         trainers["plain"] = PlainTrainer(config)
     training, loss, device = config.training, trainers["ours"].run.loss, trainers["ours"].device
-    for trainer in trainers.values():
-        trainer.measure()  # libraries load, kernels are chosen and compiled
-        trainer.forget()
-    for waits in [False] * FLAGS.steps + [True] * (device.type == "cuda"):
+    for waits in [False] * (1 + FLAGS.steps) + [True] * (device.type == "cuda"):
         for trainer in trainers.values():
             trainer.measure(waits)
 
@@ -263,20 +202,17 @@ def main(argv: list[str]) -> None:
     results = {
         "config": name,
         "device": common.setting(device),
-        "precision": training.precision,
-        "compile": training.compile,
-        "channels_last": training.channels_last,
-        "accumulate": training.accumulate,
+        **{key: training[key] for key in ("precision", "compile", "channels_last", "accumulate")},
         "batch": [loss.examples, training.batch_size],
         "flops_per_image": flops,
         "peak_flops": peak,
         "forms": forms,
     }
+    settings = [training.precision, "compiled" * training.compile]
+    settings += ["channels last" * training.channels_last, f"accumulate {training.accumulate}"]
     print(
         f"{name}: {loss.examples} of {training.batch_size} images, {results['device']}, "
-        f"{training.precision}{', compiled' if training.compile else ''}"
-        f"{', channels last' if training.channels_last else ''}, accumulate {training.accumulate}; "
-        f"medians of {FLAGS.steps}\n"
+        f"{', '.join(filter(None, settings))}; medians of {FLAGS.steps}\n"
         f"{flops / 1e9:.1f} GFLOP an image, peak {peak / 1e12:.3g} TFLOP/s\n"
     )
     print_table(forms)
