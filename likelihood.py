@@ -6,34 +6,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from methods import Method, Network
+from methods.base import Method, Network
 from sampling import get_tolerances
-from solvers import Counted, rk45
+from solvers.base import Counted
+from solvers.rk45 import rk45
 
 
 def rademacher(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Signs +1 and -1 of the shape of `x`, each with probability 1/2."""
+    """One probe for each `x` (B, C, H, W), (1, B, C, H, W): +1 or -1 with probability 1/2."""
     signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=torch.int8)
-    return (2 * signs - 1).to(x.dtype)
+    return (2 * signs - 1).to(x.dtype)[None]
 
 
 def gaussian(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise of the shape of `x`."""
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    """One probe for each `x` (B, C, H, W), (1, B, C, H, W): standard normal noise."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)[None]
 
 
-def unit_vectors(x: Tensor) -> Tensor:
-    """The D = C H W unit vectors, (D, 1, C, H, W)."""
+def unit_vectors(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The D = C H W unit vectors, (D, 1, C, H, W); nothing is drawn."""
     dim = x[0].numel()
     return torch.eye(dim, dtype=x.dtype, device=x.device).view(dim, 1, *x.shape[1:])
 
 
 # eval.divergence -> probes for `log_likelihood`.
-DIVERGENCES = {
-    "rademacher": lambda x, generator: rademacher(x, generator)[None],
-    "gaussian": lambda x, generator: gaussian(x, generator)[None],
-    "exact": lambda x, generator: unit_vectors(x),
-}
+DIVERGENCES = {"rademacher": rademacher, "gaussian": gaussian, "exact": unit_vectors}
 
 
 def log_likelihood(

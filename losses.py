@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from methods import Method, Network, poisson_field
+from methods.base import Method, Network
+from methods.field import poisson_field
 from sources.batch import Batch
 
 __all__ = ["RegressionLoss", "get_loss_fn", "poisson_field"]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 import execution
 from datasets import get_data_inverse_scaler
-from methods import Method, Network
-from solvers import SCHEDULES, SOLVERS, Callback, Counted, Slope
+from methods.base import Method, Network
+from solvers import SCHEDULES, SOLVERS
+from solvers.base import Callback, Counted, Slope
 from solvers.fixed_steps import euler
 from solvers.predictor_corrector import predictor_corrector
 
@@ -58,7 +59,7 @@ def solve_ode(
         noise_removal: where the ODE stops at some noise, the last of the n steps leads from there
             to noise level 0; after `rk45` an Euler step does. Euler's gives the mean of the data
             given x (Tweedie's formula).
-        callback: called before each step; see `solvers.Step`.
+        callback: called before each step; see `solvers.base.Step`.
 
     Returns:
         The sample, and the number of network evaluations.
@@ -181,7 +182,7 @@ def get_sampling_fn(config, method: Method) -> Callable[..., tuple[Tensor, int]]
         `sample(net, num=None, x=None, generator=None, callback=None)`: `num` samples (default
         `eval.batch_size`), from a fresh prior sample or from `x` (B, C, H, W) where it is given,
         on the generator's device (else on that of `x`, else the network's); for the callback see
-        `solvers.Step`. It returns images (num, C, H, W) in [0, 1] and the number of network
+        `solvers.base.Step`. It returns images (num, C, H, W) in [0, 1] and the number of network
         evaluations.
 
     Raises:

@@ -13,7 +13,8 @@ import sys
 import common
 import torch
 
-from methods import field, poisson_field
+from methods import field
+from methods.field import poisson_field
 
 B, D, GAMMA = 128, 3072, 5.0
 OURS = ("matrix", "split")  # float64 products, and float32 ones for devices slow at these

@@ -1,25 +1,8 @@
 """The generative methods, by name. A further one is a file and a line of `METHODS`."""
 
-from methods.base import Method, Network, Preconditioning, spread
-from methods.field import poisson_field
+from methods.base import Method
 from methods.poisson import Poisson
-from methods.sde import SDE, VESDE, VPSDE, SubVPSDE
-
-__all__ = [
-    "METHODS",
-    "SDE",
-    "VESDE",
-    "VPSDE",
-    "Method",
-    "Network",
-    "Poisson",
-    "Preconditioning",
-    "SubVPSDE",
-    "get_method",
-    "method_class",
-    "poisson_field",
-    "spread",
-]
+from methods.sde import VESDE, VPSDE, SubVPSDE
 
 # training.sde -> the method.
 METHODS: dict[str, type[Method]] = {

@@ -20,6 +20,18 @@ def spread(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x).view(-1, *[1] * (x.dim() - 1))
 
 
+def rising(config, low: str, high: str, equal: bool = False) -> tuple[float, float]:
+    """The values of two keys, such as "model.sigma_min", that must be positive and rise.
+
+    Raises:
+        ValueError: they do not; with `equal` they may also be the same.
+    """
+    first, last = (config[section][name] for section, name in (low.split("."), high.split(".")))
+    if not (0 < first < last or equal and 0 < first == last):
+        raise ValueError(f"{low} must lie between 0 and {high}: {first} and {last} do not")
+    return first, last
+
+
 @dataclass(frozen=True)
 class Preconditioning:
     """What stands between a method and its network F: c_skip x + c_out F(c_in x, c_noise).

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from methods.base import Method, Network, Preconditioning, spread
+from methods.base import Method, Network, Preconditioning, rising, spread
 from methods.field import poisson_field
 from sources.batch import Batch
 
@@ -101,11 +101,7 @@ class Poisson(Method):
                 "measures them at its first start; python3 hyper_parameters.py --config FILE "
                 "prints them"
             )
-        if not 0 < sampling.z_min < sampling.z_max:
-            raise ValueError(
-                f"sampling.z_min must lie between 0 and sampling.z_max: "
-                f"{sampling.z_min} and {sampling.z_max} do not"
-            )
+        rising(config, "sampling.z_min", "sampling.z_max")
         range_of(training.M, 1, config.model.sigma_end, training.tau)  # raises what it must
         if training.gamma < 0:
             raise ValueError(f"training.gamma must be at least 0, not {training.gamma}")

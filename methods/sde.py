@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from methods.base import Method, Network, Preconditioning, spread
+from methods.base import Method, Network, Preconditioning, rising, spread
 from sources.batch import Batch
 
 
@@ -209,7 +209,8 @@ class VESDE(SDE):
 
     @classmethod
     def range_from_config(cls, config):
-        return _rising(config, "sigma_min", "sigma_max")
+        low, high = rising(config, "model.sigma_min", "model.sigma_max")
+        return {"sigma_min": low, "sigma_max": high}
 
     @property
     def prior_std(self) -> float:
@@ -274,7 +275,8 @@ class VPSDE(SDE):
 
     @classmethod
     def range_from_config(cls, config):
-        return _rising(config, "beta_min", "beta_max", equal=True)
+        low, high = rising(config, "model.beta_min", "model.beta_max", equal=True)
+        return {"beta_min": low, "beta_max": high}
 
     def beta(self, t: Tensor) -> Tensor:
         return self.beta_min + t * (self.beta_max - self.beta_min)
@@ -350,13 +352,3 @@ class SubVPSDE(VPSDE):
 
     def time(self, sigma):
         return self._time_of_decay(2 * (sigma / 2).asinh())
-
-
-def _rising(config, low: str, high: str, equal: bool = False) -> dict[str, float]:
-    """Two values of `config.model` that must be positive and rise (or be equal)."""
-    first, last = config.model[low], config.model[high]
-    if not (0 < first < last or equal and 0 < first == last):
-        raise ValueError(
-            f"model.{low} must lie between 0 and model.{high}: {first} and {last} do not"
-        )
-    return {low: first, high: last}

@@ -6,21 +6,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from methods.base import Method
-from solvers.base import Callback, Counted, Slope, Step
 from solvers.fixed_steps import euler, heun, multistep
 from solvers.rk45 import rk45
 from solvers.schedules import polynomial, uniform
-
-__all__ = [
-    "SCHEDULES",
-    "SOLVERS",
-    "Callback",
-    "Counted",
-    "Slope",
-    "Solver",
-    "Step",
-    "rk45",
-]
 
 
 class Solver(NamedTuple):

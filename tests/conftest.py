@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import methods
+from methods.field import poisson_field
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -55,7 +56,7 @@ def exact_network():
     def make(charges, gamma):
         def net(x, z):
             points = torch.cat([x.flatten(1), z[:, None]], dim=1)
-            field = methods.poisson_field(points, charges, gamma)
+            field = poisson_field(points, charges, gamma)
             return field[:, :-1].view_as(x), field[:, -1]
 
         return net

@@ -1,6 +1,7 @@
 """Score SDEs and networks whose distributions are known in closed form."""
 
 import methods
+from methods.base import spread
 
 _PUBLISHED = {"N": 1000, "continuous": True, "likelihood_weighting": False}
 VE = methods.VESDE(sigma_min=0.01, sigma_max=50.0, **_PUBLISHED)
@@ -22,7 +23,7 @@ def gaussian_network(sde, mean=0.0, std=0.5):
     """A network with the exact score of data N(mean, std^2), of independent entries."""
 
     def net(x, noise_label):
-        alpha, noise = (methods.spread(c, x) for c in sde.kernel(time_of(sde, noise_label)))
+        alpha, noise = (spread(c, x) for c in sde.kernel(time_of(sde, noise_label)))
         score = (alpha * mean - x) / ((alpha * std) ** 2 + noise**2)
         return score if isinstance(sde, methods.VESDE) else -noise * score
 

@@ -34,7 +34,7 @@ def test_one_charge_carries_the_cauchy_law_down(exact_network):
     charge = torch.full((1, dim, 1, 1), 0.3, dtype=torch.float64)
     law = stats.multivariate_t(loc=np.full(dim, 0.3), shape=0.1**2 * np.eye(dim), df=1)
     x = torch.from_numpy(law.rvs(size=16, random_state=0)).view(16, dim, 1, 1)
-    probes = rademacher(x, torch.Generator().manual_seed(0))[None]
+    probes = rademacher(x, torch.Generator().manual_seed(0))
     log_p, latent, _ = log_likelihood(
         method, exact_network(charge, method.gamma), x, probes, rtol=1e-7, atol=1e-7
     )
@@ -186,7 +186,7 @@ def test_exact_divergence_and_the_mean_of_estimates(name):
     assert np.abs(log_p(unit_vectors(x)) - expected).max() < 2 * math.log(2) * 5e-3
     for draw in (rademacher, gaussian):  # repeated for as many independent estimates
         copies = x[:1].expand(2000, 2, 1, 1)
-        probe = draw(copies, torch.Generator().manual_seed(0))[None]
+        probe = draw(copies, torch.Generator().manual_seed(0))
         estimates = log_likelihood(sde, net, copies, probe, rtol=1e-5, atol=1e-5)[0]
         error = estimates.std() / math.sqrt(2000)
         assert estimates.std() > 0.1
@@ -226,7 +226,7 @@ def test_poisson_latent_leads_back_to_the_image(exact_network, poisson):
     generator = torch.Generator().manual_seed(0)
     charges, data = torch.rand(2, 30, 3, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
     net = exact_network(charges, poisson.gamma)
-    probes = rademacher(data, generator)[None]
+    probes = rademacher(data, generator)
     _, latent, _ = log_likelihood(poisson, net, data, probes, rtol=1e-6, atol=1e-6)
     decoded, _ = solve_ode(poisson, net, latent, rtol=1e-6, atol=1e-6)
     assert (decoded - data).abs().max() < 1e-3
@@ -239,7 +239,7 @@ def test_poisson_latent_leads_back_to_the_image(exact_network, poisson):
 def test_probes_have_mean_zero_and_unit_covariance():
     x = torch.zeros(5000, 1, 1, 3)
     for draw in (rademacher, gaussian):
-        probe = draw(x, torch.Generator().manual_seed(0)).flatten(1)
+        probe = draw(x, torch.Generator().manual_seed(0))[0].flatten(1)
         assert probe.mean(0).abs().max() < 0.06
         assert (probe.T @ probe / len(probe) - torch.eye(3)).abs().max() < 0.06
     assert set(rademacher(x).unique().tolist()) == {-1.0, 1.0}

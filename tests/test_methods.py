@@ -15,7 +15,7 @@ import losses
 import methods
 from configs.poisson import cifar10_ddpmpp
 from methods import field as field_module
-from methods import poisson_field
+from methods.field import poisson_field
 
 
 def relative_error(value, truth):

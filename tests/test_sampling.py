@@ -17,9 +17,11 @@ from configs.ve import cifar10_ncsnpp_continuous as ve_config
 from configs.vp import cifar10_ddpmpp_continuous as vp_config
 from methods import get_method
 from sampling import get_sampling_fn, solve_ode, spherical_interpolation
-from solvers import SCHEDULES, SOLVERS, Counted, rk45
+from solvers import SCHEDULES, SOLVERS
+from solvers.base import Counted
 from solvers.fixed_steps import euler, heun, multistep
 from solvers.predictor_corrector import CORRECTORS, PREDICTORS, predictor_corrector
+from solvers.rk45 import rk45
 
 FIXED_STEPS = [name for name, solver in SOLVERS.items() if solver.schedule]
 
