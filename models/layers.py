@@ -6,7 +6,7 @@ Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,15 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from op import upfirdn2d
 
-Activation = Callable[[Tensor], Tensor]
 Taps = Sequence[float] | None  # of a resampling filter
 
-ACTIVATIONS: dict[str, Activation] = {
-    "elu": F.elu,
-    "lrelu": partial(F.leaky_relu, negative_slope=0.2),
-    "relu": F.relu,
-    "swish": F.silu,
-}
+ACTIVATIONS = {"elu": nn.ELU(), "lrelu": nn.LeakyReLU(0.2), "relu": nn.ReLU(), "swish": nn.SiLU()}
 
 
 def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
@@ -182,61 +176,42 @@ class Halve(_Filter):
         return upfirdn2d(x, self.kernel, down=2, pad=((n - 1) // 2, n // 2 - 1))
 
 
-class _Resampling(nn.Module):
-    """From one resolution to another, with a 3x3 convolution where `with_conv`.
+class Resampling(nn.Module):
+    """(B, in, H, W) to (B, out, 2H, 2W) or (B, out, H/2, W/2); a 3x3 convolution if `with_conv`.
 
     Called like a residual block; the embedding is not used.
     """
-
-    filter: type[_Filter]
-    conv_options: dict = {}
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         *,
+        up: bool,
         with_conv: bool = True,
         fir_kernel: Taps = None,
     ):
         super().__init__()
-        self.resample = self.filter(fir_kernel)
-        layer = conv(in_channels, out_channels, **self.conv_options) if with_conv else None
+        self.resample = (Double if up else Halve)(fir_kernel)
+        options = {} if up else {"stride": 2, "padding": 0}
+        layer = conv(in_channels, out_channels, **options) if with_conv else None
         self.conv, self.fir_conv = (layer, None) if fir_kernel is None else (None, layer)
-
-
-class Upsample(_Resampling):
-    """(B, in, H, W) to (B, out, 2H, 2W)."""
-
-    filter = Double
-
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        if self.fir_conv is not None:
-            # Zeros between the pixels and the 3x3 convolution are one transposed convolution; the
-            # filter comes last, so that the border is padded once (Karras et al., StyleGAN2).
-            weight = self.fir_conv.weight.transpose(0, 1).flip(2, 3)
-            h = F.conv_transpose2d(x, weight, stride=2)
-            n = len(self.resample.kernel)
-            h = upfirdn2d(h, self.resample.kernel, pad=((n - 1) // 2, n // 2 - 1))
-            return h + self.fir_conv.bias[:, None, None]
-        h = self.resample(x)
-        return h if self.conv is None else self.conv(h)
-
-
-class Downsample(_Resampling):
-    """(B, in, H, W) to (B, out, H/2, W/2)."""
-
-    filter = Halve
-    conv_options = {"stride": 2, "padding": 0}
+        self.up = up
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         if self.conv is not None:
-            return self.conv(F.pad(x, (0, 1, 0, 1)))
-        if self.fir_conv is not None:
-            n = len(self.resample.kernel)
-            h = upfirdn2d(x, self.resample.kernel, pad=((n + 1) // 2, n // 2))
-            return self.fir_conv(h)
-        return self.resample(x)
+            return self.conv(self.resample(x) if self.up else F.pad(x, (0, 1, 0, 1)))
+        if self.fir_conv is None:
+            return self.resample(x)
+        n = len(self.resample.kernel)
+        if not self.up:
+            return self.fir_conv(upfirdn2d(x, self.resample.kernel, pad=((n + 1) // 2, n // 2)))
+        # Zeros between the pixels and the 3x3 convolution are one transposed convolution; the
+        # filter comes last, so that the border is padded once (Karras et al., StyleGAN2).
+        weight = self.fir_conv.weight.transpose(0, 1).flip(2, 3)
+        h = F.conv_transpose2d(x, weight, stride=2)
+        h = upfirdn2d(h, self.resample.kernel, pad=((n - 1) // 2, n // 2 - 1))
+        return h + self.fir_conv.bias[:, None, None]
 
 
 class NIN(nn.Module):
@@ -308,7 +283,7 @@ class ResBlock(nn.Module):
         out_channels: int,
         *,
         emb_channels: int,
-        act: Activation,
+        act: nn.Module,
         dropout: float,
         init_scale: float,
         skip_rescale: bool,

@@ -1,5 +1,6 @@
 """NCSN++ and DDPM++: the U-Net of Song et al. (arXiv 2011.13456), appendix H, with its options."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Self
@@ -9,16 +10,14 @@ from torch import Tensor, nn
 
 from models.layers import (
     ACTIVATIONS,
-    Activation,
     Attention,
     Double,
-    Downsample,
     FourierFeatures,
     Halve,
     PositionalFeatures,
+    Resampling,
     ResBlock,
     Taps,
-    Upsample,
     check_size,
     check_whole,
     conv,
@@ -28,27 +27,6 @@ from models.layers import (
     one_of,
     residual_sum,
 )
-
-
-class Head(nn.Module):
-    """Norm, activation, 3x3 convolution: (B, in, H, W) to (B, out, H, W)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        act: Activation,
-        init_scale: float,
-        group_width: int,
-    ):
-        super().__init__()
-        self.norm = group_norm(in_channels, group_width=group_width)
-        self.conv = conv(in_channels, out_channels, init_scale=init_scale)
-        self.act = act
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.conv(self.act(self.norm(h)))
 
 
 class Stage(nn.Module):
@@ -81,7 +59,7 @@ class InputSkip(nn.Module):
 class InputResidual(nn.Module):
     """`progressive_input='residual'`: a branch from the image is summed with the features."""
 
-    def __init__(self, down: Downsample, skip_rescale: bool):
+    def __init__(self, down: Resampling, skip_rescale: bool):
         super().__init__()
         self.down, self.skip_rescale = down, skip_rescale
 
@@ -96,7 +74,7 @@ class OutputSkip(nn.Module):
     `progressive='residual'` has one at the coarsest level, where its branch begins.
     """
 
-    def __init__(self, head: Head, resample: Double):
+    def __init__(self, head: nn.Module, resample: Double):
         super().__init__()
         self.resample, self.head = resample, head
 
@@ -108,7 +86,7 @@ class OutputSkip(nn.Module):
 class OutputResidual(nn.Module):
     """`progressive='residual'`: a branch to the output is summed with the features."""
 
-    def __init__(self, up: Upsample, skip_rescale: bool):
+    def __init__(self, up: Resampling, skip_rescale: bool):
         super().__init__()
         self.up, self.skip_rescale = up, skip_rescale
 
@@ -249,16 +227,21 @@ class NCSNpp(nn.Module):
             dropout=dropout,
             nin_shortcut=resblock_type == "ddpm",
         )
-        head = partial(Head, act=act, group_width=group_width)
+
+        def head(in_channels: int, out_channels: int, *, init_scale: float) -> nn.Sequential:
+            norm = group_norm(in_channels, group_width=group_width)
+            layer = conv(in_channels, out_channels, init_scale=init_scale)
+            return nn.Sequential(OrderedDict(norm=norm, act=act, conv=layer))
 
         def stage(in_channels: int, out_channels: int, *, attend: bool) -> Stage:
             resnet = block(in_channels, out_channels)
             return Stage(resnet, attention(out_channels) if attend else None)
 
-        def resampled(to: type[Downsample] | type[Upsample], width: int) -> nn.Module:
+        def resampled(width: int, *, up: bool) -> nn.Module:
             if resblock_type == "biggan":
-                return block(width, width, resample=to.filter(fir_kernel))
-            return to(width, width, with_conv=resamp_with_conv, fir_kernel=fir_kernel)
+                return block(width, width, resample=(Double if up else Halve)(fir_kernel))
+            options = {"with_conv": resamp_with_conv, "fir_kernel": fir_kernel}
+            return Resampling(width, width, up=up, **options)
 
         # The modules are made in the order of the diagram, which is that of the published weights.
         self.features = PositionalFeatures(nf) if positional else FourierFeatures(nf, fourier_scale)
@@ -282,12 +265,12 @@ class NCSNpp(nn.Module):
                 skip_widths.append(width)
             down = join = None
             if i < coarsest:
-                down = resampled(Downsample, width)
+                down = resampled(width, up=False)
                 if progressive_input == "input_skip":
                     join = InputSkip(channels, width, fir_kernel, progressive_combine)
                     width *= 2 if progressive_combine == "cat" else 1
                 elif progressive_input == "residual":
-                    branch = Downsample(branch_width, width, fir_kernel=fir_kernel)
+                    branch = Resampling(branch_width, width, up=False, fir_kernel=fir_kernel)
                     join = InputResidual(branch, skip_rescale)
                     branch_width = width
                 skip_widths.append(width)
@@ -312,10 +295,10 @@ class NCSNpp(nn.Module):
             elif progressive == "residual" and i == coarsest:
                 grow = OutputSkip(head(width, width, init_scale=1.0), Double(fir_kernel))
             elif progressive == "residual":
-                branch = Upsample(branch_width, width, fir_kernel=fir_kernel)
+                branch = Resampling(branch_width, width, up=True, fir_kernel=fir_kernel)
                 grow = OutputResidual(branch, skip_rescale)
             branch_width = width
-            up = resampled(Upsample, width) if i > 0 else None
+            up = resampled(width, up=True) if i > 0 else None
             parts = {"stages": nn.ModuleList(stages), "progressive": grow, "up": up}
             self.decoder.append(nn.ModuleDict(parts))
 

@@ -23,8 +23,7 @@ _BLOCKS = (
     layers.FourierFeatures,
     layers.ResBlock,
     layers.Attention,
-    layers.Downsample,
-    layers.Upsample,
+    layers.Resampling,
     InputSkip,
 )
 

@@ -408,7 +408,7 @@ def slow_filter(image, kernel):
 def test_upsampling_with_filter_and_convolution(taps):
     # Zeros between the pixels, then convolution and filter over the whole plane, no border between.
     torch.manual_seed(0)
-    layer = layers.Upsample(2, 3, fir_kernel=taps).double()
+    layer = layers.Resampling(2, 3, up=True, fir_kernel=taps).double()
     torch.nn.init.normal_(layer.fir_conv.bias)
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64)
     fir = np.outer(taps, taps) * 4 / sum(taps) ** 2
