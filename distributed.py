@@ -145,10 +145,7 @@ def averaging_gradients(network: nn.Module, some_unused: bool = False) -> nn.Mod
 
     The mean is taken while backward still runs. Weights are not made equal here: they are drawn
     from the same seed or loaded from the same file, and `check_agreement` finds where they differ.
-
-    Args:
-        network: on this process's device.
-        some_unused: it has parameters that its output does not depend on.
+    `some_unused` says that its output does not depend on all of its parameters.
     """
     if world() == 1:
         return network
