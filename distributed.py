@@ -130,8 +130,7 @@ def check_agreement(step: int, weights: Iterable[Tensor]) -> None:
         return
     words = [w.detach().contiguous().flatten().view(torch.int32) for w in weights]
     sums = torch.stack([w.sum(dtype=torch.int64) for w in words])
-    mine = torch.cat([sums.new_tensor([step]), sums])
-    everyone = gather(mine[None])
+    everyone = gather(torch.cat([sums.new_tensor([step]), sums])[None])
     same = (everyone == everyone[0]).all(1).tolist()
     if not all(same):
         raise FloatingPointError(

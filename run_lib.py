@@ -62,13 +62,14 @@ def train(config, workdir: Path) -> bool:
             the processes do not agree.
     """
     config, decided = complete(config, workdir)
-    training, seed = config.training, config.seed
+    data, training, seed = config.data, config.training, config.seed
     run = Experiment.build(config)
     state, device, main = run.state, run.device, distributed.is_main()
     state.network = execution.for_training(config, state.model)
     train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
     images_per_step = min(run.loss.examples, len(train_data))
+    augmentation = {"flip": data.random_flip, "dequantize": data.uniform_dequantization}
     draws = main and training.snapshot_sampling
     on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
     _check_division(images_per_step, training.accumulate)
@@ -113,12 +114,7 @@ def train(config, workdir: Path) -> bool:
                 batch = next(batches).to(device, non_blocking=True)
                 if on_disk:
                     batch = batch.map(distributed.gather)
-                images = datasets.to_unit_interval(
-                    batch.images,
-                    generator,
-                    flip=config.data.random_flip,
-                    dequantize=config.data.uniform_dequantization,
-                )
+                images = datasets.to_unit_interval(batch.images, generator, **augmentation)
                 batch = replace(batch, images=run.scaler(images))
                 loss = train_step(state, run.loss, batch, generator, shard)
                 watch.add(state.step - 1, loss)
@@ -140,20 +136,12 @@ def train(config, workdir: Path) -> bool:
                 numbered = due(training.snapshot_freq)
                 if numbered or due(training.snapshot_freq_for_preemption):
                     writer.flush()
-                    written += [state.step] * numbered
-                    content = _content(config, state, written)
-                    if main and numbered:
-                        save_checkpoint(checkpoint_path(workdir, state.step), content)
-                        written = drop_checkpoints(workdir, written, training.keep_checkpoints)
-                    if main:
-                        save_to_resume(workdir, content)
+                    written = _save(config, workdir, state, written, numbered)
                 if draws and numbered and not stop():
                     _draw_snapshot(run, writer, workdir, seed, images_per_step)
 
             if state.step < training.n_iters:
-                content = _content(config, state, written)
-                if main:
-                    save_to_resume(workdir, content)
+                _save(config, workdir, state, written)
                 watch.look()
                 log.info(f"stopped by {stop() or 'a signal'} at step {state.step}, which is saved")
                 return False
@@ -250,10 +238,7 @@ def _check_division(images: int, accumulate: int = 1) -> None:
 
 
 def _resume(config, workdir: Path, state: TrainState) -> list[int]:
-    """Loads the newest intact state into `state`, if there is one.
-
-    Returns the steps of the numbered checkpoints that the run has written so far.
-    """
+    """Loads the newest intact state, if any; returns the steps of the numbered ones written."""
     found = newest_checkpoint(workdir)
     if found is None:
         if distributed.is_main():
@@ -267,12 +252,24 @@ def _resume(config, workdir: Path, state: TrainState) -> list[int]:
     return written_steps(content, path)
 
 
-def _content(config, state: TrainState, written: list[int]) -> dict:
-    """What a checkpoint holds; never ruined weights, which would cost the good ones before."""
+def _save(
+    config, workdir: Path, state: TrainState, written: list[int], numbered: bool = False
+) -> list[int]:
+    """Saves `state` to resume from and, where `numbered`, to evaluate; returns the steps `written`.
+
+    Ruined weights are not saved, as they would cost the good ones before.
+    """
     distributed.check_agreement(state.step, state.parameters)
     if not state.is_finite():
         raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
-    return state.state_dict() | {"written": written, "config": run_config.flatten(config)}
+    written = written + [state.step] * numbered
+    content = state.state_dict() | {"written": written, "config": run_config.flatten(config)}
+    if distributed.is_main() and numbered:
+        save_checkpoint(checkpoint_path(workdir, state.step), content)
+        written = drop_checkpoints(workdir, written, config.training.keep_checkpoints)
+    if distributed.is_main():
+        save_to_resume(workdir, content)
+    return written
 
 
 def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
@@ -320,10 +317,7 @@ class _Watch:
             self.look()
 
     def look(self) -> float:
-        """The newest loss; FloatingPointError after `max_bad_steps` in a row that are not finite.
-
-        Each of those is named in a warning.
-        """
+        """The newest loss. Warns of each that is not finite, raises at `max_bad_steps` in a row."""
         if not self.losses:
             return self.newest
         losses = distributed.mean(torch.stack([*self.losses.values()])).tolist()
