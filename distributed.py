@@ -130,8 +130,7 @@ def check_agreement(step: int, weights: Iterable[Tensor]) -> None:
         return
     words = [w.detach().contiguous().flatten().view(torch.int32) for w in weights]
     sums = torch.stack([w.sum(dtype=torch.int64) for w in words])
-    mine = torch.cat([sums.new_tensor([step]), sums])
-    everyone = gather(mine[None])
+    everyone = gather(torch.cat([sums.new_tensor([step]), sums])[None])
     same = (everyone == everyone[0]).all(1).tolist()
     if not all(same):
         raise FloatingPointError(
@@ -145,10 +144,7 @@ def averaging_gradients(network: nn.Module, some_unused: bool = False) -> nn.Mod
 
     The mean is taken while backward still runs. Weights are not made equal here: they are drawn
     from the same seed or loaded from the same file, and `check_agreement` finds where they differ.
-
-    Args:
-        network: on this process's device.
-        some_unused: it has parameters that its output does not depend on.
+    `some_unused` says that its output does not depend on all of its parameters.
     """
     if world() == 1:
         return network

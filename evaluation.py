@@ -40,7 +40,7 @@ PARTS = (
 )
 
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
-STRIPS = (8, 10)  # rows and columns of the pictures of interpolation and rescaling
+ROWS, COLUMNS = 8, 10  # of the pictures of interpolation and rescaling
 PAIRS = 10  # samples in a row of the picture of nearest training images
 
 
@@ -119,43 +119,39 @@ def evaluate_bpd(
 ) -> dict:
     """Bits per dimension of every image of a split, averaged over passes of new noise.
 
-    The latents of the first batch are integrated back to images; how far these are from where they
-    came, `encoding_error`, shows what the solver's tolerance costs.
+    The latents of the first batch are integrated back to images; the root mean square of what that
+    changes, in units of [0, 1], is `encoding_error`, and shows what the solver's tolerance costs.
 
-    Returns:
-        The entries `bpd...` and `encoding_error` of the report (docs/architecture.md); nothing in
-        another than the main process.
-
-    Raises:
-        FloatingPointError: the ODE cannot be solved.
+    Returns the report's entries `bpd...` and `encoding_error` (docs/architecture.md), in the main
+    process only. Raises FloatingPointError where the ODE cannot be solved.
     """
-    split, size = config.eval.dataset, config.eval.batch_size
+    split, size, net = config.eval.dataset, config.eval.batch_size, run.state.model
     passes = config.eval.bpd_num_repeats if split == "test" else 1
     origin = origin | {"data": fingerprint(data), "divergence": config.eval.divergence}
 
+    @torch.no_grad()
     def compute(i: int, start: int) -> dict:
         generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
         images = data[start : start + size].to(run.device)
         images = datasets.to_unit_interval(images, generator, dequantize=True)
-        bits, latents, nfe = bits_per_dim(run.state.model, run.scaler(images), generator)
+        bits, latents, nfe = bits_per_dim(net, run.scaler(images), generator)
         found = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
         if i == 0:
-            found["encoding_error"] = _encoding_error(config, run, latents, images)
+            tolerances = sampling.get_tolerances(config)
+            x, _ = sampling.solve_ode(run.method, net, latents, **tolerances)
+            change = datasets.get_data_inverse_scaler(config)(x) - images
+            found["encoding_error"] = change.square().mean().sqrt().item()
         return found
 
     starts = passes * list(range(0, len(data), size))
     paths = [folder / f"{split}_ckpt_{k}_bpd_{i}.npz" for i in range(len(starts))]
     _remove_others(folder.glob(f"{split}_ckpt_{k}_bpd_*.npz"), paths)
-    batches = _shared(
-        "bits/dim",
-        [
-            (
-                min(size, len(data) - start),
-                partial(cached, path, origin | {"batch": (i, size)}, partial(compute, i, start)),
-            )
-            for i, (start, path) in enumerate(zip(starts, paths, strict=True))
-        ],
-    )
+    tasks = []
+    for i, (start, path) in enumerate(zip(starts, paths, strict=True)):
+        key = origin | {"batch": (i, size)}
+        task = partial(cached, path, key, partial(compute, i, start))
+        tasks.append((min(size, len(data) - start), task))
+    batches = _shared("bits/dim", tasks)
     if not batches:
         return {}
     bpd = np.concatenate([batch["bpd"] for batch in batches]).reshape(passes, len(data)).mean(0)
@@ -169,23 +165,12 @@ def evaluate_bpd(
     }
 
 
-@torch.no_grad()
-def _encoding_error(config, run: Experiment, latents: Tensor, images: Tensor) -> float:
-    """Root mean square of what the way to the latents and back changes, in units of [0, 1]."""
-    tolerances = sampling.get_tolerances(config)
-    x, _ = sampling.solve_ode(run.method, run.state.model, latents, **tolerances)
-    back = datasets.get_data_inverse_scaler(config)(x)
-    return (back - images).square().mean().sqrt().item()
-
-
 def evaluate_samples(
     config, run: Experiment, statistics: ReferenceStatistics, folder: Path, k: int, origin: dict
 ) -> dict:
     """Draws `eval.num_samples` samples and compares their features with those of the data.
 
-    Returns:
-        The report's entries on samples (docs/architecture.md); nothing in another than the main
-        process.
+    Returns the report's entries on samples (docs/architecture.md), in the main process only.
     """
     wanted, space = config.eval.num_samples, statistics.space
     rounds = _draw_rounds(config, run, space, folder / f"ckpt_{k}", origin)
@@ -307,10 +292,10 @@ def draw_images(config, run: Experiment, folder: Path, k: int) -> None:
 
 def draw_interpolation(config, run: Experiment, folder: Path, k: int) -> None:
     """Each row goes from one prior sample to another along the arc between them."""
-    shape = datasets.image_shape(config)
+    shape = 2 * ROWS, *datasets.image_shape(config)
     generator = datasets.keyed_generator(run.device, "interpolation", config.seed)
-    ends = run.method.prior_sampling((2 * STRIPS[0], *shape), generator, run.device)
-    shares = torch.linspace(0, 1, STRIPS[1], device=run.device)
+    ends = run.method.prior_sampling(shape, generator, run.device)
+    shares = torch.linspace(0, 1, COLUMNS, device=run.device)
     x = sampling.spherical_interpolation(*ends.chunk(2), shares).flatten(0, 1)
     _draw_strips(run, x, folder / f"interpolation_{k}.png", generator)
 
@@ -319,9 +304,9 @@ def draw_rescaling(config, run: Experiment, folder: Path, k: int) -> None:
     """Each row keeps the direction of one prior sample and raises its norm (the temperature)."""
     shape = datasets.image_shape(config)
     generator = datasets.keyed_generator(run.device, "rescaling", config.seed)
-    x = run.method.prior_sampling((STRIPS[0], *shape), generator, run.device)
+    x = run.method.prior_sampling((ROWS, *shape), generator, run.device)
     low, high = config.eval.rescale_norms or run.method.prior_norms(math.prod(shape))
-    norms = torch.linspace(low, high, STRIPS[1], device=run.device)
+    norms = torch.linspace(low, high, COLUMNS, device=run.device)
     direction = x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     x = (direction[:, None] * norms.view(1, -1, 1, 1, 1)).flatten(0, 1)
     _draw_strips(run, x, folder / f"rescale_{k}.png", generator)
@@ -333,7 +318,7 @@ def _draw_strips(run: Experiment, x: Tensor, path: Path, generator: torch.Genera
     except FloatingPointError as error:
         log.warning(f"{path} is not drawn: {error}")
     else:
-        _save_grid(path, to_uint8(samples), columns=STRIPS[1])
+        _save_grid(path, to_uint8(samples), COLUMNS)
 
 
 def _save_grid(path: Path, images: Images, columns: int | None = None) -> None:

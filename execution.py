@@ -51,14 +51,13 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ValueError(f"training.precision='tf32': {device} has no TF32; use 'fp32'")
 
 
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def _has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    on_cpu = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return on_cpu or _has_tf32(device)  # GPUs got both with one generation
 
 
 class BFloat16(nn.Module):
@@ -85,13 +84,9 @@ def compiled(network: nn.Module, device: torch.device) -> nn.Module:
 def _compiler_works(device: torch.device) -> bool:
     """Whether a small function compiles: it takes a C++ compiler on a CPU, Triton on a GPU."""
     try:
-        torch.compile(_probe)(torch.ones(8, device=device))
+        torch.compile(lambda x: (x.sin() + 1).cos())(torch.ones(8, device=device))
         return True
     except Exception as error:  # whatever is wrong with the toolchain, eager PyTorch still works
         reason = " ".join(str(error).split())
         log.warning(f"not compiled, which only costs speed: {type(error).__name__}: {reason:.200}")
         return False
-
-
-def _probe(x: Tensor) -> Tensor:
-    return (x.sin() + 1).cos()

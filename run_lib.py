@@ -62,13 +62,15 @@ def train(config, workdir: Path) -> bool:
             the processes do not agree.
     """
     config, decided = complete(config, workdir)
-    training, seed = config.training, config.seed
+    data, training, seed = config.data, config.training, config.seed
     run = Experiment.build(config)
     state, device, main = run.state, run.device, distributed.is_main()
     state.network = execution.for_training(config, state.model)
     train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
     images_per_step = min(run.loss.examples, len(train_data))
+    augmentation = {"flip": data.random_flip, "dequantize": data.uniform_dequantization}
+    draws = main and training.snapshot_sampling
     on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
     _check_division(images_per_step, training.accumulate)
     if on_disk:
@@ -77,11 +79,10 @@ def train(config, workdir: Path) -> bool:
     with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
         distributed.check_agreement(state.step, state.parameters)
-        parameters = sum(p.numel() for p in state.parameters)
         log.info(
             f"{'resuming' if state.step else 'starting'} at step {state.step} of "
             f"{training.n_iters}: {type(run.method).__name__}, {len(train_data):,} images, "
-            f"{parameters:,} parameters, {device}"
+            f"{sum(p.numel() for p in state.parameters):,} parameters, {device}"
             + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
         )
         log.info(datasets.describe(config, train_data, test_data))
@@ -91,7 +92,8 @@ def train(config, workdir: Path) -> bool:
         batches = datasets.shuffled_batches(
             train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)
         )
-        meter, watch = _Meter(state.step), _Watch(training.max_bad_steps)
+        watch = _Watch(training.max_bad_steps)
+        logged, logged_at = state.step, time.perf_counter()
 
         def due(frequency: int) -> bool:
             return state.step == training.n_iters or state.step % frequency == 0
@@ -101,8 +103,10 @@ def train(config, workdir: Path) -> bool:
             progress_bar(total=training.n_iters, initial=state.step, unit="step") as progress,
             _stop_signals() as stop,
         ):
-            if main and training.snapshot_sampling and state.step and due(training.snapshot_freq):
-                _draw_snapshot(run, writer, workdir, seed, images_per_step, again=False)
+            # a run that was stopped between saving and drawing lacks its last picture
+            picture = workdir / f"samples/iter_{state.step}/sample.png"
+            if draws and state.step and due(training.snapshot_freq) and not picture.exists():
+                _draw_snapshot(run, writer, workdir, seed, images_per_step)
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
                 generator = datasets.keyed_generator(device, "training", seed, state.step)
                 # dropout knows no other generator than the global one
@@ -110,20 +114,19 @@ def train(config, workdir: Path) -> bool:
                 batch = next(batches).to(device, non_blocking=True)
                 if on_disk:
                     batch = batch.map(distributed.gather)
-                images = datasets.to_unit_interval(
-                    batch.images,
-                    generator,
-                    flip=config.data.random_flip,
-                    dequantize=config.data.uniform_dequantization,
-                )
+                images = datasets.to_unit_interval(batch.images, generator, **augmentation)
                 batch = replace(batch, images=run.scaler(images))
                 loss = train_step(state, run.loss, batch, generator, shard)
                 watch.add(state.step - 1, loss)
                 progress.update()
 
                 if due(training.log_freq):
-                    speed = meter.rate(state.step) * images_per_step
-                    _log_step(progress, writer, state.step, watch.look(), speed)
+                    now = time.perf_counter()
+                    speed = (state.step - logged) * images_per_step / (now - logged_at)
+                    logged, logged_at, newest = state.step, now, watch.look()
+                    progress.set_postfix_str(f"loss {newest:.4g}, {speed:.0f} images/s")
+                    writer.add_scalar("loss/train", newest, state.step)
+                    writer.add_scalar("images_per_second", speed, state.step)
                 if state.step == first:  # processes that go apart do so in their first step
                     distributed.check_agreement(state.step, state.parameters)
                 if due(training.eval_freq):
@@ -133,20 +136,12 @@ def train(config, workdir: Path) -> bool:
                 numbered = due(training.snapshot_freq)
                 if numbered or due(training.snapshot_freq_for_preemption):
                     writer.flush()
-                    written += [state.step] * numbered
-                    content = _content(config, state, written)
-                    if main and numbered:
-                        save_checkpoint(checkpoint_path(workdir, state.step), content)
-                        written = drop_checkpoints(workdir, written, training.keep_checkpoints)
-                    if main:
-                        save_to_resume(workdir, content)
-                if main and numbered and training.snapshot_sampling and not stop():
+                    written = _save(config, workdir, state, written, numbered)
+                if draws and numbered and not stop():
                     _draw_snapshot(run, writer, workdir, seed, images_per_step)
 
             if state.step < training.n_iters:
-                content = _content(config, state, written)
-                if main:
-                    save_to_resume(workdir, content)
+                _save(config, workdir, state, written)
                 watch.look()
                 log.info(f"stopped by {stop() or 'a signal'} at step {state.step}, which is saved")
                 return False
@@ -243,10 +238,7 @@ def _check_division(images: int, accumulate: int = 1) -> None:
 
 
 def _resume(config, workdir: Path, state: TrainState) -> list[int]:
-    """Loads the newest intact state into `state`, if there is one.
-
-    Returns the steps of the numbered checkpoints that the run has written so far.
-    """
+    """Loads the newest intact state, if any; returns the steps of the numbered ones written."""
     found = newest_checkpoint(workdir)
     if found is None:
         if distributed.is_main():
@@ -260,20 +252,24 @@ def _resume(config, workdir: Path, state: TrainState) -> list[int]:
     return written_steps(content, path)
 
 
-def _content(config, state: TrainState, written: list[int]) -> dict:
-    """What a checkpoint holds; never ruined weights, which would cost the good ones before."""
+def _save(
+    config, workdir: Path, state: TrainState, written: list[int], numbered: bool = False
+) -> list[int]:
+    """Saves `state` to resume from and, where `numbered`, to evaluate; returns the steps `written`.
+
+    Ruined weights are not saved, as they would cost the good ones before.
+    """
     distributed.check_agreement(state.step, state.parameters)
     if not state.is_finite():
         raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
-    return state.state_dict() | {"written": written, "config": run_config.flatten(config)}
-
-
-def _log_step(
-    progress, writer: TensorBoardWriter, step: int, loss: float, images_per_second: float
-) -> None:
-    progress.set_postfix_str(f"loss {loss:.4g}, {images_per_second:.0f} images/s")
-    writer.add_scalar("loss/train", loss, step)
-    writer.add_scalar("images_per_second", images_per_second, step)
+    written = written + [state.step] * numbered
+    content = state.state_dict() | {"written": written, "config": run_config.flatten(config)}
+    if distributed.is_main() and numbered:
+        save_checkpoint(checkpoint_path(workdir, state.step), content)
+        written = drop_checkpoints(workdir, written, config.training.keep_checkpoints)
+    if distributed.is_main():
+        save_to_resume(workdir, content)
+    return written
 
 
 def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
@@ -286,24 +282,11 @@ def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
 
 
 def _draw_snapshot(
-    run: Experiment,
-    writer: TensorBoardWriter,
-    workdir: Path,
-    seed: int,
-    number: int,
-    again: bool = True,
+    run: Experiment, writer: TensorBoardWriter, workdir: Path, seed: int, number: int
 ) -> None:
-    """Samples from the same prior draw at every call, so that pictures can be compared.
-
-    Args:
-        number: how many, though at most SNAPSHOT_SAMPLES.
-        again: also where the picture is there; where a run resumes, it is missing if the run was
-            stopped between saving and drawing.
-    """
+    """At most `number` samples, from the same prior draw at every call, to compare the pictures."""
     step = run.state.step
     folder = workdir / "samples" / f"iter_{step}"
-    if not again and (folder / "sample.png").exists():
-        return
     generator = datasets.keyed_generator(run.device, "snapshot", seed)
     number = min(SNAPSHOT_SAMPLES, number)
     try:
@@ -320,40 +303,25 @@ def _draw_snapshot(
     log.info(f"step {step}: samples in {nfe} evaluations: {folder / 'sample.png'}")
 
 
-class _Meter:
-    """Steps per second since it was last asked."""
-
-    def __init__(self, step: int):
-        self.step, self.time = step, time.perf_counter()
-
-    def rate(self, step: int) -> float:
-        now = time.perf_counter()
-        rate = (step - self.step) / (now - self.time)
-        self.step, self.time = step, now
-        return rate
-
-
 class _Watch:
     """Looks at the losses of several steps at once, so that no step waits for its device."""
 
     def __init__(self, max_bad_steps: int):
         self.limit, self.bad_in_a_row, self.newest = max_bad_steps, 0, math.nan
-        self.batches, self.losses = [], []
+        self.losses: dict[int, Tensor] = {}  # by the batch's number, since the last look
 
     def add(self, batch: int, loss: Tensor) -> None:
         """Notes the loss of a step on batch number `batch`; not finite: it was not applied."""
-        self.batches.append(batch)
-        self.losses.append(loss)
+        self.losses[batch] = loss
         if len(self.losses) >= self.limit:
             self.look()
 
     def look(self) -> float:
-        """The newest loss; FloatingPointError after `max_bad_steps` in a row that are not finite.
-
-        Each of those is named in a warning.
-        """
-        losses = distributed.mean(torch.stack(self.losses)).tolist() if self.losses else []
-        for batch, loss in zip(self.batches, losses, strict=True):
+        """The newest loss. Warns of each that is not finite, raises at `max_bad_steps` in a row."""
+        if not self.losses:
+            return self.newest
+        losses = distributed.mean(torch.stack([*self.losses.values()])).tolist()
+        for batch, loss in zip(self.losses, losses, strict=True):
             self.newest = loss
             self.bad_in_a_row = 0 if math.isfinite(loss) else self.bad_in_a_row + 1
             if self.bad_in_a_row:
@@ -367,7 +335,7 @@ class _Watch:
                     f"{self.limit} batches in a row, the last one number {batch}; the weights "
                     "before them are not ruined, and the last checkpoint is intact"
                 )
-        self.batches, self.losses = [], []
+        self.losses = {}
         return self.newest
 
 
