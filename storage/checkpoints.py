@@ -94,6 +94,8 @@ def _check_records(file: BinaryIO) -> None:
         records = archive.infolist()
         if sum(record.file_size for record in records) > file.seek(0, os.SEEK_END):
             raise ValueError("its records are larger than the file")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("its records are compressed, which torch.save never does")
         if any(record.external_attr & FOLDER for record in records):
             raise ValueError("it is damaged: a record is marked as a folder")
         damaged = archive.testzip()
