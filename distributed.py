@@ -6,6 +6,8 @@ Every function is also right in a process that runs alone, where it does nothing
 import contextlib
 import datetime
 import os
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -32,6 +34,7 @@ def joined() -> Iterator[None]:
     if world() == 1:
         yield
         return
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     store, *_ = next(rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(_new_token(store), store)
     dist.init_process_group(store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
@@ -40,6 +43,13 @@ def joined() -> Iterator[None]:
         barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _end_with(parent: int) -> None:
+    """Sends this process SIGTERM once `parent`, torchrun, is no more: nobody else would end it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _new_token(store: dist.Store) -> str:

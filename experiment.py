@@ -1,6 +1,5 @@
 """The objects that a config names, built together, so that a mistake shows before any work."""
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,38 +17,9 @@ import losses
 import methods
 import models
 import sampling
-from metrics.distances import NEIGHBOURS
+from configs.default import check
 from storage import run_config
 from training import TrainState
-
-# Smallest and largest sensible value of what the modules below do not check themselves.
-RANGES = {
-    "seed": (0, math.inf),
-    "data.image_size": (1, 2**16),
-    "data.num_channels": (0, 2**10),
-    "data.resident_bytes": (0, math.inf),
-    "data.num_workers": (-1, math.inf),
-    "training.batch_size": (1, math.inf),
-    "training.n_iters": (1, math.inf),
-    "training.accumulate": (1, math.inf),
-    "training.log_freq": (1, math.inf),
-    "training.eval_freq": (1, math.inf),
-    "training.snapshot_freq": (1, math.inf),
-    "training.snapshot_freq_for_preemption": (1, math.inf),
-    "training.keep_checkpoints": (0, math.inf),
-    "training.max_bad_steps": (1, math.inf),
-    "optim.lr": (0, math.inf),
-    "optim.warmup": (0, math.inf),
-    "optim.cooldown": (0, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "optim.beta1": (0, math.nextafter(1, 0)),
-    "optim.eps": (0, math.inf),
-    "model.nf": (1, math.inf),
-    "model.dropout": (0, 1),
-    "model.ema_rate": (0, 1),
-    "eval.batch_size": (1, math.inf),
-    "eval.num_samples": (NEIGHBOURS + 1, math.inf),
-}
 
 # What M, z_max and upper_norm depend on besides the images themselves.
 DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end", "training.tau")
@@ -141,24 +111,6 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={name!r} cannot be used: {reason}") from error
-
-
-def check(config) -> None:
-    """Raises ValueError for numbers that would show only in the middle of a run, or never."""
-    for key, (low, high) in RANGES.items():
-        section, _, name = key.rpartition(".")
-        value = (config[section] if section else config)[name]
-        if not low <= value <= high:
-            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ValueError(f"{key} must be {bound}, not {value}")
-    if config.eval.dataset not in datasets.SPLITS:
-        raise ValueError(
-            f"unknown split eval.dataset={config.eval.dataset!r}; "
-            f"known: {', '.join(datasets.SPLITS)}"
-        )
-    norms = config.eval.rescale_norms
-    if norms and not (len(norms) == 2 and 0 < norms[0] < norms[1]):
-        raise ValueError(f"eval.rescale_norms must be two rising norms or (), not {norms}")
 
 
 def progress_bar(**options) -> tqdm:

@@ -1,5 +1,13 @@
 """Trains and evaluates generative models: see README.md, or `python3 main.py --help`."""
 
+# ruff: noqa: E402
+import signal
+
+# During the imports an interrupt ends the process at once: a traceback of them helps nobody.
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if INTERRUPT is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import logging
 import os
 import shlex
@@ -17,6 +25,7 @@ flags.DEFINE_enum("mode", None, ["train", "eval"], "Train a model, or evaluate c
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
 flags.DEFINE_string("eval_folder", "eval", "Folder within workdir for the results of evaluation.")
 flags.mark_flags_as_required(["mode", "workdir"])
+flags.register_validator("workdir", lambda path: path != "", "It is empty; name a folder.")
 
 
 def main(argv: list[str]) -> None:
@@ -28,6 +37,7 @@ def main(argv: list[str]) -> None:
     _log_to_stdout()
     workdir, several = Path(FLAGS.workdir), "TORCHELASTIC_RUN_ID" in os.environ
     try:
+        signal.signal(signal.SIGINT, INTERRUPT)
         if FLAGS.mode == "eval":
             run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder)
         elif not run_lib.train(FLAGS.config, workdir) and not command_line.rank():

@@ -37,7 +37,7 @@ from storage.checkpoints import (
 )
 from storage.files import save_npz, save_png
 from storage.tensorboard import TensorBoardWriter
-from storage.workdir import checkpoint_path, open_workdir
+from storage.workdir import checkpoint_path, evaluation_folder, open_workdir
 from training import TrainState, held_out_loss, train_step
 
 log = logging.getLogger(__name__)
@@ -169,9 +169,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         raise ValueError(
             f"nothing is asked for: set one of {', '.join(f'eval.{w}' for w in evaluation.PARTS)}"
         )
-    folder = workdir / eval_folder
-    if not folder.resolve().is_relative_to(workdir.resolve()):
-        raise ValueError(f"--eval_folder={eval_folder} lies outside the workdir {workdir}")
+    folder = evaluation_folder(workdir, eval_folder)
     checkpoints = checkpoints_to_evaluate(config, workdir)
     if asked.enable_loss or asked.enable_bpd:
         data = datasets.get_dataset(config, asked.dataset)

@@ -12,6 +12,7 @@ import distributed
 from losses import RegressionLoss
 from models import load_reference_state_dict
 from sources.batch import Batch
+from storage.checkpoints import check_keys, check_like
 
 
 def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int = 0) -> float:
@@ -23,6 +24,12 @@ def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int
     rise = min(1.0, step / warmup) if warmup else 1.0
     fall = min(1.0, (n_iters - step) / cooldown) if cooldown else 1.0
     return rise * max(0.0, fall)
+
+
+@torch.no_grad()
+def _copy(to: Iterable[Tensor], source: Iterable[Tensor]) -> None:
+    for own, given in zip(to, source, strict=True):
+        own.copy_(given)
 
 
 class ExponentialMovingAverage:
@@ -67,18 +74,6 @@ class ExponentialMovingAverage:
             "shadow_params": self.shadow_params,
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Raises KeyError or, where number or shapes of the parameters differ, ValueError."""
-        ours, given = ([p.shape for p in s["shadow_params"]] for s in (self.state_dict(), state))
-        if ours != given:
-            raise ValueError("the EMA weights have other shapes than the network's")
-        updates = state["num_updates"]
-        if type(updates) is not int or updates < 0:
-            raise ValueError(f"the EMA's num_updates is no number of updates: {updates!r:.100}")
-        self.num_updates = updates  # the decay is the config's
-        for shadow, loaded in zip(self.shadow_params, state["shadow_params"], strict=True):
-            shadow.copy_(loaded)
-
 
 class TrainState:
     """Everything that training changes: network, EMA weights, optimiser, step count."""
@@ -87,7 +82,7 @@ class TrainState:
         """Builds the optimiser and the EMA that `config.optim` and `config.model` ask for."""
         optim, training = config.optim, config.training
         if optim.optimizer != "Adam":
-            raise ValueError(f"unknown optimizer optim.optimizer={optim.optimizer!r}; known: Adam")
+            raise ValueError(f"optim.optimizer must be 'Adam', not {optim.optimizer!r}")
         hyper = {
             "betas": (optim.beta1, 0.999),
             "eps": optim.eps,
@@ -112,8 +107,19 @@ class TrainState:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Made when it is first asked for: evaluation does without, and it imports for a second."""
-        return torch.optim.Adam(self.parameters, lr=self.learning_rate, **self.hyper_parameters)
+        """Made when it is first asked for: evaluation does without, and it imports for a second.
+
+        Its moments are there from the start, also of parameters that never get a gradient.
+        """
+        adam = torch.optim.Adam(self.parameters, lr=self.learning_rate, **self.hyper_parameters)
+        moments = ["exp_avg", "exp_avg_sq"]
+        moments += ["max_exp_avg_sq"] if self.hyper_parameters["amsgrad"] else []
+        for parameter in self.parameters:
+            adam.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                **{name: torch.zeros_like(parameter) for name in moments},
+            }
+        return adam
 
     def state_dict(self) -> dict:
         return {
@@ -126,34 +132,57 @@ class TrainState:
     def load_network(self, state: dict) -> None:
         """What evaluation needs: the network, its EMA weights and the step count.
 
-        `state` is a `state_dict()`, or a checkpoint of the published implementations, known by
-        the names of its weights.
+        `state` is a `state_dict()` on the CPU, or a checkpoint of the published implementations,
+        known by the names of its weights. Nothing is changed before all of it is checked.
 
         Raises:
-            ValueError (also KeyError, TypeError, AttributeError, RuntimeError, from malformed
-            entries): `state` does not fit, and the network is in no defined state.
+            ValueError: `state` does not fit; the message names the entry.
         """
-        if state["model"].keys() == self.model.state_dict().keys():
+        check_like(state["ema"], self.ema.state_dict(), "ema")
+        check_like(state["step"], self.step, "step")
+        own = self.model.state_dict()
+        if state["model"].keys() == own.keys():
+            check_like(state["model"], own, "model")
             self.model.load_state_dict(state["model"])
         else:  # published EMA weights have no names, but the same order
             load_reference_state_dict(self.model, state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.step = int(state["step"])
+        self.step = state["step"]
+        self.ema.num_updates = state["ema"]["num_updates"]  # the decay is the config's
+        _copy(self.ema.shadow_params, state["ema"]["shadow_params"])
 
     def load_state_dict(self, state: dict) -> None:
-        """Everything, to go on training; raises as `load_network` does."""
+        """Everything, to go on training; the optimiser's options stay those of the config.
+
+        Raises as `load_network` does.
+        """
+        moments = self._checked_moments(state["optimizer"], state["step"])
         self.load_network(state)
-        for index, moments in state["optimizer"]["state"].items():
-            shapes = {getattr(moment, "shape", ()) for moment in moments.values()}
-            if not shapes <= {(), self.parameters[index].shape}:
-                raise ValueError("the optimizer's moments have other shapes than the weights")
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, moments in self.optimizer.state.items():
-            for name, moment in moments.items():
-                if moment.shape == parameter.shape:  # the fused step pairs memory, not indices
-                    moments[name] = torch.empty_like(parameter).copy_(moment)
-        for group in self.optimizer.param_groups:
-            group |= self.hyper_parameters  # those of the config, also where a run resumes
+        for parameter, loaded in zip(self.parameters, moments, strict=True):
+            own = self.optimizer.state[parameter]
+            _copy(own.values(), (loaded[name] for name in own))
+
+    def _checked_moments(self, optimizer: dict, steps: int) -> list[dict[str, Tensor]]:
+        """The moments of each parameter in the state of an `optimizer` after so many `steps`."""
+        ours = self.optimizer.state_dict()["state"]
+        check_keys(optimizer, ("state", "param_groups"), "optimizer")
+        groups, found = optimizer["param_groups"], optimizer["state"]
+        if type(groups) is not list or len(groups) != 1 or type(groups[0]) is not dict:
+            raise ValueError("optimizer.param_groups is not a list of one group")
+        if groups[0].get("params") != list(ours):
+            raise ValueError("optimizer.param_groups has the parameters in another order")
+        check_keys(found, ours, "optimizer.state")
+        moments = []
+        for number, own in ours.items():
+            given, name = found[number], f"optimizer.state.{number}"
+            if type(given) is dict and type(given.get("step")) is int:  # before PyTorch 1.12
+                given = given | {"step": torch.tensor(float(given["step"]))}
+            check_like(given, own, name)
+            if not (0 <= given["step"] <= steps and given["step"] % 1 == 0):
+                raise ValueError(f"{name}.step is not a number of steps: {given['step']}")
+            if any((given[key] < 0).any() for key in own if key.endswith("_sq")):
+                raise ValueError(f"{name} has a negative mean of squares")
+            moments.append(given)
+        return moments
 
     def apply_gradient(self, finite: Tensor) -> None:
         """Moves weights and EMA where `finite` (0-d bool, on their device) holds.

@@ -1,144 +1,268 @@
-"""Every key of a config, with the value that holds where no experiment states another.
+"""Every key of a config: the value that holds where no experiment states another, and its range.
 
-The config is locked: the parts of an experiment (`parts.py`) and the experiment only set keys that
-stand here, so that a misspelt one is an error.
+The config is locked: parts and experiments only set keys that stand here, so that a misspelt one is an error. docs/config.md is made of this table.
 """
 
 from ml_collections import ConfigDict, config_dict
+
+from configs.keys import get, shown
+from configs.schema import Flag, Key, Number, Numbers, OneOf, Text, above, whole
+
+SHARE = Number(0, 1)
+
+KEYS = {
+    "seed": Key(42, whole(0, 2**63 - 1), "of weights, noise and the order of the data"),
+    "device": Key(
+        "auto",
+        Text(r"auto|cpu|cuda(:\d{1,3})?", "'auto' (CUDA where there is one), 'cpu' or 'cuda:1'"),
+        "where everything is computed",
+    ),
+    "data.dataset": Key("", OneOf(registry="sources.SOURCES"), "where the images come from"),
+    "data.category": Key(
+        "", OneOf(("", "bedroom", "church_outdoor")), "of LSUN: which of its scenes"
+    ),
+    "data.tfrecords_path": Key("", Text(), "of CelebAHQ and FFHQ: their TFRecord file"),
+    "data.path": Key("", Text(), "of 'folder': a folder or .zip of images, an .npy or .npz"),
+    "data.data_dir": Key(
+        "", Text(), "where other data lie; '' for the default folder of the data set"
+    ),
+    "data.image_size": Key(32, whole(1, 4096), "height and width; larger images are resized"),
+    "data.num_channels": Key(3, whole(0, 1024), "1 or 3; 0: as the data have"),
+    "data.centered": Key(True, Flag(), "the network sees [-1, 1], else [0, 1]"),
+    "data.random_flip": Key(True, Flag(), "half of the training images are mirrored"),
+    "data.uniform_dequantization": Key(False, Flag(), "noise of one grey level is added"),
+    "data.resident_bytes": Key(
+        2**31, whole(0), "data of at most this size, decoded, stay in memory"
+    ),
+    "data.num_workers": Key(
+        -1, whole(-1, 1024), "processes that decode larger data; -1: as many as processors, up to 8"
+    ),
+    "training.sde": Key("", OneOf(registry="methods.METHODS"), "the method"),
+    "training.batch_size": Key(128, whole(1), "images of a step; they are the reference batch"),
+    "training.small_batch_size": Key(
+        0, whole(0), "examples of a step, out of the batch; 0: all of the batch"
+    ),
+    "training.n_iters": Key(1300001, whole(1), "steps"),
+    "training.snapshot_freq": Key(50000, whole(1), "steps between numbered checkpoints"),
+    "training.snapshot_freq_for_preemption": Key(
+        10000, whole(1), "steps between overwritten checkpoints, for resuming"
+    ),
+    "training.keep_checkpoints": Key(
+        0, whole(0), "newest numbered checkpoints that are kept; 0: all"
+    ),
+    "training.snapshot_sampling": Key(True, Flag(), "draw samples with every numbered checkpoint"),
+    "training.log_freq": Key(50, whole(1), "steps between losses on the training data"),
+    "training.eval_freq": Key(100, whole(1), "steps between losses on the test split"),
+    "training.max_bad_steps": Key(
+        20, whole(1, 10**6), "batches in a row without a finite gradient that end the run"
+    ),
+    "training.accumulate": Key(1, whole(1), "micro-batches that a step's examples are split into"),
+    "training.precision": Key(
+        "fp32",
+        OneOf(("fp32", "tf32", "bf16")),
+        "of products; 'bf16' is autocast; faster on devices that have it",
+    ),
+    "training.compile": Key(
+        False, Flag(), "torch.compile the network of training; needs a compiler, and minutes"
+    ),
+    "training.channels_last": Key(False, Flag(), "memory format of the network, for tensor cores"),
+    "training.reduce_mean": Key(
+        False, Flag(), "mean over the entries of an image in the loss, not half the sum"
+    ),
+    "training.continuous": Key(
+        True, Flag(), "SDEs: noise levels are continuous; False: SMLD and DDPM"
+    ),
+    "training.likelihood_weighting": Key(False, Flag(), "SDEs: weigh the loss by g(t)^2"),
+    "training.gamma": Key(5.0, Number(0), "Poisson: added to the field's norm before it divides"),
+    "training.tau": Key(
+        0.03,
+        above(0),
+        "Poisson: perturbed points lie about sigma_end * (1 + tau)^m away, m <= M",
+    ),
+    "training.M": Key(None, whole(1), "Poisson; None: measured from the data"),
+    "training.restrict_M": Key(True, Flag(), "Poisson: a smaller M close to the data"),
+    "optim.optimizer": Key("Adam", OneOf(("Adam",)), "the only one"),
+    "optim.lr": Key(2e-4, Number(0), "learning rate"),
+    "optim.beta1": Key(0.9, Number(0, 1 - 2**-53), "Adam's decay of the first moment, below 1"),
+    "optim.eps": Key(1e-8, Number(0), "Adam's"),
+    "optim.weight_decay": Key(0.0, Number(0), "added to the gradient as a multiple of the weights"),
+    "optim.amsgrad": Key(False, Flag(), "Adam's variant of this name"),
+    "optim.warmup": Key(
+        5000, whole(0), "steps over which the learning rate rises linearly from zero"
+    ),
+    "optim.cooldown": Key(0, whole(0), "steps at the end over which it falls linearly to zero"),
+    "optim.grad_clip": Key(
+        1.0, Number(), "largest global norm of the gradient; negative: no clipping"
+    ),
+    "model.name": Key("", OneOf(registry="models.NETWORKS"), "the network"),
+    "model.ema_rate": Key(0.9999, SHARE, "decay of the EMA weights per step"),
+    "model.checkpoint_activations": Key(
+        False, Flag(), "less memory, a third more time; for 256 px and more"
+    ),
+    "model.nf": Key(128, whole(1, 4096), "channels at the highest resolution"),
+    "model.nonlinearity": Key(
+        "swish", OneOf(registry="models.layers.ACTIVATIONS"), "between the layers"
+    ),
+    "model.scale_by_sigma": Key(False, Flag(), "VE SDE: divide the output by the noise level"),
+    "model.num_scales": Key(
+        1000, whole(2, 10**6), "noise levels, or time steps of an SDE's discretisation"
+    ),
+    # Of "ncsnpp" and "ddpm":
+    "model.ch_mult": Key(
+        (1, 2, 2, 2),
+        Numbers(whole(1, 64), range(1, 17)),
+        "channels of each level, in units of nf; a level halves the image",
+    ),
+    "model.num_res_blocks": Key(4, whole(1, 256), "per level"),
+    "model.attn_resolutions": Key(
+        (16,), Numbers(whole(0), range(17)), "attention where the image is this wide"
+    ),
+    "model.resamp_with_conv": Key(True, Flag(), "a convolution before or after resampling"),
+    "model.conditional": Key(True, Flag(), "the network sees its noise level or time"),
+    "model.dropout": Key(0.1, SHARE, "share of the activations that is set to zero in training"),
+    # Of "ncsnpp":
+    "model.embedding_type": Key(
+        "fourier", OneOf(("fourier", "positional")), "of the noise level or time"
+    ),
+    "model.fourier_scale": Key(
+        16.0, Number(), "standard deviation of the 'fourier' embedding's frequencies"
+    ),
+    "model.resblock_type": Key("biggan", OneOf(("biggan", "ddpm")), "where blocks resample"),
+    "model.fir": Key(True, Flag(), "resample with the filter fir_kernel"),
+    "model.fir_kernel": Key((1, 3, 3, 1), Numbers(Number(), range(1, 17)), "its taps"),
+    "model.skip_rescale": Key(True, Flag(), "sums of two branches are divided by sqrt(2)"),
+    "model.progressive": Key(
+        "none", OneOf(("none", "output_skip", "residual")), "images along the way up"
+    ),
+    "model.progressive_input": Key("none", OneOf(("none", "input_skip", "residual")), "and down"),
+    "model.progressive_combine": Key(
+        "sum", OneOf(("sum", "cat")), "how they are joined to the features"
+    ),
+    "model.init_scale": Key(0.0, Number(0), "of the weights that end a branch; 0 stands for 1e-10"),
+    # Of the methods:
+    "model.sigma_min": Key(0.01, above(0), "VE SDE: smallest noise level"),
+    "model.sigma_max": Key(50.0, above(0), "VE SDE: largest noise level"),
+    "model.beta_min": Key(0.1, above(0), "VP and sub-VP SDE: beta at the data"),
+    "model.beta_max": Key(20.0, above(0), "VP and sub-VP SDE: beta at the prior"),
+    "model.sigma_end": Key(0.01, above(0), "Poisson: perturbation of points next to the data"),
+    "sampling.method": Key(
+        "ode",
+        OneOf(registry="sampling.SAMPLERS"),
+        "the ODE or, for SDEs, 'pc': predictor and corrector",
+    ),
+    "sampling.ode_solver": Key(
+        "rk45",
+        OneOf(registry="solvers.SOLVERS"),
+        "of 'ode': 'rk45' is adaptive, the others take N steps",
+    ),
+    "sampling.N": Key(100, whole(1, 10**5), "their steps; 'pc' takes model.num_scales"),
+    "sampling.schedule": Key(
+        "auto",
+        OneOf(("auto",), "solvers.SCHEDULES"),
+        "where the steps lie: 'uniform' in the method's time, 'polynomial' in the noise level, "
+        "with rho; 'auto': the schedule that belongs to the solver",
+    ),
+    "sampling.rho": Key(
+        7.0, above(0, 1000), "of 'polynomial': the larger, the more steps are close to the data"
+    ),
+    "sampling.rtol": Key(
+        1e-4, above(0, 1), "error of a step of 'rk45', in sampling and likelihood: rtol |x| + atol"
+    ),
+    "sampling.atol": Key(1e-4, above(0, 1), "see sampling.rtol"),
+    "sampling.noise_removal": Key(True, Flag(), "end with a step of denoising"),
+    "sampling.predictor": Key(
+        "euler_maruyama", OneOf(registry="solvers.predictor_corrector.PREDICTORS"), "of 'pc'"
+    ),
+    "sampling.corrector": Key(
+        "none", OneOf(registry="solvers.predictor_corrector.CORRECTORS"), "of 'pc'"
+    ),
+    "sampling.probability_flow": Key(
+        False, Flag(), "the predictor follows the ODE instead of the SDE"
+    ),
+    "sampling.n_steps_each": Key(1, whole(1, 10**5), "corrector steps per noise level"),
+    "sampling.snr": Key(0.16, above(0), "signal-to-noise ratio of the corrector"),
+    "sampling.z_max": Key(
+        None,
+        above(0),
+        "Poisson: the prior's plane, where the ODE starts; None: measured from the data",
+    ),
+    "sampling.z_min": Key(1e-3, above(0), "Poisson: where the ODE ends, below z_max"),
+    "sampling.z_exp": Key(
+        5.0, Number(0), "Poisson: below it, z itself gives the field's z entry, not the network"
+    ),
+    "sampling.upper_norm": Key(
+        None,
+        above(0),
+        "Poisson: the prior sample's norm is clipped to it; None: measured from the data",
+    ),
+    "sampling.compile": Key(False, Flag(), "torch.compile the network that samples"),
+    "eval.begin_ckpt": Key(
+        1, whole(0, 10**6), "first checkpoint to evaluate, counted in training.snapshot_freq steps"
+    ),
+    "eval.end_ckpt": Key(26, whole(0, 10**6), "last one"),
+    "eval.batch_size": Key(1024, whole(1), "images at once"),
+    "eval.dataset": Key(
+        "test", OneOf(("train", "test")), "the split that loss and likelihood are computed on"
+    ),
+    "eval.bpd_dataset": Key(
+        "test", OneOf(("train", "test")), "published name of eval.dataset: one value, two keys"
+    ),
+    "eval.enable_loss": Key(True, Flag(), "the loss of the split"),
+    "eval.enable_bpd": Key(False, Flag(), "bits/dim of the split"),
+    "eval.bpd_num_repeats": Key(
+        5, whole(1, 10**4), "passes over the test split, each with new noise"
+    ),
+    "eval.divergence": Key(
+        "rademacher",
+        OneOf(registry="likelihood.DIVERGENCES"),
+        "probes of it: one of random signs, one 'gaussian', or 'exact', C * H * W of them",
+    ),
+    "eval.enable_sampling": Key(False, Flag(), "samples, and how far they are from the data"),
+    "eval.num_samples": Key(50000, whole(4, 10**7), "samples"),
+    "eval.features": Key(
+        "inception",
+        OneOf(registry="metrics.features.FEATURES"),
+        "what samples are compared by: 'inception' (tensorflow-gan's), 'torchscript' (a file, no "
+        "TensorFlow), 'pixels'",
+    ),
+    "eval.inception_path": Key(
+        "", Text(), "their network: a SavedModel folder ('' fetches it); the file"
+    ),
+    "eval.stats_dir": Key(
+        "assets/stats",
+        Text(r"[^\0\n]+", "the name of a folder"),
+        "data-set statistics: published ones, and those made here",
+    ),
+    "eval.save_images": Key(False, Flag(), "without sampling: draw the first samples only"),
+    "eval.enable_interpolate": Key(
+        False, Flag(), "draw rows of samples between pairs of prior samples"
+    ),
+    "eval.enable_rescale": Key(False, Flag(), "draw rows of samples along directions of the prior"),
+    "eval.rescale_norms": Key(
+        (),
+        Numbers(above(0), (0, 2), rising=True),
+        "from and to which norm; () for the method's own range",
+    ),
+}
 
 
 def get_default_config() -> ConfigDict:
     """Returns a new, locked config; the experiment sets data set, method and network."""
     config = ConfigDict()
-    config.seed = 42  # of weights, noise and the order of the data; >= 0
-    config.device = "auto"  # "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
-
-    config.data = data = ConfigDict()
-    data.dataset = ""  # "CIFAR10", "CELEBA", "LSUN", "CelebAHQ", "FFHQ", "digits", "folder"
-    data.category = ""  # of "LSUN": "bedroom", "church_outdoor"
-    data.tfrecords_path = ""  # of "CelebAHQ" and "FFHQ": their TFRecord file
-    data.path = ""  # of "folder": a folder or .zip of images, an .npy or .npz
-    data.data_dir = ""  # where the other data lie; "" for the default folder of the data set
-    data.image_size = 32  # height and width, >= 1; larger images are resized
-    data.num_channels = 3  # 1 or 3; 0: as the data have
-    data.centered = True  # the network sees [-1, 1], else [0, 1]
-    data.random_flip = True  # half of the training images are mirrored
-    data.uniform_dequantization = False  # noise of one grey level is added
-    data.resident_bytes = 2**31  # data of at most this size, decoded, stay in memory
-    data.num_workers = -1  # processes that decode larger data; -1: as many as processors, up to 8
-
-    config.training = training = ConfigDict()
-    training.sde = ""  # the method: "poisson", "vesde", "vpsde", "subvpsde"
-    training.batch_size = 128  # images of a step, >= 1; they are the reference batch
-    training.small_batch_size = 0  # examples of a step, out of the batch; 0: all of the batch
-    training.n_iters = 1300001  # steps, >= 1
-    training.snapshot_freq = 50000  # steps between numbered checkpoints
-    training.snapshot_freq_for_preemption = 10000  # steps between overwritten ones, for resuming
-    training.keep_checkpoints = 0  # newest numbered checkpoints that are kept; 0: all
-    training.snapshot_sampling = True  # draw samples with every numbered checkpoint
-    training.log_freq = 50  # steps between losses on the training data
-    training.eval_freq = 100  # steps between losses on the test split
-    training.max_bad_steps = 20  # batches in a row without a finite gradient that end the run
-    training.accumulate = 1  # micro-batches that a step's examples are split into
-    training.precision = "fp32"  # or "tf32", "bf16" (autocast): faster on devices that have it
-    training.compile = False  # torch.compile the network of training; needs a compiler, and minutes
-    training.channels_last = False  # memory format of the network, for tensor cores
-    training.reduce_mean = False  # mean over the entries of an image in the loss, not half the sum
-    training.continuous = True  # SDEs: noise levels are continuous; False: SMLD and DDPM
-    training.likelihood_weighting = False  # SDEs: weigh the loss by g(t)^2
-    training.gamma = 5.0  # Poisson: added to the field's norm before it divides
-    training.tau = 0.03  # Poisson: perturbed points lie about sigma_end * (1 + tau)^m away, m <= M
-    training.M = config_dict.placeholder(int)  # Poisson, >= 1; None: measured from the data
-    training.restrict_M = True  # Poisson: a smaller M close to the data
-
-    config.optim = optim = ConfigDict()
-    optim.optimizer = "Adam"  # the only one
-    optim.lr = 2e-4  # learning rate
-    optim.beta1 = 0.9  # Adam's decay of the first moment, 0 to 1
-    optim.eps = 1e-8  # Adam's
-    optim.weight_decay = 0.0  # added to the gradient as a multiple of the weights
-    optim.amsgrad = False  # Adam's variant of this name
-    optim.warmup = 5000  # steps over which the learning rate rises linearly from zero
-    optim.cooldown = 0  # steps at the end over which it falls linearly to zero
-    optim.grad_clip = 1.0  # largest global norm of the gradient; negative: no clipping
-
-    config.model = model = ConfigDict()
-    model.name = ""  # "ncsnpp", "ddpm", "ncsn", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"
-    model.ema_rate = 0.9999  # decay of the EMA weights per step, 0 to 1
-    model.checkpoint_activations = False  # less memory, a third more time; for 256 px and more
-    model.nf = 128  # channels at the highest resolution
-    model.nonlinearity = "swish"  # or "elu", "relu", "lrelu"
-    model.scale_by_sigma = False  # VE SDE: divide the output by the noise level
-    model.num_scales = 1000  # noise levels, or time steps of an SDE's discretisation; >= 2
-    # Of "ncsnpp" and "ddpm":
-    model.ch_mult = (1, 2, 2, 2)  # channels of each level, in units of nf; a level halves the image
-    model.num_res_blocks = 4  # per level
-    model.attn_resolutions = (16,)  # attention where the image is this wide
-    model.resamp_with_conv = True  # a convolution before or after resampling
-    model.conditional = True  # the network sees its noise level or time
-    model.dropout = 0.1  # 0 to 1
-    # Of "ncsnpp":
-    model.embedding_type = "fourier"  # of the noise level or time: "fourier", "positional"
-    model.fourier_scale = 16.0  # standard deviation of the "fourier" embedding's frequencies
-    model.resblock_type = "biggan"  # or "ddpm"
-    model.fir = True  # resample with the filter fir_kernel
-    model.fir_kernel = (1, 3, 3, 1)
-    model.skip_rescale = True  # sums of two branches are divided by sqrt(2)
-    model.progressive = "none"  # images along the way up: "none", "output_skip", "residual"
-    model.progressive_input = "none"  # and down: "none", "input_skip", "residual"
-    model.progressive_combine = "sum"  # how they are joined to the features: "sum", "cat"
-    model.init_scale = 0.0  # of the weights that end a branch; 0 stands for 1e-10
-    # Of the methods:
-    model.sigma_min = 0.01  # VE SDE: smallest and largest noise level, 0 < sigma_min < sigma_max
-    model.sigma_max = 50.0
-    model.beta_min = 0.1  # VP and sub-VP SDE, 0 < beta_min <= beta_max
-    model.beta_max = 20.0
-    model.sigma_end = 0.01  # Poisson: perturbation of points next to the data
-
-    config.sampling = sampling = ConfigDict()
-    sampling.method = "ode"  # or, for SDEs, "pc" (predictor and corrector)
-    sampling.ode_solver = "rk45"  # of "ode": "rk45" (adaptive); or, with N steps,
-    # "heun", "multistep", "forward_euler", "improved_euler"
-    sampling.N = 100  # their steps, >= 1; "pc" takes model.num_scales
-    sampling.schedule = "auto"  # where they lie: "uniform" (in the method's time), "polynomial"
-    # (in the noise level, with rho); "auto": the one that belongs to the solver
-    sampling.rho = 7.0  # of "polynomial", > 0: the larger, the more steps are close to the data
-    sampling.rtol = 1e-4  # error of a step of "rk45", in sampling and likelihood: rtol * |x| + atol
-    sampling.atol = 1e-4
-    sampling.noise_removal = True  # end with a step of denoising
-    sampling.predictor = "euler_maruyama"  # "pc": or "reverse_diffusion", "ancestral_sampling",
-    # "none"
-    sampling.corrector = "none"  # "pc": or "langevin", "ald"
-    sampling.probability_flow = False  # the predictor follows the ODE instead of the SDE
-    sampling.n_steps_each = 1  # corrector steps per noise level
-    sampling.snr = 0.16  # signal-to-noise ratio of the corrector
-    sampling.z_max = config_dict.placeholder(float)  # Poisson: the prior's plane, where the ODE
-    # starts; None: measured from the data
-    sampling.z_min = 1e-3  # Poisson: where it ends, 0 < z_min < z_max
-    sampling.z_exp = 5.0  # Poisson: below it, z itself gives the field's z entry, not the network
-    sampling.upper_norm = config_dict.placeholder(float)  # Poisson: the prior sample's norm is
-    # clipped to it; None: measured from the data
-    sampling.compile = False  # torch.compile the network that samples
-
-    config.eval = evaluate = ConfigDict()
-    evaluate.begin_ckpt = 1  # checkpoints to evaluate, counted in training.snapshot_freq steps
-    evaluate.end_ckpt = 26
-    evaluate.batch_size = 1024  # images at once
-    evaluate.dataset = "test"  # the split that loss and likelihood are computed on; or "train"
-    evaluate.bpd_dataset = evaluate.get_ref("dataset")  # its published name: one value, two keys
-    evaluate.enable_loss = True
-    evaluate.enable_bpd = False  # bits/dim
-    evaluate.bpd_num_repeats = 5  # passes over the test split, each with new noise
-    evaluate.divergence = "rademacher"  # or "gaussian": one probe; "exact": C * H * W of them
-    evaluate.enable_sampling = False  # samples, and how far they are from the data
-    evaluate.num_samples = 50000
-    evaluate.features = "inception"  # what samples are compared by: "inception" (tensorflow-gan's),
-    # "torchscript" (a file, no TensorFlow), "pixels"
-    evaluate.inception_path = ""  # their network: a SavedModel folder ("" fetches it); the file
-    evaluate.stats_dir = "assets/stats"  # data-set statistics: published ones, and those made here
-    evaluate.save_images = False  # without sampling: draw the first samples only
-    evaluate.enable_interpolate = False  # draw rows of samples between pairs of prior samples
-    evaluate.enable_rescale = False  # draw rows of samples along directions of the prior
-    evaluate.rescale_norms = ()  # from and to which norm; () for the method's own range
-
+    for name, key in KEYS.items():
+        section, _, last = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        owner = config[section] if section else config
+        owner[last] = (
+            config_dict.placeholder(key.allowed.kind) if key.default is None else key.default
+        )
+    config.eval.bpd_dataset = config.eval.get_ref("dataset")
     return config.lock()
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a ValueError for the first value that its key does not allow, whatever is used."""
+    for name, key in KEYS.items():
+        if not key.accepts(value := get(config, name)):
+            raise ValueError(f"{name} must be {key.allowed}, not {shown(value)}")

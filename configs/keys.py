@@ -20,6 +20,37 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
+def get(config: ConfigDict, key: str) -> Any:
+    """The value of a dotted `key`."""
+    section, _, name = key.rpartition(".")
+    return (config[section] if section else config)[name]
+
+
+def named(table: dict[str, Any], key: str, value: str) -> Any:
+    """The entry of a registry that the `value` of a `key` names, in upper or lower case.
+
+    Raises:
+        ValueError: there is none; the message names those that there are.
+    """
+    if value.lower() not in table:
+        raise ValueError(f"{key} must be one of {', '.join(map(repr, table))}, not {shown(value)}")
+    return table[value.lower()]
+
+
+def shown(value: Any) -> str:
+    """`value` in one line of about 200 letters, without control characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return "a huge number"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def shown_key(key: str) -> str:
+    """The same of a key, without quotation marks."""
+    return shown(key).strip("'")
+
+
 def explain_unknown(key: str, known: Iterable[str]) -> str:
     """One line on a key that is not among the `known` ones, with the nearest of these."""
     if key in UNREAD:

@@ -7,12 +7,14 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
+from configs.schema import EXACT
 from storage.files import atomic_write, naming
 from storage.workdir import checkpoint_path, resume_paths
 
@@ -61,8 +63,10 @@ def load_checkpoint(path: Path) -> dict:
     missing = [k for k in CHECKPOINT_KEYS if not isinstance(state, dict) or k not in state]
     if missing:
         raise ValueError(f"{path} is not a training checkpoint: it has no {', '.join(missing)}")
-    if type(state["step"]) is not int or not 0 <= state["step"] < 2**53:
-        raise ValueError(f"{path} is not a training checkpoint: its step is no number of steps")
+    try:
+        check_like(state["step"], 0, "step")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a training checkpoint: {error}") from error
     return state
 
 
@@ -90,11 +94,60 @@ def _check_records(file: BinaryIO) -> None:
         records = archive.infolist()
         if sum(record.file_size for record in records) > file.seek(0, os.SEEK_END):
             raise ValueError("its records are larger than the file")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("its records are compressed, which torch.save never does")
         if any(record.external_attr & FOLDER for record in records):
             raise ValueError("it is damaged: a record is marked as a folder")
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"it is damaged: the checksum of its record {damaged} differs")
+
+
+def check_keys(given: Any, keys: Collection[str | int], name: str) -> None:
+    """Raises ValueError unless `given`, the entry `name` of a state, has these `keys`, no others.
+
+    Nothing else in a file is believed: a stranger may have written it.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} is no dictionary but of type {type(given).__name__}")
+    if missing := [key for key in keys if key not in given]:
+        raise ValueError(f"{name} has no {missing[0]}")
+    if len(given) > len(keys):
+        other = next(key for key in given if key not in keys)
+        raise ValueError(f"{name} has the unknown entry {str(other):.100}")
+
+
+def check_like(given: Any, like: Any, name: str) -> None:
+    """Raises ValueError unless `given`, the entry `name` of a state, is one in place of `like`.
+
+    That is: a dictionary of the same keys or a list of the same length, of such entries; a finite
+    tensor on the CPU of the same shape and dtype; a finite number; a whole one from 0 to 2^53.
+    """
+    if isinstance(like, dict):
+        check_keys(given, like.keys(), name)
+        for key, entry in like.items():
+            check_like(given[key], entry, f"{name}.{key}")
+    elif isinstance(like, list):
+        if type(given) is not list or len(given) != len(like):
+            raise ValueError(f"{name} is not a list of {len(like)} entries")
+        for number, (each, entry) in enumerate(zip(given, like, strict=True)):
+            check_like(each, entry, f"{name}.{number}")
+    elif isinstance(like, Tensor):
+        check_tensor(given, name, like.shape, like.dtype)
+    elif type(given) is not type(like) or not 0 <= given < EXACT:
+        raise ValueError(f"{name} is not a number from 0 to 2^53: {str(given):.100}")
+
+
+def check_tensor(given: Any, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Raises ValueError unless `given` is a finite, dense tensor of this shape and dtype."""
+    if not isinstance(given, Tensor) or given.layout != torch.strided or given.device.type != "cpu":
+        raise ValueError(f"{name} is no dense tensor but of type {type(given).__name__}")
+    if given.shape != shape:
+        raise ValueError(f"{name} has the shape {tuple(given.shape)}, not {tuple(shape)}")
+    if given.dtype != dtype:
+        raise ValueError(f"{name} is of {given.dtype}, not {dtype}")
+    if given.numel() and not all(map(math.isfinite, torch.aminmax(given.detach()))):
+        raise ValueError(f"{name} is not finite")
 
 
 # --- of a run ------------------------------------------------------------------------------------
@@ -223,14 +276,7 @@ def fit(load: Callable[[dict], None], state: dict, path: Path, changes: list[str
     """
     try:
         load(state)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())
         since = f"; the run's own config differs: {', '.join(changes)}"
         raise ValueError(

@@ -11,8 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.default import get_default_config
-from configs.keys import explain_unknown, flatten
+from configs.default import KEYS, get_default_config
+from configs.keys import explain_unknown, flatten, shown, shown_key
 from configs.published import UNREAD
 from storage.checkpoints import load_checkpoint, numbered_checkpoints
 from storage.files import atomic_write
@@ -90,7 +90,7 @@ def restore(flat: Any) -> ConfigDict:
 
     Raises:
         ValueError: `flat` is no dictionary of numbers, strings, None and lists of these, it has
-            unknown keys, or a value has another type than the config's.
+            unknown keys, or a value that its key does not allow.
     """
     config = get_default_config()
     known = flatten(config)
@@ -98,14 +98,18 @@ def restore(flat: Any) -> ConfigDict:
     removed = sorted(flat.keys() & REMOVED)
     if removed:
         log.info(f"values of the stored config that nothing reads: {', '.join(removed)}")
-    unknown = sorted(flat.keys() - known.keys() - REMOVED)
-    if unknown:
-        others = f"; also unknown: {_shown(', '.join(unknown[1:]))}" if unknown[1:] else ""
-        raise ValueError(explain_unknown(_shown(unknown[0]), known) + others)
+    if unknown := [*map(shown_key, sorted(flat.keys() - known.keys() - REMOVED))]:
+        others = f"; also unknown: {', '.join(unknown[1:])}" if unknown[1:] else ""
+        raise ValueError(f"{explain_unknown(unknown[0], known)}{others:.200}")
     for key in (k for k in known if k in flat):
         section, _, name = key.rpartition(".")
-        owner = config[section] if section else config
-        owner[name] = _typed(key, flat[key], owner.get_type(name), known[key] is None)
+        owner, value = config[section] if section else config, flat[key]
+        value = tuple(value) if type(value) is list else value
+        if not KEYS[key].accepts(value):
+            raise ValueError(
+                f"the stored value of {key} must be {KEYS[key].allowed}, not {shown(value)}"
+            )
+        owner[name] = value
     return config
 
 
@@ -134,8 +138,8 @@ def differences(old: Any, new: dict[str, Any]) -> list[str]:
     """
     _check_content(old)
     old = flatten(get_default_config()) | {k: v for k, v in old.items() if k not in REMOVED}
-    keys = (k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
-    return [f"{_shown(k)}: {_shown(old.get(k))} -> {_shown(new.get(k))}" for k in keys]
+    changed = (k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+    return [f"{shown_key(k)}: {shown(old.get(k))} -> {shown(new.get(k))}" for k in changed]
 
 
 def _check_content(flat: Any) -> None:
@@ -147,29 +151,6 @@ def _check_content(flat: Any) -> None:
         for entry in value if type(value) is list else [value]:
             if type(entry) not in PRIMITIVES:
                 raise ValueError(
-                    f"the stored value of {_shown(key)} holds something of type "
+                    f"the stored value of {shown_key(key)} holds something of type "
                     f"{type(entry).__name__}"
                 )
-
-
-def _typed(key: str, value: Any, expected: type, optional: bool) -> Any:
-    """`value` as `expected`: an int for a float and a list for a tuple are the only changes."""
-    if expected is tuple and type(value) is list:
-        return tuple(value)
-    if expected is float and type(value) is int and abs(value) < 2**53:
-        return float(value)
-    if type(value) is expected or (optional and value is None):
-        return value
-    raise ValueError(
-        f"the stored value of {key} must be of type {expected.__name__}, not {_shown(value)}"
-    )
-
-
-def _shown(value: Any) -> str:
-    """`value` on a line, without the control characters that an untrusted text may hold."""
-    try:
-        text = str(value)
-    except ValueError:  # an int of more digits than Python prints
-        return "a huge number"
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 200 else f"{text[:200]}..."

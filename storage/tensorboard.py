@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -38,8 +39,10 @@ class TensorBoardWriter:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        # names hold the second, so that a start within the same one would write over the file
-        self.events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        # Names are read in their order, and start with a time: but clocks are set back.
+        starts = [re.match(r"events\.start(\d+)", path.name) for path in _event_files(folder)]
+        number = 1 + max((int(start[1]) for start in starts if start), default=0)
+        self.events = EventsWriter(str(folder / f"events.start{number:06}"))
         self.flushed = 0.0
         self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -79,10 +82,14 @@ class TensorBoardWriter:
         self.flush()
 
 
+def _event_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("events.*tfevents.*"))
+
+
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """{tag: [(step, value)]} of TensorBoard's files, as far as they are whole."""
     curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for path in sorted(folder.glob("events.out.tfevents.*")):  # names begin with the time
+    for path in _event_files(folder):
         try:
             for event in map(Event.FromString, tfrecords.whole_records(path)):
                 if event.session_log.status == SessionLog.START:  # a run resumed before this step

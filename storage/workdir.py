@@ -26,6 +26,15 @@ from storage.files import naming
 
 log = logging.getLogger(__name__)
 
+TRAININGS_OWN = {
+    "checkpoints",
+    "checkpoints-meta",
+    "config.json",
+    "samples",
+    "stdout.txt",
+    "tensorboard",
+}
+
 
 def checkpoint_path(workdir: Path, step: int) -> Path:
     """The numbered state of `step`."""
@@ -36,6 +45,22 @@ def resume_paths(workdir: Path) -> tuple[Path, Path]:
     """The newest state, and the one before it."""
     folder = workdir / "checkpoints-meta"
     return folder / "checkpoint.pth", folder / "checkpoint.prev.pth"
+
+
+def evaluation_folder(workdir: Path, name: str) -> Path:
+    """The folder `name` in the workdir, for the results of an evaluation.
+
+    Raises:
+        ValueError: it lies outside, or is one of training's own.
+    """
+    folder = workdir / name
+    inside = folder.resolve()
+    if not inside.is_relative_to(workdir.resolve()):
+        raise ValueError(f"--eval_folder={name} lies outside the workdir {workdir}")
+    first = [*inside.relative_to(workdir.resolve()).parts, "."][0]
+    if first.startswith(".") or first in TRAININGS_OWN:
+        raise ValueError(f"--eval_folder={name!r} is training's own place; name another, as 'eval'")
+    return folder
 
 
 # --- one writer at a time, and its log ------------------------------------------------------------

@@ -13,9 +13,10 @@ import pytest
 import methods
 import models
 import sampling
-from configs.default import get_default_config
+from configs.default import KEYS, check, get_default_config
 from configs.keys import explain_unknown, flatten
 from configs.published import UNREAD
+from configs.table import page
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads((ROOT / "tests/golden/configs.json").read_text())
@@ -77,14 +78,21 @@ def test_experiments_have_every_key_and_no_other(path):
         config.update({"training": {"model": "ddpmpp"}})
 
 
-def test_every_key_is_explained():
-    """A comment on its line or the one before."""
-    source = (ROOT / "configs/default.py").read_text().splitlines()
-    lines = [i for i, line in enumerate(source) if re.match(r"    \w+\.\w+ = (?!\w+ = )", line)]
-    assert len(lines) > 90
-    unexplained = [source[i] for i in lines if "#" not in source[i] + source[i - 1]]
-    names = [line.split("=")[0].strip() for line in unexplained]
-    assert set(names) <= {"model.fir_kernel", "model.beta_max", "evaluate.num_samples"}
+def test_every_key_is_explained_and_its_default_is_allowed():
+    for name, key in KEYS.items():
+        assert re.fullmatch(r"\S[^\n]*\S", key.meaning), name
+        assert re.fullmatch(r"\S[^\n]*\S", str(key.allowed)), name
+        chosen = name in ("data.dataset", "training.sde", "model.name")  # by every experiment
+        assert key.accepts(key.default) != chosen, name
+
+
+def test_the_page_of_keys_is_that_of_the_table():
+    assert (ROOT / "docs/config.md").read_text() == page()
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS)
+def test_experiments_have_values_that_are_allowed(path):
+    check(load(path))
 
 
 @pytest.mark.parametrize("sde", ["poisson", "vesde", "vpsde", "subvpsde"])

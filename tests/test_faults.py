@@ -389,7 +389,7 @@ def test_moments_of_another_shape_do_not_fit(tmp_path):
     state = newest(tmp_path)
     state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
     save_checkpoint(path, state)
-    with pytest.raises(ValueError, match=r"checkpoint\.pth does not fit .*moments"):
+    with pytest.raises(ValueError, match=r"\.pth does not fit .*state\.0\.exp_avg has"):
         run_lib.train(config, tmp_path)
 
 

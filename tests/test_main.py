@@ -290,20 +290,38 @@ MISTAKES = {
     "mode": (["--mode=trian"], "mode=trian: value should be one of <train.eval>"),
     "flag": (["--workdri=x"], "workdri.*workdir"),
     "argument": (["train"], "unexpected argument 'train'"),
-    "data set": (["--config.data.dataset=digit"], "data.dataset='digit'; known: .*digits"),
-    "method": (["--config.training.sde=poison"], "training.sde='poison'; known: .*poisson"),
-    "model": (["--config.model.name=unet"], "model.name = 'unet'.*known: .*ncsnpp"),
-    "sampler": (["--config.sampling.method=sde"], "has no sampling.method='sde'; it has: ode"),
-    "solver": (["--config.sampling.ode_solver=rk4"], "ode_solver='rk4'; it has: rk45, .*heun"),
-    "steps": (["--config.sampling.N=0"], "sampling.N must be at least 1"),
-    "optimizer": (["--config.optim.optimizer=SGD"], "optim.optimizer='SGD'; known: Adam"),
-    "split": (["--config.eval.dataset=val"], "eval.dataset='val'; known: train, test"),
-    "device": (["--config.device=cud"], "device='cud' cannot be used"),
-    "number": (["--config.training.batch_size=0"], "training.batch_size must be at least 1, not 0"),
-    "precision": (["--config.training.precision=fp16"], "precision='fp16'; known: fp32, .*bf16"),
+    "data set": (
+        ["--config.data.dataset=digit"],
+        "data.dataset must be one of 'digits', .* 'digit'",
+    ),
+    "method": (
+        ["--config.training.sde=poison"],
+        "training.sde must be one of 'poisson', .* 'poison'",
+    ),
+    "model": (["--config.model.name=unet"], "model.name must be one of 'ncsnpp', .*'unet'"),
+    "sampler": (["--config.sampling.method=pc"], "has no sampling.method='pc'; it has: ode"),
+    "solver": (["--config.sampling.ode_solver=rk4"], "ode_solver must be one of 'rk45', .*'rk4'"),
+    "steps": (["--config.sampling.N=0"], "sampling.N must be a whole number from 1 .*, not 0"),
+    "optimizer": (
+        ["--config.optim.optimizer=SGD"],
+        "optim.optimizer must be .* 'Adam', not 'SGD'",
+    ),
+    "split": (["--config.eval.dataset=val"], "eval.dataset must be one of 'train', 'test', not"),
+    "device": (["--config.device=cud"], "device must be 'auto' .*, not 'cud'"),
+    "number": (
+        ["--config.training.batch_size=0"],
+        "batch_size must be .* at least 1, not 0",
+    ),
+    "precision": (
+        ["--config.training.precision=fp16"],
+        "precision must be .*'bf16', not 'fp16'",
+    ),
     "parts": (["--config.training.accumulate=7"], "96 images of a step .* into 7 shards"),
-    "share": (["--config.model.dropout=2"], "model.dropout must be between 0 and 1, not 2"),
-    "tuple": (["--config.model.ch_mult=abc"], "model.ch_mult must be whole numbers.*'abc'"),
+    "share": (["--config.model.dropout=2"], "model.dropout must be a number from 0 to 1, not 2"),
+    "tuple": (
+        ["--config.model.ch_mult=abc"],
+        "ch_mult must be a tuple of 1 to 16.*'abc'",
+    ),
 }
 
 
@@ -451,8 +469,8 @@ def test_evaluation_without_checkpoints_says_where_it_looked(tmp_path):
     "override, pattern",
     [
         ("--config.eval.begin_ckpt=9", "eval.begin_ckpt=9 lies after eval.end_ckpt=4"),
-        ("--config.eval.rescale_norms=(3.0,)", "eval.rescale_norms must be two rising norms"),
-        ("--config.eval.features=pixel", "eval.features='pixel'; known: .*pixels"),
+        ("--config.eval.rescale_norms=(3.0,)", "eval.rescale_norms must be .* 2 rising numbers"),
+        ("--config.eval.features=pixel", "eval.features must be one of .*'pixels', not 'pixel'"),
     ],
 )
 def test_mistakes_of_evaluation_are_one_line(trained, override, pattern):

@@ -1,0 +1,134 @@
+"""What the value of a key may be: checked before any work, and said in words."""
+
+import importlib
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LARGEST = 1.79e308  # the largest number where nothing else is said, and the largest whole one:
+EXACT = 2**53  # up to here they are exact in float64 too
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number between `low` and `high`, both included but with `above` the lower one."""
+
+    low: float = -LARGEST
+    high: float = LARGEST
+    above: bool = False
+    kind: type = float  # int: whole numbers only
+
+    def accepts(self, value: Any) -> bool:
+        return (
+            type(value) in {int, self.kind}
+            and self.low <= value <= self.high
+            and not (self.above and value == self.low)
+        )
+
+    def __str__(self) -> str:
+        words = "a whole number" if self.kind is int else "a number"
+        unbounded = self.high in (LARGEST, EXACT, math.inf)
+        if self.above:
+            words += f" above {self.low:,}" + ("" if unbounded else f" and at most {self.high:,}")
+        elif not unbounded:
+            words += f" from {self.low:,} to {self.high:,}"
+        elif self.low > -LARGEST:
+            words += f" of at least {self.low:,}"
+        return words + (" or inf" if self.high == math.inf else "")
+
+
+def whole(low: int, high: int = EXACT) -> Number:
+    return Number(low, high, kind=int)
+
+
+def above(low: float, high: float = LARGEST) -> Number:
+    return Number(low, high, above=True)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Several numbers, as many as one of `lengths`; `rising`: each larger than the one before."""
+
+    each: Number
+    lengths: Collection[int]
+    rising: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        return (
+            isinstance(value, Sequence)
+            and len(value) in self.lengths
+            and all(map(self.each.accepts, value))
+            and not (self.rising and sorted(set(value)) != list(value))
+        )
+
+    def __str__(self) -> str:
+        lengths = f" {'to' if self.lengths[2:] else 'or'} ".join(
+            str(n) for n in (self.lengths[0], self.lengths[-1])
+        )
+        order = "rising " if self.rising else ""
+        return f"a tuple of {lengths} {order}numbers, each {self.each}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of some words, or a name in a registry such as "methods.METHODS", that in any case.
+
+    The module of a registry is imported when a value is checked: a config alone needs no PyTorch.
+    """
+
+    choices: tuple[str, ...] = ()
+    registry: str | None = None
+
+    def words(self) -> list[str]:
+        if self.registry is None:
+            return list(self.choices)
+        module, _, table = self.registry.rpartition(".")
+        return [*self.choices, *getattr(importlib.import_module(module), table)]
+
+    def accepts(self, value: Any) -> bool:
+        if type(value) is not str:
+            return False
+        any_case = self.registry is not None and value not in self.choices
+        return (value.lower() if any_case else value) in self.words()
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(map(repr, self.words()))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A line of text that `pattern` matches, which `words` say."""
+
+    pattern: str = r"[^\0\n]*"
+    words: str = "a line of text"
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is str and re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return self.words
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or False."""
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is bool
+
+    def __str__(self) -> str:
+        return "True or False"
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a config: its default (None: to be measured), what it may be, what it means."""
+
+    default: Any
+    allowed: Number | Numbers | OneOf | Text | Flag
+    meaning: str
+
+    def accepts(self, value: Any) -> bool:
+        return value is self.default is None or self.allowed.accepts(value)

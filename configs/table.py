@@ -1,0 +1,31 @@
+"""The keys of a config as a page: `python3 -m configs.table > docs/config.md`."""
+
+from configs.default import KEYS
+
+HEAD = """# The keys of a config
+
+Each can be set in an experiment's file, `config.training.batch_size = 64`, and on the command line,
+`--config.training.batch_size=64`. What is not in its range is refused before any work. A method,
+network or source that is added to its registry can be named at once.
+"""
+
+
+def page() -> str:
+    """The page, in Markdown: a table for each section of the config."""
+    lines, last = [HEAD], None
+    for name, key in KEYS.items():
+        section = name.rpartition(".")[0] or "config"
+        if section != last:
+            lines += [
+                f"\n## `{section}`\n",
+                "| Key | Default | May be | Meaning |",
+                "|---|---|---|---|",
+            ]
+            last = section
+        cells = (f"`{name}`", f"`{key.default!r}`", str(key.allowed), key.meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

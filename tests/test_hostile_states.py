@@ -1,0 +1,194 @@
+"""States that a stranger has changed: loaded with right results, or refused in one line."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from many_lives import small_config
+
+import run_lib
+from experiment import Experiment
+from storage import run_config
+from storage.checkpoints import fit, load_checkpoint, save_checkpoint, written_steps
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir after three steps of a tiny run."""
+    workdir = tmp_path_factory.mktemp("trained")
+    assert run_lib.train(small_config(**{"training.n_iters": 3}), workdir)
+    return workdir
+
+
+def newest(workdir):
+    return workdir / "checkpoints-meta/checkpoint.pth"
+
+
+# --- mutations ------------------------------------------------------------------------------------
+
+VALUES = [
+    None,
+    "word",
+    "",
+    True,
+    -1,
+    0,
+    7,
+    10**30,
+    -0.5,
+    0.5,
+    float("inf"),
+    float("nan"),
+    [],
+    {},
+    (),
+    [1, "a"],
+    {"a": 1},
+    torch.ones(()),
+    torch.ones(0),
+]
+TENSORS = [
+    lambda x: x[..., None],
+    lambda x: x.sum(),
+    lambda x: x.flatten()[:1],
+    lambda x: x.double(),
+    lambda x: x.to(torch.int8),
+    lambda x: x.bool(),
+    lambda x: x.to(torch.complex64),
+    lambda x: x.half(),
+    lambda x: x * torch.nan,
+    lambda x: x - torch.inf,
+    lambda x: -x - 1,
+    lambda x: x * 0 + 0.5,
+    lambda x: x.T if x.dim() == 2 else x.flip(0) if x.dim() else x,
+    lambda x: x.to_sparse() if x.dim() else x,
+    lambda x: x.to("meta"),
+    lambda x: x.flatten()[:1].expand(x.numel()).view_as(x) if x.dim() else x,
+    lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+]
+
+
+def places(entry, path=()):
+    """The paths of everything in `entry`."""
+    yield path
+    numbered = enumerate(entry) if isinstance(entry, list) else ()
+    for key, value in entry.items() if isinstance(entry, dict) else numbered:
+        yield from places(value, (*path, key))
+
+
+def mutate(state, chance):
+    """One change of `state`, in place: a value, a type, a shape, an order, a key."""
+    by_section = {}
+    for path in places(state):
+        if path:
+            by_section.setdefault(path[0], []).append(path)
+    *above, key = chance.choice(by_section[chance.choice(sorted(by_section))])
+    owner = state
+    for step in above:
+        owner = owner[step]
+    value = owner[key]
+    kind = chance.choice(("value", "tensor", "tensor", "missing", "added", "order"))
+    if kind == "tensor" and isinstance(value, torch.Tensor):
+        owner[key] = chance.choice(TENSORS)(value.clone())
+    elif kind == "missing":
+        del owner[key]
+    elif kind == "added" and isinstance(value, dict):
+        value[chance.choice(("stranger", 3, 10**6))] = chance.choice(VALUES)
+    elif kind == "added" and isinstance(value, list):
+        value.append(chance.choice([*VALUES, *value]))
+    elif kind == "order" and isinstance(value, list):
+        value.reverse()
+    elif kind == "order" and isinstance(value, dict):
+        keys, values = list(value), list(value.values())
+        chance.shuffle(values)
+        value.update(zip(keys, values, strict=True))
+    else:
+        owner[key] = chance.choice(VALUES)
+
+
+def sound(state):
+    """The state of a run that can go on: finite, and what its own gradient leads to is finite."""
+    tensors = [*state.parameters, *state.ema.shadow_params]
+    tensors += [m for moments in state.optimizer.state.values() for m in moments.values()]
+    return all(tensor.isfinite().all() for tensor in tensors)
+
+
+def test_500_mutated_states_are_loaded_or_refused(trained, tmp_path):
+    config, chance, refused = small_config(**{"training.n_iters": 3}), random.Random(5), 0
+    original, path = load_checkpoint(newest(trained)), tmp_path / "mutated.pth"
+    run = Experiment.build(config)
+    for number in range(500):
+        run.state.load_state_dict(original)
+        state = copy.deepcopy(original)
+        mutate(state, chance)
+        torch.save(state, path)
+        before = copy.deepcopy(run.state.state_dict())
+        try:
+            loaded = load_checkpoint(path)
+            run_config.changes(path, loaded, config)
+            written_steps(loaded, path)
+            fit(run.state.load_state_dict, loaded, path)
+        except ValueError as error:
+            assert str(error).isprintable(), number
+            assert str(path) in str(error), number
+            assert str(before) == str(run.state.state_dict()), number
+            refused += 1
+            continue
+        assert sound(run.state), number
+        for parameter in run.state.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        run.state.apply_gradient(torch.tensor(True))
+        assert sound(run.state), number
+    assert 250 < refused < 500
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda s: s["optimizer"]["param_groups"][0]["params"].reverse(), "in another order"),
+        (
+            lambda s: [m.update(exp_avg=torch.ones(())) for m in s["optimizer"]["state"].values()],
+            r"state\.0\.exp_avg has the shape \(\)",
+        ),
+        (lambda s: s["optimizer"]["state"].pop(1), r"optimizer\.state has no 1"),
+        (lambda s: s["optimizer"]["state"][0]["step"].fill_(1e6), "step is not a number of steps"),
+        (lambda s: s["ema"]["shadow_params"][0].fill_(torch.nan), r"ema\..*\.0 is not finite"),
+        (lambda s: s["ema"].update(num_updates="word"), r"ema\.num_updates is not a number"),
+        (lambda s: s.update(step=10**30), "no intact checkpoint"),
+        (lambda s: s.update(step=-1), "no intact checkpoint"),
+        (lambda s: s.update(step=float("inf")), "no intact checkpoint"),
+        (lambda s: s.update(written=3), "holds no steps"),
+    ],
+)
+def test_states_that_broke_earlier_programs(trained, tmp_path, change, says):
+    """Memory corruption, tracebacks and ruined weights that were once accepted, by resuming."""
+    state = load_checkpoint(newest(trained))
+    change(state)
+    save_checkpoint(newest(tmp_path), state)
+    with pytest.raises(ValueError, match=says):
+        run_lib.train(small_config(**{"training.n_iters": 4}), tmp_path)
+
+
+def test_options_of_a_stored_optimizer_change_nothing(trained, tmp_path):
+    """They are the config's."""
+    config = small_config(**{"training.n_iters": 4})
+    for name in ("plain", "hostile"):
+        state = load_checkpoint(newest(trained))
+        if name == "hostile":
+            group = state["optimizer"]["param_groups"][0]
+            group |= {"differentiable": True, "maximize": True, "lr": "much", "fused": None}
+        save_checkpoint(newest(tmp_path / name), state)
+        run_lib.train(config, tmp_path / name)
+    plain, hostile = (load_checkpoint(newest(tmp_path / n))["model"] for n in ("plain", "hostile"))
+    assert all(torch.equal(plain[name], hostile[name]) for name in plain)
+
+
+def test_evaluation_refuses_what_training_does(trained, tmp_path):
+    config = small_config(**{"training.n_iters": 3, "eval.enable_loss": True})
+    state = load_checkpoint(newest(trained))
+    state["ema"]["shadow_params"][0].fill_(np.nan)
+    save_checkpoint(tmp_path / "checkpoints/checkpoint_3.pth", state)
+    with pytest.raises(ValueError, match=r"checkpoint_3\.pth does not fit .*is not finite"):
+        run_lib.evaluate(config, tmp_path)
