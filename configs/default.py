@@ -1,6 +1,7 @@
 """Every key of a config: the value that holds where no experiment states another, and its range.
 
-The config is locked: parts and experiments only set keys that stand here, so that a misspelt one is an error. docs/config.md is made of this table.
+The config is locked: parts and experiments only set keys that stand here, so that a
+misspelt one is an error. docs/config.md is made of this table.
 """
 
 from ml_collections import ConfigDict, config_dict
