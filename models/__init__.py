@@ -7,11 +7,10 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from methods import method_class
-from models.ddpm import create_ddpm
 from models.edm import ADM, EDMUNet
 from models.layers import one_of
 from models.ncsn import RefineNet
-from models.ncsnpp import NCSNpp
+from models.ncsnpp import DDPM, NCSNpp
 from models.published import load_reference_state_dict, reference_names
 
 __all__ = ["NETWORKS", "create_model", "load_reference_state_dict", "reference_names"]
@@ -19,7 +18,7 @@ __all__ = ["NETWORKS", "create_model", "load_reference_state_dict", "reference_n
 # model.name -> what builds it: (config, number of channels it gives) -> network.
 NETWORKS: dict[str, Callable[[ConfigDict, int], nn.Module]] = {
     "ncsnpp": NCSNpp.from_config,
-    "ddpm": create_ddpm,
+    "ddpm": partial(NCSNpp.from_config, **DDPM),
     "edm_unet": EDMUNet.from_config,
     "adm": ADM.from_config,
     "ncsn": partial(RefineNet.from_config, layout="64", conditional=True),

@@ -2,14 +2,12 @@
 Models" (arXiv 2206.00364), appendix F.6. They take noise labels of either sign.
 """
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Self
 
 from torch import Tensor, nn
 
-from models.layers import MultiHeadAttention, PositionalFeatures, ResBlock, group_norm, one_hot
-from models.ncsnpp import NCSNpp, unet_options
+from models.layers import MultiHeadAttention, PositionalFeatures, ResBlock, group_norm
+from models.ncsnpp import NCSNpp
 
 
 class EDMUNet(NCSNpp):
@@ -26,52 +24,45 @@ class ADM(NCSNpp):
     none in narrower features), and sums are plain. Arguments are as of `NCSNpp`.
     """
 
-    @classmethod
-    def from_config(cls, config, out_channels: int) -> Self:
-        """The network that `config.model` describes; see `NETWORKS`."""
-        return cls(**unet_options(config, out_channels) | {"conditional": True})
-
-    def __init__(self, *, nf: int = 192, ch_mult: Sequence[int] = (1, 2, 3, 4), **options):
+    def __init__(self, **options):
+        nf = options["nf"]
         super().__init__(
-            nf=nf,
-            ch_mult=ch_mult,
-            **options,
-            skip_rescale=False,
-            norm=partial(group_norm, eps=1e-5),
-            attention=_attention,
-            block=partial(ResBlock, adaptive_scale=True, resample_conv=False),
-            stem_width=nf * ch_mult[0],
-            attend_throughout=True,
+            **options
+            | {
+                "embedding_type": "positional",
+                "conditional": True,
+                "resblock_type": "biggan",
+                "fir_kernel": None,
+                "progressive": "none",
+                "progressive_input": "none",
+                "skip_rescale": False,
+                "norm": partial(group_norm, eps=1e-5),
+                "attention": _attention,
+                "block": partial(ResBlock, adaptive_scale=True, resample_conv=False),
+                "stem_width": nf * options["ch_mult"][0],
+                "attend_throughout": True,
+            }
         )
         self.features = PositionalFeatures(nf, endpoint=False)
         if self.num_classes:
             self.label_embedding = nn.Linear(self.num_classes, 4 * nf, bias=False)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.reset_parameters()
+            if name.endswith(("conv2", "proj", "head.conv", "augment_embedding")):
+                for parameter in module.parameters():
+                    nn.init.zeros_(parameter)
         if self.num_classes:
             nn.init.normal_(self.label_embedding.weight)
-        last = [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
-        last += [m.proj for m in self.modules() if isinstance(m, MultiHeadAttention)]
-        for layer in (*last, self.head.conv, self.augment_embedding):
-            for parameter in layer.parameters() if layer is not None else ():
-                nn.init.zeros_(parameter)
 
     def embed(
-        self,
-        features: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
+        self, features: Tensor, classes: Tensor | None, augment_labels: Tensor | None
     ) -> Tensor:
-        if augment_labels is not None:
-            features = features + self.augment_embedding(augment_labels.to(features))
-        emb = self.dense2(self.act(self.dense1(features)))
-        if self.label_embedding is None:
-            return emb
-        return emb + self.label_embedding(one_hot(class_labels, self.num_classes, emb))
+        emb = super().embed(features, None, augment_labels)
+        return emb if classes is None else emb + self.label_embedding(classes)
 
 
 def _attention(channels: int, **options) -> nn.Module:
-    return (
-        MultiHeadAttention(channels, head_width=64, **options) if channels >= 64 else nn.Identity()
-    )
+    if channels < 64:
+        return nn.Identity()
+    return MultiHeadAttention(channels, head_width=64, **options)

@@ -99,24 +99,18 @@ class OutputResidual(nn.Module):
         return h, h
 
 
-def unet_options(config, out_channels: int) -> dict:
-    """The arguments that every U-Net here takes from `config`; ValueError where one is unusable."""
-    data, model = config.data, config.model
-    check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
-    as_they_are = ("nf", "num_res_blocks", "conditional", "resamp_with_conv", "dropout")
-    as_they_are += ("scale_by_sigma", "checkpoint_activations")
-    as_they_are += ("augment_dim",)
-    return {name: model[name] for name in as_they_are} | {
-        "num_classes": data.num_classes,
-        "image_size": data.image_size,
-        "channels": data.num_channels,
-        "out_channels": out_channels,
-        "centered": data.centered,
-        "nonlinearity": model.nonlinearity.lower(),
-        "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
-        "ch_mult": tuple(model.ch_mult),
-        "attn_resolutions": tuple(model.attn_resolutions),
-    }
+# The U-Net of DDPM (Ho et al., arXiv 2006.11239) as `fixed` arguments of `NCSNpp.from_config`: its
+# own blocks, 32 groups in a norm, plain sums, no filters and no images along the way.
+DDPM = {
+    "embedding_type": "positional",
+    "resblock_type": "ddpm",
+    "norm": partial(group_norm, group_width=1),
+    "skip_rescale": False,
+    "init_scale": 0.0,
+    "fir_kernel": None,
+    "progressive": "none",
+    "progressive_input": "none",
+}
 
 
 class NCSNpp(nn.Module):
@@ -159,25 +153,35 @@ class NCSNpp(nn.Module):
     """
 
     @classmethod
-    def from_config(cls, config, out_channels: int) -> Self:
-        """The network that `config.model` describes; see `NETWORKS`."""
-        model = config.model
-        words = ("embedding_type", "resblock_type")
+    def from_config(cls, config, out_channels: int, **fixed) -> Self:
+        """The network that the config describes, except for the arguments in `fixed`."""
+        data, model = config.data, config.model
+        check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
+        words = ("embedding_type", "resblock_type", "nonlinearity")
         words += ("progressive", "progressive_input", "progressive_combine")
-        chosen = {option: model[option].lower() for option in words}
-        if chosen["embedding_type"] == "fourier" and not config.training.continuous:
+        as_they_are = ("nf", "num_res_blocks", "conditional", "resamp_with_conv", "dropout")
+        as_they_are += ("scale_by_sigma", "checkpoint_activations", "augment_dim")
+        as_they_are += ("fourier_scale", "init_scale", "skip_rescale")
+        options = {
+            **{name: model[name].lower() for name in words},
+            **{name: model[name] for name in as_they_are},
+            "image_size": data.image_size,
+            "channels": data.num_channels,
+            "num_classes": data.num_classes,
+            "out_channels": out_channels,
+            "centered": data.centered,
+            "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
+            "ch_mult": tuple(model.ch_mult),
+            "attn_resolutions": tuple(model.attn_resolutions),
+            "fir_kernel": tuple(model.fir_kernel) if model.fir else None,
+            **fixed,
+        }
+        if options["embedding_type"] == "fourier" and not config.training.continuous:
             raise ValueError(
                 "model.embedding_type = 'fourier' takes noise levels, but with "
                 "training.continuous = False the levels are numbered from 0; use 'positional'"
             )
-        return cls(
-            **unet_options(config, out_channels),
-            **chosen,
-            fourier_scale=model.fourier_scale,
-            fir_kernel=tuple(model.fir_kernel) if model.fir else None,
-            init_scale=model.init_scale,
-            skip_rescale=model.skip_rescale,
-        )
+        return cls(**options)
 
     def __init__(
         self,
@@ -335,15 +339,11 @@ class NCSNpp(nn.Module):
             self.head = head(width, out_channels, init_scale=init_scale)
 
     def embed(
-        self,
-        features: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
+        self, features: Tensor, classes: Tensor | None, augment_labels: Tensor | None
     ) -> Tensor:
-        """The embedding (B, 4 nf) of features of the noise label (B, ...) and of further labels."""
-        if self.label_embedding is not None:
-            label = one_hot(class_labels, self.num_classes, features)
-            features = features + self.label_embedding(label * math.sqrt(self.num_classes))
+        """The embedding (B, 4 nf) of features of the noise label and of what else is given."""
+        if classes is not None:
+            features = features + self.label_embedding(classes * math.sqrt(self.num_classes))
         if augment_labels is not None:
             features = features + self.augment_embedding(augment_labels.to(features))
         return self.dense2(self.act(self.dense1(features)))
@@ -358,14 +358,16 @@ class NCSNpp(nn.Module):
         """Class labels (B,), int64, are -1 for none, augmentation labels (B, augment_dim) 0; either
         may be None. ValueError where they are given and the network was made without."""
         check_size(*x.shape[2:], halvings=self.halvings)
-        if self.label_embedding is None:
+        classes = emb = None  # the embedding is activated, as all blocks take it
+        if self.num_classes:
+            classes = one_hot(class_labels, self.num_classes, x)
+        else:
             refuse(class_labels=class_labels)
         if self.augment_embedding is None:
             refuse(augment_labels=augment_labels)
-        emb = None  # activated, as all blocks take it
         if self.dense1 is not None:
             features = self.features(noise_label).to(x.dtype)
-            emb = self.act(self.embed(features, class_labels, augment_labels))
+            emb = self.act(self.embed(features, classes, augment_labels))
         if not self.centered:
             x = 2 * x - 1
 
