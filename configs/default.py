@@ -29,6 +29,9 @@ KEYS = {
     ),
     "data.image_size": Key(32, whole(1, 4096), "height and width; larger images are resized"),
     "data.num_channels": Key(3, whole(0, 1024), "1 or 3; 0: as the data have"),
+    "data.num_classes": Key(
+        0, whole(0, 10**6), "class labels the network is given, numbered from 0; 0: none"
+    ),
     "data.centered": Key(True, Flag(), "the network sees [-1, 1], else [0, 1]"),
     "data.random_flip": Key(True, Flag(), "half of the training images are mirrored"),
     "data.uniform_dequantization": Key(False, Flag(), "noise of one grey level is added"),
@@ -108,7 +111,7 @@ KEYS = {
     "model.num_scales": Key(
         1000, whole(2, 10**6), "noise levels, or time steps of an SDE's discretisation"
     ),
-    # Of "ncsnpp" and "ddpm":
+    # Of the U-Nets:
     "model.ch_mult": Key(
         (1, 2, 2, 2),
         Numbers(whole(1, 64), range(1, 17)),
@@ -121,7 +124,10 @@ KEYS = {
     "model.resamp_with_conv": Key(True, Flag(), "a convolution before or after resampling"),
     "model.conditional": Key(True, Flag(), "the network sees its noise level or time"),
     "model.dropout": Key(0.1, SHARE, "share of the activations that is set to zero in training"),
-    # Of "ncsnpp":
+    "model.augment_dim": Key(
+        0, whole(0, 4096), "entries of the augmentation labels the network is given; 0: none"
+    ),
+    # Of "ncsnpp" and "edm_unet":
     "model.embedding_type": Key(
         "fourier", OneOf(("fourier", "positional")), "of the noise level or time"
     ),

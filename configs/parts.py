@@ -194,6 +194,32 @@ NCSNPP_LARGE = {
 # DDPM++ (same paper): NCSN++ without filters, progressive input and Fourier embedding.
 DDPMPP = {"model": {"name": "ncsnpp", "embedding_type": "positional", "fir": False}}
 
+# DDPM++ and NCSN++ as EDM has them (Karras et al., NeurIPS 2022), for CIFAR-10. Published weights
+# need model.augment_dim = 9, and for FFHQ at 64 x 64 ch_mult (1, 2, 2, 2) and dropout 0.05.
+EDM_DDPMPP = {
+    "model": {**DDPMPP["model"], "name": "edm_unet", "ch_mult": (2, 2, 2), "dropout": 0.13}
+}
+EDM_NCSNPP = {
+    "model": {
+        **NCSNPP["model"],
+        "name": "edm_unet",
+        "ch_mult": (2, 2, 2),
+        "dropout": 0.13,
+    }
+}
+
+# ADM (Dhariwal and Nichol, NeurIPS 2021) as EDM has it for ImageNet at 64 x 64, whose published
+# weights need data.num_classes = 1000.
+ADM = {
+    "model": {
+        "name": "adm",
+        "nf": 192,
+        "ch_mult": (1, 2, 3, 4),
+        "num_res_blocks": 3,
+        "attn_resolutions": (32, 16, 8),
+    }
+}
+
 # After NCSNPP or DDPMPP: its "deep" form, and how long the same paper trains it.
 DEEP = {"training": {"n_iters": 950001}, "model": {"num_res_blocks": 8}}
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import ACTIVATIONS, check_size, check_whole, geometric_sigmas, one_of
+from models.layers import ACTIVATIONS, check_size, check_whole, geometric_sigmas, one_of, refuse
 
 Norm = Callable[[int], nn.Module]
 
@@ -254,6 +254,7 @@ class RefineNet(nn.Module):
             ("gives the channels of the image and no more", out_channels != data.num_channels),
             ("needs training.continuous = False", config.training.continuous),
             ("needs model.checkpoint_activations = False", model.checkpoint_activations),
+            ("takes no labels but the noise's", data.num_classes or model.augment_dim),
             (f"has model.scale_by_sigma = {not conditional}", model.scale_by_sigma == conditional),
         ):
             if found:
@@ -312,7 +313,14 @@ class RefineNet(nn.Module):
         self.decoder = nn.ModuleDict({name: decoder[name] for name in sorted(decoder)})
         self.ascent = [level.decoder for level in reversed(levels)]
 
-    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise_label: Tensor,
+        class_labels: None = None,
+        augment_labels: None = None,
+    ) -> Tensor:
+        refuse(class_labels=class_labels, augment_labels=augment_labels)
         check_size(*x.shape[2:], halvings=self.halvings)
         labels = noise_label.round().long()
         h = self.begin_conv(x if self.centered else 2 * x - 1)

@@ -1,7 +1,8 @@
 """NCSN++ and DDPM++: the U-Net of Song et al. (arXiv 2011.13456), appendix H, with its options."""
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Self
 
@@ -14,6 +15,7 @@ from models.layers import (
     Double,
     FourierFeatures,
     Halve,
+    Norm,
     PositionalFeatures,
     Resampling,
     ResBlock,
@@ -24,7 +26,9 @@ from models.layers import (
     dense,
     geometric_sigmas,
     group_norm,
+    one_hot,
     one_of,
+    refuse,
     residual_sum,
 )
 
@@ -95,22 +99,18 @@ class OutputResidual(nn.Module):
         return h, h
 
 
-def unet_options(config, out_channels: int) -> dict:
-    """The arguments that every U-Net here takes from `config`; ValueError where one is unusable."""
-    data, model = config.data, config.model
-    check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
-    as_they_are = ("nf", "num_res_blocks", "conditional", "resamp_with_conv", "dropout")
-    as_they_are += ("scale_by_sigma", "checkpoint_activations")
-    return {name: model[name] for name in as_they_are} | {
-        "image_size": data.image_size,
-        "channels": data.num_channels,
-        "out_channels": out_channels,
-        "centered": data.centered,
-        "nonlinearity": model.nonlinearity.lower(),
-        "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
-        "ch_mult": tuple(model.ch_mult),
-        "attn_resolutions": tuple(model.attn_resolutions),
-    }
+# The U-Net of DDPM (Ho et al., arXiv 2006.11239) as `fixed` arguments of `NCSNpp.from_config`: its
+# own blocks, 32 groups in a norm, plain sums, no filters and no images along the way.
+DDPM = {
+    "embedding_type": "positional",
+    "resblock_type": "ddpm",
+    "norm": partial(group_norm, group_width=1),
+    "skip_rescale": False,
+    "init_scale": 0.0,
+    "fir_kernel": None,
+    "progressive": "none",
+    "progressive_input": "none",
+}
 
 
 class NCSNpp(nn.Module):
@@ -122,11 +122,13 @@ class NCSNpp(nn.Module):
         nf: channels at the first level; level i has `nf * ch_mult[i]` at `image_size / 2^i`.
         num_res_blocks: residual blocks for each level of the encoder (one more in the decoder).
         attn_resolutions: image sizes at which attention follows the blocks.
-        embedding_type: of the noise label, 'fourier' (of its log) or 'positional'.
+        embedding_type: of the noise label, 'fourier' or 'positional'.
         conditional: embed the label in every block; without it only `scale_by_sigma` reads it.
         resblock_type: 'biggan' resamples inside residual blocks, 'ddpm' between them.
         resamp_with_conv: the resampling of 'ddpm' has a convolution.
         fir_kernel: taps of the resampling filter, as (1, 3, 3, 1); None for nearest pixel and mean.
+        num_classes: class labels it may be given, which are numbered from 0.
+        augment_dim: entries of the augmentation labels it may be given.
         progressive: how the output grows: 'none', 'output_skip', 'residual'.
         progressive_input: how the image is fed again: 'none', 'input_skip', 'residual'.
         progressive_combine: of 'input_skip', 'sum' or 'cat'.
@@ -139,7 +141,10 @@ class NCSNpp(nn.Module):
             'positional', the label itself where it is 'fourier'.
         sigmas: noise levels (num_scales,) that the labels number.
         centered: `x` is in [-1, 1]; else in [0, 1], and is centred first.
-        group_width: channels of a norm's group, at least.
+        norm, attention, block: what makes them, as `group_norm`, `Attention` and `ResBlock` do.
+        log_label: 'fourier' embeds the log of the label.
+        stem_width: channels of the first convolution, None for `nf`.
+        attend_throughout: in the decoder attention follows every block, not a level's last alone.
         checkpoint_activations: keep only the inputs of residual and attention blocks for backward,
             which runs them again: less memory for a third more time.
 
@@ -148,25 +153,35 @@ class NCSNpp(nn.Module):
     """
 
     @classmethod
-    def from_config(cls, config, out_channels: int) -> Self:
-        """The network that `config.model` describes; see `NETWORKS`."""
-        model = config.model
-        words = ("embedding_type", "resblock_type")
+    def from_config(cls, config, out_channels: int, **fixed) -> Self:
+        """The network that the config describes, except for the arguments in `fixed`."""
+        data, model = config.data, config.model
+        check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
+        words = ("embedding_type", "resblock_type", "nonlinearity")
         words += ("progressive", "progressive_input", "progressive_combine")
-        chosen = {option: model[option].lower() for option in words}
-        if chosen["embedding_type"] == "fourier" and not config.training.continuous:
+        as_they_are = ("nf", "num_res_blocks", "conditional", "resamp_with_conv", "dropout")
+        as_they_are += ("scale_by_sigma", "checkpoint_activations", "augment_dim")
+        as_they_are += ("fourier_scale", "init_scale", "skip_rescale")
+        options = {
+            **{name: model[name].lower() for name in words},
+            **{name: model[name] for name in as_they_are},
+            "image_size": data.image_size,
+            "channels": data.num_channels,
+            "num_classes": data.num_classes,
+            "out_channels": out_channels,
+            "centered": data.centered,
+            "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
+            "ch_mult": tuple(model.ch_mult),
+            "attn_resolutions": tuple(model.attn_resolutions),
+            "fir_kernel": tuple(model.fir_kernel) if model.fir else None,
+            **fixed,
+        }
+        if options["embedding_type"] == "fourier" and not config.training.continuous:
             raise ValueError(
-                "model.embedding_type = 'fourier' takes the log of a noise level, but with "
+                "model.embedding_type = 'fourier' takes noise levels, but with "
                 "training.continuous = False the levels are numbered from 0; use 'positional'"
             )
-        return cls(
-            **unet_options(config, out_channels),
-            **chosen,
-            fourier_scale=model.fourier_scale,
-            fir_kernel=tuple(model.fir_kernel) if model.fir else None,
-            init_scale=model.init_scale,
-            skip_rescale=model.skip_rescale,
-        )
+        return cls(**options)
 
     def __init__(
         self,
@@ -194,7 +209,14 @@ class NCSNpp(nn.Module):
         scale_by_sigma: bool = False,
         sigmas: Tensor | None = None,
         centered: bool = True,
-        group_width: int = 4,
+        num_classes: int = 0,
+        augment_dim: int = 0,
+        norm: Norm = group_norm,
+        attention: Callable[..., nn.Module] = Attention,
+        block: Callable[..., nn.Module] = ResBlock,
+        log_label: bool = True,
+        stem_width: int | None = None,
+        attend_throughout: bool = False,
         checkpoint_activations: bool = False,
     ):
         super().__init__()
@@ -205,7 +227,10 @@ class NCSNpp(nn.Module):
         one_of("progressive_combine", progressive_combine, ("cat", "sum"))
         act = ACTIVATIONS[one_of("nonlinearity", nonlinearity, ACTIVATIONS)]
 
+        if (num_classes or augment_dim) and not conditional:
+            raise ValueError("data.num_classes and model.augment_dim need model.conditional = True")
         self.act, self.centered, self.scale_by_sigma = act, centered, scale_by_sigma
+        self.image_size, self.num_classes = image_size, num_classes
         self.halvings = len(ch_mult) - 1
         check_size(image_size, image_size, halvings=self.halvings)
         positional = embedding_type == "positional"
@@ -215,12 +240,12 @@ class NCSNpp(nn.Module):
         shared = {
             "init_scale": init_scale,
             "skip_rescale": skip_rescale,
-            "group_width": group_width,
+            "norm": norm,
             "checkpoint_activations": checkpoint_activations,
         }
-        attention = partial(Attention, **shared)
+        attention = partial(attention, **shared)
         block = partial(
-            ResBlock,
+            block,
             **shared,
             emb_channels=4 * nf,
             act=act,
@@ -229,9 +254,8 @@ class NCSNpp(nn.Module):
         )
 
         def head(in_channels: int, out_channels: int, *, init_scale: float) -> nn.Sequential:
-            norm = group_norm(in_channels, group_width=group_width)
             layer = conv(in_channels, out_channels, init_scale=init_scale)
-            return nn.Sequential(OrderedDict(norm=norm, act=act, conv=layer))
+            return nn.Sequential(OrderedDict(norm=norm(in_channels), act=act, conv=layer))
 
         def stage(in_channels: int, out_channels: int, *, attend: bool) -> Stage:
             resnet = block(in_channels, out_channels)
@@ -244,19 +268,27 @@ class NCSNpp(nn.Module):
             return Resampling(width, width, up=up, **options)
 
         # The modules are made in the order of the diagram, which is that of the published weights.
-        self.features = PositionalFeatures(nf) if positional else FourierFeatures(nf, fourier_scale)
-        self.dense1 = self.dense2 = None
+        self.features = PositionalFeatures(nf)
+        if not positional:
+            self.features = FourierFeatures(nf, fourier_scale, log=log_label)
+        self.label_embedding = self.augment_embedding = self.dense1 = self.dense2 = None
+        width = nf if positional else 2 * nf
+        if num_classes:
+            self.label_embedding = dense(num_classes, width)
+        if augment_dim:
+            self.augment_embedding = dense(augment_dim, width, bias=False)
         if conditional:
-            self.dense1 = dense(nf if positional else 2 * nf, 4 * nf)
+            self.dense1 = dense(width, 4 * nf)
             self.dense2 = dense(4 * nf, 4 * nf)
-        self.stem = conv(channels, nf)
+        width = nf if stem_width is None else stem_width
+        self.stem = conv(channels, width)
 
         levels = [(nf * m, image_size // 2**i in attn_resolutions) for i, m in enumerate(ch_mult)]
         coarsest = len(levels) - 1
 
         # What a level does not have is None: the coarsest has no `down`, the finest no `up`.
         self.encoder = nn.ModuleList()
-        width, branch_width, skip_widths = nf, channels, [nf]
+        branch_width, skip_widths = channels, [width]
         for i, (level_width, attend) in enumerate(levels):
             stages = []
             for _ in range(num_res_blocks):
@@ -285,7 +317,7 @@ class NCSNpp(nn.Module):
         for i, (level_width, attend) in reversed(list(enumerate(levels))):
             stages = []
             for k in range(num_res_blocks + 1):
-                attend_now = attend and k == num_res_blocks  # once a level, after its last block
+                attend_now = attend and (attend_throughout or k == num_res_blocks)
                 stages.append(stage(width + skip_widths.pop(), level_width, attend=attend_now))
                 width = level_width
             grow = None
@@ -306,12 +338,36 @@ class NCSNpp(nn.Module):
         if progressive != "output_skip":
             self.head = head(width, out_channels, init_scale=init_scale)
 
-    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
+    def embed(
+        self, features: Tensor, classes: Tensor | None, augment_labels: Tensor | None
+    ) -> Tensor:
+        """The embedding (B, 4 nf) of features of the noise label and of what else is given."""
+        if classes is not None:
+            features = features + self.label_embedding(classes * math.sqrt(self.num_classes))
+        if augment_labels is not None:
+            features = features + self.augment_embedding(augment_labels.to(features))
+        return self.dense2(self.act(self.dense1(features)))
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_label: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Class labels (B,), int64, are -1 for none, augmentation labels (B, augment_dim) 0; either
+        may be None. ValueError where they are given and the network was made without."""
         check_size(*x.shape[2:], halvings=self.halvings)
-        emb = None  # (B, 4 nf), activated, as all blocks take it
+        classes = emb = None  # the embedding is activated, as all blocks take it
+        if self.num_classes:
+            classes = one_hot(class_labels, self.num_classes, x)
+        else:
+            refuse(class_labels=class_labels)
+        if self.augment_embedding is None:
+            refuse(augment_labels=augment_labels)
         if self.dense1 is not None:
-            emb = self.dense1(self.features(noise_label).to(x.dtype))
-            emb = self.act(self.dense2(self.act(emb)))
+            features = self.features(noise_label).to(x.dtype)
+            emb = self.act(self.embed(features, classes, augment_labels))
         if not self.centered:
             x = 2 * x - 1
 
