@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from configs import networks
-from configs.default import get_default_config, updated
+from configs import parts
 from models import layers
 from tests.reference_weights import expand, weight
 
@@ -30,14 +29,14 @@ def one_thread():
 
 
 def published_config(options):
-    """The config of EDM's `options`; those left out are its defaults, as in configs/networks.py."""
+    """The config of EDM's `options`; those left out are its defaults, as in configs/parts.py."""
     if options["model_type"] == "DhariwalUNet":
-        part = networks.ADM
+        part = parts.ADM
     elif options["encoder_type"] == "residual":
-        part = networks.EDM_NCSNPP
+        part = parts.EDM_NCSNPP
     else:
-        part = networks.EDM_DDPMPP
-    config = updated(get_default_config(), [part])
+        part = parts.EDM_DDPMPP
+    config = parts.experiment(part)
     config.training.sde = (
         "vpsde"  # no method here; this one wants as many channels as the image has
     )
