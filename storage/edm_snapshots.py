@@ -24,7 +24,7 @@ from torch import Tensor
 from storage.files import naming, one_line
 from storage.inert_pickle import Name, Record, unpickle
 
-MAX_OPERATIONS = 2_000_000  # of all pickles of a file; ImageNet's network takes a tenth
+MAX_OPERATIONS = 1_000_000  # of all pickles of a file; ImageNet's network takes a tenth
 MAX_DEPTH = 16  # of modules in modules, and of options in options; published: 4 and 2
 MAX_OPTIONS = 10_000  # values and characters of all options together
 MAX_DIMENSIONS = 8  # of a tensor
@@ -40,22 +40,23 @@ _DTYPES = {
     "torch.CharStorage": torch.int8,
     "torch.ByteStorage": torch.uint8,
 }
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch.save wrote before PyTorch 1.6
+_ZIP = b"PK\x03\x04"  # begins what torch.save writes
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # and what it wrote before PyTorch 1.6
 
 
 class Snapshot(NamedTuple):
     """A published network."""
 
     network: str  # its class: "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"
-    options: dict  # what it was constructed with: img_resolution, model_type, ...
+    options: dict  # what it was constructed with (img_resolution, ...); {} where that is not told
     weights: dict[str, Tensor]  # parameters and buffers under the names of its state dict
 
 
 def read_snapshot(path: Path) -> Snapshot:
     """The EMA network of the snapshot at `path`, else the network itself, on the CPU.
 
-    No code of the file is run and nothing is imported for it. It takes at most about twice the
-    size of the file in memory, and a second or two more for a hostile one.
+    No code of the file is run and nothing is imported for it. Reading takes up to three times the
+    size of the file in memory; what a hostile file takes beyond is bounded, as is its time.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -68,16 +69,15 @@ def read_snapshot(path: Path) -> Snapshot:
     except Exception as error:  # a damaged file makes zipfile fail in any way
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to nowhere
             raise
-        reason = "memory runs out" if isinstance(error, MemoryError) else one_line(error)
+        known = isinstance(error, ValueError)
+        reason = one_line(error) if known else f"it is damaged: {one_line(error)}"
         raise ValueError(f"{path} is no snapshot of EDM or PFGM++: {reason}") from error
 
 
 def _read(file: BinaryIO) -> Snapshot:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
     operations = iter(range(MAX_OPERATIONS))
-    known = _KNOWN | {"torch.storage._load_from_bytes": partial(_load_from_bytes, operations)}
-    if file.read(4) == b"PK\x03\x04":
+    known = _KNOWN | {"torch.storage._load_from_bytes": _storage_reader(operations)}
+    if file.read(4) == _ZIP:
         snapshot = _unpickle_zip(file, operations, known)
     else:
         file.seek(0)
@@ -89,7 +89,7 @@ def _read(file: BinaryIO) -> Snapshot:
         raise ValueError("it holds neither `ema` nor `net`")
     network = snapshot[name]
     views = _views(network, name)
-    return Snapshot(network.name, _options(network), _tensors(views, size))
+    return Snapshot(network.name, _options(network), _tensors(views))
 
 
 # --- tensors -------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class _Storage:
 
 
 @dataclass(slots=True, eq=False)
-class _View:
+class _Tensor:
     """A tensor: its place in a storage, checked to lie within."""
 
     storage: _Storage
@@ -118,7 +118,7 @@ class _View:
     stride: tuple[int, ...]
 
 
-def _rebuild_tensor(storage, offset, size, stride, requires_grad, hooks, metadata=None) -> _View:
+def _rebuild_tensor(storage, offset, size, stride, requires_grad, hooks, metadata=None) -> _Tensor:
     if not isinstance(storage, _Storage) or metadata:
         raise ValueError(f"the memory of a tensor is {_kind(storage)}, which is not read here")
     for numbers in (size, stride):
@@ -132,22 +132,20 @@ def _rebuild_tensor(storage, offset, size, stride, requires_grad, hooks, metadat
     # An expanded tensor (stride 0) has more elements than memory; no published weights have.
     if numel > storage.numel or last >= storage.numel + (numel == 0):
         raise ValueError("a tensor reaches beyond its memory")
-    return _View(storage, offset, size, stride)
+    return _Tensor(storage, offset, size, stride)
 
 
 def _rebuild_parameter(data, requires_grad, hooks) -> object:
     return data
 
 
-def _tensors(views: dict[str, _View], limit: int) -> dict[str, Tensor]:
+def _tensors(views: dict[str, _Tensor]) -> dict[str, Tensor]:
     """The tensors by name; those of one storage share its memory, as they did.
 
-    Raises ValueError where their storages take more than `limit` bytes: a file can name the same
-    bytes many times.
+    Together they are no larger than the file, since a storage has its bytes for itself: a record
+    of a zip file, a section of a legacy file, or an object of a pickle that is read once.
     """
     storages = {id(view.storage): view.storage for view in views.values()}
-    if sum(storage.nbytes for storage in storages.values()) > limit:
-        raise ValueError("its tensors are larger than the file")
     flat = {key: _flat(storage) for key, storage in storages.items()}
     return {
         name: flat[id(view.storage)].as_strided(view.size, view.stride, view.offset)
@@ -237,13 +235,22 @@ def _unpickle_bytes(content: bytes, operations: Iterator, known: dict) -> object
     return result
 
 
-def _load_from_bytes(operations: Iterator, content: object) -> object:
-    """A storage within a plain pickle: a file of torch.save of its own."""
-    if not isinstance(content, bytes):
-        raise ValueError(f"the memory of a tensor is {_kind(content)}, not bytes")
-    if content.startswith(b"PK\x03\x04"):
-        return _unpickle_zip(io.BytesIO(content), operations, _KNOWN)
-    return _unpickle_bytes(content, operations, _KNOWN)
+def _storage_reader(operations: Iterator) -> Callable[[object], object]:
+    """Reads a storage within a plain pickle: the bytes of a file of torch.save of its own."""
+    read: dict[int, tuple[bytes, object]] = {}  # a pickle can name the same bytes many times
+
+    def load_from_bytes(content: object) -> object:
+        if not isinstance(content, bytes):
+            raise ValueError(f"the memory of a tensor is {_kind(content)}, not bytes")
+        if id(content) not in read:
+            if content.startswith(_ZIP):
+                storage = _unpickle_zip(io.BytesIO(content), operations, _KNOWN)
+            else:
+                storage = _unpickle_bytes(content, operations, _KNOWN)
+            read[id(content)] = content, storage
+        return read[id(content)][1]
+
+    return load_from_bytes
 
 
 def _storage_identity(identity: object) -> tuple[torch.dtype, int, str]:
@@ -257,8 +264,8 @@ def _storage_identity(identity: object) -> tuple[torch.dtype, int, str]:
             raise ValueError("it is damaged: it refers to memory in another way than torch.save")
     if name not in _DTYPES:
         raise ValueError(f"it has a tensor of {name!r:.100}, which is not read here")
-    if not 0 <= numel < 2**40:
-        raise ValueError("it is damaged: the size of a tensor's memory")
+    if not 0 <= numel < 2**40 or len(key) > 100:
+        raise ValueError("it is damaged: the size or key of a tensor's memory")
     return _DTYPES[name], numel, key
 
 
@@ -291,13 +298,13 @@ _KNOWN = {
 }
 
 
-def _views(network: object, name: str) -> dict[str, _View]:
+def _views(network: object, name: str) -> dict[str, _Tensor]:
     """Parameters and buffers of a module, named as in its state dict, in the same order.
 
     Raises ValueError where something else is in their place, and where a module is in two places,
     which could make their number exponential in the size of the file.
     """
-    found: dict[str, _View] = {}
+    found: dict[str, _Tensor] = {}
     seen: set[int] = set()
 
     def visit(module: object, path: str, prefix: str, depth: int) -> None:
@@ -310,22 +317,25 @@ def _views(network: object, name: str) -> dict[str, _View]:
             if type(entries) is not dict or id(entries) in seen:
                 raise ValueError(f"{path} is {_kind(module)}, no module of its own: see {table}")
             seen.add(id(entries))
+            skipped = transient(module.state, path) if table == "_buffers" else ()
             for key, value in entries.items():
                 if type(key) is not str or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", key):
                     raise ValueError(f"{path} has an entry in {table} without a proper name")
-                if value is None or table == "_buffers" and key in transient(module):
+                if value is None or key in skipped:
                     continue
                 if table == "_modules":
                     visit(value, f"{path}.{key}", f"{prefix}{key}.", depth + 1)
-                elif isinstance(value, _View):
+                elif isinstance(value, _Tensor):
                     found[f"{prefix}{key}"] = value
                 else:
                     raise ValueError(f"{path}.{key} is {_kind(value)}, not a tensor")
 
-    def transient(module: Record) -> list:
+    def transient(state: dict, path: str) -> set[str]:
         """Names of the buffers that are not in the state dict."""
-        names = module.state.get("_non_persistent_buffers_set", [])
-        return names if type(names) is list else []
+        names = state.get("_non_persistent_buffers_set", [])
+        if type(names) is not list or len(names) > len(state["_buffers"]):
+            raise ValueError(f"{path} is damaged: see _non_persistent_buffers_set")
+        return {name for name in names if type(name) is str}
 
     visit(network, name, "", 0)
     return found
@@ -348,11 +358,12 @@ def _options(network: Record) -> dict:
             return type(value)(plain(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value))
         if type(value) is not dict:
             raise ValueError(f"the option {path:.100} is {_kind(value)}, which is not read here")
-        return {key: plain(v, f"{path}.{key}", depth + 1) for key, v in value.items()}
+        left -= sum(len(str(key)) for key in value)
+        return {key: plain(v, f"{path:.100}.{key!s:.100}", depth + 1) for key, v in value.items()}
 
-    options = plain(state.get("_init_kwargs"), "_init_kwargs", 0)
+    options = plain(state.get("_init_kwargs") or {}, "_init_kwargs", 0)
     if type(options) is not dict or not all(type(key) is str for key in options):
-        raise ValueError("its network does not tell its options")
+        raise ValueError("the options of its network have no names")
     return options
 
 
@@ -360,4 +371,94 @@ def _kind(value: object) -> str:
     """How a message names `value`."""
     if isinstance(value, (Name, Record)):
         return f"{value.name!r:.100}"
-    return type(value).__name__.removeprefix("_").lower()
+    return type(value).__name__.removeprefix("_")
+
+
+# --- the config of a snapshot --------------------------------------------------------------------
+
+# What the published classes take where an option is not given.
+_PRECOND = {"label_dim": 0, "sigma_data": 0.5, "model_type": "DhariwalUNet"}
+_UNET = {"channel_mult_emb": 4, "dropout": 0.1, "augment_dim": 0}
+_SONG_UNET = _UNET | {
+    "model_channels": 128,
+    "channel_mult": [1, 2, 2, 2],
+    "num_blocks": 4,
+    "attn_resolutions": [16],
+    "embedding_type": "positional",
+    "channel_mult_noise": 1,
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "resample_filter": [1, 1],
+}
+_ADM = _UNET | {
+    "model_channels": 192,
+    "channel_mult": [1, 2, 3, 4],
+    "num_blocks": 3,
+    "attn_resolutions": [32, 16, 8],
+}
+_NETWORKS = {"SongUNet": ("edm_unet", _SONG_UNET), "DhariwalUNet": ("adm", _ADM)}
+_WITHOUT_DEFAULT = {"img_resolution", "img_channels", "D", "pfgm", "pfgmpp", "small"}
+# Without a key: the bounds of the noise level, and what holds for training only.
+_WITHOUT_KEY = {"sigma_min", "sigma_max", "use_fp16", "label_dropout"}
+_EMBEDDINGS = {"positional": "positional", "fourier": "fourier"}
+_ENCODERS = {"standard": "none", "skip": "input_skip", "residual": "residual"}
+_DECODERS = {"standard": "none", "skip": "output_skip"}
+
+
+def config_values(snapshot: Snapshot) -> dict[str, object]:
+    """Config keys ("model.nf") and their values for the network and method of `snapshot`.
+
+    Files of PFGM++ that do not tell their D count as EDM's.
+
+    Raises:
+        ValueError: an option is missing, or says what the networks here cannot be.
+    """
+    given = {key: value for key, value in snapshot.options.items() if value is not None}
+    if snapshot.network != "EDMPrecond" or given.get("pfgm") or given.get("small"):
+        raise ValueError(f"no config for the preconditioning {snapshot.network!r:.100}")
+    options = _PRECOND | given
+    model_type = options["model_type"]
+    if type(model_type) is not str or model_type not in _NETWORKS:
+        raise ValueError(f"no config for the network {model_type!r:.100}")
+    name, defaults = _NETWORKS[model_type]
+    options = defaults | options
+    unknown = options.keys() - _PRECOND.keys() - defaults.keys() - _WITHOUT_DEFAULT - _WITHOUT_KEY
+    if unknown:
+        raise ValueError(f"no config for the network's option {min(unknown)!r:.100}")
+    # The networks here have the widths of the published ones.
+    widths = {"channel_mult_emb": 4}
+    if name == "edm_unet":
+        widths["channel_mult_noise"] = 2 if options["embedding_type"] == "fourier" else 1
+    for key, width in widths.items():
+        if options[key] != width:
+            raise ValueError(f"no config for the network's option {key} other than {width}")
+    try:
+        values = {
+            "training.sde": "pfgmpp" if "D" in options and options.get("pfgmpp", True) else "edm",
+            "data.image_size": int(options["img_resolution"]),
+            "data.num_channels": int(options["img_channels"]),
+            "data.num_classes": int(options["label_dim"]),
+            "model.name": name,
+            "model.nf": int(options["model_channels"]),
+            "model.ch_mult": tuple(map(int, options["channel_mult"])),
+            "model.num_res_blocks": int(options["num_blocks"]),
+            "model.attn_resolutions": tuple(map(int, options["attn_resolutions"])),
+            "model.dropout": float(options["dropout"]),
+            "model.augment_dim": int(options["augment_dim"]),
+            "model.sigma_data": float(options["sigma_data"]),
+        }
+        if values["training.sde"] == "pfgmpp":
+            values["model.D"] = float(options["D"])
+        if name == "edm_unet":
+            fir = tuple(map(int, options["resample_filter"]))
+            values |= {
+                "model.embedding_type": _EMBEDDINGS[options["embedding_type"]],
+                "model.progressive_input": _ENCODERS[options["encoder_type"]],
+                "model.progressive": _DECODERS[options["decoder_type"]],
+                "model.fir": fir != (1, 1),  # which averages four pixels
+            }
+            if values["model.fir"]:
+                values["model.fir_kernel"] = fir
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"the network's options are damaged: {one_line(error)}") from error
+    return values

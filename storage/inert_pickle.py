@@ -73,7 +73,10 @@ def unpickle(
             raise ValueError("its pickle has too many operations for a network")
         if opcode.arg is not None and opcode.name not in _WITH_ARGUMENT:
             raise _unread(opcode.name)
-        argument = opcode.arg.reader(file) if opcode.arg is not None else None
+        try:
+            argument = opcode.arg.reader(file) if opcode.arg is not None else None
+        except ValueError as error:
+            raise ValueError(f"its pickle is damaged: {error}") from error
         if opcode.name in _VALUES:
             machine.stack.append(argument)
         elif opcode.name == "STOP":
@@ -147,8 +150,9 @@ class _Machine:
                 push(Name(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
                 attribute, module = self.pop(), self.pop()
-                if type(module) is not str or type(attribute) is not str:
-                    raise ValueError("its pickle is damaged: a name is no string")
+                # Two long strings, joined many times, would fill the memory.
+                if any(type(s) is not str or len(s) > 1000 for s in (module, attribute)):
+                    raise ValueError("its pickle is damaged: a name is no string, or too long")
                 push(Name(f"{module}.{attribute}"))
             case "REDUCE" | "NEWOBJ":
                 args, function = self.pop(), self.pop()
