@@ -69,8 +69,8 @@ def read_snapshot(path: Path) -> Snapshot:
     except Exception as error:  # a damaged file makes zipfile fail in any way
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to nowhere
             raise
-        known = isinstance(error, ValueError)
-        reason = one_line(error) if known else f"it is damaged: {one_line(error)}"
+        own = type(error) is ValueError  # Python's own errors are of other types
+        reason = one_line(error) if own else f"it is damaged: {one_line(error)}"
         raise ValueError(f"{path} is no snapshot of EDM or PFGM++: {reason}") from error
 
 
@@ -119,8 +119,10 @@ class _Tensor:
 
 
 def _rebuild_tensor(storage, offset, size, stride, requires_grad, hooks, metadata=None) -> _Tensor:
-    if not isinstance(storage, _Storage) or metadata:
+    if not isinstance(storage, _Storage):
         raise ValueError(f"the memory of a tensor is {_kind(storage)}, which is not read here")
+    if metadata:  # of a tensor whose elements are to be negated or conjugated
+        raise ValueError("a tensor has metadata, which are not read here")
     for numbers in (size, stride):
         if type(numbers) is not tuple or len(numbers) > MAX_DIMENSIONS:
             raise ValueError("the shape of a tensor is damaged")

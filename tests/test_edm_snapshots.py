@@ -242,9 +242,9 @@ def test_operations_that_are_not_read(code, name, tmp_path):
     assert name in refusal(tmp_path / "a.pkl", b"\x80\x04" + code + b".")
 
 
-def tensor(offset=0, size=(2, 3), stride=(3, 1), numel=6, storage=None):
+def tensor(offset=0, size=(2, 3), stride=(3, 1), numel=6, storage=None, metadata=None):
     storage = torch.zeros(numel)._typed_storage() if storage is None else storage
-    return Call(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
+    return Call(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {}, metadata)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +264,7 @@ def tensor(offset=0, size=(2, 3), stride=(3, 1), numel=6, storage=None):
         ({"stride": (4, 1)}, "beyond its memory"),
         ({"stride": (-3, 1)}, "shape"),
         ({"size": (2**39,), "stride": (0,)}, "beyond its memory"),
+        ({"metadata": {"neg": True}}, "a tensor has metadata"),
         ({"storage": b"123456"}, "the memory of a tensor is bytes"),
     ],
 )
