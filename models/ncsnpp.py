@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.layers import (
     ACTIVATIONS,
@@ -145,8 +146,8 @@ class NCSNpp(nn.Module):
         log_label: 'fourier' embeds the log of the label.
         stem_width: channels of the first convolution, None for `nf`.
         attend_throughout: in the decoder attention follows every block, not a level's last alone.
-        checkpoint_activations: keep only the inputs of residual and attention blocks for backward,
-            which runs them again: less memory for a third more time.
+        checkpoint_activations: keep only the inputs of each block, its attention included, for
+            backward, which runs it again: less memory for a third more time (arXiv 1604.06174).
 
     Raises:
         ValueError: an option's value is unknown, or the levels do not divide the image size.
@@ -231,6 +232,7 @@ class NCSNpp(nn.Module):
             raise ValueError("data.num_classes and model.augment_dim need model.conditional = True")
         self.act, self.centered, self.scale_by_sigma = act, centered, scale_by_sigma
         self.image_size, self.num_classes = image_size, num_classes
+        self.checkpoint_activations = checkpoint_activations
         self.halvings = len(ch_mult) - 1
         check_size(image_size, image_size, halvings=self.halvings)
         positional = embedding_type == "positional"
@@ -241,7 +243,6 @@ class NCSNpp(nn.Module):
             "init_scale": init_scale,
             "skip_rescale": skip_rescale,
             "norm": norm,
-            "checkpoint_activations": checkpoint_activations,
         }
         attention = partial(attention, **shared)
         block = partial(
@@ -371,29 +372,34 @@ class NCSNpp(nn.Module):
         if not self.centered:
             x = 2 * x - 1
 
+        def run(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                return checkpoint(block, *inputs, use_reentrant=False)
+            return block(*inputs)
+
         h = self.stem(x)
         skips, pyramid = [h], x
         for level in self.encoder:
             for stage in level["stages"]:
-                h = stage(h, emb)
+                h = run(stage, h, emb)
                 skips.append(h)
             if level["down"] is not None:
-                h = level["down"](h, emb)
+                h = run(level["down"], h, emb)
                 if level["progressive_input"] is not None:
                     h, pyramid = level["progressive_input"](h, pyramid)
                 skips.append(h)
 
-        h = self.middle_attention(self.middle1(h, emb))
-        h = self.middle2(h, emb)
+        h = run(self.middle_attention, run(self.middle1, h, emb))
+        h = run(self.middle2, h, emb)
 
         pyramid = None
         for level in self.decoder:
             for stage in level["stages"]:
-                h = stage(h, emb, skips.pop())
+                h = run(stage, h, emb, skips.pop())
             if level["progressive"] is not None:
                 h, pyramid = level["progressive"](h, pyramid)
             if level["up"] is not None:
-                h = level["up"](h, emb)
+                h = run(level["up"], h, emb)
         out = pyramid if self.head is None else self.head(h)
 
         if self.scale_by_sigma:
