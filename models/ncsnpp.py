@@ -230,6 +230,8 @@ class NCSNpp(nn.Module):
 
         if (num_classes or augment_dim) and not conditional:
             raise ValueError("data.num_classes and model.augment_dim need model.conditional = True")
+        if num_classes < 0 or augment_dim < 0:
+            raise ValueError("data.num_classes and model.augment_dim must not be negative")
         self.act, self.centered, self.scale_by_sigma = act, centered, scale_by_sigma
         self.image_size, self.num_classes = image_size, num_classes
         self.checkpoint_activations = checkpoint_activations
@@ -366,6 +368,8 @@ class NCSNpp(nn.Module):
             refuse(class_labels=class_labels)
         if self.augment_embedding is None:
             refuse(augment_labels=augment_labels)
+        elif augment_labels is None:  # the embedding is used all the same, as DDP wants it
+            augment_labels = x.new_zeros(len(x), self.augment_embedding.in_features)
         if self.dense1 is not None:
             features = self.features(noise_label).to(x.dtype)
             emb = self.act(self.embed(features, classes, augment_labels))
