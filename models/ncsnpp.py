@@ -61,15 +61,17 @@ class InputSkip(nn.Module):
         return torch.cat([joined, h], 1) if self.combine == "cat" else joined.add_(h), image
 
 
-class InputResidual(nn.Module):
-    """`progressive_input='residual'`: a branch from the image is summed with the features."""
+class ResidualBranch(nn.ModuleDict):
+    """`progressive_input='residual'` or `progressive='residual'`: a branch from the image, `down`,
+    or to the output, `up`, is summed with the features."""
 
-    def __init__(self, down: Resampling, skip_rescale: bool):
-        super().__init__()
-        self.down, self.skip_rescale = down, skip_rescale
+    def __init__(self, skip_rescale: bool, **resampling: Resampling):
+        super().__init__(resampling)
+        self.skip_rescale = skip_rescale
 
     def forward(self, h: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        h = residual_sum(self.down(branch), h, self.skip_rescale)
+        (resample,) = self.values()
+        h = residual_sum(resample(branch), h, self.skip_rescale)
         return h, h
 
 
@@ -86,18 +88,6 @@ class OutputSkip(nn.Module):
     def forward(self, h: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
         update = self.head(h)
         return h, update if image is None else update.add_(self.resample(image))
-
-
-class OutputResidual(nn.Module):
-    """`progressive='residual'`: a branch to the output is summed with the features."""
-
-    def __init__(self, up: Resampling, skip_rescale: bool):
-        super().__init__()
-        self.up, self.skip_rescale = up, skip_rescale
-
-    def forward(self, h: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        h = residual_sum(self.up(branch), h, self.skip_rescale)
-        return h, h
 
 
 # The U-Net of DDPM (Ho et al., arXiv 2006.11239) as `fixed` arguments of `NCSNpp.from_config`: its
@@ -241,11 +231,7 @@ class NCSNpp(nn.Module):
         sigmas = sigmas.float() if positional and scale_by_sigma else None
         self.register_buffer("sigmas", sigmas, persistent=False)
 
-        shared = {
-            "init_scale": init_scale,
-            "skip_rescale": skip_rescale,
-            "norm": norm,
-        }
+        shared = {"init_scale": init_scale, "skip_rescale": skip_rescale, "norm": norm}
         attention = partial(attention, **shared)
         block = partial(
             block,
@@ -306,7 +292,7 @@ class NCSNpp(nn.Module):
                     width *= 2 if progressive_combine == "cat" else 1
                 elif progressive_input == "residual":
                     branch = Resampling(branch_width, width, up=False, fir_kernel=fir_kernel)
-                    join = InputResidual(branch, skip_rescale)
+                    join = ResidualBranch(skip_rescale, down=branch)
                     branch_width = width
                 skip_widths.append(width)
             parts = {"stages": nn.ModuleList(stages), "down": down, "progressive_input": join}
@@ -331,7 +317,7 @@ class NCSNpp(nn.Module):
                 grow = OutputSkip(head(width, width, init_scale=1.0), Double(fir_kernel))
             elif progressive == "residual":
                 branch = Resampling(branch_width, width, up=True, fir_kernel=fir_kernel)
-                grow = OutputResidual(branch, skip_rescale)
+                grow = ResidualBranch(skip_rescale, up=branch)
             branch_width = width
             up = resampled(width, up=True) if i > 0 else None
             parts = {"stages": nn.ModuleList(stages), "progressive": grow, "up": up}

@@ -329,7 +329,7 @@ def test_networks_that_cannot_have_labels():
         models.create_model(config)
     config.training.continuous = False
     config.model.name = "ncsn"
-    with pytest.raises(ValueError, match="'ncsn' takes no labels"):
+    with pytest.raises(ValueError, match="'ncsn' takes no class or augmentation labels"):
         models.create_model(config)
     config.data.num_classes = 0
     refinenet = models.create_model(config)
