@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import models
 from configs import networks
-from configs.default import get_default_config, updated
+from configs.default import get_default_config
 from models import layers
 from tests.reference_weights import expand, weight
 
@@ -37,7 +37,8 @@ def published_config(options):
         part = networks.EDM_NCSNPP
     else:
         part = networks.EDM_DDPMPP
-    config = updated(get_default_config(), [part])
+    config = get_default_config()
+    config.update(part)
     config.training.sde = (
         "vpsde"  # no method here; this one wants as many channels as the image has
     )
