@@ -6,14 +6,12 @@ Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from ml_collections import ConfigDict
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from op import upfirdn2d
 
@@ -92,22 +90,6 @@ def residual_sum(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
     """`x + h`; with `rescale` divided by sqrt(2), which keeps the variance of the summands."""
     total = x + h
     return total.mul_(math.sqrt(0.5)) if rescale else total
-
-
-def recomputed(forward: Callable) -> Callable:
-    """A module's `forward` that, where its `checkpoint_activations` is set, keeps only its inputs.
-
-    Backward runs it again, with the same dropout (Chen et al., "Training Deep Nets with Sublinear
-    Memory Cost", arXiv 1604.06174).
-    """
-
-    @wraps(forward)
-    def forward_or_checkpoint(self, *inputs):
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(forward, self, *inputs, use_reentrant=False)
-        return forward(self, *inputs)
-
-    return forward_or_checkpoint
 
 
 def refuse(**conditions: Tensor | None) -> None:
@@ -269,7 +251,6 @@ class Attention(nn.Module):
         init_scale: float,
         skip_rescale: bool,
         norm: Norm = group_norm,
-        checkpoint_activations: bool = False,
     ):
         super().__init__()
         self.norm = norm(channels)
@@ -277,9 +258,8 @@ class Attention(nn.Module):
         self.key = NIN(channels, channels)
         self.value = NIN(channels, channels)
         self.out = NIN(channels, channels, init_scale=init_scale)
-        self.skip_rescale, self.checkpoint_activations = skip_rescale, checkpoint_activations
+        self.skip_rescale = skip_rescale
 
-    @recomputed
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, HW, C)
         q, k, v = (m.tokens(pixels)[:, None] for m in (self.query, self.key, self.value))
@@ -302,16 +282,14 @@ class MultiHeadAttention(nn.Module):
         skip_rescale: bool,
         head_width: int | None = None,
         norm: Norm = group_norm,
-        checkpoint_activations: bool = False,
     ):
         super().__init__()
         self.heads = 1 if head_width is None else channels // head_width
         self.norm = norm(channels)
         self.qkv = conv(channels, 3 * channels, 1, init_scale=0.2)  # each part as `NIN`
         self.proj = conv(channels, channels, 1, init_scale=init_scale)
-        self.skip_rescale, self.checkpoint_activations = skip_rescale, checkpoint_activations
+        self.skip_rescale = skip_rescale
 
-    @recomputed
     def forward(self, x: Tensor) -> Tensor:
         # A head's channels are its queries, keys and values in turn.
         heads = self.qkv(self.norm(x)).flatten(2).unflatten(1, (self.heads, -1, 3))
@@ -336,7 +314,6 @@ class ResBlock(nn.Module):
         skip_rescale: divide the sum by sqrt(2).
         nin_shortcut: the shortcut's 1x1 convolution is a `NIN`, else a `Conv2d`.
         resample_conv: a shortcut that resamples has the convolution also where `in` is `out`.
-        checkpoint_activations: keep only the inputs for backward, and compute the rest again.
     """
 
     def __init__(
@@ -354,7 +331,6 @@ class ResBlock(nn.Module):
         resample_conv: bool = True,
         adaptive_scale: bool = False,
         norm: Norm = group_norm,
-        checkpoint_activations: bool = False,
     ):
         super().__init__()
         self.norm1 = norm(in_channels)
@@ -369,9 +345,7 @@ class ResBlock(nn.Module):
             self.conv_shortcut = conv(in_channels, out_channels, 1)
         self.resample, self.adaptive_scale = resample, adaptive_scale
         self.act, self.dropout, self.skip_rescale = act, dropout, skip_rescale
-        self.checkpoint_activations = checkpoint_activations
 
-    @recomputed
     def forward(self, x: Tensor, emb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)

@@ -254,12 +254,12 @@ class RefineNet(nn.Module):
             ("gives the channels of the image and no more", out_channels != data.num_channels),
             ("needs training.continuous = False", config.training.continuous),
             ("needs model.checkpoint_activations = False", model.checkpoint_activations),
-            ("takes no labels but the noise's", data.num_classes or model.augment_dim),
+            ("takes no class or augmentation labels", data.num_classes or model.augment_dim),
             (f"has model.scale_by_sigma = {not conditional}", model.scale_by_sigma == conditional),
         ):
             if found:
                 raise ValueError(
-                    f"model.name = {model.name!r} {problem}; change that, or use 'ncsnpp'"
+                    f"model.name = {model.name!r} {problem}; if that does not fit, use 'ncsnpp'"
                 )
         return cls(
             layout=layout,

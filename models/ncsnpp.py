@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.layers import (
     ACTIVATIONS,
@@ -60,15 +61,17 @@ class InputSkip(nn.Module):
         return torch.cat([joined, h], 1) if self.combine == "cat" else joined.add_(h), image
 
 
-class InputResidual(nn.Module):
-    """`progressive_input='residual'`: a branch from the image is summed with the features."""
+class ResidualBranch(nn.ModuleDict):
+    """`progressive_input='residual'` or `progressive='residual'`: a branch from the image, `down`,
+    or to the output, `up`, is summed with the features."""
 
-    def __init__(self, down: Resampling, skip_rescale: bool):
-        super().__init__()
-        self.down, self.skip_rescale = down, skip_rescale
+    def __init__(self, skip_rescale: bool, **resampling: Resampling):
+        super().__init__(resampling)
+        self.skip_rescale = skip_rescale
 
     def forward(self, h: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        h = residual_sum(self.down(branch), h, self.skip_rescale)
+        (resample,) = self.values()
+        h = residual_sum(resample(branch), h, self.skip_rescale)
         return h, h
 
 
@@ -85,18 +88,6 @@ class OutputSkip(nn.Module):
     def forward(self, h: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
         update = self.head(h)
         return h, update if image is None else update.add_(self.resample(image))
-
-
-class OutputResidual(nn.Module):
-    """`progressive='residual'`: a branch to the output is summed with the features."""
-
-    def __init__(self, up: Resampling, skip_rescale: bool):
-        super().__init__()
-        self.up, self.skip_rescale = up, skip_rescale
-
-    def forward(self, h: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        h = residual_sum(self.up(branch), h, self.skip_rescale)
-        return h, h
 
 
 # The U-Net of DDPM (Ho et al., arXiv 2006.11239) as `fixed` arguments of `NCSNpp.from_config`: its
@@ -145,8 +136,8 @@ class NCSNpp(nn.Module):
         log_label: 'fourier' embeds the log of the label.
         stem_width: channels of the first convolution, None for `nf`.
         attend_throughout: in the decoder attention follows every block, not a level's last alone.
-        checkpoint_activations: keep only the inputs of residual and attention blocks for backward,
-            which runs them again: less memory for a third more time.
+        checkpoint_activations: keep only the inputs of each block, its attention included, for
+            backward, which runs it again: less memory for a third more time (arXiv 1604.06174).
 
     Raises:
         ValueError: an option's value is unknown, or the levels do not divide the image size.
@@ -229,20 +220,18 @@ class NCSNpp(nn.Module):
 
         if (num_classes or augment_dim) and not conditional:
             raise ValueError("data.num_classes and model.augment_dim need model.conditional = True")
+        if num_classes < 0 or augment_dim < 0:
+            raise ValueError("data.num_classes and model.augment_dim must not be negative")
         self.act, self.centered, self.scale_by_sigma = act, centered, scale_by_sigma
         self.image_size, self.num_classes = image_size, num_classes
+        self.checkpoint_activations = checkpoint_activations
         self.halvings = len(ch_mult) - 1
         check_size(image_size, image_size, halvings=self.halvings)
         positional = embedding_type == "positional"
         sigmas = sigmas.float() if positional and scale_by_sigma else None
         self.register_buffer("sigmas", sigmas, persistent=False)
 
-        shared = {
-            "init_scale": init_scale,
-            "skip_rescale": skip_rescale,
-            "norm": norm,
-            "checkpoint_activations": checkpoint_activations,
-        }
+        shared = {"init_scale": init_scale, "skip_rescale": skip_rescale, "norm": norm}
         attention = partial(attention, **shared)
         block = partial(
             block,
@@ -303,7 +292,7 @@ class NCSNpp(nn.Module):
                     width *= 2 if progressive_combine == "cat" else 1
                 elif progressive_input == "residual":
                     branch = Resampling(branch_width, width, up=False, fir_kernel=fir_kernel)
-                    join = InputResidual(branch, skip_rescale)
+                    join = ResidualBranch(skip_rescale, down=branch)
                     branch_width = width
                 skip_widths.append(width)
             parts = {"stages": nn.ModuleList(stages), "down": down, "progressive_input": join}
@@ -328,7 +317,7 @@ class NCSNpp(nn.Module):
                 grow = OutputSkip(head(width, width, init_scale=1.0), Double(fir_kernel))
             elif progressive == "residual":
                 branch = Resampling(branch_width, width, up=True, fir_kernel=fir_kernel)
-                grow = OutputResidual(branch, skip_rescale)
+                grow = ResidualBranch(skip_rescale, up=branch)
             branch_width = width
             up = resampled(width, up=True) if i > 0 else None
             parts = {"stages": nn.ModuleList(stages), "progressive": grow, "up": up}
@@ -365,35 +354,42 @@ class NCSNpp(nn.Module):
             refuse(class_labels=class_labels)
         if self.augment_embedding is None:
             refuse(augment_labels=augment_labels)
+        elif augment_labels is None:  # the embedding is used all the same, as DDP wants it
+            augment_labels = x.new_zeros(len(x), self.augment_embedding.in_features)
         if self.dense1 is not None:
             features = self.features(noise_label).to(x.dtype)
             emb = self.act(self.embed(features, classes, augment_labels))
         if not self.centered:
             x = 2 * x - 1
 
+        def run(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                return checkpoint(block, *inputs, use_reentrant=False)
+            return block(*inputs)
+
         h = self.stem(x)
         skips, pyramid = [h], x
         for level in self.encoder:
             for stage in level["stages"]:
-                h = stage(h, emb)
+                h = run(stage, h, emb)
                 skips.append(h)
             if level["down"] is not None:
-                h = level["down"](h, emb)
+                h = run(level["down"], h, emb)
                 if level["progressive_input"] is not None:
                     h, pyramid = level["progressive_input"](h, pyramid)
                 skips.append(h)
 
-        h = self.middle_attention(self.middle1(h, emb))
-        h = self.middle2(h, emb)
+        h = run(self.middle_attention, run(self.middle1, h, emb))
+        h = run(self.middle2, h, emb)
 
         pyramid = None
         for level in self.decoder:
             for stage in level["stages"]:
-                h = stage(h, emb, skips.pop())
+                h = run(stage, h, emb, skips.pop())
             if level["progressive"] is not None:
                 h, pyramid = level["progressive"](h, pyramid)
             if level["up"] is not None:
-                h = level["up"](h, emb)
+                h = run(level["up"], h, emb)
         out = pyramid if self.head is None else self.head(h)
 
         if self.scale_by_sigma:

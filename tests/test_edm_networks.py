@@ -213,7 +213,7 @@ def test_labels_beyond_the_classes_are_an_error():
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_parameter_is_trained(case):
-    """Also with recomputed activations, which change no gradient."""
+    """Also with recomputed activations, which change no gradient, and without labels."""
     inputs, gradients = case_inputs(case), []
     for checkpointed in (False, True):
         model = case_model(case, checkpoint_activations=checkpointed)
@@ -224,6 +224,9 @@ def test_every_parameter_is_trained(case):
             assert (parameter.grad is not None) == parameter.requires_grad, name
             assert not parameter.requires_grad or parameter.grad.isfinite().all(), name
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    model.zero_grad()
+    model(x, label).square().sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 def test_initial_weights_of_adm():
@@ -316,12 +319,16 @@ def test_labels_of_a_network_without(case, conditions, key):
 
 def test_networks_that_cannot_have_labels():
     config = published_config(CASES["ddpmpp_cond"]["options"])
+    config.model.augment_dim = -1
+    with pytest.raises(ValueError, match="model.augment_dim must not be negative"):
+        models.create_model(config)
+    config.model.augment_dim = 0
     config.model.conditional = False
     with pytest.raises(ValueError, match="data.num_classes .* model.conditional = True"):
         models.create_model(config)
     config.training.continuous = False
     config.model.name = "ncsn"
-    with pytest.raises(ValueError, match="'ncsn' takes no labels"):
+    with pytest.raises(ValueError, match="'ncsn' takes no class or augmentation labels"):
         models.create_model(config)
     config.data.num_classes = 0
     refinenet = models.create_model(config)
