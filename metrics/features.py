@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metrics.distances import KERNEL_BLOCK, OURS, Backend, Gaussian
-from storage.files import one_line
+from storage.files import Spec, one_line
 
 Images = NDArray[np.uint8]  # (n, H, W, C)
 Extractor = Callable[[Images], tuple[NDArray, NDArray | None]]
@@ -39,12 +39,14 @@ TENSORFLOW = ("tensorflow", "tensorflow_gan", "tensorflow_hub", "tensorflow_prob
 class FeatureSpace:
     """What `eval.features` names.
 
-    `name` also tells the weights apart, `width` is the number K of features, and calling it gives
-    features (n, K) in float32 and logits (n, L) or None.
+    `name` also tells the weights apart, `width` is the number K of features, `classes` the number L
+    of logits, 0 without any, and calling it gives features (n, K) in float32 and logits (n, L) or
+    None.
     """
 
     name: str
     width: int
+    classes: int
     extract: Extractor
     backend: Backend
 
@@ -53,6 +55,11 @@ class FeatureSpace:
         blocks = [self.extract(images[i : i + EXTRACTED_AT_ONCE]) for i in starts]
         features, logits = zip(*blocks, strict=True)
         return np.concatenate(features), None if logits[0] is None else np.concatenate(logits)
+
+    def spec(self, n: int) -> Spec:
+        """What a file with the features of `n` images holds."""
+        logits = {"logits": ("f", (n, self.classes))} if self.classes else {}
+        return {"pool_3": ("f", (n, self.width))} | logits
 
 
 def pixels(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
@@ -232,7 +239,8 @@ def get_features(config, device: torch.device) -> FeatureSpace:
     name, extract, backend = FEATURES[features](config.eval.inception_path, device)
     blank = np.zeros((2, data.image_size, data.image_size, data.num_channels), dtype=np.uint8)
     try:
-        width = extract(blank)[0].shape[1]
+        pool_3, logits = extract(blank)
+        width, classes = pool_3.shape[1], 0 if logits is None else logits.shape[1]
     except Exception as error:  # an untrusted network fails in any way
         raise ValueError(
             f"eval.features={features!r}: the network at {config.eval.inception_path or name} does "
@@ -244,4 +252,4 @@ def get_features(config, device: torch.device) -> FeatureSpace:
             f"{width**2 / 2**27:,.0f} GiB; at most {WIDEST:,} are compared: use 'inception' or "
             "'torchscript'"
         )
-    return FeatureSpace(name, width, extract, backend)
+    return FeatureSpace(name, width, classes, extract, backend)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metrics.table import METRICS, Metric
-from reports.plots import Points, histogram, loss_plot, number, trend
+from reports.plots import Points, drawable, histogram, loss_plot, number, trend
 
 Report = Mapping[str, float | str | NDArray]
 
@@ -60,6 +60,7 @@ def render(
         caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
         figures.append(_figure(loss, "Loss", caption))
     bits = np.asarray(report.get("bpd_images", ()))
+    bits = bits[drawable(bits)]
     if len(bits):
         caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
         figures.append(_figure(histogram(bits, "bits/dim"), "Likelihood", caption))
@@ -161,7 +162,7 @@ def _trends(reports: Mapping[int, Report]) -> str:
     plots = []
     for key, metric in _compared(reports).items():
         having = [r for r in reports.values() if key in r]
-        points = [(float(r["step"]), float(r[key])) for r in having if math.isfinite(r[key])]
+        points = [(float(r["step"]), float(r[key])) for r in having if drawable(r[key])]
         if len(points) > 1:
             label = _label(metric, having[0])
             arrow = "lower is better" if metric.better < 0 else "higher is better"

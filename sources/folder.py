@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sources.base import PerProcess, Picture, Source, Unreadable, View, held_out, reason
 from sources.images import cropped_then_resized, decode_image
+from storage.files import open_entry, read_entry_array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_FILE_BYTES = 2**28  # of one image, as it is read or unpacked; Pillow bounds the pixels
@@ -124,7 +125,7 @@ def _bounded(file: BinaryIO) -> bytes:
 
 def read_entry(archive: PerProcess, name: str) -> bytes:
     """The bytes of an entry of a zip file, unpacked in memory; nothing is extracted to disk."""
-    with archive().open(name) as entry:
+    with open_entry(archive(), name) as entry:
         return _bounded(entry)
 
 
@@ -227,4 +228,4 @@ def _unpacked(file, split: str, limit: int) -> tuple[NDArray, bool]:
             f"{name} unpacks to {size:,} bytes, more than data.resident_bytes={limit:,}; "
             "an .npy is read from disk"
         )
-    return file[name], bool(given)
+    return read_entry_array(file.zip, name), bool(given)
