@@ -351,6 +351,29 @@ def test_entries_are_bounded_and_never_extracted(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["x.zip"]
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_entries_that_unpack_without_bounds_are_named(tmp_path, method):
+    """A kilobyte of bzip2 holds 2 GB, and Python unpacks all of it to give the first byte."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr("good.png", encoded(pictures(1)[0]))
+        file.writestr("other.png", encoded(pictures(1)[0]), compress_type=method)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file, file.open("a.npy", "w") as entry:
+        np.save(entry, pictures(2))
+    with zipfile.ZipFile(tmp_path / "y.npz", "w", method) as file, file.open("a.npy", "w") as entry:
+        np.save(entry, pictures(2))
+    source = folder.open_folder(config_of("folder", path=str(tmp_path / "x.zip")).data, "train")
+    source = source.source
+    assert (source[0] == pictures(1)[0]).all()
+    name = zipfile.compressor_names[method]
+    with pytest.raises(
+        Unreadable, match=rf"x\.zip/other\.png: .*compressed by {name}; only deflate"
+    ):
+        source[1]
+    assert len(folder.open_folder(config_of("folder", path=str(tmp_path / "x.npz")).data, "train"))
+    with pytest.raises(ValueError, match=rf"y\.npz cannot be read: .*compressed by {name}"):
+        folder.open_folder(config_of("folder", path=str(tmp_path / "y.npz")).data, "train")
+
+
 def test_sources_travel_to_other_processes(tmp_path):
     write_tree(tmp_path / "data", pictures(4))
     write_zip(tmp_path / "data.zip", tmp_path / "data")
@@ -371,8 +394,11 @@ def mistakes_of_folders(tmp):
     np.save(tmp / "none.npy", np.zeros((0, 8, 8, 3), np.uint8))
     np.savez(tmp / "two.npz", a=pictures(2), b=pictures(2))
     np.savez_compressed(tmp / "bomb.npz", np.zeros((100, 8, 8, 3), np.uint8))
+    with zipfile.ZipFile(tmp / "bytes.npz", "w") as file:
+        file.writestr("images.npy", b"no array")
     return {
         "": "needs data.path",
+        "bytes.npz": "bytes.npz cannot be read: images: the magic string is not correct",
         "nowhere": "data.path=.*nowhere does not exist",
         "empty": "empty holds no images",
         "text.zip": "text.zip is no folder, .npy, .npz or zip file",
