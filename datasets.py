@@ -26,6 +26,7 @@ from tqdm import tqdm
 import distributed
 import sources
 from sources import folder
+from sources.base import Source, Unreadable
 from sources.batch import Batch
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Stream:
             happens in the process that asks for them.
     """
 
-    def __init__(self, source: sources.Source, shape: tuple[int, int, int], workers: int = 0):
+    def __init__(self, source: Source, shape: tuple[int, int, int], workers: int = 0):
         self.source, self.shape, self.workers = source, shape, workers
         self.pinned = False
         self.unreadable: dict[int, str] = {}  # those met so far, and why
@@ -91,7 +92,7 @@ class Stream:
         for j in ((i + k) % len(self) for k in range(tries)):
             try:
                 image = self.source[j].transpose(2, 0, 1)
-            except sources.Unreadable as error:
+            except Unreadable as error:
                 unreadable[j] = str(error)
                 continue
             if image.shape == self.shape:
@@ -240,7 +241,7 @@ def measure_channels(config) -> int:
     for i in np.linspace(0, len(source) - 1, min(len(source), MEASURED)).astype(int).tolist():
         try:
             channels.append(source[i].shape[2])
-        except sources.Unreadable as error:
+        except Unreadable as error:
             last = error
     if not channels:
         raise ValueError(
@@ -270,7 +271,7 @@ def describe(config, train: Tensor | Stream, test: Tensor | Stream) -> str:
     )
 
 
-def _source(data, split: str) -> sources.Source:
+def _source(data, split: str) -> Source:
     name = data.dataset.lower()
     if name not in sources.SOURCES:
         raise ValueError(

@@ -30,21 +30,26 @@ class Source(Protocol):
 
 
 class PerProcess:
-    """What `open()` returns, once in each process: an open file does not survive a fork.
+    """What `open()` returns, once in each process; where that is a sequence, this is one too.
 
-    Forked processes share the position in it, and have none of the threads of its reader. What
-    the parent opened is kept, because closing it needs these threads.
+    Forked processes share the position in an open file, and have none of the threads of its reader.
+    What the parent opened is kept, because closing it needs these threads.
     """
 
     def __init__(self, open: Callable):
-        self._open = open
-        self._opened = {}
+        self._open, self._opened = open, {}
 
     def __call__(self):
         process = os.getpid()
         if process not in self._opened:
             self._opened[process] = self._open()
         return self._opened[process]
+
+    def __len__(self) -> int:
+        return len(self())
+
+    def __getitem__(self, i: int):
+        return self()[i]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_opened": {}}
@@ -76,8 +81,3 @@ def held_out(n: int, split: str) -> NDArray[np.int64]:
     order = np.random.RandomState(0).permutation(n)
     tenth = max(1, round(n / 10))
     return order[tenth:] if split == "train" else order[:tenth]
-
-
-def reason(error: Exception) -> str:
-    """What `error` says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

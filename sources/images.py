@@ -47,10 +47,6 @@ def face(image: Picture, size: int) -> Picture:
     return resize(center_crop(image, 140), size, size)
 
 
-def unchanged(image: Picture) -> Picture:
-    return image
-
-
 def decode_image(data: bytes, channels: int) -> Picture:
     """The pixels of a PNG, JPEG or WebP file, uint8 (H, W, C), upright as EXIF says.
 

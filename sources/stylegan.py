@@ -6,15 +6,13 @@ import numpy as np
 
 from sources import tfrecords
 from sources.base import Picture, Source, View, held_out
-from sources.images import unchanged
 
 
 def stylegan_image(data: bytes) -> Picture:
     """An image of StyleGAN's TFRecords: `shape`, and `data` as (C, H, W)."""
     features = tfrecords.parse_example(data)
-    shape = tfrecords.int_feature(features["shape"])
-    pixels = np.frombuffer(tfrecords.bytes_feature(features["data"]), np.uint8)
-    return pixels.reshape(shape).transpose(1, 2, 0)
+    (pixels,) = features["data"]
+    return np.frombuffer(pixels, np.uint8).reshape(features["shape"]).transpose(1, 2, 0)
 
 
 def open_faces(data, split: str) -> Source:
@@ -31,4 +29,4 @@ def open_faces(data, split: str) -> Source:
             f"1024) file that StyleGAN's dataset_tool.py makes of {data.dataset}"
         )
     records = tfrecords.TFRecords([path], stylegan_image)
-    return View(records, unchanged, held_out(len(records), split))
+    return View(records, np.asarray, held_out(len(records), split))
