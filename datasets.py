@@ -28,6 +28,7 @@ import sources
 from sources import folder
 from sources.base import Source, Unreadable
 from sources.batch import Batch
+from storage.files import one_line
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,10 @@ class Stream:
             yield from (self[index] for index in indices)
             return
         indices, asked = iter(indices), collections.deque()
+        # a fork of this process would lack the threads that CUDA and ArrayRecord count on; workers
+        # are forked from a server that has imported what they need and done no more
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
 
         def ask() -> Iterator[list[int]]:
             for index in indices:
@@ -133,19 +138,14 @@ class Stream:
             pin_memory=self.pinned,
             generator=torch.Generator(),  # the global one belongs to dropout
             worker_init_fn=_follow_parent,
-            # a fork of this process would lack the threads that CUDA and ArrayRecord count on
-            multiprocessing_context=_server_of_workers(),
+            multiprocessing_context=context,
         )
         batches = iter(loader)
         while True:
             try:
                 batch = next(batches, None)
-            except (
-                RuntimeError,
-                OSError,
-                EOFError,
-            ) as error:  # as when a signal ends the whole group
-                reason = " ".join(str(error).split())
+            except (RuntimeError, OSError, EOFError) as error:  # as when a signal ends the group
+                reason = one_line(error)
                 log.warning(f"the processes that decode images died; going on without: {reason}")
                 yield from (self[index] for index in itertools.chain(asked, indices))
                 return
@@ -170,26 +170,19 @@ class _Reader:
             return error
 
 
-def _server_of_workers():
-    """Forks worker processes from a server that has imported what they need and done no more."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
 def _follow_parent(worker: int) -> None:
     """A worker outlives Ctrl-C, which reaches the whole group of processes, but not its parent.
 
     DataLoader watches the process that forked the worker, here the server, which would wait for
     its workers for ever after the training process is killed.
     """
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def get_dataset(config, split: str) -> Tensor | Stream:
@@ -244,9 +237,8 @@ def measure_channels(config) -> int:
         except Unreadable as error:
             last = error
     if not channels:
-        raise ValueError(
-            f"none of {min(len(source), MEASURED)} images can be used; the last: {last}"
-        )
+        tried = min(len(source), MEASURED)
+        raise ValueError(f"none of {tried} images can be used; the last: {last}")
     return max(channels)
 
 
@@ -261,9 +253,8 @@ def describe(config, train: Tensor | Stream, test: Tensor | Stream) -> str:
     name = data.dataset.lower()
     if name == "folder":
         name, given = str(data.path), folder.splits_of(data)
-        held_out = (
-            " ({train} and {test})".format(**given) if given else (" (a random tenth is held out)")
-        )
+        held_out = " ({train} and {test})" if given else " (a random tenth is held out)"
+        held_out = held_out.format(**given)
     return (
         f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on{held_out}, "
         f"{height} x {width}, {channels} channel{'s' * (channels > 1)}, "
@@ -293,13 +284,12 @@ def _with_channels(data, channels: int):
 
 def _decoded(stream: Stream) -> Tensor:
     """All images of `stream` that can be read, (n, C, H, W)."""
-    images, at = torch.empty(len(stream), *stream.shape, dtype=torch.uint8), 0
+    images = torch.empty(len(stream), *stream.shape, dtype=torch.uint8)
     interval = 0.2 if sys.stderr.isatty() else 10
     options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
     with tqdm(total=len(stream), desc="decoding", **options) as progress:
-        for batch in in_order(stream, 64):
-            images[at : at + len(batch)] = batch.images
-            at += len(batch)
+        for piece, batch in zip(images.split(64), in_order(stream, 64), strict=True):
+            piece.copy_(batch.images)
             progress.update(len(batch))
     if not stream.unreadable:
         return images
@@ -373,9 +363,8 @@ def _shuffled(n: int, size: int, seed: int, step: int) -> Iterator[Tensor]:
     for first in itertools.count(step * size, size):
         epochs = range(first // n, (first + size - 1) // n + 1)
         orders = {e: orders[e] if e in orders else _order(n, seed, e) for e in epochs}
-        yield torch.cat(
-            [o[max(first - e * n, 0) : first - e * n + size] for e, o in orders.items()]
-        )
+        starts = {e: first - e * n for e in epochs}
+        yield torch.cat([orders[e][max(at, 0) : at + size] for e, at in starts.items()])
 
 
 def _fetched(data: Tensor | Stream, indices: Iterable[Tensor]) -> Iterator[Batch]:
@@ -386,8 +375,8 @@ def _fetched(data: Tensor | Stream, indices: Iterable[Tensor]) -> Iterator[Batch
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:
-    order = np.random.default_rng(keyed_seed("order", seed, epoch)).permutation(n)
-    return torch.from_numpy(order)
+    random = np.random.default_rng(keyed_seed("order", seed, epoch))
+    return torch.from_numpy(random.permutation(n))
 
 
 def to_unit_interval(
