@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import distributed
 import sources
+from configs import keys
 from sources import folder
 from sources.base import Source, Unreadable
 from sources.batch import Batch
@@ -263,16 +264,11 @@ def describe(config, train: Tensor | Stream, test: Tensor | Stream) -> str:
 
 
 def _source(data, split: str) -> Source:
-    name = data.dataset.lower()
-    if name not in sources.SOURCES:
-        raise ValueError(
-            f"unknown data set data.dataset={data.dataset!r}; known: {', '.join(sources.SOURCES)}"
-        )
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    source = sources.SOURCES[name](data, split)
+    source = keys.named(sources.SOURCES, "data.dataset", data.dataset)(data, split)
     if not len(source):
-        raise ValueError(f"{name} holds no images for the split {split}")
+        raise ValueError(f"{data.dataset} holds no images for the split {split}")
     return source
 
 

@@ -92,31 +92,31 @@ def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> 
         ValueError: a block would have fewer than 2 samples of either.
     """
     blocks = math.ceil(max(len(real), len(fake)) / block)
-    if min(len(real), len(fake)) < 2 * blocks:
-        raise ValueError(
-            f"a kernel distance over {blocks} blocks needs at least {2 * blocks} samples, "
-            f"not {min(len(real), len(fake))}"
-        )
+    if (fewer := min(len(real), len(fake))) < 2 * blocks:
+        needed = f"a kernel distance over {blocks} blocks needs at least {2 * blocks} samples"
+        raise ValueError(f"{needed}, not {fewer}")
     pairs = zip(_split(real, blocks), _split(fake, blocks), strict=True)
     return float(np.mean([_block_discrepancy(x, y) for x, y in pairs]))
 
 
 def _split(features: NDArray, blocks: int) -> list[NDArray]:
-    """`blocks` runs of `features` whose sizes differ by one at most, the shorter ones first."""
-    size, longer = divmod(len(features), blocks)
-    ends = np.cumsum([size] * (blocks - longer) + [size + 1] * longer)
-    return np.split(np.asarray(features, dtype=np.float64), ends[:-1])
+    """`blocks` runs of `features` whose sizes differ by one at most, the longer ones last."""
+    return np.array_split(np.asarray(features, dtype=np.float64)[::-1], blocks)
 
 
 def _block_discrepancy(x: NDArray, y: NDArray) -> float:
     def kernel(a: NDArray, b: NDArray) -> NDArray:
         return (a @ b.T / x.shape[1] + 1) ** 3
 
-    def mean_off_diagonal(k: NDArray) -> float:
+    def within(a: NDArray) -> float:
+        k = kernel(a, a)
         return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
 
-    within = mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y))
-    return within - 2 * kernel(x, y).mean()
+    return within(x) + within(y) - 2 * kernel(x, y).mean()
+
+
+def _double(features: NDArray, device: torch.device | str) -> Tensor:
+    return torch.from_numpy(features).to(device, torch.float64)
 
 
 def _squared_distances(queries: Tensor, points: Tensor) -> Iterator[Tensor]:
@@ -154,22 +154,16 @@ def precision_recall(
     Raises:
         ValueError: n or m is not greater than k.
     """
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(
-            f"precision and recall need more than {k} samples, not {min(len(real), len(fake))}"
-        )
+    if (fewer := min(len(real), len(fake))) <= k:
+        raise ValueError(f"precision and recall need more than {k} samples, not {fewer}")
 
     def share_within(queries: NDArray, points: NDArray) -> float:
         reach = nearest(points, points, k + 1, device)[0][:, k]  # the nearest is the point itself
-        squares = torch.from_numpy(np.square(reach)).to(device)
-        chunks = _squared_distances(_double(queries, device), _double(points, device))
-        return torch.cat([(d <= squares).any(1) for d in chunks]).double().mean().item()
+        reach, queries, points = (_double(x, device) for x in (reach, queries, points))
+        chunks = _squared_distances(queries, points)
+        return torch.cat([(d <= reach.square()).any(1) for d in chunks]).double().mean().item()
 
     return share_within(fake, real), share_within(real, fake)
-
-
-def _double(features: NDArray, device: torch.device | str) -> Tensor:
-    return torch.from_numpy(np.asarray(features)).to(device, torch.float64)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from configs import keys
 from metrics.distances import KERNEL_BLOCK, OURS, Backend, Gaussian
 from storage.files import Spec, one_line
 
@@ -37,11 +38,9 @@ TENSORFLOW = ("tensorflow", "tensorflow_gan", "tensorflow_hub", "tensorflow_prob
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """What `eval.features` names.
+    """What `eval.features` names: called, it gives features (n, K) in float32 and logits, or None.
 
-    `name` also tells the weights apart, `width` is the number K of features, `classes` the number L
-    of logits, 0 without any, and calling it gives features (n, K) in float32 and logits (n, L) or
-    None.
+    `name` also tells the weights apart, `width` is K, and logits are (n, `classes`); 0: none.
     """
 
     name: str
@@ -98,14 +97,10 @@ def torchscript(path: str, device: torch.device) -> tuple[str, Extractor, Backen
     @torch.no_grad()
     def extract(images: Images) -> tuple[NDArray, NDArray | None]:
         x = torch.from_numpy(np.ascontiguousarray(_three_channels(images))).permute(0, 3, 1, 2)
-        features, logits = call(x.to(device))
-        return _rows(features), None if logits is None else _rows(logits)
+        found = call(x.to(device))
+        return tuple(y if y is None else y.flatten(1).float().cpu().numpy() for y in found)
 
     return f"torchscript-{_digest_files(Path(path))}", extract, OURS
-
-
-def _rows(output: Tensor) -> NDArray[np.float32]:
-    return output.flatten(1).float().cpu().numpy()
 
 
 def inception(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
@@ -216,8 +211,7 @@ def _digest_files(path: Path) -> str:
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:8]
 
 
@@ -232,11 +226,8 @@ def get_features(config, device: torch.device) -> FeatureSpace:
         ValueError: unknown, or it cannot be loaded or used; one line that says what to do.
     """
     features, data = config.eval.features, config.data
-    if features not in FEATURES:
-        raise ValueError(
-            f"unknown features eval.features={features!r}; known: {', '.join(FEATURES)}"
-        )
-    name, extract, backend = FEATURES[features](config.eval.inception_path, device)
+    load = keys.named(FEATURES, "eval.features", features)
+    name, extract, backend = load(config.eval.inception_path, device)
     blank = np.zeros((2, data.image_size, data.image_size, data.num_channels), dtype=np.uint8)
     try:
         pool_3, logits = extract(blank)

@@ -34,11 +34,11 @@ class Comparison:
     device: torch.device | str = "cpu"
 
     @cached_property
-    def precision_recall(self) -> tuple[float, float] | None:
-        """None where too few features of the data are known."""
+    def precision_recall(self) -> tuple[float | None, float | None]:
+        """Two times None where too few features of the data are known."""
         real = self.reference.features
         if real is None or len(real) <= NEIGHBOURS:
-            return None
+            return None, None
         return distances.precision_recall(real, self.features, device=self.device)
 
     @cached_property
@@ -102,14 +102,6 @@ def _inception_score(c: Comparison) -> float | None:
     return None if c.logits is None else c.backend.inception_score(c.logits)
 
 
-def _precision(c: Comparison) -> float | None:
-    return c.precision_recall and c.precision_recall[0]
-
-
-def _recall(c: Comparison) -> float | None:
-    return c.precision_recall and c.precision_recall[1]
-
-
 def _nearest(c: Comparison) -> float | None:
     return c.nearest and np.median(c.nearest[0])
 
@@ -120,6 +112,8 @@ def _nearest_of_data(c: Comparison) -> float | None:
 
 
 _FID = {"inception": "FID", "torchscript": "FID"}
+_PRECISION = "share of samples on the data's manifold"
+_RECALL = "share of the data on the samples' manifold"
 _KID = "KID: unbiased, so below zero by chance where it is small"
 _NEAREST = "median distance of a training image to its nearest other one"
 
@@ -130,8 +124,8 @@ METRICS: dict[str, Metric] = {
     ),
     "kid": Metric("Kernel distance", -1, _KID, _kernel, names_space=True),
     "IS": Metric("Inception Score", 1, "over all samples, without splits", _inception_score),
-    "precision": Metric("Precision", 1, "share of samples on the data's manifold", _precision),
-    "recall": Metric("Recall", 1, "share of the data on the samples' manifold", _recall),
+    "precision": Metric("Precision", 1, _PRECISION, lambda c: c.precision_recall[0]),
+    "recall": Metric("Recall", 1, _RECALL, lambda c: c.precision_recall[1]),
     "bpd": Metric("Bits/dim", -1, "negative log-likelihood"),
     "loss": Metric("Loss", -1, "over the evaluated split"),
     "nearest": Metric("Nearest training image", 0, _NEAREST, _nearest, _nearest_of_data),
