@@ -57,12 +57,8 @@ class Stream:
 
     An image that cannot be read, or has another shape, is replaced by the next one that can be
     used, and is named in a warning; so length and order do not depend on when a damage is found.
-
-    Args:
-        source: see sources/__init__.py.
-        shape: (C, H, W) of its images.
-        workers: processes that decode the batches of `in_order` and `shuffled_batches`; with 0 it
-            happens in the process that asks for them.
+    `shape` is (C, H, W). So many `workers` decode the batches of `in_order` and `shuffled_batches`;
+    with 0 the process does that asks for them.
     """
 
     def __init__(self, source: Source, shape: tuple[int, int, int], workers: int = 0):
@@ -99,10 +95,8 @@ class Stream:
                 continue
             if image.shape == self.shape:
                 return image
-            unreadable[j] = (
-                f"number {j} is {image.shape} (C, H, W), but data.num_channels and "
-                f"data.image_size say {self.shape}"
-            )
+            wanted = f"data.num_channels and data.image_size say {self.shape}"
+            unreadable[j] = f"number {j} is {image.shape} (C, H, W), but {wanted}"
         raise ValueError(f"{tries} images in a row cannot be used; the last: {unreadable[j]}")
 
     def _accept(self, read: tuple[Tensor, dict[int, str]]) -> Tensor:
@@ -187,17 +181,10 @@ def _follow_parent(worker: int) -> None:
 
 
 def get_dataset(config, split: str) -> Tensor | Stream:
-    """The data that `config.data.dataset` names.
+    """The data of a split, "train" or "test", that `config.data` names; see the module.
 
     What takes at most `data.resident_bytes` when decoded is decoded at once, without the images
-    that cannot be read; what takes more stays on disk.
-
-    Args:
-        config: reads `data`; where `data.num_channels` is 0, it is measured.
-        split: "train" or "test".
-
-    Returns:
-        A uint8 data set with random access; see the module.
+    that cannot be read; what takes more stays on disk. `data.num_channels` of 0 is measured.
 
     Raises:
         ValueError: an unknown data set or split, no image that can be read, or images of another
@@ -222,13 +209,7 @@ def measure_channels(config) -> int:
     """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
 
     They are spread over the split, and grey where R = G = B in every pixel. Where the channels are
-    stored, as in an .npy, they count.
-
-    Args:
-        config: reads `data`, but not `data.num_channels`.
-
-    Raises:
-        ValueError, OSError: as `get_dataset`.
+    stored, as in an .npy, they count. Raises ValueError and OSError as `get_dataset`.
     """
     source = _source(_with_channels(config.data, 0), "train")
     channels, last = [], None
@@ -244,12 +225,7 @@ def measure_channels(config) -> int:
 
 
 def describe(config, train: Tensor | Stream, test: Tensor | Stream) -> str:
-    """A line for the log on the data of a run: where they are, and what is made of them.
-
-    Args:
-        config: reads `data`.
-        train, test: its data sets, as `get_dataset` gives them.
-    """
+    """A line for the log on the data of a run: where they are, and what is made of them."""
     data, held_out, (channels, height, width) = config.data, "", train[:1].shape[1:]
     name = data.dataset.lower()
     if name == "folder":
@@ -383,12 +359,9 @@ def to_unit_interval(
 ) -> Tensor:
     """Float images (B, C, H, W) in [0, 1] from uint8 ones, on their device.
 
-    Args:
-        images: uint8, (B, C, H, W).
-        generator: source of the random choices.
-        flip: mirror each image left to right with probability 1/2.
-        dequantize: add uniform noise within a grey level, (images + u) / 256; the density of
-            such data bounds the likelihood of the discrete ones (Theis et al. 2016).
+    `flip` mirrors each left to right with probability 1/2. `dequantize` adds uniform noise within a
+    grey level, (images + u) / 256; the density of such data bounds the likelihood of the discrete
+    ones (Theis et al. 2016).
     """
     draw = {"generator": generator, "device": images.device}
     if flip:

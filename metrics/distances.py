@@ -29,7 +29,7 @@ class Gaussian:
 
     @classmethod
     def fit_blocks(cls, blocks: Iterable[NDArray]) -> "Gaussian":
-        """The moments of features that come in blocks (n_i, K), none of them kept.
+        """The same of features that come in blocks (n_i, K), none of them kept.
 
         Blocks are merged as by Chan, Golub and LeVeque (1983), which loses no digits to means that
         are large beside the spread.
@@ -65,10 +65,7 @@ def inception_score(logits: NDArray) -> float:
     """exp E[KL(p(y|x) || p(y))] over all samples (Salimans et al. 2016, arXiv 1606.03498).
 
     As in tensorflow-gan, without splits: the mean over splits of the original depends on their
-    number.
-
-    Args:
-        logits: (n, L), up to a constant per row.
+    number. `logits` (n, L) count up to a constant per row.
     """
     log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
     p = np.exp(log_p)
@@ -80,16 +77,10 @@ def inception_score(logits: NDArray) -> float:
 def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (x . y / K + 1)^3.
 
-    The kernel Inception distance (Binkowski et al. 2018, arXiv 1801.01401), averaged over blocks of
-    at most `block` samples as in tensorflow-gan. Its blocks take samples in order, which should
-    therefore be random.
-
-    Args:
-        real: (n, K).
-        fake: (m, K).
-
-    Raises:
-        ValueError: a block would have fewer than 2 samples of either.
+    The kernel Inception distance (Binkowski et al. 2018, arXiv 1801.01401) of features (n, K) and
+    (m, K), averaged over blocks of at most `block` samples as in tensorflow-gan. Its blocks take
+    samples in order, which should therefore be random. Raises ValueError where one would have fewer
+    than 2 samples of either.
     """
     blocks = math.ceil(max(len(real), len(fake)) / block)
     if (fewer := min(len(real), len(fake))) < 2 * blocks:
@@ -132,9 +123,8 @@ def nearest(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The k nearest of `points` (m, K) to each of `queries` (n, K), the nearest first.
 
-    Returns:
-        Euclidean distances (n, k), and rows of `points` (n, k). Computed in float64 by matrix
-        products over chunks of queries, so memory stays bounded.
+    Gives Euclidean distances (n, k), and rows of `points` (n, k). Computed in float64 by matrix
+    products over chunks of queries, so memory stays bounded.
     """
     queries, points = (_double(x, device) for x in (queries, points))
     found = [d.topk(k, largest=False) for d in _squared_distances(queries, points)]
@@ -149,10 +139,7 @@ def precision_recall(
 
     A manifold is the union of balls around its samples, each reaching to the sample's k-th nearest
     neighbour. Precision is the share of `fake` (m, K) in the manifold of `real` (n, K), recall the
-    share of `real` in that of `fake`.
-
-    Raises:
-        ValueError: n or m is not greater than k.
+    share of `real` in that of `fake`. Raises ValueError unless n and m are greater than k.
     """
     if (fewer := min(len(real), len(fake))) <= k:
         raise ValueError(f"precision and recall need more than {k} samples, not {fewer}")
@@ -170,16 +157,13 @@ def precision_recall(
 class Backend:
     """Who computes the metrics that exist twice.
 
-    Attributes:
-        inception_score: of logits (n, L).
-        frechet_distance: of samples' features (n, K), the Gaussian of the data's features, and
-            these themselves (m, K), or None where not all of them are known.
-        kernel_distance: of the data's features (m, K) and the samples' (n, K).
+    Of the Frechet distance the arguments are the samples' features (n, K), the Gaussian of the
+    data's, and these themselves (m, K), or None where not all of them are known.
     """
 
-    inception_score: Callable[[NDArray], float]
+    inception_score: Callable[[NDArray], float]  # of logits (n, L)
     frechet_distance: Callable[[NDArray, Gaussian, NDArray | None], float]
-    kernel_distance: Callable[[NDArray, NDArray], float]
+    kernel_distance: Callable[[NDArray, NDArray], float]  # of the data's features and samples'
 
 
 OURS = Backend(

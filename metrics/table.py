@@ -17,21 +17,13 @@ QUERIED = 5_000  # training images whose own nearest neighbours are looked for
 
 @dataclass
 class Comparison:
-    """Samples and data in one feature space: what a metric is computed from.
+    """Samples and data in one feature space: what a metric is computed from."""
 
-    Attributes:
-        features: of the samples, (n, K), n > `NEIGHBOURS`.
-        logits: of the samples, (n, L), or None where the space has none.
-        reference: the statistics of the data.
-        backend: who computes the metrics that exist twice.
-        device: where distances to neighbours are computed.
-    """
-
-    features: NDArray
-    logits: NDArray | None
+    features: NDArray  # of the samples, (n, K), n > `NEIGHBOURS`
+    logits: NDArray | None  # of the samples, (n, L), where the space has any
     reference: Reference
     backend: Backend = OURS
-    device: torch.device | str = "cpu"
+    device: torch.device | str = "cpu"  # where distances to neighbours are computed
 
     @cached_property
     def precision_recall(self) -> tuple[float | None, float | None]:

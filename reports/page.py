@@ -39,16 +39,11 @@ def render(
     pictures: Sequence[Picture],
     config: Mapping,
 ) -> str:
-    """The whole page.
+    """The whole page, under the heading `title`.
 
-    Args:
-        title: its heading.
-        facts: what was evaluated, in a few words each.
-        reports: {k: the arrays of report_{k}.npz}, by rising k.
-        shown: the checkpoint that figures and large numbers are of.
-        curves: {name: [(step, loss)]} of training.
-        pictures: of checkpoint `shown`.
-        config: every setting, as nested mappings.
+    `facts` say what was evaluated. `reports` are {k: the arrays of report_{k}.npz}, by rising k;
+    figures, large numbers and `pictures` are of checkpoint `shown`. `curves` are {name: [(step,
+    loss)]} of training, and `config` has every setting, in nested mappings.
     """
     report = reports[shown]
     figures = []
@@ -173,15 +168,15 @@ def _trends(reports: Mapping[int, Report]) -> str:
 
 def _cost(report: Report) -> str:
     """Images, evaluations of the network and seconds of what was drawn and measured."""
-    rows = []
+    rows = {}
     if "num_samples" in report:
         drawn = report["num_samples"] + report["nonfinite"]
-        rows.append(("samples", drawn, report["nfe"], report["sampling_seconds"]))
+        rows["samples"] = (drawn, report["nfe"], report["sampling_seconds"])
     if "bpd_images" in report:
         images = len(report["bpd_images"])
-        rows.append(("likelihoods", images, report["bpd_nfe"], report["bpd_seconds"]))
+        rows["likelihoods"] = (images, report["bpd_nfe"], report["bpd_seconds"])
     lines = []
-    for what, *values in rows:
+    for what, values in rows.items():
         cells = "".join(f"<td>{number(round(float(v), 1))}</td>" for v in values)
         lines.append(f"<tr><td>{what}</td>{cells}</tr>")
     names = ("", "images", "network evaluations", "seconds")

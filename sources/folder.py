@@ -25,12 +25,8 @@ def open_folder(data, split: str) -> Source:
 
     Files of all sub-folders count, in the order of their names; links to files are followed, links
     to folders are not. The splits are those that `given_splits` finds among the sub-folders or the
-    arrays of an .npz, else a fixed random tenth is held out to test on.
-
-    Args:
-        data: reads `path`, `num_channels`, `image_size` and `resident_bytes`. Where `num_channels`
-            is 0, a file gives as many as it needs (see `decode_image`), an array those it has.
-        split: "train" or "test".
+    arrays of an .npz, else a fixed random tenth is held out to test on. Where `data.num_channels`
+    is 0, a file gives as many as it needs (see `decode_image`), an array those it has.
 
     Raises:
         ValueError, OSError: there is nothing to read, or not what it should be.

@@ -38,22 +38,13 @@ def encoded_image(data: bytes, channels: int) -> Picture:
 
 
 def open_prepared(
-    data,
-    split: str,
-    name: str,
-    prepare: Callable[[Picture, int], Picture],
-    test: str = "test",
+    data, split: str, name: str, prepare: Callable[[Picture, int], Picture], test: str = "test"
 ) -> Source:
     """A data set of tensorflow_datasets, which has to be on disk.
 
-    It may have been prepared for random access (ArrayRecord), or as TFRecords, the default.
-
-    Args:
-        data: reads `data_dir`, `image_size` and `num_channels`.
-        split: "train" or "test".
-        name: what tensorflow_datasets calls it.
-        prepare: makes an image of side `image_size` of a stored one.
-        test: what it calls the split to test on.
+    It may have been prepared for random access (ArrayRecord), or as TFRecords, the default. `name`
+    is what tensorflow_datasets calls it, `test` its split to test on, and `prepare` makes an image
+    of side `data.image_size` of a stored one.
 
     Raises:
         FileNotFoundError: it is not there; the message says how to get it.
