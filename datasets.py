@@ -186,10 +186,8 @@ def get_dataset(config, split: str) -> Tensor | Stream:
     What takes at most `data.resident_bytes` when decoded is decoded at once, without the images
     that cannot be read; what takes more stays on disk. `data.num_channels` of 0 is measured.
 
-    Raises:
-        ValueError: an unknown data set or split, no image that can be read, or images of another
-            shape than configured.
-        OSError: the data are not where they should be.
+    Raises ValueError for an unknown data set or split, no image that can be read, or images of
+    another shape than configured; OSError where the data are not where they should be.
     """
     data = config.data
     if not data.num_channels:
@@ -317,10 +315,8 @@ def shuffled_batches(
 
     Every epoch is a permutation given by (seed, epoch); a batch that crosses its end goes on in the
     next one, so that no image is left out. A batch has `batch_size` images, or the whole data set
-    where that is smaller. Process r of n, `shard=(r, n)`, gets the r-th of n equal shards of each.
-
-    Raises:
-        ValueError: n shards of a batch would not be equal.
+    where that is smaller. Process r of n, `shard=(r, n)`, gets the r-th of n equal shards of each;
+    ValueError where they cannot be equal.
     """
     size, (rank, world) = min(batch_size, len(data)), shard
     if size % world:

@@ -222,8 +222,7 @@ FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels
 def get_features(config, device: torch.device) -> FeatureSpace:
     """The feature space that `config.eval` names, tried on two blank images.
 
-    Raises:
-        ValueError: unknown, or it cannot be loaded or used; one line that says what to do.
+    Raises ValueError, in one line that says what to do, where it cannot be loaded or used.
     """
     features, data = config.eval.features, config.data
     load = keys.named(FEATURES, "eval.features", features)

@@ -50,26 +50,18 @@ class Comparison:
 class Metric:
     """One number of a report, under the key that it has in `METRICS`.
 
-    Attributes:
-        label: its name.
-        better: -1 where lower is better, 1 where higher is, 0 where neither; a number without a
-            direction is shown for one checkpoint, and not compared over several.
-        note: a few words below it.
-        compute: from a `Comparison`; gives None where what it needs is missing. Without
-            it the number is not computed from samples, but over the split `eval.dataset`.
-        of_data: the same for training images in place of samples, for comparison; the report has
-            it as {key}_data.
-        names_space: whether the label is followed by the feature space.
-        labels: {feature space: label} where the number has another name.
+    `compute` gives None where what it needs is missing; without it the number is not computed from
+    samples, but over the split `eval.dataset`. `of_data` is the same for training images in place
+    of samples, for comparison; the report has it as {key}_data.
     """
 
     label: str
-    better: int
-    note: str
+    better: int  # -1: lower is better, 1: higher; 0: neither, and checkpoints are not compared
+    note: str  # a few words below the number
     compute: Callable[[Comparison], float | None] | None = None
     of_data: Callable[[Comparison], float | None] | None = None
-    names_space: bool = False
-    labels: Mapping[str, str] = field(default_factory=dict)
+    names_space: bool = False  # whether the label is followed by the feature space
+    labels: Mapping[str, str] = field(default_factory=dict)  # other names, by feature space
 
     def label_in(self, space: str) -> str:
         """The label where `space` is the feature space, "" where there is none."""

@@ -21,11 +21,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Picture:
-        """Image i, uint8 (H, W, C).
-
-        Raises:
-            Unreadable: it cannot be read; the message names it.
-        """
+        """Image i, uint8 (H, W, C); where it cannot be read, `Unreadable`, which names it."""
         ...
 
 
@@ -73,8 +69,7 @@ class View:
 def held_out(n: int, split: str) -> NDArray[np.int64]:
     """Indices of `split` where nobody has split n images: "test" is a fixed random tenth.
 
-    Raises:
-        ValueError: there are fewer than two images.
+    Raises ValueError where there are fewer than two.
     """
     if n < 2:
         raise ValueError(f"{n} image(s) cannot be split into data to train and to test on")

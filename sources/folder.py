@@ -27,9 +27,7 @@ def open_folder(data, split: str) -> Source:
     to folders are not. The splits are those that `given_splits` finds among the sub-folders or the
     arrays of an .npz, else a fixed random tenth is held out to test on. Where `data.num_channels`
     is 0, a file gives as many as it needs (see `decode_image`), an array those it has.
-
-    Raises:
-        ValueError, OSError: there is nothing to read, or not what it should be.
+    Raises ValueError or OSError where there is nothing to read, or not what it should be.
     """
     path = _path(data)
     if _is_array(path):
@@ -67,11 +65,10 @@ def given_splits(names: Iterable[str]) -> dict[str, str]:
 
 
 def _path(data) -> Path:
-    path = Path(data.path).expanduser()
     if not data.path:
-        raise ValueError(
-            "data.dataset='folder' needs data.path, a folder or .zip of images, .npy or .npz"
-        )
+        kinds = "a folder or .zip of images, .npy or .npz"
+        raise ValueError(f"data.dataset='folder' needs data.path, {kinds}")
+    path = Path(data.path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"data.path={data.path} does not exist")
     return path
@@ -122,9 +119,8 @@ def _list(path: Path) -> tuple[list[str], Callable[[str], IO[bytes]]]:
         try:
             names, open_one = set(archive().namelist()), partial(_open_in, archive)
         except Exception as error:  # a damaged directory makes it fail in any way
-            raise ValueError(
-                f"data.path={path} is no folder, .npy, .npz or zip file: {one_line(error)}"
-            ) from error
+            says = f"is no folder, .npy, .npz or zip file: {one_line(error)}"
+            raise ValueError(f"data.path={path} {says}") from error
     else:
         names, open_one = _files_below(path), partial(open_below, path)
     images = sorted(filter(_is_image, names))
@@ -176,9 +172,9 @@ def _array(path: Path, split: str, channels: int, limit: int) -> tuple[Source, N
         raise ValueError(f"data.path={path} cannot be read: {one_line(error)}") from error
     known, says = ((channels,), ", as data.num_channels says") if channels else ((1, 3), "")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in known:
+        expected = f"uint8 images (n, H, W, {' or '.join(map(str, known))}){says}"
         raise ValueError(
-            f"data.path={path} must hold uint8 images (n, H, W, {' or '.join(map(str, known))})"
-            f"{says}, not {images.dtype} {images.shape}"
+            f"data.path={path} must hold {expected}, not {images.dtype} {images.shape}"
         )
     if not images.size:
         raise ValueError(f"data.path={path} holds no images: its shape is {images.shape}")
@@ -194,8 +190,6 @@ def _unpacked(file, split: str, limit: int) -> tuple[NDArray, bool]:
     name = given.get(split, file.files[0])
     size = file.zip.getinfo(f"{name}.npy").file_size
     if size > limit:
-        raise ValueError(
-            f"{name} unpacks to {size:,} bytes, more than data.resident_bytes={limit:,}; "
-            "an .npy is read from disk"
-        )
+        beyond = f"more than data.resident_bytes={limit:,}; an .npy is read from disk"
+        raise ValueError(f"{name} unpacks to {size:,} bytes, {beyond}")
     return read_entry_array(file.zip, name), bool(given)

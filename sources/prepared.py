@@ -46,9 +46,8 @@ def open_prepared(
     is what tensorflow_datasets calls it, `test` its split to test on, and `prepare` makes an image
     of side `data.image_size` of a stored one.
 
-    Raises:
-        FileNotFoundError: it is not there; the message says how to get it.
-        ValueError: tensorflow_datasets is not installed.
+    Raises FileNotFoundError where it is not there, which says how to get it; ValueError where
+    tensorflow_datasets is not installed.
     """
     builder = _builder(name, data.data_dir)
     stored = "train" if split == "train" else test
@@ -86,9 +85,8 @@ def _builder(name: str, data_dir: str):
 
 def open_lsun(data, split: str) -> Source:
     """The LSUN category `data.category`, cut as published for its size."""
-    category = data.get("category", "")
-    if category not in ("bedroom", "church_outdoor"):
-        raise ValueError(f"data.category={category!r}; known: bedroom, church_outdoor")
+    if data.category not in ("bedroom", "church_outdoor"):
+        raise ValueError(f"data.category={data.category!r}; known: bedroom, church_outdoor")
     wide = data.image_size == 128
     prepare = images.resized_then_cropped if wide else images.cropped_then_resized
-    return open_prepared(data, split, f"lsun/{category}", prepare, "validation")
+    return open_prepared(data, split, f"lsun/{data.category}", prepare, "validation")

@@ -18,11 +18,9 @@ def stylegan_image(data: bytes) -> Picture:
 def open_faces(data, split: str) -> Source:
     """The images of the file `data.tfrecords_path`; a fixed random tenth is held out to test on.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
+    Raises FileNotFoundError where there is none, ValueError where it is damaged.
     """
-    path = Path(data.get("tfrecords_path", ""))
+    path = Path(data.tfrecords_path)
     if not path.is_file():
         raise FileNotFoundError(
             f"data.tfrecords_path={path} does not exist; name the -r08 (256 x 256) or -r10 (1024 x "

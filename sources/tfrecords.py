@@ -44,8 +44,7 @@ _Example = message_factory.GetMessageClass(_pool.FindMessageTypeByName("Example"
 class TFRecords:
     """The images of TFRecord files, found once; `parse` makes a picture of the data of one.
 
-    Raises:
-        ValueError: a file ends within a record, or a length is damaged; the file is named.
+    Raises ValueError, which names the file, where it ends within a record or a length is damaged.
     """
 
     def __init__(self, paths: list[Path], parse: Callable[[bytes], Picture]):
