@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, BinaryIO
 
 import numpy as np
@@ -111,7 +112,9 @@ def read_entry_array(archive: zipfile.ZipFile, name: str) -> NDArray:
     """The array `name` of an open .npz file; ValueError or KeyError where it is none."""
     try:
         with open_entry(archive, f"{name}.npy") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+            # numpy asks for as much as a header claims, and zipfile unpacks what it is asked for
+            pieces = SimpleNamespace(read=lambda size: file.read(min(size, 2**20)))
+            return np.lib.format.read_array(pieces, allow_pickle=False)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
