@@ -25,8 +25,11 @@ from tqdm import tqdm
 
 import distributed
 import sources
+from configs import keys
 from sources import folder
+from sources.base import Source, Unreadable
 from sources.batch import Batch
+from storage.files import one_line
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +57,11 @@ class Stream:
 
     An image that cannot be read, or has another shape, is replaced by the next one that can be
     used, and is named in a warning; so length and order do not depend on when a damage is found.
-
-    Args:
-        source: see sources/__init__.py.
-        shape: (C, H, W) of its images.
-        workers: processes that decode the batches of `in_order` and `shuffled_batches`; with 0 it
-            happens in the process that asks for them.
+    `shape` is (C, H, W). So many `workers` decode the batches of `in_order` and `shuffled_batches`;
+    with 0 the process does that asks for them.
     """
 
-    def __init__(self, source: sources.Source, shape: tuple[int, int, int], workers: int = 0):
+    def __init__(self, source: Source, shape: tuple[int, int, int], workers: int = 0):
         self.source, self.shape, self.workers = source, shape, workers
         self.pinned = False
         self.unreadable: dict[int, str] = {}  # those met so far, and why
@@ -91,15 +90,13 @@ class Stream:
         for j in ((i + k) % len(self) for k in range(tries)):
             try:
                 image = self.source[j].transpose(2, 0, 1)
-            except sources.Unreadable as error:
+            except Unreadable as error:
                 unreadable[j] = str(error)
                 continue
             if image.shape == self.shape:
                 return image
-            unreadable[j] = (
-                f"number {j} is {image.shape} (C, H, W), but data.num_channels and "
-                f"data.image_size say {self.shape}"
-            )
+            wanted = f"data.num_channels and data.image_size say {self.shape}"
+            unreadable[j] = f"number {j} is {image.shape} (C, H, W), but {wanted}"
         raise ValueError(f"{tries} images in a row cannot be used; the last: {unreadable[j]}")
 
     def _accept(self, read: tuple[Tensor, dict[int, str]]) -> Tensor:
@@ -118,6 +115,10 @@ class Stream:
             yield from (self[index] for index in indices)
             return
         indices, asked = iter(indices), collections.deque()
+        # a fork of this process would lack the threads that CUDA and ArrayRecord count on; workers
+        # are forked from a server that has imported what they need and done no more
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
 
         def ask() -> Iterator[list[int]]:
             for index in indices:
@@ -132,19 +133,14 @@ class Stream:
             pin_memory=self.pinned,
             generator=torch.Generator(),  # the global one belongs to dropout
             worker_init_fn=_follow_parent,
-            # a fork of this process would lack the threads that CUDA and ArrayRecord count on
-            multiprocessing_context=_server_of_workers(),
+            multiprocessing_context=context,
         )
         batches = iter(loader)
         while True:
             try:
                 batch = next(batches, None)
-            except (
-                RuntimeError,
-                OSError,
-                EOFError,
-            ) as error:  # as when a signal ends the whole group
-                reason = " ".join(str(error).split())
+            except (RuntimeError, OSError, EOFError) as error:  # as when a signal ends the group
+                reason = one_line(error)
                 log.warning(f"the processes that decode images died; going on without: {reason}")
                 yield from (self[index] for index in itertools.chain(asked, indices))
                 return
@@ -169,45 +165,29 @@ class _Reader:
             return error
 
 
-def _server_of_workers():
-    """Forks worker processes from a server that has imported what they need and done no more."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
 def _follow_parent(worker: int) -> None:
     """A worker outlives Ctrl-C, which reaches the whole group of processes, but not its parent.
 
     DataLoader watches the process that forked the worker, here the server, which would wait for
     its workers for ever after the training process is killed.
     """
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def get_dataset(config, split: str) -> Tensor | Stream:
-    """The data that `config.data.dataset` names.
+    """The data of a split, "train" or "test", that `config.data` names; see the module.
 
     What takes at most `data.resident_bytes` when decoded is decoded at once, without the images
-    that cannot be read; what takes more stays on disk.
+    that cannot be read; what takes more stays on disk. `data.num_channels` of 0 is measured.
 
-    Args:
-        config: reads `data`; where `data.num_channels` is 0, it is measured.
-        split: "train" or "test".
-
-    Returns:
-        A uint8 data set with random access; see the module.
-
-    Raises:
-        ValueError: an unknown data set or split, no image that can be read, or images of another
-            shape than configured.
-        OSError: the data are not where they should be.
+    Raises ValueError for an unknown data set or split, no image that can be read, or images of
+    another shape than configured; OSError where the data are not where they should be.
     """
     data = config.data
     if not data.num_channels:
@@ -227,42 +207,29 @@ def measure_channels(config) -> int:
     """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
 
     They are spread over the split, and grey where R = G = B in every pixel. Where the channels are
-    stored, as in an .npy, they count.
-
-    Args:
-        config: reads `data`, but not `data.num_channels`.
-
-    Raises:
-        ValueError, OSError: as `get_dataset`.
+    stored, as in an .npy, they count. Raises ValueError and OSError as `get_dataset`.
     """
     source = _source(_with_channels(config.data, 0), "train")
     channels, last = [], None
     for i in np.linspace(0, len(source) - 1, min(len(source), MEASURED)).astype(int).tolist():
         try:
             channels.append(source[i].shape[2])
-        except sources.Unreadable as error:
+        except Unreadable as error:
             last = error
     if not channels:
-        raise ValueError(
-            f"none of {min(len(source), MEASURED)} images can be used; the last: {last}"
-        )
+        tried = min(len(source), MEASURED)
+        raise ValueError(f"none of {tried} images can be used; the last: {last}")
     return max(channels)
 
 
 def describe(config, train: Tensor | Stream, test: Tensor | Stream) -> str:
-    """A line for the log on the data of a run: where they are, and what is made of them.
-
-    Args:
-        config: reads `data`.
-        train, test: its data sets, as `get_dataset` gives them.
-    """
+    """A line for the log on the data of a run: where they are, and what is made of them."""
     data, held_out, (channels, height, width) = config.data, "", train[:1].shape[1:]
     name = data.dataset.lower()
     if name == "folder":
         name, given = str(data.path), folder.splits_of(data)
-        held_out = (
-            " ({train} and {test})".format(**given) if given else (" (a random tenth is held out)")
-        )
+        held_out = " ({train} and {test})" if given else " (a random tenth is held out)"
+        held_out = held_out.format(**given)
     return (
         f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on{held_out}, "
         f"{height} x {width}, {channels} channel{'s' * (channels > 1)}, "
@@ -270,17 +237,12 @@ def describe(config, train: Tensor | Stream, test: Tensor | Stream) -> str:
     )
 
 
-def _source(data, split: str) -> sources.Source:
-    name = data.dataset.lower()
-    if name not in sources.SOURCES:
-        raise ValueError(
-            f"unknown data set data.dataset={data.dataset!r}; known: {', '.join(sources.SOURCES)}"
-        )
+def _source(data, split: str) -> Source:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    source = sources.SOURCES[name](data, split)
+    source = keys.named(sources.SOURCES, "data.dataset", data.dataset)(data, split)
     if not len(source):
-        raise ValueError(f"{name} holds no images for the split {split}")
+        raise ValueError(f"{data.dataset} holds no images for the split {split}")
     return source
 
 
@@ -292,13 +254,12 @@ def _with_channels(data, channels: int):
 
 def _decoded(stream: Stream) -> Tensor:
     """All images of `stream` that can be read, (n, C, H, W)."""
-    images, at = torch.empty(len(stream), *stream.shape, dtype=torch.uint8), 0
+    images = torch.empty(len(stream), *stream.shape, dtype=torch.uint8)
     interval = 0.2 if sys.stderr.isatty() else 10
     options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
     with tqdm(total=len(stream), desc="decoding", **options) as progress:
-        for batch in in_order(stream, 64):
-            images[at : at + len(batch)] = batch.images
-            at += len(batch)
+        for piece, batch in zip(images.split(64), in_order(stream, 64), strict=True):
+            piece.copy_(batch.images)
             progress.update(len(batch))
     if not stream.unreadable:
         return images
@@ -354,10 +315,8 @@ def shuffled_batches(
 
     Every epoch is a permutation given by (seed, epoch); a batch that crosses its end goes on in the
     next one, so that no image is left out. A batch has `batch_size` images, or the whole data set
-    where that is smaller. Process r of n, `shard=(r, n)`, gets the r-th of n equal shards of each.
-
-    Raises:
-        ValueError: n shards of a batch would not be equal.
+    where that is smaller. Process r of n, `shard=(r, n)`, gets the r-th of n equal shards of each;
+    ValueError where they cannot be equal.
     """
     size, (rank, world) = min(batch_size, len(data)), shard
     if size % world:
@@ -372,9 +331,8 @@ def _shuffled(n: int, size: int, seed: int, step: int) -> Iterator[Tensor]:
     for first in itertools.count(step * size, size):
         epochs = range(first // n, (first + size - 1) // n + 1)
         orders = {e: orders[e] if e in orders else _order(n, seed, e) for e in epochs}
-        yield torch.cat(
-            [o[max(first - e * n, 0) : first - e * n + size] for e, o in orders.items()]
-        )
+        starts = {e: first - e * n for e in epochs}
+        yield torch.cat([orders[e][max(at, 0) : at + size] for e, at in starts.items()])
 
 
 def _fetched(data: Tensor | Stream, indices: Iterable[Tensor]) -> Iterator[Batch]:
@@ -385,8 +343,8 @@ def _fetched(data: Tensor | Stream, indices: Iterable[Tensor]) -> Iterator[Batch
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:
-    order = np.random.default_rng(keyed_seed("order", seed, epoch)).permutation(n)
-    return torch.from_numpy(order)
+    random = np.random.default_rng(keyed_seed("order", seed, epoch))
+    return torch.from_numpy(random.permutation(n))
 
 
 def to_unit_interval(
@@ -397,12 +355,9 @@ def to_unit_interval(
 ) -> Tensor:
     """Float images (B, C, H, W) in [0, 1] from uint8 ones, on their device.
 
-    Args:
-        images: uint8, (B, C, H, W).
-        generator: source of the random choices.
-        flip: mirror each image left to right with probability 1/2.
-        dequantize: add uniform noise within a grey level, (images + u) / 256; the density of
-            such data bounds the likelihood of the discrete ones (Theis et al. 2016).
+    `flip` mirrors each left to right with probability 1/2. `dequantize` adds uniform noise within a
+    grey level, (images + u) / 256; the density of such data bounds the likelihood of the discrete
+    ones (Theis et al. 2016).
     """
     draw = {"generator": generator, "device": images.device}
     if flip:

@@ -25,7 +25,7 @@ from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, fingerprint
 from metrics.table import Comparison, compare
 from reports.images import Images, channels_last, image_grid, to_uint8
-from storage.files import cached, read_arrays, save_png
+from storage.files import cached, check_arrays, read_arrays, save_png
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,8 @@ def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: d
     sizes = {"batch": config.training.batch_size, "at once": config.eval.batch_size}
     training = config.training.to_dict()
     origin = origin | {"data": fingerprint(data), "sizes": sizes, "training": training}
-    return {"loss": cached(folder / f"ckpt_{k}_loss.npz", origin, compute)["loss"]}
+    path, spec = folder / f"ckpt_{k}_loss.npz", {"loss": ("f", ())}
+    return {"loss": cached(path, origin, compute, spec)["loss"]}
 
 
 def evaluate_bpd(
@@ -148,9 +149,11 @@ def evaluate_bpd(
     _remove_others(folder.glob(f"{split}_ckpt_{k}_bpd_*.npz"), paths)
     tasks = []
     for i, (start, path) in enumerate(zip(starts, paths, strict=True)):
+        number = min(size, len(data) - start)
+        spec = {"bpd": ("f", (number,)), "nfe": ("iuf", ())}
+        spec |= {"encoding_error": ("f", ())} if i == 0 else {}
         key = origin | {"batch": (i, size)}
-        task = partial(cached, path, key, partial(compute, i, start))
-        tasks.append((min(size, len(data) - start), task))
+        tasks.append((number, partial(cached, path, key, partial(compute, i, start), spec)))
     batches = _shared("bits/dim", tasks)
     if not batches:
         return {}
@@ -217,11 +220,16 @@ def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> 
     measured = [folder / f"statistics_{r}.npz" for r in range(len(numbers))]
     _remove_others(folder.glob("*.npz"), [*drawn, *measured])
 
+    channels, *sides = datasets.image_shape(config)
+    spec = {"samples": ("u", (None, *sides, channels)), "nfe": ("iuf", ())}
+
     def compute(r: int, number: int) -> dict:
         key = origin | {"round": r, "number": number}
-        samples = cached(drawn[r], key, partial(_draw_round, config, run, r, number))
+        samples = cached(drawn[r], key, partial(_draw_round, config, run, r, number), spec)
         key |= {"features": space.name}
-        features = cached(measured[r], key, partial(_features, space, samples["samples"]))
+        images = samples["samples"]
+        features = partial(_features, space, images)
+        features = cached(measured[r], key, features, space.spec(len(images)))
         cost = {"nfe": samples["nfe"], "seconds": samples["seconds"]}
         return features | cost | {"path": drawn[r]}
 
@@ -247,7 +255,7 @@ def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
 
 def _features(space: FeatureSpace, images: Images) -> dict:
     if not len(images):
-        return {"pool_3": np.empty((0, space.width), np.float32)}
+        return {name: np.empty(shape, np.float32) for name, (_, shape) in space.spec(0).items()}
     pool_3, logits = space(images)
     return {"pool_3": pool_3} if logits is None else {"pool_3": pool_3, "logits": logits}
 
@@ -258,7 +266,9 @@ def _samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
     round_of = np.searchsorted(ends, rows, side="right")
     images = {}
     for r in np.unique(round_of):
-        samples = read_arrays(rounds[r]["path"])["samples"]
+        path, n = rounds[r]["path"], len(rounds[r]["pool_3"])
+        spec = {"samples": ("u", (n, None, None, None))}
+        samples = check_arrays(path, read_arrays(path), spec)["samples"]
         images |= {row: samples[row - ends[r]] for row in rows[round_of == r]}
     return np.stack([images[row] for row in rows])
 

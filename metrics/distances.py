@@ -29,7 +29,7 @@ class Gaussian:
 
     @classmethod
     def fit_blocks(cls, blocks: Iterable[NDArray]) -> "Gaussian":
-        """The moments of features that come in blocks (n_i, K), none of them kept.
+        """The same of features that come in blocks (n_i, K), none of them kept.
 
         Blocks are merged as by Chan, Golub and LeVeque (1983), which loses no digits to means that
         are large beside the spread.
@@ -65,10 +65,7 @@ def inception_score(logits: NDArray) -> float:
     """exp E[KL(p(y|x) || p(y))] over all samples (Salimans et al. 2016, arXiv 1606.03498).
 
     As in tensorflow-gan, without splits: the mean over splits of the original depends on their
-    number.
-
-    Args:
-        logits: (n, L), up to a constant per row.
+    number. `logits` (n, L) count up to a constant per row.
     """
     log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
     p = np.exp(log_p)
@@ -80,43 +77,37 @@ def inception_score(logits: NDArray) -> float:
 def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (x . y / K + 1)^3.
 
-    The kernel Inception distance (Binkowski et al. 2018, arXiv 1801.01401), averaged over blocks of
-    at most `block` samples as in tensorflow-gan. Its blocks take samples in order, which should
-    therefore be random.
-
-    Args:
-        real: (n, K).
-        fake: (m, K).
-
-    Raises:
-        ValueError: a block would have fewer than 2 samples of either.
+    The kernel Inception distance (Binkowski et al. 2018, arXiv 1801.01401) of features (n, K) and
+    (m, K), averaged over blocks of at most `block` samples as in tensorflow-gan. Its blocks take
+    samples in order, which should therefore be random. Raises ValueError where one would have fewer
+    than 2 samples of either.
     """
     blocks = math.ceil(max(len(real), len(fake)) / block)
-    if min(len(real), len(fake)) < 2 * blocks:
-        raise ValueError(
-            f"a kernel distance over {blocks} blocks needs at least {2 * blocks} samples, "
-            f"not {min(len(real), len(fake))}"
-        )
+    if (fewer := min(len(real), len(fake))) < 2 * blocks:
+        needed = f"a kernel distance over {blocks} blocks needs at least {2 * blocks} samples"
+        raise ValueError(f"{needed}, not {fewer}")
     pairs = zip(_split(real, blocks), _split(fake, blocks), strict=True)
     return float(np.mean([_block_discrepancy(x, y) for x, y in pairs]))
 
 
 def _split(features: NDArray, blocks: int) -> list[NDArray]:
-    """`blocks` runs of `features` whose sizes differ by one at most, the shorter ones first."""
-    size, longer = divmod(len(features), blocks)
-    ends = np.cumsum([size] * (blocks - longer) + [size + 1] * longer)
-    return np.split(np.asarray(features, dtype=np.float64), ends[:-1])
+    """`blocks` runs of `features` whose sizes differ by one at most, the longer ones last."""
+    return np.array_split(np.asarray(features, dtype=np.float64)[::-1], blocks)
 
 
 def _block_discrepancy(x: NDArray, y: NDArray) -> float:
     def kernel(a: NDArray, b: NDArray) -> NDArray:
         return (a @ b.T / x.shape[1] + 1) ** 3
 
-    def mean_off_diagonal(k: NDArray) -> float:
+    def within(a: NDArray) -> float:
+        k = kernel(a, a)
         return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
 
-    within = mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y))
-    return within - 2 * kernel(x, y).mean()
+    return within(x) + within(y) - 2 * kernel(x, y).mean()
+
+
+def _double(features: NDArray, device: torch.device | str) -> Tensor:
+    return torch.from_numpy(features).to(device, torch.float64)
 
 
 def _squared_distances(queries: Tensor, points: Tensor) -> Iterator[Tensor]:
@@ -132,9 +123,8 @@ def nearest(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The k nearest of `points` (m, K) to each of `queries` (n, K), the nearest first.
 
-    Returns:
-        Euclidean distances (n, k), and rows of `points` (n, k). Computed in float64 by matrix
-        products over chunks of queries, so memory stays bounded.
+    Gives Euclidean distances (n, k), and rows of `points` (n, k). Computed in float64 by matrix
+    products over chunks of queries, so memory stays bounded.
     """
     queries, points = (_double(x, device) for x in (queries, points))
     found = [d.topk(k, largest=False) for d in _squared_distances(queries, points)]
@@ -149,43 +139,31 @@ def precision_recall(
 
     A manifold is the union of balls around its samples, each reaching to the sample's k-th nearest
     neighbour. Precision is the share of `fake` (m, K) in the manifold of `real` (n, K), recall the
-    share of `real` in that of `fake`.
-
-    Raises:
-        ValueError: n or m is not greater than k.
+    share of `real` in that of `fake`. Raises ValueError unless n and m are greater than k.
     """
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(
-            f"precision and recall need more than {k} samples, not {min(len(real), len(fake))}"
-        )
+    if (fewer := min(len(real), len(fake))) <= k:
+        raise ValueError(f"precision and recall need more than {k} samples, not {fewer}")
 
     def share_within(queries: NDArray, points: NDArray) -> float:
         reach = nearest(points, points, k + 1, device)[0][:, k]  # the nearest is the point itself
-        squares = torch.from_numpy(np.square(reach)).to(device)
-        chunks = _squared_distances(_double(queries, device), _double(points, device))
-        return torch.cat([(d <= squares).any(1) for d in chunks]).double().mean().item()
+        reach, queries, points = (_double(x, device) for x in (reach, queries, points))
+        chunks = _squared_distances(queries, points)
+        return torch.cat([(d <= reach.square()).any(1) for d in chunks]).double().mean().item()
 
     return share_within(fake, real), share_within(real, fake)
-
-
-def _double(features: NDArray, device: torch.device | str) -> Tensor:
-    return torch.from_numpy(np.asarray(features)).to(device, torch.float64)
 
 
 @dataclass(frozen=True)
 class Backend:
     """Who computes the metrics that exist twice.
 
-    Attributes:
-        inception_score: of logits (n, L).
-        frechet_distance: of samples' features (n, K), the Gaussian of the data's features, and
-            these themselves (m, K), or None where not all of them are known.
-        kernel_distance: of the data's features (m, K) and the samples' (n, K).
+    Of the Frechet distance the arguments are the samples' features (n, K), the Gaussian of the
+    data's, and these themselves (m, K), or None where not all of them are known.
     """
 
-    inception_score: Callable[[NDArray], float]
+    inception_score: Callable[[NDArray], float]  # of logits (n, L)
     frechet_distance: Callable[[NDArray, Gaussian, NDArray | None], float]
-    kernel_distance: Callable[[NDArray, NDArray], float]
+    kernel_distance: Callable[[NDArray, NDArray], float]  # of the data's features and samples'
 
 
 OURS = Backend(

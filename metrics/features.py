@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from configs import keys
 from metrics.distances import KERNEL_BLOCK, OURS, Backend, Gaussian
-from storage.files import one_line
+from storage.files import Spec, one_line
 
 Images = NDArray[np.uint8]  # (n, H, W, C)
 Extractor = Callable[[Images], tuple[NDArray, NDArray | None]]
@@ -37,14 +38,14 @@ TENSORFLOW = ("tensorflow", "tensorflow_gan", "tensorflow_hub", "tensorflow_prob
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """What `eval.features` names.
+    """What `eval.features` names: called, it gives features (n, K) in float32 and logits, or None.
 
-    `name` also tells the weights apart, `width` is the number K of features, and calling it gives
-    features (n, K) in float32 and logits (n, L) or None.
+    `name` also tells the weights apart, `width` is K, and logits are (n, `classes`); 0: none.
     """
 
     name: str
     width: int
+    classes: int
     extract: Extractor
     backend: Backend
 
@@ -53,6 +54,11 @@ class FeatureSpace:
         blocks = [self.extract(images[i : i + EXTRACTED_AT_ONCE]) for i in starts]
         features, logits = zip(*blocks, strict=True)
         return np.concatenate(features), None if logits[0] is None else np.concatenate(logits)
+
+    def spec(self, n: int) -> Spec:
+        """What a file with the features of `n` images holds."""
+        logits = {"logits": ("f", (n, self.classes))} if self.classes else {}
+        return {"pool_3": ("f", (n, self.width))} | logits
 
 
 def pixels(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
@@ -91,14 +97,10 @@ def torchscript(path: str, device: torch.device) -> tuple[str, Extractor, Backen
     @torch.no_grad()
     def extract(images: Images) -> tuple[NDArray, NDArray | None]:
         x = torch.from_numpy(np.ascontiguousarray(_three_channels(images))).permute(0, 3, 1, 2)
-        features, logits = call(x.to(device))
-        return _rows(features), None if logits is None else _rows(logits)
+        found = call(x.to(device))
+        return tuple(y if y is None else y.flatten(1).float().cpu().numpy() for y in found)
 
     return f"torchscript-{_digest_files(Path(path))}", extract, OURS
-
-
-def _rows(output: Tensor) -> NDArray[np.float32]:
-    return output.flatten(1).float().cpu().numpy()
 
 
 def inception(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
@@ -209,8 +211,7 @@ def _digest_files(path: Path) -> str:
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:8]
 
 
@@ -221,18 +222,15 @@ FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels
 def get_features(config, device: torch.device) -> FeatureSpace:
     """The feature space that `config.eval` names, tried on two blank images.
 
-    Raises:
-        ValueError: unknown, or it cannot be loaded or used; one line that says what to do.
+    Raises ValueError, in one line that says what to do, where it cannot be loaded or used.
     """
     features, data = config.eval.features, config.data
-    if features not in FEATURES:
-        raise ValueError(
-            f"unknown features eval.features={features!r}; known: {', '.join(FEATURES)}"
-        )
-    name, extract, backend = FEATURES[features](config.eval.inception_path, device)
+    load = keys.named(FEATURES, "eval.features", features)
+    name, extract, backend = load(config.eval.inception_path, device)
     blank = np.zeros((2, data.image_size, data.image_size, data.num_channels), dtype=np.uint8)
     try:
-        width = extract(blank)[0].shape[1]
+        pool_3, logits = extract(blank)
+        width, classes = pool_3.shape[1], 0 if logits is None else logits.shape[1]
     except Exception as error:  # an untrusted network fails in any way
         raise ValueError(
             f"eval.features={features!r}: the network at {config.eval.inception_path or name} does "
@@ -244,4 +242,4 @@ def get_features(config, device: torch.device) -> FeatureSpace:
             f"{width**2 / 2**27:,.0f} GiB; at most {WIDEST:,} are compared: use 'inception' or "
             "'torchscript'"
         )
-    return FeatureSpace(name, width, extract, backend)
+    return FeatureSpace(name, width, classes, extract, backend)

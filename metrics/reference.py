@@ -15,7 +15,7 @@ from torch import Tensor
 import datasets
 from metrics.distances import Gaussian
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_features
-from storage.files import read_arrays, save_npz
+from storage.files import check_arrays, read_arrays, save_npz
 
 log = logging.getLogger(__name__)
 
@@ -143,11 +143,11 @@ def _read_statistics(path: Path, space: FeatureSpace) -> Reference:
             f"{path} holds statistics of {width} features, but eval.features={space.name!r} has "
             f"{space.width}: name another folder in eval.stats_dir, or the network they are of"
         )
-    shapes = {"mu": (width,), "sigma": (width, width)}
-    if any(name in found and found[name].shape != shape for name, shape in shapes.items()):
-        raise ValueError(f"{path}: mu and sigma are not a mean and a covariance of one width")
-    if features is not None and (features.ndim != 2 or features.shape[1] != width):
-        raise ValueError(f"{path}: pool_3 are not features of {width} numbers each")
+    spec = {"mu": ("f", (width,)), "sigma": ("f", (width, width)), "count": ("iu", ())}
+    spec |= {"pool_3": ("f", (None, width))}
+    check_arrays(path, found, {name: kind for name, kind in spec.items() if name in found})
+    if features is not None and len(features) < 2:
+        raise ValueError(f"{path}: pool_3 are features of {len(features)} images, too few")
     if {"mu", "sigma"} <= found.keys():
         gaussian = Gaussian(np.float64(found["mu"]), np.float64(found["sigma"]))
     else:

@@ -17,28 +17,20 @@ QUERIED = 5_000  # training images whose own nearest neighbours are looked for
 
 @dataclass
 class Comparison:
-    """Samples and data in one feature space: what a metric is computed from.
+    """Samples and data in one feature space: what a metric is computed from."""
 
-    Attributes:
-        features: of the samples, (n, K), n > `NEIGHBOURS`.
-        logits: of the samples, (n, L), or None where the space has none.
-        reference: the statistics of the data.
-        backend: who computes the metrics that exist twice.
-        device: where distances to neighbours are computed.
-    """
-
-    features: NDArray
-    logits: NDArray | None
+    features: NDArray  # of the samples, (n, K), n > `NEIGHBOURS`
+    logits: NDArray | None  # of the samples, (n, L), where the space has any
     reference: Reference
     backend: Backend = OURS
-    device: torch.device | str = "cpu"
+    device: torch.device | str = "cpu"  # where distances to neighbours are computed
 
     @cached_property
-    def precision_recall(self) -> tuple[float, float] | None:
-        """None where too few features of the data are known."""
+    def precision_recall(self) -> tuple[float | None, float | None]:
+        """Two times None where too few features of the data are known."""
         real = self.reference.features
         if real is None or len(real) <= NEIGHBOURS:
-            return None
+            return None, None
         return distances.precision_recall(real, self.features, device=self.device)
 
     @cached_property
@@ -58,26 +50,18 @@ class Comparison:
 class Metric:
     """One number of a report, under the key that it has in `METRICS`.
 
-    Attributes:
-        label: its name.
-        better: -1 where lower is better, 1 where higher is, 0 where neither; a number without a
-            direction is shown for one checkpoint, and not compared over several.
-        note: a few words below it.
-        compute: from a `Comparison`; gives None where what it needs is missing. Without
-            it the number is not computed from samples, but over the split `eval.dataset`.
-        of_data: the same for training images in place of samples, for comparison; the report has
-            it as {key}_data.
-        names_space: whether the label is followed by the feature space.
-        labels: {feature space: label} where the number has another name.
+    `compute` gives None where what it needs is missing; without it the number is not computed from
+    samples, but over the split `eval.dataset`. `of_data` is the same for training images in place
+    of samples, for comparison; the report has it as {key}_data.
     """
 
     label: str
-    better: int
-    note: str
+    better: int  # -1: lower is better, 1: higher; 0: neither, and checkpoints are not compared
+    note: str  # a few words below the number
     compute: Callable[[Comparison], float | None] | None = None
     of_data: Callable[[Comparison], float | None] | None = None
-    names_space: bool = False
-    labels: Mapping[str, str] = field(default_factory=dict)
+    names_space: bool = False  # whether the label is followed by the feature space
+    labels: Mapping[str, str] = field(default_factory=dict)  # other names, by feature space
 
     def label_in(self, space: str) -> str:
         """The label where `space` is the feature space, "" where there is none."""
@@ -102,14 +86,6 @@ def _inception_score(c: Comparison) -> float | None:
     return None if c.logits is None else c.backend.inception_score(c.logits)
 
 
-def _precision(c: Comparison) -> float | None:
-    return c.precision_recall and c.precision_recall[0]
-
-
-def _recall(c: Comparison) -> float | None:
-    return c.precision_recall and c.precision_recall[1]
-
-
 def _nearest(c: Comparison) -> float | None:
     return c.nearest and np.median(c.nearest[0])
 
@@ -120,6 +96,8 @@ def _nearest_of_data(c: Comparison) -> float | None:
 
 
 _FID = {"inception": "FID", "torchscript": "FID"}
+_PRECISION = "share of samples on the data's manifold"
+_RECALL = "share of the data on the samples' manifold"
 _KID = "KID: unbiased, so below zero by chance where it is small"
 _NEAREST = "median distance of a training image to its nearest other one"
 
@@ -130,8 +108,8 @@ METRICS: dict[str, Metric] = {
     ),
     "kid": Metric("Kernel distance", -1, _KID, _kernel, names_space=True),
     "IS": Metric("Inception Score", 1, "over all samples, without splits", _inception_score),
-    "precision": Metric("Precision", 1, "share of samples on the data's manifold", _precision),
-    "recall": Metric("Recall", 1, "share of the data on the samples' manifold", _recall),
+    "precision": Metric("Precision", 1, _PRECISION, lambda c: c.precision_recall[0]),
+    "recall": Metric("Recall", 1, _RECALL, lambda c: c.precision_recall[1]),
     "bpd": Metric("Bits/dim", -1, "negative log-likelihood"),
     "loss": Metric("Loss", -1, "over the evaluated split"),
     "nearest": Metric("Nearest training image", 0, _NEAREST, _nearest, _nearest_of_data),

@@ -1,16 +1,21 @@
 """report.html: gathers from the files of a run what the page of an evaluation shows."""
 
 import io
+import logging
 import time
 from pathlib import Path
 
+from numpy.typing import NDArray
 from PIL import Image
 
 from experiment import Experiment
 from metrics.reference import data_name
+from metrics.table import METRICS
 from reports.page import Picture, render
-from storage.files import atomic_write, read_arrays_if_whole
+from storage.files import atomic_write, check_arrays, read_arrays
 from storage.tensorboard import read_scalars
+
+log = logging.getLogger(__name__)
 
 PAGE_PIXELS = 1400  # side of the largest picture in report.html
 
@@ -32,11 +37,14 @@ PICTURES = {
 
 def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> None:
     """report.html: the numbers of all checkpoints in the folder, the pictures of number k."""
-    reports = {}
+    reports = {k: read_report(folder / f"report_{k}.npz")}
     for path in folder.glob("report_*.npz"):
         number = path.stem.removeprefix("report_")
-        if number.isdigit() and (found := read_arrays_if_whole(path)):
-            reports[int(number)] = found
+        if number.isdecimal() and int(number) != k:
+            try:
+                reports[int(number)] = read_report(path)
+            except ValueError as error:
+                log.warning(f"{error}; it is not used")
     pictures = [
         Picture(title, caption, _page_png(path))
         for name, (title, caption) in PICTURES.items()
@@ -64,6 +72,21 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
     )
     with atomic_write(folder / "report.html") as file:
         file.write(page.encode())
+
+
+def read_report(path: Path) -> dict[str, NDArray]:
+    """The arrays of a report that a page shows; ValueError, in one line, where they do not fit."""
+    found, number = read_arrays(path), ("iuf", ())
+    metrics = [f"{key}{what}" for key in METRICS for what in ("", "_error", "_data")]
+    spec = dict.fromkeys(metrics, number) | {"features": ("U", ())}
+    spec = {name: kind for name, kind in spec.items() if name in found}
+    spec |= dict.fromkeys(("step", "seconds"), number)
+    if "num_samples" in found:
+        needed = ("num_samples", "nonfinite", "nfe", "sampling_seconds")
+        spec |= dict.fromkeys(needed, number)
+    if "bpd_images" in found:
+        spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), number) | {"bpd_images": ("f", (None,))}
+    return check_arrays(path, found, spec, finite=False)
 
 
 def _page_png(path: Path) -> bytes:

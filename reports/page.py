@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metrics.table import METRICS, Metric
-from reports.plots import Points, histogram, loss_plot, number, trend
+from reports.plots import Points, drawable, histogram, loss_plot, number, trend
 
 Report = Mapping[str, float | str | NDArray]
 
@@ -39,16 +39,11 @@ def render(
     pictures: Sequence[Picture],
     config: Mapping,
 ) -> str:
-    """The whole page.
+    """The whole page, under the heading `title`.
 
-    Args:
-        title: its heading.
-        facts: what was evaluated, in a few words each.
-        reports: {k: the arrays of report_{k}.npz}, by rising k.
-        shown: the checkpoint that figures and large numbers are of.
-        curves: {name: [(step, loss)]} of training.
-        pictures: of checkpoint `shown`.
-        config: every setting, as nested mappings.
+    `facts` say what was evaluated. `reports` are {k: the arrays of report_{k}.npz}, by rising k;
+    figures, large numbers and `pictures` are of checkpoint `shown`. `curves` are {name: [(step,
+    loss)]} of training, and `config` has every setting, in nested mappings.
     """
     report = reports[shown]
     figures = []
@@ -60,6 +55,7 @@ def render(
         caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
         figures.append(_figure(loss, "Loss", caption))
     bits = np.asarray(report.get("bpd_images", ()))
+    bits = bits[drawable(bits)]
     if len(bits):
         caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
         figures.append(_figure(histogram(bits, "bits/dim"), "Likelihood", caption))
@@ -161,7 +157,7 @@ def _trends(reports: Mapping[int, Report]) -> str:
     plots = []
     for key, metric in _compared(reports).items():
         having = [r for r in reports.values() if key in r]
-        points = [(float(r["step"]), float(r[key])) for r in having if math.isfinite(r[key])]
+        points = [(float(r["step"]), float(r[key])) for r in having if drawable(r[key])]
         if len(points) > 1:
             label = _label(metric, having[0])
             arrow = "lower is better" if metric.better < 0 else "higher is better"
@@ -172,15 +168,15 @@ def _trends(reports: Mapping[int, Report]) -> str:
 
 def _cost(report: Report) -> str:
     """Images, evaluations of the network and seconds of what was drawn and measured."""
-    rows = []
+    rows = {}
     if "num_samples" in report:
         drawn = report["num_samples"] + report["nonfinite"]
-        rows.append(("samples", drawn, report["nfe"], report["sampling_seconds"]))
+        rows["samples"] = (drawn, report["nfe"], report["sampling_seconds"])
     if "bpd_images" in report:
         images = len(report["bpd_images"])
-        rows.append(("likelihoods", images, report["bpd_nfe"], report["bpd_seconds"]))
+        rows["likelihoods"] = (images, report["bpd_nfe"], report["bpd_seconds"])
     lines = []
-    for what, *values in rows:
+    for what, values in rows.items():
         cells = "".join(f"<td>{number(round(float(v), 1))}</td>" for v in values)
         lines.append(f"<tr><td>{what}</td>{cells}</tr>")
     names = ("", "images", "network evaluations", "seconds")

@@ -6,7 +6,9 @@ from html import escape
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from storage.files import LARGEST
 
 Points = Sequence[tuple[float, float]]
 Size = tuple[int, int]
@@ -23,6 +25,11 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "–"
     return (f"{value:,.0f}" if value.is_integer() else f"{value:#.4g}").replace("-", "−")
+
+
+def drawable(values: ArrayLike) -> NDArray[np.bool_]:
+    """Which of `values` an axis can hold: those that are finite, and not beyond all measure."""
+    return np.abs(values) < LARGEST
 
 
 class Axis(NamedTuple):
@@ -57,8 +64,8 @@ class Axis(NamedTuple):
 def _axis(values: Sequence[float], start: float, end: float, logarithmic: bool = False) -> Axis:
     """An axis over `values` with some room; around a single value where there is but one."""
     low, high = min(values), max(values)
-    if low == high:
-        room = abs(low) / 10 or 1.0
+    if math.isclose(low, high, abs_tol=1 / LARGEST):
+        room = abs(low) / 10 if abs(low) > 1 / LARGEST else 1.0
         low, high = low - room, high + room
     elif logarithmic:
         low, high = low / 1.05, high * 1.05
@@ -112,7 +119,7 @@ def _binned(points: Points) -> NDArray:
 
 def loss_plot(curves: Mapping[str, Points]) -> str:
     """The curve of training, `train`, as mean and range, and `test` as dots; "" without any."""
-    train, test = ([p for p in curves.get(n, ()) if math.isfinite(p[1])] for n in ("train", "test"))
+    train, test = ([p for p in curves.get(n, ()) if drawable(p[1])] for n in ("train", "test"))
     if not train and not test:
         return ""
     values = [value for _, value in (*train, *test)]

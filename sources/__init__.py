@@ -1,9 +1,8 @@
 """The kinds of data, by the name that `data.dataset` gives them in lower case.
 
 A source is a sequence: `len(source)` images, of which `source[i]` reads one as uint8 (H, W, C) or
-raises `Unreadable` with its name. A numpy array (n, H, W, C) is one. Sources can be pickled, and a
-process opens the files it needs by itself, because the position in an open file is shared with
-forked processes (`base.PerProcess`).
+raises `base.Unreadable` with its name. A numpy array (n, H, W, C) is one. Sources can be pickled,
+and every process opens the files it needs by itself (`base.PerProcess`).
 
 A new kind of data is a function `(data, split) -> Source` and an entry here: `data` is
 `config.data`, `split` "train" or "test", and the images have the side `data.image_size` and
@@ -14,19 +13,16 @@ from collections.abc import Callable
 from functools import partial
 
 from sources import digits, folder, images, prepared, stylegan
-from sources.base import Source, Unreadable
+from sources.base import Source
 
-__all__ = ["SOURCES", "Source", "Unreadable"]
-
-_tested = partial(prepared.open_prepared, splits=prepared.TESTED)
-_validated = partial(prepared.open_prepared, splits=prepared.VALIDATED)
+_prepared = prepared.open_prepared
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits.open_digits,
     "folder": folder.open_folder,
-    "cifar10": partial(_tested, name="cifar10", prepare=images.resized_whole),
-    "svhn": partial(_tested, name="svhn_cropped", prepare=images.resized_whole),
-    "celeba": partial(_validated, name="celeb_a", prepare=images.face),
+    "cifar10": partial(_prepared, name="cifar10", prepare=images.resized_whole),
+    "svhn": partial(_prepared, name="svhn_cropped", prepare=images.resized_whole),
+    "celeba": partial(_prepared, name="celeb_a", prepare=images.face, test="validation"),
     "lsun": prepared.open_lsun,
     "celebahq": stylegan.open_faces,
     "celebahq_256": stylegan.open_faces,

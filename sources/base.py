@@ -21,30 +21,31 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Picture:
-        """Image i, uint8 (H, W, C).
-
-        Raises:
-            Unreadable: it cannot be read; the message names it.
-        """
+        """Image i, uint8 (H, W, C); where it cannot be read, `Unreadable`, which names it."""
         ...
 
 
 class PerProcess:
-    """What `open()` returns, once in each process: an open file does not survive a fork.
+    """What `open()` returns, once in each process; where that is a sequence, this is one too.
 
-    Forked processes share the position in it, and have none of the threads of its reader. What
-    the parent opened is kept, because closing it needs these threads.
+    Forked processes share the position in an open file, and have none of the threads of its reader.
+    What the parent opened is kept, because closing it needs these threads.
     """
 
     def __init__(self, open: Callable):
-        self._open = open
-        self._opened = {}
+        self._open, self._opened = open, {}
 
     def __call__(self):
         process = os.getpid()
         if process not in self._opened:
             self._opened[process] = self._open()
         return self._opened[process]
+
+    def __len__(self) -> int:
+        return len(self())
+
+    def __getitem__(self, i: int):
+        return self()[i]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_opened": {}}
@@ -68,16 +69,10 @@ class View:
 def held_out(n: int, split: str) -> NDArray[np.int64]:
     """Indices of `split` where nobody has split n images: "test" is a fixed random tenth.
 
-    Raises:
-        ValueError: there are fewer than two images.
+    Raises ValueError where there are fewer than two.
     """
     if n < 2:
         raise ValueError(f"{n} image(s) cannot be split into data to train and to test on")
     order = np.random.RandomState(0).permutation(n)
     tenth = max(1, round(n / 10))
     return order[tenth:] if split == "train" else order[:tenth]
-
-
-def reason(error: Exception) -> str:
-    """What `error` says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -40,15 +40,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch(Rows):
-    """Images of a batch and, where there are any, their class labels.
+    """Images of a batch and, where there are any, their class labels."""
 
-    Attributes:
-        images: (B, C, H, W); uint8 as a data set gives them, or float.
-        labels: (B,), int64, or None.
-    """
-
-    images: Tensor
-    labels: Tensor | None = None
+    images: Tensor  # (B, C, H, W); uint8 as a data set gives them, or float
+    labels: Tensor | None = None  # (B,), int64
 
     @property
     def conditions(self) -> dict[str, Tensor]:

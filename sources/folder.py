@@ -1,19 +1,19 @@
 """The user's own images: a folder or zip of image files, an .npy or an .npz."""
 
 import os
-import posixpath
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sources.base import PerProcess, Picture, Source, Unreadable, View, held_out, reason
+from sources.base import PerProcess, Picture, Source, Unreadable, View, held_out
 from sources.images import cropped_then_resized, decode_image
+from storage.files import one_line, open_entry, read_entry_array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_FILE_BYTES = 2**28  # of one image, as it is read or unpacked; Pillow bounds the pixels
@@ -25,15 +25,9 @@ def open_folder(data, split: str) -> Source:
 
     Files of all sub-folders count, in the order of their names; links to files are followed, links
     to folders are not. The splits are those that `given_splits` finds among the sub-folders or the
-    arrays of an .npz, else a fixed random tenth is held out to test on.
-
-    Args:
-        data: reads `path`, `num_channels`, `image_size` and `resident_bytes`. Where `num_channels`
-            is 0, a file gives as many as it needs (see `decode_image`), an array those it has.
-        split: "train" or "test".
-
-    Raises:
-        ValueError, OSError: there is nothing to read, or not what it should be.
+    arrays of an .npz, else a fixed random tenth is held out to test on. Where `data.num_channels`
+    is 0, a file gives as many as it needs (see `decode_image`), an array those it has.
+    Raises ValueError or OSError where there is nothing to read, or not what it should be.
     """
     path = _path(data)
     if _is_array(path):
@@ -41,13 +35,13 @@ def open_folder(data, split: str) -> Source:
     else:
         if data.num_channels not in (0, 1, 3):
             raise ValueError(f"data.num_channels must be 1 or 3, not {data.num_channels}")
-        names, read = _list(path)
+        names, open_one = _list(path)
         tops = _tops(names)
         if given := given_splits(tops):
             index = np.flatnonzero([top.lower() == given[split].lower() for top in tops])
         else:
             index = held_out(len(names), split)
-        images = Files(path, names, read, data.num_channels)
+        images = Files(path, names, open_one, data.num_channels)
     return View(images, partial(cropped_then_resized, size=data.image_size), index)
 
 
@@ -56,11 +50,8 @@ def splits_of(data) -> dict[str, str]:
     path = _path(data)
     if not _is_array(path):
         return given_splits(_tops(_list(path)[0]))
-    images = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(images, np.lib.npyio.NpzFile):
-        return {}
-    with images as file:
-        return given_splits(file.files)
+    content = np.load(path, mmap_mode="r", allow_pickle=False)
+    return given_splits(getattr(content, "files", ()))  # those of an .npz; an .npy has none
 
 
 def given_splits(names: Iterable[str]) -> dict[str, str]:
@@ -74,11 +65,10 @@ def given_splits(names: Iterable[str]) -> dict[str, str]:
 
 
 def _path(data) -> Path:
-    path = Path(data.path).expanduser()
     if not data.path:
-        raise ValueError(
-            "data.dataset='folder' needs data.path, a folder or .zip of images, .npy or .npz"
-        )
+        kinds = "a folder or .zip of images, .npy or .npz"
+        raise ValueError(f"data.dataset='folder' needs data.path, {kinds}")
+    path = Path(data.path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"data.path={data.path} does not exist")
     return path
@@ -89,11 +79,11 @@ def _path(data) -> Path:
 
 @dataclass(frozen=True)
 class Files:
-    """Encoded images by name; `read` gives the bytes of one."""
+    """Encoded images by name, each of which `open` opens; nothing is extracted to disk."""
 
     where: Path
     names: list[str]
-    read: Callable[[str], bytes]
+    open: Callable[[str], IO[bytes]]
     channels: int
 
     def __len__(self) -> int:
@@ -101,66 +91,56 @@ class Files:
 
     def __getitem__(self, i: int) -> Picture:
         try:
-            return decode_image(self.read(self.names[i]), self.channels)
+            with self.open(self.names[i]) as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+            if len(data) > MAX_FILE_BYTES:
+                raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+            return decode_image(data, self.channels)
         except Exception as error:  # a damaged file makes the decoder fail in any way
-            raise Unreadable(f"{self.where}/{self.names[i]}: {reason(error)}") from error
+            raise Unreadable(f"{self.where}/{self.names[i]}: {one_line(error)}") from error
 
 
-def read_file(folder: Path, name: str) -> bytes:
-    """The bytes of a regular file below `folder`."""
+def open_below(folder: Path, name: str) -> IO[bytes]:
+    """A regular file below `folder`; ValueError where it is none."""
     path = folder / name
     if not path.is_file():  # a pipe or a device could be read for ever
         raise ValueError("not a file")
-    with open(path, "rb") as file:
-        return _bounded(file)
+    return open(path, "rb")
 
 
-def _bounded(file: BinaryIO) -> bytes:
-    data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-    return data
+def _open_in(archive: PerProcess, name: str) -> IO[bytes]:
+    return open_entry(archive(), name)
 
 
-def read_entry(archive: PerProcess, name: str) -> bytes:
-    """The bytes of an entry of a zip file, unpacked in memory; nothing is extracted to disk."""
-    with archive().open(name) as entry:
-        return _bounded(entry)
-
-
-def _list(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    """The names of the image files in a folder or zip, and what reads one of them."""
-    names, read = _zip_entries(path) if path.is_file() else _tree(path)
-    if not names:
+def _list(path: Path) -> tuple[list[str], Callable[[str], IO[bytes]]]:
+    """The names of the image files in a folder or zip, and what opens one of them."""
+    if path.is_file():
+        archive = PerProcess(partial(zipfile.ZipFile, path))
+        try:
+            names, open_one = set(archive().namelist()), partial(_open_in, archive)
+        except Exception as error:  # a damaged directory makes it fail in any way
+            says = f"is no folder, .npy, .npz or zip file: {one_line(error)}"
+            raise ValueError(f"data.path={path} {says}") from error
+    else:
+        names, open_one = _files_below(path), partial(open_below, path)
+    images = sorted(filter(_is_image, names))
+    if not images:
         raise ValueError(f"data.path={path} holds no images ({', '.join(SUFFIXES)})")
-    return names, read
+    return images, open_one
 
 
-def _tree(root: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    names = []
+def _files_below(root: Path) -> Iterator[str]:
     for folder, _, files in os.walk(root, onerror=_raise):
         below = Path(folder).relative_to(root)
-        names += [(below / file).as_posix() for file in files if _is_image(file)]
-    return sorted(names), partial(read_file, root)
+        yield from ((below / file).as_posix() for file in files)
 
 
 def _raise(error: OSError) -> None:
     raise error
 
 
-def _zip_entries(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    archive = PerProcess(partial(zipfile.ZipFile, path))
-    try:
-        names = archive().namelist()
-    except Exception as error:  # a damaged directory makes it fail in any way
-        raise ValueError(
-            f"data.path={path} is no folder, .npy, .npz or zip file: {reason(error)}"
-        ) from error
-    images = {name for name in names if _is_image(posixpath.basename(name))}
-    return sorted(images), partial(read_entry, archive)
-
-
-def _is_image(name: str) -> bool:
+def _is_image(path: str) -> bool:
+    name = path.rpartition("/")[2]
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")  # "._x" is macOS's own
 
 
@@ -178,19 +158,6 @@ def _is_array(path: Path) -> bool:
     return path.suffix.lower() in (".npy", ".npz")
 
 
-@dataclass(frozen=True)
-class Array:
-    """The images of an .npy, which stays on disk."""
-
-    file: PerProcess
-
-    def __len__(self) -> int:
-        return len(self.file())
-
-    def __getitem__(self, i: int) -> Picture:
-        return self.file()[i]
-
-
 def _array(path: Path, split: str, channels: int, limit: int) -> tuple[Source, NDArray[np.int64]]:
     """The images of an .npy or .npz, and which of them belong to `split`."""
     mapped = PerProcess(partial(np.load, path, mmap_mode="r", allow_pickle=False))
@@ -202,17 +169,17 @@ def _array(path: Path, split: str, channels: int, limit: int) -> tuple[Source, N
     except OSError:
         raise
     except Exception as error:  # a damaged file makes numpy fail in any way
-        raise ValueError(f"data.path={path} cannot be read: {reason(error)}") from error
+        raise ValueError(f"data.path={path} cannot be read: {one_line(error)}") from error
     known, says = ((channels,), ", as data.num_channels says") if channels else ((1, 3), "")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in known:
+        expected = f"uint8 images (n, H, W, {' or '.join(map(str, known))}){says}"
         raise ValueError(
-            f"data.path={path} must hold uint8 images (n, H, W, {' or '.join(map(str, known))})"
-            f"{says}, not {images.dtype} {images.shape}"
+            f"data.path={path} must hold {expected}, not {images.dtype} {images.shape}"
         )
     if not images.size:
         raise ValueError(f"data.path={path} holds no images: its shape is {images.shape}")
     index = np.arange(len(images)) if given else held_out(len(images), split)
-    return Array(mapped) if isinstance(images, np.memmap) else images, index
+    return mapped if isinstance(images, np.memmap) else images, index
 
 
 def _unpacked(file, split: str, limit: int) -> tuple[NDArray, bool]:
@@ -223,8 +190,6 @@ def _unpacked(file, split: str, limit: int) -> tuple[NDArray, bool]:
     name = given.get(split, file.files[0])
     size = file.zip.getinfo(f"{name}.npy").file_size
     if size > limit:
-        raise ValueError(
-            f"{name} unpacks to {size:,} bytes, more than data.resident_bytes={limit:,}; "
-            "an .npy is read from disk"
-        )
-    return file[name], bool(given)
+        beyond = f"more than data.resident_bytes={limit:,}; an .npy is read from disk"
+        raise ValueError(f"{name} unpacks to {size:,} bytes, {beyond}")
+    return read_entry_array(file.zip, name), bool(given)

@@ -47,21 +47,12 @@ def face(image: Picture, size: int) -> Picture:
     return resize(center_crop(image, 140), size, size)
 
 
-def unchanged(image: Picture) -> Picture:
-    return image
-
-
 def decode_image(data: bytes, channels: int) -> Picture:
     """The pixels of a PNG, JPEG or WebP file, uint8 (H, W, C), upright as EXIF says.
 
-    What is transparent becomes white; 16 bits a channel become 8.
-
-    Args:
-        data: the bytes of the file.
-        channels: 1 for grey, 3 for RGB; 0 for grey where R = G = B in every pixel, else RGB.
-
-    Raises:
-        Exception: anything, where the data are damaged or hold more pixels than Pillow allows.
+    What is transparent becomes white; 16 bits a channel become 8. `channels` is 1 for grey, 3 for
+    RGB, 0 for grey where R = G = B in every pixel and else RGB. Raises anything where the data are
+    damaged, or hold more pixels than Pillow allows.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -9,11 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from sources import images, tfrecords
-from sources.base import PerProcess, Picture, Source, Unreadable, View, reason
-
-# what tensorflow_datasets calls the splits
-TESTED = {"train": "train", "test": "test"}
-VALIDATED = {"train": "train", "test": "validation"}
+from sources.base import PerProcess, Picture, Source, Unreadable, View
+from storage.files import one_line
 
 
 @dataclass(frozen=True)
@@ -21,56 +18,45 @@ class Prepared:
     """A split of a data set that tensorflow_datasets prepared for random access."""
 
     where: str
-    open: PerProcess
+    stored: PerProcess
 
     def __len__(self) -> int:
-        return len(self.open())
+        return len(self.stored)
 
     def __getitem__(self, i: int) -> Picture:
-        stored = self.open()
+        stored = self.stored()
         try:
             return stored[i]["image"]
         except Exception as error:  # a damaged record makes the decoder fail in any way
-            raise Unreadable(f"{self.where}, image {i}: {reason(error)}") from error
+            raise Unreadable(f"{self.where}, image {i}: {one_line(error)}") from error
 
 
 def encoded_image(data: bytes, channels: int) -> Picture:
     """An image of tensorflow_datasets' TFRecords: a PNG or JPEG file in `image`."""
-    image = tfrecords.bytes_feature(tfrecords.parse_example(data)["image"])
+    (image,) = tfrecords.parse_example(data)["image"]
     return images.decode_image(image, channels)
 
 
 def open_prepared(
-    data,
-    split: str,
-    name: str,
-    prepare: Callable[[Picture, int], Picture],
-    splits: dict[str, str],
+    data, split: str, name: str, prepare: Callable[[Picture, int], Picture], test: str = "test"
 ) -> Source:
     """A data set of tensorflow_datasets, which has to be on disk.
 
-    It may have been prepared for random access (ArrayRecord), or as TFRecords, the default.
+    It may have been prepared for random access (ArrayRecord), or as TFRecords, the default. `name`
+    is what tensorflow_datasets calls it, `test` its split to test on, and `prepare` makes an image
+    of side `data.image_size` of a stored one.
 
-    Args:
-        data: reads `data_dir`, `image_size` and `num_channels`.
-        split: "train" or "test".
-        name: what tensorflow_datasets calls it.
-        prepare: makes an image of side `image_size` of a stored one.
-        splits: what it calls the splits.
-
-    Raises:
-        FileNotFoundError: it is not there; the message says how to get it.
-        ValueError: tensorflow_datasets is not installed.
+    Raises FileNotFoundError where it is not there, which says how to get it; ValueError where
+    tensorflow_datasets is not installed.
     """
     builder = _builder(name, data.data_dir)
-    stored = splits[split]
+    stored = "train" if split == "train" else test
     if builder.info.file_format.value == "tfrecord" and stored in builder.info.splits:
         paths = [Path(path) for path in builder.info.splits[stored].filepaths]
         source = tfrecords.TFRecords(paths, partial(encoded_image, channels=data.num_channels))
     else:
-        source = Prepared(
-            f"{name} ({stored})", PerProcess(partial(_data_source, name, stored, data.data_dir))
-        )
+        opened = PerProcess(partial(_data_source, name, stored, data.data_dir))
+        source = Prepared(f"{name} ({stored})", opened)
     try:
         index = np.arange(len(source))
     except (NotImplementedError, OSError, LookupError) as error:
@@ -99,9 +85,8 @@ def _builder(name: str, data_dir: str):
 
 def open_lsun(data, split: str) -> Source:
     """The LSUN category `data.category`, cut as published for its size."""
-    category = data.get("category", "")
-    if category not in ("bedroom", "church_outdoor"):
-        raise ValueError(f"data.category={category!r}; known: bedroom, church_outdoor")
+    if data.category not in ("bedroom", "church_outdoor"):
+        raise ValueError(f"data.category={data.category!r}; known: bedroom, church_outdoor")
     wide = data.image_size == 128
     prepare = images.resized_then_cropped if wide else images.cropped_then_resized
-    return open_prepared(data, split, f"lsun/{category}", prepare, VALIDATED)
+    return open_prepared(data, split, f"lsun/{data.category}", prepare, "validation")

@@ -6,29 +6,25 @@ import numpy as np
 
 from sources import tfrecords
 from sources.base import Picture, Source, View, held_out
-from sources.images import unchanged
 
 
 def stylegan_image(data: bytes) -> Picture:
     """An image of StyleGAN's TFRecords: `shape`, and `data` as (C, H, W)."""
     features = tfrecords.parse_example(data)
-    shape = tfrecords.int_feature(features["shape"])
-    pixels = np.frombuffer(tfrecords.bytes_feature(features["data"]), np.uint8)
-    return pixels.reshape(shape).transpose(1, 2, 0)
+    (pixels,) = features["data"]
+    return np.frombuffer(pixels, np.uint8).reshape(features["shape"]).transpose(1, 2, 0)
 
 
 def open_faces(data, split: str) -> Source:
     """The images of the file `data.tfrecords_path`; a fixed random tenth is held out to test on.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
+    Raises FileNotFoundError where there is none, ValueError where it is damaged.
     """
-    path = Path(data.get("tfrecords_path", ""))
+    path = Path(data.tfrecords_path)
     if not path.is_file():
         raise FileNotFoundError(
             f"data.tfrecords_path={path} does not exist; name the -r08 (256 x 256) or -r10 (1024 x "
             f"1024) file that StyleGAN's dataset_tool.py makes of {data.dataset}"
         )
     records = tfrecords.TFRecords([path], stylegan_image)
-    return View(records, unchanged, held_out(len(records), split))
+    return View(records, np.asarray, held_out(len(records), split))

@@ -13,10 +13,11 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from sources.base import Picture, Unreadable, reason
+from sources.base import Picture, Unreadable
+from storage.files import one_line
 
 # What is read of tensorflow/core/example/example.proto and feature.proto; a map is its entries.
 _SCHEMA = """
@@ -43,8 +44,7 @@ _Example = message_factory.GetMessageClass(_pool.FindMessageTypeByName("Example"
 class TFRecords:
     """The images of TFRecord files, found once; `parse` makes a picture of the data of one.
 
-    Raises:
-        ValueError: a file ends within a record, or a length is damaged; the file is named.
+    Raises ValueError, which names the file, where it ends within a record or a length is damaged.
     """
 
     def __init__(self, paths: list[Path], parse: Callable[[bytes], Picture]):
@@ -63,9 +63,8 @@ class TFRecords:
                 data = os.pread(file.fileno(), self.size[i] + 4, self.start[i])
             return self.parse(checked(data))
         except Exception as error:  # a damaged record makes the parser fail in any way
-            raise Unreadable(
-                f"{path}, record at byte {self.start[i] - 12}: {reason(error)}"
-            ) from error
+            at = f"record at byte {self.start[i] - 12}"
+            raise Unreadable(f"{path}, {at}: {one_line(error)}") from error
 
 
 def record_index(path: Path) -> NDArray[np.int64]:
@@ -79,9 +78,9 @@ def record_index(path: Path) -> NDArray[np.int64]:
                 if at + size + 16 > end:
                     raise ValueError("the file ends within it")
             except ValueError as error:
+                where = f"record {len(index)}, at byte {at} of {end}"
                 raise ValueError(
-                    f"{path} is damaged or no TFRecord file: record {len(index)}, at byte {at} of "
-                    f"{end}: {error}"
+                    f"{path} is damaged or no TFRecord file: {where}: {error}"
                 ) from error
             index.append((at + 12, size))
             at += size + 16
@@ -109,22 +108,10 @@ def checked(data: bytes) -> bytes:
     return data[:-4]
 
 
-def parse_example(data: bytes) -> dict[str, Message]:
-    """The features of a serialised tf.train.Example by name.
-
-    Raises:
-        ValueError: `data` are not one.
-    """
+def parse_example(data: bytes) -> dict[str, list[bytes] | list[int]]:
+    """The features of a serialised tf.train.Example by name; ValueError where `data` are none."""
     try:
-        return {entry.key: entry.value for entry in _Example.FromString(data).features.entry}
+        entries = _Example.FromString(data).features.entry
     except DecodeError as error:
         raise ValueError(str(error)) from error
-
-
-def bytes_feature(feature: Message) -> bytes:
-    (value,) = feature.bytes_list.value
-    return value
-
-
-def int_feature(feature: Message) -> list[int]:
-    return list(feature.int64_list.value)
+    return {e.key: list(e.value.bytes_list.value or e.value.int64_list.value) for e in entries}

@@ -7,15 +7,20 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import IO, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 log = logging.getLogger(__name__)
+
+KINDS = {"f": "float", "i": "int", "u": "uint", "U": "str"}  # of numpy's dtypes
+LARGEST = 1e30  # of the numbers in a file: what is computed from them stays finite
 
 
 @contextlib.contextmanager
@@ -75,6 +80,9 @@ def save_npz(path: Path, **arrays) -> None:
     """Writes `arrays` by name, compressed; OSError, which names the path, where it cannot."""
     packed = io.BytesIO()  # numpy's archive, left open by a failing file, would fail again later
     np.savez_compressed(packed, **arrays)
+    if sum(np.asarray(array).nbytes for array in arrays.values()) > _may_unpack_to(packed.tell()):
+        packed = io.BytesIO()
+        np.savez(packed, **arrays)  # `read_arrays` would refuse the compressed file
     with atomic_write(path) as file:
         file.write(packed.getbuffer())
 
@@ -85,16 +93,51 @@ def save_png(path: Path, image: NDArray[np.uint8]) -> None:
         Image.fromarray(image).save(file, format="png")
 
 
+def open_entry(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """The entry `name` of a zip file, to be read; what is read bounds the memory it takes.
+
+    Raises:
+        KeyError: there is no such entry.
+        ValueError: it is neither stored nor deflated. Python unpacks bzip2 and LZMA without a
+            bound, however few bytes are asked for.
+    """
+    method = archive.getinfo(name).compress_type
+    if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        method = zipfile.compressor_names.get(method, f"method {method}")
+        raise ValueError(f"its entry {name} is compressed by {method}; only deflate is read")
+    return archive.open(name)
+
+
+def read_entry_array(archive: zipfile.ZipFile, name: str) -> NDArray:
+    """The array `name` of an open .npz file; ValueError or KeyError where it is none."""
+    try:
+        with open_entry(archive, f"{name}.npy") as file:
+            # numpy asks for as much as a header claims, and zipfile unpacks what it is asked for
+            pieces = SimpleNamespace(read=lambda size: file.read(min(size, 2**20)))
+            return np.lib.format.read_array(pieces, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _may_unpack_to(size: int) -> int:
+    """Bytes that an .npz file of `size` bytes may hold: untrusted files claim anything."""
+    return max(2**26, 100 * size)
+
+
 def read_arrays(path: Path) -> dict[str, NDArray]:
     """The arrays of the .npz file at `path`.
 
     Raises:
         FileNotFoundError, PermissionError: it cannot be read.
-        ValueError: it is no such file, or damaged.
+        ValueError: it is no such file, or damaged, or unpacks to much more than its size.
     """
     try:
-        with np.load(path) as file:
-            return {name: file[name] for name in file.files}
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > _may_unpack_to(path.stat().st_size):
+                raise ValueError(f"it unpacks to {size:,} bytes")
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            return {name: read_entry_array(archive, name) for name in names}
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a damaged file fails in any way
@@ -103,26 +146,50 @@ def read_arrays(path: Path) -> dict[str, NDArray]:
         ) from error
 
 
-def read_arrays_if_whole(path: Path) -> dict:
-    """The arrays at `path`; none where it does not exist, or is damaged, of which the log tells."""
+# {name: (kinds of its dtype, as numpy calls them, and its shape)}; None is any length.
+Spec = Mapping[str, tuple[str, tuple[int | None, ...]]]
+
+
+def check_arrays(path: Path, arrays: dict, spec: Spec, finite: bool = True) -> dict:
+    """Those of `arrays`, from `path`, that `spec` names.
+
+    Raises:
+        ValueError: one is missing, has another kind of dtype or shape, or, where they have to be
+            `finite`, holds NaN or a magnitude of `LARGEST` or more.
+    """
+    for name, (kinds, shape) in spec.items():
+        if name not in arrays:
+            raise ValueError(f"{path} has no {name}")
+        array = arrays[name]
+        lengths = zip(array.shape, shape, strict=False)
+        alike = array.ndim == len(shape) and all(n in (m, None) for m, n in lengths)
+        if array.dtype.kind not in kinds or not alike:
+            expected = f"{' or '.join(KINDS[kind] for kind in kinds)} {shape}".replace("None", "n")
+            raise ValueError(f"{path}: {name} is {array.dtype} {array.shape}, not {expected}")
+        measured = finite and array.size and array.dtype.kind == "f"
+        if measured and not -LARGEST < array.min() <= array.max() < LARGEST:
+            raise ValueError(f"{path}: {name} holds numbers that are not finite or too large")
+    return {name: arrays[name] for name in spec}
+
+
+def cached(path: Path, origin: dict, compute: Callable[[], dict], spec: Spec) -> dict:
+    """The arrays that `compute` gives, which `spec` describes, and the `seconds` that it took.
+
+    They are read from `path` where they are there, of this `origin`, and fit `spec`.
+    """
+    words = json.dumps(origin, sort_keys=True, default=str)
     try:
-        return read_arrays(path)
+        found = read_arrays(path)
+        if str(found.get("origin")) == words:
+            return check_arrays(path, found, {**spec, "seconds": ("f", ())})
     except FileNotFoundError:
-        return {}
+        pass
     except ValueError as error:
         log.warning(f"{error}; it is not used")
-        return {}
-
-
-def cached(path: Path, origin: dict, compute: Callable[[], dict]) -> dict:
-    """The arrays that `compute` gives, from `path` where they are there and of this `origin`."""
-    words = json.dumps(origin, sort_keys=True, default=str)
-    found = read_arrays_if_whole(path)
-    if str(found.get("origin")) != words:
-        start = time.perf_counter()
-        found = compute()
-        found |= {"seconds": time.perf_counter() - start, "origin": words}
-        save_npz(path, **found)
+    start = time.perf_counter()
+    found = compute()
+    found |= {"seconds": time.perf_counter() - start, "origin": words}
+    save_npz(path, **found)
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sources import Unreadable
+from sources.base import Unreadable
 
 
 def encoded(pixels: np.ndarray, format: str = "PNG", **options) -> bytes:

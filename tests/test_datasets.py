@@ -112,7 +112,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"is \(1, 8, 8\).*say \(1, 16, 16\)"):
         datasets.get_dataset(config, "train")
     config.data.dataset = "digit"
-    with pytest.raises(ValueError, match=r"data\.dataset='digit'; known: digits"):
+    with pytest.raises(ValueError, match="data.dataset must be one of 'digits', .*, not 'digit'"):
         datasets.get_dataset(config, "train")
 
 

@@ -405,7 +405,7 @@ def test_without_tensorflow_the_way_is_named(monkeypatch):
 @pytest.mark.parametrize(
     "features, make, pattern",
     [
-        ("pixel", None, "eval.features='pixel'; known: .*pixels"),
+        ("pixel", None, "eval.features must be one of .*'pixels', not 'pixel'"),
         ("inception", "folder", "no SavedModel: no saved_model.pb"),
         ("torchscript", None, "needs a file: eval.inception_path=''"),
         ("torchscript", "text", "is not a TorchScript module"),

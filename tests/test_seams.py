@@ -252,5 +252,5 @@ def test_what_is_not_registered_is_one_line(drill):
     with pytest.raises(ValueError, match="model.name.*'dit'"):
         models.create_model(config)
     config.data.dataset = "stripes"
-    with pytest.raises(ValueError, match="unknown data set data.dataset='stripes'"):
+    with pytest.raises(ValueError, match="data.dataset must be one of .*, not 'stripes'"):
         datasets.get_dataset(config, "train")

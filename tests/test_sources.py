@@ -25,8 +25,8 @@ from PIL import Image
 
 import datasets
 from configs.poisson import digits_ddpmpp
-from sources import Unreadable, folder, stylegan, tfrecords
-from sources.base import held_out
+from sources import folder, stylegan, tfrecords
+from sources.base import Unreadable, held_out
 from sources.images import (
     cropped_then_resized,
     decode_image,
@@ -333,7 +333,7 @@ def test_links_to_folders_are_not_followed(tmp_path):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ValueError, match="not a file"):
-        folder.read_file(tmp_path, "pipe.png")
+        folder.open_below(tmp_path, "pipe.png")
 
 
 def test_entries_are_bounded_and_never_extracted(tmp_path, monkeypatch):
@@ -349,6 +349,29 @@ def test_entries_are_bounded_and_never_extracted(tmp_path, monkeypatch):
     with pytest.raises(Unreadable, match=r"x\.zip/bomb\.png: larger than"):
         source[1]
     assert [path.name for path in tmp_path.rglob("*")] == ["x.zip"]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_entries_that_unpack_without_bounds_are_named(tmp_path, method):
+    """A kilobyte of bzip2 holds 2 GB, and Python unpacks all of it to give the first byte."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr("good.png", encoded(pictures(1)[0]))
+        file.writestr("other.png", encoded(pictures(1)[0]), compress_type=method)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file, file.open("a.npy", "w") as entry:
+        np.save(entry, pictures(2))
+    with zipfile.ZipFile(tmp_path / "y.npz", "w", method) as file, file.open("a.npy", "w") as entry:
+        np.save(entry, pictures(2))
+    source = folder.open_folder(config_of("folder", path=str(tmp_path / "x.zip")).data, "train")
+    source = source.source
+    assert (source[0] == pictures(1)[0]).all()
+    name = zipfile.compressor_names[method]
+    with pytest.raises(
+        Unreadable, match=rf"x\.zip/other\.png: .*compressed by {name}; only deflate"
+    ):
+        source[1]
+    assert len(folder.open_folder(config_of("folder", path=str(tmp_path / "x.npz")).data, "train"))
+    with pytest.raises(ValueError, match=rf"y\.npz cannot be read: .*compressed by {name}"):
+        folder.open_folder(config_of("folder", path=str(tmp_path / "y.npz")).data, "train")
 
 
 def test_sources_travel_to_other_processes(tmp_path):
@@ -371,8 +394,11 @@ def mistakes_of_folders(tmp):
     np.save(tmp / "none.npy", np.zeros((0, 8, 8, 3), np.uint8))
     np.savez(tmp / "two.npz", a=pictures(2), b=pictures(2))
     np.savez_compressed(tmp / "bomb.npz", np.zeros((100, 8, 8, 3), np.uint8))
+    with zipfile.ZipFile(tmp / "bytes.npz", "w") as file:
+        file.writestr("images.npy", b"no array")
     return {
         "": "needs data.path",
+        "bytes.npz": "bytes.npz cannot be read: images: the magic string is not correct",
         "nowhere": "data.path=.*nowhere does not exist",
         "empty": "empty holds no images",
         "text.zip": "text.zip is no folder, .npy, .npz or zip file",
@@ -466,8 +492,8 @@ def test_absent_records_are_explained():
 def test_features_are_found_by_name():
     features = tfrecords.parse_example(example(a=b"x", b=[300, 0], c=b""))
     assert features.keys() == {"a", "b", "c"}
-    assert tfrecords.int_feature(features["b"]) == [300, 0]
-    assert bytes(tfrecords.bytes_feature(features["a"])) == b"x"
+    assert features["b"] == [300, 0]
+    assert features["a"] == [b"x"]
 
 
 # --- tensorflow_datasets --------------------------------------------------------------------------
