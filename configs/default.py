@@ -30,7 +30,7 @@ def get_default_config() -> ConfigDict:
     data.num_workers = -1  # processes that decode larger data; -1: as many as processors, up to 8
 
     config.training = training = ConfigDict()
-    training.sde = ""  # the method: "poisson", "vesde", "vpsde", "subvpsde"
+    training.sde = ""  # the method: "poisson", "pfgmpp", "edm", "vesde", "vpsde", "subvpsde"
     training.batch_size = 128  # images of a step, >= 1; they are the reference batch
     training.small_batch_size = 0  # examples of a step, out of the batch; 0: all of the batch
     training.n_iters = 1300001  # steps, >= 1
@@ -48,6 +48,7 @@ def get_default_config() -> ConfigDict:
     training.reduce_mean = False  # mean over the entries of an image in the loss, not half the sum
     training.continuous = True  # SDEs: noise levels are continuous; False: SMLD and DDPM
     training.likelihood_weighting = False  # SDEs: weigh the loss by g(t)^2
+    training.target = "image"  # PFGM++ and EDM: or "posterior_mean", over the reference batch
     training.gamma = 5.0  # Poisson: added to the field's norm before it divides
     training.tau = 0.03  # Poisson: perturbed points lie about sigma_end * (1 + tau)^m away, m <= M
     training.M = config_dict.placeholder(int)  # Poisson, >= 1; None: measured from the data
@@ -95,6 +96,10 @@ def get_default_config() -> ConfigDict:
     model.sigma_max = 50.0
     model.beta_min = 0.1  # VP and sub-VP SDE, 0 < beta_min <= beta_max
     model.beta_max = 20.0
+    model.D = 2048.0  # PFGM++: augmenting dimensions, > 0; "inf" is EDM
+    model.sigma_data = 0.5  # PFGM++ and EDM: standard deviation of the scaled images, > 0
+    model.P_mean = -1.2  # PFGM++ and EDM: mean of ln sigma in training
+    model.P_std = 1.2  # its standard deviation, > 0
     model.sigma_end = 0.01  # Poisson: perturbation of points next to the data
 
     config.sampling = sampling = ConfigDict()
@@ -114,6 +119,8 @@ def get_default_config() -> ConfigDict:
     sampling.probability_flow = False  # the predictor follows the ODE instead of the SDE
     sampling.n_steps_each = 1  # corrector steps per noise level
     sampling.snr = 0.16  # signal-to-noise ratio of the corrector
+    sampling.sigma_min = 0.002  # PFGM++ and EDM: last noise level before 0, and the first
+    sampling.sigma_max = 80.0
     sampling.z_max = config_dict.placeholder(float)  # Poisson: the prior's plane, where the ODE
     # starts; None: measured from the data
     sampling.z_min = 1e-3  # Poisson: where it ends, 0 < z_min < z_max

@@ -195,7 +195,7 @@ def test_field_does_not_depend_on_the_chunks(monkeypatch):
     points = torch.randn(9, 7, generator=generator)
     truth = broadcast_field(points, charges, 5.0)
     for chunk in (1, 7, 50, 51):
-        monkeypatch.setattr(field_module, "FIELD_CHUNK", chunk)
+        monkeypatch.setattr(field_module, "DATA_CHUNK", chunk)
         assert relative_error(poisson_field(points, charges, 5.0), truth) < 1e-6
 
 
