@@ -16,14 +16,17 @@ def inverse_root_gamma(
     """1 / sqrt(g) for n draws of g ~ Gamma(D/2, rate D/2), float64 (n,); ones for D = inf.
 
     It is the factor by which a Student t is wider than a Gaussian. Nothing is clipped: at small D
-    one of 1 / p draws exceeds about p^(-1/D). For D = 0.5 that is beyond 1e19, whose square is no
-    float32, for one of 3e9 draws.
+    a share p of the draws exceeds about p^(-1/D). Since uniform numbers are multiples of 2^-53,
+    D = 0.5 stays below 1e32, a float32; its square is none beyond 1e19, one of some 1e9 draws.
     """
     if math.isinf(D):
         return torch.ones(n, dtype=torch.float64, device=device)
     shape = torch.full((n,), D / 2, dtype=torch.float64, device=device)
-    # what torch.distributions.Gamma draws with, which takes no generator itself
-    return (torch._standard_gamma(shape, generator=generator) / shape).rsqrt()
+    # What torch.distributions.Gamma draws with, which takes no generator itself. On CUDA its tail
+    # at 0 is that of float32 numbers, so that tail comes from Gamma(a) = Gamma(a + 1) U^(1/a).
+    g = torch._standard_gamma(shape + 1, generator=generator)
+    uniform = 1 - torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+    return (g * uniform ** (1 / shape) / shape).rsqrt()
 
 
 def log_density(x: Tensor, sigma: float, D: float) -> Tensor:
