@@ -23,7 +23,7 @@ PUBLISHED = json.loads((ROOT / "tests/golden/configs.json").read_text())
 # What the misspelling of a published key undid: of training.continuous, as training.continuouse.
 DEFECTS = {"ve/ncsnv2/bedroom.py": {"training.continuous": False}}
 
-DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("poisson", "subvp", "vp")]
+DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("edm", "pfgmpp", "poisson", "subvp", "vp")]
 DIGITS += ["poisson/digits_ncsnpp.py", "ve/digits_ncsnpp.py"]
 IMAGES = [f"{name}/images{size}_ddpmpp.py" for name in ("poisson", "vp") for size in (32, 64)]
 EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES]
@@ -87,7 +87,7 @@ def test_every_key_is_explained():
     assert set(names) <= {"model.fir_kernel", "model.beta_max", "evaluate.num_samples"}
 
 
-@pytest.mark.parametrize("sde", ["poisson", "vesde", "vpsde", "subvpsde"])
+@pytest.mark.parametrize("sde", ["poisson", "pfgmpp", "edm", "vesde", "vpsde", "subvpsde"])
 @pytest.mark.parametrize("path", DIGITS)
 def test_any_method_by_one_override(path, sde):
     config = load(path)
@@ -97,6 +97,10 @@ def test_any_method_by_one_override(path, sde):
         with pytest.raises(ValueError, match="set model.scale_by_sigma=False"):
             methods.get_method(config)
         config.model.scale_by_sigma = False
+    if config.model.embedding_type == "fourier" and sde in ("pfgmpp", "edm"):
+        with pytest.raises(ValueError, match="set model.embedding_type='positional'"):
+            methods.get_method(config)
+        config.model.embedding_type = "positional"
     models.create_model(config)
     sampling.get_sampling_fn(config, methods.get_method(config))
 

@@ -10,6 +10,7 @@ import execution
 import losses
 import methods
 import training
+from configs.pfgmpp import digits_ddpmpp as pfgmpp_digits
 from configs.poisson import cifar10_ddpmpp, digits_ddpmpp
 from configs.ve import digits_ncsnpp as ve_digits
 from configs.vp import digits_ddpmpp as vp_digits
@@ -181,12 +182,13 @@ def test_unknown_optimizer_names_the_known():
         training.TrainState(config, Line())
 
 
-@pytest.mark.parametrize("experiment", [digits_ddpmpp, vp_digits, ve_digits])
+@pytest.mark.parametrize("experiment", [digits_ddpmpp, pfgmpp_digits, vp_digits, ve_digits])
 @pytest.mark.parametrize("turns", [2, 3])
 def test_accumulated_gradient_is_that_of_the_whole_batch(experiment, turns):
     config = experiment.get_config()
     config.model.nf = 8
     config.training.batch_size = 24
+    config.training.target = "posterior_mean"
     if config.training.small_batch_size:
         config.training.small_batch_size = 12
     torch.manual_seed(0)
@@ -254,7 +256,7 @@ def test_only_a_reference_batch_is_larger_than_the_examples():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("experiment", [digits_ddpmpp, vp_digits, ve_digits])
+@pytest.mark.parametrize("experiment", [digits_ddpmpp, pfgmpp_digits, vp_digits, ve_digits])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("turns", [1, 2])
 def test_a_step_never_waits_for_the_gpu(experiment, precision, turns):
