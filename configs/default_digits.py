@@ -43,5 +43,7 @@ def get_default_config(*parts: dict) -> ConfigDict:
     config.sampling.z_max = 17.9
     config.sampling.upper_norm = 179.0
     config.model.sigma_max = 5.0  # the largest distance of two digits (arXiv 2006.09011)
+    config.model.sigma_data = 0.75  # standard deviation of the scaled images' entries
+    config.model.P_mean = -0.8  # larger than published by the log of 0.75 / 0.5
     default.share_of_steps(config, snapshots=4)
     return default.updated(config, parts)

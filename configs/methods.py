@@ -27,7 +27,8 @@ POISSON = {
     },
 }
 
-# PFGM++ (Xu et al., ICML 2023), sampled in 18 steps of Heun's method: 35 evaluations.
+# PFGM++ (Xu et al., ICML 2023), sampled in 18 steps of Heun's method: 35 evaluations. sigma_data and
+# P_mean belong to the data.
 PFGMPP = {
     "data": {"centered": True},
     "training": {
@@ -36,14 +37,7 @@ PFGMPP = {
         "reduce_mean": False,
         "target": "image",
     },
-    "optim": {"grad_clip": -1.0},
-    "model": {
-        "D": 2048.0,
-        "sigma_data": 0.5,
-        "P_mean": -1.2,
-        "P_std": 1.2,
-        "scale_by_sigma": False,
-    },
+    "model": {"D": 2048.0, "P_std": 1.2, "scale_by_sigma": False},
     "sampling": {
         "method": "ode",
         "ode_solver": "heun",
