@@ -27,8 +27,8 @@ POISSON = {
     },
 }
 
-# PFGM++ (Xu et al., ICML 2023), sampled in 18 steps of Heun's method: 35 evaluations. sigma_data and
-# P_mean belong to the data.
+# PFGM++ (Xu et al., ICML 2023), sampled in 18 steps of Heun's method: 35 evaluations.
+# sigma_data and P_mean belong to the data.
 PFGMPP = {
     "data": {"centered": True},
     "training": {
