@@ -23,6 +23,7 @@ def get_default_config() -> ConfigDict:
     data.data_dir = ""  # where the other data lie; "" for the default folder of the data set
     data.image_size = 32  # height and width, >= 1; larger images are resized
     data.num_channels = 3  # 1 or 3; 0: as the data have
+    data.num_classes = 0  # class labels the network is given, numbered from 0; 0: none
     data.centered = True  # the network sees [-1, 1], else [0, 1]
     data.random_flip = True  # half of the training images are mirrored
     data.uniform_dequantization = False  # noise of one grey level is added
@@ -66,21 +67,23 @@ def get_default_config() -> ConfigDict:
     optim.grad_clip = 1.0  # largest global norm of the gradient; negative: no clipping
 
     config.model = model = ConfigDict()
-    model.name = ""  # "ncsnpp", "ddpm", "ncsn", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"
+    model.name = ""  # "ncsnpp", "ddpm", "edm_unet", "adm", "ncsn", "ncsnv2_64", "ncsnv2_128",
+    # "ncsnv2_256"
     model.ema_rate = 0.9999  # decay of the EMA weights per step, 0 to 1
     model.checkpoint_activations = False  # less memory, a third more time; for 256 px and more
     model.nf = 128  # channels at the highest resolution
     model.nonlinearity = "swish"  # or "elu", "relu", "lrelu"
     model.scale_by_sigma = False  # VE SDE: divide the output by the noise level
     model.num_scales = 1000  # noise levels, or time steps of an SDE's discretisation; >= 2
-    # Of "ncsnpp" and "ddpm":
+    # Of "ncsnpp", "ddpm", "edm_unet" and "adm":
     model.ch_mult = (1, 2, 2, 2)  # channels of each level, in units of nf; a level halves the image
     model.num_res_blocks = 4  # per level
     model.attn_resolutions = (16,)  # attention where the image is this wide
     model.resamp_with_conv = True  # a convolution before or after resampling
     model.conditional = True  # the network sees its noise level or time
     model.dropout = 0.1  # 0 to 1
-    # Of "ncsnpp":
+    model.augment_dim = 0  # entries of the augmentation labels the network is given; 0: none
+    # Of "ncsnpp" and "edm_unet":
     model.embedding_type = "fourier"  # of the noise level or time: "fourier", "positional"
     model.fourier_scale = 16.0  # standard deviation of the "fourier" embedding's frequencies
     model.resblock_type = "biggan"  # or "ddpm"

@@ -50,6 +50,34 @@ DDPMPP = {
     }
 }
 
+# DDPM++ and NCSN++ as EDM has them (Karras et al., NeurIPS 2022), for CIFAR-10. Published weights
+# need model.augment_dim = 9, and for FFHQ at 64 x 64 ch_mult (1, 2, 2, 2) and dropout 0.05.
+EDM_DDPMPP = {
+    "model": {**DDPMPP["model"], "name": "edm_unet", "ch_mult": (2, 2, 2), "dropout": 0.13}
+}
+EDM_NCSNPP = {
+    "model": {
+        **EDM_DDPMPP["model"],
+        "embedding_type": "fourier",
+        "fir": True,
+        "progressive_input": "residual",
+    }
+}
+
+# ADM (Dhariwal and Nichol, NeurIPS 2021) as EDM has it for ImageNet at 64 x 64, whose published
+# weights need data.num_classes = 1000.
+ADM = {
+    "model": {
+        "name": "adm",
+        "nonlinearity": "swish",
+        "nf": 192,
+        "ch_mult": (1, 2, 3, 4),
+        "num_res_blocks": 3,
+        "attn_resolutions": (32, 16, 8),
+        "dropout": 0.1,
+    }
+}
+
 # The network of DDPM (Ho et al., NeurIPS 2020).
 DDPM = {"model": {**_UNET, "name": "ddpm", "num_res_blocks": 2}}
 DDPM_LARGE = {"model": {**DDPM["model"], "ch_mult": (1, 1, 2, 2, 4, 4)}}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from methods import method_class
 from models.ddpm import create_ddpm
+from models.edm import ADM, EDMUNet
 from models.layers import one_of
 from models.ncsn import RefineNet
 from models.ncsnpp import NCSNpp
@@ -19,6 +20,8 @@ __all__ = ["NETWORKS", "create_model", "load_reference_state_dict", "reference_n
 NETWORKS: dict[str, Callable[[ConfigDict, int], nn.Module]] = {
     "ncsnpp": NCSNpp.from_config,
     "ddpm": create_ddpm,
+    "edm_unet": EDMUNet.from_config,
+    "adm": ADM.from_config,
     "ncsn": partial(RefineNet.from_config, layout="64", conditional=True),
     "ncsnv2_64": partial(RefineNet.from_config, layout="64"),
     "ncsnv2_128": partial(RefineNet.from_config, layout="128"),
@@ -30,8 +33,10 @@ def create_model(config: ConfigDict) -> nn.Module:
     """The network of `config.model.name`, on the CPU, its weights drawn from the global generator.
 
     Call it as `model(x, noise_label)`, with `x` (B, C, H, W) as the data scaler leaves it and
-    `noise_label` (B,). It returns a tensor of the shape of `x`; where the method needs a channel
-    more, the pair of that tensor and the channel's spatial mean (B,), which is the Poisson field.
+    `noise_label` (B,). Where the config has `data.num_classes` or `model.augment_dim`, it also
+    takes `class_labels` (B,), int64, or `augment_labels` (B, augment_dim); -1, 0 or None for none.
+    It returns a tensor of the shape of `x`; where the method needs a channel more, the pair of that
+    tensor and the channel's spatial mean (B,), which is the Poisson field.
 
     Raises:
         ValueError: an option has an unknown value, two options do not go together, or the levels

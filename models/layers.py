@@ -6,7 +6,7 @@ Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,15 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from op import upfirdn2d
 
-Activation = Callable[[Tensor], Tensor]
 Taps = Sequence[float] | None  # of a resampling filter
+Norm = Callable[[int], nn.Module]  # made for a number of channels
 
-ACTIVATIONS: dict[str, Activation] = {
-    "elu": F.elu,
-    "lrelu": partial(F.leaky_relu, negative_slope=0.2),
-    "relu": F.relu,
-    "swish": F.silu,
-}
+ACTIVATIONS = {"elu": nn.ELU(), "lrelu": nn.LeakyReLU(0.2), "relu": nn.ReLU(), "swish": nn.SiLU()}
 
 
 def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
@@ -68,10 +63,11 @@ def scaled_init(weight: Tensor, scale: float = 1.0) -> None:
     nn.init.xavier_uniform_(weight, gain=math.sqrt(max(scale, 1e-10)))
 
 
-def dense(in_features: int, out_features: int) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features)
+def dense(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features, bias)
     scaled_init(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -85,11 +81,11 @@ def conv(
     return layer
 
 
-def group_norm(channels: int, *, group_width: int = 4) -> nn.GroupNorm:
+def group_norm(channels: int, *, group_width: int = 4, eps: float = 1e-6) -> nn.GroupNorm:
     """At most 32 groups of at least `group_width` channels, as many as divide `channels`."""
     most = max(1, min(channels // group_width, 32))
     groups = next(n for n in range(most, 0, -1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def residual_sum(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
@@ -114,34 +110,60 @@ def recomputed(forward: Callable) -> Callable:
     return forward_or_checkpoint
 
 
-class FourierFeatures(nn.Module):
-    """Noise levels (B,), positive, to random Fourier features (B, 2 * size) of their logarithm."""
+def refuse(**conditions: Tensor | None) -> None:
+    """Raises a ValueError where one of the conditions is given, which the network does not take."""
+    keys = {"class_labels": "data.num_classes", "augment_labels": "model.augment_dim"}
+    for name, value in conditions.items():
+        if value is not None:
+            raise ValueError(
+                f"the network takes no {name}: give None, or make it with {keys[name]}"
+            )
 
-    def __init__(self, size: int, scale: float):
+
+def one_hot(class_labels: Tensor | None, num_classes: int, rows: Tensor) -> Tensor:
+    """Labels (B,), int64, to one-hot vectors (B, num_classes) of the dtype and device of `rows`.
+
+    They are 0 for the label -1, and for all B rows where `class_labels` is None.
+    """
+    if class_labels is None:
+        return rows.new_zeros(len(rows), num_classes)
+    return F.one_hot(class_labels + 1, num_classes + 1)[:, 1:].to(rows)
+
+
+class FourierFeatures(nn.Module):
+    """Noise labels (B,) to random Fourier features (B, 2 * size) of them or, with `log`, for which
+    they must be positive, of their logarithm."""
+
+    def __init__(self, size: int, scale: float, *, log: bool = True):
         super().__init__()
         self.W = nn.Parameter(torch.randn(size) * scale, requires_grad=False)
+        self.log = log
 
     def forward(self, noise_label: Tensor) -> Tensor:
-        angles = 2 * math.pi * torch.outer(noise_label.log(), self.W)
+        angles = 2 * math.pi * torch.outer(noise_label.log() if self.log else noise_label, self.W)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class PositionalFeatures(nn.Module):
     """Labels (B,), of any scale up to 10^4, to sines and cosines (B, size): transformer positions.
 
-    Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.5.
+    Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.5. The smallest
+    frequency is 10^-4 or, with `endpoint=False`, the one before it of a series that is longer by
+    one; then cosines come first (both as in ADM).
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, *, endpoint: bool = True):
         super().__init__()
-        self.size = size
+        self.size, self.endpoint = size, endpoint
 
     def forward(self, noise_label: Tensor) -> Tensor:
         dtype = torch.promote_types(noise_label.dtype, torch.float32)  # half is too coarse
         label = noise_label.to(dtype)
-        frequencies = torch.logspace(0, -4, self.size // 2, dtype=dtype, device=label.device)
-        angles = torch.outer(label, frequencies)
-        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.size % 2))
+        n = self.size // 2
+        last = -4 if self.endpoint else -4 + 4 / n
+        angles = torch.outer(label, torch.logspace(0, last, n, dtype=dtype, device=label.device))
+        waves = (angles.sin(), angles.cos()) if self.endpoint else (angles.cos(), angles.sin())
+        return F.pad(torch.cat(waves, dim=1), (0, self.size % 2))
 
 
 class _Filter(nn.Module):
@@ -182,61 +204,42 @@ class Halve(_Filter):
         return upfirdn2d(x, self.kernel, down=2, pad=((n - 1) // 2, n // 2 - 1))
 
 
-class _Resampling(nn.Module):
-    """From one resolution to another, with a 3x3 convolution where `with_conv`.
+class Resampling(nn.Module):
+    """(B, in, H, W) to (B, out, 2H, 2W) or (B, out, H/2, W/2); a 3x3 convolution if `with_conv`.
 
     Called like a residual block; the embedding is not used.
     """
-
-    filter: type[_Filter]
-    conv_options: dict = {}
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         *,
+        up: bool,
         with_conv: bool = True,
         fir_kernel: Taps = None,
     ):
         super().__init__()
-        self.resample = self.filter(fir_kernel)
-        layer = conv(in_channels, out_channels, **self.conv_options) if with_conv else None
+        self.resample = (Double if up else Halve)(fir_kernel)
+        options = {} if up else {"stride": 2, "padding": 0}
+        layer = conv(in_channels, out_channels, **options) if with_conv else None
         self.conv, self.fir_conv = (layer, None) if fir_kernel is None else (None, layer)
-
-
-class Upsample(_Resampling):
-    """(B, in, H, W) to (B, out, 2H, 2W)."""
-
-    filter = Double
-
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        if self.fir_conv is not None:
-            # Zeros between the pixels and the 3x3 convolution are one transposed convolution; the
-            # filter comes last, so that the border is padded once (Karras et al., StyleGAN2).
-            weight = self.fir_conv.weight.transpose(0, 1).flip(2, 3)
-            h = F.conv_transpose2d(x, weight, stride=2)
-            n = len(self.resample.kernel)
-            h = upfirdn2d(h, self.resample.kernel, pad=((n - 1) // 2, n // 2 - 1))
-            return h + self.fir_conv.bias[:, None, None]
-        h = self.resample(x)
-        return h if self.conv is None else self.conv(h)
-
-
-class Downsample(_Resampling):
-    """(B, in, H, W) to (B, out, H/2, W/2)."""
-
-    filter = Halve
-    conv_options = {"stride": 2, "padding": 0}
+        self.up = up
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         if self.conv is not None:
-            return self.conv(F.pad(x, (0, 1, 0, 1)))
-        if self.fir_conv is not None:
-            n = len(self.resample.kernel)
-            h = upfirdn2d(x, self.resample.kernel, pad=((n + 1) // 2, n // 2))
-            return self.fir_conv(h)
-        return self.resample(x)
+            return self.conv(self.resample(x) if self.up else F.pad(x, (0, 1, 0, 1)))
+        if self.fir_conv is None:
+            return self.resample(x)
+        n = len(self.resample.kernel)
+        if not self.up:
+            return self.fir_conv(upfirdn2d(x, self.resample.kernel, pad=((n + 1) // 2, n // 2)))
+        # Zeros between the pixels and the 3x3 convolution are one transposed convolution; the
+        # filter comes last, so that the border is padded once (Karras et al., StyleGAN2).
+        weight = self.fir_conv.weight.transpose(0, 1).flip(2, 3)
+        h = F.conv_transpose2d(x, weight, stride=2)
+        h = upfirdn2d(h, self.resample.kernel, pad=((n - 1) // 2, n // 2 - 1))
+        return h + self.fir_conv.bias[:, None, None]
 
 
 class NIN(nn.Module):
@@ -265,11 +268,11 @@ class Attention(nn.Module):
         *,
         init_scale: float,
         skip_rescale: bool,
-        group_width: int = 4,
+        norm: Norm = group_norm,
         checkpoint_activations: bool = False,
     ):
         super().__init__()
-        self.norm = group_norm(channels, group_width=group_width)
+        self.norm = norm(channels)
         self.query = NIN(channels, channels)
         self.key = NIN(channels, channels)
         self.value = NIN(channels, channels)
@@ -285,10 +288,43 @@ class Attention(nn.Module):
         return residual_sum(x, h, self.skip_rescale)
 
 
+class MultiHeadAttention(nn.Module):
+    """As `Attention`, with EDM's and ADM's weights: one convolution gives queries, keys and values.
+
+    It has `channels // head_width` heads, one where that is None; it must not be 0.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        init_scale: float,
+        skip_rescale: bool,
+        head_width: int | None = None,
+        norm: Norm = group_norm,
+        checkpoint_activations: bool = False,
+    ):
+        super().__init__()
+        self.heads = 1 if head_width is None else channels // head_width
+        self.norm = norm(channels)
+        self.qkv = conv(channels, 3 * channels, 1, init_scale=0.2)  # each part as `NIN`
+        self.proj = conv(channels, channels, 1, init_scale=init_scale)
+        self.skip_rescale, self.checkpoint_activations = skip_rescale, checkpoint_activations
+
+    @recomputed
+    def forward(self, x: Tensor) -> Tensor:
+        # A head's channels are its queries, keys and values in turn.
+        heads = self.qkv(self.norm(x)).flatten(2).unflatten(1, (self.heads, -1, 3))
+        q, k, v = heads.permute(3, 0, 1, 4, 2).contiguous()  # (B, heads, HW, C / heads) each
+        h = F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape)
+        return residual_sum(x, self.proj(h), self.skip_rescale)
+
+
 class ResBlock(nn.Module):
     """Residual block (B, in, H, W) to (B, out, H, W), or to twice or half the resolution.
 
-    `emb` (B, emb_channels), the activated noise embedding, is added between the convolutions.
+    `emb` (B, emb_channels), the activated noise embedding, is added between the convolutions or,
+    with `adaptive_scale`, gives a scale and a shift after the norm there (as in ADM).
     `skip`, where it is given, makes up the `in` channels together with `x`.
     Without resampling and with `nin_shortcut` it is the block of DDPM, else that of BigGAN
     (Brock et al., arXiv 1809.11096), which resamples both of its branches.
@@ -299,6 +335,7 @@ class ResBlock(nn.Module):
         resample: None, `Double(...)` or `Halve(...)`.
         skip_rescale: divide the sum by sqrt(2).
         nin_shortcut: the shortcut's 1x1 convolution is a `NIN`, else a `Conv2d`.
+        resample_conv: a shortcut that resamples has the convolution also where `in` is `out`.
         checkpoint_activations: keep only the inputs for backward, and compute the rest again.
     """
 
@@ -308,27 +345,29 @@ class ResBlock(nn.Module):
         out_channels: int,
         *,
         emb_channels: int,
-        act: Activation,
+        act: nn.Module,
         dropout: float,
         init_scale: float,
         skip_rescale: bool,
         nin_shortcut: bool = False,
         resample: nn.Module | None = None,
-        group_width: int = 4,
+        resample_conv: bool = True,
+        adaptive_scale: bool = False,
+        norm: Norm = group_norm,
         checkpoint_activations: bool = False,
     ):
         super().__init__()
-        self.norm1 = group_norm(in_channels, group_width=group_width)
+        self.norm1 = norm(in_channels)
         self.conv1 = conv(in_channels, out_channels)
-        self.dense = dense(emb_channels, out_channels)
-        self.norm2 = group_norm(out_channels, group_width=group_width)
+        self.dense = dense(emb_channels, out_channels * (2 if adaptive_scale else 1))
+        self.norm2 = norm(out_channels)
         self.conv2 = conv(out_channels, out_channels, init_scale=init_scale)
         self.conv_shortcut = self.nin_shortcut = None
         if nin_shortcut and in_channels != out_channels:
             self.nin_shortcut = NIN(in_channels, out_channels)
-        elif not nin_shortcut and (in_channels != out_channels or resample is not None):
+        elif in_channels != out_channels or (resample is not None and resample_conv):
             self.conv_shortcut = conv(in_channels, out_channels, 1)
-        self.resample = resample
+        self.resample, self.adaptive_scale = resample, adaptive_scale
         self.act, self.dropout, self.skip_rescale = act, dropout, skip_rescale
         self.checkpoint_activations = checkpoint_activations
 
@@ -340,10 +379,13 @@ class ResBlock(nn.Module):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv1(h)
-        if emb is not None:
-            h = h.add_(self.dense(emb)[:, :, None, None])
-        h = F.dropout(self.act(self.norm2(h)), self.dropout, self.training)
-        h = self.conv2(h)
+        shift = None if emb is None else self.dense(emb)[:, :, None, None]
+        if self.adaptive_scale:
+            scale, shift = shift.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), scale + 1)
+        else:
+            h = self.norm2(h if shift is None else h.add_(shift))
+        h = self.conv2(F.dropout(self.act(h), self.dropout, self.training))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         elif self.nin_shortcut is not None:

@@ -7,6 +7,7 @@ Sources: Song and Ermon, "Generative Modeling by Estimating Gradients of the Dat
 The modules have the names and the order of the published weights.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Self
@@ -15,14 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import (
-    ACTIVATIONS,
-    Activation,
-    check_size,
-    check_whole,
-    geometric_sigmas,
-    one_of,
-)
+from models.layers import ACTIVATIONS, check_size, check_whole, geometric_sigmas, one_of, refuse
 
 Norm = Callable[[int], nn.Module]
 
@@ -95,15 +89,19 @@ class InstanceNormPlus(nn.Module):
         return torch.addcmul(shift[..., None, None], scale[..., None, None], F.instance_norm(x))
 
 
-class ConvMeanPool(nn.Module):
-    """A convolution, then the mean of 2x2 pixels."""
+class NoNorm(nn.Module):
+    """Stands where NCSNv2 has no norm."""
 
-    def __init__(self, in_channels: int, out_channels: int, size: int):
+    def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, size, padding=size // 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.conv(x), 2)
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return x
+
+
+def conv_mean_pool(in_channels: int, out_channels: int, size: int) -> nn.Sequential:
+    layer = nn.Conv2d(in_channels, out_channels, size, padding=size // 2)
+    return nn.Sequential(OrderedDict(conv=layer, pool=nn.AvgPool2d(2)))
 
 
 class ResidualBlock(nn.Module):
@@ -118,7 +116,7 @@ class ResidualBlock(nn.Module):
         out_channels: int,
         *,
         norm: Norm,
-        act: Activation,
+        act: nn.Module,
         dilation: int,
         down: bool = False,
     ):
@@ -128,8 +126,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, middle, dilation=dilation)
         self.normalize2 = norm(middle)
         if pool:
-            self.conv2 = ConvMeanPool(middle, out_channels, 3)
-            self.shortcut = ConvMeanPool(in_channels, out_channels, 1)
+            self.conv2 = conv_mean_pool(middle, out_channels, 3)
+            self.shortcut = conv_mean_pool(in_channels, out_channels, 1)
         else:
             self.conv2 = conv3x3(middle, out_channels, dilation=dilation)
             self.shortcut = conv3x3(in_channels, out_channels, dilation=dilation) if down else None
@@ -143,25 +141,23 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualUnits(nn.ModuleDict):
-    """Residual units of two layers, each a norm (where there is one), activation, convolution.
+    """Residual units of two layers, each a norm, activation, convolution.
 
     Entry `i_j_conv` is layer j of unit i.
     """
 
-    def __init__(self, channels: int, *, units: int, norm: Norm | None, act: Activation):
+    def __init__(self, channels: int, *, units: int, norm: Norm, act: nn.Module):
         super().__init__()
-        self.units, self.normed, self.act = range(1, units + 1), norm is not None, act
+        self.units, self.act = range(1, units + 1), act
         for layer in (f"{i}_{j}" for i in self.units for j in (1, 2)):
-            if self.normed:
-                self[f"{layer}_norm"] = norm(channels)
+            self[f"{layer}_norm"] = norm(channels)
             self[f"{layer}_conv"] = conv3x3(channels, channels, bias=False)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         for i in self.units:
             h = x
             for layer in (f"{i}_1", f"{i}_2"):
-                h = self[f"{layer}_norm"](h, labels) if self.normed else h
-                h = self[f"{layer}_conv"](self.act(h))
+                h = self[f"{layer}_conv"](self.act(self[f"{layer}_norm"](h, labels)))
             x = h.add_(x)
         return x
 
@@ -169,39 +165,36 @@ class ResidualUnits(nn.ModuleDict):
 class MultiResolutionFusion(nn.Module):
     """Features of different resolutions, each through a convolution, summed at the finest."""
 
-    def __init__(self, in_channels: list[int], out_channels: int, *, norm: Norm | None):
+    def __init__(self, in_channels: list[int], out_channels: int, *, norm: Norm):
         super().__init__()
         self.convs = nn.ModuleList(conv3x3(width, out_channels) for width in in_channels)
-        self.norms = nn.ModuleList(norm(width) for width in in_channels) if norm else None
+        self.norms = nn.ModuleList(norm(width) for width in in_channels)
 
     def forward(self, features: list[Tensor], labels: Tensor) -> Tensor:
         total, size = 0, features[0].shape[2:]
-        for i, h in enumerate(features):
-            h = self.convs[i](h if self.norms is None else self.norms[i](h, labels))
+        for h, conv, norm in zip(features, self.convs, self.norms, strict=True):
+            h = conv(norm(h, labels))
             total = total + F.interpolate(h, size=size, mode="bilinear", align_corners=True)
         return total
 
 
 class ChainedPooling(nn.Module):
-    """Sum of the features and of what two rounds of (norm,) 5x5 pooling and convolution see.
+    """Sum of the features and of what two rounds of norm, 5x5 pooling and convolution see.
 
     It pools by the mean where it norms, else by the maximum.
     """
 
-    def __init__(self, channels: int, *, norm: Norm | None, act: Activation):
+    def __init__(self, channels: int, *, norm: Norm, act: nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(conv3x3(channels, channels, bias=False) for _ in range(2))
-        self.norms = nn.ModuleList(norm(channels) for _ in range(2)) if norm else None
+        self.norms = nn.ModuleList(norm(channels) for _ in range(2))
         self.act = act
+        self.pool = (nn.MaxPool2d if norm is NoNorm else nn.AvgPool2d)(5, stride=1, padding=2)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         total = path = self.act(x)
-        for i, conv in enumerate(self.convs):
-            if self.norms is None:
-                path = F.max_pool2d(path, 5, stride=1, padding=2)
-            else:
-                path = F.avg_pool2d(self.norms[i](path, labels), 5, stride=1, padding=2)
-            path = conv(path)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            path = conv(self.pool(norm(path, labels)))
             total = total + path
         return total
 
@@ -214,8 +207,8 @@ class RefineBlock(nn.Module):
         in_channels: list[int],
         out_channels: int,
         *,
-        norm: Norm | None,
-        act: Activation,
+        norm: Norm,
+        act: nn.Module,
         output_units: int = 1,
     ):
         super().__init__()
@@ -257,26 +250,17 @@ class RefineNet(nn.Module):
         """The network that `config.model` describes; see `NETWORKS`."""
         data, model = config.data, config.model
         check_whole(model, "nf", "num_scales")
-        problem = None
-        if out_channels != data.num_channels:
-            problem = (
-                "gives the channels of the image and no more, as the Poisson field needs; use "
-                "'ncsnpp' or 'ddpm'"
-            )
-        elif config.training.continuous:
-            problem = (
-                "numbers its noise levels; it needs training.continuous = False, or use 'ncsnpp' "
-                "or 'ddpm'"
-            )
-        elif model.scale_by_sigma == conditional:
-            problem = f"has model.scale_by_sigma = {not conditional}"
-        if problem:
-            raise ValueError(f"model.name = {model.name!r} {problem}")
-        if model.checkpoint_activations:
-            raise ValueError(
-                "model.checkpoint_activations is for the networks 'ncsnpp' and 'ddpm', "
-                f"not {model.name!r}"
-            )
+        for problem, found in (
+            ("gives the channels of the image and no more", out_channels != data.num_channels),
+            ("needs training.continuous = False", config.training.continuous),
+            ("needs model.checkpoint_activations = False", model.checkpoint_activations),
+            ("takes no labels but the noise's", data.num_classes or model.augment_dim),
+            (f"has model.scale_by_sigma = {not conditional}", model.scale_by_sigma == conditional),
+        ):
+            if found:
+                raise ValueError(
+                    f"model.name = {model.name!r} {problem}; change that, or use 'ncsnpp'"
+                )
         return cls(
             layout=layout,
             image_size=data.image_size,
@@ -314,7 +298,7 @@ class RefineNet(nn.Module):
         self.end_conv = nn.Conv2d(nf, channels, 3, padding=1)
 
         self.encoder = nn.ModuleDict()
-        refine = partial(RefineBlock, norm=norm if conditional else None, act=act)
+        refine = partial(RefineBlock, norm=norm if conditional else NoNorm, act=act)
         decoder, last = {}, len(levels) - 1
         for i, level in enumerate(levels):
             finer, width = nf * levels[max(i - 1, 0)].width, nf * level.width
@@ -329,7 +313,14 @@ class RefineNet(nn.Module):
         self.decoder = nn.ModuleDict({name: decoder[name] for name in sorted(decoder)})
         self.ascent = [level.decoder for level in reversed(levels)]
 
-    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise_label: Tensor,
+        class_labels: None = None,
+        augment_labels: None = None,
+    ) -> Tensor:
+        refuse(class_labels=class_labels, augment_labels=augment_labels)
         check_size(*x.shape[2:], halvings=self.halvings)
         labels = noise_label.round().long()
         h = self.begin_conv(x if self.centered else 2 * x - 1)

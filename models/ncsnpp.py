@@ -1,6 +1,8 @@
 """NCSN++ and DDPM++: the U-Net of Song et al. (arXiv 2011.13456), appendix H, with its options."""
 
-from collections.abc import Sequence
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Self
 
@@ -9,46 +11,26 @@ from torch import Tensor, nn
 
 from models.layers import (
     ACTIVATIONS,
-    Activation,
     Attention,
     Double,
-    Downsample,
     FourierFeatures,
     Halve,
+    Norm,
     PositionalFeatures,
+    Resampling,
     ResBlock,
     Taps,
-    Upsample,
     check_size,
     check_whole,
     conv,
     dense,
     geometric_sigmas,
     group_norm,
+    one_hot,
     one_of,
+    refuse,
     residual_sum,
 )
-
-
-class Head(nn.Module):
-    """Norm, activation, 3x3 convolution: (B, in, H, W) to (B, out, H, W)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        act: Activation,
-        init_scale: float,
-        group_width: int,
-    ):
-        super().__init__()
-        self.norm = group_norm(in_channels, group_width=group_width)
-        self.conv = conv(in_channels, out_channels, init_scale=init_scale)
-        self.act = act
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.conv(self.act(self.norm(h)))
 
 
 class Stage(nn.Module):
@@ -81,7 +63,7 @@ class InputSkip(nn.Module):
 class InputResidual(nn.Module):
     """`progressive_input='residual'`: a branch from the image is summed with the features."""
 
-    def __init__(self, down: Downsample, skip_rescale: bool):
+    def __init__(self, down: Resampling, skip_rescale: bool):
         super().__init__()
         self.down, self.skip_rescale = down, skip_rescale
 
@@ -96,7 +78,7 @@ class OutputSkip(nn.Module):
     `progressive='residual'` has one at the coarsest level, where its branch begins.
     """
 
-    def __init__(self, head: Head, resample: Double):
+    def __init__(self, head: nn.Module, resample: Double):
         super().__init__()
         self.resample, self.head = resample, head
 
@@ -108,7 +90,7 @@ class OutputSkip(nn.Module):
 class OutputResidual(nn.Module):
     """`progressive='residual'`: a branch to the output is summed with the features."""
 
-    def __init__(self, up: Upsample, skip_rescale: bool):
+    def __init__(self, up: Resampling, skip_rescale: bool):
         super().__init__()
         self.up, self.skip_rescale = up, skip_rescale
 
@@ -123,7 +105,9 @@ def unet_options(config, out_channels: int) -> dict:
     check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
     as_they_are = ("nf", "num_res_blocks", "conditional", "resamp_with_conv", "dropout")
     as_they_are += ("scale_by_sigma", "checkpoint_activations")
+    as_they_are += ("augment_dim",)
     return {name: model[name] for name in as_they_are} | {
+        "num_classes": data.num_classes,
         "image_size": data.image_size,
         "channels": data.num_channels,
         "out_channels": out_channels,
@@ -144,11 +128,13 @@ class NCSNpp(nn.Module):
         nf: channels at the first level; level i has `nf * ch_mult[i]` at `image_size / 2^i`.
         num_res_blocks: residual blocks for each level of the encoder (one more in the decoder).
         attn_resolutions: image sizes at which attention follows the blocks.
-        embedding_type: of the noise label, 'fourier' (of its log) or 'positional'.
+        embedding_type: of the noise label, 'fourier' or 'positional'.
         conditional: embed the label in every block; without it only `scale_by_sigma` reads it.
         resblock_type: 'biggan' resamples inside residual blocks, 'ddpm' between them.
         resamp_with_conv: the resampling of 'ddpm' has a convolution.
         fir_kernel: taps of the resampling filter, as (1, 3, 3, 1); None for nearest pixel and mean.
+        num_classes: class labels it may be given, which are numbered from 0.
+        augment_dim: entries of the augmentation labels it may be given.
         progressive: how the output grows: 'none', 'output_skip', 'residual'.
         progressive_input: how the image is fed again: 'none', 'input_skip', 'residual'.
         progressive_combine: of 'input_skip', 'sum' or 'cat'.
@@ -161,7 +147,10 @@ class NCSNpp(nn.Module):
             'positional', the label itself where it is 'fourier'.
         sigmas: noise levels (num_scales,) that the labels number.
         centered: `x` is in [-1, 1]; else in [0, 1], and is centred first.
-        group_width: channels of a norm's group, at least.
+        norm, attention, block: what makes them, as `group_norm`, `Attention` and `ResBlock` do.
+        log_label: 'fourier' embeds the log of the label.
+        stem_width: channels of the first convolution, None for `nf`.
+        attend_throughout: in the decoder attention follows every block, not a level's last alone.
         checkpoint_activations: keep only the inputs of residual and attention blocks for backward,
             which runs them again: less memory for a third more time.
 
@@ -178,7 +167,7 @@ class NCSNpp(nn.Module):
         chosen = {option: model[option].lower() for option in words}
         if chosen["embedding_type"] == "fourier" and not config.training.continuous:
             raise ValueError(
-                "model.embedding_type = 'fourier' takes the log of a noise level, but with "
+                "model.embedding_type = 'fourier' takes noise levels, but with "
                 "training.continuous = False the levels are numbered from 0; use 'positional'"
             )
         return cls(
@@ -216,7 +205,14 @@ class NCSNpp(nn.Module):
         scale_by_sigma: bool = False,
         sigmas: Tensor | None = None,
         centered: bool = True,
-        group_width: int = 4,
+        num_classes: int = 0,
+        augment_dim: int = 0,
+        norm: Norm = group_norm,
+        attention: Callable[..., nn.Module] = Attention,
+        block: Callable[..., nn.Module] = ResBlock,
+        log_label: bool = True,
+        stem_width: int | None = None,
+        attend_throughout: bool = False,
         checkpoint_activations: bool = False,
     ):
         super().__init__()
@@ -227,7 +223,10 @@ class NCSNpp(nn.Module):
         one_of("progressive_combine", progressive_combine, ("cat", "sum"))
         act = ACTIVATIONS[one_of("nonlinearity", nonlinearity, ACTIVATIONS)]
 
+        if (num_classes or augment_dim) and not conditional:
+            raise ValueError("data.num_classes and model.augment_dim need model.conditional = True")
         self.act, self.centered, self.scale_by_sigma = act, centered, scale_by_sigma
+        self.image_size, self.num_classes = image_size, num_classes
         self.halvings = len(ch_mult) - 1
         check_size(image_size, image_size, halvings=self.halvings)
         positional = embedding_type == "positional"
@@ -237,43 +236,55 @@ class NCSNpp(nn.Module):
         shared = {
             "init_scale": init_scale,
             "skip_rescale": skip_rescale,
-            "group_width": group_width,
+            "norm": norm,
             "checkpoint_activations": checkpoint_activations,
         }
-        attention = partial(Attention, **shared)
+        attention = partial(attention, **shared)
         block = partial(
-            ResBlock,
+            block,
             **shared,
             emb_channels=4 * nf,
             act=act,
             dropout=dropout,
             nin_shortcut=resblock_type == "ddpm",
         )
-        head = partial(Head, act=act, group_width=group_width)
+
+        def head(in_channels: int, out_channels: int, *, init_scale: float) -> nn.Sequential:
+            layer = conv(in_channels, out_channels, init_scale=init_scale)
+            return nn.Sequential(OrderedDict(norm=norm(in_channels), act=act, conv=layer))
 
         def stage(in_channels: int, out_channels: int, *, attend: bool) -> Stage:
             resnet = block(in_channels, out_channels)
             return Stage(resnet, attention(out_channels) if attend else None)
 
-        def resampled(to: type[Downsample] | type[Upsample], width: int) -> nn.Module:
+        def resampled(width: int, *, up: bool) -> nn.Module:
             if resblock_type == "biggan":
-                return block(width, width, resample=to.filter(fir_kernel))
-            return to(width, width, with_conv=resamp_with_conv, fir_kernel=fir_kernel)
+                return block(width, width, resample=(Double if up else Halve)(fir_kernel))
+            options = {"with_conv": resamp_with_conv, "fir_kernel": fir_kernel}
+            return Resampling(width, width, up=up, **options)
 
         # The modules are made in the order of the diagram, which is that of the published weights.
-        self.features = PositionalFeatures(nf) if positional else FourierFeatures(nf, fourier_scale)
-        self.dense1 = self.dense2 = None
+        self.features = PositionalFeatures(nf)
+        if not positional:
+            self.features = FourierFeatures(nf, fourier_scale, log=log_label)
+        self.label_embedding = self.augment_embedding = self.dense1 = self.dense2 = None
+        width = nf if positional else 2 * nf
+        if num_classes:
+            self.label_embedding = dense(num_classes, width)
+        if augment_dim:
+            self.augment_embedding = dense(augment_dim, width, bias=False)
         if conditional:
-            self.dense1 = dense(nf if positional else 2 * nf, 4 * nf)
+            self.dense1 = dense(width, 4 * nf)
             self.dense2 = dense(4 * nf, 4 * nf)
-        self.stem = conv(channels, nf)
+        width = nf if stem_width is None else stem_width
+        self.stem = conv(channels, width)
 
         levels = [(nf * m, image_size // 2**i in attn_resolutions) for i, m in enumerate(ch_mult)]
         coarsest = len(levels) - 1
 
         # What a level does not have is None: the coarsest has no `down`, the finest no `up`.
         self.encoder = nn.ModuleList()
-        width, branch_width, skip_widths = nf, channels, [nf]
+        branch_width, skip_widths = channels, [width]
         for i, (level_width, attend) in enumerate(levels):
             stages = []
             for _ in range(num_res_blocks):
@@ -282,12 +293,12 @@ class NCSNpp(nn.Module):
                 skip_widths.append(width)
             down = join = None
             if i < coarsest:
-                down = resampled(Downsample, width)
+                down = resampled(width, up=False)
                 if progressive_input == "input_skip":
                     join = InputSkip(channels, width, fir_kernel, progressive_combine)
                     width *= 2 if progressive_combine == "cat" else 1
                 elif progressive_input == "residual":
-                    branch = Downsample(branch_width, width, fir_kernel=fir_kernel)
+                    branch = Resampling(branch_width, width, up=False, fir_kernel=fir_kernel)
                     join = InputResidual(branch, skip_rescale)
                     branch_width = width
                 skip_widths.append(width)
@@ -302,7 +313,7 @@ class NCSNpp(nn.Module):
         for i, (level_width, attend) in reversed(list(enumerate(levels))):
             stages = []
             for k in range(num_res_blocks + 1):
-                attend_now = attend and k == num_res_blocks  # once a level, after its last block
+                attend_now = attend and (attend_throughout or k == num_res_blocks)
                 stages.append(stage(width + skip_widths.pop(), level_width, attend=attend_now))
                 width = level_width
             grow = None
@@ -312,10 +323,10 @@ class NCSNpp(nn.Module):
             elif progressive == "residual" and i == coarsest:
                 grow = OutputSkip(head(width, width, init_scale=1.0), Double(fir_kernel))
             elif progressive == "residual":
-                branch = Upsample(branch_width, width, fir_kernel=fir_kernel)
+                branch = Resampling(branch_width, width, up=True, fir_kernel=fir_kernel)
                 grow = OutputResidual(branch, skip_rescale)
             branch_width = width
-            up = resampled(Upsample, width) if i > 0 else None
+            up = resampled(width, up=True) if i > 0 else None
             parts = {"stages": nn.ModuleList(stages), "progressive": grow, "up": up}
             self.decoder.append(nn.ModuleDict(parts))
 
@@ -323,12 +334,38 @@ class NCSNpp(nn.Module):
         if progressive != "output_skip":
             self.head = head(width, out_channels, init_scale=init_scale)
 
-    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
+    def embed(
+        self,
+        features: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The embedding (B, 4 nf) of features of the noise label (B, ...) and of further labels."""
+        if self.label_embedding is not None:
+            label = one_hot(class_labels, self.num_classes, features)
+            features = features + self.label_embedding(label * math.sqrt(self.num_classes))
+        if augment_labels is not None:
+            features = features + self.augment_embedding(augment_labels.to(features))
+        return self.dense2(self.act(self.dense1(features)))
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_label: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Class labels (B,), int64, are -1 for none, augmentation labels (B, augment_dim) 0; either
+        may be None. ValueError where they are given and the network was made without."""
         check_size(*x.shape[2:], halvings=self.halvings)
-        emb = None  # (B, 4 nf), activated, as all blocks take it
+        if self.label_embedding is None:
+            refuse(class_labels=class_labels)
+        if self.augment_embedding is None:
+            refuse(augment_labels=augment_labels)
+        emb = None  # activated, as all blocks take it
         if self.dense1 is not None:
-            emb = self.dense1(self.features(noise_label).to(x.dtype))
-            emb = self.act(self.dense2(self.act(emb)))
+            features = self.features(noise_label).to(x.dtype)
+            emb = self.act(self.embed(features, class_labels, augment_labels))
         if not self.centered:
             x = 2 * x - 1
 

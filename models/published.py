@@ -1,9 +1,10 @@
-"""Published weights (score_sde_pytorch, Poisson_flow, ncsnv2): their names, and how they are read.
+"""Published weights (score_sde_pytorch, Poisson_flow, ncsnv2, EDM): names, and how they are read.
 
 The published U-Nets keep their blocks in one list, `all_modules`, in the order of the diagram. The
 networks here register the same blocks in the same order, under names of their own. So the number
 of a block is its index among the blocks, and a table renames the pieces inside it. The RefineNets
-have the published names, below the two dictionaries of their encoder and decoder.
+have the published names, below the two dictionaries of their encoder and decoder. EDM names its
+blocks by the image size that they give, as `_edm_names` has it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from models import layers
+from models.edm import ADM, EDMUNet
 from models.ncsn import RefineNet
-from models.ncsnpp import InputSkip
+from models.ncsnpp import InputSkip, NCSNpp
 
 # What counts as an entry of `all_modules`.
 _BLOCKS = (
@@ -23,8 +25,7 @@ _BLOCKS = (
     layers.FourierFeatures,
     layers.ResBlock,
     layers.Attention,
-    layers.Downsample,
-    layers.Upsample,
+    layers.Resampling,
     InputSkip,
 )
 
@@ -58,16 +59,78 @@ def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
 def reference_names(model: nn.Module) -> dict[str, str]:
     """Published name of each parameter to its name in `model`, in published order.
 
-    That is also the order of `model.parameters()`; `module.` and `sigmas` are left out.
+    That is also the order of `model.parameters()`, but for the label embedding of ADM; `module.`,
+    `model.` and what is no parameter (`sigmas`, filters) are left out.
+
+    Raises:
+        ValueError: the options of an EDM network are such that EDM has no names for it.
     """
     if isinstance(model, RefineNet):
         own = (name for name, _ in model.named_parameters())
         return {name.removeprefix("encoder.").removeprefix("decoder."): name for name in own}
+    if isinstance(model, EDMUNet | ADM):
+        return _edm_names(model)
     names = {}
     for number, (path, block) in enumerate(_blocks(model)):
         for name, _ in block.named_parameters():
             published = ".".join(_PIECES.get(piece, piece) for piece in name.split("."))
             names[f"all_modules.{number}.{published}"] = f"{path}.{name}"
+    return names
+
+
+# The same in EDM, where attention is a part of its residual block.
+_EDM_PIECES = {
+    "W": "freqs",
+    "norm1": "norm0",
+    "conv1": "conv0",
+    "dense": "affine",
+    "norm2": "norm1",
+    "conv2": "conv1",
+    "conv_shortcut": "skip",
+    "norm": "norm2",
+}
+
+
+def _edm_names(model: NCSNpp) -> dict[str, str]:
+    """As `reference_names`, for EDM: keys of its `enc` and `dec` begin with the image size."""
+    sizes = [model.image_size >> level for level in range(len(model.encoder))]
+    at = [f"{size}x{size}_" for size in sizes]
+    out = "out_" if isinstance(model, ADM) else f"dec.{at[0]}aux_"
+    places = {  # own name of a module to the published one
+        "features": "map_noise",
+        "label_embedding": "map_label",
+        "augment_embedding": "map_augment",
+        "dense1": "map_layer0",
+        "dense2": "map_layer1",
+        "stem": f"enc.{at[0]}conv",
+        "middle1": f"dec.{at[-1]}in0",
+        "middle_attention": f"dec.{at[-1]}in0",
+        "middle2": f"dec.{at[-1]}in1",
+        "head.norm": f"{out}norm",
+        "head.conv": f"{out}conv",
+    }
+    for i, size in enumerate(at):
+        encoder, decoder = f"encoder.{i}", f"decoder.{len(at) - 1 - i}"
+        for own, side in ((encoder, "enc"), (decoder, "dec")):
+            for j in range(len(model.get_submodule(f"{own}.stages"))):
+                for part in ("block", "attention"):
+                    places[f"{own}.stages.{j}.{part}"] = f"{side}.{size}block{j}"
+        for part in ("norm", "conv"):
+            places[f"{decoder}.progressive.head.{part}"] = f"dec.{size}aux_{part}"
+        if i > 0:
+            finer = f"encoder.{i - 1}"
+            places[f"{finer}.down"] = f"enc.{size}down"
+            places[f"{finer}.progressive_input.conv"] = f"enc.{size}aux_skip"
+            places[f"{finer}.progressive_input.down.fir_conv"] = f"enc.{size}aux_residual"
+            places[f"{decoder}.up"] = f"dec.{at[i - 1]}up"
+    names = {}
+    for name, _ in model.named_parameters():
+        place = next((place for place in places if name.startswith(f"{place}.")), None)
+        if place is None:
+            raise ValueError(f"EDM has no network with {name!r}; change the options it comes from")
+        pieces = name.removeprefix(f"{place}.").split(".")
+        published = ".".join(_EDM_PIECES.get(piece, piece) for piece in pieces)
+        names[f"{places[place]}.{published}"] = name
     return names
 
 
@@ -77,7 +140,7 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     Args:
         model: network of `create_model`, for the config that the weights were trained with.
         state_dict: published name to tensor, with or without a leading `module.` or `model.`;
-            `sigmas`, which follow from the config, are skipped.
+            `sigmas` and resampling filters, which follow from the config, are skipped.
 
     Raises:
         ValueError: a name is missing or unknown, or a shape is wrong; the message names it.
@@ -85,8 +148,8 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     given = {
         name.removeprefix("module.").removeprefix("model."): value
         for name, value in state_dict.items()
+        if name.rsplit(".", 1)[-1] not in ("sigmas", "resample_filter")
     }
-    given.pop("sigmas", None)
     names, parameters = reference_names(model), dict(model.named_parameters())
     for problem, where in (
         ("lack", [name for name in names if name not in given]),

@@ -1,8 +1,6 @@
 """Bias, leaky ReLU and scale in one step, as in StyleGAN2."""
 
-import functools
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +38,11 @@ def fused_leaky_relu(
     kernels = extension.kernels(x)
     if kernels is None:
         return F.leaky_relu(x + bias.view(-1, *[1] * (x.ndim - 2)), negative_slope) * scale
-    run = functools.partial(_run_kernel, kernels, negative_slope=negative_slope, scale=scale)
+
+    def run(x: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        tensors = (None if t is None else t.contiguous() for t in (x, bias, grad))
+        return kernels.fused_leaky_relu(*tensors, negative_slope, scale)
+
     return FusedLeakyReLU.apply(x, bias, run)
 
 
@@ -48,49 +50,24 @@ class FusedLeakyReLU(torch.autograd.Function):
     """The operator through `run(x, bias, grad)`, which need not be differentiable.
 
     With `grad` None, `run` returns the output; else the input's gradient for that of the output.
+    This gradient is linear in `grad`, so its own gradient is itself, and flat in `x` and `bias`.
     """
 
     @staticmethod
-    def forward(x: torch.Tensor, bias: torch.Tensor, run: Callable) -> torch.Tensor:
-        return run(x, bias, None)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
-        x, bias, ctx.run = inputs
-        ctx.save_for_backward(x, bias)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple:
-        grad_x = LeakyReLUGradient.apply(grad, *ctx.saved_tensors, ctx.run)
-        return grad_x, grad_x.sum([i for i in range(grad_x.ndim) if i != 1]), None
-
-
-class LeakyReLUGradient(torch.autograd.Function):
-    """The gradient: linear in `grad`, so its own gradient is itself, and flat in `x` and `bias`."""
-
-    @staticmethod
     def forward(
-        grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, run: Callable
+        x: torch.Tensor, bias: torch.Tensor, run: Callable, grad: torch.Tensor | None = None
     ) -> torch.Tensor:
         return run(x, bias, grad)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
-        _, x, bias, ctx.run = inputs
+        x, bias, ctx.run, grad = inputs
+        ctx.is_gradient = grad is not None
         ctx.save_for_backward(x, bias)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple:
-        return LeakyReLUGradient.apply(grad, *ctx.saved_tensors, ctx.run), None, None, None
-
-
-def _run_kernel(
-    kernels: ModuleType,
-    x: torch.Tensor,
-    bias: torch.Tensor,
-    grad: torch.Tensor | None,
-    negative_slope: float,
-    scale: float,
-) -> torch.Tensor:
-    grad = None if grad is None else grad.contiguous()
-    return kernels.fused_leaky_relu(x.contiguous(), bias.contiguous(), grad, negative_slope, scale)
+        grad = FusedLeakyReLU.apply(*ctx.saved_tensors, ctx.run, grad)
+        if ctx.is_gradient:
+            return None, None, None, grad
+        return grad, grad.sum([i for i in range(grad.ndim) if i != 1]), None, None

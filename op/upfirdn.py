@@ -1,8 +1,6 @@
 """Up-sample, filter, down-sample: the FIR resampling of StyleGAN2 and NCSN++."""
 
-import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -16,11 +14,7 @@ SEPARATE_FROM_TAPS = 36
 
 
 def upfirdn2d(
-    x: torch.Tensor,
-    kernel: torch.Tensor,
-    up: int = 1,
-    down: int = 1,
-    pad: tuple[int, int] = (0, 0),
+    x: torch.Tensor, kernel: torch.Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)
 ) -> torch.Tensor:
     """Inserts zeros, pads, convolves with an FIR filter, and keeps every `down`-th pixel.
 
@@ -51,12 +45,19 @@ def upfirdn2d(
             f"{tuple(kernel.shape)}, up={up}, pad={tuple(pad)}; pad more or crop less"
         )
     kernels = extension.kernels(x)
+
+    def run_kernel(x: torch.Tensor, step: Pass) -> torch.Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # that of the sums
+        kernel = step.kernel.to(x.device, dtype).contiguous()
+        before, size = tuple(pad[0] for pad in step.pad), step.output_size(x.shape[2:])
+        return kernels.upfirdn2d(x.contiguous(), kernel, step.up, step.down, before, size)
+
     for step in _separate(whole):
         if kernels is None:
             with torch.autocast(x.device.type, enabled=False):  # the result has the dtype of x
                 x = run_plain(x, step)
         else:
-            x = UpFirDn2d.apply(x, step, functools.partial(_run_kernel, kernels))
+            x = UpFirDn2d.apply(x, step, run_kernel)
     return x
 
 
@@ -134,14 +135,6 @@ def run_plain(x: torch.Tensor, step: Pass) -> torch.Tensor:
         x = F.conv_transpose2d(x, weight, None, step.up, groups=channels)
         x = _pad(x, [(-before, -after) for before, after in crop])
     return x[:, :, :: step.down[0], :: step.down[1]]
-
-
-def _run_kernel(kernels: ModuleType, x: torch.Tensor, step: Pass) -> torch.Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # that of the sums
-    kernel = step.kernel.to(x.device, dtype).contiguous()
-    before = tuple(pad[0] for pad in step.pad)
-    size = step.output_size(x.shape[2:])
-    return kernels.upfirdn2d(x.contiguous(), kernel, step.up, step.down, before, size)
 
 
 def _pad(x: torch.Tensor, pad: list[tuple[int, int]]) -> torch.Tensor:

@@ -109,7 +109,8 @@ def test_outputs_are_the_published_ones(case):
 
 
 def test_every_network_has_a_published_case():
-    assert {case_config(case).model.name for case in CASES} == set(models.NETWORKS)
+    edm = {"edm_unet", "adm"}  # test_edm_networks.py
+    assert {case_config(case).model.name for case in CASES} | edm == set(models.NETWORKS)
 
 
 @pytest.mark.parametrize("path", sorted(STATE_DICTS["config_to_model"]))
@@ -408,7 +409,7 @@ def slow_filter(image, kernel):
 def test_upsampling_with_filter_and_convolution(taps):
     # Zeros between the pixels, then convolution and filter over the whole plane, no border between.
     torch.manual_seed(0)
-    layer = layers.Upsample(2, 3, fir_kernel=taps).double()
+    layer = layers.Resampling(2, 3, up=True, fir_kernel=taps).double()
     torch.nn.init.normal_(layer.fir_conv.bias)
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64)
     fir = np.outer(taps, taps) * 4 / sum(taps) ** 2
@@ -495,7 +496,7 @@ def test_unknown_name_lists_all_networks():
         models.create_model(digits_config(name="unet"))
     listed = re.findall(r"'(\w+)'", message(error).split("known:")[1])
     assert sorted(listed) == sorted(
-        ["ddpm", "ncsn", "ncsnpp", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"]
+        ["ddpm", "ncsn", "ncsnpp", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256", "edm_unet", "adm"]
     )
 
 
