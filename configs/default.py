@@ -70,6 +70,7 @@ def get_default_config() -> ConfigDict:
     model.name = ""  # "ncsnpp", "ddpm", "edm_unet", "adm", "ncsn", "ncsnv2_64", "ncsnv2_128",
     # "ncsnv2_256"
     model.ema_rate = 0.9999  # decay of the EMA weights per step, 0 to 1
+    model.ema_half_life = 0.0  # in images, with EDM's ramp-up, instead of ema_rate; 0: ema_rate
     model.checkpoint_activations = False  # less memory, a third more time; for 256 px and more
     model.nf = 128  # channels at the highest resolution
     model.nonlinearity = "swish"  # or "elu", "relu", "lrelu"

@@ -1,6 +1,7 @@
 """The optimisation around the loss: EMA weights, learning rate, clipping, the step."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -28,6 +29,26 @@ def test_ema_matches_published_trace(golden):
         parameter.data = torch.stack([value, value.sin(), torch.tensor(2.0)])
         ema.update([parameter], torch.ones(()))
         torch.testing.assert_close(ema.shadow_params[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ema_with_a_half_life_in_images():
+    """As EDM's: half-life min(half_life, 5 % of the images seen), decay 0.5^(batch / half-life)."""
+    config = pfgmpp_digits.get_config()
+    config.training.batch_size, config.model.ema_half_life = 50, 1000.0
+    model = Line()
+    state = training.TrainState(config, model)
+    expected, seen = state.parameters[0].detach().clone(), 0
+    for step in range(700):  # 5 % of the images are 1000 from step 400 on
+        with torch.no_grad():
+            state.parameters[0].fill_(math.sin(step))
+        state.ema.update(state.parameters, torch.ones(()))
+        beta = 0.5 ** (50 / max(min(1000, 0.05 * seen), 1e-8))
+        expected = beta * expected + (1 - beta) * math.sin(step)
+        seen += 50
+        torch.testing.assert_close(state.ema.shadow_params[0], expected, rtol=1e-4, atol=1e-5)
+    config.model.ema_half_life = -1.0
+    with pytest.raises(ValueError, match=r"model\.ema_half_life must be at least 0, not -1"):
+        training.TrainState(config, model)
 
 
 def test_ema_refuses_other_shapes():
