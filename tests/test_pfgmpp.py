@@ -8,6 +8,7 @@ import torch
 from conftest import GOLDEN
 from known_laws import denoising_network, gaussian_network, pfgmpp
 from scipy import stats
+from test_edm_networks import CASES, case_inputs, case_model
 
 import methods
 from configs.edm import digits_ddpmpp as edm_config
@@ -243,6 +244,23 @@ def test_denoised_and_slope_agree_with_the_definition(dtype, error):
         torch.testing.assert_close(
             pfgmpp().ode(net, one, level), slope, rtol=10 * error, atol=error
         )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_denoised_images_of_published_networks(case):
+    model, inputs = case_model(case), case_inputs(case)
+    labels, augment = inputs["labels"], inputs["augment_labels"]
+    with torch.no_grad():
+        for class_labels, name in ((labels, "denoised"), (None, "denoised_nolabel")):
+            if name in inputs:
+                found = pfgmpp().denoise(
+                    model,
+                    inputs["x"],
+                    inputs["sigma"],
+                    class_labels=class_labels,
+                    augment_labels=augment,
+                )
+                assert (found - inputs[name]).norm() < 1e-5 * inputs[name].norm()
 
 
 @pytest.mark.parametrize("method", [pfgmpp(8.0), methods.get_method(edm_config.get_config())])
