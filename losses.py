@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from methods.base import Method, Network
-from methods.field import poisson_field
+from methods.field import poisson_field, posterior_mean
 from sources.batch import Batch
 
-__all__ = ["RegressionLoss", "get_loss_fn", "poisson_field"]
+__all__ = ["RegressionLoss", "get_loss_fn", "poisson_field", "posterior_mean"]
 
 
 class RegressionLoss:

@@ -4,6 +4,8 @@ The config is locked: parts and experiments only set keys that stand here, so th
 misspelt one is an error. docs/config.md is made of this table.
 """
 
+import math
+
 from ml_collections import ConfigDict, config_dict
 
 from configs.keys import get, shown
@@ -77,6 +79,11 @@ KEYS = {
         True, Flag(), "SDEs: noise levels are continuous; False: SMLD and DDPM"
     ),
     "training.likelihood_weighting": Key(False, Flag(), "SDEs: weigh the loss by g(t)^2"),
+    "training.target": Key(
+        "image",
+        OneOf(registry="methods.pfgmpp.TARGETS"),
+        "PFGM++ and EDM: of the denoiser; 'posterior_mean' is over the reference batch",
+    ),
     "training.gamma": Key(5.0, Number(0), "Poisson: added to the field's norm before it divides"),
     "training.tau": Key(
         0.03,
@@ -100,6 +107,9 @@ KEYS = {
     ),
     "model.name": Key("", OneOf(registry="models.NETWORKS"), "the network"),
     "model.ema_rate": Key(0.9999, SHARE, "decay of the EMA weights per step"),
+    "model.ema_half_life": Key(
+        0.0, Number(0), "in images, with EDM's ramp-up, instead of ema_rate; 0: ema_rate"
+    ),
     "model.checkpoint_activations": Key(
         False, Flag(), "less memory, a third more time; for 256 px and more"
     ),
@@ -151,6 +161,12 @@ KEYS = {
     "model.sigma_max": Key(50.0, above(0), "VE SDE: largest noise level"),
     "model.beta_min": Key(0.1, above(0), "VP and sub-VP SDE: beta at the data"),
     "model.beta_max": Key(20.0, above(0), "VP and sub-VP SDE: beta at the prior"),
+    "model.D": Key(2048.0, above(0, math.inf), "PFGM++: augmenting dimensions; inf is EDM"),
+    "model.sigma_data": Key(
+        0.5, above(0), "PFGM++ and EDM: standard deviation of the scaled images' entries"
+    ),
+    "model.P_mean": Key(-1.2, Number(-50, 50), "PFGM++ and EDM: mean of ln sigma in training"),
+    "model.P_std": Key(1.2, above(0, 20), "PFGM++ and EDM: its standard deviation"),
     "model.sigma_end": Key(0.01, above(0), "Poisson: perturbation of points next to the data"),
     "sampling.method": Key(
         "ode",
@@ -188,6 +204,10 @@ KEYS = {
     ),
     "sampling.n_steps_each": Key(1, whole(1, 10**5), "corrector steps per noise level"),
     "sampling.snr": Key(0.16, above(0), "signal-to-noise ratio of the corrector"),
+    "sampling.sigma_min": Key(
+        0.002, above(0), "PFGM++ and EDM: last noise level before 0, below sigma_max"
+    ),
+    "sampling.sigma_max": Key(80.0, above(0), "PFGM++ and EDM: first noise level"),
     "sampling.z_max": Key(
         None,
         above(0),

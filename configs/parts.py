@@ -4,6 +4,7 @@ A part is a dict of what differs from `default.py`, which explains the keys, or 
 sets it, where a value follows from another one.
 """
 
+import math
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
@@ -82,6 +83,8 @@ def digits(config: ConfigDict) -> None:
     config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
     config.model.update(dropout=0.0, ema_rate=0.995)
     config.model.sigma_max = 5.0  # the largest distance of two digits (arXiv 2006.09011)
+    config.model.sigma_data = 0.75  # standard deviation of the scaled images' entries
+    config.model.P_mean = -0.8  # larger than published by the log of 0.75 / 0.5
     config.eval.update(batch_size=500, num_samples=1000, features="pixels")
     config.eval.update(enable_loss=True, enable_bpd=True, enable_sampling=True)
     share_of_steps(config, snapshots=4)
@@ -136,6 +139,57 @@ POISSON = {
         "enable_loss": False,
         "enable_sampling": False,
     },
+}
+
+# PFGM++ (Xu et al., ICML 2023), sampled in 18 steps of Heun's method: 35 evaluations.
+# sigma_data and P_mean belong to the data.
+PFGMPP = {
+    "training": {"sde": "pfgmpp"},
+    "sampling": {"ode_solver": "heun", "N": 18},
+}
+
+# EDM (Karras et al., NeurIPS 2022): PFGM++ with D = inf.
+EDM = {
+    "training": {"sde": "edm"},
+    "model": {"D": math.inf},
+    "sampling": {"ode_solver": "heun", "N": 18},
+}
+
+# After a network: how EDM trains on CIFAR-10, and PFGM++ after it. Its 200 million images, and its
+# learning rate's rise over the first 10 million, are counted in steps of 512.
+EDM_TRAINING = {
+    "training": {
+        "batch_size": 512,
+        "n_iters": 390_625,
+        "snapshot_freq": 39_063,
+        "eval_freq": 10_000,
+    },
+    "optim": {"lr": 1e-3, "warmup": 19_531, "grad_clip": -1.0},
+    "model": {"dropout": 0.13, "augment_dim": 9, "ema_half_life": 500_000.0},
+    "eval": {"begin_ckpt": 10, "end_ckpt": 10, "enable_sampling": True},
+}
+
+# After that: on FFHQ at 64 x 64, a folder or zip at data.path, in steps of 256 images.
+EDM_FFHQ = {
+    "data": {"dataset": "folder", "image_size": 64},
+    "training": {"batch_size": 256, "n_iters": 781_250, "snapshot_freq": 78_125},
+    "optim": {"lr": 2e-4, "warmup": 39_063},
+    "model": {"ch_mult": (1, 2, 2, 2), "dropout": 0.05},
+    "sampling": {"N": 40},
+}
+
+# Or on ImageNet at 64 x 64 with class labels: 2.5 billion images, in steps of 4,096.
+EDM_IMAGENET = {
+    "data": {
+        "dataset": "folder",
+        "image_size": 64,
+        "num_classes": 1000,
+        "random_flip": False,
+    },
+    "training": {"batch_size": 4096, "n_iters": 610_352, "snapshot_freq": 61_036},
+    "optim": {"lr": 1e-4, "warmup": 2441},
+    "model": {"dropout": 0.1, "augment_dim": 0, "ema_half_life": 50_000_000.0},
+    "sampling": {"N": 40},
 }
 
 # Variance exploding SDE, sampled by predictor and corrector (Song et al., ICLR 2021).

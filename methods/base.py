@@ -3,6 +3,7 @@
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -72,13 +73,15 @@ class Method(abc.ABC):
         uses_reference_batch: `target` depends on the reference batch.
         t_prior, t_data: where sampling starts and ends.
         gives_score: the network gives the score, which `model.scale_by_sigma` divides by sigma.
+        positive_labels: noise labels are > 0, so that a "fourier" embedding can take their log.
         noisy_end: samples at `t_data` still have noise, which one more step to sigma = 0 removes.
         predictors, correctors: those that `sampling.method='pc'` can take; none without an SDE.
     """
 
     extra_channels: ClassVar[int] = 0
-    uses_reference_batch: ClassVar[bool] = False
+    uses_reference_batch: bool = False
     gives_score: ClassVar[bool] = False
+    positive_labels: ClassVar[bool] = True
     noisy_end: ClassVar[bool] = False
     predictors: ClassVar[tuple[str, ...]] = ()
     correctors: ClassVar[tuple[str, ...]] = ()
@@ -146,9 +149,15 @@ class Method(abc.ABC):
     def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
         """dy/dsigma (B, C, H, W) at `y` and noise level `sigma` (a float or 0-d tensor)."""
 
-    def denoise(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """The denoised images (B, C, H, W) of `y` at noise level `sigma`: an Euler step to 0."""
-        return y - sigma * self.slope(net, y, sigma)
+    def denoise(
+        self, net: Network, y: Tensor, sigma: float | Tensor, **conditions: Tensor | None
+    ) -> Tensor:
+        """The denoised images (B, C, H, W) of `y` at noise level `sigma`: an Euler step to 0.
+
+        Further `conditions` of the network, such as `class_labels` (B,), go by name; None is none.
+        """
+        given = {name: value for name, value in conditions.items() if value is not None}
+        return y - sigma * self.slope(partial(net, **given), y, sigma)
 
     @abc.abstractmethod
     def perturb_at(

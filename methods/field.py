@@ -1,4 +1,8 @@
-"""The empirical Poisson field of a reference batch (Xu et al. 2022, arXiv 2209.11178)."""
+"""What a reference batch makes of a perturbed image: the empirical Poisson field, posterior means.
+
+Sources: Xu et al. 2022 (arXiv 2209.11178) and, for any number of augmenting dimensions, 2023
+(arXiv 2302.04265).
+"""
 
 import contextlib
 import math
@@ -7,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Charges that `poisson_field` converts to float64 at a time: bounds its memory to this many rows.
-FIELD_CHUNK = 2048
+# Data that are converted to float64 at a time: bounds memory to this many rows.
+DATA_CHUNK = 2048
 
 # CUDA devices whose float64 runs at half the rate of float32 (or the like): the data-centre cards
 # P100, V100, A100, H100 and B200, and AMD's CDNA 3. All others have 1/32 or 1/64 of it. Source: the
@@ -23,45 +27,78 @@ SPLIT_COLUMNS, SPLIT_BITS = 4096, 6
 def poisson_field(perturbed: Tensor, data: Tensor, gamma: float) -> Tensor:
     """The normalised empirical Poisson field that `data` make at `perturbed` (Algorithm 1).
 
-    The field of a charge falls with the (D+1)-th power of its distance d_j, so the field is
-    g = sum_j w_j (y_j, 0) - p with weights w = softmax(-(D+1) log d_j): distances and the weighted
-    sum are matrix products, accumulated over chunks of charges (a running softmax), and nothing of
-    size B * n * D exists. Distances come as differences of squares and count D + 1 times in the
-    weights, which in float32 would leave an error of 1e-5. So everything is float64; where a device
-    is slow at it, only what is of size B * n, and the large products are made of float32 ones.
+    The field of a charge falls with the (N+1)-th power of its distance, so that it points from
+    p = (x, z) to (E[y | x, z], 0), the posterior mean of a Student t with D = 1 and scale z.
 
     Args:
-        perturbed: augmented points p = (x, z), (B, D+1).
-        data: charges on the plane z = 0, (n, ...) with D entries each.
+        perturbed: augmented points p = (x, z), (B, N+1).
+        data: charges on the plane z = 0, (n, ...) with N entries each.
         gamma: keeps the field small near a charge, where its direction is uncertain; >= 0.
 
     Returns:
-        sqrt(D) g / (||g|| + gamma), (B, D+1), in the dtype of `perturbed`.
+        sqrt(N) g / (||g|| + gamma), (B, N+1), with g = (E[y | x, z], 0) - p, in the dtype of
+        `perturbed`.
     """
-    x, z = perturbed[:, :-1].double(), perturbed[:, -1:].double()
-    dim = x.shape[1]
-    point_norm = x.square().sum(1, keepdim=True) + z.square()
-    whole = perturbed.dtype == torch.float64 or has_fast_double(perturbed.device)
+    x, z = perturbed[:, :-1], perturbed[:, -1:].double()
+    field = torch.cat([weighted_mean(x, data, z, 1.0) - x, -z], dim=1)
+    norm = torch.linalg.vector_norm(field, dim=1, keepdim=True)
+    return (math.sqrt(x.shape[1]) * field / (norm + gamma)).to(perturbed.dtype)
 
-    log_total = torch.full_like(z, -torch.inf)
-    centre = torch.zeros_like(x)  # the weighted mean of the charges seen so far
-    for y in data.flatten(1).split(FIELD_CHUNK):
+
+def posterior_mean(x: Tensor, data: Tensor, sigma: float | Tensor, D: float) -> Tensor:
+    """E[y | x, sigma] where x is one of `data`, each as likely, perturbed by a Student t.
+
+    As a training target it is that of least variance ("stable target field", arXiv 2302.00670).
+
+    Args:
+        x: perturbed images (B, C, H, W).
+        data: the reference batch y, (n, C, H, W).
+        sigma: noise levels > 0, (B,), or one for all.
+        D: degrees of freedom > 0, the dimensions that augment the data; `math.inf` for a Gaussian.
+
+    Returns:
+        (B, C, H, W), in the dtype of `x`.
+    """
+    sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(len(x))
+    return weighted_mean(x.flatten(1), data, sigma[:, None], D).view_as(x).to(x.dtype)
+
+
+def weighted_mean(x: Tensor, data: Tensor, sigma: Tensor, D: float) -> Tensor:
+    """sum_j w_j y_j with w = softmax_j(-(N+D)/2 log(||x - y_j||^2 + D sigma^2)), float64.
+
+    Distances and sum are matrix products, accumulated over chunks of the data (a running softmax):
+    nothing of size B * n * N exists. Distances come as differences of squares, and the weights are
+    high powers of them, which in float32 would leave an error of 1e-5. So everything is float64;
+    where a device is slow at it, only what is of size B * n, and the large products are made of
+    float32 ones.
+
+    Args:
+        x: (B, N).
+        data: the y_j, (n, ...) with N entries each.
+        sigma: (B, 1), float64.
+        D: for `math.inf` the weights are softmax_j(-||x - y_j||^2 / (2 sigma^2)).
+    """
+    whole = x.dtype == torch.float64 or has_fast_double(x.device)
+    x, dim = x.double(), x.shape[1]
+    point_norm = x.square().sum(1, keepdim=True)
+    scale = (sigma**2 * (2 if math.isinf(D) else D)).clamp(min=1e-200)
+
+    log_total = torch.full_like(sigma, -torch.inf)
+    mean = torch.zeros_like(x)  # of the data seen so far
+    for y in data.flatten(1).split(DATA_CHUNK):
         y = y.double() if whole else y.float()
         products = x @ y.T if whole else split_products(x.float(), y)
-        charge_norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64).square()
-        distance = torch.add(charge_norm, products, alpha=-2).add_(point_norm)
-        distance = distance.clamp_(min=torch.finfo(x.dtype).tiny)
-        log_weight = distance.log_().mul_(-0.5 * (dim + 1))
+        data_norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64).square()
+        ratio = torch.add(data_norm, products, alpha=-2).add_(point_norm).clamp_(min=0).div_(scale)
+        # log1p of the ratio: the part of the logarithm that is common to the data would round
+        log_weight = ratio.neg_() if math.isinf(D) else ratio.log1p_().mul_(-0.5 * (dim + D))
         log_chunk = log_weight.logsumexp(1, keepdim=True)
         log_sum = torch.logaddexp(log_total, log_chunk)
         with full_float32():  # weights are at most 1, so float32 products leave a rounding of y
             inflow = (log_weight - log_sum).exp_().to(y.dtype) @ y
-        centre = centre * (log_total - log_sum).exp() + inflow
+        mean = mean * (log_total - log_sum).exp() + inflow
         log_total = log_sum
-
-    field = torch.cat([centre - x, -z], dim=1)
-    norm = torch.linalg.vector_norm(field, dim=1, keepdim=True)
-    return (math.sqrt(dim) * field / (norm + gamma)).to(perturbed.dtype)
+    return mean
 
 
 def has_fast_double(device: torch.device) -> bool:

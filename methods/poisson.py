@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from methods import student_t
 from methods.base import Method, Network, Preconditioning, rising, spread
 from methods.field import poisson_field
 from sources.batch import Batch
@@ -225,7 +226,4 @@ class Poisson(Method):
 
     def prior_logp(self, x):
         """log of z_max Gamma((D+1)/2) / pi^((D+1)/2) (||x||^2 + z_max^2)^(-(D+1)/2)."""
-        half = 0.5 * (x[0].numel() + 1)
-        squared = x.double().flatten(1).square().sum(1) + self.z_max**2
-        constant = math.log(self.z_max) + math.lgamma(half) - half * math.log(math.pi)
-        return (constant - half * squared.log()).to(x.dtype)
+        return student_t.log_density(x, self.z_max, 1.0)

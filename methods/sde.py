@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from methods import student_t
 from methods.base import Method, Network, Preconditioning, rising, spread
 from sources.batch import Batch
 
@@ -188,9 +189,7 @@ class SDE(Method):
         return typical / 2, typical
 
     def prior_logp(self, x):
-        scaled = x.double().flatten(1) / self.prior_std
-        constant = 0.5 * math.log(2 * math.pi) + math.log(self.prior_std)
-        return (-0.5 * scaled.square() - constant).sum(1).to(x.dtype)
+        return student_t.log_density(x, self.prior_std, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,16 @@ PUBLISHED = json.loads((ROOT / "tests/golden/configs.json").read_text())
 # What the misspelling of a published key undid: of training.continuous, as training.continuouse.
 DEFECTS = {"ve/ncsnv2/bedroom.py": {"training.continuous": False}}
 
-DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("poisson", "subvp", "vp")]
+DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("edm", "pfgmpp", "poisson", "subvp", "vp")]
 DIGITS += ["poisson/digits_ncsnpp.py", "ve/digits_ncsnpp.py"]
 IMAGES = [f"{name}/images{size}_ddpmpp.py" for name in ("poisson", "vp") for size in (32, 64)]
-EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES]
+FAMILY = [
+    f"{method}/{name}.py"
+    for method in ("edm", "pfgmpp")
+    for name in ("cifar10_ddpmpp", "cifar10_ncsnpp", "ffhq64_ddpmpp")
+]
+FAMILY += ["edm/imagenet64_adm.py"]
+EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY]
 
 
 def load(path: str):
@@ -95,7 +101,39 @@ def test_experiments_have_values_that_are_allowed(path):
     check(load(path))
 
 
-@pytest.mark.parametrize("sde", ["poisson", "vesde", "vpsde", "subvpsde"])
+# Tables 7 and 8 of arXiv 2206.00364, and the commands of its README: millions of images, of the
+# learning rate's rise and of the EMA's half-life; evaluations.
+EDM_TABLE = {
+    "cifar10": (512, 1e-3, 0.13, 200, 0.5, 35),
+    "ffhq64": (256, 2e-4, 0.05, 200, 0.5, 79),
+    "imagenet64": (4096, 1e-4, 0.10, 2500, 50, 79),
+}
+
+
+@pytest.mark.parametrize("path", FAMILY)
+def test_edm_trains_as_published(path):
+    config = load(path)
+    training, optim, model, sampling_ = (
+        config[section] for section in ("training", "optim", "model", "sampling")
+    )
+    batch, lr, dropout, images, half_life, nfe = EDM_TABLE[re.split(r"[/_]", path)[1]]
+    found = (training.batch_size, optim.lr, model.dropout, model.ema_half_life / 1e6)
+    assert found == (batch, lr, dropout, half_life)
+    assert training.n_iters * batch == pytest.approx(images * 1e6, rel=1e-4)
+    assert optim.warmup * batch == pytest.approx(10e6, rel=1e-3)
+    assert math.ceil(training.n_iters / training.snapshot_freq) == config.eval.end_ckpt == 10
+    assert optim.grad_clip < 0
+    assert (model.sigma_data, model.P_mean, model.P_std) == (0.5, -1.2, 1.2)
+    assert (sampling_.sigma_min, sampling_.sigma_max, sampling_.rho) == (0.002, 80.0, 7.0)
+    assert nfe == 2 * sampling_.N - 1
+    method = methods.get_method(config)
+    assert {"edm": math.inf, "pfgmpp": 128.0 if "ffhq" in path else 2048.0}[
+        path.split("/")[0]
+    ] == method.D
+    sampling.get_sampling_fn(config, method)
+
+
+@pytest.mark.parametrize("sde", ["poisson", "pfgmpp", "edm", "vesde", "vpsde", "subvpsde"])
 @pytest.mark.parametrize("path", DIGITS)
 def test_any_method_by_one_override(path, sde):
     config = load(path)
@@ -105,6 +143,10 @@ def test_any_method_by_one_override(path, sde):
         with pytest.raises(ValueError, match="set model.scale_by_sigma=False"):
             methods.get_method(config)
         config.model.scale_by_sigma = False
+    if config.model.embedding_type == "fourier" and sde in ("pfgmpp", "edm"):
+        with pytest.raises(ValueError, match="set model.embedding_type='positional'"):
+            methods.get_method(config)
+        config.model.embedding_type = "positional"
     models.create_model(config)
     sampling.get_sampling_fn(config, methods.get_method(config))
 

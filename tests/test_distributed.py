@@ -63,7 +63,7 @@ def first_moments(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["poisson", "vp"])
+@pytest.mark.parametrize("method", ["poisson", "pfgmpp", "vp"])
 def test_two_processes_have_the_gradients_of_one(tmp_path, method):
     """By the whole program; the charges of the Poisson field are all of the data set."""
     config = ROOT / f"configs/{method}/digits_ddpmpp.py"

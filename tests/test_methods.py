@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from known_laws import SDES, gaussian_network
+from known_laws import FAMILY, SDES, gaussian_network
 from scipy import stats
 
 import losses
@@ -195,7 +196,7 @@ def test_field_does_not_depend_on_the_chunks(monkeypatch):
     points = torch.randn(9, 7, generator=generator)
     truth = broadcast_field(points, charges, 5.0)
     for chunk in (1, 7, 50, 51):
-        monkeypatch.setattr(field_module, "FIELD_CHUNK", chunk)
+        monkeypatch.setattr(field_module, "DATA_CHUNK", chunk)
         assert relative_error(poisson_field(points, charges, 5.0), truth) < 1e-6
 
 
@@ -337,7 +338,7 @@ def test_heights_must_be_ordered(key, value):
         methods.get_method(config)
 
 
-@pytest.mark.parametrize("name", ["poisson", *SDES])
+@pytest.mark.parametrize("name", ["poisson", *SDES, *FAMILY])
 def test_an_euler_step_to_zero_denoises(poisson, exact_network, name):
     """With the exact network of one image every method's denoised image is that image."""
     image = torch.full((1, 1, 2, 2), 0.25, dtype=torch.float64)
@@ -345,19 +346,22 @@ def test_an_euler_step_to_zero_denoises(poisson, exact_network, name):
         method = replace(poisson, gamma=1e-9, z_exp=0.0)
         net = exact_network(image, method.gamma)
     else:
-        method = SDES[name]
+        method = (SDES | FAMILY)[name]
         net = gaussian_network(method, 0.25, 1e-9)
     y = image + torch.randn(6, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     assert relative_error(method.denoise(net, y, 0.7), image.expand_as(y)) < 1e-3
 
 
 @pytest.mark.parametrize("t", [0.01, 0.5])
-@pytest.mark.parametrize("name", ["poisson", *SDES])
+@pytest.mark.parametrize("name", ["poisson", *SDES, *FAMILY])
 def test_perturbed_images_have_the_marginal_of_their_time(poisson, name, t):
-    """Normal of mean alpha y and standard deviation alpha sigma; for Poisson flow Cauchy."""
-    method, y = SDES.get(name, poisson), torch.full((4000, 1, 1, 1), 0.25, dtype=torch.float64)
+    """Of mean alpha y and scale alpha sigma; normal, or a Student t, for Poisson flow Cauchy."""
+    method, y = (
+        (SDES | FAMILY).get(name, poisson),
+        torch.full((4000, 1, 1, 1), 0.25, dtype=torch.float64),
+    )
     times = torch.full((4000,), t, dtype=torch.float64)
     x = method.perturb_at(y, times, torch.Generator().manual_seed(0)).flatten()
     alpha, sigma = method.alpha(times)[0].item(), method.sigma(times)[0].item()
-    law = stats.cauchy if name == "poisson" else stats.norm
+    law = {"poisson": stats.cauchy, "pfgmpp": partial(stats.t, 4)}.get(name, stats.norm)
     assert stats.kstest(x.numpy(), law(alpha * 0.25, alpha * sigma).cdf).pvalue > 1e-3

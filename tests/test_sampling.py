@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from known_laws import SDES, VE, VP, gaussian_network
+from known_laws import FAMILY, SDES, VP, gaussian_network
 from scipy import integrate, stats
 
 from configs.poisson import cifar10_ddpmpp
@@ -243,9 +243,9 @@ def test_fixed_steps_say_where_they_diverge(name, where):
 # --- the sampling ODE -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["poisson", *SDES])
+@pytest.mark.parametrize("name", ["poisson", *SDES, *FAMILY])
 def test_levels_go_from_prior_to_data(poisson, name):
-    method = SDES.get(name, poisson)
+    method = (SDES | FAMILY).get(name, poisson)
     ends = method.sigma(torch.tensor([method.t_prior, method.t_data], dtype=torch.float64))
     for schedule in SCHEDULES.values():
         levels = schedule(method, 9, 7.0)
@@ -325,12 +325,13 @@ def test_noise_removal_leads_to_the_data(name, solver):
     assert (clean - expected).norm() < 0.2 * (clean - noisy).norm()
 
 
-@pytest.mark.parametrize("name", ["poisson", *SDES])
+@pytest.mark.parametrize("name", ["poisson", *SDES, *FAMILY])
 @pytest.mark.parametrize("solver", FIXED_STEPS)
 @pytest.mark.parametrize("noise_removal", [False, True])
 def test_one_step_is_enough_to_run(poisson, exact_network, name, solver, noise_removal):
-    method = SDES.get(name, poisson)
-    net = exact_network(torch.zeros(1, 1, 2, 2), 5.0) if name == "poisson" else gaussian_network(VE)
+    method = (SDES | FAMILY).get(name, poisson)
+    charge = torch.zeros(1, 1, 2, 2)
+    net = exact_network(charge, 5.0) if name == "poisson" else gaussian_network(method)
     x = method.prior_sampling((3, 1, 2, 2), seeded(0))
     x, evaluations = solve_ode(method, net, x, solver, 1, noise_removal=noise_removal)
     assert x.isfinite().all()

@@ -124,7 +124,7 @@ def test_a_method(tmp_path):
     assert report["nfe"] == 2 * 3 - 1
     assert np.isfinite(report["bpd"])
     assert "Bits/dim (test)" in output
-    assert "<dd>EDM</dd>" in page
+    assert "<dd>RectifiedFlow</dd>" in page
     assert "Temperature" in page
 
 
@@ -152,74 +152,63 @@ def test_a_metric(trained):
 # --- in closed form -------------------------------------------------------------------------------
 
 
-def gaussian_network(edm, mean=0.1, std=0.3):
-    """The network whose denoiser is exact for data N(mean, std^2) of independent entries."""
-    sd = edm.sigma_data
-
-    def net(x, noise_label):
-        sigma = (4 * noise_label.double()).exp()[:, None, None, None]
-        y = x * (sigma**2 + sd**2).sqrt()
-        exact = (std**2 * y + sigma**2 * mean) / (std**2 + sigma**2)
-        skip = sd**2 / (sigma**2 + sd**2) * y
-        return (exact - skip) * (sigma**2 + sd**2).sqrt() / (sigma * sd)
-
-    return net
+def gaussian_network(x, noise_label, mean=0.1, std=0.3):
+    """The exact mean velocity, E[noise - y | x], of data y ~ N(mean, std^2) in each entry."""
+    t = (noise_label.double() / 999)[:, None, None, None]
+    deviation = (x - (1 - t) * mean) / (((1 - t) * std) ** 2 + t**2)
+    return t * deviation - (mean + (1 - t) * std**2 * deviation)
 
 
 @pytest.fixture
-def edm(drill):
+def rectified(drill):
     config = drill("method").get_config()
     return config, methods.get_method(config)
 
 
-def test_edm_denoises_gaussian_data(edm):
-    _, method = edm
+def test_rectified_flow_denoises_gaussian_data(rectified):
+    _, method = rectified
     y = torch.randn(4, 1, 8, 8, dtype=torch.float64)
     for sigma in (0.002, 0.3, 80.0):
         expected = (0.3**2 * y + sigma**2 * 0.1) / (0.3**2 + sigma**2)
-        denoised = method.denoise(gaussian_network(method), y, sigma)
+        denoised = method.denoise(gaussian_network, y, sigma)
         torch.testing.assert_close(denoised, expected, rtol=1e-9, atol=1e-9)
-        t = math.log(sigma)
-        slope = (y - expected) / sigma
-        torch.testing.assert_close(method.ode(gaussian_network(method), y, t), sigma * slope)
 
 
-def test_edm_samples_gaussian_data(edm):
+def test_rectified_flow_samples_gaussian_data(rectified):
     """The flow is linear: noise of std s keeps its quantile in N(mean, std^2 + sigma^2)."""
-    config, method = edm
-    config.sampling.N = 200
+    config, method = rectified
+    config.sampling.N = 400
     x = method.prior_sampling((50, 1, 8, 8), torch.Generator().manual_seed(0)).double()
-    net, seen = gaussian_network(method), []
+    seen = []
     sample = sampling.get_sampling_fn(config, method)
-    images, nfe = sample(net, x=x, callback=seen.append)
-    assert nfe == 2 * 200 - 1
-    assert [seen[0].level, len(seen)] == [pytest.approx(80), 200]
-    expected = 0.1 + (x - 0.1) * 0.3 / math.hypot(0.3, 80)
+    images, nfe = sample(gaussian_network, x=x, callback=seen.append)
+    assert nfe == 2 * 400 - 1
+    assert [seen[0].level, len(seen)] == [pytest.approx(999), 400]
+    expected = 0.1 + (x - 0.001 * 0.1) * 0.3 / math.hypot(0.001 * 0.3, 0.999)
     torch.testing.assert_close(images, ((expected + 1) / 2).clamp(0, 1), rtol=0, atol=2e-4)
 
 
-def test_edm_has_the_likelihood_of_gaussian_data(edm):
-    config, method = edm
+def test_rectified_flow_has_the_likelihood_of_gaussian_data(rectified):
+    config, method = rectified
     config.eval.divergence = "exact"
     config.data.image_size = 2
     config.sampling.rtol = config.sampling.atol = 1e-6
     x = 0.1 + 0.3 * torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
-    bits, _, _ = get_likelihood_fn(config, method)(gaussian_network(method), x)
-    log_p = torch.distributions.Normal(0.1, math.hypot(0.3, 0.002)).log_prob(x).flatten(1).sum(1)
+    bits, _, _ = get_likelihood_fn(config, method)(gaussian_network, x)
+    law = torch.distributions.Normal(0.999 * 0.1, math.hypot(0.999 * 0.3, 0.001))
+    log_p = law.log_prob(x).flatten(1).sum(1)
     torch.testing.assert_close(bits.double(), -log_p / (4 * math.log(2)) + 7, rtol=0, atol=2e-3)
 
 
-def test_edm_loss_of_exact_denoisers(edm):
-    """Weight times posterior variance, std^2 sigma^2 / (std^2 + sigma^2), over ln sigma's law."""
-    config, method = edm
+def test_rectified_flow_has_the_loss_of_exact_velocities(rectified):
+    """Their posterior variance, std^2 over that of x, for uniform times."""
+    config, method = rectified
     images = 0.1 + 0.3 * torch.randn(4000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    config.training.batch_size = 4000
+    config.training.update(batch_size=4000, reduce_mean=True)
     loss = get_loss_fn(config, method)
-    found = loss(gaussian_network(method), images, torch.Generator().manual_seed(1)).item()
-    sigma = (-1.2 + 1.2 * torch.linspace(-6, 6, 10001, dtype=torch.float64)).exp()
-    p = (-0.5 * torch.linspace(-6, 6, 10001, dtype=torch.float64) ** 2).exp()
-    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
-    expected = (p * weight * 0.09 * sigma**2 / (0.09 + sigma**2)).sum() / p.sum()
+    found = loss(gaussian_network, images, torch.Generator().manual_seed(1)).item()
+    t = torch.linspace(0, 1, 10001, dtype=torch.float64)
+    expected = (0.09 / (((1 - t) * 0.3) ** 2 + t**2)).mean()
     assert found == pytest.approx(expected.item(), rel=0.03)
 
 

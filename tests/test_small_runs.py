@@ -60,9 +60,10 @@ def test_any_number_of_steps_trains_and_evaluates(tmp_path, n_iters):
     assert load_checkpoint(tmp_path / "checkpoints-meta/checkpoint.pth")["step"] == n_iters
 
 
-METHODS = ("poisson", "vesde", "vpsde", "subvpsde")
+METHODS = ("poisson", "pfgmpp", "edm", "vesde", "vpsde", "subvpsde")
 CONFIGS = {
     "poisson": "poisson/digits_ddpmpp.py",
+    "pfgmpp": "pfgmpp/digits_ddpmpp.py",
     "vpsde": "vp/digits_ddpmpp.py",
     "subvpsde": "subvp/digits_ddpmpp.py",
     "vesde": "ve/digits_ncsnpp.py",
@@ -79,6 +80,10 @@ def test_every_method_in_every_digits_config(tmp_path, of, sde):
         assert f"training.sde={sde!r}" in str(error.value)
         assert "\n" not in str(error.value)
         config.model.scale_by_sigma = False
+    if of == "vesde" and sde in ("pfgmpp", "edm"):
+        with pytest.raises(ValueError, match="set model.embedding_type='positional'"):
+            run_lib.train(config, tmp_path)
+        config.model.embedding_type = "positional"
     assert run_lib.train(config, tmp_path)
     run_lib.evaluate(config, tmp_path)
     report = report_of(tmp_path, 2)

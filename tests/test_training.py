@@ -1,6 +1,7 @@
 """The optimisation around the loss: EMA weights, learning rate, clipping, the step."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import execution
 import losses
 import methods
 import training
+from configs.pfgmpp import digits_ddpmpp as pfgmpp_digits
 from configs.poisson import cifar10_ddpmpp, digits_ddpmpp
 from configs.ve import digits_ncsnpp as ve_digits
 from configs.vp import digits_ddpmpp as vp_digits
@@ -35,6 +37,26 @@ def test_ema_of_another_shape_is_refused():
     saved["ema"] = saved["ema"] | {"shadow_params": [torch.ones(3)]}
     with pytest.raises(ValueError, match=r"ema\.shadow_params\.0 has the shape \(3,\)"):
         state.load_network(saved)
+
+
+def test_ema_with_a_half_life_in_images():
+    """As EDM's: half-life min(half_life, 5 % of the images seen), decay 0.5^(batch / half-life)."""
+    config = pfgmpp_digits.get_config()
+    config.training.batch_size, config.model.ema_half_life = 50, 1000.0
+    model = Line()
+    state = training.TrainState(config, model)
+    expected, seen = state.parameters[0].detach().clone(), 0
+    for step in range(700):  # 5 % of the images are 1000 from step 400 on
+        with torch.no_grad():
+            state.parameters[0].fill_(math.sin(step))
+        state.ema.update(state.parameters, torch.ones(()))
+        beta = 0.5 ** (50 / max(min(1000, 0.05 * seen), 1e-8))
+        expected = beta * expected + (1 - beta) * math.sin(step)
+        seen += 50
+        torch.testing.assert_close(state.ema.shadow_params[0], expected, rtol=1e-4, atol=1e-5)
+    config.model.ema_half_life = -1.0
+    with pytest.raises(ValueError, match=r"model\.ema_half_life must be at least 0, not -1"):
+        training.TrainState(config, model)
 
 
 def test_ema_swaps_in_and_out_even_after_an_error():
@@ -182,12 +204,13 @@ def test_unknown_optimizer_names_the_known():
         training.TrainState(config, Line())
 
 
-@pytest.mark.parametrize("experiment", [digits_ddpmpp, vp_digits, ve_digits])
+@pytest.mark.parametrize("experiment", [digits_ddpmpp, pfgmpp_digits, vp_digits, ve_digits])
 @pytest.mark.parametrize("turns", [2, 3])
 def test_accumulated_gradient_is_that_of_the_whole_batch(experiment, turns):
     config = experiment.get_config()
     config.model.nf = 8
     config.training.batch_size = 24
+    config.training.target = "posterior_mean"
     if config.training.small_batch_size:
         config.training.small_batch_size = 12
     torch.manual_seed(0)
@@ -255,7 +278,7 @@ def test_only_a_reference_batch_is_larger_than_the_examples():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("experiment", [digits_ddpmpp, vp_digits, ve_digits])
+@pytest.mark.parametrize("experiment", [digits_ddpmpp, pfgmpp_digits, vp_digits, ve_digits])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("turns", [1, 2])
 def test_a_step_never_waits_for_the_gpu(experiment, precision, turns):

@@ -1,0 +1,7 @@
+"""PFGM++, D = 2048, with EDM's DDPM++ on CIFAR-10."""
+
+from configs.parts import CIFAR10, EDM_DDPMPP, EDM_TRAINING, PFGMPP, ConfigDict, experiment
+
+
+def get_config() -> ConfigDict:
+    return experiment(CIFAR10, PFGMPP, EDM_DDPMPP, EDM_TRAINING)
