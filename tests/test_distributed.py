@@ -105,6 +105,32 @@ def test_a_killed_process_is_started_again_and_the_job_ends_as_it_should(tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
+def test_processes_whose_torchrun_is_killed_save_and_end(tmp_path):
+    job = launch(2, tmp_path, *steps(100_000), "--config.training.eval_freq=1000000")
+    resume_path = tmp_path / "checkpoints-meta/checkpoint.pth"
+    deadline = time.monotonic() + 120
+    while not resume_path.exists() and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks = [process_of_rank(job.pid, rank) for rank in (0, 1)]
+    job.kill()
+    while any(map(alive, ranks)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, ranks))
+    log = (tmp_path / "stdout.txt").read_text()
+    (reached,) = re.findall(r"stopped by .+ at step (\d+), which is saved", log)
+    assert load_checkpoint(resume_path)["step"] == int(reached)
+    job.communicate()
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process, and not only its exit status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def process_of_rank(parent: int, rank: int) -> int:
     for task in Path(f"/proc/{parent}/task").iterdir():
         for pid in (task / "children").read_text().split():

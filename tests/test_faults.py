@@ -23,6 +23,8 @@ import torch
 from conftest import ROOT
 from data_files import encoded, pictures, stylegan_example, tfrecord, write_tree
 from many_lives import OVERRIDES, small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboardX import SummaryWriter
 
 import datasets
 import losses
@@ -31,7 +33,7 @@ import storage.workdir as workdirs
 import training
 from storage.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from storage.files import atomic_write, save_npz, save_png
-from storage.tensorboard import TensorBoardWriter
+from storage.tensorboard import TensorBoardWriter, read_scalars
 
 FULL_DISK = r"^error: .*No space left on device: '.*checkpoint.*\.pth'\n\Z"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -742,3 +744,36 @@ def test_tensorboard_that_cannot_be_written_is_told_of_once(tmp_path, caplog, mo
         writer.add_scalar("loss", 1.0, 2)
     (told,) = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(rf"{tmp_path}: .*No space left on device; nothing more .*", told)
+
+
+def test_a_clock_that_is_set_back_loses_no_part_of_the_curve(tmp_path, monkeypatch):
+    """Names of event files begin with a time; those of older programs do so only."""
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("loss", 1.0, 1)
+        writer.add_scalar("loss", 2.0, 2)
+    real = time.time
+    for start, (step, hours) in enumerate([(1, 0), (2, -9), (3, -5)]):
+        monkeypatch.setattr(time, "time", lambda back=3600 * hours: real() + back)
+        with TensorBoardWriter(tmp_path, step) as writer:
+            writer.add_scalar("loss", 10.0 + start, step + 1)
+    assert read_scalars(tmp_path) == {"loss": [(1, 1.0), (2, 10.0), (3, 11.0), (4, 12.0)]}
+    monkeypatch.undo()
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in board.Scalars("loss")] == [1.0, 10.0, 11.0, 12.0]
+
+
+@pytest.mark.slow
+def test_an_evaluation_on_a_full_disk_is_one_line(tmp_path, small_disk):
+    workdir, config = small_disk / "run", [f"--config.eval.stats_dir={tmp_path / 'stats'}"]
+    run(command(workdir, *flags(**{"training.n_iters": 2}), *config))
+    with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.truncate(small_disk / "ballast", (small_disk / "ballast").stat().st_size - 40_000)
+    evaluation = ["eval" if word == "train" else word for word in command(workdir)]
+    options = {"eval.enable_bpd": False, "eval.num_samples": 1000, "sampling.N": 2}
+    options |= {"training.n_iters": 2, "sampling.ode_solver": "forward_euler"}
+    done = run([*evaluation, *flags(**options), *config], expect=2)
+    lines = re.split("[\r\n]", done.stderr)
+    (error,) = (line for line in lines if line.strip() and "image/s" not in line)
+    assert re.fullmatch(rf"error: .*No space left on device: '{small_disk}.*'", error)

@@ -507,3 +507,28 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
     assert re.fullmatch(r"error: workdir .*file is a file; name a folder\n", done.stderr)
     done = call("train", tmp_path / "file" / "run", *TINY, expect=2)
     assert re.fullmatch(r"error: .*Not a directory.*file/run.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--workdir=", "--eval_folder=", "--eval_folder=.", "--eval_folder=checkpoints/x"]
+)
+def test_folders_that_are_none_or_trainings_own_are_one_line(trained, tmp_path, flag):
+    before = sorted(trained.glob("**/*")), sorted(trained.parent.glob("*"))
+    done = call("eval", trained, *TINY, flag, expect=2)
+    assert re.fullmatch(
+        r"error: .*(name a folder|training's own place; name another).*\n", done.stderr
+    )
+    assert (sorted(trained.glob("**/*")), sorted(trained.parent.glob("*"))) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.05, 0.4, 1.0, 2.0])
+def test_an_interrupt_of_the_start_leaves_no_traceback(tmp_path, seconds):
+    start = command("train", tmp_path, *TINY)
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    # the interpreter's own first 20 ms belong to nobody
+    assert "Traceback" not in errors or "main.py" not in errors
+    assert process.returncode in (0, 130, -signal.SIGINT, 1)
