@@ -155,7 +155,9 @@ KEYS = {
     "model.progressive_combine": Key(
         "sum", OneOf(("sum", "cat")), "how they are joined to the features"
     ),
-    "model.init_scale": Key(0.0, Number(0), "of the weights that end a branch; 0 stands for 1e-10"),
+    "model.init_scale": Key(
+        0.0, Number(0, 10**6), "of the weights that end a branch; 0 stands for 1e-10"
+    ),
     # Of the methods:
     "model.sigma_min": Key(0.01, above(0), "VE SDE: smallest noise level"),
     "model.sigma_max": Key(50.0, above(0), "VE SDE: largest noise level"),
@@ -163,7 +165,7 @@ KEYS = {
     "model.beta_max": Key(20.0, above(0), "VP and sub-VP SDE: beta at the prior"),
     "model.D": Key(2048.0, above(0, math.inf), "PFGM++: augmenting dimensions; inf is EDM"),
     "model.sigma_data": Key(
-        0.5, above(0), "PFGM++ and EDM: standard deviation of the scaled images' entries"
+        0.5, above(0, 10**6), "PFGM++ and EDM: standard deviation of the scaled images' entries"
     ),
     "model.P_mean": Key(-1.2, Number(-50, 50), "PFGM++ and EDM: mean of ln sigma in training"),
     "model.P_std": Key(1.2, above(0, 20), "PFGM++ and EDM: its standard deviation"),

@@ -49,6 +49,6 @@ def log_gamma_ratio(a: float, m: float) -> float:
         return math.lgamma(a + m) - math.lgamma(a) - m * math.log(a)
 
     def rest(z: float) -> float:  # of Stirling's series, to 1e-15 from z = 50 on
-        return 1 / (12 * z) - 1 / (360 * z**3) + 1 / (1260 * z**5)
+        return z**-1 / 12 - z**-3 / 360 + z**-5 / 1260
 
     return (a + m - 0.5) * math.log1p(m / a) - m + rest(a + m) - rest(a)

@@ -93,6 +93,8 @@ def _first_step(slope, x, t_start, t_end, d, norm) -> float:
     """A step whose error should be a hundredth of the tolerance (one evaluation of `slope`)."""
     length = t_end - t_start
     size, speed = norm(x, x.abs()), norm(d, x.abs())
+    if not math.isfinite(speed):
+        return math.nan
     guess = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
     h = math.copysign(min(guess, abs(length)), length)
     curvature = norm(slope(x + h * d, t_start + h) - d, x.abs()) / abs(h)
