@@ -80,14 +80,11 @@ def load_checkpoint(path: Path) -> dict:
 
 def _load_snapshot(path: Path) -> dict:
     snapshot = read_snapshot(path)
-    weights = {name: tensor.float() for name, tensor in snapshot.weights.items()}
     try:
         config = flatten(complete_config(snapshot))
-        for name, tensor in weights.items():
-            check_tensor(tensor, name, tensor.shape, torch.float32)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return {"model": weights, "step": _snapshot_number(path), "config": config}
+    return {"model": snapshot.weights, "step": _snapshot_number(path), "config": config}
 
 
 def written_steps(checkpoint: dict, path: Path) -> list[int]:
