@@ -149,12 +149,14 @@ class TrainState:
         """What evaluation needs: the network, its EMA weights and the step count.
 
         `state` is a `state_dict()` on the CPU, or a checkpoint of the published implementations,
-        known by the names of its weights. Nothing is changed before all of it is checked.
+        known by the names of its weights. One without `ema` has EMA weights only. Nothing is
+        changed before all of it is checked.
 
         Raises:
             ValueError: `state` does not fit; the message names the entry.
         """
-        check_like(state["ema"], self.ema.state_dict(), "ema")
+        if "ema" in state:
+            check_like(state["ema"], self.ema.state_dict(), "ema")
         check_like(state["step"], self.step, "step")
         own = self.model.state_dict()
         if state["model"].keys() == own.keys():
@@ -163,8 +165,11 @@ class TrainState:
         else:  # published EMA weights have no names, but the same order
             load_reference_state_dict(self.model, state["model"])
         self.step = state["step"]
-        self.ema.num_updates = state["ema"]["num_updates"]  # the decay is the config's
-        _copy(self.ema.shadow_params, state["ema"]["shadow_params"])
+        if "ema" in state:
+            self.ema.num_updates = state["ema"]["num_updates"]  # the decay is the config's
+            _copy(self.ema.shadow_params, state["ema"]["shadow_params"])
+        else:
+            _copy(self.ema.shadow_params, self.parameters)
 
     def load_state_dict(self, state: dict) -> None:
         """Everything, to go on training; the optimiser's options stay those of the config.

@@ -143,7 +143,8 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
             `sigmas` and resampling filters, which follow from the config, are skipped.
 
     Raises:
-        ValueError: a name is missing or unknown, or a shape is wrong; the message names it.
+        ValueError: a name is missing or unknown, a shape is wrong, or a value is not finite; the
+            message names it.
     """
     given = {
         name.removeprefix("module.").removeprefix("model."): value
@@ -166,6 +167,8 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
                 f"weight {name!r} has shape {tuple(given[name].shape)}, the network's has "
                 f"{tuple(parameters[own].shape)}; use the config it was trained with"
             )
+        if not given[name].isfinite().all():
+            raise ValueError(f"weight {name!r} is not finite")
     with torch.no_grad():
         for name, own in names.items():
             parameters[own].copy_(given[name])

@@ -14,13 +14,16 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from configs.keys import flatten
 from configs.schema import EXACT
+from storage.edm_snapshots import complete_config, read_snapshot
 from storage.files import atomic_write, naming
 from storage.workdir import checkpoint_path, resume_paths
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step")
+SNAPSHOTS = (".pkl", ".pt")  # of EDM and PFGM++
 FOLDER = 0x10  # the attribute of a zip's record for which torch leaves a tensor's memory unread
 
 
@@ -46,10 +49,15 @@ def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> No
 def load_checkpoint(path: Path) -> dict:
     """The dictionary saved at `path`, its tensors on the CPU; no code in the file is run.
 
+    Of a snapshot of EDM or PFGM++ (.pkl, .pt) it has the EMA weights by their published names as
+    `model`, the `config`, and the number in the file's name as `step`.
+
     Raises:
         OSError: there is no such file, or it cannot be read.
         ValueError: the file is damaged, or not a checkpoint of this program.
     """
+    if path.suffix in SNAPSHOTS:
+        return _load_snapshot(path)
     try:
         with naming(path), open(path, "rb") as file:
             _check_records(file)
@@ -68,6 +76,15 @@ def load_checkpoint(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is not a training checkpoint: {error}") from error
     return state
+
+
+def _load_snapshot(path: Path) -> dict:
+    snapshot = read_snapshot(path)
+    try:
+        config = flatten(complete_config(snapshot))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return {"model": snapshot.weights, "step": _snapshot_number(path), "config": config}
 
 
 def written_steps(checkpoint: dict, path: Path) -> list[int]:
@@ -213,21 +230,50 @@ def numbered_checkpoints(workdir: Path) -> dict[int, Path]:
     return dict(sorted((int(m[1]), p) for p in paths if (m := names.fullmatch(p.name))))
 
 
+def snapshots(workdir: Path) -> dict[int, Path]:
+    """{k: path} of the snapshots of EDM and PFGM++ in checkpoints/, in ascending order.
+
+    Number k is that of network-snapshot-{k}.pkl or training-state-{k}.pt, which counts thousands of
+    images; 0 for other names.
+
+    Raises:
+        ValueError: two have the same number.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted((workdir / "checkpoints").glob("*")):
+        if path.suffix in SNAPSHOTS:
+            other = found.setdefault(_snapshot_number(path), path)
+            if other != path:
+                raise ValueError(
+                    f"{other} and {path.name} are both number {_snapshot_number(path)}: leave one, "
+                    "or number them as in network-snapshot-1.pkl"
+                )
+    return dict(sorted(found.items()))
+
+
+def _snapshot_number(path: Path) -> int:
+    match = re.fullmatch(r"(?:network-snapshot|training-state)-([0-9]{1,15})", path.stem)
+    return int(match[1]) if match else 0
+
+
 def checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
     """{k: path} of those from `eval.begin_ckpt` to `eval.end_ckpt` that exist.
 
     Number k is that of step k * snapshot_freq, and the last number of a run is that of step
     n_iters, also where snapshot_freq does not divide it. Some published programs name files by k
     itself; such a file is taken where the step it holds agrees. A number beyond the last one whose
-    file does not exist means the last one.
+    file does not exist means the last one. Where there are none but `snapshots`, it is all of them.
 
     Raises:
         FileNotFoundError: none of them exists.
-        ValueError: the first number is larger than the last.
+        ValueError: the first number is larger than the last, or two snapshots have the same.
     """
     first, end, training = config.eval.begin_ckpt, config.eval.end_ckpt, config.training
     if first > end:
         raise ValueError(f"eval.begin_ckpt={first} lies after eval.end_ckpt={end}")
+    published = snapshots(workdir)
+    if published and not numbered_checkpoints(workdir):
+        return published
     freq, last = training.snapshot_freq, math.ceil(training.n_iters / training.snapshot_freq)
 
     def step_of(k: int) -> int:
@@ -253,7 +299,8 @@ def checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
     missing = [k for k, path in found.items() if path is None]
     found = {k: path for k, path in found.items() if path is not None}
     folder = workdir / "checkpoints"
-    others = sorted(p.name for p in folder.glob("checkpoint_*.pth") if p not in found.values())
+    others = [*folder.glob("checkpoint_*.pth"), *published.values()]
+    others = sorted(p.name for p in others if p not in found.values())
     if not found:
         first, end = min(first, last), min(end, last)
         raise FileNotFoundError(

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 
+from configs import parts
 from storage.files import naming, one_line
 from storage.inert_pickle import Name, Record, unpickle
 
@@ -457,10 +459,33 @@ def config_values(snapshot: Snapshot) -> dict[str, object]:
                 "model.embedding_type": _EMBEDDINGS[options["embedding_type"]],
                 "model.progressive_input": _ENCODERS[options["encoder_type"]],
                 "model.progressive": _DECODERS[options["decoder_type"]],
-                "model.fir": fir != (1, 1),  # which averages four pixels
+                # Without a filter four pixels are averaged, which is what (1, 1) does too.
+                "model.fir": fir != (1, 1) or options["encoder_type"] == "residual",
             }
             if values["model.fir"]:
                 values["model.fir_kernel"] = fir
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the network's options are damaged: {one_line(error)}") from error
     return values
+
+
+def complete_config(snapshot: Snapshot) -> ConfigDict:
+    """The config of `snapshot`: its `config_values`, and EDM's recipe in everything else.
+
+    The file does not tell the data: they are CIFAR-10 at 32 x 32, else a folder or zip. Raises as
+    `config_values` does.
+    """
+    values = config_values(snapshot)
+    adm = values["model.name"] == "adm"
+    if values["data.image_size"] == 32:
+        data = parts.CIFAR10
+    else:
+        data = parts.EDM_IMAGENET if adm else parts.EDM_FFHQ
+    config = parts.experiment(
+        parts.EDM if values["training.sde"] == "edm" else parts.PFGMPP,
+        parts.ADM if adm else parts.EDM_DDPMPP,
+        parts.EDM_TRAINING,
+        data,
+    )
+    config.update_from_flattened_dict(values)
+    return config

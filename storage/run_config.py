@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs.default import KEYS, get_default_config
 from configs.keys import explain_unknown, flatten, shown, shown_key
 from configs.published import UNREAD
-from storage.checkpoints import load_checkpoint, numbered_checkpoints
+from storage.checkpoints import load_checkpoint, numbered_checkpoints, snapshots
 from storage.files import atomic_write
 from storage.workdir import resume_paths
 
@@ -69,18 +69,21 @@ def _restored(path: Path, flat: Any) -> ConfigDict:
 
 
 def load(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`.
+    """The config of the run in `workdir`, else of the last of the `snapshots` placed there.
 
     Raises:
+        OSError: a snapshot cannot be read.
         ValueError: no file there carries a config, or the one that does is not a valid one.
     """
     try:
         found = find(workdir)
-        if found is None:
-            raise ValueError(f"nothing in {workdir} carries a config")
-        return found[1]
     except ValueError as error:
         raise ValueError(f"{error}: --config is needed") from None
+    if found:
+        return found[1]
+    if published := list(snapshots(workdir).values()):
+        return _restored(published[-1], load_checkpoint(published[-1])["config"])
+    raise ValueError(f"nothing in {workdir} carries a config: --config is needed")
 
 
 def restore(flat: Any) -> ConfigDict:

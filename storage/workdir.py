@@ -5,6 +5,7 @@ config.json                           the config of the first start
 stdout.txt                            what was logged, over all starts
 tensorboard/                          curves and pictures
 checkpoints/checkpoint_{step}.pth     numbered states, to evaluate
+checkpoints/*.pkl, *.pt               snapshots of EDM and PFGM++, placed there to be evaluated
 checkpoints-meta/checkpoint.pth       the newest state, to go on from
 checkpoints-meta/checkpoint.prev.pth  the one before, where the newest is damaged
 samples/iter_{step}/                  pictures along the way

@@ -96,6 +96,24 @@ def network() -> EDMPrecond:
     return EDMPrecond(model, **OPTIONS)
 
 
+def published_network(weights: dict, options: dict, class_name="EDMPrecond") -> EDMPrecond:
+    """The network with these options and, under the names of its state dict, these weights."""
+    net = EDMPrecond(Persistent(), **options)
+    net.class_name = class_name
+    for name, tensor in weights.items():
+        *path, leaf = name.split(".")
+        owner = net
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, Persistent())
+            owner = owner._modules[part]
+        if leaf in ("freqs", "resample_filter"):
+            owner.register_buffer(leaf, tensor)
+        else:
+            owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    return net
+
+
 class EDMLoss:
     """An object of the snapshot that is no module, and of a class that nobody has."""
 

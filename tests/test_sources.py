@@ -1,5 +1,6 @@
 """What is read from disk against what was written there, by other programs where there are any."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -334,6 +335,21 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ValueError, match="not a file"):
         folder.open_below(tmp_path, "pipe.png")
+
+
+def test_data_of_edm(tmp_path):
+    """As its dataset_tool.py writes them: numbered folders, and labels in dataset.json."""
+    images = pictures(20)
+    write_tree(tmp_path / "tree", images, "{i:05d}/img{i:08d}.png")
+    labels = [[f"{i:05d}/img{i:08d}.png", i % 3] for i in range(20)]
+    (tmp_path / "tree/dataset.json").write_text(json.dumps({"labels": labels}))
+    with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_STORED) as file:
+        for path in sorted((tmp_path / "tree").rglob("*.*")):
+            file.write(path, path.relative_to(tmp_path / "tree").as_posix())
+    expected = sorted(image.transpose(2, 0, 1).tobytes() for image in images)
+    for path in ("tree", "data.zip"):
+        found, _ = both_splits(config_of("folder", path=str(tmp_path / path)))
+        assert sorted(found) == expected
 
 
 def test_entries_are_bounded_and_never_extracted(tmp_path, monkeypatch):

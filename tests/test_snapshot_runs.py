@@ -1,0 +1,259 @@
+"""Snapshots of EDM and PFGM++ in a workdir are evaluated as they are."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import snapshot_files as files
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from data_files import pictures, write_tree
+from test_edm_networks import CASES, case_inputs, case_weights, close
+
+import models
+from configs.parts import EDM, EDM_DDPMPP, experiment
+from experiment import Experiment
+from models.layers import Resampling
+from storage import run_config
+from storage.checkpoints import (
+    checkpoints_to_evaluate,
+    fit,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    snapshots,
+)
+from storage.edm_snapshots import Snapshot, complete_config, config_values
+from training import TrainState
+
+FEW = [
+    "--config.eval.enable_loss",
+    "--config.eval.features=pixels",
+    "--config.eval.num_samples=20",
+    "--config.eval.batch_size=20",
+    "--config.sampling.N=2",
+    "--config.training.batch_size=8",
+]
+
+
+def place(workdir, case="ddpmpp", name="network-snapshot-000007.pkl", **change):
+    """The case's network as a file in checkpoints/, with other options or weights."""
+    weights = case_weights(case) | change.pop("weights", {})
+    class_name = change.pop("class_name", "EDMPrecond")
+    net = files.published_network(weights, CASES[case]["options"] | change, class_name)
+    path = workdir / "checkpoints" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pkl":
+        files.save_pickle(path, files.snapshot(net))
+    else:
+        files.save_torch(path, {"step": 200_000, "ema": net})
+    return path
+
+
+def evaluate(workdir, *overrides, expect=0):
+    command = [sys.executable, "main.py", "--mode", "eval", "--workdir", str(workdir), *overrides]
+    done = subprocess.run(
+        [*command, f"--config.eval.stats_dir={workdir}/stats"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def mistake(workdir, *overrides):
+    """The one line in which the evaluation ends."""
+    said = evaluate(workdir, *overrides, expect=2).stderr
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def report_of(workdir, k):
+    with np.load(workdir / f"eval/report_{k}.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+# --- what is evaluated ----------------------------------------------------------------------------
+
+
+def loaded(path, config):
+    run = Experiment.build(config)
+    fit(run.state.load_network, load_checkpoint(path), path)
+    return run
+
+
+@pytest.mark.parametrize("name", ["network-snapshot-000007.pkl", "training-state-000007.pt"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_denoiser_is_the_published_one(case, name, tmp_path):
+    path, inputs = place(tmp_path, case, name), case_inputs(case)
+    config = run_config.load(tmp_path)
+    assert checkpoints_to_evaluate(config, tmp_path) == {7: path}
+    run = loaded(path, config)
+    assert run.state.step == 7
+    labels = {"class_labels": inputs["labels"], "augment_labels": inputs["augment_labels"]}
+    with run.with_ema(), torch.no_grad():
+        out = run.method.denoise(run.state.model, inputs["x"], inputs["sigma"], **labels)
+    close(out, inputs["denoised"])
+
+
+def test_half_precision_becomes_single(tmp_path):
+    weights = {name: tensor.half() for name, tensor in case_weights("ddpmpp").items()}
+    path = place(tmp_path, weights=weights)
+    state = loaded(path, run_config.load(tmp_path)).state
+    names = models.reference_names(state.model)
+    own = state.model.state_dict()
+    assert len(names) == len(weights)
+    for name, tensor in weights.items():
+        assert torch.equal(own[names[name.removeprefix("model.")]], tensor.float())
+
+
+def test_the_program_evaluates_edm_unet(tmp_path):
+    """Twice: as it was placed, and as a checkpoint of this program with the same weights."""
+    path = place(tmp_path)
+    digits = "--config.data.dataset=digits"
+    said = evaluate(tmp_path, *FEW, digits).stdout
+    assert f"evaluating {path} on cpu" in said
+    report = report_of(tmp_path, 7)
+    assert report["step"] == 7
+    assert report["nfe"] == 3  # Heun, the last step Euler
+    assert report["num_samples"] == 20
+
+    config = run_config.load(tmp_path)
+    with torch.no_grad():
+        model = models.create_model(config)
+        models.load_reference_state_dict(model, case_weights("ddpmpp"))
+    state = TrainState(config, model)
+    state.step = 5
+    content = state.state_dict() | {"config": run_config.flatten(config)}
+    save_checkpoint(tmp_path / "own/checkpoints/checkpoint_5.pth", content)
+    evaluate(tmp_path / "own", *FEW, digits, "--config.training.n_iters=5")
+    own = report_of(tmp_path / "own", 1)
+    for name in ("loss", "fid", "nearest"):
+        assert report[name] == own[name] != 0
+
+
+def test_the_program_evaluates_adm_on_data_of_edm(tmp_path):
+    place(tmp_path / "run", "adm", "edm-tiny-16x16.pkl")
+    write_tree(tmp_path / "data", pictures(30, 16, 16), "00000/img{i:08d}.png")
+    (tmp_path / "data/dataset.json").write_text('{"labels": null}')
+    evaluate(tmp_path / "run", *FEW, f"--config.data.path={tmp_path / 'data'}")
+    report = report_of(tmp_path / "run", 0)
+    assert np.isfinite([report["loss"], report["fid"]]).all()
+    assert report["num_samples"] == 20
+
+
+def test_all_snapshots_are_evaluated_but_own_checkpoints_come_first(tmp_path, caplog):
+    names = ["network-snapshot-000010.pkl", "network-snapshot-000009.pkl", "final.pt"]
+    ten, nine, final = (place(tmp_path, name=name) for name in names)
+    assert list(snapshots(tmp_path).items()) == [(0, final), (9, nine), (10, ten)]
+    config = run_config.load(tmp_path)
+    assert checkpoints_to_evaluate(config, tmp_path) == snapshots(tmp_path)
+    assert newest_checkpoint(tmp_path) is None  # training does not go on from them
+    own = tmp_path / f"checkpoints/checkpoint_{config.training.n_iters}.pth"
+    save_checkpoint(own, TrainState(config, models.create_model(config)).state_dict())
+    with caplog.at_level("INFO"):
+        assert checkpoints_to_evaluate(config, tmp_path) == {10: own}
+    assert f"not asked for in {own.parent}: final.pt, {nine.name}, {ten.name}" in caplog.text
+
+
+# --- its config -----------------------------------------------------------------------------------
+
+
+def test_the_config_is_the_recipe_with_the_options_of_the_file():
+    def config_of(**options):
+        config = complete_config(Snapshot("EDMPrecond", options, {}))
+        return run_config.restore(run_config.flatten(config))  # every value is allowed
+
+    common = {"img_channels": 3, "label_dim": 0, "augment_dim": 9, "channel_mult": [2, 2, 2]}
+    cifar10 = config_of(img_resolution=32, model_type="SongUNet", **common)
+    assert cifar10.data.dataset == "CIFAR10"
+    assert (cifar10.training.sde, cifar10.model.D) == ("edm", math.inf)
+    assert cifar10.model.ch_mult == (2, 2, 2)
+    assert (cifar10.sampling.ode_solver, cifar10.sampling.N) == ("heun", 18)
+    faces = config_of(img_resolution=64, model_type="SongUNet", D=128, pfgmpp=True, **common)
+    assert (faces.data.dataset, faces.sampling.N) == ("folder", 40)
+    assert (faces.training.sde, faces.model.D) == ("pfgmpp", 128)
+    imagenet = config_of(img_resolution=64, img_channels=3, label_dim=1000)
+    assert (imagenet.model.name, imagenet.data.num_classes) == ("adm", 1000)
+    assert not imagenet.data.random_flip
+
+
+def test_residual_input_without_a_filter():
+    """The filter (1, 1) averages four pixels after the convolution, and doubles pixels."""
+    options = CASES["ncsnpp"]["options"] | {"resample_filter": [1, 1]}
+    values = config_values(Snapshot("EDMPrecond", options, {}))
+    config = experiment(EDM, EDM_DDPMPP)
+    config.update_from_flattened_dict(values)
+    model, x = models.create_model(config), torch.randn(2, 32, 8, 8)
+    downs = [m for n, m in model.named_modules() if n.endswith("progressive_input.down")]
+    assert len(downs) == 2
+    assert all(isinstance(down, Resampling) for down in downs)
+    conv = downs[1].fir_conv
+    with torch.no_grad():
+        expected = F.avg_pool2d(F.conv2d(x, conv.weight, conv.bias, padding=1), 2)
+        torch.testing.assert_close(downs[1](x), expected)
+
+    config.model.progressive_input = "none"
+    filtered = models.create_model(config)
+    config.model.fir = False
+    plain, x, label = models.create_model(config), torch.randn(2, 3, 16, 16), torch.zeros(2)
+    for name, parameter in filtered.named_parameters():
+        parameter.data = torch.randn_like(parameter) / 10
+        plain.get_parameter(name).data = parameter.data
+    with torch.no_grad():
+        torch.testing.assert_close(filtered.eval()(x, label), plain.eval()(x, label))
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_other_preconditionings_are_named(tmp_path):
+    place(tmp_path, class_name="VPPrecond")
+    assert "network-snapshot-000007.pkl: no config for the preconditioning 'VPPrecond'" in mistake(
+        tmp_path
+    )
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = place(tmp_path)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert f"error: {path} is no snapshot of EDM or PFGM++: " in mistake(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    path = place(tmp_path, "ddpmpp_cond")
+    write_tree(tmp_path / "data", pictures(20))
+    only_loss = ["--config.eval.enable_loss", "--noconfig.eval.enable_sampling"]
+    data = [f"--config.data.path={tmp_path / 'data'}", "--config.data.num_classes=7"]
+    said = mistake(tmp_path, *only_loss, *data)
+    assert f"{path} does not fit the configured network: " in said
+    assert "'map_label.weight'" in said
+    assert "the run's own config differs: data.num_classes: 10 -> 7, data.path" in said
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named(value, tmp_path):
+    weights = {"model.map_layer0.bias": case_weights("ddpmpp")["model.map_layer0.bias"] * value}
+    path = place(tmp_path, weights=weights)
+    with pytest.raises(ValueError, match="weight 'map_layer0.bias' is not finite"):
+        loaded(path, run_config.load(tmp_path))
+
+
+def test_options_out_of_range_are_named(tmp_path):
+    place(tmp_path, num_blocks=10**9)
+    assert "model.num_res_blocks must be" in mistake(tmp_path)
+
+
+def test_two_files_of_one_number(tmp_path):
+    place(tmp_path, name="a.pkl")
+    place(tmp_path, name="b.pt")
+    said = mistake(tmp_path)
+    assert "a.pkl and b.pt are both number 0" in said
