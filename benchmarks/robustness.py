@@ -10,8 +10,8 @@ training images is measured
    from noise level sigma, x becomes x + alpha sigma e, e ~ N(0, I). It is Gaussian for every D, and
    sigma is r / sqrt(D);
 2. with the weights of all convolutions rounded to few bits after training, symmetrically, a scale
-   for each tensor; 1x1 convolutions count, activations stay float. (The published program also
-   shifts the grid, so that it ends at a tensor's least and largest weight.)
+   for each tensor; 1x1 convolutions count, activations stay float (the published program also
+   shifts the grid, so that it ends at a tensor's least and largest weight);
 3. with fewer and more steps of Heun's.
 
 All settings start from the prior samples that `--mode eval` takes. Workdirs of the same method, D
@@ -38,11 +38,12 @@ import datasets
 import sampling
 from evaluation import origin_of
 from experiment import Experiment
+from methods import Method
 from metrics.reference import ReferenceStatistics
 from models.layers import NIN
-from reports.images import to_uint8
+from reports.images import Images, to_uint8
 from solvers import SOLVERS, Solver
-from solvers.base import Callback, Slope, check_finite
+from solvers.base import Callback, Slope, Step, check_finite
 from storage import run_config
 from storage.checkpoints import fit, load_checkpoint
 from storage.files import cached
@@ -81,6 +82,8 @@ def noisy_heun(
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         x = x + alpha * here * noise
         d, h = slope(x, here), there - here
+        if callback:
+            callback(Step(i, here, x, d))
         x = x + (h * d if i == last else h / 2 * (d + slope(x + h * d, there)))
         check_finite(x, there)
     return x
@@ -131,6 +134,14 @@ def draw(config, run: Experiment, setting: Setting, num: int) -> dict:
     return {"samples": np.concatenate(rounds)}
 
 
+def distance(samples: Images, statistics: ReferenceStatistics) -> float:
+    """Frechet's, of the samples from the data; NaN without any."""
+    if not len(samples):
+        return np.nan
+    features, _ = statistics.space(samples)
+    return statistics.space.backend.frechet_distance(features, statistics.reference.gaussian, None)
+
+
 def measure(workdir: Path, num: int) -> tuple[str, Distances]:
     """The curve that the run in `workdir` belongs to, and its distances; NaN if it diverges.
 
@@ -147,7 +158,6 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
     statistics = ReferenceStatistics.build(config, run.device)
     if statistics.reference is None:
         statistics.measure(lambda images: None)
-    space, data = statistics.space, statistics.reference.gaussian
     folder, found = evaluation_folder(workdir, "robustness"), {}
     channels, *sides = datasets.image_shape(config)
     spec = {"samples": ("u", (None, *sides, channels))}
@@ -155,21 +165,16 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
     with run.with_ema():
         origin = origin_of(config, run) | {"num": num, "at once": config.eval.batch_size}
         for setting in dict.fromkeys(s for panel in PANELS.values() for s in panel.values()):
-            words = ", ".join(f"{key} {value}" for key, value in setting._asdict().items())
-            file = folder / f"{words.replace(', ', '_').replace(' ', '')}.npz"
+            name = f"n{setting.n}_alpha{setting.alpha}_bits{setting.bits}"
             compute = partial(draw, config, run, setting, num)
-            drawn = cached(file, origin | setting._asdict(), compute, spec)
-            complete = len(drawn["samples"]) == num
-            features = space(drawn["samples"])[0] if complete else None
-            found[setting] = (
-                space.backend.frechet_distance(features, data, None) if complete else np.nan
-            )
+            drawn = cached(folder / f"{name}.npz", origin | setting._asdict(), compute, spec)
+            found[setting] = d = distance(drawn["samples"], statistics)
             seconds = f"{float(drawn['seconds']):.1f} s"
-            print(f"{workdir} ({curve}): {words}: {found[setting]:.4f}, {seconds}", flush=True)
+            print(f"{workdir} ({curve}): {name}: {d:.4f}, {seconds}", flush=True)
     return curve, found
 
 
-def name_of(config, method) -> str:
+def name_of(config, method: Method) -> str:
     """The method, its D where it has one, and its target where that is not the image."""
     words = [config.training.sde]
     if hasattr(method, "D"):
