@@ -20,10 +20,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 CPU = torch.device("cpu")
 
 
-def options(doc: str, **defaults) -> argparse.Namespace:
-    """Those of the command line, --{name} for each default, None standing for an unset string."""
+def options(doc: str, paths: str | None = None, /, **defaults) -> argparse.Namespace:
+    """Those of the command line, --{name} for each default, None standing for an unset string.
+
+    With `paths`, one path or more come before them, and are called so.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    if paths:
+        parser.add_argument(paths, nargs="+", type=Path)
     for name, default in defaults.items():
         kind = str if default is None else type(default)
         parser.add_argument(f"--{name}", type=kind, default=default)

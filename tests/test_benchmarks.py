@@ -1,11 +1,20 @@
-"""The benchmark of a step: its plain form is the same computation."""
+"""The benchmarks: the plain form of a step is the same computation; what robustness measures."""
 
+import importlib
 import json
+import math
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from test_small_runs import report_of, tiny
+from torch import nn
+
+import run_lib
+from models.layers import NIN
+from solvers import heun
 
 
 @pytest.mark.slow
@@ -33,3 +42,90 @@ def test_the_plain_form_of_a_step_has_the_same_losses(experiment, tmp_path):
         assert sum(form["phases"].values()) == pytest.approx(2 * form["phases"]["step"])
         assert form["images_per_second"] > 0
         assert 0 < form["model_flop_utilisation"] < 1
+
+
+@pytest.fixture
+def robustness(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("robustness")
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_quantization_keeps_the_grid_and_errs_by_half_a_step(bits, robustness):
+    largest = 2 ** (bits - 1) - 1
+    grid = torch.arange(-largest, largest + 1) / 8
+    assert torch.equal(robustness.quantize(grid, bits), grid)
+    weight = torch.randn(1000, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
+    found = robustness.quantize(weight, bits)
+    step = weight.abs().max() / largest
+    assert (found - weight).abs().max() <= step / 2 * (1 + 1e-12)
+    assert found.abs().max() == weight.abs().max()
+    assert len(found.unique()) <= 2**bits - 1
+    assert torch.equal(robustness.quantize(torch.zeros(3), bits), torch.zeros(3))
+
+
+def test_convolutions_alone_are_quantized_and_get_their_weights_back(robustness):
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), NIN(3, 4), nn.Linear(4, 5), nn.GroupNorm(1, 5))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with robustness.quantized(net, 4):
+        within = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    changed = {name for name in before if not torch.equal(before[name], within[name])}
+    assert changed == {"0.weight", "1.W"}
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_noise_is_injected_before_each_step(robustness):
+    """dx/dsigma = x / sigma, whose steps are exact: x / sigma gains alpha e in each of them."""
+    levels = torch.tensor([80.0, 20.0, 3.0, 0.5], dtype=torch.float64)
+    x = torch.full((100_000,), 7.0, dtype=torch.float64)
+    calls = []
+
+    def slope(x, level):
+        calls.append(level)
+        return x / level
+
+    def solve(alpha):
+        generator = torch.Generator().manual_seed(0)
+        return robustness.noisy_heun(slope, x, levels, alpha=alpha, generator=generator)
+
+    assert torch.equal(solve(0.0), heun(slope, x, levels))
+    assert calls == 2 * [80.0, 20.0, 20.0, 3.0, 3.0]
+    relative = solve(0.2) / 0.5
+    assert relative.mean().item() == pytest.approx(7 / 80, abs=0.005)  # 5 standard errors
+    assert relative.std().item() == pytest.approx(0.2 * math.sqrt(3), rel=0.015)
+
+
+def test_robustness_of_two_seeds(tmp_path, robustness, monkeypatch, capsys):
+    seeds = [tmp_path / "a", tmp_path / "b"]
+    few = {"eval__num_samples": 30, "sampling__N": 18, "sampling__ode_solver": "heun"}
+    for seed, workdir in enumerate(seeds):
+        config = tiny("pfgmpp/digits_ddpmpp.py", tmp_path, model__D=16.0, seed=seed, **few)
+        assert run_lib.train(config, workdir)
+        run_lib.evaluate(config, workdir)
+    picture = tmp_path / "plot.png"
+    words = ["robustness.py", *map(str, seeds), "--num=30", f"--out={picture}"]
+    monkeypatch.setattr(sys, "argv", words)
+    robustness.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("pfgmpp, D = 16 ")]
+    assert len(rows) == len(robustness.PANELS) == 3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    curve, again = robustness.measure(seeds[0], 30)
+    assert curve == "pfgmpp, D = 16"
+    assert len(again) == len(list((seeds[0] / "robustness").glob("*.npz"))) == 11
+    assert len(set(again.values())) == 11  # each setting makes other samples
+    fid = report_of(seeds[0], 2)["fid"]
+    assert again[robustness.Setting()] == pytest.approx(fid, rel=1e-6)
+
+    def draw(*_):
+        raise AssertionError("samples that are there are drawn again")
+
+    monkeypatch.setattr(robustness, "draw", draw)
+    assert robustness.measure(seeds[0], 30) == (curve, again)
+
+
+def test_robustness_of_nothing_is_one_line(tmp_path, robustness, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["robustness.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"there is no run in {tmp_path}"):
+        robustness.main()
