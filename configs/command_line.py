@@ -94,6 +94,7 @@ def _check_file(path: str, known: dict) -> None:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is not None:
             config = get_config()
+        keys = flatten(config).keys() if isinstance(config, ConfigDict) else ()
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"config file {_where(path, error)}: {_reason(error, known)}") from error
     if get_config is None:
@@ -102,7 +103,6 @@ def _check_file(path: str, known: dict) -> None:
         raise ValueError(
             f"config file {path}: its get_config() does not return an ml_collections.ConfigDict"
         )
-    keys = flatten(config).keys()
     if more := keys - known.keys():
         raise ValueError(f"config file {path}: {explain_unknown(min(more), known)}")
     if less := known.keys() - keys:

@@ -212,7 +212,7 @@ KEYS = {
     "sampling.sigma_max": Key(80.0, above(0), "PFGM++ and EDM: first noise level"),
     "sampling.z_max": Key(
         None,
-        above(0, 1e30),
+        above(0, 10**9),
         "Poisson: the prior's plane, where the ODE starts; None: measured from the data",
     ),
     "sampling.z_min": Key(1e-3, above(0), "Poisson: where the ODE ends, below z_max"),
@@ -221,7 +221,7 @@ KEYS = {
     ),
     "sampling.upper_norm": Key(
         None,
-        above(0, 1e30),
+        above(0, 10**9),
         "Poisson: the prior sample's norm is clipped to it; None: measured from the data",
     ),
     "sampling.compile": Key(False, Flag(), "torch.compile the network that samples"),
