@@ -77,7 +77,9 @@ class BFloat16(nn.Module):
 
 def compiled(network: nn.Module, device: torch.device) -> nn.Module:
     """`network` through torch.compile; as it is, after one warning, where that does not work."""
-    return torch.compile(network) if _compiler_works(device) else network
+    # Static shapes: batch sizes hardly change, and with dynamic ones Inductor of PyTorch 2.13 fails
+    # ("cannot determine truth value of Relational").
+    return torch.compile(network, dynamic=False) if _compiler_works(device) else network
 
 
 @functools.cache

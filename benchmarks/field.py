@@ -35,6 +35,13 @@ def broadcast_mean(x: torch.Tensor, y: torch.Tensor, sigma: torch.Tensor, D: flo
     return (weights[..., None] * y[None]).sum(1)
 
 
+def broadcast_field(points: torch.Tensor, charges: torch.Tensor, gamma: float) -> torch.Tensor:
+    """The field of Poisson flow as published."""
+    x, z = points[:, :-1], points[:, -1:]
+    field = torch.cat([broadcast_mean(x, charges, z, 1.0) - x, -z], dim=1)
+    return math.sqrt(x.shape[1]) * field / (field.norm(dim=1, keepdim=True) + gamma)
+
+
 def functions(target: str, form: str) -> Callable[..., torch.Tensor]:
     """`(points (B, N + 1), images) -> target`: p = (x, sigma), in the broadcast or in our form."""
     D = TARGETS[target]
@@ -46,11 +53,7 @@ def functions(target: str, form: str) -> Callable[..., torch.Tensor]:
         return posterior_mean(x.view(-1, *images.shape[1:]), images, sigma, D).flatten(1)
 
     def normalised(points, images):
-        if form != "broadcast":
-            return poisson_field(points, images, GAMMA)
-        x, z = points[:, :-1], points[:, -1:]
-        arm = torch.cat([broadcast_mean(x, images, z, D) - x, -z], dim=1)
-        return math.sqrt(N) * arm / (arm.norm(dim=1, keepdim=True) + GAMMA)
+        return (broadcast_field if form == "broadcast" else poisson_field)(points, images, GAMMA)
 
     return normalised if target == "field" else mean
 

@@ -208,6 +208,13 @@ class VESDE(SDE):
 
     @classmethod
     def range_from_config(cls, config):
+        model = config.model
+        numbered = model.name.lower() == "ddpm" or model.embedding_type.lower() == "positional"
+        if model.scale_by_sigma and numbered and config.training.continuous:
+            raise ValueError(
+                "model.scale_by_sigma with a 'positional' embedding takes numbered noise levels: "
+                "set training.continuous=False, or model.embedding_type='fourier'"
+            )
         low, high = rising(config, "model.sigma_min", "model.sigma_max")
         return {"sigma_min": low, "sigma_max": high}
 

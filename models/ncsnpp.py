@@ -172,12 +172,6 @@ class NCSNpp(nn.Module):
                 "model.embedding_type = 'fourier' takes noise levels, but with "
                 "training.continuous = False the levels are numbered from 0; use 'positional'"
             )
-        numbered = options["embedding_type"] == "positional"
-        if numbered and options["scale_by_sigma"] and config.training.continuous:
-            raise ValueError(
-                "model.scale_by_sigma with a 'positional' embedding takes numbered levels: set "
-                "training.continuous = False, or model.embedding_type = 'fourier'"
-            )
         return cls(**options)
 
     def __init__(

@@ -138,7 +138,7 @@ def test_a_solver(trained):
 def test_a_schedule(trained):
     report, output, _ = evaluated("schedule", trained)
     assert report["nfe"] == 2 * 3 - 1
-    assert "differs from that of the run: sampling.schedule: auto -> cosine" in output
+    assert "differs from that of the run: sampling.schedule: 'auto' -> 'cosine'" in output
 
 
 def test_a_metric(trained):
