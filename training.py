@@ -26,12 +26,6 @@ def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int
     return rise * max(0.0, fall)
 
 
-@torch.no_grad()
-def _copy(to: Iterable[Tensor], source: Iterable[Tensor]) -> None:
-    for own, given in zip(to, source, strict=True):
-        own.copy_(given)
-
-
 def rise_of_edm(k: int) -> float:
     """Decay at update k >= 1 of a half-life of 5 % of the images before it (arXiv 2206.00364)."""
     return 0.5 ** (20 / (k - 1)) if k > 1 else 0.0
@@ -145,6 +139,7 @@ class TrainState:
             "step": self.step,
         }
 
+    @torch.no_grad()
     def load_network(self, state: dict) -> None:
         """What evaluation needs: the network, its EMA weights and the step count.
 
@@ -167,10 +162,11 @@ class TrainState:
         self.step = state["step"]
         if "ema" in state:
             self.ema.num_updates = state["ema"]["num_updates"]  # the decay is the config's
-            _copy(self.ema.shadow_params, state["ema"]["shadow_params"])
+            torch._foreach_copy_(self.ema.shadow_params, state["ema"]["shadow_params"])
         else:
-            _copy(self.ema.shadow_params, self.parameters)
+            torch._foreach_copy_(self.ema.shadow_params, self.parameters)
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Everything, to go on training; the optimiser's options stay those of the config.
 
@@ -180,7 +176,7 @@ class TrainState:
         self.load_network(state)
         for parameter, loaded in zip(self.parameters, moments, strict=True):
             own = self.optimizer.state[parameter]
-            _copy(own.values(), (loaded[name] for name in own))
+            torch._foreach_copy_([*own.values()], [loaded[name] for name in own])
 
     def _checked_moments(self, optimizer: dict, steps: int) -> list[dict[str, Tensor]]:
         """The moments of each parameter in the state of an `optimizer` after so many `steps`."""

@@ -21,6 +21,11 @@ def spread(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x).view(-1, *[1] * (x.dim() - 1))
 
 
+def conditioned(net: Network, conditions: dict[str, Tensor | None]) -> Network:
+    """`net` that is given the `conditions`, by name, in every call; those that are None are not."""
+    return partial(net, **{name: value for name, value in conditions.items() if value is not None})
+
+
 def rising(config, low: str, high: str, equal: bool = False) -> tuple[float, float]:
     """The values of two keys, such as "model.sigma_min", that must be positive and rise.
 
@@ -156,8 +161,7 @@ class Method(abc.ABC):
 
         Further `conditions` of the network, such as `class_labels` (B,), go by name; None is none.
         """
-        given = {name: value for name, value in conditions.items() if value is not None}
-        return y - sigma * self.slope(partial(net, **given), y, sigma)
+        return y - sigma * self.slope(conditioned(net, conditions), y, sigma)
 
     @abc.abstractmethod
     def perturb_at(

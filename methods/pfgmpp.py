@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from methods import student_t
-from methods.base import Method, Preconditioning, rising, spread
+from methods.base import Method, Preconditioning, conditioned, rising, spread
 from methods.field import posterior_mean
 from sources.batch import Batch
 
@@ -134,9 +134,8 @@ class PFGMPP(Method):
         return self.slope(net, x, t)
 
     def denoise(self, net, y, sigma, **conditions):
-        given = {name: value for name, value in conditions.items() if value is not None}
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
-        return self.precondition(partial(net, **given), y, sigma)
+        return self.precondition(conditioned(net, conditions), y, sigma)
 
     def perturb_at(self, images, t, generator=None):
         draw = {"generator": generator, "device": images.device}

@@ -123,7 +123,7 @@ def _check_records(file: BinaryIO) -> None:
 def check_keys(given: Any, keys: Collection[str | int], name: str) -> None:
     """Raises ValueError unless `given`, the entry `name` of a state, has these `keys`, no others.
 
-    Nothing else in a file is believed: a stranger may have written it.
+    Files may be untrusted, so nothing in them is used before it is looked at.
     """
     if not isinstance(given, dict):
         raise ValueError(f"{name} is no dictionary but of type {type(given).__name__}")

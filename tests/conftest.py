@@ -1,6 +1,8 @@
 """Fixtures of all tests: numbers of the published implementations, exact fields, the GPU's mark."""
 
+import os
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,28 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def run_program(command, expect=0):
+    """What a `command` printed that ends with the status `expect`; its processes have a thread."""
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch as in a process of one thread: for small tensors, and to compare with such ones."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,7 @@ PUBLISHED = json.loads((GOLDEN / "edm_networks.json").read_text())
 CASES, FULL_SIZE = PUBLISHED["cases"], PUBLISHED["full_size"]
 SIGMA_DATA = 0.5
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def published_config(options):

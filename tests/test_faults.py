@@ -74,14 +74,6 @@ def newest(workdir):
     return load_checkpoint(workdir / "checkpoints-meta/checkpoint.pth")
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes that are compared with
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- kills ----------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""States that a stranger has changed: loaded with right results, or refused in one line."""
+"""States that were changed from outside: loaded with right results, or refused in one line."""
 
 import copy
 import random
@@ -95,7 +95,7 @@ def mutate(state, chance):
     elif kind == "missing":
         del owner[key]
     elif kind == "added" and isinstance(value, dict):
-        value[chance.choice(("stranger", 3, 10**6))] = chance.choice(VALUES)
+        value[chance.choice(("unknown", 3, 10**6))] = chance.choice(VALUES)
     elif kind == "added" and isinstance(value, list):
         value.append(chance.choice([*VALUES, *value]))
     elif kind == "order" and isinstance(value, list):

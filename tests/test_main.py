@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_program
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -46,16 +46,7 @@ def command(mode, workdir, *overrides, config=DIGITS):
 
 
 def call(mode, workdir, *overrides, config=DIGITS, expect=0):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(mode, workdir, *overrides, config=config),
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
+    return run_program(command(mode, workdir, *overrides, config=config), expect)
 
 
 @pytest.fixture(scope="module")
@@ -415,15 +406,7 @@ def test_mistakes_of_shared_parts_name_their_own_line(tmp_path):
 def evaluate_stored(workdir, *overrides, expect=0):
     """Evaluation with the config that the workdir carries."""
     arguments = ["--mode=eval", f"--workdir={workdir}", *overrides]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
+    return run_program([sys.executable, str(ROOT / "main.py"), *arguments], expect)
 
 
 def test_evaluation_takes_the_config_of_the_run(trained):

@@ -24,13 +24,7 @@ NETWORKS = json.loads((GOLDEN / "networks.json").read_text())
 STATE_DICTS = json.loads((GOLDEN / "state_dicts.json").read_text())
 CASES = sorted(NETWORKS["cases"])
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load_config(path):

@@ -24,14 +24,7 @@ GOLDEN = {
     key: torch.from_numpy(value) for key, value in np.load(ROOT / "tests/golden/ops.npz").items()
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors here are so small that threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random(*shape, dtype=torch.float64, seed=0):

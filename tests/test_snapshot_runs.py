@@ -1,8 +1,6 @@
 """Snapshots of EDM and PFGM++ in a workdir are evaluated as they are."""
 
 import math
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import snapshot_files as files
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, run_program
 from data_files import pictures, write_tree
 from test_edm_networks import CASES, case_inputs, case_weights, close
 
@@ -55,17 +53,9 @@ def place(workdir, case="ddpmpp", name="network-snapshot-000007.pkl", **change):
 
 
 def evaluate(workdir, *overrides, expect=0):
-    command = [sys.executable, "main.py", "--mode", "eval", "--workdir", str(workdir), *overrides]
-    done = subprocess.run(
-        [*command, f"--config.eval.stats_dir={workdir}/stats"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
+    arguments = ["--mode=eval", f"--workdir={workdir}", *overrides]
+    arguments.append(f"--config.eval.stats_dir={workdir}/stats")
+    return run_program([sys.executable, str(ROOT / "main.py"), *arguments], expect)
 
 
 def mistake(workdir, *overrides):
