@@ -232,6 +232,34 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(experiment, turns):
     torch.testing.assert_close(in_turns, whole, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("experiment", [digits_ddpmpp, pfgmpp_digits, vp_digits])
+def test_gradient_in_bfloat16_is_near_and_float32(experiment):
+    config = experiment.get_config()
+    config.model.nf = 8
+    config.training.update(batch_size=64, small_batch_size=0)
+    torch.manual_seed(0)
+    model = create_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    loss_fn = losses.get_loss_fn(config, methods.get_method(config))
+    images, gradients = Batch(torch.rand(64, 1, 8, 8)), {}
+    for config.training.precision in ("fp32", "bf16"):
+        try:
+            net = execution.for_training(config, model)
+        except ValueError:
+            pytest.skip("this CPU has no bfloat16")
+        model.zero_grad()
+        loss = loss_fn(net, images, torch.Generator().manual_seed(3))
+        loss.backward()
+        assert loss.dtype == torch.float32
+        gradient = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients[config.training.precision] = torch.cat(gradient)
+    assert gradients["bf16"].dtype == torch.float32
+    error = (gradients["bf16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()
+    assert 1e-5 < error < 3e-2  # 8 bits: 4e-3 for every rounding
+
+
 def test_examples_that_cannot_be_shared_are_refused():
     config = vp_digits.get_config()
     config.training.accumulate = 5
