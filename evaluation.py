@@ -138,8 +138,8 @@ def evaluate_bpd(
         bits, latents, nfe = bits_per_dim(net, run.scaler(images), generator)
         found = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
         if i == 0:
-            tolerances = sampling.get_tolerances(config)
-            x, _ = sampling.solve_ode(run.method, net, latents, **tolerances)
+            options = sampling.get_rk45_options(config)
+            x, _ = sampling.solve_ode(run.method, net, latents, **options)
             change = datasets.get_data_inverse_scaler(config)(x) - images
             found["encoding_error"] = change.square().mean().sqrt().item()
         return found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Method, Network
-from sampling import get_tolerances
+from sampling import get_rk45_options
 from solvers.base import Counted
 from solvers.rk45 import rk45
 
@@ -40,6 +40,7 @@ def log_likelihood(
     probes: Tensor,
     rtol: float = 1e-4,
     atol: float = 1e-4,
+    max_evaluations: int = 10_000,
 ) -> tuple[Tensor, Tensor, int]:
     """Log density of `x` under the distribution that the sampling ODE makes of the prior.
 
@@ -52,7 +53,7 @@ def log_likelihood(
         method, net: whose ODE.
         x: scaled images (B, C, H, W).
         probes: (K, B or 1, C, H, W): the unit vectors, or one of mean 0 and covariance I.
-        rtol, atol: see `rk45`.
+        rtol, atol, max_evaluations: see `rk45`.
 
     Returns:
         log p (B,) in nats, the latent at the prior (B, C, H, W), and the number of evaluations of
@@ -73,7 +74,8 @@ def log_likelihood(
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
         times = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
         flow = Counted(drift_and_divergence)
-        end = rk45(flow, start, times, rtol=rtol, atol=atol)
+        limits = {"rtol": rtol, "atol": atol, "max_evaluations": max_evaluations}
+        end = rk45(flow, start, times, **limits)
         latent, change = end[:, :-1].view_as(x), end[:, -1]
         return method.prior_logp(latent) + change, latent, flow.calls
 
@@ -100,13 +102,13 @@ def get_likelihood_fn(config, method: Method) -> Callable[..., tuple[Tensor, Ten
             f"unknown eval.divergence={config.eval.divergence!r}; known: {', '.join(DIVERGENCES)}"
         )
     make_probes = DIVERGENCES[config.eval.divergence]
-    tolerances = get_tolerances(config)
+    options = get_rk45_options(config)
     # 256 grey levels span the interval that the data scaler maps to: log2(256 / its length).
     offset = 7.0 if config.data.centered else 8.0
 
     def likelihood_fn(net, data, generator=None):
         probes = make_probes(data, generator)
-        log_p, latent, evaluations = log_likelihood(method, net, data, probes, **tolerances)
+        log_p, latent, evaluations = log_likelihood(method, net, data, probes, **options)
         bits = -log_p / (data[0].numel() * math.log(2)) + offset
         return bits, latent, evaluations
 

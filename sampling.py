@@ -43,6 +43,7 @@ def solve_ode(
     rho: float = 7.0,
     rtol: float = 1e-4,
     atol: float = 1e-4,
+    max_evaluations: int = 10_000,
     noise_removal: bool = False,
     callback: Callback | None = None,
 ) -> tuple[Tensor, int]:
@@ -55,7 +56,7 @@ def solve_ode(
         n: steps of those that have a schedule, at least 1.
         schedule: a name in `SCHEDULES`, or "auto" for the solver's own.
         rho: see `solvers.schedules.polynomial`.
-        rtol, atol: see `rk45`.
+        rtol, atol, max_evaluations: see `rk45`.
         noise_removal: where the ODE stops at some noise, the last of the n steps leads from there
             to noise level 0; after `rk45` an Euler step does. Euler's gives the mean of the data
             given x (Tweedie's formula).
@@ -65,7 +66,8 @@ def solve_ode(
         The sample, and the number of network evaluations.
 
     Raises:
-        FloatingPointError: the solution is not finite; the message says where.
+        FloatingPointError: the solution is not finite, or the evaluations are spent; the message
+            says where.
     """
     solve, own_schedule = SOLVERS[solver]
     denoise = noise_removal and method.noisy_end
@@ -77,7 +79,8 @@ def solve_ode(
         return integrate(method, slope, x, levels, solve, callback), slope.calls
     drift = Counted(partial(method.ode, net))
     times = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
-    x = solve(drift, x, times, callback, rtol=rtol, atol=atol)
+    limits = {"rtol": rtol, "atol": atol, "max_evaluations": max_evaluations}
+    x = solve(drift, x, times, callback, **limits)
     if denoise:
         last = method.sigma(zero + method.t_data)
         x = integrate(method, slope, x, torch.cat([last, zero]), euler)
@@ -116,10 +119,11 @@ def _check_positive(config, *keys: str) -> None:
             raise ValueError(f"sampling.{key} must be positive, not {config.sampling[key]}")
 
 
-def get_tolerances(config) -> dict[str, float]:
-    """`rtol` and `atol` of `rk45` from `config.sampling`; ValueError where one is not positive."""
-    _check_positive(config, "rtol", "atol")
-    return {"rtol": config.sampling.rtol, "atol": config.sampling.atol}
+def get_rk45_options(config) -> dict[str, float]:
+    """The options of `rk45` from `config.sampling`; ValueError where one is not positive."""
+    keys = "rtol", "atol", "max_evaluations"
+    _check_positive(config, *keys)
+    return {key: config.sampling[key] for key in keys}
 
 
 def _ode_sampler(config, method: Method):
@@ -140,7 +144,7 @@ def _ode_sampler(config, method: Method):
         "schedule": schedule,
         "rho": sampling.rho,
         "noise_removal": sampling.noise_removal,
-        **get_tolerances(config),
+        **get_rk45_options(config),
     }
     return lambda net, x, generator, callback: solve_ode(
         method, net, x, callback=callback, **options

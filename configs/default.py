@@ -4,21 +4,20 @@ The config is locked: parts and experiments only set keys that stand here, so th
 misspelt one is an error. docs/config.md is made of this table.
 """
 
-import math
-
 from ml_collections import ConfigDict, config_dict
 
 from configs.keys import get, shown
 from configs.schema import Flag, Key, Number, Numbers, OneOf, Text, above, whole
 
 SHARE = Number(0, 1)
+NOISE_LEVEL = Number(1e-6, 10**6)  # so that squares, and their sums over an image, fit a float32
 
 KEYS = {
     "seed": Key(42, whole(0, 2**63 - 1), "of weights, noise and the order of the data"),
     "device": Key(
         "auto",
-        Text(r"auto|cpu|cuda(:\d{1,3})?", "'auto' (CUDA where there is one), 'cpu' or 'cuda:1'"),
-        "where everything is computed",
+        Text(r"auto|cpu|cuda(:\d{1,3})?", "'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        "where everything is computed; 'auto': on the first GPU where there is one",
     ),
     "data.dataset": Key("", OneOf(registry="sources.SOURCES"), "where the images come from"),
     "data.category": Key(
@@ -30,7 +29,9 @@ KEYS = {
         "", Text(), "where other data lie; '' for the default folder of the data set"
     ),
     "data.image_size": Key(32, whole(1, 4096), "height and width; larger images are resized"),
-    "data.num_channels": Key(3, whole(0, 1024), "1 or 3; 0: as the data have"),
+    "data.num_channels": Key(
+        3, whole(0, 1024), "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as the data have"
+    ),
     "data.num_classes": Key(
         0, whole(0, 10**6), "class labels the network is given, numbered from 0; 0: none"
     ),
@@ -82,12 +83,15 @@ KEYS = {
     "training.target": Key(
         "image",
         OneOf(registry="methods.pfgmpp.TARGETS"),
-        "PFGM++ and EDM: of the denoiser; 'posterior_mean' is over the reference batch",
+        "PFGM++ and EDM: what the denoiser learns, the clean image or its posterior mean over the "
+        "reference batch",
     ),
-    "training.gamma": Key(5.0, Number(0), "Poisson: added to the field's norm before it divides"),
+    "training.gamma": Key(
+        5.0, Number(0, 10**6), "Poisson: added to the field's norm before it divides"
+    ),
     "training.tau": Key(
         0.03,
-        above(0),
+        Number(1e-6, 10),
         "Poisson: perturbed points lie about sigma_end * (1 + tau)^m away, m <= M",
     ),
     "training.M": Key(None, whole(1), "Poisson; None: measured from the data"),
@@ -95,7 +99,7 @@ KEYS = {
     "optim.optimizer": Key("Adam", OneOf(("Adam",)), "the only one"),
     "optim.lr": Key(2e-4, Number(0), "learning rate"),
     "optim.beta1": Key(0.9, Number(0, 1 - 2**-53), "Adam's decay of the first moment, below 1"),
-    "optim.eps": Key(1e-8, Number(0), "Adam's"),
+    "optim.eps": Key(1e-8, Number(0), "Adam adds it to the square root that it divides by"),
     "optim.weight_decay": Key(0.0, Number(0), "added to the gradient as a multiple of the weights"),
     "optim.amsgrad": Key(False, Flag(), "Adam's variant of this name"),
     "optim.warmup": Key(
@@ -151,7 +155,9 @@ KEYS = {
     "model.progressive": Key(
         "none", OneOf(("none", "output_skip", "residual")), "images along the way up"
     ),
-    "model.progressive_input": Key("none", OneOf(("none", "input_skip", "residual")), "and down"),
+    "model.progressive_input": Key(
+        "none", OneOf(("none", "input_skip", "residual")), "images along the way down"
+    ),
     "model.progressive_combine": Key(
         "sum", OneOf(("sum", "cat")), "how they are joined to the features"
     ),
@@ -159,17 +165,19 @@ KEYS = {
         0.0, Number(0, 10**6), "of the weights that end a branch; 0 stands for 1e-10"
     ),
     # Of the methods:
-    "model.sigma_min": Key(0.01, above(0), "VE SDE: smallest noise level"),
-    "model.sigma_max": Key(50.0, above(0), "VE SDE: largest noise level"),
-    "model.beta_min": Key(0.1, above(0), "VP and sub-VP SDE: beta at the data"),
-    "model.beta_max": Key(20.0, above(0), "VP and sub-VP SDE: beta at the prior"),
-    "model.D": Key(2048.0, above(0, math.inf), "PFGM++: augmenting dimensions; inf is EDM"),
+    "model.sigma_min": Key(0.01, NOISE_LEVEL, "VE SDE: smallest noise level"),
+    "model.sigma_max": Key(50.0, NOISE_LEVEL, "VE SDE: largest noise level"),
+    "model.beta_min": Key(0.1, above(0, 1000), "VP and sub-VP SDE: beta at the data"),
+    "model.beta_max": Key(20.0, above(0, 1000), "VP and sub-VP SDE: beta at the prior"),
+    "model.D": Key(
+        2048.0, Number(0.5, 10**12, or_inf=True), "PFGM++: augmenting dimensions; inf is EDM"
+    ),
     "model.sigma_data": Key(
-        0.5, above(0, 10**6), "PFGM++ and EDM: standard deviation of the scaled images' entries"
+        0.5, NOISE_LEVEL, "PFGM++ and EDM: standard deviation of the scaled images' entries"
     ),
     "model.P_mean": Key(-1.2, Number(-50, 50), "PFGM++ and EDM: mean of ln sigma in training"),
     "model.P_std": Key(1.2, above(0, 20), "PFGM++ and EDM: its standard deviation"),
-    "model.sigma_end": Key(0.01, above(0), "Poisson: perturbation of points next to the data"),
+    "model.sigma_end": Key(0.01, NOISE_LEVEL, "Poisson: perturbation of points next to the data"),
     "sampling.method": Key(
         "ode",
         OneOf(registry="sampling.SAMPLERS"),
@@ -180,7 +188,9 @@ KEYS = {
         OneOf(registry="solvers.SOLVERS"),
         "of 'ode': 'rk45' is adaptive, the others take N steps",
     ),
-    "sampling.N": Key(100, whole(1, 10**5), "their steps; 'pc' takes model.num_scales"),
+    "sampling.N": Key(
+        100, whole(1, 10**5), "steps of those; 'pc' takes model.num_scales steps instead"
+    ),
     "sampling.schedule": Key(
         "auto",
         OneOf(("auto",), "solvers.SCHEDULES"),
@@ -194,6 +204,11 @@ KEYS = {
         1e-4, above(0, 1), "error of a step of 'rk45', in sampling and likelihood: rtol |x| + atol"
     ),
     "sampling.atol": Key(1e-4, above(0, 1), "see sampling.rtol"),
+    "sampling.max_evaluations": Key(
+        1000,
+        whole(8),
+        "of the network by 'rk45', in sampling and likelihood, after which it gives up",
+    ),
     "sampling.noise_removal": Key(True, Flag(), "end with a step of denoising"),
     "sampling.predictor": Key(
         "euler_maruyama", OneOf(registry="solvers.predictor_corrector.PREDICTORS"), "of 'pc'"
@@ -205,17 +220,17 @@ KEYS = {
         False, Flag(), "the predictor follows the ODE instead of the SDE"
     ),
     "sampling.n_steps_each": Key(1, whole(1, 10**5), "corrector steps per noise level"),
-    "sampling.snr": Key(0.16, above(0), "signal-to-noise ratio of the corrector"),
+    "sampling.snr": Key(0.16, above(0, 1000), "signal-to-noise ratio of the corrector"),
     "sampling.sigma_min": Key(
-        0.002, above(0), "PFGM++ and EDM: last noise level before 0, below sigma_max"
+        0.002, NOISE_LEVEL, "PFGM++ and EDM: last noise level before 0, below sigma_max"
     ),
-    "sampling.sigma_max": Key(80.0, above(0), "PFGM++ and EDM: first noise level"),
+    "sampling.sigma_max": Key(80.0, NOISE_LEVEL, "PFGM++ and EDM: first noise level"),
     "sampling.z_max": Key(
         None,
         above(0, 10**9),
         "Poisson: the prior's plane, where the ODE starts; None: measured from the data",
     ),
-    "sampling.z_min": Key(1e-3, above(0), "Poisson: where the ODE ends, below z_max"),
+    "sampling.z_min": Key(1e-3, Number(1e-9, 10**9), "Poisson: where the ODE ends, below z_max"),
     "sampling.z_exp": Key(
         5.0, Number(0), "Poisson: below it, z itself gives the field's z entry, not the network"
     ),
@@ -255,7 +270,10 @@ KEYS = {
         "TensorFlow), 'pixels'",
     ),
     "eval.inception_path": Key(
-        "", Text(), "their network: a SavedModel folder ('' fetches it); the file"
+        "",
+        Text(),
+        "the Inception network: of 'inception' a SavedModel folder ('' fetches it), of "
+        "'torchscript' its file",
     ),
     "eval.stats_dir": Key(
         "assets/stats",
@@ -269,7 +287,7 @@ KEYS = {
     "eval.enable_rescale": Key(False, Flag(), "draw rows of samples along directions of the prior"),
     "eval.rescale_norms": Key(
         (),
-        Numbers(above(0), (0, 2), rising=True),
+        Numbers(above(0, 10**9), (0, 2), rising=True),
         "from and to which norm; () for the method's own range",
     ),
 }

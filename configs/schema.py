@@ -3,7 +3,7 @@
 import importlib
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +19,25 @@ class Number:
     high: float = LARGEST
     above: bool = False
     kind: type = float  # int: whole numbers only
+    or_inf: bool = False  # infinity is allowed too
 
     def accepts(self, value: Any) -> bool:
-        return (
-            type(value) in {int, self.kind}
-            and self.low <= value <= self.high
-            and not (self.above and value == self.low)
-        )
+        if type(value) not in {int, self.kind}:
+            return False
+        if self.or_inf and value == math.inf:
+            return True
+        return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def __str__(self) -> str:
         words = "a whole number" if self.kind is int else "a number"
-        unbounded = self.high in (LARGEST, EXACT, math.inf)
+        unbounded = self.high in (LARGEST, EXACT)
         if self.above:
             words += f" above {self.low:,}" + ("" if unbounded else f" and at most {self.high:,}")
         elif not unbounded:
             words += f" from {self.low:,} to {self.high:,}"
         elif self.low > -LARGEST:
             words += f" of at least {self.low:,}"
-        return words + (" or inf" if self.high == math.inf else "")
+        return words + (", or inf" if self.or_inf else "")
 
 
 def whole(low: int, high: int = EXACT) -> Number:
@@ -57,7 +58,7 @@ class Numbers:
 
     def accepts(self, value: Any) -> bool:
         return (
-            isinstance(value, Sequence)
+            type(value) in (tuple, list)
             and len(value) in self.lengths
             and all(map(self.each.accepts, value))
             and not (self.rising and sorted(set(value)) != list(value))

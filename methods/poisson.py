@@ -36,12 +36,12 @@ def poisson_range(
 
     Source: Xu et al. 2022 (arXiv 2209.11178), appendix B.1.1.
     """
-    if not min(data_norm, data_dim, sigma, tau) > 0:
-        raise ValueError("data_norm, data_dim, sigma and tau must all be positive")
-    ratio = data_norm**2 / (2 * math.sqrt(data_dim) * sigma**2)
-    if ratio <= 1:
+    if not (min(data_norm, data_dim, sigma) > 0 and tau >= 1e-12):
+        raise ValueError("data_norm, data_dim and sigma must be positive, and tau at least 1e-12")
+    log_ratio = 2 * (math.log(data_norm) - math.log(sigma)) - math.log(2 * math.sqrt(data_dim))
+    if log_ratio <= 0:
         raise ValueError(f"data of norm {data_norm:g} are lost in perturbations of sigma {sigma:g}")
-    return range_of(int(0.75 * math.log(ratio) / math.log(1 + tau)) + 1, data_dim, sigma, tau)
+    return range_of(int(0.75 * log_ratio / math.log1p(tau)) + 1, data_dim, sigma, tau)
 
 
 def range_of(m: int, data_dim: int, sigma: float, tau: float) -> PoissonRange:

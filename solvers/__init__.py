@@ -16,7 +16,7 @@ class Solver(NamedTuple):
 
     `solve(slope, x, levels, callback=None)` integrates `x` along `levels` and returns the state at
     the last. With a schedule it sees the ODE in natural variables, over the noise level. Without
-    one it chooses its steps by the options `rtol` and `atol`, and sees the ODE over the method's
+    one it chooses its steps by the options of `rk45`, and sees the ODE over the method's
     time, with the ends as `levels`.
     """
 

@@ -29,6 +29,7 @@ def rk45(
     *,
     rtol: float = 1e-4,
     atol: float = 1e-4,
+    max_evaluations: int = 10_000,
 ) -> Tensor:
     """Dormand-Prince 5(4) with one adaptive step size for the batch.
 
@@ -43,12 +44,14 @@ def rk45(
         levels: the t where it starts and where it ends, in its first and last entry.
         callback: called before each step.
         rtol, atol: a step is accepted where its error is below atol + rtol * |x|.
+        max_evaluations: of `slope`, after which it gives up.
 
     Returns:
         The state at the last of `levels`.
 
     Raises:
-        FloatingPointError: the step became too small to go on, or the state is not finite.
+        FloatingPointError: the step became too small to go on, the state is not finite, or the
+            evaluations are spent; the message says where.
     """
     t_start, t_end = levels[0].item(), levels[-1].item()
     direction = 1.0 if t_end > t_start else -1.0
@@ -64,8 +67,13 @@ def rk45(
     stages[0] = slope(x, t_start)
     step = _first_step(slope, x, t_start, t_end, stages[0], norm)
     smallest = 10 * math.ulp(max(abs(t_start), abs(t_end)))
-    t, accepted, retry, error = t_start, 0, False, 0.0
+    t, accepted, retry, error, evaluations = t_start, 0, False, 0.0, 2
     while t != t_end:
+        if evaluations + 6 > max_evaluations:
+            raise FloatingPointError(
+                f"rk45 reached t = {t:.6g}, not {t_end:.6g}, after {evaluations} evaluations: "
+                "sampling.max_evaluations allows no more; larger sampling.rtol and atol need fewer"
+            )
         if not step >= smallest:
             finite = math.isfinite(step + error)
             reason = f"step below {smallest:.1e}" if finite else "state not finite"
@@ -78,6 +86,7 @@ def rk45(
             stages[i] = slope(x + h * combine(rows[i]), t + _C[i] * h)
         x_next = x + h * combine(rows[6])
         stages[6] = slope(x_next, t_next)
+        evaluations += 6
 
         error = norm(h * combine(rows[7]), torch.maximum(x.abs(), x_next.abs()))
         growth = 0.9 * max(error, 1e-10) ** -0.2 if math.isfinite(error) else 0.0

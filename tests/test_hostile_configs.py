@@ -11,9 +11,11 @@ from many_lives import small_config
 import run_lib
 from configs.default import KEYS, check
 from configs.keys import get
+from configs.schema import Number
 from storage.checkpoints import load_checkpoint
 
-VALUES = ["word", "", (), None, True, 2.5, -1, -0.5, 0, 0.0, 10**30, 1e300, math.inf, math.nan]
+VALUES = ["word", "", (), None, True, 2.5, -1, -0.5, 0, 0.0, 1e-200, 10**30]
+VALUES += [1e300, math.inf, math.nan]
 TINY = {
     "data.dataset": "folder",
     "training.n_iters": 2,
@@ -30,6 +32,7 @@ TINY = {
     "sampling.N": 2,
     "sampling.rtol": 1.0,
     "sampling.atol": 1.0,
+    "sampling.max_evaluations": 100,
     "model.num_scales": 3,
 }
 OTHERS = {
@@ -41,6 +44,7 @@ OTHERS = {
     },
     "VP": {"training.sde": "vpsde", "sampling.ode_solver": "heun"},
     "PFGM++": {"training.sde": "pfgmpp", "sampling.ode_solver": "heun"},
+    "Poisson": {"training.M": None},  # sigma_end and tau decide it
 }
 
 
@@ -96,6 +100,26 @@ def test_every_kind_of_value_is_run_or_refused_in_one_line(tmp_path, images, key
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3 * 2**20
     )  # KiB; PyTorch has a third
+
+
+ENDS = [
+    (key, end)
+    for key, spec in KEYS.items()
+    if method_of(key) and isinstance(spec.allowed, Number) and spec.allowed.kind is float
+    for end in (spec.allowed.low, spec.allowed.high)
+    if spec.accepts(end)
+]
+
+
+@pytest.mark.parametrize("key, value", ENDS)
+def test_the_ends_of_a_range_are_run_or_refused_in_one_line(tmp_path, images, key, value):
+    try:
+        assert run_lib.train(configured(images, tmp_path, key, value), tmp_path)
+        run_lib.evaluate(configured(images, tmp_path, key, value), tmp_path)
+    except (ValueError, FloatingPointError) as error:
+        assert " ".join(str(error).split())
+    else:
+        assert list(tmp_path.glob("eval/report_*.npz"))
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -22,7 +22,18 @@ def test_range_where_logarithms_are_whole():
     assert result.upper_norm == pytest.approx(4 * 0.5 * 128)
 
 
-@pytest.mark.parametrize("bad", [{"data_norm": 0}, {"sigma": -1.0}, {"tau": 0.0}, {"sigma": 1e3}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"data_norm": 0},
+        {"sigma": -1.0},
+        {"sigma": 1e3},
+        {"sigma": 1e200},
+        {"sigma": 1e-320, "tau": 1e-12},
+        {"tau": 0.0},
+        {"tau": 1e-17},
+    ],
+)
 def test_impossible_numbers_are_refused(bad):
     with pytest.raises(ValueError):
         poisson_range(**({"data_norm": 30.0, "data_dim": 64} | bad))
@@ -68,5 +79,5 @@ def test_open_values_are_not_compared(tmp_path):
 
 def test_mistakes_are_told():
     assert "give --config" in run().stderr
-    assert "must all be positive" in run("--data_norm=-1", "--data_dim=3").stderr
+    assert "must be positive" in run("--data_norm=-1", "--data_dim=3").stderr
     assert "nowhere.py" in run("--config", "nowhere.py").stderr

@@ -122,6 +122,15 @@ def test_density_goes_to_the_gaussian(D):
     assert difference.abs().max() < 1e5 / D
 
 
+@pytest.mark.parametrize("D", [2.0, math.inf])
+@pytest.mark.parametrize("sigma", [1e-200, 1e200])
+def test_density_takes_any_scale(D, sigma):
+    """That of sigma x at scale sigma is that of x at scale 1, less N log sigma."""
+    x = torch.randn(3, 4, generator=seeded(0), dtype=torch.float64)
+    scaled = log_density(sigma * x, sigma, D) + 4 * math.log(sigma)
+    torch.testing.assert_close(scaled, log_density(x, 1.0, D), rtol=1e-12, atol=1e-9)
+
+
 # --- the posterior mean ---------------------------------------------------------------------------
 
 

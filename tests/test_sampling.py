@@ -135,6 +135,17 @@ def test_rk45_converges_to_the_solution():
     assert (state - x).abs().max() < 1e-8
 
 
+@pytest.mark.parametrize("limit", [8, 100, 101])
+def test_rk45_stops_before_it_takes_more_evaluations_than_it_may(limit):
+    slope = Counted(lambda x, t: -1e6 * x)  # so stiff that each step is tiny
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    with pytest.raises(FloatingPointError, match=r"sampling\.max_evaluations") as error:
+        rk45(slope, torch.ones(3, dtype=torch.float64), times, max_evaluations=limit)
+    assert limit - 6 < slope.calls <= limit
+    assert f"after {slope.calls} evaluations" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_rk45_says_where_it_fails():
     """dx/dt = x^2 from 1 has a pole at t = 1."""
     with pytest.raises(FloatingPointError, match=r"rk45 cannot go on at t = (0\.99|1)"):
