@@ -89,7 +89,7 @@ def half_written_in_many_lives(mode, workdir, lives, **config):
 @pytest.mark.parametrize(
     "lives, changes",
     [
-        (20, {}),
+        (25, {}),
         (10, {"training.sde": "pfgmpp", "training.target": "posterior_mean", "model.D": 16.0}),
         (15, {"data.resident_bytes": 0, "data.num_workers": 0, "training.batch_size": 8}),
     ],

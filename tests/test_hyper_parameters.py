@@ -79,5 +79,5 @@ def test_open_values_are_not_compared(tmp_path):
 
 def test_mistakes_are_told():
     assert "give --config" in run().stderr
-    assert "must be positive" in run("--data_norm=-1", "--data_dim=3").stderr
+    assert "sigma must be positive, and tau at least 1e-12" in run("--data_norm=-1", "--data_dim=3").stderr
     assert "nowhere.py" in run("--config", "nowhere.py").stderr
