@@ -74,8 +74,7 @@ def log_likelihood(
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
         times = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
         flow = Counted(drift_and_divergence)
-        limits = {"rtol": rtol, "atol": atol, "max_evaluations": max_evaluations}
-        end = rk45(flow, start, times, **limits)
+        end = rk45(flow, start, times, rtol=rtol, atol=atol, max_evaluations=max_evaluations)
         latent, change = end[:, :-1].view_as(x), end[:, -1]
         return method.prior_logp(latent) + change, latent, flow.calls
 

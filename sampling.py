@@ -79,8 +79,7 @@ def solve_ode(
         return integrate(method, slope, x, levels, solve, callback), slope.calls
     drift = Counted(partial(method.ode, net))
     times = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
-    limits = {"rtol": rtol, "atol": atol, "max_evaluations": max_evaluations}
-    x = solve(drift, x, times, callback, **limits)
+    x = solve(drift, x, times, callback, rtol=rtol, atol=atol, max_evaluations=max_evaluations)
     if denoise:
         last = method.sigma(zero + method.t_data)
         x = integrate(method, slope, x, torch.cat([last, zero]), euler)

@@ -79,5 +79,6 @@ def test_open_values_are_not_compared(tmp_path):
 
 def test_mistakes_are_told():
     assert "give --config" in run().stderr
-    assert "sigma must be positive, and tau at least 1e-12" in run("--data_norm=-1", "--data_dim=3").stderr
+    words = "data_norm, data_dim and sigma must be positive, and tau at least 1e-12"
+    assert words in run("--data_norm=-1", "--data_dim=3").stderr
     assert "nowhere.py" in run("--config", "nowhere.py").stderr

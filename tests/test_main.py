@@ -298,7 +298,10 @@ MISTAKES = {
         "optim.optimizer must be .* 'Adam', not 'SGD'",
     ),
     "split": (["--config.eval.dataset=val"], "eval.dataset must be one of 'train', 'test', not"),
-    "device": (["--config.device=cud"], "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not 'cud'"),
+    "device": (
+        ["--config.device=cud"],
+        "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not 'cud'",
+    ),
     "number": (
         ["--config.training.batch_size=0"],
         "batch_size must be .* at least 1, not 0",
