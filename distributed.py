@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 # How long a rank waits for the others: rank 0 may measure the features of millions of images. One
 # that died is not waited for: torchrun stops the rest.
 PATIENCE = datetime.timedelta(days=30)
+START = datetime.timedelta(minutes=10)  # how long torchrun's store is looked for: it is there first
+GRACE = 300  # seconds that a rank has to save and end, once torchrun is no more
 POLL = 0.01  # seconds between looks into the store
 
 
@@ -34,8 +36,9 @@ def joined() -> Iterator[None]:
     if world() == 1:
         yield
         return
+    # The store is torchrun's: where it answers, the parent noted before it was torchrun, alive.
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-    store, *_ = next(rendezvous("env://", timeout=PATIENCE))
+    store = _store()
     store = dist.PrefixStore(_new_token(store), store)
     dist.init_process_group(store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
     try:
@@ -45,11 +48,30 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _store() -> dist.Store:
+    """What the processes tell each other the addresses with; ConnectionError without torchrun."""
+    try:
+        store, *_ = next(rendezvous("env://", timeout=START))
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"no answer from torchrun at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; "
+            "it has ended, or another machine cannot be reached"
+        ) from error
+    store.set_timeout(PATIENCE)
+    return store
+
+
 def _end_with(parent: int) -> None:
-    """Sends this process SIGTERM once `parent`, torchrun, is no more: nobody else would end it."""
+    """Ends this process once `parent`, torchrun, is no more: nobody else would.
+
+    SIGTERM lets it save. One that waits for another in a collective never comes to handle it, so
+    SIGKILL follows `GRACE` seconds later.
+    """
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _new_token(store: dist.Store) -> str:

@@ -153,6 +153,8 @@ class TrainState:
         if "ema" in state:
             check_like(state["ema"], self.ema.state_dict(), "ema")
         check_like(state["step"], self.step, "step")
+        if not isinstance(state["model"], dict):
+            raise ValueError(f"model is no dictionary but of type {type(state['model']).__name__}")
         own = self.model.state_dict()
         if state["model"].keys() == own.keys():
             check_like(state["model"], own, "model")
@@ -185,7 +187,8 @@ class TrainState:
         groups, found = optimizer["param_groups"], optimizer["state"]
         if type(groups) is not list or len(groups) != 1 or type(groups[0]) is not dict:
             raise ValueError("optimizer.param_groups is not a list of one group")
-        if groups[0].get("params") != list(ours):
+        order = groups[0].get("params")  # of what a file may hold, only numbers can be compared
+        if type(order) is not list or any(type(n) is not int for n in order) or order != [*ours]:
             raise ValueError("optimizer.param_groups has the parameters in another order")
         check_keys(found, ours, "optimizer.state")
         moments = []

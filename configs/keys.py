@@ -1,6 +1,7 @@
 """The keys of a config under their dotted names, and what is said of a key that is none."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,10 +38,29 @@ def named(table: dict[str, Any], key: str, value: str) -> Any:
     return table[value.lower()]
 
 
+class _Shown(reprlib.Repr):
+    """`repr` that looks at the first entries only; of other things it tells the type."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel = 2  # lists in lists
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 50
+        self.maxstring = self.maxlong = 500
+
+    def repr_instance(self, value: Any, level: int) -> str:
+        if value is None or type(value) in (bool, float, complex):
+            return repr(value)
+        return f"something of type {type(value).__name__}"
+
+
 def shown(value: Any) -> str:
-    """`value` in one line of about 200 letters, without control characters."""
+    """`value` in one line of about 200 letters, without control characters.
+
+    A list that contains another many times, and so on, is a small value with a text that no memory
+    holds, so no more of the text is made than is shown.
+    """
     try:
-        text = repr(value)
+        text = _Shown().repr(value)
     except ValueError:  # an int of more digits than Python prints
         return "a huge number"
     return text if len(text) <= 200 else f"{text[:200]}..."

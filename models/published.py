@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from configs.keys import shown
 from models import layers
 from models.edm import ADM, EDMUNet
 from models.ncsn import RefineNet
@@ -143,9 +144,14 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
             `sigmas` and resampling filters, which follow from the config, are skipped.
 
     Raises:
-        ValueError: a name is missing or unknown, a shape is wrong, or a value is not finite; the
-            message names it.
+        ValueError: a name is missing or unknown, a shape is wrong, a value is not finite, or it is
+            no tensor of numbers; the message names it.
     """
+    for name, value in state_dict.items():
+        if type(name) is not str:
+            raise ValueError(f"the weights have the name {shown(name)}, which is no string")
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
+            raise ValueError(f"weight {shown(name)} is no dense tensor of real numbers")
     given = {
         name.removeprefix("module.").removeprefix("model."): value
         for name, value in state_dict.items()
@@ -159,7 +165,8 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         if where:
             more = f" and {len(where) - 1} more" if len(where) > 1 else ""
             raise ValueError(
-                f"the weights {problem} {where[0]!r}{more}; use the config they were trained with"
+                f"the weights {problem} {shown(where[0])}{more}; use the config they were trained "
+                "with"
             )
     for name, own in names.items():
         if given[name].shape != parameters[own].shape:
@@ -167,7 +174,7 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
                 f"weight {name!r} has shape {tuple(given[name].shape)}, the network's has "
                 f"{tuple(parameters[own].shape)}; use the config it was trained with"
             )
-        if not given[name].isfinite().all():
+        if not given[name].to(parameters[own].dtype).isfinite().all():
             raise ValueError(f"weight {name!r} is not finite")
     with torch.no_grad():
         for name, own in names.items():

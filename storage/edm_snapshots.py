@@ -7,43 +7,29 @@ buffers and options, and everything else is left alone.
 """
 
 import errno
-import io
-import math
-import os
 import re
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
 from configs import parts
 from storage.files import naming, one_line
-from storage.inert_pickle import Name, Record, unpickle
+from storage.inert_pickle import Record, kind
+from storage.torch_files import (
+    KNOWN,
+    MAX_OPERATIONS,
+    ZIP,
+    StoredTensor,
+    dictionary,
+    read_bytes,
+    read_zip,
+    storage_reader,
+)
 
-MAX_OPERATIONS = 1_000_000  # of all pickles of a file; ImageNet's network takes a tenth
 MAX_DEPTH = 16  # of modules in modules, and of options in options; published: 4 and 2
 MAX_OPTIONS = 10_000  # values and characters of all options together
-MAX_DIMENSIONS = 8  # of a tensor
-
-_DTYPES = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-}
-_ZIP = b"PK\x03\x04"  # begins what torch.save writes
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # and what it wrote before PyTorch 1.6
 
 
 class Snapshot(NamedTuple):
@@ -78,199 +64,21 @@ def read_snapshot(path: Path) -> Snapshot:
 
 def _read(file: BinaryIO) -> Snapshot:
     operations = iter(range(MAX_OPERATIONS))
-    known = _KNOWN | {"torch.storage._load_from_bytes": _storage_reader(operations)}
-    if file.read(4) == _ZIP:
-        snapshot = _unpickle_zip(file, operations, known)
+    known = _KNOWN | {"torch.storage._load_from_bytes": storage_reader(operations)}
+    if file.read(4) == ZIP:
+        snapshot = read_zip(file, operations, known)
     else:
         file.seek(0)
-        snapshot = _unpickle_bytes(file.read(), operations, known)
+        snapshot = read_bytes(file.read(), operations, known)
     if type(snapshot) is not dict:
-        raise ValueError(f"it holds {_kind(snapshot)}, not a dictionary with a network")
+        raise ValueError(f"it holds {kind(snapshot)}, not a dictionary with a network")
     name = next((name for name in ("ema", "net") if snapshot.get(name) is not None), None)
     if name is None:
         raise ValueError("it holds neither `ema` nor `net`")
     network = snapshot[name]
     views = _views(network, name)
-    return Snapshot(network.name, _options(network), _tensors(views))
-
-
-# --- tensors -------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, eq=False)
-class _Storage:
-    """The memory of tensors; `load` gives its bytes, None until the file is read that far."""
-
-    dtype: torch.dtype
-    numel: int
-    load: Callable[[], bytes | memoryview] | None
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-@dataclass(slots=True, eq=False)
-class _Tensor:
-    """A tensor: its place in a storage, checked to lie within."""
-
-    storage: _Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-def _rebuild_tensor(storage, offset, size, stride, requires_grad, hooks, metadata=None) -> _Tensor:
-    if not isinstance(storage, _Storage):
-        raise ValueError(f"the memory of a tensor is {_kind(storage)}, which is not read here")
-    if metadata:  # of a tensor whose elements are to be negated or conjugated
-        raise ValueError("a tensor has metadata, which are not read here")
-    for numbers in (size, stride):
-        if type(numbers) is not tuple or len(numbers) > MAX_DIMENSIONS:
-            raise ValueError("the shape of a tensor is damaged")
-    whole = all(type(n) is int and 0 <= n < 2**40 for n in (offset, *size, *stride))
-    if not whole or len(size) != len(stride):
-        raise ValueError("the shape of a tensor is damaged")
-    numel = math.prod(size)
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if numel else offset
-    # An expanded tensor (stride 0) has more elements than memory; no published weights have.
-    if numel > storage.numel or last >= storage.numel + (numel == 0):
-        raise ValueError("a tensor reaches beyond its memory")
-    return _Tensor(storage, offset, size, stride)
-
-
-def _rebuild_parameter(data, requires_grad, hooks) -> object:
-    return data
-
-
-def _tensors(views: dict[str, _Tensor]) -> dict[str, Tensor]:
-    """The tensors by name; those of one storage share its memory, as they did.
-
-    Together they are no larger than the file, since a storage has its bytes for itself: a record
-    of a zip file, a section of a legacy file, or an object of a pickle that is read once.
-    """
-    storages = {id(view.storage): view.storage for view in views.values()}
-    flat = {key: _flat(storage) for key, storage in storages.items()}
-    return {
-        name: flat[id(view.storage)].as_strided(view.size, view.stride, view.offset)
-        for name, view in views.items()
-    }
-
-
-def _flat(storage: _Storage) -> Tensor:
-    if storage.load is None:
-        raise ValueError("it is cut short: the memory of a tensor is missing")
-    if storage.numel == 0:
-        return torch.empty(0, dtype=storage.dtype)
-    return torch.frombuffer(bytearray(storage.load()), dtype=storage.dtype)
-
-
-# --- the formats of torch.save -------------------------------------------------------------------
-
-
-def _unpickle_zip(file: BinaryIO, operations: Iterator, known: dict) -> object:
-    """What torch.save wrote since PyTorch 1.6: a zip file of a pickle and of each storage."""
-    archive = zipfile.ZipFile(file)  # not closed: storages are read from it later
-    records = {record.filename: record for record in archive.infolist()}
-    for record in records.values():
-        if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
-            raise ValueError(f"its record {record.filename!r:.100} is compressed")
-    if sum(record.file_size for record in records.values()) > file.seek(0, os.SEEK_END):
-        raise ValueError("its records are larger than the file")
-    pickles = [name for name in records if name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise ValueError("it is a zip file, but not from torch.save: it has no data.pkl")
-    folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}byteorder" in records and archive.read(f"{folder}byteorder") != b"little":
-        raise ValueError("its numbers are big-endian")
-    storages: dict[str, _Storage] = {}
-
-    def persistent(identity: object) -> object:
-        dtype, numel, key = _storage_identity(identity)
-        name = f"{folder}data/{key}"
-        found = storages.setdefault(key, _Storage(dtype, numel, None))
-        if (found.dtype, found.numel) != (dtype, numel) or name not in records:
-            raise ValueError(f"it is damaged: no memory {key!r:.100} of this type")
-        if records[name].file_size != found.nbytes:
-            raise ValueError(f"it is damaged: memory {key!r:.100} has another size")
-        found.load = partial(archive.read, name)
-        return found
-
-    return unpickle(io.BytesIO(archive.read(pickles[0])), operations, known, persistent)
-
-
-def _unpickle_bytes(content: bytes, operations: Iterator, known: dict) -> object:
-    """A plain pickle, or what torch.save wrote before PyTorch 1.6.
-
-    The latter is a magic number, a version, and the sizes of types, each a pickle; the pickle of
-    the object; a pickled list of the keys of its storages; and each of these, 8 bytes that give
-    the number of its elements and then the elements.
-    """
-    file = io.BytesIO(content)
-    result = unpickle(file, operations, known)
-    if type(result) is not int or result != _LEGACY_MAGIC:
-        return result
-    _, system = unpickle(file, operations, {}), unpickle(file, operations, {})
-    if type(system) is not dict or system.get("little_endian") is not True:
-        raise ValueError("its numbers are big-endian")
-    storages: dict[str, _Storage] = {}
-
-    def persistent(identity: object) -> object:
-        if type(identity) is tuple and len(identity) == 4 and identity[0] == "module":
-            return identity[1]  # the class of a module; the others are its source code
-        dtype, numel, key = _storage_identity(identity)
-        found = storages.setdefault(key, _Storage(dtype, numel, None))
-        if (found.dtype, found.numel) != (dtype, numel):
-            raise ValueError(f"it is damaged: memory {key!r:.100} has two types")
-        return found
-
-    result = unpickle(file, operations, known, persistent)
-    keys = unpickle(file, operations, {})
-    if type(keys) is not list or any(type(k) is not str or k not in storages for k in keys):
-        raise ValueError("it is damaged: the list of its tensors' memory")
-    position = file.tell()
-    for storage in map(storages.get, keys):
-        start, position = position + 8, position + 8 + storage.nbytes
-        if int.from_bytes(content[start - 8 : start], "little") != storage.numel:
-            raise ValueError("it is damaged: the memory of a tensor has another size")
-        if position > len(content):
-            raise ValueError("it is cut short: the memory of a tensor is missing")
-        storage.load = partial(memoryview(content).__getitem__, slice(start, position))
-    return result
-
-
-def _storage_reader(operations: Iterator) -> Callable[[object], object]:
-    """Reads a storage within a plain pickle: the bytes of a file of torch.save of its own."""
-    read: dict[int, tuple[bytes, object]] = {}  # a pickle can name the same bytes many times
-
-    def load_from_bytes(content: object) -> object:
-        if not isinstance(content, bytes):
-            raise ValueError(f"the memory of a tensor is {_kind(content)}, not bytes")
-        if id(content) not in read:
-            if content.startswith(_ZIP):
-                storage = _unpickle_zip(io.BytesIO(content), operations, _KNOWN)
-            else:
-                storage = _unpickle_bytes(content, operations, _KNOWN)
-            read[id(content)] = content, storage
-        return read[id(content)][1]
-
-    return load_from_bytes
-
-
-def _storage_identity(identity: object) -> tuple[torch.dtype, int, str]:
-    """dtype, number of elements and key of what torch.save calls a storage."""
-    match identity:
-        case ("storage", Name(name=name), str(key), _, int(numel)):
-            pass
-        case ("storage", Name(name=name), str(key), _, int(numel), None):
-            pass
-        case _:
-            raise ValueError("it is damaged: it refers to memory in another way than torch.save")
-    if name not in _DTYPES:
-        raise ValueError(f"it has a tensor of {name!r:.100}, which is not read here")
-    if not 0 <= numel < 2**40 or len(key) > 100:
-        raise ValueError("it is damaged: the size or key of a tensor's memory")
-    return _DTYPES[name], numel, key
+    weights = {key: view.load() for key, view in views.items()}
+    return Snapshot(network.name, _options(network), weights)
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -283,43 +91,36 @@ def _persistent_object(meta: object) -> Record:
     return Record(meta["class_name"], state=meta.get("state"))
 
 
-def _dictionary() -> dict:
-    return {}
-
-
 def _set(items: object) -> object:
     return items
 
 
-_KNOWN = {
-    "collections.OrderedDict": _dictionary,
-    "dnnlib.util.EasyDict": _dictionary,
+_KNOWN = KNOWN | {
+    "dnnlib.util.EasyDict": dictionary,
     "builtins.set": _set,
     "__builtin__.set": _set,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
 }
 
 
-def _views(network: object, name: str) -> dict[str, _Tensor]:
+def _views(network: object, name: str) -> dict[str, StoredTensor]:
     """Parameters and buffers of a module, named as in its state dict, in the same order.
 
     Raises ValueError where something else is in their place, and where a module is in two places,
     which could make their number exponential in the size of the file.
     """
-    found: dict[str, _Tensor] = {}
+    found: dict[str, StoredTensor] = {}
     seen: set[int] = set()
 
     def visit(module: object, path: str, prefix: str, depth: int) -> None:
         if not isinstance(module, Record) or type(module.state) is not dict:
-            raise ValueError(f"{path} is {_kind(module)}, not a module")
+            raise ValueError(f"{path} is {kind(module)}, not a module")
         if depth > MAX_DEPTH:
             raise ValueError(f"{path:.100} lies in more than {MAX_DEPTH} modules")
         for table in ("_parameters", "_buffers", "_modules"):
             entries = module.state.get(table)
             if type(entries) is not dict or id(entries) in seen:
-                raise ValueError(f"{path} is {_kind(module)}, no module of its own: see {table}")
+                raise ValueError(f"{path} is {kind(module)}, no module of its own: see {table}")
             seen.add(id(entries))
             skipped = transient(module.state, path) if table == "_buffers" else ()
             for key, value in entries.items():
@@ -329,10 +130,10 @@ def _views(network: object, name: str) -> dict[str, _Tensor]:
                     continue
                 if table == "_modules":
                     visit(value, f"{path}.{key}", f"{prefix}{key}.", depth + 1)
-                elif isinstance(value, _Tensor):
+                elif isinstance(value, StoredTensor):
                     found[f"{prefix}{key}"] = value
                 else:
-                    raise ValueError(f"{path}.{key} is {_kind(value)}, not a tensor")
+                    raise ValueError(f"{path}.{key} is {kind(value)}, not a tensor")
 
     def transient(state: dict, path: str) -> set[str]:
         """Names of the buffers that are not in the state dict."""
@@ -361,7 +162,7 @@ def _options(network: Record) -> dict:
         if type(value) in (list, tuple):
             return type(value)(plain(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value))
         if type(value) is not dict:
-            raise ValueError(f"the option {path:.100} is {_kind(value)}, which is not read here")
+            raise ValueError(f"the option {path:.100} is {kind(value)}, which is not read here")
         left -= sum(len(str(key)) for key in value)
         return {key: plain(v, f"{path:.100}.{key!s:.100}", depth + 1) for key, v in value.items()}
 
@@ -369,13 +170,6 @@ def _options(network: Record) -> dict:
     if type(options) is not dict or not all(type(key) is str for key in options):
         raise ValueError("the options of its network have no names")
     return options
-
-
-def _kind(value: object) -> str:
-    """How a message names `value`."""
-    if isinstance(value, (Name, Record)):
-        return f"{value.name!r:.100}"
-    return type(value).__name__.removeprefix("_")
 
 
 # --- the config of a snapshot --------------------------------------------------------------------

@@ -6,7 +6,7 @@ a record of what the pickle says about it.
 """
 
 import pickletools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -28,6 +28,13 @@ class Record:
     entries: list = field(default_factory=list)  # values appended; pairs of key and value
 
 
+def kind(value: object) -> str:
+    """How a message names `value`."""
+    if isinstance(value, (Name, Record)):
+        return f"{value.name!r:.100}"
+    return type(value).__name__.removeprefix("_")
+
+
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _VALUES = {  # operations that push their argument
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
@@ -45,6 +52,7 @@ def unpickle(
     operations: Iterator,
     known: Mapping[str, Callable],
     persistent: Callable[[object], object] | None = None,
+    names: Collection[str] | None = None,
 ) -> object:
     """What the pickle at the position of `file` describes; the position is then behind it.
 
@@ -53,6 +61,7 @@ def unpickle(
             byte of a pickle can cost a hundred bytes of memory; a limit on operations limits both.
         known: "module.name" to the function that makes the object from the pickle's arguments.
         persistent: makes an object from its persistent id; None: there are none.
+        names: all that the pickle may refer to, as "module.name"; None: anything.
 
     Returns:
         None, numbers, strings, bytes, lists (sets are read as lists), tuples, dictionaries with
@@ -60,9 +69,10 @@ def unpickle(
         Parts may be shared, or contain themselves.
 
     Raises:
-        ValueError: the pickle is damaged, too long, or uses an operation that is not read here.
+        ValueError: the pickle is damaged, too long, or uses an operation or a name that is not
+            read here.
     """
-    machine = _Machine(known, persistent)
+    machine = _Machine(known, persistent, names)
     while True:
         code = file.read(1)
         opcode = _OPCODES.get(code)
@@ -90,8 +100,13 @@ def _unread(name: str) -> ValueError:
 
 
 class _Machine:
-    def __init__(self, known: Mapping[str, Callable], persistent: Callable | None):
-        self.known, self.persistent = known, persistent
+    def __init__(
+        self,
+        known: Mapping[str, Callable],
+        persistent: Callable | None,
+        names: Collection[str] | None,
+    ):
+        self.known, self.persistent, self.names = known, persistent, names
         self.stack, self.marks, self.memo = [], [], {}
 
     def pop(self) -> object:
@@ -147,13 +162,13 @@ class _Machine:
                 items = [self.pop()] if name == "APPEND" else self.pop_mark()
                 _append(self._top(), items)
             case "GLOBAL":
-                push(Name(argument.replace(" ", ".")))
+                push(self._named(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
                 attribute, module = self.pop(), self.pop()
                 # Two long strings, joined many times, would fill the memory.
                 if any(type(s) is not str or len(s) > 1000 for s in (module, attribute)):
                     raise ValueError("its pickle is damaged: a name is no string, or too long")
-                push(Name(f"{module}.{attribute}"))
+                push(self._named(f"{module}.{attribute}"))
             case "REDUCE" | "NEWOBJ":
                 args, function = self.pop(), self.pop()
                 push(self._call(function, args))
@@ -177,6 +192,11 @@ class _Machine:
                 pass  # they say nothing that is needed
             case _:
                 raise _unread(name)
+
+    def _named(self, name: str) -> Name:
+        if self.names is not None and name not in self.names:
+            raise ValueError(f"its pickle refers to {name!r:.100}, which is not read here")
+        return Name(name)
 
     def _top(self) -> object:
         top = self.pop()

@@ -40,8 +40,7 @@ def find(workdir: Path) -> tuple[Path, ConfigDict] | None:
     Raises:
         ValueError: what the file carries is not a valid config; the message names it.
     """
-    newest, _ = resume_paths(workdir)
-    for path in (newest, *reversed(numbered_checkpoints(workdir).values())):
+    for path in (*resume_paths(workdir), *reversed(numbered_checkpoints(workdir).values())):
         try:
             content = load_checkpoint(path)
         except FileNotFoundError:

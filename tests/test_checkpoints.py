@@ -1,9 +1,12 @@
 """Files are complete or absent, and nothing in them is executed."""
 
 import pickle
+import re
+import sys
 
 import pytest
 import torch
+from conftest import run_program
 
 from configs.poisson import digits_ddpmpp
 from storage.checkpoints import checkpoints_to_evaluate, load_checkpoint, save_checkpoint
@@ -83,6 +86,61 @@ def test_no_code_is_run(tmp_path, save):
     with pytest.raises(ValueError, match="is not a checkpoint"):
         load_checkpoint(path)
     assert not (tmp_path / "created").exists()
+
+
+class Call:
+    """A pickle of it calls `function(*args)`."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "call", [Call(bytearray, 2**20), Call(set, [1]), Call(torch.device, "cpu")]
+)
+def test_nothing_that_a_state_does_not_hold_is_made(tmp_path, call):
+    """Not what `torch.load(weights_only=True)` calls either, as bytearray(10**12)."""
+    path = tmp_path / "checkpoint.pth"
+    torch.save({**state(), "more": call}, path)
+    torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match="is not a checkpoint: its pickle refers to '.*'"):
+        load_checkpoint(path)
+
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+from storage.checkpoints import check_like, load_checkpoint, written_steps
+
+resource.setrlimit(resource.RLIMIT_AS, 2 * (resource.RLIM_INFINITY,))
+used = 4096 * int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, 2 * (used + 2**29,))
+path, entry = Path(sys.argv[1]), sys.argv[2]
+try:
+    state = load_checkpoint(path)
+    check_like(state["ema"]["decay"], 0.5, "ema.decay")
+    written_steps(state, path)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("entry", ["step", "decay", "written"])
+def test_messages_name_a_value_whose_text_no_memory_holds(tmp_path, entry):
+    """A list of lists of lists and so on, in a file of kilobytes; it may use 512 MiB more."""
+    nested = [1]
+    for _ in range(5):
+        nested = [nested] * 1000
+    content = {**state(), "written": []}
+    (content["ema"] if entry == "decay" else content)[entry] = nested
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content, path)
+    done = run_program([sys.executable, "-c", PROGRAM, str(path), entry])
+    assert re.search(rf"{entry}.*\[\[", done.stdout), done.stdout
+    assert len(done.stdout) < 500
 
 
 # --- which to evaluate ----------------------------------------------------------------------------

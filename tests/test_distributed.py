@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,6 +122,64 @@ def test_processes_whose_torchrun_is_killed_save_and_end(tmp_path):
     (reached,) = re.findall(r"stopped by .+ at step (\d+), which is saved", log)
     assert load_checkpoint(resume_path)["step"] == int(reached)
     job.communicate()
+
+
+RANK = """
+import os, signal, sys, threading, time
+import distributed
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+distributed.GRACE = 0.5
+threading.Thread(target=distributed._end_with, args=[os.getppid()], daemon=True).start()
+print(os.getpid(), flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_rank_that_does_not_heed_sigterm_ends_with_torchrun():
+    """As one that is blocked in a collective, where Python's handler cannot run."""
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent, RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    pid = int(process.stdout.readline())
+    assert alive(pid)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ended = not alive(pid)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert ended
+
+
+def test_a_rank_whose_torchrun_died_before_it_looked_ends_in_one_line():
+    """Its parent is another process then, which does not end; but the store is gone."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # a port where nobody listens
+        environment = {
+            "RANK": "1",
+            "LOCAL_RANK": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1]),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        program = "import datetime, distributed\n"
+        program += "distributed.START = datetime.timedelta(seconds=1)\n"
+        program += "try:\n  with distributed.joined(): pass\n"
+        program += "except ConnectionError as error: print(error)\n"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert re.fullmatch("no answer from torchrun at .*\n", done.stdout), done.stderr
 
 
 def alive(pid: int) -> bool:

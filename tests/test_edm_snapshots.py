@@ -177,7 +177,9 @@ def test_what_is_no_network_is_named(tmp_path):
     hooks = changed(_parameters={"w": Call(exec, "1")})
     assert "ema.w is 'builtins.exec', not a tensor" in refusal(path, hooks)
     assert "ema.w is int, not a tensor" in refusal(path, changed(_buffers={"w": 1}))
-    assert "ema.m is Tensor, not a module" in refusal(path, changed(_modules={"m": torch.ones(2)}))
+    assert "ema.m is StoredTensor, not a module" in refusal(
+        path, changed(_modules={"m": torch.ones(2)})
+    )
     assert "_parameters without a proper name" in refusal(path, changed(_parameters={"a\n": None}))
     assert "option _init_kwargs.a[1] is 'builtins.getattr'" in refusal(
         path, changed(_init_kwargs={"a": [1, Call(getattr, 1, "x")]})

@@ -349,16 +349,31 @@ def rewritten(path, change, **options):
     return packed.getvalue()
 
 
-def test_a_tensor_marked_as_a_folder_is_refused(tmp_path):
-    """One flipped bit that zipfile does not mind, and for which torch reads no tensor."""
-    path = tmp_path / "bit.pth"
-    content = bytearray(tiny_checkpoint(path))
+def test_a_tensor_marked_as_a_folder_is_read(tmp_path):
+    """By an attribute, which one flipped bit sets, or by its name: torch.load reads no tensor then.
+
+    What it gives is whatever the memory held before.
+    """
+    path = tmp_path / "folder.pth"
+    good = tiny_checkpoint(path)
+    content, original = bytearray(good), load_checkpoint(path)
     with zipfile.ZipFile(path) as archive:
         entry = content.index(b"archive/data/0", archive.start_dir) - 46
     content[entry + 38] ^= 0x10  # external attributes
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"bit\.pth .*marked as a folder"):
-        load_checkpoint(path)
+    assert same(load_checkpoint(path), original)
+
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(good)) as old, zipfile.ZipFile(packed, "w") as new:
+        for record in old.infolist():
+            name, content = record.filename, old.read(record)
+            if name == "archive/data.pkl":
+                content = content.replace(b"X\1\0\0\0" + b"0", b"X\2\0\0\0" + b"0/")
+            new.writestr(f"{name}/" if name == "archive/data/0" else name, content)
+    path.write_bytes(packed.getvalue())
+    with zipfile.ZipFile(path) as archive:
+        assert archive.getinfo("archive/data/0/").is_dir()
+    assert same(load_checkpoint(path), original)
 
 
 def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
@@ -380,6 +395,13 @@ def test_a_checkpoint_whose_tensors_claim_more_than_they_hold_is_refused(tmp_pat
 
     path.write_bytes(rewritten(path, claim))
     with pytest.raises(ValueError, match=r"liar\.pth is not a checkpoint: .*size"):
+        load_checkpoint(path)
+
+
+def test_an_expanded_tensor_that_claims_more_than_it_holds_is_refused(tmp_path):
+    path = tmp_path / "expanded.pth"
+    torch.save({"model": torch.zeros(1).expand(2**38)}, path)
+    with pytest.raises(ValueError, match=r"expanded\.pth is not a checkpoint: .*beyond its memory"):
         load_checkpoint(path)
 
 

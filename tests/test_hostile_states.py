@@ -147,6 +147,10 @@ def test_500_mutated_states_are_loaded_or_refused(trained, tmp_path):
     assert 250 < refused < 500
 
 
+def groups(state):
+    return state["optimizer"]["param_groups"]
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -163,6 +167,14 @@ def test_500_mutated_states_are_loaded_or_refused(trained, tmp_path):
         (lambda s: s.update(step=-1), "no intact checkpoint"),
         (lambda s: s.update(step=float("inf")), "no intact checkpoint"),
         (lambda s: s.update(written=3), "holds no steps"),
+        (lambda s: s.update(written=[1, 10**12]), r"holds no steps up to 3: \[1, 1000000000000\]"),
+        (lambda s: s.update(model=[1]), "model is no dictionary but of type list"),
+        (lambda s: s.update(model={3: torch.ones(1)}), "have the name 3, which is no string"),
+        (lambda s: s.update(model={"all": 3}), "weight 'all' is no dense tensor"),
+        (
+            lambda s: [g.update(params=[torch.ones(2)] * len(g["params"])) for g in groups(s)],
+            "in another order",
+        ),
     ],
 )
 def test_states_that_broke_earlier_programs(trained, tmp_path, change, says):

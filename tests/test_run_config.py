@@ -151,7 +151,10 @@ def test_the_newest_intact_checkpoint_carries_the_config(tmp_path, caplog):
     assert run_config.load(tmp_path).model.nf == 10
     save(newest, 12, **stored(12))
     assert run_config.load(tmp_path).model.nf == 12
+    save(newest.with_name("checkpoint.prev.pth"), 11, **stored(11))
     newest.write_bytes(b"damaged")
+    assert run_config.load(tmp_path).model.nf == 11
+    newest.with_name("checkpoint.prev.pth").unlink()
     assert run_config.load(tmp_path).model.nf == 10
     assert "checkpoint.pth is not a checkpoint" in caplog.text
 
