@@ -1,9 +1,10 @@
-"""What saving costs: seconds of a checkpoint, and their share of training at its frequency.
+"""What saving and loading cost: seconds of a checkpoint, and the share of saving in training.
 
     python3 benchmarks/checkpoints.py [--config configs/poisson/digits_ddpmpp.py] [--folder DIR]
 
 The plain way is torch.save in place, which a kill or a power cut can leave half written. A save
-here is also flushed to the disk, with its folder's entry, and read back against its checksums.
+here is also flushed to the disk, with its folder's entry, and read back against its checksums. The
+plain way to load is torch.load, which compares no checksums.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import torch
 import datasets
 from experiment import Experiment
 from sources.batch import Batch
-from storage.checkpoints import _check_records, save_to_resume
+from storage.checkpoints import _check_records, load_checkpoint, save_to_resume
 from storage.files import atomic_write
 from training import train_step
 
@@ -69,14 +70,18 @@ def main() -> None:
             "reading back against the checksums": check,
             "looking for weights that are not finite": run.state.is_finite,
             "save": lambda: save_to_resume(Path(folder), state),
+            "torch.load": lambda: torch.load(path, map_location="cpu", weights_only=True),
+            "load": lambda: load_checkpoint(path),
         }
         times = common.medians(*actions.values(), rounds=ROUNDS)
     print(f"{options.config}, {common.setting(run.device)}; medians of {ROUNDS} rounds")
     table = common.Table((f"checkpoint of {len(content) / 1e6:.1f} MB", "<48"), ("ms", ">9.2f"))
-    for name, seconds in list(zip(actions, times, strict=True))[:-1]:
-        table.row(name, 1e3 * seconds)
-    step_s, plain_s, *_, finite_s, save_s = times
+    for name, seconds in zip(actions, times, strict=True):
+        if name not in ("save", "load"):
+            table.row(name, 1e3 * seconds)
+    step_s, plain_s, *_, finite_s, save_s, plain_load_s, load_s = times
     table.row(f"a save, {save_s / plain_s:.2f} times the plain one", 1e3 * (save_s + finite_s))
+    table.row(f"a load, {load_s / plain_load_s:.2f} times the plain one", 1e3 * load_s)
     number, n_iters = saves_of_a_run(config.training), config.training.n_iters
     share = number * (save_s + finite_s) / (n_iters * step_s)
     print(f"{number} saves in {n_iters} steps: {share:.2%} of the training time")

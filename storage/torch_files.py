@@ -8,7 +8,9 @@ Python's find different records, what one has checked is not what the other load
 import io
 import math
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +25,7 @@ MAX_OPERATIONS = 1_000_000  # of all pickles of a file; ImageNet's network takes
 MAX_DIMENSIONS = 8  # of a tensor
 ZIP = b"PK\x03\x04"  # begins what torch.save writes
 PIECE = 2**20  # bytes read at once
+LENGTHS = 26  # bytes before the lengths of name and extra field in a record's header
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch.save wrote before PyTorch 1.6
 _DTYPES = {
@@ -178,15 +181,27 @@ def read_zip(
 
 
 def _read_record(archive: zipfile.ZipFile, name: str) -> bytearray:
-    """The bytes of a stored record; ValueError where they do not have the checksum it gives."""
-    content = bytearray(archive.getinfo(name).file_size)
+    """The bytes of a stored record; ValueError where they do not have the checksum it gives.
+
+    They are read where they lie: zipfile's own reader copies them twice, at half the speed.
+    """
+    record, file = archive.getinfo(name), archive.fp
+    content, checksum = bytearray(record.file_size), 0
+    damaged = f"it is damaged: its record {name!r:.100} differs from its checksum or header"
     try:
-        with archive.open(name) as record, memoryview(content) as view:
-            for start in range(0, len(content), PIECE):
-                record.readinto(view[start : start + PIECE])
+        archive.open(record).close()  # compares its header with the directory
     except (zipfile.BadZipFile, EOFError) as error:
-        reason = f"its record {name!r:.100} differs from its checksum or header"
-        raise ValueError(f"it is damaged: {reason}") from error
+        raise ValueError(damaged) from error
+    file.seek(record.header_offset + LENGTHS)
+    name_length, extra_length = struct.unpack("<HH", file.read(4))
+    file.seek(name_length + extra_length, os.SEEK_CUR)
+    with memoryview(content) as view:
+        for start in range(0, len(content), PIECE):
+            piece = view[start : start + PIECE]
+            file.readinto(piece)  # what a file cut short does not fill has another checksum
+            checksum = zlib.crc32(piece, checksum)
+    if checksum != record.CRC:
+        raise ValueError(damaged)
     return content
 
 
