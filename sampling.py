@@ -12,7 +12,7 @@ from datasets import get_data_inverse_scaler
 from methods.base import Method, Network
 from solvers import SCHEDULES, SOLVERS
 from solvers.base import Callback, Counted, Slope
-from solvers.fixed_steps import euler
+from solvers.fixed_steps import Churn, euler
 from solvers.predictor_corrector import predictor_corrector
 
 
@@ -44,6 +44,9 @@ def solve_ode(
     rtol: float = 1e-4,
     atol: float = 1e-4,
     max_evaluations: int = 10_000,
+    order: int | None = None,
+    churn: Churn | None = None,
+    generator: torch.Generator | None = None,
     noise_removal: bool = False,
     callback: Callback | None = None,
 ) -> tuple[Tensor, int]:
@@ -57,6 +60,9 @@ def solve_ode(
         schedule: a name in `SCHEDULES`, or "auto" for the solver's own.
         rho: see `solvers.schedules.polynomial`.
         rtol, atol, max_evaluations: see `rk45`.
+        order: of a solver that has several; None for its own choice.
+        churn: noise that a solver which churns adds on the way; None for the ODE.
+        generator: source of that noise, on the device of `x`.
         noise_removal: where the ODE stops at some noise, the last of the n steps leads from there
             to noise level 0; after `rk45` an Euler step does. Euler's gives the mean of the data
             given x (Tweedie's formula).
@@ -69,7 +75,11 @@ def solve_ode(
         FloatingPointError: the solution is not finite, or the evaluations are spent; the message
             says where.
     """
-    solve, own_schedule = SOLVERS[solver]
+    solve, own_schedule = SOLVERS[solver].solve, SOLVERS[solver].schedule
+    if order is not None:
+        solve = partial(solve, order=order)
+    if churn is not None:
+        solve = partial(solve, churn=churn, noise=partial(_noise_like, generator))
     denoise = noise_removal and method.noisy_end
     slope, zero = Counted(partial(method.slope, net)), torch.zeros(1, dtype=torch.float64)
     if own_schedule:
@@ -84,6 +94,10 @@ def solve_ode(
         last = method.sigma(zero + method.t_data)
         x = integrate(method, slope, x, torch.cat([last, zero]), euler)
     return x, drift.calls + slope.calls
+
+
+def _noise_like(generator: torch.Generator | None, x: Tensor) -> Tensor:
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
@@ -125,6 +139,37 @@ def get_rk45_options(config) -> dict[str, float]:
     return {key: config.sampling[key] for key in keys}
 
 
+def _get_order(config, solver: str) -> int | None:
+    order, n, orders = config.sampling.order, config.sampling.N, SOLVERS[solver].orders
+    if order is None:
+        return None
+    if order not in orders:
+        has = f"has the orders {', '.join(map(str, orders))}" if orders else "has one order only"
+        raise ValueError(f"sampling.order={order}: sampling.ode_solver={solver!r} {has}")
+    if order > n:
+        raise ValueError(f"sampling.order={order} needs as many steps at least, not sampling.N={n}")
+    return order
+
+
+def _get_churn(config, method: Method, solver: str) -> Churn | None:
+    churn = Churn(*(config.sampling[key] for key in Churn._fields))
+    if churn.S_churn == 0:
+        return None
+    asked = f"sampling.S_churn must be 0, not {churn.S_churn:g}"
+    if not SOLVERS[solver].churns:
+        known = " and ".join(repr(name) for name, solver in SOLVERS.items() if solver.churns)
+        raise ValueError(f"{asked}: sampling.ode_solver={solver!r} adds no noise, only {known} do")
+    if not method.gaussian:
+        name = config.training.sde.lower()
+        raise ValueError(f"{asked}: {name} has no Gaussian noise that a sampler could add")
+    if not churn.S_min <= churn.S_max:
+        raise ValueError(
+            f"sampling.S_min must be at most sampling.S_max: {churn.S_min:g} and {churn.S_max:g} "
+            "are not"
+        )
+    return churn
+
+
 def _ode_sampler(config, method: Method):
     sampling = config.sampling
     if sampling.N < 1:
@@ -142,11 +187,13 @@ def _ode_sampler(config, method: Method):
         "n": sampling.N,
         "schedule": schedule,
         "rho": sampling.rho,
+        "order": _get_order(config, solver),
+        "churn": _get_churn(config, method, solver),
         "noise_removal": sampling.noise_removal,
         **get_rk45_options(config),
     }
     return lambda net, x, generator, callback: solve_ode(
-        method, net, x, callback=callback, **options
+        method, net, x, generator=generator, callback=callback, **options
     )
 
 

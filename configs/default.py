@@ -4,6 +4,8 @@ The config is locked: parts and experiments only set keys that stand here, so th
 misspelt one is an error. docs/config.md is made of this table.
 """
 
+import math
+
 from ml_collections import ConfigDict, config_dict
 
 from configs.keys import get, shown
@@ -199,6 +201,24 @@ KEYS = {
     ),
     "sampling.rho": Key(
         7.0, above(0, 1000), "of 'polynomial': the larger, the more steps are close to the data"
+    ),
+    "sampling.order": Key(
+        None,
+        whole(1, 4),
+        "of 'multistep' and 'ipndm', 1 to 4, 'dpmpp' and 'unipc', 1 to 3, at most N; None: 3",
+    ),
+    "sampling.S_churn": Key(
+        0.0,
+        Number(0),
+        "'heun' and 'improved_euler', of PFGM++, EDM and SDEs: noise added on the way, with the "
+        "levels raised by the share S_churn / N; 0: none, the ODE",
+    ),
+    "sampling.S_min": Key(0.0, Number(0), "smallest noise level at which noise is added"),
+    "sampling.S_max": Key(
+        math.inf, Number(0, or_inf=True), "largest noise level at which noise is added"
+    ),
+    "sampling.S_noise": Key(
+        1.0, Number(0), "factor of that noise, 1 in theory; published values are up to 1.007"
     ),
     "sampling.rtol": Key(
         1e-4, above(0, 1), "error of a step of 'rk45', in sampling and likelihood: rtol |x| + atol"

@@ -79,6 +79,8 @@ class Method(abc.ABC):
         t_prior, t_data: where sampling starts and ends.
         gives_score: the network gives the score, which `model.scale_by_sigma` divides by sigma.
         positive_labels: noise labels are > 0, so that a "fourier" embedding can take their log.
+        gaussian: Gaussian noise of variance b^2 - a^2 takes y from the noise level a up to b,
+            exactly or nearly, so that a sampler can add some.
         noisy_end: samples at `t_data` still have noise, which one more step to sigma = 0 removes.
         predictors, correctors: those that `sampling.method='pc'` can take; none without an SDE.
     """
@@ -87,6 +89,7 @@ class Method(abc.ABC):
     uses_reference_batch: bool = False
     gives_score: ClassVar[bool] = False
     positive_labels: ClassVar[bool] = True
+    gaussian: ClassVar[bool] = False
     noisy_end: ClassVar[bool] = False
     predictors: ClassVar[tuple[str, ...]] = ()
     correctors: ClassVar[tuple[str, ...]] = ()

@@ -49,6 +49,7 @@ class PFGMPP(Method):
     target_kind: str = "image"
 
     positive_labels = False
+    gaussian = True  # exactly for D = inf; for a finite D as published
     noisy_end = True
 
     @classmethod

@@ -58,6 +58,7 @@ class SDE(Method):
     likelihood_weighting: bool
 
     t_prior = 1.0
+    gaussian = True
     noisy_end = True
     prior_std = 1.0
     predictors = ("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "none")

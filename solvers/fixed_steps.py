@@ -1,6 +1,9 @@
 """Solvers whose steps are given: one for each pair of neighbouring `levels` (N + 1,)."""
 
+import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +21,46 @@ def euler(slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = N
     return x
 
 
-def heun(slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None) -> Tensor:
-    """Heun's method of order 2, its last step Euler's: 2 N - 1 evaluations."""
+class Churn(NamedTuple):
+    """How much noise `heun` adds before a step (Karras et al. 2022, arXiv 2206.00364).
+
+    A step from a noise level between S_min and S_max first raises it by the share S_churn / N, at
+    most sqrt(2) - 1, with noise of S_noise times the standard deviation which that takes.
+    """
+
+    S_churn: float
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+
+    def raised(self, level: float, levels: Tensor) -> float:
+        """The level from which the step from `level` starts: never above the first of `levels`."""
+        if not self.S_min <= level <= self.S_max:
+            return level
+        share = min(self.S_churn / (len(levels) - 1), math.sqrt(2) - 1)
+        return min((1 + share) * level, levels[0].item())
+
+
+def heun(
+    slope: Slope,
+    x: Tensor,
+    levels: Tensor,
+    callback: Callback | None = None,
+    *,
+    churn: Churn | None = None,
+    noise: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> Tensor:
+    """Heun's method of order 2, its last step Euler's: 2 N - 1 evaluations.
+
+    With `churn` it is the stochastic sampler of Karras et al. 2022 (arXiv 2206.00364, algorithm 2)
+    and `noise(x)` gives standard normal noise of the shape of `x`; the callback then sees the level
+    and the state after the noise.
+    """
     last = len(levels) - 2
     for i, (here, there) in enumerate(pairwise(levels.tolist())):
+        if churn and (raised := churn.raised(here, levels)) > here:
+            x = x + churn.S_noise * math.sqrt(raised**2 - here**2) * noise(x)
+            here = raised
         d, h = slope(x, here), there - here
         if callback:
             callback(Step(i, here, x, d))
@@ -30,20 +69,53 @@ def heun(slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = No
     return x
 
 
-def multistep(slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None) -> Tensor:
-    """The method of Adams and Bashforth of order 3, from N evaluations.
+# (the levels passed, newest first, and the next one) -> the weights of the slopes there.
+Weights = Callable[[list[float], float], list[float]]
 
-    A step integrates the parabola through the last three slopes; the first two make do with fewer.
-    In a method's natural variables this is rho-AB DEIS (Zhang and Chen 2023, arXiv 2204.13902).
+
+def multistep(
+    slope: Slope,
+    x: Tensor,
+    levels: Tensor,
+    callback: Callback | None = None,
+    *,
+    order: int = 3,
+) -> Tensor:
+    """The method of Adams and Bashforth of an `order` from 1 to 4, from N evaluations.
+
+    A step integrates the polynomial through the last `order` slopes; the first steps make do with
+    fewer. In a method's natural variables this is rho-AB DEIS (Zhang and Chen 2023, arXiv
+    2204.13902).
     """
+    return _from_last_slopes(slope, x, levels, callback, order, adams_bashforth)
+
+
+def ipndm(
+    slope: Slope,
+    x: Tensor,
+    levels: Tensor,
+    callback: Callback | None = None,
+    *,
+    order: int = 3,
+) -> Tensor:
+    """iPNDM of an `order` from 1 to 4 (Zhang and Chen 2023, arXiv 2204.13902): N evaluations.
+
+    The weights are those of Adams and Bashforth for even steps, whatever the steps are, which keeps
+    them small where steps shrink fast. The error falls with the power `order` of the step where
+    levels are even, else with its square at most.
+    """
+    return _from_last_slopes(slope, x, levels, callback, order, even_adams_bashforth)
+
+
+def _from_last_slopes(slope, x, levels, callback, order: int, weights_of: Weights) -> Tensor:
     slopes, passed = [], []
     for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        slopes, passed = [slope(x, here), *slopes][:3], [here, *passed][:3]
+        slopes.insert(0, slope(x, here))
+        passed.insert(0, here)
         if callback:
             callback(Step(i, here, x, slopes[0]))
-        for weight, d in zip(adams_bashforth(passed, there), slopes, strict=True):
-            x = x + weight * d
-        check_finite(x, there)
+        x = check_finite(combine(x, slopes, weights_of(passed, there)), there)
+        del slopes[order - 1 :], passed[order - 1 :]  # before memory goes to the network
     return x
 
 
@@ -53,6 +125,32 @@ def adams_bashforth(passed: list[float], there: float) -> list[float]:
     They are exact for powers of s = (level - passed[0]) / step, which a step takes from 0 to 1.
     """
     step = there - passed[0]
-    s = (torch.tensor(passed, dtype=torch.float64) - passed[0]) / step
-    moments = 1 / torch.arange(1, len(s) + 1, dtype=torch.float64)
-    return (step * torch.linalg.solve(torch.vander(s, increasing=True).T, moments)).tolist()
+    s = [(level - passed[0]) / step for level in passed]
+    return interpolating_weights(s, [step / (k + 1) for k in range(len(s))])
+
+
+# For the last slope, the one before it and so on, by how many there are.
+_EVEN = {
+    1: (1,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+def even_adams_bashforth(passed: list[float], there: float) -> list[float]:
+    """The weights that `adams_bashforth` has where the levels are even."""
+    return [(there - passed[0]) * weight for weight in _EVEN[len(passed)]]
+
+
+def interpolating_weights(nodes: list[float], moments: list[float]) -> list[float]:
+    """The w_j with sum_j w_j s_j^k = moments[k], for as many powers k as there are `nodes` s_j."""
+    powers = torch.vander(torch.tensor(nodes, dtype=torch.float64), increasing=True).T
+    return torch.linalg.solve(powers, torch.tensor(moments, dtype=torch.float64)).tolist()
+
+
+def combine(x: Tensor, terms: list[Tensor], weights: list[float]) -> Tensor:
+    """`x` and the `terms` times their `weights`, summed."""
+    for term, weight in zip(terms, weights, strict=True):
+        x = x + weight * term
+    return x

@@ -1,6 +1,7 @@
 """PFGM++ of any D and EDM: laws, densities and flows in closed form; published numbers."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from likelihood import get_likelihood_fn, log_likelihood, unit_vectors
 from losses import get_loss_fn, posterior_mean
 from methods.student_t import log_density
 from sampling import get_sampling_fn, solve_ode
+from solvers import SCHEDULES
+from solvers.fixed_steps import Churn, heun
 
 EVERY_D = (0.5, 1.0, 2.0, 8.0, 128.0, 2048.0, 3e6, math.inf)
 
@@ -286,8 +289,7 @@ def test_conditions_reach_the_network(method):
 # --- sampling -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n, evaluations", [(18, 35), (5, 9)])
-def test_heun_matches_published_samples(published, n, evaluations):
+def blurred_points_network(published):
     """Points of equal weight, blurred by s0, have a denoiser in closed form."""
     points, s0 = published["sampler/points"], published["sampler/s0"].item()
 
@@ -296,11 +298,33 @@ def test_heun_matches_published_samples(published, n, evaluations):
         mean = slow_posterior_mean(x, points, total.flatten().sqrt(), math.inf)
         return mean + s0**2 / total * (x - mean)
 
-    x = 80 * published["sampler/latents"]
-    net = denoising_network(denoise)
+    return denoising_network(denoise)
+
+
+@pytest.mark.parametrize("n, evaluations", [(18, 35), (5, 9)])
+def test_heun_matches_published_samples(published, n, evaluations):
+    x, net = 80 * published["sampler/latents"], blurred_points_network(published)
     x, calls = solve_ode(pfgmpp(), net, x, "heun", n, noise_removal=True)
     expected = published[f"sampler/heun{n}"]
     assert calls == evaluations
+    assert (x - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_heun_with_churn_matches_published_samples(published):
+    """40 steps; step i takes the noise of that number, where its level lies in the interval."""
+    method, net = pfgmpp(), blurred_points_network(published)
+    levels = torch.cat([SCHEDULES["polynomial"](method, 39, 7.0), torch.zeros(1)])
+    used = published["sampler/noise"][(levels[:-1] >= 0.01) & (levels[:-1] <= 1)]
+    unused = iter(used)
+    x = heun(
+        partial(method.slope, net),
+        80 * published["sampler/latents"],
+        levels,
+        churn=Churn(S_churn=30, S_min=0.01, S_max=1, S_noise=1.007),
+        noise=lambda x: next(unused),
+    )
+    expected = published["sampler/heun40"]
+    assert next(unused, None) is None
     assert (x - expected).norm() < 1e-5 * expected.norm()
 
 

@@ -213,19 +213,19 @@ def test_evaluations_are_counted(n):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_callback_sees_each_step_before_it_is_taken(solver):
-    """dx/dt = -x from 1: the state at t is exp(-t), the slope minus that."""
-    seen, levels = [], torch.linspace(0, 1, 101, dtype=torch.float64)
+    """dx/dt = -x from t = 1 to 0: the state at t is exp(1 - t), the slope minus that."""
+    seen, levels = [], torch.linspace(1, 0, 101, dtype=torch.float64)
     end = SOLVERS[solver].solve(lambda x, t: -x, torch.ones(1).double(), levels, seen.append)
     assert [step.index for step in seen] == list(range(len(seen)))
     passed = [step.level for step in seen]
     if SOLVERS[solver].schedule:
         assert passed == levels[:-1].tolist()
-    assert passed[0] == 0
-    assert sorted(passed) == passed
+    assert passed[0] == 1
+    assert sorted(passed, reverse=True) == passed
     for step in seen:
-        assert step.x.item() == pytest.approx(math.exp(-step.level), rel=1e-2)
+        assert step.x.item() == pytest.approx(math.exp(1 - step.level), rel=1e-2)
         assert step.slope.item() == -step.x.item()
-    assert end.item() == pytest.approx(math.exp(-1), rel=1e-2)
+    assert end.item() == pytest.approx(math.exp(1), rel=1e-2)
 
 
 def test_the_callback_of_a_sampler_sees_every_network_evaluation_of_euler():
@@ -353,6 +353,7 @@ def test_one_step_is_enough_to_run(poisson, exact_network, name, solver, noise_r
 # --- truth: laws that are known -------------------------------------------------------------------
 
 STEPS = {"rk45": 0, "forward_euler": 300, "improved_euler": 100, "heun": 60, "multistep": 60}
+STEPS |= {"ipndm": 60, "dpmpp": 60, "unipc": 60}
 MEAN, STD = 0.3, 0.2
 
 

@@ -1,0 +1,99 @@
+"""Solvers that integrate the denoised image over the log-SNR, N evaluations for N steps.
+
+In natural variables and over lambda = -log sigma the sampling ODE is dx/dlambda = D - x, with the
+denoised image D = x - sigma dx/dsigma. So a step of length h in lambda gives
+
+    x <- exp(-h) x + integral over u from 0 to h of exp(u - h) D(lambda + u)
+
+exactly, and its only error is that of the polynomial through known D that stands for D (exponential
+integrators). Levels are positive and fall; only the last may be 0, where x is the denoised image.
+"""
+
+import math
+from itertools import pairwise
+
+from torch import Tensor
+
+from solvers.base import Callback, Slope, Step, check_finite
+from solvers.fixed_steps import combine, interpolating_weights
+
+
+def dpmpp(
+    slope: Slope,
+    x: Tensor,
+    levels: Tensor,
+    callback: Callback | None = None,
+    *,
+    order: int = 3,
+) -> Tensor:
+    """DPM-Solver++ of several steps, of an `order` from 1 to 3 (Lu et al. 2022, arXiv 2211.01095).
+
+    The polynomial goes through the last `order` denoised images; the first steps make do with
+    fewer. Its integral is exact: published code takes h / 2 times the first difference at order 2,
+    and half the second difference at order 3, which then converges with order 2 only.
+    """
+    images, passed = [], []
+    for i, (here, there) in enumerate(pairwise(levels.tolist())):
+        d = slope(x, here)
+        if callback:
+            callback(Step(i, here, x, d))
+        images.insert(0, x - here * d)
+        passed.insert(0, here)
+        x = check_finite(step(x, images, passed, here, there), there)
+        del d, images[order - 1 :], passed[order - 1 :]  # before memory goes to the network
+    return x
+
+
+def unipc(
+    slope: Slope,
+    x: Tensor,
+    levels: Tensor,
+    callback: Callback | None = None,
+    *,
+    order: int = 3,
+) -> Tensor:
+    """UniPC of an `order` from 1 to 3, which its corrector raises by one (arXiv 2302.04867).
+
+    The predictor is `dpmpp`'s step. Where it arrives the denoised image is evaluated; the corrector
+    takes the step again with that image as one more point of the polynomial, and the next step uses
+    it as it is: one evaluation a step. The equations for the weights are solved exactly, so that
+    the paper's B(h) cancels.
+    """
+    images, passed = [], []
+    rest, weight = x, 0.0  # the corrected state is rest + weight * the image there
+    for i, (here, there) in enumerate(pairwise(levels.tolist())):
+        d = slope(x, here)
+        if callback:
+            callback(Step(i, here, x, d))
+        images.insert(0, x - here * d)
+        passed.insert(0, here)
+        start = rest + weight * images[0] if i else x
+        x = check_finite(step(start, images, passed, here, there), there)
+        if there > 0:
+            weight, *weights = exponential_weights([there, *passed], here, there)
+            rest = combine(start * (there / here), images, weights)
+        del start, d, images[order - 1 :], passed[order - 1 :]  # before memory goes to the network
+    return x
+
+
+def step(x: Tensor, images: list[Tensor], nodes: list[float], here: float, there: float) -> Tensor:
+    """`x` taken from the level `here` to `there`, with D through `images` at the levels `nodes`.
+
+    At `there` = 0 it is images[0], the limit for a constant D.
+    """
+    if there == 0:
+        return images[0]
+    return combine(x * (there / here), images, exponential_weights(nodes, here, there))
+
+
+def exponential_weights(nodes: list[float], here: float, there: float) -> list[float]:
+    """Weights of the D at the levels `nodes` that integrate exp(u - h) D over u from 0 to h.
+
+    They are exact for powers of s = u / h, whose integrals are I_0 = 1 - exp(-h) and, by parts,
+    I_k = 1 - k / h I_(k-1).
+    """
+    h = math.log(here / there)
+    moments = [-math.expm1(-h)]
+    for k in range(1, len(nodes)):
+        moments.append(1 - k / h * moments[-1])
+    return interpolating_weights([math.log(here / level) / h for level in nodes], moments)
