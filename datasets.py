@@ -1,7 +1,8 @@
 """Data sets with random access, and a deterministic stream of batches from them.
 
-A data set is a tensor, or a `Stream` from disk: both have `len()`, and indexing by an integer
-tensor or a slice gives uint8 images (k, C, H, W). Order and noise depend on (seed, step) alone, so
+A data set is a tensor, with class labels `Labelled`, or a `Stream` from disk: all have `len()`, and
+indexing by an integer tensor or a slice gives uint8 images (k, C, H, W). Batches have the labels
+too, where `data.num_classes` asks for them. Order and noise depend on (seed, step) alone, so
 the batches can start anywhere and do not depend on which process decodes them.
 """
 
@@ -16,6 +17,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ import distributed
 import sources
 from configs import keys
 from sources import folder
-from sources.base import Source, Unreadable
+from sources.base import Classes, Source, Unreadable
 from sources.batch import Batch
 from storage.files import one_line
 
@@ -35,9 +37,10 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "test")
 MAX_TRIES = 1000  # images in a row that may be unreadable
-MAX_NAMED = 20  # unreadable images that are named
+MAX_NAMED = 20  # unreadable images, or classes, that are named
 MAX_WORKERS = 8  # of data.num_workers=-1
 SMALL = 2**24  # bytes of images that are decoded before processes to do it have started
+NO_LABELS = "data.num_classes asks for class labels, which {} does not give ({} split)"
 MEASURED = 64  # images that `measure_channels` looks at
 
 
@@ -52,17 +55,47 @@ def keyed_generator(device: torch.device | str, purpose: str, *key: int) -> torc
     return torch.Generator(device).manual_seed(keyed_seed(purpose, *key))
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Images in memory (n, C, H, W) with their class `labels` (n,), int64, and the classes' names.
+
+    Indexing gives the images alone.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        return self.images[index]
+
+    def to(self, device: torch.device | str) -> "Labelled":
+        return Labelled(self.images.to(device), self.labels.to(device), self.names)
+
+
 class Stream:
     """Images that stay on disk and are decoded when they are indexed.
 
     An image that cannot be read, or has another shape, is replaced by the next one that can be
     used, and is named in a warning; so length and order do not depend on when a damage is found.
-    `shape` is (C, H, W). So many `workers` decode the batches of `in_order` and `shuffled_batches`;
-    with 0 the process does that asks for them.
+    `shape` is (C, H, W). `labels` (n,) and `names` are those of the classes, if there are any. So
+    many `workers` decode the batches of `in_order` and `shuffled_batches`; with 0 the process does
+    that asks for them.
     """
 
-    def __init__(self, source: Source, shape: tuple[int, int, int], workers: int = 0):
+    def __init__(
+        self,
+        source: Source,
+        shape: tuple[int, int, int],
+        workers: int = 0,
+        classes: Classes | None = None,
+    ):
         self.source, self.shape, self.workers = source, shape, workers
+        self.labels = None if classes is None else torch.from_numpy(classes.labels)
+        self.names = () if classes is None else classes.names
         self.pinned = False
         self.unreadable: dict[int, str] = {}  # those met so far, and why
 
@@ -70,6 +103,10 @@ class Stream:
         return len(self.source)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
+        return self.batch(index).images
+
+    def batch(self, index: Tensor | slice) -> Batch:
+        """The images of `index`, and their labels where there are any."""
         if isinstance(index, slice):
             index = torch.arange(*index.indices(len(self)))
         return self._accept(self.read(index.tolist()))
@@ -79,13 +116,16 @@ class Stream:
         self.pinned = torch.device(device).type == "cuda"
         return self
 
-    def read(self, index: list[int]) -> tuple[Tensor, dict[int, str]]:
-        """Images (k, C, H, W), and which of `index` had to be replaced, with the reason."""
-        unreadable: dict[int, str] = {}
-        images = [self._readable(i, unreadable) for i in index]
-        return torch.from_numpy(np.stack(images)), unreadable
+    def read(self, index: list[int]) -> tuple[Tensor, list[int], dict[int, str]]:
+        """Images (k, C, H, W), their numbers, and which of `index` were replaced, with the reason.
 
-    def _readable(self, i: int, unreadable: dict[int, str]) -> np.ndarray:
+        The numbers are those of `index` but where an image was replaced by another.
+        """
+        unreadable: dict[int, str] = {}
+        numbers, images = zip(*(self._readable(i, unreadable) for i in index), strict=True)
+        return torch.from_numpy(np.stack(images)), list(numbers), unreadable
+
+    def _readable(self, i: int, unreadable: dict[int, str]) -> tuple[int, np.ndarray]:
         tries = min(len(self), MAX_TRIES)
         for j in ((i + k) % len(self) for k in range(tries)):
             try:
@@ -94,25 +134,25 @@ class Stream:
                 unreadable[j] = str(error)
                 continue
             if image.shape == self.shape:
-                return image
+                return j, image
             wanted = f"data.num_channels and data.image_size say {self.shape}"
             unreadable[j] = f"number {j} is {image.shape} (C, H, W), but {wanted}"
         raise ValueError(f"{tries} images in a row cannot be used; the last: {unreadable[j]}")
 
-    def _accept(self, read: tuple[Tensor, dict[int, str]]) -> Tensor:
-        images, unreadable = read
+    def _accept(self, read: tuple[Tensor, list[int], dict[int, str]]) -> Batch:
+        images, numbers, unreadable = read
         for i in unreadable.keys() - self.unreadable.keys():
             self.unreadable[i] = unreadable[i]
             if len(self.unreadable) <= MAX_NAMED:
                 log.warning(f"unreadable image: {unreadable[i]}")
             if len(self.unreadable) == MAX_NAMED:
                 log.warning("further unreadable images are not named")
-        return images
+        return Batch(images, None if self.labels is None else self.labels[numbers])
 
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
-        """`self[index]` for each index, decoded ahead by the worker processes."""
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """`self.batch(index)` for each index, decoded ahead by the worker processes."""
         if not self.workers:
-            yield from (self[index] for index in indices)
+            yield from (self.batch(index) for index in indices)
             return
         indices, asked = iter(indices), collections.deque()
         # a fork of this process would lack the threads that CUDA and ArrayRecord count on; workers
@@ -142,7 +182,7 @@ class Stream:
             except (RuntimeError, OSError, EOFError) as error:  # as when a signal ends the group
                 reason = one_line(error)
                 log.warning(f"the processes that decode images died; going on without: {reason}")
-                yield from (self[index] for index in itertools.chain(asked, indices))
+                yield from (self.batch(index) for index in itertools.chain(asked, indices))
                 return
             if batch is None:
                 return
@@ -180,14 +220,16 @@ def _follow_parent(worker: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def get_dataset(config, split: str) -> Tensor | Stream:
+def get_dataset(config, split: str, labels: bool = True) -> Tensor | Labelled | Stream:
     """The data of a split, "train" or "test", that `config.data` names; see the module.
 
-    What takes at most `data.resident_bytes` when decoded is decoded at once, without the images
-    that cannot be read; what takes more stays on disk. `data.num_channels` of 0 is measured.
+    It has class labels where `data.num_classes` is not 0, unless `labels` is False. What takes at
+    most `data.resident_bytes` when decoded is decoded at once, without the images that cannot be
+    read; what takes more stays on disk. `data.num_channels` of 0 is measured.
 
-    Raises ValueError for an unknown data set or split, no image that can be read, or images of
-    another shape than configured; OSError where the data are not where they should be.
+    Raises ValueError for an unknown data set or split, no image that can be read, images of another
+    shape than configured, or class labels that are missing or out of range; OSError where the data
+    are not where they should be.
     """
     data = config.data
     if not data.num_channels:
@@ -195,12 +237,13 @@ def get_dataset(config, split: str) -> Tensor | Stream:
     source = _source(data, split)
     workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, _processors())
     shape = (data.num_channels, data.image_size, data.image_size)
-    stream = Stream(source, shape, workers)
+    classes = _classes(source, data, split) if labels and data.num_classes else None
+    stream = Stream(source, shape, workers, classes)
     stream.read([0])  # so that data of which none can be used are refused here
     size = len(stream) * math.prod(shape)
     if size > data.resident_bytes:
         return stream
-    return _decoded(stream if size > SMALL else Stream(source, shape))
+    return _decoded(stream if size > SMALL else Stream(source, shape, 0, classes))
 
 
 def measure_channels(config) -> int:
@@ -222,7 +265,42 @@ def measure_channels(config) -> int:
     return max(channels)
 
 
-def describe(config, train: Tensor | Stream, test: Tensor | Stream) -> str:
+def measure_classes(config) -> int:
+    """How many classes the training images are of. Raises ValueError and OSError as `get_dataset`.
+
+    They are the named ones, or as many as the largest label needs.
+    """
+    classes = _classes(_source(config.data, "train"), config.data, "train")
+    return max(len(classes.names), int(classes.labels.max()) + 1)
+
+
+def get_labels(config, split: str) -> Tensor:
+    """The class labels (n,), int64, of a split, of which no image is decoded.
+
+    Raises ValueError and OSError as `get_dataset`.
+    """
+    labels = torch.from_numpy(_classes(_source(config.data, split), config.data, split).labels)
+    return labels[labels >= 0]
+
+
+def _classes(source: Source, data, split: str) -> Classes:
+    try:
+        classes = source.classes() if hasattr(source, "classes") else None
+    except ValueError as error:
+        raise ValueError(f"{NO_LABELS.format(data.dataset, split)}: {error}") from error
+    if classes is None:
+        raise ValueError(f"{NO_LABELS.format(data.dataset, split)}")
+    largest = int(classes.labels.max())
+    if 0 <= data.num_classes <= largest:
+        raise ValueError(
+            f"a class label of {data.dataset}, {split} split, is {largest}, but with "
+            f"data.num_classes={data.num_classes} they are numbered from 0 to "
+            f"{data.num_classes - 1}"
+        )
+    return classes
+
+
+def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled | Stream) -> str:
     """A line for the log on the data of a run: where they are, and what is made of them."""
     data, held_out, (channels, height, width) = config.data, "", train[:1].shape[1:]
     name = data.dataset.lower()
@@ -234,7 +312,13 @@ def describe(config, train: Tensor | Stream, test: Tensor | Stream) -> str:
         f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on{held_out}, "
         f"{height} x {width}, {channels} channel{'s' * (channels > 1)}, "
         f"{'mirrored at random' if data.random_flip else 'not mirrored'} (data.random_flip)"
+        + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
     )
+
+
+def _named(names: tuple[str, ...]) -> str:
+    shown = ", ".join(f"{k} {name:.30}" for k, name in enumerate(names[:MAX_NAMED]))
+    return f" ({shown}{', ...' if len(names) > MAX_NAMED else ''})" if names else ""
 
 
 def _source(data, split: str) -> Source:
@@ -252,8 +336,8 @@ def _with_channels(data, channels: int):
     return data
 
 
-def _decoded(stream: Stream) -> Tensor:
-    """All images of `stream` that can be read, (n, C, H, W)."""
+def _decoded(stream: Stream) -> Tensor | Labelled:
+    """All images of `stream` that can be read, (n, C, H, W), with their labels if there are any."""
     images = torch.empty(len(stream), *stream.shape, dtype=torch.uint8)
     interval = 0.2 if sys.stderr.isatty() else 10
     options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
@@ -261,12 +345,13 @@ def _decoded(stream: Stream) -> Tensor:
         for piece, batch in zip(images.split(64), in_order(stream, 64), strict=True):
             piece.copy_(batch.images)
             progress.update(len(batch))
-    if not stream.unreadable:
-        return images
-    kept = torch.ones(len(stream), dtype=torch.bool)
-    kept[list(stream.unreadable)] = False
-    log.warning(f"{len(stream.unreadable)} of {len(stream)} images are unreadable and left out")
-    return images[kept]
+    labels = stream.labels
+    if stream.unreadable:
+        kept = torch.ones(len(stream), dtype=torch.bool)
+        kept[list(stream.unreadable)] = False
+        log.warning(f"{len(stream.unreadable)} of {len(stream)} images are unreadable and left out")
+        images, labels = images[kept], None if labels is None else labels[kept]
+    return images if labels is None else Labelled(images, labels, stream.names)
 
 
 def _processors() -> int:
@@ -291,12 +376,19 @@ def get_data_inverse_scaler(config) -> Callable[[Tensor], Tensor]:
     return (lambda x: (x + 1) / 2) if config.data.centered else (lambda x: x)
 
 
-def in_order(data: Tensor | Stream, size: int) -> Iterator[Batch]:
+def batch_at(data: Tensor | Labelled | Stream, index: Tensor | slice) -> Batch:
+    """The uint8 images of `index`, and their labels where the data have any."""
+    if isinstance(data, Stream):
+        return data.batch(index)
+    return Batch(data[index], data.labels[index] if isinstance(data, Labelled) else None)
+
+
+def in_order(data: Tensor | Labelled | Stream, size: int) -> Iterator[Batch]:
     """Every image once, in uint8 batches of `size` and a last one of what is left."""
     return _fetched(data, torch.arange(len(data)).split(size))
 
 
-def mean_norm(data: Tensor | Stream, scaler: Callable[[Tensor], Tensor]) -> float:
+def mean_norm(data: Tensor | Labelled | Stream, scaler: Callable[[Tensor], Tensor]) -> float:
     """Mean Euclidean norm of the scaled images of a data set."""
     total, at_once = 0.0, max(1, SMALL // data[:1].numel())
     for batch in in_order(data, at_once):
@@ -305,7 +397,7 @@ def mean_norm(data: Tensor | Stream, scaler: Callable[[Tensor], Tensor]) -> floa
 
 
 def shuffled_batches(
-    data: Tensor | Stream,
+    data: Tensor | Labelled | Stream,
     batch_size: int,
     seed: int,
     step: int = 0,
@@ -335,11 +427,13 @@ def _shuffled(n: int, size: int, seed: int, step: int) -> Iterator[Tensor]:
         yield torch.cat([orders[e][max(at, 0) : at + size] for e, at in starts.items()])
 
 
-def _fetched(data: Tensor | Stream, indices: Iterable[Tensor]) -> Iterator[Batch]:
+def _fetched(data: Tensor | Labelled | Stream, indices: Iterable[Tensor]) -> Iterator[Batch]:
     if isinstance(data, Stream):
-        return map(Batch, data.batches(indices))
-    indices = (index.to(data.device, non_blocking=True) for index in indices)
-    return (Batch(data.index_select(0, index)) for index in indices)
+        return data.batches(indices)
+    resident = Batch(data.images, data.labels) if isinstance(data, Labelled) else Batch(data)
+    device = resident.images.device
+    indices = (index.to(device, non_blocking=True) for index in indices)
+    return map(lambda i: resident.map(lambda rows: rows.index_select(0, i)), indices)
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:

@@ -20,6 +20,7 @@ import datasets
 import distributed
 import sampling
 from experiment import Experiment, progress_bar
+from methods.base import conditioned
 from metrics import distances
 from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, fingerprint
@@ -46,12 +47,9 @@ PAIRS = 10  # samples in a row of the picture of nearest training images
 
 def origin_of(config, run: Experiment) -> dict:
     """What every part of an evaluation depends on, in words that can be compared."""
-    weights = hashlib.sha256()
-    for name, tensor in run.state.model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return {
-        "weights": weights.hexdigest(),
+        "weights": _digest(run.state.model),
+        **({} if run.guide is None else {"guide": _digest(run.guide)}),
         "network": config.model.to_dict(),
         "method": repr(run.method),
         "sampling": config.sampling.to_dict(),
@@ -60,6 +58,22 @@ def origin_of(config, run: Experiment) -> dict:
         "precision": config.training.precision,
         "device": run.device.type,
     }
+
+
+def _digest(network: torch.nn.Module) -> str:
+    weights = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return weights.hexdigest()
+
+
+def _origin_of(data) -> dict:
+    """The same of the split that a part is computed on, and of its class labels."""
+    if (labels := getattr(data, "labels", None)) is None:
+        return {"data": fingerprint(data)}
+    words = hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()
+    return {"data": fingerprint(data), "labels": words}
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
@@ -110,7 +124,7 @@ def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: d
 
     sizes = {"batch": config.training.batch_size, "at once": config.eval.batch_size}
     training = config.training.to_dict()
-    origin = origin | {"data": fingerprint(data), "sizes": sizes, "training": training}
+    origin = origin | _origin_of(data) | {"sizes": sizes, "training": training}
     path, spec = folder / f"ckpt_{k}_loss.npz", {"loss": ("f", ())}
     return {"loss": cached(path, origin, compute, spec)["loss"]}
 
@@ -120,6 +134,8 @@ def evaluate_bpd(
 ) -> dict:
     """Bits per dimension of every image of a split, averaged over passes of new noise.
 
+    They are given the image's class label where there is one, and have no guidance.
+
     The latents of the first batch are integrated back to images; the root mean square of what that
     changes, in units of [0, 1], is `encoding_error`, and shows what the solver's tolerance costs.
 
@@ -128,18 +144,19 @@ def evaluate_bpd(
     """
     split, size, net = config.eval.dataset, config.eval.batch_size, run.state.model
     passes = config.eval.bpd_num_repeats if split == "test" else 1
-    origin = origin | {"data": fingerprint(data), "divergence": config.eval.divergence}
+    origin = origin | _origin_of(data) | {"divergence": config.eval.divergence}
 
     @torch.no_grad()
     def compute(i: int, start: int) -> dict:
         generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
-        images = data[start : start + size].to(run.device)
-        images = datasets.to_unit_interval(images, generator, dequantize=True)
-        bits, latents, nfe = bits_per_dim(net, run.scaler(images), generator)
+        batch = datasets.batch_at(data, slice(start, start + size)).to(run.device)
+        images = datasets.to_unit_interval(batch.images, generator, dequantize=True)
+        bits, latents, nfe = bits_per_dim(net, run.scaler(images), generator, batch.labels)
         found = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
         if i == 0:
             options = sampling.get_rk45_options(config)
-            x, _ = sampling.solve_ode(run.method, net, latents, **options)
+            conditional = conditioned(net, batch.conditions)
+            x, _ = sampling.solve_ode(run.method, conditional, latents, **options)
             change = datasets.get_data_inverse_scaler(config)(x) - images
             found["encoding_error"] = change.square().mean().sqrt().item()
         return found
@@ -222,6 +239,7 @@ def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> 
 
     channels, *sides = datasets.image_shape(config)
     spec = {"samples": ("u", (None, *sides, channels)), "nfe": ("iuf", ())}
+    spec |= {"labels": ("i", (None,))} if config.data.num_classes else {}
 
     def compute(r: int, number: int) -> dict:
         key = origin | {"round": r, "number": number}
@@ -242,15 +260,21 @@ def _numbers_of_rounds(wanted: int, size: int) -> list[int]:
 
 
 def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
-    """The finite ones of `number` samples, uint8; none where their common solver diverges."""
+    """The finite ones of `number` samples, uint8, with their class labels if there are any.
+
+    None where their common solver diverges.
+    """
     generator = datasets.keyed_generator(run.device, "samples", config.seed, r)
+    labels = run.draw_labels(number, "samples", r)
     try:
-        samples, nfe = run.sample(run.state.model, number, generator=generator)
+        samples, nfe = run.sample(run.state.model, number, generator=generator, labels=labels)
     except FloatingPointError as error:
         log.warning(f"round {r}: none of its {number} samples counts: {error}")
         samples, nfe = torch.empty(0, *datasets.image_shape(config)), 0
+        labels = None if labels is None else labels[:0]
     finite = samples.flatten(1).isfinite().all(1)
-    return {"samples": to_uint8(samples[finite]), "nfe": nfe}
+    drawn = {"samples": to_uint8(samples[finite]), "nfe": nfe}
+    return drawn if labels is None else drawn | {"labels": labels[finite].cpu().numpy()}
 
 
 def _features(space: FeatureSpace, images: Images) -> dict:
@@ -301,7 +325,7 @@ def draw_images(config, run: Experiment, folder: Path, k: int) -> None:
 
 
 def draw_interpolation(config, run: Experiment, folder: Path, k: int) -> None:
-    """Each row goes from one prior sample to another along the arc between them."""
+    """Each row, of one class, goes from one prior sample to another along the arc between them."""
     shape = 2 * ROWS, *datasets.image_shape(config)
     generator = datasets.keyed_generator(run.device, "interpolation", config.seed)
     ends = run.method.prior_sampling(shape, generator, run.device)
@@ -323,8 +347,10 @@ def draw_rescaling(config, run: Experiment, folder: Path, k: int) -> None:
 
 
 def _draw_strips(run: Experiment, x: Tensor, path: Path, generator: torch.Generator) -> None:
+    labels = run.draw_labels(len(x) // COLUMNS, "rows")
+    labels = None if labels is None else labels.repeat_interleave(COLUMNS)
     try:
-        samples, _ = run.sample(run.state.model, x=x, generator=generator)
+        samples, _ = run.sample(run.state.model, x=x, generator=generator, labels=labels)
     except FloatingPointError as error:
         log.warning(f"{path} is not drawn: {error}")
     else:

@@ -1,5 +1,6 @@
 """The objects that a config names, built together, so that a mistake shows before any work."""
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import datasets
@@ -19,10 +20,18 @@ import models
 import sampling
 from configs.default import check
 from storage import run_config
+from storage.checkpoints import fit, load_checkpoint
 from training import TrainState
 
 # What M, z_max and upper_norm depend on besides the images themselves.
 DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end", "training.tau")
+
+# What a network that guides another has to share with it.
+SHARED = (
+    *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
+    *("training.sde", "training.continuous", "training.gamma", "model.D", "model.sigma_data"),
+    *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max"),
+)
 
 
 def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]:
@@ -40,6 +49,8 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     left_open = {key for key, value in flat.items() if value is None}
     if config.data.num_channels == 0:
         left_open.add("data.num_channels")
+    if config.data.num_classes == -1:
+        left_open.add("data.num_classes")
     if not left_open:
         return config, None
     found = {}
@@ -51,6 +62,8 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     config.update_from_flattened_dict(found)
     if config.data.num_channels == 0:
         found["data.num_channels"] = config.data.num_channels = datasets.measure_channels(config)
+    if config.data.num_classes == -1:
+        found["data.num_classes"] = config.data.num_classes = datasets.measure_classes(config)
     with torch.device("meta"):  # mistakes of these show before all images are read
         models.create_model(config)
     measured = method.measure(config, lambda: _mean_norm(config))
@@ -60,7 +73,7 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
 
 
 def _mean_norm(config) -> float:
-    data = datasets.get_dataset(config, "train")
+    data = datasets.get_dataset(config, "train", labels=False)
     return datasets.mean_norm(data, datasets.get_data_scaler(config))
 
 
@@ -69,6 +82,9 @@ class Experiment:
     """What training and evaluation work with.
 
     `state` holds the network, on `device`; `scaler` leads from images in [0, 1] to what it sees.
+    `draw_labels(number, purpose, *key)` gives class labels (number,) to sample with, keyed as
+    `datasets.keyed_generator`, or None where there are no classes. `guide` is the network of
+    `sampling.guide`.
     """
 
     device: torch.device
@@ -77,6 +93,8 @@ class Experiment:
     loss: losses.RegressionLoss
     sample: Callable[..., tuple[Tensor, int]]
     scaler: Callable[[Tensor], Tensor]
+    draw_labels: Callable[..., Tensor | None]
+    guide: nn.Module | None = None
 
     @classmethod
     def build(cls, config) -> "Experiment":
@@ -88,19 +106,64 @@ class Experiment:
         execution.set_float32_products(config.training.precision)
         method = methods.get_method(config)
         model = models.create_model(config).to(device)
+        guide = _guide(config, device) if config.sampling.guide else None
         return cls(
             device=device,
             method=method,
             state=TrainState(config, model),
             loss=losses.get_loss_fn(config, method),
-            sample=sampling.get_sampling_fn(config, method),
+            sample=sampling.get_sampling_fn(config, method, guide),
             scaler=datasets.get_data_scaler(config),
+            draw_labels=_label_drawer(config, device),
+            guide=guide,
         )
 
     def with_ema(self):
         """Within the `with` block the network holds its EMA weights and evaluates."""
         self.state.model.eval()
         return self.state.ema.swapped_into(self.state.parameters)
+
+
+def _label_drawer(config, device: torch.device) -> Callable[..., Tensor | None]:
+    """See `Experiment`; the labels of the training images are read when they are first needed."""
+    seed, classes, fixed = config.seed, config.data.num_classes, config.sampling.class_label
+    known = functools.cache(lambda: datasets.get_labels(config, "train"))
+
+    def draw(number: int, purpose: str, *key: int) -> Tensor | None:
+        if not classes:
+            return None
+        if fixed >= 0:
+            return torch.full((number,), fixed, device=device)
+        try:
+            labels = known()
+        except ValueError as error:
+            raise ValueError(f"{error}; sampling.class_label can name a class instead") from error
+        generator = datasets.keyed_generator("cpu", f"class labels of {purpose}", seed, *key)
+        drawn = torch.randint(len(labels), (number,), generator=generator)
+        return labels[drawn].to(device)
+
+    return draw
+
+
+def _guide(config, device: torch.device) -> nn.Module:
+    """The network of `sampling.guide` with its EMA weights; ValueError where it is another kind."""
+    path = Path(config.sampling.guide).expanduser()
+    content = load_checkpoint(path)
+    if "config" not in content:
+        raise ValueError(f"sampling.guide={path} carries no config")
+    own = run_config.restore(content["config"])
+    old, new = run_config.flatten(own), run_config.flatten(config)
+    if differs := [key for key in SHARED if old[key] != new[key]]:
+        key = differs[0]
+        raise ValueError(
+            f"sampling.guide={path} is another kind of network: its {key} is {old[key]}, not "
+            f"{new[key]}"
+        )
+    state = TrainState(own, models.create_model(own).to(device))
+    fit(state.load_network, content, path)
+    with torch.no_grad():
+        torch._foreach_copy_(state.parameters, state.ema.shadow_params)
+    return state.model.eval().requires_grad_(False)
 
 
 def _device(name: str) -> torch.device:

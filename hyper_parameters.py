@@ -50,7 +50,7 @@ def _of_config(config) -> dict:
 
     if config.data.num_channels == 0:
         config.data.num_channels = datasets.measure_channels(config)
-    data = datasets.get_dataset(config, "train")
+    data = datasets.get_dataset(config, "train", labels=False)
     return {
         "data_norm": datasets.mean_norm(data, datasets.get_data_scaler(config)),
         "data_dim": data[:1].numel(),

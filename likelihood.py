@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from methods.base import Method, Network
+from methods.base import Method, Network, conditioned
 from sampling import get_rk45_options
 from solvers.base import Counted
 from solvers.rk45 import rk45
@@ -83,9 +83,10 @@ def get_likelihood_fn(config, method: Method) -> Callable[..., tuple[Tensor, Ten
     """Bits per dimension of images.
 
     Returns:
-        `likelihood_fn(net, data, generator=None)` for scaled, uniformly dequantised `data`
-        (B, C, H, W): bits/dim (B,) of the 8-bit images they came from, latents (B, C, H, W) and the
-        number of evaluations. `generator` draws the probe.
+        `likelihood_fn(net, data, generator=None, labels=None)` for scaled, uniformly dequantised
+        `data` (B, C, H, W), given their class `labels` (B,), int64, if there are any: bits/dim (B,)
+        of the 8-bit images they came from, latents (B, C, H, W) and the number of evaluations.
+        `generator` draws the probe.
 
     Raises:
         ValueError: the network was trained at discrete noise levels only, or an unknown
@@ -105,7 +106,8 @@ def get_likelihood_fn(config, method: Method) -> Callable[..., tuple[Tensor, Ten
     # 256 grey levels span the interval that the data scaler maps to: log2(256 / its length).
     offset = 7.0 if config.data.centered else 8.0
 
-    def likelihood_fn(net, data, generator=None):
+    def likelihood_fn(net, data, generator=None, labels=None):
+        net = conditioned(net, {"class_labels": labels})
         probes = make_probes(data, generator)
         log_p, latent, evaluations = log_likelihood(method, net, data, probes, **options)
         bits = -log_p / (data[0].numel() * math.log(2)) + offset

@@ -1,5 +1,6 @@
 """What a training step minimises: the squared error between a method's prediction and target."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,10 +24,19 @@ class RegressionLoss:
         reduce_mean: see above.
         batch_size: images that a training step takes from the data.
         examples: of these, how many are perturbed; all of them are the reference batch.
+        label_dropout: share of the examples that lose their class label, which becomes -1.
     """
 
-    def __init__(self, method: Method, reduce_mean: bool, batch_size: int, examples: int):
+    def __init__(
+        self,
+        method: Method,
+        reduce_mean: bool,
+        batch_size: int,
+        examples: int,
+        label_dropout: float = 0.0,
+    ):
         self.method, self.reduce_mean, self.examples = method, reduce_mean, examples
+        self.label_dropout = label_dropout
         self.batch_size = batch_size if method.uses_reference_batch else examples
 
     def __call__(
@@ -39,7 +49,12 @@ class RegressionLoss:
     @torch.no_grad()
     def draw(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
         """The perturbed examples of a training step on `batch`; see `Method.draw`."""
-        return self.method.draw(batch[: self.examples], generator)
+        examples = self.method.draw(batch[: self.examples], generator)
+        if (labels := examples.labels) is None or not self.label_dropout:
+            return examples
+        # the last draw, so that it changes none of the method's
+        uniform = torch.rand(len(labels), generator=generator, device=labels.device)
+        return replace(examples, labels=labels.masked_fill(uniform < self.label_dropout, -1))
 
     def error(self, net: Network, examples: Batch, reference: Batch) -> Tensor:
         """The loss, a scalar, of `examples`, with the targets that `reference` makes."""
@@ -66,4 +81,5 @@ def get_loss_fn(config, method: Method) -> RegressionLoss:
             f"({training.batch_size}), not {training.small_batch_size}"
         )
     examples = training.small_batch_size or training.batch_size
-    return RegressionLoss(method, training.reduce_mean, training.batch_size, examples)
+    sizes = training.batch_size, examples
+    return RegressionLoss(method, training.reduce_mean, *sizes, training.label_dropout)

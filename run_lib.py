@@ -23,7 +23,6 @@ from metrics.reference import ReferenceStatistics
 from reports.evaluation_page import save_page
 from reports.images import image_grid, to_uint8
 from reports.table import report_table
-from sources.batch import Batch
 from storage import run_config
 from storage.checkpoints import (
     checkpoints_to_evaluate,
@@ -130,7 +129,7 @@ def train(config, workdir: Path) -> bool:
                 if state.step == first:  # processes that go apart do so in their first step
                     distributed.check_agreement(state.step, state.parameters)
                 if due(training.eval_freq):
-                    held_out = _held_out_loss(run, test_data[: run.loss.batch_size], seed)
+                    held_out = _held_out_loss(run, test_data, seed)
                     writer.add_scalar("loss/test", held_out, state.step)
                     log.info(f"step {state.step}: held-out loss {held_out:.5g}")
                 numbered = due(training.snapshot_freq)
@@ -175,6 +174,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         data = datasets.get_dataset(config, asked.dataset)
     if asked.enable_bpd:
         bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
+    run.draw_labels(1, "check")  # raises where there is no label to sample with
     if asked.enable_sampling:
         statistics = ReferenceStatistics.build(config, run.device)
     with open_workdir(workdir, folder, main):
@@ -270,9 +270,10 @@ def _save(
     return written
 
 
-def _held_out_loss(run: Experiment, images: Tensor, seed: int) -> float:
-    """The loss of the EMA weights on `images`, with the same noise at every call."""
-    batch = Batch(run.scaler(datasets.to_unit_interval(images.to(run.device))))
+def _held_out_loss(run: Experiment, data, seed: int) -> float:
+    """The loss of the EMA weights on the first batch of `data`, with the same noise every time."""
+    batch = datasets.batch_at(data, slice(run.loss.batch_size)).to(run.device)
+    batch = replace(batch, images=run.scaler(datasets.to_unit_interval(batch.images)))
     generator = datasets.keyed_generator(run.device, "held out", seed)
     shard = distributed.rank(), distributed.world()
     with run.with_ema():
@@ -289,7 +290,8 @@ def _draw_snapshot(
     number = min(SNAPSHOT_SAMPLES, number)
     try:
         with run.with_ema():
-            samples, nfe = run.sample(run.state.model, number, generator=generator)
+            labels = run.draw_labels(number, "snapshot")
+            samples, nfe = run.sample(run.state.model, number, generator=generator, labels=labels)
     except FloatingPointError as error:  # a network that is still young may have no smooth flow
         log.warning(f"step {step}: no samples drawn: {error}")
         return

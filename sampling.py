@@ -9,7 +9,8 @@ from torch import Tensor
 
 import execution
 from datasets import get_data_inverse_scaler
-from methods.base import Method, Network
+from methods.base import Method, Network, conditioned
+from methods.guidance import Guided
 from solvers import SCHEDULES, SOLVERS
 from solvers.base import Callback, Counted, Slope
 from solvers.fixed_steps import Churn, euler
@@ -192,7 +193,7 @@ def _ode_sampler(config, method: Method):
         "noise_removal": sampling.noise_removal,
         **get_rk45_options(config),
     }
-    return lambda net, x, generator, callback: solve_ode(
+    return lambda method, net, x, generator, callback: solve_ode(
         method, net, x, generator=generator, callback=callback, **options
     )
 
@@ -214,7 +215,7 @@ def _pc_sampler(config, method: Method):
     if options["predictor"] == "ancestral_sampling" and sampling.probability_flow:
         raise ValueError("sampling.predictor='ancestral_sampling' has no probability_flow")
 
-    def sample(net, x, generator, callback):
+    def sample(method, net, x, generator, callback):
         net = Counted(net)
         x = predictor_corrector(method, net, x, generator=generator, callback=callback, **options)
         return x, net.calls
@@ -225,18 +226,49 @@ def _pc_sampler(config, method: Method):
 SAMPLERS = {"ode": _ode_sampler, "pc": _pc_sampler}
 
 
-def get_sampling_fn(config, method: Method) -> Callable[..., tuple[Tensor, int]]:
-    """The sampler that `config.sampling` names.
+def _check_classes(config) -> None:
+    classes, label = config.data.num_classes, config.sampling.class_label
+    if label >= classes and label >= 0:
+        has = f"numbered from 0 to {classes - 1}" if classes else "none (data.num_classes=0)"
+        raise ValueError(f"sampling.class_label={label} is no class of the network: it has {has}")
+
+
+def _guidance(config, guide: Network | None) -> tuple[float, tuple[float, float]] | None:
+    """Weight and interval of the guidance that `config.sampling` asks for, if it does."""
+    sampling, (low, high) = config.sampling, config.sampling.guidance_interval or (0.0, math.inf)
+    if low > high:
+        raise ValueError(f"sampling.guidance_interval must rise: {low} and {high} do not")
+    if sampling.guidance == 1:
+        if sampling.guide:
+            raise ValueError("sampling.guide changes nothing where sampling.guidance is 1")
+        return None
+    if sampling.guide and guide is None:
+        raise ValueError("the network of sampling.guide has to be given as `guide`")
+    if not sampling.guide and not (config.data.num_classes and config.training.label_dropout):
+        raise ValueError(
+            f"sampling.guidance={sampling.guidance} needs a network trained with class labels and "
+            "without (data.num_classes and training.label_dropout above 0), or another network as "
+            "sampling.guide"
+        )
+    return sampling.guidance, (low, high)
+
+
+def get_sampling_fn(
+    config, method: Method, guide: Network | None = None
+) -> Callable[..., tuple[Tensor, int]]:
+    """The sampler that `config.sampling` names; `guide` is the network of `sampling.guide`.
 
     Returns:
-        `sample(net, num=None, x=None, generator=None, callback=None)`: `num` samples (default
-        `eval.batch_size`), from a fresh prior sample or from `x` (B, C, H, W) where it is given,
-        on the generator's device (else on that of `x`, else the network's); for the callback see
-        `solvers.base.Step`. It returns images (num, C, H, W) in [0, 1] and the number of network
-        evaluations.
+        `sample(net, num=None, x=None, generator=None, callback=None, labels=None)`: `num` samples
+        (default `eval.batch_size`), from a fresh prior sample or from `x` (B, C, H, W) where it is
+        given, on the generator's device (else on that of `x`, else the network's); for the callback
+        see `solvers.base.Step`. Class `labels` (num,), int64, are -1 for none; by default all are
+        `sampling.class_label`. It returns images (num, C, H, W) in [0, 1] and the number of network
+        evaluations, of which one with guidance counts once.
 
     Raises:
-        ValueError: a sampler that the method does not have, or a number out of range.
+        ValueError: a sampler that the method does not have, a number out of range, or guidance
+            that the network is not trained for.
     """
     data = config.data
     image_shape = (data.num_channels, data.image_size, data.image_size)
@@ -244,15 +276,23 @@ def get_sampling_fn(config, method: Method) -> Callable[..., tuple[Tensor, int]]
     inverse_scaler = get_data_inverse_scaler(config)
     name = _choose(config, "method", SAMPLERS if method.predictors else ("ode",))
     integrate_prior = SAMPLERS[name](config, method)
-    compiles = config.sampling.compile
+    _check_classes(config)
+    guidance = _guidance(config, guide)
+    compiles, class_label = config.sampling.compile, config.sampling.class_label
 
     @torch.no_grad()
-    def sample(net, num=None, x=None, generator=None, callback=None):
+    def sample(net, num=None, x=None, generator=None, callback=None, labels=None):
         if x is None:
             device = generator.device if generator else next(net.parameters()).device
             x = method.prior_sampling((num or default_num, *image_shape), generator, device)
+        if labels is None and class_label >= 0:
+            labels = torch.full((len(x),), class_label, device=x.device)
         net = execution.compiled(net, x.device) if compiles else net
-        x, evaluations = integrate_prior(net, x, generator, callback)
+        conditional, followed = conditioned(net, {"class_labels": labels}), method
+        if guidance:
+            other = net if guide is None else conditioned(guide, {"class_labels": labels})
+            followed = Guided(method, other, *guidance)
+        x, evaluations = integrate_prior(followed, conditional, x, generator, callback)
         return inverse_scaler(x).clamp(0, 1), evaluations
 
     return sample

@@ -35,7 +35,10 @@ KEYS = {
         3, whole(0, 1024), "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as the data have"
     ),
     "data.num_classes": Key(
-        0, whole(0, 10**6), "class labels the network is given, numbered from 0; 0: none"
+        0,
+        whole(-1, 10**6),
+        "class labels of the images, which the network is given; 0: none; -1: "
+        "as many as the data have",
     ),
     "data.centered": Key(True, Flag(), "the network sees [-1, 1], else [0, 1]"),
     "data.random_flip": Key(True, Flag(), "half of the training images are mirrored"),
@@ -90,6 +93,9 @@ KEYS = {
     ),
     "training.gamma": Key(
         5.0, Number(0, 10**6), "Poisson: added to the field's norm before it divides"
+    ),
+    "training.label_dropout": Key(
+        0.1, SHARE, "share of the examples without their class labels, as guidance needs it"
     ),
     "training.tau": Key(
         0.03,
@@ -258,6 +264,23 @@ KEYS = {
         None,
         above(0, 10**9),
         "Poisson: the prior sample's norm is clipped to it; None: measured from the data",
+    ),
+    "sampling.class_label": Key(
+        -1, whole(-1, 10**6), "the class of all samples; -1: drawn as those of the training images"
+    ),
+    "sampling.guidance": Key(
+        1.0,
+        Number(0, 1000),
+        "w of the slope u + w (c - u), c the network's and u the same without class labels or that "
+        "of sampling.guide; 1: no guidance",
+    ),
+    "sampling.guidance_interval": Key(
+        (),
+        Numbers(Number(0, or_inf=True), (0, 2)),
+        "noise levels above the first and up to the second, where there is guidance; (): all",
+    ),
+    "sampling.guide": Key(
+        "", Text(), "checkpoint of a weaker network of the same kind, which guides (autoguidance)"
     ),
     "sampling.compile": Key(False, Flag(), "torch.compile the network that samples"),
     "eval.begin_ckpt": Key(

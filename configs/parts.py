@@ -163,6 +163,7 @@ EDM_TRAINING = {
         "n_iters": 390_625,
         "snapshot_freq": 39_063,
         "eval_freq": 10_000,
+        "label_dropout": 0.0,
     },
     "optim": {"lr": 1e-3, "warmup": 19_531, "grad_clip": -1.0},
     "model": {"dropout": 0.13, "augment_dim": 9, "ema_half_life": 500_000.0},

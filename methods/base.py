@@ -124,7 +124,8 @@ class Method(abc.ABC):
     def target(self, examples: Batch, reference: Batch) -> Tensor:
         """What the network should predict for `examples`, (B, K).
 
-        `reference` is the batch of clean images that makes targets which depend on other images.
+        `reference` is the batch of clean images that makes targets which depend on other images;
+        with labels, those of the example's class (`methods.field.own_class`).
         """
 
     @abc.abstractmethod

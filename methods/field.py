@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sources.batch import Batch
+
 # Data that are converted to float64 at a time: bounds memory to this many rows.
 DATA_CHUNK = 2048
 
@@ -24,7 +26,20 @@ FAST_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (9, 4), (10, 0)}
 SPLIT_COLUMNS, SPLIT_BITS = 4096, 6
 
 
-def poisson_field(perturbed: Tensor, data: Tensor, gamma: float) -> Tensor:
+def own_class(examples: Batch, reference: Batch) -> Tensor | None:
+    """Which images of the `reference` batch make the target of each example, (B, n) or None.
+
+    Those of its class, and all of them for an example without (label -1); None without labels.
+    """
+    if examples.labels is None or reference.labels is None:
+        return None
+    labels = examples.labels[:, None]
+    return (labels == reference.labels) | (labels < 0)
+
+
+def poisson_field(
+    perturbed: Tensor, data: Tensor, gamma: float, among: Tensor | None = None
+) -> Tensor:
     """The normalised empirical Poisson field that `data` make at `perturbed` (Algorithm 1).
 
     The field of a charge falls with the (N+1)-th power of its distance, so that it points from
@@ -34,18 +49,21 @@ def poisson_field(perturbed: Tensor, data: Tensor, gamma: float) -> Tensor:
         perturbed: augmented points p = (x, z), (B, N+1).
         data: charges on the plane z = 0, (n, ...) with N entries each.
         gamma: keeps the field small near a charge, where its direction is uncertain; >= 0.
+        among: which of the charges count for each point, (B, n) bool, at least one; None for all.
 
     Returns:
         sqrt(N) g / (||g|| + gamma), (B, N+1), with g = (E[y | x, z], 0) - p, in the dtype of
         `perturbed`.
     """
     x, z = perturbed[:, :-1], perturbed[:, -1:].double()
-    field = torch.cat([weighted_mean(x, data, z, 1.0) - x, -z], dim=1)
+    field = torch.cat([weighted_mean(x, data, z, 1.0, among) - x, -z], dim=1)
     norm = torch.linalg.vector_norm(field, dim=1, keepdim=True)
     return (math.sqrt(x.shape[1]) * field / (norm + gamma)).to(perturbed.dtype)
 
 
-def posterior_mean(x: Tensor, data: Tensor, sigma: float | Tensor, D: float) -> Tensor:
+def posterior_mean(
+    x: Tensor, data: Tensor, sigma: float | Tensor, D: float, among: Tensor | None = None
+) -> Tensor:
     """E[y | x, sigma] where x is one of `data`, each as likely, perturbed by a Student t.
 
     As a training target it is that of least variance ("stable target field", arXiv 2302.00670).
@@ -55,15 +73,18 @@ def posterior_mean(x: Tensor, data: Tensor, sigma: float | Tensor, D: float) -> 
         data: the reference batch y, (n, C, H, W).
         sigma: noise levels > 0, (B,), or one for all.
         D: degrees of freedom > 0, the dimensions that augment the data; `math.inf` for a Gaussian.
+        among: which of the data count for each image, (B, n) bool, at least one; None for all.
 
     Returns:
         (B, C, H, W), in the dtype of `x`.
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(len(x))
-    return weighted_mean(x.flatten(1), data, sigma[:, None], D).view_as(x).to(x.dtype)
+    return weighted_mean(x.flatten(1), data, sigma[:, None], D, among).view_as(x).to(x.dtype)
 
 
-def weighted_mean(x: Tensor, data: Tensor, sigma: Tensor, D: float) -> Tensor:
+def weighted_mean(
+    x: Tensor, data: Tensor, sigma: Tensor, D: float, among: Tensor | None = None
+) -> Tensor:
     """sum_j w_j y_j with w = softmax_j(-(N+D)/2 log(||x - y_j||^2 + D sigma^2)), float64.
 
     Distances and sum are matrix products, accumulated over chunks of the data (a running softmax):
@@ -77,6 +98,7 @@ def weighted_mean(x: Tensor, data: Tensor, sigma: Tensor, D: float) -> Tensor:
         data: the y_j, (n, ...) with N entries each.
         sigma: (B, 1), float64.
         D: for `math.inf` the weights are softmax_j(-||x - y_j||^2 / (2 sigma^2)).
+        among: which of the data have a weight in each row, (B, n) bool, at least one; None for all.
     """
     whole = x.dtype == torch.float64 or has_fast_double(x.device)
     x, dim = x.double(), x.shape[1]
@@ -85,13 +107,17 @@ def weighted_mean(x: Tensor, data: Tensor, sigma: Tensor, D: float) -> Tensor:
 
     log_total = torch.full_like(sigma, -torch.inf)
     mean = torch.zeros_like(x)  # of the data seen so far
-    for y in data.flatten(1).split(DATA_CHUNK):
+    for k, y in enumerate(data.flatten(1).split(DATA_CHUNK)):
         y = y.double() if whole else y.float()
         products = x @ y.T if whole else split_products(x.float(), y)
         data_norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64).square()
         ratio = torch.add(data_norm, products, alpha=-2).add_(point_norm).clamp_(min=0).div_(scale)
         # log1p of the ratio: the part of the logarithm that is common to the data would round
         log_weight = ratio.neg_() if math.isinf(D) else ratio.log1p_().mul_(-0.5 * (dim + D))
+        if among is not None:
+            # finite, so that a chunk without any leaves no nan; it counts nothing beside the others
+            others = ~among[:, k * DATA_CHUNK :][:, : len(y)]
+            log_weight.masked_fill_(others, torch.finfo(log_weight.dtype).min)
         log_chunk = log_weight.logsumexp(1, keepdim=True)
         log_sum = torch.logaddexp(log_total, log_chunk)
         with full_float32():  # weights are at most 1, so float32 products leave a rounding of y

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from methods import student_t
 from methods.base import Method, Preconditioning, conditioned, rising, spread
-from methods.field import posterior_mean
+from methods.field import own_class, posterior_mean
 from sources.batch import Batch
 
 TARGETS = ("image", "posterior_mean")
@@ -102,7 +102,8 @@ class PFGMPP(Method):
         if self.target_kind == "image":
             return examples.clean.flatten(1)
         x, sigma = examples.images, examples.sigma
-        return posterior_mean(x, reference.images, sigma, self.D).flatten(1)
+        among = own_class(examples, reference)
+        return posterior_mean(x, reference.images, sigma, self.D, among).flatten(1)
 
     def predict(self, net, examples):
         return self.precondition(net, examples.images, examples.sigma).flatten(1)

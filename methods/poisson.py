@@ -9,7 +9,7 @@ from torch import Tensor
 
 from methods import student_t
 from methods.base import Method, Network, Preconditioning, rising, spread
-from methods.field import poisson_field
+from methods.field import own_class, poisson_field
 from sources.batch import Batch
 
 
@@ -158,7 +158,8 @@ class Poisson(Method):
 
     def target(self, examples, reference):
         points = torch.cat([examples.images.flatten(1), examples.z[:, None]], dim=1)
-        return poisson_field(points, reference.images, self.gamma)
+        among = own_class(examples, reference)
+        return poisson_field(points, reference.images, self.gamma, among)
 
     def predict(self, net, examples):
         x, z = self.field(net, examples.images, examples.z)

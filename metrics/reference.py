@@ -90,7 +90,7 @@ class ReferenceStatistics:
             if published.exists():
                 log.info(f"statistics of the data: {published}, which names no training images")
                 return cls(space, replace(_read_statistics(published, space), index=None))
-        data = datasets.get_dataset(config, "train")
+        data = datasets.get_dataset(config, "train", labels=False)
         shape = f"{size}x{size}x{config.data.num_channels}"
         path = folder / f"{name}_train_{shape}_{space.name}_{fingerprint(data)}.npz"
         reference = _read_statistics(path, space) if path.exists() else None

@@ -43,6 +43,8 @@ def create_model(config: ConfigDict) -> nn.Module:
     """
     if config.data.num_channels < 1:
         raise ValueError("data.num_channels is open: training measures it at its first start")
+    if config.data.num_classes < 0:
+        raise ValueError("data.num_classes is open: training measures it at its first start")
     extra = method_class(config).extra_channels
     name = one_of("name", config.model.name, NETWORKS)
     network = NETWORKS[name](config, config.data.num_channels + extra)

@@ -15,8 +15,23 @@ class Unreadable(ValueError):
     """An image that is damaged, missing or larger than it may be."""
 
 
+@dataclass(frozen=True)
+class Classes:
+    """The class `labels` (n,) of n images, numbered from 0, and the `names` of the classes, if any.
+
+    -1 stands for that of a record which is damaged, whose image cannot be read either.
+    """
+
+    labels: NDArray[np.int64]
+    names: tuple[str, ...] = ()
+
+
 class Source(Protocol):
-    """A sequence of images, of which each is read when it is indexed."""
+    """A sequence of images, of which each is read when it is indexed.
+
+    One with class labels also has `classes()`, which reads them (`Classes`), and raises ValueError
+    where one is missing. It is called only where `data.num_classes` asks for labels.
+    """
 
     def __len__(self) -> int: ...
 
@@ -53,17 +68,28 @@ class PerProcess:
 
 @dataclass(frozen=True)
 class View:
-    """The images `index` of a source, each of them as `prepare` makes it."""
+    """The images `index` of a source, each of them as `prepare` makes it.
+
+    `classes_of_all` reads the classes of all images of the source, where it has any.
+    """
 
     source: Source
     prepare: Callable[[Picture], Picture]
     index: NDArray[np.int64]
+    classes_of_all: Callable[[], Classes] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> Picture:
         return self.prepare(self.source[int(self.index[i])])
+
+    def classes(self) -> Classes:
+        """Those of the images `index`; ValueError where an image has none."""
+        if self.classes_of_all is None:
+            raise ValueError("it has none")
+        found = self.classes_of_all()
+        return Classes(found.labels[self.index], found.names)
 
 
 def held_out(n: int, split: str) -> NDArray[np.int64]:

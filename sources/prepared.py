@@ -1,5 +1,6 @@
 """Data sets that tensorflow_datasets has prepared on disk; nothing is downloaded."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sources import images, tfrecords
-from sources.base import PerProcess, Picture, Source, Unreadable, View
+from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View
 from storage.files import one_line
 
 
@@ -19,6 +20,7 @@ class Prepared:
 
     where: str
     stored: PerProcess
+    feature: str = "image"
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -26,7 +28,7 @@ class Prepared:
     def __getitem__(self, i: int) -> Picture:
         stored = self.stored()
         try:
-            return stored[i]["image"]
+            return stored[i][self.feature]
         except Exception as error:  # a damaged record makes the decoder fail in any way
             raise Unreadable(f"{self.where}, image {i}: {one_line(error)}") from error
 
@@ -37,6 +39,12 @@ def encoded_image(data: bytes, channels: int) -> Picture:
     return images.decode_image(image, channels)
 
 
+def stored_label(data: bytes) -> int:
+    """The class label of an example of tensorflow_datasets' TFRecords, in `label`."""
+    (label,) = tfrecords.parse_example(data)["label"]
+    return label
+
+
 def open_prepared(
     data, split: str, name: str, prepare: Callable[[Picture, int], Picture], test: str = "test"
 ) -> Source:
@@ -44,7 +52,7 @@ def open_prepared(
 
     It may have been prepared for random access (ArrayRecord), or as TFRecords, the default. `name`
     is what tensorflow_datasets calls it, `test` its split to test on, and `prepare` makes an image
-    of side `data.image_size` of a stored one.
+    of side `data.image_size` of a stored one. Class labels are its feature `label`, if it has one.
 
     Raises FileNotFoundError where it is not there, which says how to get it; ValueError where
     tensorflow_datasets is not installed.
@@ -54,9 +62,12 @@ def open_prepared(
     if builder.info.file_format.value == "tfrecord" and stored in builder.info.splits:
         paths = [Path(path) for path in builder.info.splits[stored].filepaths]
         source = tfrecords.TFRecords(paths, partial(encoded_image, channels=data.num_channels))
+        label = partial(source.parsed, parse=stored_label)
     else:
         opened = PerProcess(partial(_data_source, name, stored, data.data_dir))
         source = Prepared(f"{name} ({stored})", opened)
+        undecoded = PerProcess(partial(_data_source, name, stored, data.data_dir, decoded=False))
+        label = Prepared(source.where, undecoded, "label").__getitem__
     try:
         index = np.arange(len(source))
     except (NotImplementedError, OSError, LookupError) as error:
@@ -66,11 +77,26 @@ def open_prepared(
             f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='{root}')\""
             " and copy the folder here, or name another folder as data.data_dir"
         ) from error
-    return View(source, partial(prepare, size=data.image_size), index)
+    classes = None
+    if "label" in builder.info.features:
+        names = tuple(builder.info.features["label"].names)
+        classes = partial(_classes, label, len(source), names)
+    return View(source, partial(prepare, size=data.image_size), index, classes)
 
 
-def _data_source(name: str, split: str, data_dir: str):
-    return _builder(name, data_dir).as_data_source(split)
+def _classes(label: Callable[[int], int], n: int, names: tuple[str, ...]) -> Classes:
+    labels = np.full(n, -1, np.int64)
+    for i in range(n):
+        with contextlib.suppress(Unreadable):  # as the image is, which is named when it is read
+            labels[i] = label(i)
+    return Classes(labels, names)
+
+
+def _data_source(name: str, split: str, data_dir: str, decoded: bool = True):
+    import tensorflow_datasets as tfds
+
+    decoders = None if decoded else {"image": tfds.decode.SkipDecoding()}
+    return _builder(name, data_dir).as_data_source(split, decoders=decoders)
 
 
 def _builder(name: str, data_dir: str):

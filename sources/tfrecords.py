@@ -9,6 +9,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import google_crc32c
 import numpy as np
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 from sources.base import Picture, Unreadable
 from storage.files import one_line
+
+T = TypeVar("T")
 
 # What is read of tensorflow/core/example/example.proto and feature.proto; a map is its entries.
 _SCHEMA = """
@@ -57,11 +60,15 @@ class TFRecords:
         return len(self.start)
 
     def __getitem__(self, i: int) -> Picture:
+        return self.parsed(i, self.parse)
+
+    def parsed(self, i: int, parse: Callable[[bytes], T]) -> T:
+        """What `parse` makes of the data of record i; `Unreadable` where it fails."""
         path = self.paths[self.file[i]]
         try:
             with open(path, "rb") as file:
                 data = os.pread(file.fileno(), self.size[i] + 4, self.start[i])
-            return self.parse(checked(data))
+            return parse(checked(data))
         except Exception as error:  # a damaged record makes the parser fail in any way
             at = f"record at byte {self.start[i] - 12}"
             raise Unreadable(f"{path}, {at}: {one_line(error)}") from error

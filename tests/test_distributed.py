@@ -300,3 +300,20 @@ def test_alone_everything_is_a_no_op():
         network = torch.nn.Identity()
         assert distributed.averaging_gradients(network) is network
         distributed.check_agreement(0, [rows])
+
+
+@pytest.mark.slow
+def test_labels_of_data_on_disk_reach_every_process(tmp_path):
+    """Each process decodes its shard of the batch, and all are given the labels of all of it."""
+    options = ["--config.data.num_classes=-1", "--config.data.resident_bytes=0"]
+    options += ["--config.data.num_workers=0", "--config.training.batch_size=192"]
+    begun = tmp_path / "begun"
+    finish(launch(1, begun, *steps(3), *options))
+    before, gradients = first_moments(begun), []
+    for name, processes in (("alone", 1), ("together", 2)):
+        shutil.copytree(begun, tmp_path / name)
+        finish(launch(processes, tmp_path / name, *steps(4), *options))
+        gradients.append((first_moments(tmp_path / name) - 0.9 * before) / (1 - 0.9))
+    alone, together = gradients
+    assert alone.norm() > 0.1
+    assert (together - alone).norm() < 1e-5 * alone.norm()

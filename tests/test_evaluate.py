@@ -250,9 +250,9 @@ def spoil(monkeypatch, sampler):
     """`sampler(draw, number, generator)` draws in place of the configured sampler `draw`."""
     get = sampling.get_sampling_fn
 
-    def spoilt(config, method):
-        draw = get(config, method)
-        return lambda net, number, generator: sampler(draw, net, number, generator)
+    def spoilt(config, method, guide):
+        draw = get(config, method, guide)
+        return lambda net, number, generator, labels: sampler(draw, net, number, generator)
 
     monkeypatch.setattr(sampling, "get_sampling_fn", spoilt)
 

@@ -102,7 +102,7 @@ def test_a_failed_snapshot_does_not_stop_training(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise FloatingPointError("no flow yet")
 
-    monkeypatch.setattr(sampling, "get_sampling_fn", lambda config, method: fail)
+    monkeypatch.setattr(sampling, "get_sampling_fn", lambda *given: fail)
     run_lib.train(config, tmp_path)
     assert "step 4: no samples drawn: no flow yet" in (tmp_path / "stdout.txt").read_text()
     assert load_checkpoint(tmp_path / "checkpoints-meta/checkpoint.pth")["step"] == 4

@@ -205,6 +205,29 @@ def test_residual_input_without_a_filter():
 # --- mistakes -------------------------------------------------------------------------------------
 
 
+def test_the_program_samples_the_classes_of_the_data(tmp_path):
+    """A class-conditional network is given labels; without any one line says what to do."""
+    place(tmp_path, "ddpmpp_cond")
+    levels = np.repeat(np.arange(5), 4)
+    write_tree(tmp_path / "flat", pictures(20))
+    for i, image in zip(levels, pictures(20), strict=True):
+        write_tree(tmp_path / f"classes/{i}", [image], f"{len(list(tmp_path.rglob('*')))}.png")
+    few = [*FEW, "--noconfig.eval.enable_loss", "--config.data.dataset=folder"]
+    flat = [*few, f"--config.data.path={tmp_path / 'flat'}"]
+    assert "sampling.class_label can name a class instead" in mistake(tmp_path, *flat)
+    for given, allowed in (
+        ([*flat, "--config.sampling.class_label=7"], {7}),
+        ([*few, f"--config.data.path={tmp_path / 'classes'}"], {0, 1, 2, 3, 4}),
+    ):
+        evaluate(tmp_path, *given)
+        with np.load(tmp_path / "eval/ckpt_7/samples_0.npz") as file:
+            assert set(file["labels"]) == allowed
+    guided = [*flat, "--config.sampling.guidance=2"]
+    assert "sampling.guidance=2.0 needs a network trained with" in mistake(tmp_path, *guided)
+    unknown = [*flat, "--config.sampling.class_label=10"]
+    assert "sampling.class_label=10 is no class of the network" in mistake(tmp_path, *unknown)
+
+
 def test_other_preconditionings_are_named(tmp_path):
     place(tmp_path, class_name="VPPrecond")
     assert "network-snapshot-000007.pkl: no config for the preconditioning 'VPPrecond'" in mistake(
@@ -220,13 +243,13 @@ def test_damaged_files_are_named(tmp_path):
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
     path = place(tmp_path, "ddpmpp_cond")
-    write_tree(tmp_path / "data", pictures(20))
+    write_tree(tmp_path / "data", pictures(20), "{i:03d}/x.png")
     only_loss = ["--config.eval.enable_loss", "--noconfig.eval.enable_sampling"]
-    data = [f"--config.data.path={tmp_path / 'data'}", "--config.data.num_classes=7"]
+    data = [f"--config.data.path={tmp_path / 'data'}", "--config.data.num_classes=20"]
     said = mistake(tmp_path, *only_loss, *data)
     assert f"{path} does not fit the configured network: " in said
     assert "'map_label.weight'" in said
-    assert "the run's own config differs: data.num_classes: 10 -> 7, data.path" in said
+    assert "the run's own config differs: data.num_classes: 10 -> 20, data.path" in said
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

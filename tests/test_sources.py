@@ -539,13 +539,15 @@ import datasets
 from configs.vp import cifar10_ddpmpp
 
 config = cifar10_ddpmpp.get_config()
-config.data.data_dir = sys.argv[1]
+config.data.data_dir, config.data.num_classes = sys.argv[1], -1
+assert datasets.measure_classes(config) == 10
 for split in ("train", "test"):
     for limit in (2**31, 0):
         config.data.resident_bytes, config.data.num_workers = limit, 1
         data = datasets.get_dataset(config, split)
         (batch,) = datasets.in_order(data, 100)
-        print(batch.images.shape, batch.images.double().sum().item())
+        print(batch.images.shape, batch.images.double().sum().item(), batch.labels.tolist())
+        assert data.names[:3] == ("airplane", "automobile", "bird")
 assert "tensorflow" not in sys.modules
 """
 
@@ -565,7 +567,8 @@ def test_prepared_data_are_read_without_tensorflow(tmp_path, file_format):
     lines = []
     for seed, n in ((1, 12), (2, 5)):
         images = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        lines += 2 * [f"torch.Size([{n}, 3, 32, 32]) {images.astype(float).sum()}"]
+        labels = [i % 10 for i in range(n)]
+        lines += 2 * [f"torch.Size([{n}, 3, 32, 32]) {images.astype(float).sum()} {labels}"]
     assert run(READ, str(ROOT)).splitlines() == lines
 
 

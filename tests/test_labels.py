@@ -1,0 +1,564 @@
+"""Class labels: where they come from, how they travel, what is learned and sampled with them."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from data_files import pictures, write_tree, write_zip
+from known_laws import FAMILY, SDES, gaussian_network
+from sklearn.datasets import load_digits
+from test_small_runs import report_of, tiny
+
+import datasets
+import experiment
+import run_lib
+from configs.vp import digits_ddpmpp, images32_ddpmpp
+from losses import RegressionLoss, get_loss_fn
+from methods import field, get_method
+from methods.field import poisson_field
+from methods.guidance import Guided
+from sampling import get_sampling_fn, solve_ode
+from solvers.predictor_corrector import predictor_corrector
+from sources.base import held_out
+from sources.batch import Batch
+from storage.checkpoints import load_checkpoint
+
+CLASSES = {"cat": 10, "dog": 20, "emu": 30}  # names, and the grey of their images
+
+
+def folder_config(path, classes=-1, **data):
+    config = images32_ddpmpp.get_config()
+    config.data.update(path=str(path), image_size=4, num_channels=1, num_classes=classes, **data)
+    return config
+
+
+def grey(level, n=10):
+    return [np.full((4, 4), level, np.uint8)] * n
+
+
+def class_tree(root, below=""):
+    for name, level in CLASSES.items():
+        write_tree(root / below / name, grey(level))
+
+
+def check_labels(config, labels_of_grey, splits=("train", "test")):
+    """Each image, by the grey of its first pixel, has its label: in memory and on disk."""
+    for split, limit in itertools.product(splits, (2**31, 0)):
+        config.data.update(resident_bytes=limit, num_workers=0)
+        data = datasets.get_dataset(config, split)
+        assert isinstance(data, datasets.Stream) == (limit == 0)
+        batches = itertools.islice(datasets.shuffled_batches(data, 4, seed=1), 2 * len(data))
+        for batch in (*datasets.in_order(data, 4), *batches, datasets.batch_at(data, slice(3))):
+            expected = [labels_of_grey[int(level)] for level in batch.images[:, 0, 0, 0]]
+            assert batch.labels.tolist() == expected
+            assert batch.labels.dtype == torch.int64
+
+
+# --- sources --------------------------------------------------------------------------------------
+
+
+def test_digits():
+    config = digits_ddpmpp.get_config()
+    plain = datasets.get_dataset(config, "train")
+    config.data.num_classes = 10
+    data = datasets.get_dataset(config, "train")
+    assert isinstance(plain, torch.Tensor)
+    assert torch.equal(data.images, plain)
+    assert data.labels.tolist() == load_digits().target[held_out(1797, "train")].tolist()
+    assert data.names == tuple("0123456789")
+    assert torch.equal(datasets.get_labels(config, "train"), data.labels)
+    assert torch.equal(datasets.get_dataset(config, "train", labels=False), plain)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_class_folders(tmp_path, packed):
+    class_tree(tmp_path / "animals")
+    if packed:
+        write_zip(tmp_path / "animals.zip", tmp_path / "animals")
+    config = folder_config(tmp_path / ("animals.zip" if packed else "animals"))
+    assert datasets.measure_classes(config) == 3
+    check_labels(config, {10: 0, 20: 1, 30: 2})
+    train, test = (datasets.get_dataset(config, split) for split in datasets.SPLITS)
+    config.data.num_classes = 3
+    assert "3 classes (0 cat, 1 dog, 2 emu)" in datasets.describe(config, train, test)
+
+
+def test_class_folders_below_splits_are_numbered_alike(tmp_path):
+    write_tree(tmp_path / "train/cat", grey(10))
+    write_tree(tmp_path / "train/emu", grey(30))
+    write_tree(tmp_path / "test/dog", grey(20))
+    write_tree(tmp_path / "other/ant", grey(40))
+    check_labels(folder_config(tmp_path), {10: 0, 20: 1, 30: 2})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dataset_json(tmp_path, packed):
+    """EDM's, in whose folders are no classes; of a zip it may be below the one folder."""
+    root = tmp_path / "set"
+    levels = [(5 * i) % 40 for i in range(24)]
+    for i, level in enumerate(levels):
+        write_tree(root / f"0000{i % 2}", grey(level, 1), f"img{i:04d}.png")
+    lines = [[f"0000{i % 2}/img{i:04d}.png", level // 10] for i, level in enumerate(levels)]
+    (root / "dataset.json").write_text(json.dumps({"labels": lines}))
+    if packed:
+        write_zip(tmp_path / "set.zip", root)
+    config = folder_config(tmp_path / ("set.zip" if packed else "set"))
+    assert datasets.measure_classes(config) == 4
+    check_labels(config, {level: level // 10 for level in levels})
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_labels_of_an_npz(tmp_path, given):
+    levels = np.arange(20, dtype=np.uint8)
+    images = np.broadcast_to(levels[:, None, None, None], (20, 4, 4, 1))
+    splits = {"train": slice(12), "test": slice(12, 20)} if given else {"images": slice(None)}
+    arrays = {name: images[rows] for name, rows in splits.items()}
+    for name, rows in splits.items():
+        arrays[f"{name}_labels" if given else "labels"] = levels[rows] % 3
+    np.savez(tmp_path / "x.npz", **arrays)
+    config = folder_config(tmp_path / "x.npz")
+    config.data.update(resident_bytes=2**31)
+    for split in datasets.SPLITS:
+        for batch in datasets.in_order(datasets.get_dataset(config, split), 5):
+            assert batch.labels.tolist() == [int(i) % 3 for i in batch.images[:, 0, 0, 0]]
+    config.data.num_classes = 0  # no label is read
+    assert isinstance(datasets.get_dataset(config, "train"), torch.Tensor)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_takes_its_label_along(tmp_path, workers):
+    class_tree(tmp_path)
+    for path in sorted(tmp_path.glob("*/*.png"))[3:29:5]:
+        path.write_bytes(b"damaged")
+    config = folder_config(tmp_path)
+    for limit in (2**31, 0):
+        config.data.update(resident_bytes=limit, num_workers=workers)
+        data = datasets.get_dataset(config, "train")
+        for batch in datasets.in_order(data, 6):
+            assert ((batch.labels + 1) * 10 == batch.images[:, 0, 0, 0]).all()
+    config.data.resident_bytes = 2**31
+    assert len(datasets.get_dataset(config, "train")) < 27
+
+
+def mistake(config, split="train"):
+    with pytest.raises(ValueError) as caught:
+        datasets.get_dataset(config, split)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+def test_data_without_labels(tmp_path):
+    write_tree(tmp_path / "flat", pictures(10))
+    said = mistake(folder_config(tmp_path / "flat"))
+    assert "10 of 10 images" in said
+    assert "such as 000.png: each class needs a folder, or each image a line in dataset.js" in said
+    np.save(tmp_path / "x.npy", pictures(10, 4, 4, 1))
+    assert "an .npy has none" in mistake(folder_config(tmp_path / "x.npy"))
+    np.savez(tmp_path / "x.npz", images=pictures(10, 4, 4, 1))
+    assert "there is no array labels" in mistake(folder_config(tmp_path / "x.npz"))
+
+
+def test_labels_that_are_missing_for_some(tmp_path):
+    class_tree(tmp_path)
+    write_tree(tmp_path, grey(1, 2), "stray{i}.png")
+    said = mistake(folder_config(tmp_path))
+    assert "2 of 32 images" in said
+    assert "such as stray0.png" in said
+    (tmp_path / "dataset.json").write_text('{"labels": [["cat/000.png", 1]]}')
+    assert "31 of 32 images" in mistake(folder_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ('{"labels": null}', "it has no labels"),
+        ('{"labels": [["a.png", [0.5, 0.5]]]}', "'a.png' has the label"),
+        ('{"labels": [["a.png", -1]]}', "'a.png' has the label -1, no class's number"),
+        ('{"labels": [["a.png", true]]}', "'a.png' has the label True"),
+        ('{"labels": [3]}', "dataset.json gives no class labels"),
+        ("[" * 10**5, "dataset.json gives no class labels"),
+        ("[]", "dataset.json gives no class labels"),
+    ],
+)
+def test_damaged_dataset_json(tmp_path, content, reason):
+    write_tree(tmp_path, grey(1))
+    (tmp_path / "dataset.json").write_text(content)
+    assert reason in mistake(folder_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "labels, reason",
+    [
+        (np.zeros(9, np.int64), r"10 whole numbers, one for each image, not int64 (9,)"),
+        (np.zeros(10), "not float64 (10,)"),
+        (np.full(10, -1), "labels has the label -1"),
+    ],
+)
+def test_labels_of_an_npz_that_are_none(tmp_path, labels, reason):
+    np.savez(tmp_path / "x.npz", images=pictures(10, 4, 4, 1), labels=labels)
+    assert reason in mistake(folder_config(tmp_path / "x.npz"))
+
+
+def test_labels_out_of_range(tmp_path):
+    class_tree(tmp_path)
+    said = mistake(folder_config(tmp_path, classes=2))
+    assert "is 2, but with data.num_classes=2 they are numbered from 0 to 1" in said
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def slow_mean(x, data, sigma, D):
+    """E[y | x, sigma] of one x by its definition, in float64."""
+    squared = (x - data).square().flatten(1).sum(1)
+    dim = x.numel()
+    if math.isinf(D):
+        log_weights = -squared / (2 * sigma**2)
+    else:
+        log_weights = -(dim + D) / 2 * (squared + D * sigma**2).log()
+    return (log_weights.softmax(0)[:, None] * data.flatten(1)).sum(0)
+
+
+LABELS = torch.tensor([0, 1, 2, 0, 1, 0, 2, 1, 1, 0, 1])
+
+
+def labelled_batches():
+    """Reference images of three classes, and examples of them, two without a label."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(11, 1, 2, 3, generator=generator, dtype=torch.float64)
+    x = data[:6] + 0.5 * torch.randn(6, 1, 2, 3, generator=generator, dtype=torch.float64)
+    given = LABELS[:6].clone()
+    given[[1, 4]] = -1
+    return Batch(x, given), Batch(data, LABELS)
+
+
+def reference_of(label, reference):
+    return reference.images if label < 0 else reference.images[reference.labels == label]
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 2048])  # in small chunks some classes are absent
+@pytest.mark.parametrize("D", [1.0, 7.5, math.inf])
+def test_the_posterior_mean_of_a_class(monkeypatch, chunk, D):
+    monkeypatch.setattr(field, "DATA_CHUNK", chunk)
+    examples, reference = labelled_batches()
+    sigma = torch.linspace(0.05, 3, 6, dtype=torch.float64)
+    among = field.own_class(examples, reference)
+    found = field.posterior_mean(examples.images, reference.images, sigma, D, among)
+    for i, label in enumerate(examples.labels.tolist()):
+        own = reference_of(label, reference)
+        expected = slow_mean(examples.images[i], own, sigma[i], D)
+        torch.testing.assert_close(found[i].flatten(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [2, 2048])
+def test_the_field_of_a_class(monkeypatch, poisson, chunk):
+    """That of its own charges alone, by the sum over charges of direction / distance^(D+1)."""
+    monkeypatch.setattr(field, "DATA_CHUNK", chunk)
+    examples, reference = labelled_batches()
+    z = torch.linspace(0.1, 4, 6, dtype=torch.float64)
+    points = {"images": examples.images, "labels": examples.labels, "z": z}
+    drawn = type(poisson.draw(Batch(torch.zeros(1, 1, 2, 3))))(**points)
+    found = poisson.target(drawn, reference)
+    for i, label in enumerate(examples.labels.tolist()):
+        own = reference_of(label, reference).flatten(1)
+        way = torch.cat([own - examples.images[i].flatten(), -z[i].expand(len(own), 1)], 1)
+        distance = way.norm(dim=1, keepdim=True)
+        weights = (distance.min() / distance) ** 7
+        total = (weights * way).sum(0) / weights.sum()
+        expected = math.sqrt(6) * total / (total.norm() + poisson.gamma)
+        torch.testing.assert_close(found[i], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_label_dropout_is_the_last_draw():
+    config = digits_ddpmpp.get_config()
+    method, images = get_method(config), torch.rand(4000, 1, 2, 2)
+    labels = torch.arange(4000)
+
+    def draw(dropout, labels):
+        loss = RegressionLoss(method, True, 4000, 4000, dropout)
+        return loss.draw(Batch(images, labels), torch.Generator().manual_seed(3))
+
+    kept, dropped, none = draw(0.0, labels), draw(0.25, labels), draw(0.25, None)
+    assert torch.equal(kept.labels, labels)
+    assert none.labels is None
+    gone = dropped.labels == -1
+    assert torch.equal(dropped.labels[~gone], labels[~gone])
+    assert abs(gone.float().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 4000)
+    for other in (dropped, none):
+        assert torch.equal(kept.images, other.images)
+        assert torch.equal(kept.t, other.t)
+    config.training.label_dropout = 0.3
+    assert get_loss_fn(config, method).label_dropout == 0.3
+
+
+RUNS = {
+    "poisson": ("poisson/digits_ddpmpp.py", {"model__name": "ncsnpp"}),
+    "pfgmpp": ("pfgmpp/digits_ddpmpp.py", {"training__target": "posterior_mean"}),
+    "edm": ("edm/digits_ddpmpp.py", {"model__name": "adm"}),
+    "vp": ("vp/digits_ddpmpp.py", {"model__name": "ddpm"}),
+    "subvp": ("subvp/digits_ddpmpp.py", {"training__accumulate": 2}),
+    "ve": ("ve/digits_ncsnpp.py", {"eval__enable_bpd": True, "sampling__rtol": 0.5}),
+}
+
+
+def weights_of(workdir, step):
+    return load_checkpoint(workdir / f"checkpoints/checkpoint_{step}.pth")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_method_learns_and_samples_classes(tmp_path, name, one_thread):
+    path, changes = RUNS[name]
+    changes = {"data__num_classes": -1, "eval__bpd_num_repeats": 1, **changes}
+    config = tiny(path, tmp_path, **changes)
+    assert run_lib.train(config, tmp_path)
+    content = weights_of(tmp_path, 2)
+    assert content["config"]["data.num_classes"] == 10
+    assert content["model"]["label_embedding.weight"].shape[1] == 10
+    config.sampling.guidance, config.eval.enable_interpolate = 2.0, True
+    run_lib.evaluate(config, tmp_path)
+    assert np.isfinite(report_of(tmp_path, 2)["loss"])
+    with np.load(tmp_path / "eval/ckpt_2/samples_0.npz") as file:
+        labels = file["labels"]
+    expected = experiment.Experiment.build(experiment.complete(config, tmp_path)[0])
+    assert labels.tolist() == expected.draw_labels(10, "samples", 0).tolist()
+
+
+@pytest.mark.parametrize("limit", [2**31, 0])
+def test_a_resumed_run_with_labels_is_the_same(tmp_path, monkeypatch, limit, one_thread):
+    def config():
+        return tiny(
+            "pfgmpp/digits_ddpmpp.py",
+            tmp_path,
+            data__num_classes=10,
+            data__resident_bytes=limit,
+            training__n_iters=4,
+            training__snapshot_sampling=False,
+            training__label_dropout=0.5,
+        )
+
+    step, seen = run_lib.train_step, []
+
+    def killed(state, loss, batch, *rest):
+        if state.step == 3:
+            raise KeyboardInterrupt
+        return step(state, loss, batch, *rest)
+
+    def watched(state, loss, batch, *rest):
+        seen.append((state.step, batch.labels.tolist()))
+        return step(state, loss, batch, *rest)
+
+    monkeypatch.setattr(run_lib, "train_step", watched)
+    run_lib.train(config(), tmp_path / "whole")
+    whole, seen = seen, []
+    monkeypatch.setattr(run_lib, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_lib.train(config(), tmp_path / "killed")
+    monkeypatch.setattr(run_lib, "train_step", watched)
+    run_lib.train(config(), tmp_path / "killed")
+    assert seen == whole[3:]
+    assert len({label for _, labels in whole for label in labels}) == 10
+    a, b = (weights_of(tmp_path / name, 4) for name in ("whole", "killed"))
+    for key, tensor in a["model"].items():
+        assert torch.equal(tensor, b["model"][key])
+
+
+# --- guidance -------------------------------------------------------------------------------------
+
+METHODS = {"edm": FAMILY["edm"], **SDES}
+MEANS, STD = (-0.4, 0.7), 0.3  # of the two classes; and of the law without a class, its mean:
+UNCONDITIONAL = 0.1
+EVERYWHERE = (0.0, math.inf)
+
+
+def class_network(method):
+    """The exact network of two Gaussian classes, and of a Gaussian in between without a label."""
+    nets = [gaussian_network(method, mean, STD) for mean in (*MEANS, UNCONDITIONAL)]
+
+    def net(x, noise_label, class_labels=None):
+        labels = torch.full((len(x),), -1) if class_labels is None else class_labels
+        return sum(
+            each(x, noise_label) * (labels == k).to(x).view(-1, 1, 1, 1)
+            for k, each in zip((0, 1, -1), nets, strict=True)
+        )
+
+    return net
+
+
+def conditional(net, labels):
+    return lambda x, noise_label: net(x, noise_label, class_labels=labels)
+
+
+def check_law(samples, labels, weight, allowed=0.0):
+    """Each class's samples are N(u + w (m - u), STD^2) of independent entries."""
+    for k, mean in enumerate(MEANS):
+        found = samples[labels == k].double().flatten(1)
+        expected = UNCONDITIONAL + weight * (mean - UNCONDITIONAL)
+        n, dim = found.shape
+        error = STD / math.sqrt(n)
+        assert (found.mean(0) - expected).abs().max() < 5 * error + allowed
+        covariance = found.T.cov()
+        exact = STD**2 * torch.eye(dim, dtype=torch.float64)
+        assert (covariance - exact).abs().max() < 5 * math.sqrt(2) * STD * error + allowed
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("solver", ["heun", "rk45"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_law_of_a_class_under_guidance(name, solver, weight, one_thread):
+    """Mixed denoisers of Gaussians of one variance are the denoiser of a Gaussian."""
+    method, labels = METHODS[name], torch.arange(4000) % 2
+    net = class_network(method)
+    generator = torch.Generator().manual_seed(1)
+    x = method.prior_sampling((4000, 1, 1, 2), generator).double()
+    followed = method if weight == 1 else Guided(method, net, weight, EVERYWHERE)
+    options = {"solver": solver, "n": 40, "noise_removal": True}
+    samples, _ = solve_ode(followed, conditional(net, labels), x, **options)
+    check_law(samples, labels, weight, allowed=0.01)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_the_law_of_a_class_by_predictor_and_corrector(weight, one_thread):
+    method, labels = SDES["vp"], torch.arange(4000) % 2
+    net, generator = class_network(method), torch.Generator().manual_seed(1)
+    x = method.prior_sampling((4000, 1, 1, 2), generator)
+    followed = Guided(method, net, weight, EVERYWHERE)
+    samples = predictor_corrector(
+        followed, conditional(net, labels), x, corrector="none", generator=generator
+    )
+    check_law(samples, labels, weight, allowed=0.01)
+
+
+def test_a_poisson_flow_mixes_slopes(poisson):
+    """Of exact fields, where mixed fields would have another slope; in every variable."""
+    generator = torch.Generator().manual_seed(0)
+    charges = torch.rand(8, 1, 2, 2, generator=generator)
+    labels = torch.arange(8) % 2
+    y = 3 * torch.randn(6, 1, 2, 2, generator=generator)
+    asked = torch.arange(6) % 2
+
+    def net(x, z, class_labels=None):
+        points = torch.cat([x.flatten(1), z[:, None]], dim=1)
+        among = None if class_labels is None else class_labels[:, None] == labels
+        found = poisson_field(points, charges, poisson.gamma, among)
+        return found[:, :-1].view_as(x), found[:, -1]
+
+    given, w = conditional(net, asked), 3.0
+    guided = Guided(poisson, net, w, EVERYWHERE)
+    for z in (0.05, 2.0, 20.0):
+        c, u = poisson.slope(given, y, z), poisson.slope(net, y, z)
+        torch.testing.assert_close(guided.slope(given, y, z), u + w * (c - u))
+        torch.testing.assert_close(guided.ode(given, y, math.log(z)), z * (u + w * (c - u)))
+        denoised = guided.denoise(net, y, z, class_labels=asked)
+        torch.testing.assert_close(denoised, y - z * (u + w * (c - u)))
+    assert guided.t_prior == poisson.t_prior
+
+
+def test_guidance_stays_in_its_interval():
+    method, labels, x = METHODS["edm"], torch.tensor([0, 1]), torch.randn(2, 1, 2, 2)
+    net = class_network(method)
+    given = conditional(net, labels)
+    guided = Guided(method, net, 2.0, (0.5, 3.0))
+    for sigma, inside in ((0.4, False), (0.5, False), (0.51, True), (3.0, True), (3.01, False)):
+        same = torch.equal(guided.slope(given, x, sigma), method.slope(given, x, sigma))
+        assert same != inside
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir of two steps with labels on the digits, its config and its last checkpoint."""
+    workdir = tmp_path_factory.mktemp("labels")
+    config = tiny("vp/digits_ddpmpp.py", workdir, data__num_classes=10)
+    config.training.snapshot_sampling = False
+    config.optim.warmup = 0
+    run_lib.train(config, workdir)
+    return workdir, config, workdir / "checkpoints/checkpoint_2.pth"
+
+
+def sampled(config, **changes):
+    """Samples of the trained network, with `changes` in `config.sampling`."""
+    config = config.copy_and_resolve_references()
+    config.sampling.update(changes)
+    run = experiment.Experiment.build(config)
+    for parameter in run.state.parameters:  # of a network whose output depends on the label
+        parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    generator, labels = torch.Generator().manual_seed(0), run.draw_labels(4, "test")
+    return run.sample(run.state.model.eval(), 4, generator=generator, labels=labels)[0]
+
+
+def test_guidance_by_config(trained):
+    _, config, checkpoint = trained
+    plain = sampled(config)
+    for method in ({}, {"ode_solver": "rk45"}, {"method": "pc"}):
+        assert not torch.equal(sampled(config, guidance=3.0, **method), sampled(config, **method))
+    assert torch.equal(sampled(config, guidance=3.0, guidance_interval=(0.5, 0.5)), plain)
+    whole = sampled(config, guidance=3.0, guidance_interval=(0.0, math.inf))
+    assert torch.equal(whole, sampled(config, guidance=3.0))
+    by_another = sampled(config, guidance=3.0, guide=str(checkpoint))
+    assert not torch.equal(by_another, plain)
+    assert not torch.equal(by_another, whole)
+    assert not torch.equal(sampled(config, class_label=3), sampled(config, class_label=4))
+
+
+def test_a_network_guides_itself_nowhere(trained):
+    """Autoguidance by the same EMA weights is none, whatever its weight."""
+    _, config, checkpoint = trained
+    config = config.copy_and_resolve_references()
+    config.sampling.update(guidance=4.0, guide=str(checkpoint))
+    run = experiment.Experiment.build(config)
+    run.state.load_network(load_checkpoint(checkpoint))
+    config.sampling.update(guidance=1.0, guide="")
+    labels, found = run.draw_labels(3, "test"), []
+    for sample in (run.sample, get_sampling_fn(config, run.method)):
+        generator = torch.Generator().manual_seed(0)
+        with run.with_ema():
+            found.append(sample(run.state.model, 3, generator=generator, labels=labels)[0])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"training.label_dropout": 0.0}, "sampling.guidance=2.0 needs a network trained with"),
+        ({"data.num_classes": 0}, "sampling.guidance=2.0 needs a network trained with"),
+        ({"sampling.guidance_interval": (2.0, 1.0)}, "sampling.guidance_interval must rise"),
+        ({"sampling.class_label": 10}, "numbered from 0 to 9"),
+        ({"sampling.class_label": 0, "data.num_classes": 0}, "none (data.num_classes=0)"),
+        ({"sampling.guide": "{}", "sampling.guidance": 1.0}, "changes nothing where"),
+        ({"sampling.guide": "{}", "data.centered": False}, "its data.centered is True, not False"),
+        ({"sampling.guide": "{}", "training.sde": "subvpsde"}, "its training.sde is vpsde"),
+        ({"sampling.guide": __file__}, "is not a checkpoint"),
+        (
+            {"model.name": "ncsnv2_64", "training.sde": "vesde", "training.continuous": False},
+            "takes no class or augmentation labels",
+        ),
+    ],
+)
+def test_what_cannot_be_guided_is_one_line(trained, changes, reason):
+    _, config, checkpoint = trained
+    config = config.copy_and_resolve_references()
+    config.sampling.guidance = 2.0
+    given = {k: str(checkpoint) if v == "{}" else v for k, v in changes.items()}
+    config.update_from_flattened_dict(given)
+    with pytest.raises(ValueError) as caught:
+        experiment.Experiment.build(config)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_are_drawn_as_in_the_data(tmp_path):
+    """Of a data set of which nine tenths are of one class; the same at every call of one key."""
+    levels = np.where(np.arange(1000) % 10 == 0, 1, 0)
+    np.savez(tmp_path / "x.npz", images=pictures(1000, 4, 4, 1), labels=levels)
+    config = folder_config(tmp_path / "x.npz", classes=2)
+    draw = experiment._label_drawer(config, torch.device("cpu"))
+    labels = draw(5000, "samples", 3)
+    share = float(datasets.get_labels(config, "train").float().mean())
+    assert abs(labels.float().mean() - share) < 5 * math.sqrt(share / 5000)
+    assert torch.equal(labels, draw(5000, "samples", 3))
+    assert not torch.equal(labels, draw(5000, "samples", 4))
+    config.data.num_classes = 0
+    assert experiment._label_drawer(config, torch.device("cpu"))(5, "samples") is None
