@@ -317,6 +317,8 @@ def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled 
 
 
 def _named(names: tuple[str, ...]) -> str:
+    if names == tuple(map(str, range(len(names)))):
+        return ""
     shown = ", ".join(f"{k} {name:.30}" for k, name in enumerate(names[:MAX_NAMED]))
     return f" ({shown}{', ...' if len(names) > MAX_NAMED else ''})" if names else ""
 

@@ -23,7 +23,10 @@ from storage import run_config
 from storage.checkpoints import fit, load_checkpoint
 from training import TrainState
 
-# What M, z_max and upper_norm depend on besides the images themselves.
+# Left at None these are measured, where the method has them.
+MEASURED = ("training.M", "sampling.z_max", "sampling.upper_norm")
+
+# What these depend on besides the images themselves.
 DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end", "training.tau")
 
 # What a network that guides another has to share with it.
@@ -46,7 +49,7 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     check(config)
     config = config.copy_and_resolve_references()
     method, flat = methods.method_class(config), run_config.flatten(config)
-    left_open = {key for key, value in flat.items() if value is None}
+    left_open = {key for key in MEASURED if flat[key] is None}
     if config.data.num_channels == 0:
         left_open.add("data.num_channels")
     if config.data.num_classes == -1:

@@ -127,7 +127,8 @@ class PlainTrainer(Trainer):
         return loss
 
 
-def plain_field(points: Tensor, charges: Tensor, gamma: float) -> Tensor:
+def plain_field(points: Tensor, charges: Tensor, gamma: float, among: None) -> Tensor:
+    """Random images have no labels, so that all charges count for each point."""
     return torch.cat([broadcast_field(p, charges, gamma) for p in points.split(PLAIN_POINTS)])
 
 

@@ -526,9 +526,11 @@ def generate(seed, n):
     for i, image in enumerate(images):
         yield f"{i:04d}", {"id": f"{i:04d}", "image": image, "label": i % 10}
 
-type(builder)._split_generators = lambda self, _: {
-    "train": generate(1, 12), "test": generate(2, 5)
-}
+def split_generators(self, _):  # where cifar10 reads the names of its classes, too
+    self.info.features["label"].names = [f"class {k}" for k in range(10)]
+    return {"train": generate(1, 12), "test": generate(2, 5)}
+
+type(builder)._split_generators = split_generators
 builder.download_and_prepare()
 """
 
@@ -546,8 +548,9 @@ for split in ("train", "test"):
         config.data.resident_bytes, config.data.num_workers = limit, 1
         data = datasets.get_dataset(config, split)
         (batch,) = datasets.in_order(data, 100)
-        print(batch.images.shape, batch.images.double().sum().item(), batch.labels.tolist())
-        assert data.names[:3] == ("airplane", "automobile", "bird")
+        sums = batch.images.double().sum((1, 2, 3)).tolist()
+        print(batch.images.shape, sorted(zip(sums, batch.labels.tolist())))
+        assert data.names == tuple(f"class {k}" for k in range(10))
 assert "tensorflow" not in sys.modules
 """
 
@@ -565,10 +568,10 @@ def test_prepared_data_are_read_without_tensorflow(tmp_path, file_format):
 
     run(PREPARE, file_format)
     lines = []
-    for seed, n in ((1, 12), (2, 5)):
+    for seed, n in ((1, 12), (2, 5)):  # the records are in an order of tensorflow_datasets' own
         images = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        labels = [i % 10 for i in range(n)]
-        lines += 2 * [f"torch.Size([{n}, 3, 32, 32]) {images.astype(float).sum()} {labels}"]
+        expected = sorted((float(image.sum()), i % 10) for i, image in enumerate(images))
+        lines += 2 * [f"torch.Size([{n}, 3, 32, 32]) {expected}"]
     assert run(READ, str(ROOT)).splitlines() == lines
 
 
