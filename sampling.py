@@ -10,6 +10,7 @@ from torch import Tensor
 import execution
 from datasets import get_data_inverse_scaler
 from methods.base import Method, Network
+from methods.restoration import RESTORERS, Guided, Measurement, replacement
 from solvers import SCHEDULES, SOLVERS
 from solvers.base import Callback, Counted, Slope
 from solvers.fixed_steps import euler
@@ -122,8 +123,13 @@ def get_tolerances(config) -> dict[str, float]:
     return {"rtol": config.sampling.rtol, "atol": config.sampling.atol}
 
 
-def _ode_sampler(config, method: Method):
+def _ode_sampler(config, method: Method, constrain: Callable[..., Tensor] | None):
     sampling = config.sampling
+    if constrain:
+        raise ValueError(
+            f"sampling.restorer={sampling.restorer!r} needs an SDE's sampling.method='pc'; the "
+            "others take 'ode' too"
+        )
     if sampling.N < 1:
         raise ValueError(f"sampling.N must be at least 1, not {sampling.N}")
     _check_positive(config, "rho")
@@ -147,7 +153,7 @@ def _ode_sampler(config, method: Method):
     )
 
 
-def _pc_sampler(config, method: Method):
+def _pc_sampler(config, method: Method, constrain: Callable[..., Tensor] | None):
     sampling = config.sampling
     options = {
         "predictor": _choose(config, "predictor", method.predictors),
@@ -156,6 +162,8 @@ def _pc_sampler(config, method: Method):
         "snr": sampling.snr,
         "probability_flow": sampling.probability_flow,
         "noise_removal": sampling.noise_removal,
+        "constrain": constrain,
+        "resample": sampling.restore_resample if constrain else 1,
     }
     if options["corrector"] != "none":
         _check_positive(config, "n_steps_each", "snr")
@@ -175,8 +183,13 @@ def _pc_sampler(config, method: Method):
 SAMPLERS = {"ode": _ode_sampler, "pc": _pc_sampler}
 
 
-def get_sampling_fn(config, method: Method) -> Callable[..., tuple[Tensor, int]]:
+def get_sampling_fn(
+    config, method: Method, measurement: Measurement | None = None
+) -> Callable[..., tuple[Tensor, int]]:
     """The sampler that `config.sampling` names.
+
+    Given a `measurement`, its `sampling.restorer` draws images that agree with it; without noise
+    they have exactly this measurement. There have to be as many samples as rows of it.
 
     Returns:
         `sample(net, num=None, x=None, generator=None, callback=None)`: `num` samples (default
@@ -193,7 +206,12 @@ def get_sampling_fn(config, method: Method) -> Callable[..., tuple[Tensor, int]]
     default_num = config.eval.batch_size
     inverse_scaler = get_data_inverse_scaler(config)
     name = _choose(config, "method", SAMPLERS if method.predictors else ("ode",))
-    integrate_prior = SAMPLERS[name](config, method)
+    constrain, restorer = None, RESTORERS[_choose(config, "restorer", RESTORERS)]
+    if measurement is not None and restorer is None:
+        constrain = partial(replacement, method, measurement)
+    elif measurement is not None:
+        method = Guided(method, measurement, restorer)
+    integrate_prior = SAMPLERS[name](config, method, constrain)
     compiles = config.sampling.compile
 
     @torch.no_grad()
@@ -203,6 +221,8 @@ def get_sampling_fn(config, method: Method) -> Callable[..., tuple[Tensor, int]]
             x = method.prior_sampling((num or default_num, *image_shape), generator, device)
         net = execution.compiled(net, x.device) if compiles else net
         x, evaluations = integrate_prior(net, x, generator, callback)
+        if measurement is not None and measurement.noise == 0:
+            x = measurement.project(x)
         return inverse_scaler(x).clamp(0, 1), evaluations
 
     return sample

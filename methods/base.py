@@ -1,6 +1,7 @@
 """What a generative method tells the training loop, the samplers and the likelihood."""
 
 import abc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +80,7 @@ class Method(abc.ABC):
         t_prior, t_data: where sampling starts and ends.
         gives_score: the network gives the score, which `model.scale_by_sigma` divides by sigma.
         positive_labels: noise labels are > 0, so that a "fourier" embedding can take their log.
+        degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
         noisy_end: samples at `t_data` still have noise, which one more step to sigma = 0 removes.
         predictors, correctors: those that `sampling.method='pc'` can take; none without an SDE.
     """
@@ -87,6 +89,7 @@ class Method(abc.ABC):
     uses_reference_batch: bool = False
     gives_score: ClassVar[bool] = False
     positive_labels: ClassVar[bool] = True
+    degrees_of_freedom: float = math.inf
     noisy_end: ClassVar[bool] = False
     predictors: ClassVar[tuple[str, ...]] = ()
     correctors: ClassVar[tuple[str, ...]] = ()
