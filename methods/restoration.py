@@ -16,6 +16,11 @@ from methods.base import Method, Network, spread
 GREY = (0.299, 0.587, 0.114)  # of R, G and B (ITU-R BT.601), as image files are turned to grey
 
 
+# Noise of the measurement that `moment_matching` adds, as a share of the noise in y. At large noise
+# levels the true V / variance is smaller than a network's error, and its inverse without a bound.
+DAMPING = 1e-4
+
+
 # --- measurements ---------------------------------------------------------------------------------
 
 
@@ -97,7 +102,9 @@ class Measurement:
 
     def project(self, x: Tensor) -> Tensor:
         """The images closest to `x` (B, C, H, W) that have exactly this measurement."""
-        return x + self.operator.adjoint(self.residual(x)) / self.operator.gram
+        A = self.operator
+        kept = x - A.adjoint(A.forward(x)) / A.gram  # for inpainting exactly 0 where m is known
+        return kept + A.adjoint(self.value) / A.gram
 
 
 # --- guidance -------------------------------------------------------------------------------------
@@ -123,12 +130,12 @@ class Denoised:
 def moment_matching(m: Measurement, d: Denoised, iterations: int = 5) -> Tensor:
     """E[x | y, m] - E[x | y] where x given y is normal: V A^T (A V A^T + noise^2)^-1 (m - A D).
 
-    V = variance (dD/dy)^T is its covariance. Both sides are divided by the variance, and the
-    equation is solved by `iterations` of conjugate gradients. Exact for Gaussian data and noise.
-    Source: Rozet et al. 2024 (arXiv 2405.13712), equations 18 to 21.
+    V is its covariance. Both sides are divided by the variance of the noise in y, and the equation
+    is solved by `iterations` of conjugate gradients. Exact for Gaussian data and noise, up to
+    `DAMPING`. Source: Rozet et al. 2024 (arXiv 2405.13712).
     """
     forward, adjoint = m.operator.forward, m.operator.adjoint
-    ridge = m.noise**2 / d.variance
+    ridge = m.noise**2 / d.variance + DAMPING * m.operator.gram
 
     def apply(u: Tensor) -> Tensor:
         return forward(d.covariance(adjoint(u))) + ridge * u
@@ -141,7 +148,7 @@ def pigdm(m: Measurement, d: Denoised) -> Tensor:
     """variance dlog p(m | y)/dy with V = r^2 I, r^2 = variance / (variance + 1).
 
     That is the variance of white Gaussian data of variance 1, given y. Source: Song et al. 2023
-    ("Pseudoinverse-guided diffusion models", ICLR 2023), equations 7 and 8.
+    ("Pseudoinverse-guided diffusion models", ICLR 2023).
     """
     covariance = d.variance / (d.variance + 1) * m.operator.gram + m.noise**2
     return d.variance * d.covariance(m.operator.adjoint(m.residual(d.image) / covariance))
@@ -152,8 +159,7 @@ def dps(m: Measurement, d: Denoised) -> Tensor:
 
     Its gradient has no bound as the noise vanishes; as published, the step is divided by the norm
     of the residual instead, here relative to the noise level: the variance of m is taken as noise^2
-    plus sigma times the root mean square of m - A D. Source: Chung et al. 2023 (arXiv 2209.14687),
-    equations 11 and 16, appendix C.2.
+    plus sigma times the root mean square of m - A D. Source: Chung et al. 2023 (arXiv 2209.14687).
     """
     residual = m.residual(d.image)
     size = residual.flatten(1).norm(dim=1) / math.sqrt(rank(m.operator, d.image))

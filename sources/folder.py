@@ -74,6 +74,21 @@ def _path(data) -> Path:
     return path
 
 
+def read_images(key: str, name: str, channels: int) -> list[Picture]:
+    """The images of a file, a folder or a .zip, in the order of their names.
+
+    `key` is what `name` comes from; `channels` as of `decode_image`. Raises FileNotFoundError where
+    there is nothing, ValueError where an image cannot be read.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{key}={name} does not exist")
+    if path.is_file() and _is_image(path.name):
+        return [Files(path.parent, [path.name], partial(open_below, path.parent), channels)[0]]
+    files = Files(path, *_list(path, key), channels)
+    return [files[i] for i in range(len(files))]
+
+
 # --- image files ----------------------------------------------------------------------------------
 
 
@@ -112,7 +127,7 @@ def _open_in(archive: PerProcess, name: str) -> IO[bytes]:
     return open_entry(archive(), name)
 
 
-def _list(path: Path) -> tuple[list[str], Callable[[str], IO[bytes]]]:
+def _list(path: Path, key: str = "data.path") -> tuple[list[str], Callable[[str], IO[bytes]]]:
     """The names of the image files in a folder or zip, and what opens one of them."""
     if path.is_file():
         archive = PerProcess(partial(zipfile.ZipFile, path))
@@ -120,12 +135,12 @@ def _list(path: Path) -> tuple[list[str], Callable[[str], IO[bytes]]]:
             names, open_one = set(archive().namelist()), partial(_open_in, archive)
         except Exception as error:  # a damaged directory makes it fail in any way
             says = f"is no folder, .npy, .npz or zip file: {one_line(error)}"
-            raise ValueError(f"data.path={path} {says}") from error
+            raise ValueError(f"{key}={path} {says}") from error
     else:
         names, open_one = _files_below(path), partial(open_below, path)
     images = sorted(filter(_is_image, names))
     if not images:
-        raise ValueError(f"data.path={path} holds no images ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{key}={path} holds no images ({', '.join(SUFFIXES)})")
     return images, open_one
 
 

@@ -4,20 +4,20 @@ import math
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+import pytest
 import torch
 from known_laws import FAMILY, SDES, denoising_network, pfgmpp, time_of
+from PIL import Image
 
 import methods
+import run_lib
+from configs.poisson import digits_ddpmpp
 from methods.base import spread
-from methods.restoration import (
-    RESTORERS,
-    Guided,
-    Measurement,
-    get_operator,
-    replacement,
-)
+from methods.restoration import RESTORERS, Guided, Measurement, get_operator, replacement
 from sampling import solve_ode
 from solvers.predictor_corrector import predictor_corrector
+from storage.checkpoints import save_checkpoint
 
 POISSON = methods.Poisson(
     sigma_end=0.01,
@@ -28,7 +28,7 @@ POISSON = methods.Poisson(
     z_max=60.0,
     z_min=1e-3,
     z_exp=0.0,
-    upper_norm=1e6,
+    upper_norm=150.0,
 )
 METHODS = {**SDES, **FAMILY, "pfgmpp2048": pfgmpp(2048.0), "poisson": POISSON}
 KNOWN = torch.tensor([[True, True], [False, False]])
@@ -60,10 +60,10 @@ class GaussianData:
             low = ((n + degrees) / (degrees + c.square().sum(1) / sigma**2)).log() - 28 / (
                 n + degrees
             )
-            high = math.log((n + degrees) / degrees) + 2.5
-            shares = torch.linspace(0, 1, 150, dtype=torch.float64)[:, None, None]
-            log_g = (low + shares[..., 0] * (high - low))[..., None]  # (150, B, 1)
-            total = self.values + sigma[:, None] ** 2 * (-log_g).exp()  # (150, B, n)
+            high = math.log((n + degrees) / degrees) + min(2.5, 12 / degrees**0.5)
+            shares = torch.linspace(0, 1, 60, dtype=torch.float64)[:, None, None]
+            log_g = (low + shares[..., 0] * (high - low))[..., None]  # (60, B, 1)
+            total = self.values + sigma[:, None] ** 2 * (-log_g).exp()  # (60, B, n)
             log_p = 0.5 * degrees * (log_g[..., 0] - log_g[..., 0].exp())
             log_p = log_p - 0.5 * (total.log() + c**2 / total).sum(-1)
             shrunk = (log_p.softmax(0)[..., None] * self.values / total).sum(0) * c
@@ -115,10 +115,6 @@ def measured(data, task, noise):
     return Measurement(operator, value + noise * operator.forward(added[None]), noise)
 
 
-def T(method):
-    return torch.tensor(method.t_prior, dtype=torch.float64)
-
-
 def whitened(x):
     """Rows `x` (n, N), changed a little so that their mean is 0 and their covariance 1."""
     x = x - x.mean(0)
@@ -133,8 +129,10 @@ def errors(name, task, restorer, noise=0.0, white=False, n=4000, steps=40, resam
     many = replace(one, value=one.value.expand(n, *one.value.shape[1:]))
     generator, net = torch.Generator().manual_seed(0), data.network(method)
     x = method.prior_sampling((n, *data.shape), generator).double()
-    if method.degrees_of_freedom == math.inf:  # leaves the restorer's error without that of n draws
-        x = whitened(x.flatten(1)).view_as(x) * method.alpha(T(method)) * method.sigma(T(method))
+    if math.isinf(method.degrees_of_freedom) and restorer != "replacement":
+        start = torch.tensor(method.t_prior, dtype=torch.float64)
+        std = method.alpha(start) * method.sigma(start)  # leaves the error without that of n draws
+        x = std * whitened(x.flatten(1)).view_as(x)
     if restorer == "replacement":
         x = predictor_corrector(
             replace(method, N=steps),
@@ -157,3 +155,145 @@ def errors(name, task, restorer, noise=0.0, white=False, n=4000, steps=40, resam
         ((x.mean(0) - mean).norm() / mean.norm()).item(),
         ((x.T.cov() - covariance).norm() / covariance.norm()).item(),
     )
+
+
+GAUSSIAN = [*SDES, "edm"]
+TASKS = [("inpaint", 0.0), ("inpaint", 0.2), ("super2", 0.2), ("colour", 0.0), ("denoise", 0.3)]
+
+
+@pytest.mark.parametrize(("task", "noise"), TASKS)
+def test_adjoints(task, noise):
+    """<A x, m> = <x, A^T m>, and A A^T is `gram` times the identity."""
+    operator = get_operator(task, KNOWN.repeat(4, 4))
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    image = operator.forward(x)
+    m = operator.forward(torch.randn_like(x)) if task == "inpaint" else torch.randn_like(image)
+    torch.testing.assert_close((image * m).sum(), (x * operator.adjoint(m)).sum())
+    torch.testing.assert_close(operator.forward(operator.adjoint(m)), operator.gram * m)
+
+
+@pytest.mark.parametrize("name", GAUSSIAN)
+@pytest.mark.parametrize(("task", "noise"), TASKS)
+def test_moment_matching_is_exact_for_gaussian_noise(name, task, noise):
+    mean, covariance = errors(name, task, "moment_matching", noise)
+    assert mean < 0.01
+    assert covariance < 0.05  # 40 steps of Heun; 80 leave a quarter of it
+
+
+@pytest.mark.parametrize(("name", "n"), [("pfgmpp2048", 400), ("pfgmpp", 400), ("poisson", 400)])
+def test_moment_matching_for_student_t_noise(name, n):
+    """Within the error of n draws, which is 0.09 for a covariance of rank 2."""
+    mean, covariance = errors(name, "inpaint", "moment_matching", n=n)
+    assert mean < 0.06
+    assert covariance < 0.2
+
+
+def test_pigdm_is_exact_for_white_data():
+    for task, noise in (("inpaint", 0.2), ("denoise", 0.3)):
+        assert max(errors("edm", task, "pigdm", noise, white=True)) < 0.05
+
+
+def test_resampling_brings_replacement_closer():
+    plain = errors("vp", "inpaint", "replacement", steps=200, n=2000)
+    repeated = errors("vp", "inpaint", "replacement", steps=200, n=2000, resample=5)
+    assert repeated[0] < 0.5 * plain[0]
+
+
+# --- by the program -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function (restore, **sampling keys) -> the report, of a small untrained network."""
+    config = digits_ddpmpp.get_config()
+    config.model.nf = 8
+    config.training.n_iters = 8
+    config.sampling.ode_solver, config.sampling.N = "heun", 3
+    config.eval.update(batch_size=10, enable_loss=False, enable_bpd=False, enable_sampling=False)
+    state = run_lib.Experiment.build(config).state
+    state.step = 4 * config.training.snapshot_freq
+    save_checkpoint(tmp_path / f"run/checkpoints/checkpoint_{state.step}.pth", state.state_dict())
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        image = Image.fromarray(random.integers(256, size=(8, 8), dtype=np.uint8))
+        image.save(tmp_path / f"images/{i}.png")
+
+    def restore(task, degrade=True, **keys):
+        config.sampling.update(restore=task, restore_degrade=degrade)
+        config.sampling.update({"restore_path": str(tmp_path / "images"), **keys})
+        run_lib.evaluate(config, tmp_path / "run")
+        with np.load(tmp_path / "run/eval/report_4.npz") as file:
+            return dict(file)
+
+    restore.folder = tmp_path
+    return restore
+
+
+def restored(run):
+    arrays = []
+    for i in range(2):  # two images at once, then one, each five times
+        with np.load(run.folder / f"run/eval/ckpt_4_restored_{i}.npz") as file:
+            arrays.append(file["restored"])
+    return np.concatenate(arrays).reshape(3, 5, 8, 8)
+
+
+@pytest.mark.parametrize("restorer", ["moment_matching", "pigdm", "dps"])
+def test_known_pixels_come_back_unchanged(run, restorer):
+    report = run("inpaint", restore_mask="4,0,4,8", restorer=restorer)
+    images = np.stack([np.asarray(Image.open(run.folder / f"images/{i}.png")) for i in range(3)])
+    found = restored(run)
+    assert (found[:, :, :4] == images[:, None, :4]).all()
+    assert (found[:, :, 4:] != images[:, None, 4:]).any()
+    assert report["restore_images"] == 3
+    error = ((found - images[:, None].astype(float)) ** 2).mean((2, 3))
+    expected = (10 * np.log10(255**2 / error)).mean()
+    assert report["restore_psnr"] == pytest.approx(expected)
+    assert report["restore_spread"] == pytest.approx(math.sqrt(found.var(1, ddof=1).mean()) / 255)
+    assert "Restoration" in (run.folder / "run/eval/report.html").read_text()
+
+
+def test_a_mask_is_white_where_pixels_are_missing(run):
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:5, 3:] = 255
+    Image.fromarray(mask).save(run.folder / "mask.png")
+    run("inpaint", restore_mask=str(run.folder / "mask.png"))
+    images = np.stack([np.asarray(Image.open(run.folder / f"images/{i}.png")) for i in range(3)])
+    assert (restored(run) == images[:, None])[:, :, mask == 0].all()
+
+
+def test_measured_images_have_no_truth(run):
+    report = run("super2", degrade=False)
+    assert report["restore_images"] == 3
+    assert "restore_psnr" not in report
+    assert run("denoise", restore_noise=0.2)["restore_psnr"] > 0
+
+
+@pytest.mark.parametrize(
+    ("task", "keys", "says"),
+    [
+        ("inpaint", {}, "needs sampling.restore_mask"),
+        ("inpaint", {"restore_mask": "none.png"}, "sampling.restore_mask=none.png does not exist"),
+        ("inpaint", {"restore_mask": "4,4,8,1"}, "is not within 8 x 8"),
+        ("inpaint", {"restore_mask": "0,0,8,8"}, "marks all pixels"),
+        ("inpaint", {"restore_mask": "0,0,0,8"}, "marks no pixel"),
+        ("super2", {"restore_path": ""}, "needs sampling.restore_path"),
+        ("super2", {"restore_path": "none"}, "sampling.restore_path=none does not exist"),
+        ("super2", {"restorer": "replacement"}, "needs an SDE's sampling.method='pc'"),
+        ("super2", {"restorer": "magic"}, "sampling.restorer must be one of"),
+        ("super3", {}, "sampling.restore must be one of"),
+        ("colour", {}, "needs colour images; these have 1"),
+        ("denoise", {}, "needs a sampling.restore_noise above 0"),
+    ],
+)
+def test_bad_input_is_one_line(run, task, keys, says):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        run(task, **keys)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_of_another_size(run):
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(run.folder / "mask.png")
+    with pytest.raises(ValueError, match="has 8 x 9 pixels; the images have 8 x 8"):
+        run("inpaint", restore_mask=str(run.folder / "mask.png"))
