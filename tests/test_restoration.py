@@ -13,9 +13,10 @@ from PIL import Image
 import methods
 import run_lib
 from configs.poisson import digits_ddpmpp
+from configs.vp import digits_ddpmpp as vp_digits
 from methods.base import spread
 from methods.restoration import RESTORERS, Guided, Measurement, get_operator, replacement
-from sampling import solve_ode
+from sampling import get_sampling_fn, solve_ode
 from solvers.predictor_corrector import predictor_corrector
 from storage.checkpoints import save_checkpoint
 
@@ -297,3 +298,23 @@ def test_a_mask_of_another_size(run):
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(run.folder / "mask.png")
     with pytest.raises(ValueError, match="has 8 x 9 pixels; the images have 8 x 8"):
         run("inpaint", restore_mask=str(run.folder / "mask.png"))
+
+
+def test_replacement_keeps_known_pixels_and_is_repeatable():
+    """With predictor, corrector and RePaint's repeats, by the sampler of a config."""
+    config = vp_digits.get_config()
+    config.model.num_scales = 50
+    config.sampling.update(method="pc", predictor="euler_maruyama", corrector="langevin")
+    config.sampling.update(restorer="replacement", restore_resample=2)
+    method, value = methods.get_method(config), torch.rand(4, 1, 8, 8) * 2 - 1
+    measurement = Measurement(get_operator("inpaint", KNOWN.repeat(4, 4)), value)
+    measurement = replace(measurement, value=measurement.operator.forward(value))
+    sample, found = get_sampling_fn(config, method, measurement), []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        images, evaluations = sample(lambda x, label: x, num=4, generator=generator)
+        found.append(images)
+    assert evaluations == 50 * 2 * 2
+    known = KNOWN.repeat(4, 4).expand_as(value)
+    torch.testing.assert_close(found[0][known], ((value + 1) / 2)[known], rtol=0, atol=1e-6)
+    assert torch.equal(*found)
