@@ -7,8 +7,9 @@ continues from its files, and several processes can share the work.
 import hashlib
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +22,14 @@ import distributed
 import sampling
 from experiment import Experiment, progress_bar
 from methods.base import conditioned
+from methods.restoration import RESTORE, Measurement, get_operator
 from metrics import distances
 from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, fingerprint
 from metrics.table import Comparison, compare
 from reports.images import Images, channels_last, image_grid, to_uint8
+from sources.folder import read_images
+from sources.images import cropped_then_resized
 from storage.files import cached, check_arrays, read_arrays, save_png
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,8 @@ PARTS = (
 
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
 ROWS, COLUMNS = 8, 10  # of the pictures of interpolation and rescaling
+RESTORATIONS = 5  # of each image
+RESTORED = 10  # images that the picture of restorations shows
 PAIRS = 10  # samples in a row of the picture of nearest training images
 
 
@@ -295,6 +301,150 @@ def _samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
         samples = check_arrays(path, read_arrays(path), spec)["samples"]
         images |= {row: samples[row - ends[r]] for row in rows[round_of == r]}
     return np.stack([images[row] for row in rows])
+
+
+# --- restoration ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ToRestore:
+    """Measurements of images in the network's scaling and, where known, the images in [0, 1]."""
+
+    measurement: Measurement
+    truth: Tensor | None
+
+
+def read_restoration(config, run: Experiment) -> ToRestore:
+    """What `sampling.restore` and the keys beside it ask for.
+
+    Raises:
+        ValueError: they contradict each other or the data, or an image cannot be read.
+        FileNotFoundError: a file does not exist.
+    """
+    asked, channels, size = config.sampling, config.data.num_channels, config.data.image_size
+    name, whole = asked.restore.lower(), asked.restore_degrade
+    factor = RESTORE[name]
+    if not asked.restore_path:
+        raise ValueError(f"sampling.restore={name!r} needs sampling.restore_path, an image or more")
+    if size % factor:
+        raise ValueError(f"sampling.restore={name!r} does not divide data.image_size={size}")
+    if name == "colour" and channels != 3:
+        raise ValueError(f"sampling.restore='colour' needs colour images; these have {channels}")
+    if name == "denoise" and not asked.restore_noise:
+        raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
+    operator = get_operator(name, _known_pixels(config) if name == "inpaint" else None)
+    if not whole:
+        channels, size = 1 if name == "colour" else channels, size // factor
+    pictures = read_images("sampling.restore_path", asked.restore_path, channels)
+    pictures = np.stack([cropped_then_resized(picture, size) for picture in pictures])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(run.device)
+    images = datasets.to_unit_interval(images)
+    ends = run.scaler(torch.tensor([0.0, 1.0]))
+    noise, value = asked.restore_noise * (ends[1] - ends[0]).item(), run.scaler(images)
+    if whole:
+        generator = datasets.keyed_generator(run.device, "measurement", config.seed)
+        added = operator.forward(value)
+        added = torch.randn(added.shape, generator=generator, device=run.device)
+        value = operator.forward(value) + noise * added
+    if name == "inpaint":
+        value = operator.forward(value)  # nothing is known of the other pixels, noise or not
+    found = ToRestore(Measurement(operator, value, noise), images if whole else None)
+    sampling.get_sampling_fn(config, run.method, run.guide, found.measurement)  # raises
+    return found
+
+
+def _known_pixels(config) -> Tensor:
+    """Those that `sampling.restore_mask` leaves, bool (H, W)."""
+    name, size = config.sampling.restore_mask, config.data.image_size
+    if not name:
+        raise ValueError(
+            "sampling.restore='inpaint' needs sampling.restore_mask, an image that is white where "
+            "pixels are missing, or top,left,height,width of a rectangle"
+        )
+    known = torch.ones(size, size, dtype=torch.bool)
+    if re.fullmatch(r"\d{1,9}( *, *\d{1,9}){3}", name):
+        top, left, height, width = map(int, name.split(","))
+        if top + height > size or left + width > size:
+            raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
+        known[top : top + height, left : left + width] = False
+    else:
+        mask = torch.from_numpy(read_images("sampling.restore_mask", name, 1)[0][..., 0] >= 128)
+        if mask.shape != known.shape:
+            found = " x ".join(map(str, mask.shape))
+            raise ValueError(
+                f"sampling.restore_mask={name} has {found} pixels; the images have {size} x {size}"
+            )
+        known = ~mask
+    if known.all() or not known.any():
+        share = "no pixel" if known.all() else "all pixels"
+        raise ValueError(f"sampling.restore_mask={name} marks {share} as missing")
+    return known
+
+
+def evaluate_restoration(
+    config, run: Experiment, asked: ToRestore, folder: Path, k: int, origin: dict
+) -> dict:
+    """Draws `RESTORATIONS` images for each measurement, and a picture of the first ones.
+
+    Returns the report's entries `restore...` (docs/architecture.md), in the main process only.
+    Raises FloatingPointError where the solver diverges.
+    """
+    value, size = asked.measurement.value, max(1, config.eval.batch_size // RESTORATIONS)
+    digest = hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()
+    known = asked.measurement.operator.forward(torch.ones(1, *datasets.image_shape(config)))
+    digest += hashlib.sha256(known.numpy().tobytes()).hexdigest()
+    starts = range(0, len(value), size)
+    paths = [folder / f"ckpt_{k}_restored_{i}.npz" for i in range(len(starts))]
+    _remove_others(folder.glob(f"ckpt_{k}_restored_*.npz"), paths)
+    channels, *sides = datasets.image_shape(config)
+
+    def compute(i: int, start: int) -> dict:
+        some = value[start : start + size].repeat_interleave(RESTORATIONS, 0)
+        measurement = replace(asked.measurement, value=some)
+        sample = sampling.get_sampling_fn(config, run.method, run.guide, measurement)
+        generator = datasets.keyed_generator(run.device, "restoration", config.seed, i)
+        images, nfe = sample(run.state.model, len(some), generator=generator)
+        return {"restored": to_uint8(images), "nfe": nfe}
+
+    tasks = []
+    for i, (start, path) in enumerate(zip(starts, paths, strict=True)):
+        number = RESTORATIONS * min(size, len(value) - start)
+        spec = {"restored": ("u", (number, *sides, channels)), "nfe": ("iuf", ())}
+        key = origin | {"measurements": digest, "batch": (i, size)}
+        tasks.append((number, partial(cached, path, key, partial(compute, i, start), spec)))
+    rounds = _shared("restoration", tasks)
+    if not rounds:
+        return {}
+    restored = np.concatenate([drawn["restored"] for drawn in rounds])
+    restored = restored.reshape(len(value), RESTORATIONS, *sides, channels)
+    plain = asked.measurement.operator.adjoint(value) / asked.measurement.operator.gram
+    plain = to_uint8(datasets.get_data_inverse_scaler(config)(plain).clamp(0, 1))
+    found = {
+        "restore_images": len(value),
+        "restore_spread": np.sqrt((restored / 255).var(1, ddof=1).mean()),
+        "restore_nfe": np.mean([drawn["nfe"] for drawn in rounds]),
+        "restore_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
+    }
+    columns = [plain[:, None], restored]
+    if asked.truth is not None:
+        truth = to_uint8(asked.truth)[:, None]
+        columns = [truth, *columns]
+        found["restore_psnr"] = _psnr(restored, truth)
+        found["restore_psnr_mean"] = _psnr(restored.mean(1, keepdims=True), truth)
+        found["restore_psnr_plain"] = _psnr(plain[:, None], truth)
+    shown = np.concatenate(columns, axis=1)[:RESTORED]
+    path = folder / f"restoration_{k}.png"
+    _save_grid(path, shown.reshape(-1, *sides, channels), columns=shown.shape[1])
+    return found
+
+
+def _psnr(images: np.ndarray, truth: np.ndarray) -> float:
+    """Mean peak signal-to-noise ratio, dB, of `images` (n, k, H, W, C) in grey levels of 255.
+
+    The squared error counts as at least that of rounding, 1 / 12.
+    """
+    error = np.square(images - truth.astype(np.float64)).mean((2, 3, 4))
+    return (10 * np.log10(255**2 / np.maximum(error, 1 / 12))).mean()
 
 
 # --- pictures ------------------------------------------------------------------------------------

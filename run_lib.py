@@ -164,9 +164,10 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
     """
     config, decided = complete(config, workdir)
     run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
-    if not any(asked[what] for what in evaluation.PARTS):
+    if not any(asked[what] for what in evaluation.PARTS) and not config.sampling.restore:
         raise ValueError(
-            f"nothing is asked for: set one of {', '.join(f'eval.{w}' for w in evaluation.PARTS)}"
+            f"nothing is asked for: set one of {', '.join(f'eval.{w}' for w in evaluation.PARTS)}, "
+            "sampling.restore"
         )
     folder = evaluation_folder(workdir, eval_folder)
     checkpoints = checkpoints_to_evaluate(config, workdir)
@@ -177,6 +178,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
     run.draw_labels(1, "check")  # raises where there is no label to sample with
     if asked.enable_sampling:
         statistics = ReferenceStatistics.build(config, run.device)
+    if config.sampling.restore:
+        to_restore = evaluation.read_restoration(config, run)
     with open_workdir(workdir, folder, main):
         distributed.barrier()  # nobody writes before the main process holds the lock
         if decided:
@@ -206,6 +209,10 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
                 if asked.enable_sampling:
                     report |= evaluation.evaluate_samples(
                         config, run, statistics, folder, k, origin
+                    )
+                if config.sampling.restore:
+                    report |= evaluation.evaluate_restoration(
+                        config, run, to_restore, folder, k, origin
                     )
                 if not main:
                     continue

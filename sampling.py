@@ -11,6 +11,7 @@ import execution
 from datasets import get_data_inverse_scaler
 from methods.base import Method, Network, conditioned
 from methods.guidance import Guided
+from methods.restoration import RESTORERS, Measurement, Restoring, replacement
 from solvers import SCHEDULES, SOLVERS
 from solvers.base import Callback, Counted, Slope
 from solvers.fixed_steps import Churn, euler
@@ -171,8 +172,13 @@ def _get_churn(config, method: Method, solver: str) -> Churn | None:
     return churn
 
 
-def _ode_sampler(config, method: Method):
+def _ode_sampler(config, method: Method, constrain: Callable[..., Tensor] | None):
     sampling = config.sampling
+    if constrain:
+        raise ValueError(
+            f"sampling.restorer={sampling.restorer!r} needs an SDE's sampling.method='pc'; the "
+            "others take 'ode' too"
+        )
     if sampling.N < 1:
         raise ValueError(f"sampling.N must be at least 1, not {sampling.N}")
     _check_positive(config, "rho")
@@ -198,7 +204,7 @@ def _ode_sampler(config, method: Method):
     )
 
 
-def _pc_sampler(config, method: Method):
+def _pc_sampler(config, method: Method, constrain: Callable[..., Tensor] | None):
     sampling = config.sampling
     options = {
         "predictor": _choose(config, "predictor", method.predictors),
@@ -207,6 +213,8 @@ def _pc_sampler(config, method: Method):
         "snr": sampling.snr,
         "probability_flow": sampling.probability_flow,
         "noise_removal": sampling.noise_removal,
+        "constrain": constrain,
+        "resample": sampling.restore_resample if constrain else 1,
     }
     if options["corrector"] != "none":
         _check_positive(config, "n_steps_each", "snr")
@@ -254,9 +262,15 @@ def _guidance(config, guide: Network | None) -> tuple[float, tuple[float, float]
 
 
 def get_sampling_fn(
-    config, method: Method, guide: Network | None = None
+    config,
+    method: Method,
+    guide: Network | None = None,
+    measurement: Measurement | None = None,
 ) -> Callable[..., tuple[Tensor, int]]:
     """The sampler that `config.sampling` names; `guide` is the network of `sampling.guide`.
+
+    Given a `measurement`, its `sampling.restorer` draws images that agree with it; without noise
+    they have exactly this measurement. There have to be as many samples as rows of it.
 
     Returns:
         `sample(net, num=None, x=None, generator=None, callback=None, labels=None)`: `num` samples
@@ -275,7 +289,11 @@ def get_sampling_fn(
     default_num = config.eval.batch_size
     inverse_scaler = get_data_inverse_scaler(config)
     name = _choose(config, "method", SAMPLERS if method.predictors else ("ode",))
-    integrate_prior = SAMPLERS[name](config, method)
+    restorer = RESTORERS[_choose(config, "restorer", RESTORERS)]
+    constrain = None
+    if measurement is not None and restorer is None:
+        constrain = partial(replacement, method, measurement)
+    integrate_prior = SAMPLERS[name](config, method, constrain)
     _check_classes(config)
     guidance = _guidance(config, guide)
     compiles, class_label = config.sampling.compile, config.sampling.class_label
@@ -292,7 +310,11 @@ def get_sampling_fn(
         if guidance:
             other = net if guide is None else conditioned(guide, {"class_labels": labels})
             followed = Guided(method, other, *guidance)
+        if measurement is not None and restorer is not None:
+            followed = Restoring(followed, measurement, restorer)
         x, evaluations = integrate_prior(followed, conditional, x, generator, callback)
+        if measurement is not None and measurement.noise == 0:
+            x = measurement.project(x)
         return inverse_scaler(x).clamp(0, 1), evaluations
 
     return sample

@@ -282,6 +282,38 @@ KEYS = {
     "sampling.guide": Key(
         "", Text(), "checkpoint of a weaker network of the same kind, which guides (autoguidance)"
     ),
+    "sampling.restore": Key(
+        "",
+        OneOf(("",), "methods.restoration.RESTORE"),
+        "restore the images of restore_path: 'inpaint' what restore_mask marks, 'colour' grey "
+        "images, enlarge by 2, 4 or 8 ('super2' ..), 'denoise'; '': nothing",
+    ),
+    "sampling.restore_path": Key("", Text(), "of restore: an image, or a folder or .zip of them"),
+    "sampling.restore_degrade": Key(
+        False,
+        Flag(),
+        "the images of restore_path are whole: measure them, and compare the restorations",
+    ),
+    "sampling.restore_mask": Key(
+        "",
+        Text(),
+        "of 'inpaint': what is missing, an image file, white there, or a rectangle "
+        "'top,left,height,width'",
+    ),
+    "sampling.restore_noise": Key(
+        0.0,
+        Number(0, 100),
+        "standard deviation of the measurement's noise; 1 leads from black to white",
+    ),
+    "sampling.restorer": Key(
+        "moment_matching",
+        OneOf(registry="methods.restoration.RESTORERS"),
+        "how: 'moment_matching' is the most exact, 'pigdm' and 'dps' are cheaper; 'replacement' "
+        "is for sampling.method='pc'",
+    ),
+    "sampling.restore_resample": Key(
+        1, whole(1, 1000), "of 'replacement': times each step is taken, as RePaint does"
+    ),
     "sampling.compile": Key(False, Flag(), "torch.compile the network that samples"),
     "eval.begin_ckpt": Key(
         1, whole(0, 10**6), "first checkpoint to evaluate, counted in training.snapshot_freq steps"

@@ -1,6 +1,7 @@
 """What a generative method tells the training loop, the samplers and the likelihood."""
 
 import abc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +82,7 @@ class Method(abc.ABC):
         positive_labels: noise labels are > 0, so that a "fourier" embedding can take their log.
         gaussian: Gaussian noise of variance b^2 - a^2 takes y from the noise level a up to b,
             exactly or nearly, so that a sampler can add some.
+        degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
         noisy_end: samples at `t_data` still have noise, which one more step to sigma = 0 removes.
         predictors, correctors: those that `sampling.method='pc'` can take; none without an SDE.
     """
@@ -90,6 +92,7 @@ class Method(abc.ABC):
     gives_score: ClassVar[bool] = False
     positive_labels: ClassVar[bool] = True
     gaussian: ClassVar[bool] = False
+    degrees_of_freedom: float = math.inf
     noisy_end: ClassVar[bool] = False
     predictors: ClassVar[tuple[str, ...]] = ()
     correctors: ClassVar[tuple[str, ...]] = ()

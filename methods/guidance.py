@@ -47,7 +47,7 @@ class Guided:
 
     def _mix(self, function, net, x, t, sigma) -> Tensor:
         c, (low, high) = function(net, x, t), self.interval
-        if not low < float(sigma) <= high:
+        if not low < torch.as_tensor(sigma).max().item() <= high:
             return c
         u = function(self.other, x, t)
         return u + self.weight * (c - u)

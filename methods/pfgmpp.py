@@ -68,6 +68,10 @@ class PFGMPP(Method):
     def uses_reference_batch(self) -> bool:
         return self.target_kind == "posterior_mean"
 
+    @property
+    def degrees_of_freedom(self) -> float:
+        return self.D
+
     @cached_property
     def precondition(self) -> Preconditioning:
         """The network's output as the denoised image (arXiv 2206.00364, table 1)."""

@@ -90,6 +90,7 @@ class Poisson(Method):
 
     extra_channels = 1
     uses_reference_batch = True
+    degrees_of_freedom = 1.0
 
     @classmethod
     def from_config(cls, config):

@@ -28,6 +28,11 @@ PICTURES = {
         "the samples closest to the data of all; lower pair: the first samples.",
     ),
     "interpolation": ("Interpolation", "Each row follows the arc between two draws of the prior."),
+    "restoration": (
+        "Restoration",
+        "A row for each image: the image itself where it is known, what was measured of it, and "
+        "restorations of that.",
+    ),
     "rescale": (
         "Temperature",
         "Each row keeps the direction of a draw of the prior while its norm grows.",

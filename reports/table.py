@@ -4,6 +4,14 @@ from collections.abc import Mapping
 
 from metrics.table import METRICS
 
+RESTORED = {
+    "restore_psnr": "PSNR, dB",
+    "restore_psnr_mean": "PSNR of their mean",
+    "restore_psnr_plain": "PSNR of the measurement",
+    "restore_spread": "spread, of [0, 1]",
+    "restore_nfe": "evaluations",
+}
+
 
 def report_table(report: Mapping, split: str, title: str) -> str:
     """The numbers of a report (the arrays of report_{k}.npz) that was made over `split`."""
@@ -26,6 +34,11 @@ def report_table(report: Mapping, split: str, title: str) -> str:
         if report["nonfinite"]:
             rows.append(("  not finite", str(report["nonfinite"])))
         rows.append(("  evaluations", f"{report['nfe']:.0f}"))
+    if "restore_images" in report:
+        rows.append(("images restored", str(report["restore_images"])))
+        for key, what in RESTORED.items():
+            if key in report:
+                rows.append((f"  {what}", f"{float(report[key]):.4g}"))
     rows.append(("seconds", f"{report['seconds']:.1f}"))
     return format_table(rows, title)
 

@@ -5,6 +5,7 @@ noise, both of the shape of `x`. Each returns the new x, and the new x without i
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -86,6 +87,8 @@ def predictor_corrector(
     probability_flow: bool = False,
     noise_removal: bool = False,
     callback: Callback | None = None,
+    constrain: Callable[[torch.Generator | None, Tensor, Tensor], Tensor] | None = None,
+    resample: int = 1,
 ) -> Tensor:
     """Integrates `x` (B, C, H, W) from the prior to the data in the SDE's N steps (algorithm 1).
 
@@ -99,6 +102,10 @@ def predictor_corrector(
         probability_flow: the predictor follows the ODE.
         noise_removal: leave out the noise of the last step.
         callback: called before each of the N steps; its level is the time, its slope the score.
+        constrain: (generator, x, t) -> x, applied after every step of either kind at the time
+            that it leads to.
+        resample: times that each of the N steps is taken, with a step of the SDE back between
+            them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
 
     Raises:
         FloatingPointError: the sample is not finite; the message says from when on.
@@ -106,13 +113,24 @@ def predictor_corrector(
     predict, correct = PREDICTORS[predictor], CORRECTORS[corrector]
     steps = [partial(correct, snr=snr)] * n_steps_each if correct else []
     steps += [partial(predict, probability_flow=probability_flow)] if predict else []
+    times = torch.linspace(sde.t_prior, sde.t_data, sde.N, dtype=torch.float64)
     mean = x
-    for i, t in enumerate(torch.linspace(sde.t_prior, sde.t_data, sde.N, dtype=torch.float64)):
-        for k, step in enumerate(steps):
-            score = sde.score(net, x, t)
-            if callback and k == 0:
-                callback(Step(i, t.item(), x, score))
-            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x, mean = step(sde, x, t, score, noise)
+
+    def draw() -> Tensor:
+        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+    for i, t in enumerate(times):
+        for repeat in range(resample):
+            if repeat:
+                a, b = (spread(c, x) for c in sde.transition(t))
+                x = a * x + b * draw()
+            for k, step in enumerate(steps):
+                score = sde.score(net, x, t)
+                if callback and repeat == k == 0:
+                    callback(Step(i, t.item(), x, score))
+                x, mean = step(sde, x, t, score, draw())
+                if constrain:
+                    moved = predict and k == len(steps) - 1
+                    x = constrain(generator, x, times[min(i + 1, sde.N - 1)] if moved else t)
         check_finite(x, t)
     return mean if noise_removal else x

@@ -83,6 +83,22 @@ def _path(data) -> Path:
     return path
 
 
+def read_images(key: str, name: str, channels: int) -> list[Picture]:
+    """The images of a file, a folder or a .zip, in the order of their names.
+
+    `key` is what `name` comes from; `channels` as of `decode_image`. Raises FileNotFoundError where
+    there is nothing, ValueError where an image cannot be read.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{key}={name} does not exist")
+    if path.is_file() and _is_image(path.name):
+        return [Files(path.parent, [path.name], partial(open_below, path.parent), channels)[0]]
+    listed = _list(path, key)
+    files = Files(path, listed.names, listed.open, channels)
+    return [files[i] for i in range(len(files))]
+
+
 # --- image files ----------------------------------------------------------------------------------
 
 
@@ -129,19 +145,19 @@ class Listed(NamedTuple):
     metadata: str | None
 
 
-def _list(path: Path) -> Listed:
+def _list(path: Path, key: str = "data.path") -> Listed:
     if path.is_file():
         archive = PerProcess(partial(zipfile.ZipFile, path))
         try:
             names, open_one = set(archive().namelist()), partial(_open_in, archive)
         except Exception as error:  # a damaged directory makes it fail in any way
             says = f"is no folder, .npy, .npz or zip file: {one_line(error)}"
-            raise ValueError(f"data.path={path} {says}") from error
+            raise ValueError(f"{key}={path} {says}") from error
     else:
         names, open_one = set(_files_below(path)), partial(open_below, path)
     images = sorted(filter(_is_image, names))
     if not images:
-        raise ValueError(f"data.path={path} holds no images ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{key}={path} holds no images ({', '.join(SUFFIXES)})")
     top = f"{images[0].partition('/')[0]}/{METADATA}"  # of a zip that holds one folder
     return Listed(images, open_one, next((n for n in (METADATA, top) if n in names), None))
 

@@ -1,0 +1,321 @@
+"""Restoration: images x of which a linear measurement m = A x + noise is known.
+
+Guidance turns a method's ODE and SDE into those of the images given m: their denoised image is
+E[x | y, m], which `RESTORERS` approximate by one step from the denoised image E[x | y].
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from methods.base import Method, Network, spread
+
+GREY = (0.299, 0.587, 0.114)  # of R, G and B (ITU-R BT.601), as image files are turned to grey
+
+
+# Noise of the measurement that `moment_matching` adds, as a share of the noise in y. At large noise
+# levels the true V / variance is smaller than a network's error, and its inverse without a bound.
+DAMPING = 1e-4
+
+
+# --- measurements ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A linear map A of images, and its transpose.
+
+    A A^T is `gram` times the identity, for inpainting on images that are 0 where A gives 0.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+    gram: float = 1.0
+
+
+def inpainting(known: Tensor) -> Operator:
+    """Keeps the pixels where `known` (H, W), bool, and sets the others to 0."""
+
+    def keep(x: Tensor) -> Tensor:
+        return torch.where(known.to(x.device), x, 0.0)
+
+    return Operator(keep, keep)
+
+
+def colouring() -> Operator:
+    """The grey image (B, 1, H, W) of a colour image (B, 3, H, W)."""
+
+    def weights(x: Tensor) -> Tensor:
+        return x.new_tensor(GREY).view(3, 1, 1)
+
+    return Operator(
+        lambda x: (weights(x) * x).sum(1, keepdim=True),
+        lambda m: weights(m) * m,
+        gram=sum(weight**2 for weight in GREY),
+    )
+
+
+def superresolution(factor: int) -> Operator:
+    """The means of squares of `factor` by `factor` pixels, (B, C, H / factor, W / factor)."""
+
+    def repeat(m: Tensor) -> Tensor:
+        return m.repeat_interleave(factor, -1).repeat_interleave(factor, -2) / factor**2
+
+    return Operator(lambda x: torch.nn.functional.avg_pool2d(x, factor), repeat, gram=1 / factor**2)
+
+
+def denoising() -> Operator:
+    """The image itself."""
+    return Operator(lambda x: x, lambda m: m)
+
+
+# sampling.restore -> factor by which the measurement is smaller than the image.
+RESTORE = {"inpaint": 1, "colour": 1, "super2": 2, "super4": 4, "super8": 8, "denoise": 1}
+
+
+def get_operator(name: str, known: Tensor | None = None) -> Operator:
+    """The A that `name`, one of `RESTORE`, stands for; "inpaint" takes `known`, bool (H, W)."""
+    if name == "inpaint":
+        return inpainting(known)
+    if name.startswith("super"):
+        return superresolution(RESTORE[name])
+    return {"colour": colouring, "denoise": denoising}[name]()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is known of images: `value` = A x + noise (B, ...), A x in the network's scaling.
+
+    `noise` is the standard deviation of each entry, in the same scaling; at least 0.
+    """
+
+    operator: Operator
+    value: Tensor
+    noise: float = 0.0
+
+    def residual(self, x: Tensor) -> Tensor:
+        """m - A x, of the shape of `value`."""
+        return self.value - self.operator.forward(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The images closest to `x` (B, C, H, W) that have exactly this measurement."""
+        A = self.operator
+        kept = x - A.adjoint(A.forward(x)) / A.gram  # for inpainting exactly 0 where m is known
+        return kept + A.adjoint(self.value) / A.gram
+
+
+# --- guidance -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What a denoiser D says of y at a noise level.
+
+    Attributes:
+        image: D(y) = E[x | y], (B, C, H, W).
+        covariance: v -> V v / variance, both (B, C, H, W); V is that of x given y.
+        sigma: the noise level.
+        variance: of the noise in y, given y, (B, 1, 1, 1).
+    """
+
+    image: Tensor
+    covariance: Callable[[Tensor], Tensor]
+    sigma: float
+    variance: Tensor
+
+
+def moment_matching(m: Measurement, d: Denoised, iterations: int = 5) -> Tensor:
+    """E[x | y, m] - E[x | y] where x given y is normal: V A^T (A V A^T + noise^2)^-1 (m - A D).
+
+    V is its covariance. Both sides are divided by the variance of the noise in y, and the equation
+    is solved by `iterations` of conjugate gradients. Exact for Gaussian data and noise, up to
+    `DAMPING`. Source: Rozet et al. 2024 (arXiv 2405.13712).
+    """
+    forward, adjoint = m.operator.forward, m.operator.adjoint
+    ridge = m.noise**2 / d.variance + DAMPING * m.operator.gram
+
+    def apply(u: Tensor) -> Tensor:
+        return forward(d.covariance(adjoint(u))) + ridge * u
+
+    u = conjugate_gradients(apply, m.residual(d.image), iterations)
+    return d.covariance(adjoint(u))
+
+
+def pigdm(m: Measurement, d: Denoised) -> Tensor:
+    """variance dlog p(m | y)/dy with V = r^2 I, r^2 = variance / (variance + 1).
+
+    That is the variance of white Gaussian data of variance 1, given y. Source: Song et al. 2023
+    ("Pseudoinverse-guided diffusion models", ICLR 2023).
+    """
+    covariance = d.variance / (d.variance + 1) * m.operator.gram + m.noise**2
+    return d.variance * d.covariance(m.operator.adjoint(m.residual(d.image) / covariance))
+
+
+def dps(m: Measurement, d: Denoised) -> Tensor:
+    """variance dlog p(m | y)/dy with p(m | y) = p(m | x = D(y)).
+
+    Its gradient has no bound as the noise vanishes; as published, the step is divided by the norm
+    of the residual instead, here relative to the noise level: the variance of m is taken as noise^2
+    plus sigma times the root mean square of m - A D. Source: Chung et al. 2023 (arXiv 2209.14687).
+    """
+    residual = m.residual(d.image)
+    size = residual.flatten(1).norm(dim=1) / math.sqrt(rank(m.operator, d.image))
+    covariance = m.noise**2 + spread(d.sigma * size, residual)
+    return d.variance * d.covariance(m.operator.adjoint(residual / covariance.clamp(min=1e-30)))
+
+
+def rank(operator: Operator, images: Tensor) -> float:
+    """Of how many independent numbers the measurement of one of `images` consists."""
+    return operator.forward(torch.ones_like(images[:1])).count_nonzero().item()
+
+
+# sampling.restorer -> what it adds to the denoised image; see `replacement` for None.
+RESTORERS: dict[str, Callable[[Measurement, Denoised], Tensor] | None] = {
+    "moment_matching": moment_matching,
+    "pigdm": pigdm,
+    "dps": dps,
+    "replacement": None,
+}
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], right: Tensor, iterations: int
+) -> Tensor:
+    """u with `apply(u)` close to `right`, both (B, ...); each row is an equation of its own.
+
+    `apply` should be symmetric and positive; a row ends where it is not, or where it is solved.
+    """
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return spread((a * b).flatten(1).sum(1), a)
+
+    def ratio(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where((b > 0) & (size > smallest), a / b, 0.0)
+
+    u, residual, direction = torch.zeros_like(right), right, right
+    size = dot(right, right)
+    smallest = torch.finfo(right.dtype).eps ** 2 * size
+    for _ in range(iterations):
+        image = apply(direction)
+        step = ratio(size, dot(direction, image))
+        u, residual = u + step * direction, residual - step * image
+        size, before = dot(residual, residual), size
+        direction = residual + ratio(size, before) * direction
+    return u
+
+
+def denoise(method: Method, net: Network, y: Tensor, sigma: float) -> tuple[Tensor, Denoised]:
+    """The slope dy/dsigma at `y` (B, C, H, W) and `sigma` > 0, and what follows for x given y.
+
+    The noise is a Student t with D degrees of freedom and scale sigma; w = (N + D) / (||y - x||^2 +
+    D sigma^2) is the precision it has, given x. Differentiating the posterior mean E, with its
+    kernel's d(log k)/dy = -w (y - x) and d(log k)/dsigma = -w D sigma, gives
+
+        E[w (x - E)(x - E)^T] = dE/dy + c (y - E)^T,  c = Cov(x, w) = -dE/dsigma / (D sigma),
+
+    which is symmetric and positive, as dE/dy alone is not, and, from E[w / w] = 1,
+
+        E[w] (||y - E||^2 + D sigma^2) = N + D - tr(dE/dy) + c^T (y - E),
+
+    whose trace a probe measures (Hutchinson 1990). For infinite D, c = 0 and w = 1 / sigma^2.
+    """
+    degrees, n = method.degrees_of_freedom, y[0].numel()
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        level = torch.tensor(sigma, dtype=torch.float64)
+        if math.isinf(degrees):
+            slope = method.slope(net, y, level)
+            image = y - sigma * slope
+        else:
+            level = level.to(y).repeat(len(y)).requires_grad_()  # one for each image
+            slope = method.slope(net, y, level)
+            image = y - spread(level, y) * slope
+    deviation = (y - image).detach()
+
+    def products(v: Tensor) -> tuple[Tensor, Tensor]:
+        """(dE/dy)^T v (B, C, H, W), and c^T v (B, 1, 1, 1)."""
+        if math.isinf(degrees):
+            return torch.autograd.grad(image, y, v, retain_graph=True)[0], y.new_zeros(())
+        by_y, by_level = torch.autograd.grad(image, (y, level), v, retain_graph=True)
+        return by_y, spread(by_level / (-degrees * sigma), y)
+
+    def covariance(v: Tensor) -> Tensor:
+        by_y, c = products(v)
+        return by_y + c * deviation
+
+    if math.isinf(degrees):
+        variance = spread(y.new_full((len(y),), sigma**2), y)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        signs = (torch.randint(2, y.shape[1:], generator=generator).to(y) * 2 - 1).expand_as(y)
+        trace = (signs * products(signs)[0]).flatten(1).sum(1)
+        left = n + degrees - spread(trace, y) + products(deviation)[1]
+        square = spread(deviation.flatten(1).square().sum(1), y)
+        variance = (square + degrees * sigma**2) / left.clamp(min=min(degrees, 1.0))
+    return slope.detach(), Denoised(image.detach(), covariance, sigma, variance)
+
+
+class Restoring:
+    """A method whose ODE, and SDE where it has one, lead to images that agree with `measurement`.
+
+    Everything but slope, ODE and score is that of `method`. A restorer gives the denoised image of
+    y as E[x | y] + change, so that the slope (y - E[x | y, m]) / sigma is the method's own less
+    change / sigma; where the noise is Gaussian, change = sigma^2 dlog p(m | y)/dy.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        measurement: Measurement,
+        restorer: Callable[[Measurement, Denoised], Tensor],
+    ):
+        self.method, self.measurement, self.restorer = method, measurement, restorer
+
+    def __getattr__(self, name: str):
+        return getattr(self.method, name)
+
+    def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
+        """dy/dsigma (B, C, H, W) at `y` and noise level `sigma` > 0 (a float or 0-d tensor)."""
+        slope, denoised = denoise(self.method, net, y, float(sigma))
+        return slope - self.restorer(self.measurement, denoised) / sigma
+
+    def ode(self, net: Network, x: Tensor, t: float | Tensor) -> Tensor:
+        """dx/dt of x = alpha y: alpha'/alpha x + alpha sigma' dy/dsigma."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        alpha, alpha_rate = _with_rate(self.method.alpha, t)
+        sigma, sigma_rate = _with_rate(self.method.sigma, t)
+        slope = self.slope(net, x / alpha.item(), sigma.item())
+        return (alpha_rate / alpha).item() * x + (alpha * sigma_rate).item() * slope
+
+    def score(self, net: Network, x: Tensor, t: Tensor) -> Tensor:
+        """The gradient of log p_t given the measurement, at `x` (B, C, H, W) and a time `t` ()."""
+        alpha, sigma = self.method.alpha(t).item(), self.method.sigma(t).item()
+        return -self.slope(net, x / alpha, sigma) / (alpha * sigma)
+
+
+def _with_rate(f: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+    """f(t) and df/dt."""
+    return torch.func.jvp(f, (t,), (torch.ones_like(t),))
+
+
+# --- replacement ----------------------------------------------------------------------------------
+
+
+def replacement(
+    sde: Method, m: Measurement, generator: torch.Generator | None, x: Tensor, t: Tensor
+) -> Tensor:
+    """`x` (B, C, H, W) at time `t` (), its measured part replaced by `m` perturbed to that time.
+
+    Below the noise level of the measurement, which has no more to say there, `x` is returned as it
+    is. Source: Song et al. 2021 (arXiv 2011.13456), appendix I.2.
+    """
+    alpha, sigma = sde.alpha(t).item(), sde.sigma(t).item()
+    missing = m.operator.gram * sigma**2 - m.noise**2
+    if missing < 0:
+        return x
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    noise = m.operator.forward(noise) * math.sqrt(missing / m.operator.gram)
+    return alpha * Measurement(m.operator, m.value + noise).project(x / alpha)

@@ -1,0 +1,320 @@
+"""Restoration against the posterior of Gaussian data, which has a closed form."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from known_laws import FAMILY, SDES, denoising_network, pfgmpp, time_of
+from PIL import Image
+
+import methods
+import run_lib
+from configs.poisson import digits_ddpmpp
+from configs.vp import digits_ddpmpp as vp_digits
+from methods.base import spread
+from methods.restoration import RESTORERS, Measurement, Restoring, get_operator, replacement
+from sampling import get_sampling_fn, solve_ode
+from solvers.predictor_corrector import predictor_corrector
+from storage.checkpoints import save_checkpoint
+
+POISSON = methods.Poisson(
+    sigma_end=0.01,
+    tau=0.03,
+    M=291,
+    restrict_M=True,
+    gamma=5.0,
+    z_max=60.0,
+    z_min=1e-3,
+    z_exp=0.0,
+    upper_norm=150.0,
+)
+METHODS = {**SDES, **FAMILY, "pfgmpp2048": pfgmpp(2048.0), "poisson": POISSON}
+KNOWN = torch.tensor([[True, True], [False, False]])
+
+
+class GaussianData:
+    """Images N(mean, covariance) of `shape`, with neighbouring pixels and channels alike."""
+
+    def __init__(self, shape, white=False):
+        self.shape, n = shape, math.prod(shape)
+        generator = torch.Generator().manual_seed(1)
+        places = torch.cartesian_prod(*(torch.arange(side) for side in shape)).double()
+        covariance = 0.25 * (-torch.cdist(places, places) / 2).exp()
+        self.covariance = torch.eye(n).double() if white else covariance
+        self.mean = 0.2 * torch.randn(n, generator=generator, dtype=torch.float64)
+        self.values, self.vectors = torch.linalg.eigh(self.covariance)
+
+    def sample(self, generator):
+        noise = torch.randn(len(self.mean), generator=generator, dtype=torch.float64)
+        return (self.mean + self.vectors @ (self.values.sqrt() * noise)).view(1, *self.shape)
+
+    def denoise(self, degrees, y, sigma):
+        """E[x | y] where y is x and a Student t: a mean over the noise's scale, given y."""
+        c = (y.double().flatten(1) - self.mean) @ self.vectors  # in the basis of the components
+        if math.isinf(degrees):
+            shrunk = c * self.values / (self.values + sigma[:, None] ** 2)
+        else:
+            n = len(self.mean)  # g lies between what an image of no variance says, and its prior
+            low = ((n + degrees) / (degrees + c.square().sum(1) / sigma**2)).log() - 28 / (
+                n + degrees
+            )
+            high = math.log((n + degrees) / degrees) + min(2.5, 12 / degrees**0.5)
+            shares = torch.linspace(0, 1, 60, dtype=torch.float64)[:, None, None]
+            log_g = (low + shares[..., 0] * (high - low))[..., None]  # (60, B, 1)
+            total = self.values + sigma[:, None] ** 2 * (-log_g).exp()  # (60, B, n)
+            log_p = 0.5 * degrees * (log_g[..., 0] - log_g[..., 0].exp())
+            log_p = log_p - 0.5 * (total.log() + c**2 / total).sum(-1)
+            shrunk = (log_p.softmax(0)[..., None] * self.values / total).sum(0) * c
+        return (self.mean + shrunk @ self.vectors.T).view_as(y)
+
+    def network(self, method):
+        """The network that is exact for these data."""
+        denoise = partial(self.denoise, method.degrees_of_freedom)
+        if isinstance(method, methods.PFGMPP):
+            return denoising_network(denoise)
+        if isinstance(method, methods.Poisson):
+
+            def field(x, z):
+                g = torch.cat([(denoise(x, z) - x).flatten(1), -z[:, None]], dim=1)
+                norm = g.norm(dim=1, keepdim=True)
+                g = math.sqrt(x[0].numel()) * g / (norm + method.gamma)
+                return g[:, :-1].view_as(x), g[:, -1]
+
+            return field
+
+        def net(x, noise_label):
+            t = time_of(method, noise_label)
+            alpha, std = method.kernel(t)
+            sigma, y = std / alpha, x / spread(alpha, x)
+            noise = (y - denoise(y, sigma)) / spread(sigma, y)
+            return -noise / spread(std, x) if isinstance(method, methods.VESDE) else noise
+
+        return net
+
+    def posterior(self, measurement):
+        """Mean and covariance of x given a measurement of one image."""
+        eye = torch.eye(len(self.mean), dtype=torch.float64).view(-1, *self.shape)
+        A = measurement.operator.forward(eye).flatten(1).T
+        A = A[A.abs().sum(1) > 0]
+        value = measurement.value.flatten()
+        value = value[measurement.operator.forward(eye).flatten(1).T.abs().sum(1) > 0]
+        noise = measurement.noise**2 * torch.eye(len(A))
+        gain = self.covariance @ A.T @ torch.linalg.inv(A @ self.covariance @ A.T + noise)
+        mean = self.mean + gain @ (value - A @ self.mean)
+        return mean, self.covariance - gain @ A @ self.covariance
+
+
+def measured(data, task, noise):
+    """A measurement of a sample of `data`."""
+    generator = torch.Generator().manual_seed(2)
+    operator = get_operator(task, KNOWN)
+    value = operator.forward(data.sample(generator))
+    added = torch.randn(data.shape, generator=generator, dtype=torch.float64)
+    return Measurement(operator, value + noise * operator.forward(added[None]), noise)
+
+
+def whitened(x):
+    """Rows `x` (n, N), changed a little so that their mean is 0 and their covariance 1."""
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+
+
+def errors(name, task, restorer, noise=0.0, white=False, n=4000, steps=40, resample=1):
+    """Relative errors of mean and covariance of n restorations."""
+    method = METHODS[name]
+    data = GaussianData((3, 2, 2) if task == "colour" else (1, 2, 2), white)
+    one = measured(data, task, noise)
+    many = replace(one, value=one.value.expand(n, *one.value.shape[1:]))
+    generator, net = torch.Generator().manual_seed(0), data.network(method)
+    x = method.prior_sampling((n, *data.shape), generator).double()
+    if math.isinf(method.degrees_of_freedom) and restorer != "replacement":
+        start = torch.tensor(method.t_prior, dtype=torch.float64)
+        std = method.alpha(start) * method.sigma(start)  # leaves the error without that of n draws
+        x = std * whitened(x.flatten(1)).view_as(x)
+    if restorer == "replacement":
+        x = predictor_corrector(
+            replace(method, N=steps),
+            net,
+            x,
+            "euler_maruyama",
+            "none",
+            generator,
+            noise_removal=True,
+            constrain=partial(replacement, method, many),
+            resample=resample,
+        )
+    else:
+        guided = Restoring(method, many, RESTORERS[restorer])
+        options = {"schedule": "polynomial", "noise_removal": True}
+        x, _ = solve_ode(guided, net, x, "heun", steps, **options)
+    x = x if noise else many.project(x)
+    x, (mean, covariance) = x.flatten(1), data.posterior(one)
+    return (
+        ((x.mean(0) - mean).norm() / mean.norm()).item(),
+        ((x.T.cov() - covariance).norm() / covariance.norm()).item(),
+    )
+
+
+GAUSSIAN = [*SDES, "edm"]
+TASKS = [("inpaint", 0.0), ("inpaint", 0.2), ("super2", 0.2), ("colour", 0.0), ("denoise", 0.3)]
+
+
+@pytest.mark.parametrize(("task", "noise"), TASKS)
+def test_adjoints(task, noise):
+    """<A x, m> = <x, A^T m>, and A A^T is `gram` times the identity."""
+    operator = get_operator(task, KNOWN.repeat(4, 4))
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    image = operator.forward(x)
+    m = operator.forward(torch.randn_like(x)) if task == "inpaint" else torch.randn_like(image)
+    torch.testing.assert_close((image * m).sum(), (x * operator.adjoint(m)).sum())
+    torch.testing.assert_close(operator.forward(operator.adjoint(m)), operator.gram * m)
+
+
+@pytest.mark.parametrize("name", GAUSSIAN)
+@pytest.mark.parametrize(("task", "noise"), TASKS)
+def test_moment_matching_is_exact_for_gaussian_noise(name, task, noise):
+    mean, covariance = errors(name, task, "moment_matching", noise)
+    assert mean < 0.02
+    assert covariance < 0.05  # 40 steps of Heun; 80 leave a quarter of it
+
+
+@pytest.mark.parametrize(("name", "n"), [("pfgmpp2048", 400), ("pfgmpp", 400), ("poisson", 400)])
+def test_moment_matching_for_student_t_noise(name, n):
+    """Within the error of n draws, which is 0.09 for a covariance of rank 2."""
+    mean, covariance = errors(name, "inpaint", "moment_matching", n=n)
+    assert mean < 0.06
+    assert covariance < 0.2
+
+
+def test_pigdm_is_exact_for_white_data():
+    for task, noise in (("inpaint", 0.2), ("denoise", 0.3)):
+        assert max(errors("edm", task, "pigdm", noise, white=True)) < 0.05
+
+
+def test_resampling_brings_replacement_closer():
+    plain = errors("vp", "inpaint", "replacement", steps=200, n=2000)
+    repeated = errors("vp", "inpaint", "replacement", steps=200, n=2000, resample=5)
+    assert repeated[0] < 0.5 * plain[0]
+
+
+# --- by the program -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function (restore, **sampling keys) -> the report, of a small untrained network."""
+    config = digits_ddpmpp.get_config()
+    config.model.nf = 8
+    config.training.n_iters = 8
+    config.sampling.ode_solver, config.sampling.N = "heun", 3
+    config.eval.update(batch_size=10, enable_loss=False, enable_bpd=False, enable_sampling=False)
+    state = run_lib.Experiment.build(config).state
+    state.step = 4 * config.training.snapshot_freq
+    save_checkpoint(tmp_path / f"run/checkpoints/checkpoint_{state.step}.pth", state.state_dict())
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        image = Image.fromarray(random.integers(256, size=(8, 8), dtype=np.uint8))
+        image.save(tmp_path / f"images/{i}.png")
+
+    def restore(task, degrade=True, **keys):
+        config.sampling.update(restore=task, restore_degrade=degrade)
+        config.sampling.update({"restore_path": str(tmp_path / "images"), **keys})
+        run_lib.evaluate(config, tmp_path / "run")
+        with np.load(tmp_path / "run/eval/report_4.npz") as file:
+            return dict(file)
+
+    restore.folder = tmp_path
+    return restore
+
+
+def restored(run):
+    arrays = []
+    for i in range(2):  # two images at once, then one, each five times
+        with np.load(run.folder / f"run/eval/ckpt_4_restored_{i}.npz") as file:
+            arrays.append(file["restored"])
+    return np.concatenate(arrays).reshape(3, 5, 8, 8)
+
+
+@pytest.mark.parametrize("restorer", ["moment_matching", "pigdm", "dps"])
+def test_known_pixels_come_back_unchanged(run, restorer):
+    report = run("inpaint", restore_mask="4,0,4,8", restorer=restorer)
+    images = np.stack([np.asarray(Image.open(run.folder / f"images/{i}.png")) for i in range(3)])
+    found = restored(run)
+    assert (found[:, :, :4] == images[:, None, :4]).all()
+    assert (found[:, :, 4:] != images[:, None, 4:]).any()
+    assert report["restore_images"] == 3
+    error = ((found - images[:, None].astype(float)) ** 2).mean((2, 3))
+    expected = (10 * np.log10(255**2 / error)).mean()
+    assert report["restore_psnr"] == pytest.approx(expected)
+    assert report["restore_spread"] == pytest.approx(math.sqrt(found.var(1, ddof=1).mean()) / 255)
+    assert "Restoration" in (run.folder / "run/eval/report.html").read_text()
+
+
+def test_a_mask_is_white_where_pixels_are_missing(run):
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:5, 3:] = 255
+    Image.fromarray(mask).save(run.folder / "mask.png")
+    run("inpaint", restore_mask=str(run.folder / "mask.png"))
+    images = np.stack([np.asarray(Image.open(run.folder / f"images/{i}.png")) for i in range(3)])
+    assert (restored(run) == images[:, None])[:, :, mask == 0].all()
+
+
+def test_measured_images_have_no_truth(run):
+    report = run("super2", degrade=False)
+    assert report["restore_images"] == 3
+    assert "restore_psnr" not in report
+    assert run("denoise", restore_noise=0.2)["restore_psnr"] > 0
+
+
+@pytest.mark.parametrize(
+    ("task", "keys", "says"),
+    [
+        ("inpaint", {}, "needs sampling.restore_mask"),
+        ("inpaint", {"restore_mask": "none.png"}, "sampling.restore_mask=none.png does not exist"),
+        ("inpaint", {"restore_mask": "4,4,8,1"}, "is not within 8 x 8"),
+        ("inpaint", {"restore_mask": "0,0,8,8"}, "marks all pixels"),
+        ("inpaint", {"restore_mask": "0,0,0,8"}, "marks no pixel"),
+        ("super2", {"restore_path": ""}, "needs sampling.restore_path"),
+        ("super2", {"restore_path": "none"}, "sampling.restore_path=none does not exist"),
+        ("super2", {"restorer": "replacement"}, "needs an SDE's sampling.method='pc'"),
+        ("super2", {"restorer": "magic"}, "sampling.restorer must be one of"),
+        ("super3", {}, "sampling.restore must be one of"),
+        ("colour", {}, "needs colour images; these have 1"),
+        ("denoise", {}, "needs a sampling.restore_noise above 0"),
+    ],
+)
+def test_bad_input_is_one_line(run, task, keys, says):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        run(task, **keys)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_of_another_size(run):
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(run.folder / "mask.png")
+    with pytest.raises(ValueError, match="has 8 x 9 pixels; the images have 8 x 8"):
+        run("inpaint", restore_mask=str(run.folder / "mask.png"))
+
+
+def test_replacement_keeps_known_pixels_and_is_repeatable():
+    """With predictor, corrector and RePaint's repeats, by the sampler of a config."""
+    config = vp_digits.get_config()
+    config.model.num_scales = 50
+    config.sampling.update(method="pc", predictor="euler_maruyama", corrector="langevin")
+    config.sampling.update(restorer="replacement", restore_resample=2)
+    method, value = methods.get_method(config), torch.rand(4, 1, 8, 8) * 2 - 1
+    measurement = Measurement(get_operator("inpaint", KNOWN.repeat(4, 4)), value)
+    measurement = replace(measurement, value=measurement.operator.forward(value))
+    sample, found = get_sampling_fn(config, method, measurement=measurement), []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        images, evaluations = sample(lambda x, label: x, num=4, generator=generator)
+        found.append(images)
+    assert evaluations == 50 * 2 * 2
+    known = KNOWN.repeat(4, 4).expand_as(value)
+    torch.testing.assert_close(found[0][known], ((value + 1) / 2)[known], rtol=0, atol=1e-6)
+    assert torch.equal(*found)
