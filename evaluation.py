@@ -19,6 +19,7 @@ from torch import Tensor
 
 import datasets
 import distributed
+import likelihood
 import sampling
 from experiment import Experiment, progress_bar
 from methods.base import conditioned
@@ -28,6 +29,7 @@ from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, fingerprint
 from metrics.table import Comparison, compare
 from reports.images import Images, channels_last, image_grid, to_uint8
+from sources.batch import Batch
 from sources.folder import read_images
 from sources.images import cropped_then_resized
 from storage.files import cached, check_arrays, read_arrays, save_png
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 PARTS = (
     "enable_loss",
     "enable_bpd",
+    "enable_classification",
     "enable_sampling",
     "save_images",
     "enable_interpolate",
@@ -46,7 +49,9 @@ PARTS = (
 
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
 ROWS, COLUMNS = 8, 10  # of the pictures of interpolation and rescaling
+CLASS_ROWS = 10  # classes that a picture shows
 RESTORATIONS = 5  # of each image
+AVERAGED = 2_000  # training images whose mean is a plain restoration
 RESTORED = 10  # images that the picture of restorations shows
 PAIRS = 10  # samples in a row of the picture of nearest training images
 
@@ -191,6 +196,56 @@ def evaluate_bpd(
     }
 
 
+def evaluate_classification(
+    config, run: Experiment, bits_per_dim: Callable, data, folder: Path, k: int, origin: dict
+) -> dict:
+    """log p(label | image) of every image of a split, by its likelihood given each class label.
+
+    p(label) is the share of the class in the training images. The likelihoods of an image share the
+    noise that dequantises it and their probe, so that these do not tell the labels apart.
+
+    Returns the report's entries `accuracy` and `class...` (docs/architecture.md), in the main
+    process only. Raises FloatingPointError where the ODE cannot be solved.
+    """
+    split, size, classes = config.eval.dataset, config.eval.batch_size, config.data.num_classes
+    prior = datasets.get_labels(config, "train").bincount(minlength=classes).double()
+    dim = math.prod(datasets.image_shape(config))
+    origin = origin | _origin_of(data) | {"divergence": config.eval.divergence}
+    origin |= {"labels of the training images": prior.tolist()}
+
+    def generator(i: int) -> torch.Generator:
+        return datasets.keyed_generator(run.device, "classification", config.seed, i)
+
+    @torch.no_grad()
+    def compute(i: int, start: int) -> dict:
+        images = datasets.batch_at(data, slice(start, start + size)).images.to(run.device)
+        images = datasets.to_unit_interval(images, generator(2 * i), dequantize=True)
+        bits = []
+        for label in range(classes):
+            given = torch.full((len(images),), label, device=run.device)
+            scaled, probe = run.scaler(images), generator(2 * i + 1)
+            bits.append(bits_per_dim(run.state.model, scaled, probe, given)[0].double().cpu())
+        return {"log_p": likelihood.log_posterior(torch.stack(bits, 1), dim, prior).numpy()}
+
+    starts = range(0, len(data), size)
+    paths = [folder / f"{split}_ckpt_{k}_classes_{i}.npz" for i in range(len(starts))]
+    _remove_others(folder.glob(f"{split}_ckpt_{k}_classes_*.npz"), paths)
+    tasks = []
+    for i, (start, path) in enumerate(zip(starts, paths, strict=True)):
+        number = min(size, len(data) - start)
+        spec, key = {"log_p": ("f", (number, classes))}, origin | {"batch": (i, size)}
+        tasks.append((number, partial(cached, path, key, partial(compute, i, start), spec)))
+    batches = _shared("classification", tasks)
+    if not batches:
+        return {}
+    log_p = np.concatenate([batch["log_p"] for batch in batches])
+    return {
+        "accuracy": np.mean(log_p.argmax(1) == data.labels.cpu().numpy()),
+        "class_log_p": log_p,
+        "class_seconds": np.sum([batch["seconds"] for batch in batches]),
+    }
+
+
 def evaluate_samples(
     config, run: Experiment, statistics: ReferenceStatistics, folder: Path, k: int, origin: dict
 ) -> dict:
@@ -223,6 +278,8 @@ def evaluate_samples(
         statistics.reference,
         space.backend,
         run.device if run.device.type == "cuda" else torch.device("cpu"),  # for float64
+        _labels_of(rounds) if config.data.num_classes else None,
+        statistics.labels,
     )
     found |= compare(comparison)
     first = np.arange(min(GRID_SAMPLES, len(features)))
@@ -283,6 +340,19 @@ def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
     return drawn if labels is None else drawn | {"labels": labels[finite].cpu().numpy()}
 
 
+def _labels_of(rounds: list[dict]) -> np.ndarray:
+    """The class labels that the samples of the rounds were drawn for, from their files."""
+    return np.concatenate([_read_round(drawn, {"labels": "i"})["labels"] for drawn in rounds])
+
+
+def _read_round(drawn: dict, kinds: dict[str, str]) -> dict:
+    """Of the file of a round, the arrays of `kinds`, which have a row for each sample."""
+    path, n = drawn["path"], len(drawn["pool_3"])
+    rest = {"samples": (None, None, None)}
+    spec = {name: (kind, (n, *rest.get(name, ()))) for name, kind in kinds.items()}
+    return check_arrays(path, read_arrays(path), spec)
+
+
 def _features(space: FeatureSpace, images: Images) -> dict:
     if not len(images):
         return {name: np.empty(shape, np.float32) for name, (_, shape) in space.spec(0).items()}
@@ -296,9 +366,7 @@ def _samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
     round_of = np.searchsorted(ends, rows, side="right")
     images = {}
     for r in np.unique(round_of):
-        path, n = rounds[r]["path"], len(rounds[r]["pool_3"])
-        spec = {"samples": ("u", (n, None, None, None))}
-        samples = check_arrays(path, read_arrays(path), spec)["samples"]
+        samples = _read_round(rounds[r], {"samples": "u"})["samples"]
         images |= {row: samples[row - ends[r]] for row in rows[round_of == r]}
     return np.stack([images[row] for row in rows])
 
@@ -308,9 +376,16 @@ def _samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
 
 @dataclass(frozen=True)
 class ToRestore:
-    """Measurements of images in the network's scaling and, where known, the images in [0, 1]."""
+    """What is to be restored.
+
+    Attributes:
+        measurement: of n images, in the network's scaling.
+        labels: the class labels (n,) of the images, -1 for none; None without classes.
+        truth: the images in [0, 1], where they are known.
+    """
 
     measurement: Measurement
+    labels: Tensor | None
     truth: Tensor | None
 
 
@@ -324,8 +399,11 @@ def read_restoration(config, run: Experiment) -> ToRestore:
     asked, channels, size = config.sampling, config.data.num_channels, config.data.image_size
     name, whole = asked.restore.lower(), asked.restore_degrade
     factor = RESTORE[name]
-    if not asked.restore_path:
-        raise ValueError(f"sampling.restore={name!r} needs sampling.restore_path, an image or more")
+    if not (asked.restore_path or whole):
+        raise ValueError(
+            f"sampling.restore={name!r} needs sampling.restore_path, an image or more, or "
+            "sampling.restore_degrade for those of the split eval.dataset"
+        )
     if size % factor:
         raise ValueError(f"sampling.restore={name!r} does not divide data.image_size={size}")
     if name == "colour" and channels != 3:
@@ -335,10 +413,8 @@ def read_restoration(config, run: Experiment) -> ToRestore:
     operator = get_operator(name, _known_pixels(config) if name == "inpaint" else None)
     if not whole:
         channels, size = 1 if name == "colour" else channels, size // factor
-    pictures = read_images("sampling.restore_path", asked.restore_path, channels)
-    pictures = np.stack([cropped_then_resized(picture, size) for picture in pictures])
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(run.device)
-    images = datasets.to_unit_interval(images)
+    batch = _batch_to_restore(config, channels, size).to(run.device)
+    images = datasets.to_unit_interval(batch.images)
     ends = run.scaler(torch.tensor([0.0, 1.0]))
     noise, value = asked.restore_noise * (ends[1] - ends[0]).item(), run.scaler(images)
     if whole:
@@ -348,9 +424,33 @@ def read_restoration(config, run: Experiment) -> ToRestore:
         value = operator.forward(value) + noise * added
     if name == "inpaint":
         value = operator.forward(value)  # nothing is known of the other pixels, noise or not
-    found = ToRestore(Measurement(operator, value, noise), images if whole else None)
-    sampling.get_sampling_fn(config, run.method, run.guide, found.measurement)  # raises
-    return found
+    measurement = Measurement(operator, value, noise)
+    sampling.get_sampling_fn(config, run.method, run.guide, measurement)  # raises what it must
+    return ToRestore(measurement, batch.labels, images if whole else None)
+
+
+def _batch_to_restore(config, channels: int, size: int) -> Batch:
+    """uint8 images (n, channels, size, size), and class labels where the network is given any."""
+    asked, classes = config.sampling, config.data.num_classes
+    if asked.restore_path:
+        pictures = read_images("sampling.restore_path", asked.restore_path, channels)
+        pictures = np.stack([cropped_then_resized(picture, size) for picture in pictures])
+        batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    else:
+        data = datasets.get_dataset(config, config.eval.dataset)
+        batch = datasets.batch_at(data, slice(max(1, config.eval.num_samples // RESTORATIONS)))
+    if not classes:
+        return batch
+    if asked.class_label >= 0:
+        return replace(batch, labels=torch.full((len(batch),), asked.class_label))
+    if batch.labels is not None:
+        return batch
+    if not config.training.label_dropout:
+        raise ValueError(
+            "the classes of the images of sampling.restore_path are not known, and the network was "
+            "not trained without (training.label_dropout=0): name one as sampling.class_label"
+        )
+    return replace(batch, labels=torch.full((len(batch),), -1))
 
 
 def _known_pixels(config) -> Tensor:
@@ -391,6 +491,8 @@ def evaluate_restoration(
     """
     value, size = asked.measurement.value, max(1, config.eval.batch_size // RESTORATIONS)
     digest = hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()
+    if asked.labels is not None:
+        digest += hashlib.sha256(asked.labels.cpu().numpy().tobytes()).hexdigest()
     known = asked.measurement.operator.forward(torch.ones(1, *datasets.image_shape(config)))
     digest += hashlib.sha256(known.numpy().tobytes()).hexdigest()
     starts = range(0, len(value), size)
@@ -403,7 +505,10 @@ def evaluate_restoration(
         measurement = replace(asked.measurement, value=some)
         sample = sampling.get_sampling_fn(config, run.method, run.guide, measurement)
         generator = datasets.keyed_generator(run.device, "restoration", config.seed, i)
-        images, nfe = sample(run.state.model, len(some), generator=generator)
+        labels = asked.labels
+        if labels is not None:
+            labels = labels[start : start + size].repeat_interleave(RESTORATIONS)
+        images, nfe = sample(run.state.model, len(some), generator=generator, labels=labels)
         return {"restored": to_uint8(images), "nfe": nfe}
 
     tasks = []
@@ -417,25 +522,47 @@ def evaluate_restoration(
         return {}
     restored = np.concatenate([drawn["restored"] for drawn in rounds])
     restored = restored.reshape(len(value), RESTORATIONS, *sides, channels)
-    plain = asked.measurement.operator.adjoint(value) / asked.measurement.operator.gram
-    plain = to_uint8(datasets.get_data_inverse_scaler(config)(plain).clamp(0, 1))
+    unscaled = datasets.get_data_inverse_scaler(config)
+    measured = asked.measurement.operator.adjoint(value) / asked.measurement.operator.gram
+    measured = to_uint8(unscaled(measured).clamp(0, 1))
     found = {
         "restore_images": len(value),
         "restore_spread": np.sqrt((restored / 255).var(1, ddof=1).mean()),
         "restore_nfe": np.mean([drawn["nfe"] for drawn in rounds]),
         "restore_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
     }
-    columns = [plain[:, None], restored]
+    columns = [measured[:, None], restored]
     if asked.truth is not None:
         truth = to_uint8(asked.truth)[:, None]
         columns = [truth, *columns]
         found["restore_psnr"] = _psnr(restored, truth)
         found["restore_psnr_mean"] = _psnr(restored.mean(1, keepdims=True), truth)
+        plain = to_uint8(unscaled(_plain_restoration(config, run, asked.measurement)).clamp(0, 1))
         found["restore_psnr_plain"] = _psnr(plain[:, None], truth)
     shown = np.concatenate(columns, axis=1)[:RESTORED]
     path = folder / f"restoration_{k}.png"
     _save_grid(path, shown.reshape(-1, *sides, channels), columns=shown.shape[1])
     return found
+
+
+def _plain_restoration(config, run: Experiment, measurement: Measurement) -> Tensor:
+    """Restorations (n, C, H, W) that need no network, to compare with.
+
+    Small images are enlarged by cubic interpolation; else it is the mean training image, changed so
+    that it agrees with the measurement.
+    """
+    value, (channels, height, width) = measurement.value, datasets.image_shape(config)
+    if value.shape[2:] != (height, width):
+        return torch.nn.functional.interpolate(value, (height, width), mode="bicubic")
+    try:
+        data = datasets.get_dataset(config, "train", labels=False)
+    except (OSError, ValueError) as error:  # published networks restore without their data
+        log.warning(f"the plain restorations start from grey, not the mean image: {error}")
+        mean = run.scaler(torch.tensor(0.5)).expand(channels, height, width)
+    else:
+        batch = datasets.batch_at(data, slice(AVERAGED))
+        mean = run.scaler(datasets.to_unit_interval(batch.images)).mean(0)
+    return measurement.project(mean.to(value).expand(len(value), -1, -1, -1))
 
 
 def _psnr(images: np.ndarray, truth: np.ndarray) -> float:
@@ -484,6 +611,20 @@ def draw_interpolation(config, run: Experiment, folder: Path, k: int) -> None:
     _draw_strips(run, x, folder / f"interpolation_{k}.png", generator)
 
 
+def draw_classes(config, run: Experiment, folder: Path, k: int) -> None:
+    """A row for each class, at most `CLASS_ROWS`; each column starts from one prior sample.
+
+    Without classes, or where `sampling.class_label` asks for one, there is no such picture.
+    """
+    if not config.data.num_classes or config.sampling.class_label >= 0:
+        return
+    rows, shape = min(config.data.num_classes, CLASS_ROWS), datasets.image_shape(config)
+    generator = datasets.keyed_generator(run.device, "classes", config.seed)
+    x = run.method.prior_sampling((COLUMNS, *shape), generator, run.device).repeat(rows, 1, 1, 1)
+    labels = torch.arange(rows, device=run.device)
+    _draw_strips(run, x, folder / f"classes_{k}.png", generator, labels)
+
+
 def draw_rescaling(config, run: Experiment, folder: Path, k: int) -> None:
     """Each row keeps the direction of one prior sample and raises its norm (the temperature)."""
     shape = datasets.image_shape(config)
@@ -496,8 +637,16 @@ def draw_rescaling(config, run: Experiment, folder: Path, k: int) -> None:
     _draw_strips(run, x, folder / f"rescale_{k}.png", generator)
 
 
-def _draw_strips(run: Experiment, x: Tensor, path: Path, generator: torch.Generator) -> None:
-    labels = run.draw_labels(len(x) // COLUMNS, "rows")
+def _draw_strips(
+    run: Experiment,
+    x: Tensor,
+    path: Path,
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+) -> None:
+    """Rows of `COLUMNS` samples from `x`; a row has one of `labels`, which are drawn if None."""
+    if labels is None:
+        labels = run.draw_labels(len(x) // COLUMNS, "rows")
     labels = None if labels is None else labels.repeat_interleave(COLUMNS)
     try:
         samples, _ = run.sample(run.state.model, x=x, generator=generator, labels=labels)

@@ -79,6 +79,17 @@ def log_likelihood(
         return method.prior_logp(latent) + change, latent, flow.calls
 
 
+def log_posterior(bits: Tensor, dim: int, prior: Tensor) -> Tensor:
+    """log p(label | image) (B, K) by Bayes' rule, in nats.
+
+    Args:
+        bits: bits/dim (B, K) of each image given each of K labels.
+        dim: of how many entries an image consists.
+        prior: p(label) (K,), up to a factor.
+    """
+    return (prior.log() - bits * dim * math.log(2)).log_softmax(1)
+
+
 def get_likelihood_fn(config, method: Method) -> Callable[..., tuple[Tensor, Tensor, int]]:
     """Bits per dimension of images.
 

@@ -171,9 +171,11 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         )
     folder = evaluation_folder(workdir, eval_folder)
     checkpoints = checkpoints_to_evaluate(config, workdir)
-    if asked.enable_loss or asked.enable_bpd:
+    if asked.enable_loss or asked.enable_bpd or asked.enable_classification:
         data = datasets.get_dataset(config, asked.dataset)
-    if asked.enable_bpd:
+    if asked.enable_classification and not config.data.num_classes:
+        raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
+    if asked.enable_bpd or asked.enable_classification:
         bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
     run.draw_labels(1, "check")  # raises where there is no label to sample with
     if asked.enable_sampling:
@@ -206,6 +208,10 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
                     report |= evaluation.evaluate_bpd(
                         config, run, bits_per_dim, data, folder, k, origin
                     )
+                if asked.enable_classification:
+                    report |= evaluation.evaluate_classification(
+                        config, run, bits_per_dim, data, folder, k, origin
+                    )
                 if asked.enable_sampling:
                     report |= evaluation.evaluate_samples(
                         config, run, statistics, folder, k, origin
@@ -220,6 +226,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
                     report |= evaluation.evaluate_loss(config, run, data, folder, k, origin)
                 if asked.save_images and not asked.enable_sampling:
                     evaluation.draw_images(config, run, folder, k)
+                if asked.enable_sampling or asked.save_images:
+                    evaluation.draw_classes(config, run, folder, k)
                 if asked.enable_interpolate:
                     evaluation.draw_interpolation(config, run, folder, k)
                 if asked.enable_rescale:

@@ -288,7 +288,12 @@ KEYS = {
         "restore the images of restore_path: 'inpaint' what restore_mask marks, 'colour' grey "
         "images, enlarge by 2, 4 or 8 ('super2' ..), 'denoise'; '': nothing",
     ),
-    "sampling.restore_path": Key("", Text(), "of restore: an image, or a folder or .zip of them"),
+    "sampling.restore_path": Key(
+        "",
+        Text(),
+        "of restore: an image, or a folder or .zip of them; '': with restore_degrade the first of "
+        "the split eval.dataset, a fifth of eval.num_samples at most",
+    ),
     "sampling.restore_degrade": Key(
         False,
         Flag(),
@@ -328,6 +333,9 @@ KEYS = {
     ),
     "eval.enable_loss": Key(True, Flag(), "the loss of the split"),
     "eval.enable_bpd": Key(False, Flag(), "bits/dim of the split"),
+    "eval.enable_classification": Key(
+        False, Flag(), "classify the images of the split by the likelihood given each label"
+    ),
     "eval.bpd_num_repeats": Key(
         5, whole(1, 10**4), "passes over the test split, each with new noise"
     ),

@@ -72,7 +72,7 @@ class ReferenceStatistics:
 
     space: FeatureSpace
     reference: Reference | None
-    data: Tensor | None = None
+    data: Tensor | datasets.Labelled | datasets.Stream | None = None
     path: Path | None = None
 
     @classmethod
@@ -90,13 +90,22 @@ class ReferenceStatistics:
             if published.exists():
                 log.info(f"statistics of the data: {published}, which names no training images")
                 return cls(space, replace(_read_statistics(published, space), index=None))
-        data = datasets.get_dataset(config, "train", labels=False)
+        try:
+            data = datasets.get_dataset(config, "train")
+        except ValueError:  # a network with class labels can be sampled without those of the data
+            data = datasets.get_dataset(config, "train", labels=False)
         shape = f"{size}x{size}x{config.data.num_channels}"
         path = folder / f"{name}_train_{shape}_{space.name}_{fingerprint(data)}.npz"
         reference = _read_statistics(path, space) if path.exists() else None
         if reference and not reference.names_images_of(data):
             raise ValueError(f"{path} does not say which images its features are of; delete it")
         return cls(space, reference, data, path)
+
+    @property
+    def labels(self) -> NDArray | None:
+        """The class labels (m,) of the features of the reference, where they are known."""
+        known = getattr(self.data, "labels", None)
+        return None if known is None else known.cpu().numpy()[self.reference.index]
 
     def measure(self, progress: Callable[[int], object]) -> None:
         """Computes the statistics of the data and keeps them; `progress` hears of image counts."""

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metrics import distances
+from metrics import classifier, distances
 from metrics.distances import KERNEL_BLOCK, NEIGHBOURS, OURS, Backend
 from metrics.reference import Reference
 
 QUERIED = 5_000  # training images whose own nearest neighbours are looked for
+CLASSIFIED = 5_000  # training images that a classifier is fitted to, whose time grows as the square
 
 
 @dataclass
@@ -24,6 +25,8 @@ class Comparison:
     reference: Reference
     backend: Backend = OURS
     device: torch.device | str = "cpu"  # where distances to neighbours are computed
+    labels: NDArray | None = None  # class labels that the samples were drawn for, (n,)
+    reference_labels: NDArray | None = None  # those of the features of `reference`, (m,)
 
     @cached_property
     def precision_recall(self) -> tuple[float | None, float | None]:
@@ -95,10 +98,27 @@ def _nearest_of_data(c: Comparison) -> float | None:
     return c.nearest and np.median(distances.nearest(real[:QUERIED], real, 2, c.device)[0][:, 1])
 
 
+def _agreement(c: Comparison) -> float | None:
+    if c.labels is None or c.reference_labels is None:
+        return None
+    real, labels = c.reference.features[:CLASSIFIED], c.reference_labels[:CLASSIFIED]
+    return classifier.accuracy(real, labels, c.features, c.labels)
+
+
+def _agreement_of_data(c: Comparison) -> float | None:
+    if c.labels is None or c.reference_labels is None:
+        return None
+    real, labels = c.reference.features[:CLASSIFIED], c.reference_labels[:CLASSIFIED]
+    half = len(real) // 2
+    return classifier.accuracy(real[:half], labels[:half], real[half:], labels[half:])
+
+
 _FID = {"inception": "FID", "torchscript": "FID"}
 _PRECISION = "share of samples on the data's manifold"
 _RECALL = "share of the data on the samples' manifold"
 _KID = "KID: unbiased, so below zero by chance where it is small"
+_AGREEMENT = "share of samples that a classifier of the training images gives their label"
+_ACCURACY = "share of images whose most probable label, by the likelihoods, is their own"
 _NEAREST = "median distance of a training image to its nearest other one"
 
 # Key in report_{k}.npz -> the metric, in the order in which they are shown.
@@ -110,8 +130,10 @@ METRICS: dict[str, Metric] = {
     "IS": Metric("Inception Score", 1, "over all samples, without splits", _inception_score),
     "precision": Metric("Precision", 1, _PRECISION, lambda c: c.precision_recall[0]),
     "recall": Metric("Recall", 1, _RECALL, lambda c: c.precision_recall[1]),
+    "agreement": Metric("Agreement with the labels", 1, _AGREEMENT, _agreement, _agreement_of_data),
     "bpd": Metric("Bits/dim", -1, "negative log-likelihood"),
     "loss": Metric("Loss", -1, "over the evaluated split"),
+    "accuracy": Metric("Accuracy of p(label | image)", 1, _ACCURACY),
     "nearest": Metric("Nearest training image", 0, _NEAREST, _nearest, _nearest_of_data),
 }
 

@@ -27,6 +27,11 @@ PICTURES = {
         "Samples, and below each the training image nearest to its features. Upper pair of rows: "
         "the samples closest to the data of all; lower pair: the first samples.",
     ),
+    "classes": (
+        "Classes",
+        "A row for each class, the first ones; the samples of a column start from one draw of the "
+        "prior.",
+    ),
     "interpolation": ("Interpolation", "Each row follows the arc between two draws of the prior."),
     "restoration": (
         "Restoration",

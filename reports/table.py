@@ -7,7 +7,7 @@ from metrics.table import METRICS
 RESTORED = {
     "restore_psnr": "PSNR, dB",
     "restore_psnr_mean": "PSNR of their mean",
-    "restore_psnr_plain": "PSNR of the measurement",
+    "restore_psnr_plain": "PSNR of a plain restoration",
     "restore_spread": "spread, of [0, 1]",
     "restore_nfe": "evaluations",
 }

@@ -1,0 +1,17 @@
+"""A classifier of features, to see whether samples show the class that they were drawn for."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def accuracy(features: NDArray, labels: NDArray, asked: NDArray, expected: NDArray) -> float | None:
+    """The share of `asked` (n, K) to which a classifier gives the class labels `expected` (n,).
+
+    scikit-learn's support vector classifier with a Gaussian kernel, fitted to `features` (m, K) of
+    the class `labels` (m,). None where these are of one class only, or nothing is asked.
+    """
+    from sklearn.svm import SVC
+
+    if len(np.unique(labels)) < 2 or not len(asked):
+        return None
+    return float(np.mean(SVC(C=10.0).fit(features, labels).predict(asked) == expected))
