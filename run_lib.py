@@ -169,12 +169,12 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             f"nothing is asked for: set one of {', '.join(f'eval.{w}' for w in evaluation.PARTS)}, "
             "sampling.restore"
         )
+    if asked.enable_classification and not config.data.num_classes:
+        raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
     folder = evaluation_folder(workdir, eval_folder)
     checkpoints = checkpoints_to_evaluate(config, workdir)
     if asked.enable_loss or asked.enable_bpd or asked.enable_classification:
         data = datasets.get_dataset(config, asked.dataset)
-    if asked.enable_classification and not config.data.num_classes:
-        raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
     if asked.enable_bpd or asked.enable_classification:
         bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
     run.draw_labels(1, "check")  # raises where there is no label to sample with

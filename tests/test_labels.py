@@ -9,17 +9,22 @@ import pytest
 import torch
 from data_files import pictures, write_tree, write_zip
 from known_laws import FAMILY, SDES, gaussian_network
+from PIL import Image
 from sklearn.datasets import load_digits
 from test_small_runs import report_of, tiny
 
 import datasets
+import evaluation
 import experiment
 import run_lib
 from configs.vp import digits_ddpmpp, images32_ddpmpp
+from likelihood import get_likelihood_fn, log_posterior
 from losses import RegressionLoss, get_loss_fn
 from methods import field, get_method
 from methods.field import poisson_field
 from methods.guidance import Guided
+from metrics.reference import Reference
+from metrics.table import Comparison, compare
 from sampling import get_sampling_fn, solve_ode
 from solvers.predictor_corrector import predictor_corrector
 from sources.base import held_out
@@ -562,3 +567,105 @@ def test_labels_are_drawn_as_in_the_data(tmp_path):
     assert not torch.equal(labels, draw(5000, "samples", 4))
     config.data.num_classes = 0
     assert experiment._label_drawer(config, torch.device("cpu"))(5, "samples") is None
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def test_agreement_of_samples_with_their_labels():
+    """Of classes that lie far apart, 7 of 30 samples have another class's label."""
+    random = np.random.default_rng(0)
+    centres = np.array([[0, 0, 0], [20, 0, 0], [0, 20, 0]])
+    classes, labels = random.integers(3, size=200), np.arange(30) % 3
+    data = centres[classes] + random.standard_normal((200, 3))
+    samples = centres[labels] + random.standard_normal((30, 3))
+    asked = np.where(np.arange(30) < 7, (labels + 1) % 3, labels)
+    reference = Reference.measure([data], 200, 200)
+    known = {"labels": asked, "reference_labels": classes[reference.index]}
+    scores = compare(Comparison(samples, None, reference, **known))
+    assert scores["agreement"] == pytest.approx(23 / 30)
+    assert scores["agreement_data"] == 1
+    for missing in known:
+        without = Comparison(samples, None, reference, **{**known, missing: None})
+        assert "agreement" not in compare(without)
+    one = {**known, "reference_labels": np.zeros(200, int)}
+    assert "agreement" not in compare(Comparison(samples, None, reference, **one))
+
+
+@pytest.mark.parametrize("name", ["edm", "vp"])
+def test_the_most_probable_label_by_likelihood(name, one_thread):
+    """log p(label | x) of two Gaussian classes, by Bayes' rule in closed form."""
+    config = digits_ddpmpp.get_config()
+    config.eval.divergence = "exact"
+    config.sampling.rtol = config.sampling.atol = 1e-6
+    method = METHODS[name]
+    net, bits_per_dim = class_network(method), get_likelihood_fn(config, method)
+    x = torch.randn(12, 1, 1, 2, generator=torch.Generator().manual_seed(2)).double() * 0.6
+    prior = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    bits = [bits_per_dim(net, x, labels=torch.full((12,), k))[0].double() for k in (0, 1)]
+    found = log_posterior(torch.stack(bits, 1), 2, prior)
+    densities = [torch.distributions.Normal(m, STD).log_prob(x).flatten(1).sum(1) for m in MEANS]
+    expected = (torch.stack(densities, 1) + (prior / 5).log()).log_softmax(1)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    assert len({row.argmax().item() for row in found}) == 2
+
+
+def test_evaluation_by_class(trained, tmp_path, monkeypatch):
+    workdir, config, _ = trained
+    config = config.copy_and_resolve_references()
+    config.eval.update(enable_loss=False, enable_classification=True, batch_size=60)
+    config.eval.stats_dir = str(tmp_path)
+    solved = []
+
+    def bits_per_dim(net, x, generator, labels):
+        """Fewest where ten times the mean of the image, of x in [-1, 1], is the label."""
+        solved.append(len(x))
+        bits = 0.05 * (10 * (x + 1).flatten(1).mean(1) / 2 - labels).square()
+        return bits + torch.rand(1, generator=generator), None, 1  # of one probe for all labels
+
+    monkeypatch.setattr("likelihood.get_likelihood_fn", lambda config, method: bits_per_dim)
+    for _ in range(2):  # the second time by the files of the first
+        run_lib.evaluate(config, workdir, "by_class")
+        assert solved == 10 * [60] + 10 * [60] + 10 * [60]
+    report = report_of(workdir, 2, "by_class")
+    data = datasets.get_dataset(config, "test")
+    labels, images = data.labels.numpy(), data.images.double()
+    brightness = 10 * ((images + 0.5) / 256).flatten(1).mean(1).numpy()
+    train = np.bincount(datasets.get_labels(config, "train").numpy())
+    log_p = np.log(train / train.sum()) - 64 * math.log(2) * 0.05 * (
+        (brightness[:, None] - np.arange(10)) ** 2
+    )
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    np.testing.assert_allclose(report["class_log_p"], log_p, atol=0.2)
+    assert report["accuracy"] == np.mean(report["class_log_p"].argmax(1) == labels)
+    assert report["accuracy"] == pytest.approx(np.mean(log_p.argmax(1) == labels), abs=0.05)
+    assert 0 <= report["agreement"] <= 1
+    assert report["agreement_data"] > 0.95  # of scikit-learn's digits
+    with Image.open(workdir / "by_class/classes_2.png") as picture:
+        assert picture.size == (10 * 50 + 2, 10 * 50 + 2)
+    assert "Agreement with the labels" in (workdir / "by_class/report.html").read_text()
+    run = experiment.Experiment.build(config)
+    config.data.num_classes = 0
+    with pytest.raises(ValueError, match="eval.enable_classification needs class labels"):
+        run_lib.evaluate(config, tmp_path)
+    config.data.num_classes = 10
+    restore = {"restore": "super2", "restore_degrade": True}
+    config.sampling.update(restore)
+    config.eval.num_samples = 40
+    asked = evaluation.read_restoration(config, run)
+    assert asked.labels.tolist() == labels[:8].tolist()  # five restorations of each
+    assert asked.truth.shape == (8, 1, 8, 8)
+    config.sampling.class_label = 3
+    assert evaluation.read_restoration(config, run).labels.tolist() == 8 * [3]
+
+
+def test_restoring_images_of_unknown_class(trained, tmp_path):
+    _, config, _ = trained
+    config = config.copy_and_resolve_references()
+    write_tree(tmp_path, pictures(3, 8, 8))
+    config.sampling.update(restore="super2", restore_degrade=True, restore_path=str(tmp_path))
+    run = experiment.Experiment.build(config)
+    assert evaluation.read_restoration(config, run).labels.tolist() == [-1, -1, -1]
+    config.training.label_dropout = 0.0
+    with pytest.raises(ValueError, match="name one as sampling.class_label"):
+        evaluation.read_restoration(config, run)

@@ -1,5 +1,6 @@
 """Restoration against the posterior of Gaussian data, which has a closed form."""
 
+import copy
 import math
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,15 @@ import run_lib
 from configs.poisson import digits_ddpmpp
 from configs.vp import digits_ddpmpp as vp_digits
 from methods.base import spread
-from methods.restoration import RESTORERS, Measurement, Restoring, get_operator, replacement
+from methods.guidance import Guided
+from methods.restoration import (
+    RESTORERS,
+    Measurement,
+    Restoring,
+    denoise,
+    get_operator,
+    replacement,
+)
 from sampling import get_sampling_fn, solve_ode
 from solvers.predictor_corrector import predictor_corrector
 from storage.checkpoints import save_checkpoint
@@ -189,6 +198,38 @@ def test_moment_matching_for_student_t_noise(name, n):
     assert covariance < 0.2
 
 
+@pytest.mark.parametrize("name", ["vp", "edm", "poisson"])
+def test_restoration_under_guidance(name):
+    """Denoisers of Gaussians of one covariance, mixed, are that of a Gaussian of the mixed mean."""
+    method, labelled, plain = METHODS[name], GaussianData((1, 2, 2)), GaussianData((1, 2, 2))
+    plain.mean, mixed = labelled.mean - 0.3, copy.copy(labelled)
+    mixed.mean = plain.mean + 2.0 * (labelled.mean - plain.mean)
+    one = measured(mixed, "inpaint", 0.2)
+    many = replace(one, value=one.value.expand(400, *one.value.shape[1:]))
+    x = method.prior_sampling((400, 1, 2, 2), torch.Generator().manual_seed(0)).double()
+    if name == "poisson":  # whose mixed denoiser is nobody's: the slope at a point is compared
+        y, sigma = 0.5 * x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1), 0.3
+        net, other = labelled.network(method), plain.network(method)
+        guided = Guided(method, other, 2.0, (0.0, math.inf))
+        level = torch.full((400,), sigma)
+        c, u = method.slope(net, y, level), method.slope(other, y, level)
+        slope, denoised = denoise(guided, net, y, sigma)
+        torch.testing.assert_close(slope, u + 2 * (c - u))
+        torch.testing.assert_close(denoised.image, y - sigma * slope)
+        return
+    start = torch.tensor(method.t_prior, dtype=torch.float64)
+    std = method.alpha(start) * method.sigma(start)
+    x = std * whitened(x.flatten(1)).view_as(x)
+    guided = Guided(method, plain.network(method), 2.0, (0.0, math.inf))
+    restoring = Restoring(guided, many, RESTORERS["moment_matching"])
+    options = {"schedule": "polynomial", "noise_removal": True}
+    x, _ = solve_ode(restoring, labelled.network(method), x, "heun", 40, **options)
+    mean, covariance = mixed.posterior(one)
+    x = x.flatten(1)
+    assert (x.mean(0) - mean).norm() / mean.norm() < 0.02
+    assert (x.T.cov() - covariance).norm() / covariance.norm() < 0.05
+
+
 def test_pigdm_is_exact_for_white_data():
     for task, noise in (("inpaint", 0.2), ("denoise", 0.3)):
         assert max(errors("edm", task, "pigdm", noise, white=True)) < 0.05
@@ -278,7 +319,7 @@ def test_measured_images_have_no_truth(run):
         ("inpaint", {"restore_mask": "4,4,8,1"}, "is not within 8 x 8"),
         ("inpaint", {"restore_mask": "0,0,8,8"}, "marks all pixels"),
         ("inpaint", {"restore_mask": "0,0,0,8"}, "marks no pixel"),
-        ("super2", {"restore_path": ""}, "needs sampling.restore_path"),
+        ("super2", {"restore_path": "", "degrade": False}, "needs sampling.restore_path"),
         ("super2", {"restore_path": "none"}, "sampling.restore_path=none does not exist"),
         ("super2", {"restorer": "replacement"}, "needs an SDE's sampling.method='pc'"),
         ("super2", {"restorer": "magic"}, "sampling.restorer must be one of"),
