@@ -15,10 +15,12 @@ import models
 import sampling
 import solvers
 import sources
+from configs.default import check
 from configs.poisson import digits_ddpmpp as poisson_digits
 from configs.ve import digits_ncsnpp as ve_digits
 from configs.vp import digits_ddpmpp as vp_digits
 from losses import get_loss_fn
+from methods import restoration
 from metrics import table
 from metrics.distances import Gaussian
 from metrics.reference import Reference
@@ -43,8 +45,8 @@ def run(section):
     return names
 
 
-def test_seven_examples_of_at_most_twenty_lines():
-    assert len(SECTIONS) == PAGE.count("```python") == 7
+def test_eight_examples_of_at_most_twenty_lines():
+    assert len(SECTIONS) == PAGE.count("```python") == 8
     for section, code in SECTIONS.items():
         lines = [line for line in code.splitlines() if line.strip()]
         assert len(lines) <= 20, section
@@ -124,6 +126,28 @@ def test_callback():
     assert film.isfinite().all()
     last = ((film[-1] + 1) / 2).clamp(0, 1)  # the last step is Euler's, to noise level 0
     torch.testing.assert_close(example["images"], last, rtol=0, atol=1e-5)
+
+
+def test_restorer():
+    run("A restorer")
+    config = vp_digits.get_config()
+    config.sampling.update(restorer="null_space", ode_solver="heun", N=4)
+    check(config)
+    operator, seen = restoration.superresolution(2), []
+    value = operator.forward(torch.rand(3, 1, 8, 8) - 0.5)
+    measurement = restoration.Measurement(operator, value)
+    method = methods.get_method(config)
+    sample = sampling.get_sampling_fn(config, method, measurement=measurement)
+    images, _ = sample(
+        lambda x, label: 0.9 * x,
+        num=3,
+        generator=torch.Generator().manual_seed(0),
+        callback=seen.append,
+    )
+    for step in seen:  # the denoised image of every step has the measurement
+        denoised = step.x - step.level * step.slope
+        torch.testing.assert_close(operator.forward(denoised), value, rtol=0, atol=2e-3)
+    assert images.shape == (3, 1, 8, 8)
 
 
 def test_metric():

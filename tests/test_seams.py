@@ -20,6 +20,7 @@ import solvers
 import sources
 from likelihood import get_likelihood_fn
 from losses import get_loss_fn
+from methods import restoration
 from metrics import table
 from storage import run_config
 from storage.checkpoints import load_checkpoint
@@ -33,6 +34,7 @@ REGISTRIES = (
     solvers.SOLVERS,
     solvers.SCHEDULES,
     table.METRICS,
+    restoration.RESTORERS,
 )
 TINY = [
     "--config.model.nf=8",
