@@ -54,6 +54,7 @@ def page():
     report |= {"bpd": 3.5, "bpd_error": 0.02, "bpd_images": 3.5 + random.standard_normal(500)}
     report |= {"bpd_nfe": 120.0, "bpd_seconds": 60.0, "sampling_seconds": 30.0, "seconds": 100.0}
     report |= {"nearest": 1.25, "nearest_data": 1.5}
+    report |= {"agreement": 0.97, "agreement_data": 0.98, "accuracy": 0.9}
     reports = {k: report | {"step": 500 * k, "fid": 3.0 / k} for k in (1, 2, 4)}
     return render(
         title="a <b>bold</b> run",
