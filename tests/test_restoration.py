@@ -38,7 +38,7 @@ POISSON = methods.Poisson(
     z_max=60.0,
     z_min=1e-3,
     z_exp=0.0,
-    upper_norm=1e9,  # so that nothing is clipped, which at N = 4 would cut half of the law
+    upper_norm=150.0,  # about the published bound of N = 4, which cuts off half of the law
 )
 METHODS = {**SDES, **FAMILY, "pfgmpp2048": pfgmpp(2048.0), "poisson": POISSON}
 KNOWN = torch.tensor([[True, True], [False, False]])
@@ -190,12 +190,30 @@ def test_moment_matching_is_exact_for_gaussian_noise(name, task, noise):
     assert covariance < 0.05  # 40 steps of Heun; 80 leave a quarter of it
 
 
-@pytest.mark.parametrize(("name", "n"), [("pfgmpp2048", 400), ("pfgmpp", 400), ("poisson", 400)])
-def test_moment_matching_for_student_t_noise(name, n):
-    """Within the error of n draws, which is 0.09 for a covariance of rank 2."""
-    mean, covariance = errors(name, "inpaint", "moment_matching", n=n)
-    assert mean < 0.06
-    assert covariance < 0.2
+@pytest.mark.parametrize(
+    ("name", "of_mean", "of_covariance"),
+    [("pfgmpp2048", 0.01, 0.03), ("pfgmpp", 0.06, 0.15), ("poisson", 0.1, 0.05)],
+)
+def test_moment_matching_for_student_t_noise(name, of_mean, of_covariance):
+    """Against the exact flow of the posterior, from the same prior samples.
+
+    So the error of 200 draws cancels. What is left is what the measurement tells of the noise's
+    scale: much of it at D = 1 in 4 pixels (docs/benchmarks.md).
+    """
+    method, data = METHODS[name], GaussianData((1, 2, 2))
+    one = measured(data, "inpaint", 0.0)
+    many = replace(one, value=one.value.expand(200, *one.value.shape[1:]))
+    mean, covariance = data.posterior(one)
+    exact = copy.copy(data)
+    exact.mean, (exact.values, exact.vectors) = mean, torch.linalg.eigh(covariance)
+    exact.values = exact.values.clamp(min=0)
+    x = method.prior_sampling((200, 1, 2, 2), torch.Generator().manual_seed(0)).double()
+    options = {"solver": "heun", "n": 40, "schedule": "polynomial", "noise_removal": True}
+    restoring = Restoring(method, many, RESTORERS["moment_matching"])
+    found = many.project(solve_ode(restoring, data.network(method), x, **options)[0]).flatten(1)
+    expected = solve_ode(method, exact.network(method), x, **options)[0].flatten(1)
+    assert (found.mean(0) - expected.mean(0)).norm() < of_mean * mean.norm()
+    assert (found.T.cov() - expected.T.cov()).norm() < of_covariance * covariance.norm()
 
 
 @pytest.mark.parametrize("name", ["vp", "edm", "poisson"])
