@@ -237,7 +237,7 @@ SAMPLERS = {"ode": _ode_sampler, "pc": _pc_sampler}
 def _check_classes(config) -> None:
     classes, label = config.data.num_classes, config.sampling.class_label
     if label >= classes and label >= 0:
-        has = f"numbered from 0 to {classes - 1}" if classes else "none (data.num_classes=0)"
+        has = f"those from 0 to {classes - 1}" if classes else "none (data.num_classes=0)"
         raise ValueError(f"sampling.class_label={label} is no class of the network: it has {has}")
 
 

@@ -530,7 +530,7 @@ def test_a_network_guides_itself_nowhere(trained):
         ({"training.label_dropout": 0.0}, "sampling.guidance=2.0 needs a network trained with"),
         ({"data.num_classes": 0}, "sampling.guidance=2.0 needs a network trained with"),
         ({"sampling.guidance_interval": (2.0, 1.0)}, "sampling.guidance_interval must rise"),
-        ({"sampling.class_label": 10}, "numbered from 0 to 9"),
+        ({"sampling.class_label": 10}, "no class of the network: it has those from 0 to 9"),
         ({"sampling.class_label": 0, "data.num_classes": 0}, "none (data.num_classes=0)"),
         ({"sampling.guide": "{}", "sampling.guidance": 1.0}, "changes nothing where"),
         ({"sampling.guide": "{}", "data.centered": False}, "its data.centered is True, not False"),
