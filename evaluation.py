@@ -19,25 +19,22 @@ from torch import Tensor
 import datasets
 import distributed
 import sampling
-from experiment import Experiment, progress_bar
+from experiment import Experiment, progress_bar, solver_bar
 from metrics import distances
 from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, fingerprint
 from metrics.table import Comparison, compare
 from reports.images import Images, channels_last, image_grid, to_uint8
+from solvers import fitted
+from solvers.base import TooManyEvaluations
+from storage.checkpoints import fitted_path
 from storage.files import cached, check_arrays, read_arrays, save_png
 
 log = logging.getLogger(__name__)
 
-# What can be asked for, in config.eval.
-PARTS = (
-    "enable_loss",
-    "enable_bpd",
-    "enable_sampling",
-    "save_images",
-    "enable_interpolate",
-    "enable_rescale",
-)
+# What can be asked for, in config.eval; the last ones need samples.
+DRAWN = ("enable_sampling", "save_images", "enable_interpolate", "enable_rescale")
+PARTS = ("enable_loss", "enable_bpd", *DRAWN)
 
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
 ROWS, COLUMNS = 8, 10  # of the pictures of interpolation and rescaling
@@ -60,6 +57,51 @@ def origin_of(config, run: Experiment) -> dict:
         "precision": config.training.precision,
         "device": run.device.type,
     }
+
+
+def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Callable:
+    """`run.sample`, whose schedule is fitted to the weights if `config` asks for that and samples.
+
+    What is measured of the network's trajectories is kept beside the `checkpoint`, in a file that
+    counts for these weights and this ODE; schedules of any number of steps are made of it.
+    """
+    asked = config.sampling
+    if asked.method != "ode" or asked.schedule != "fitted" or not any(map(config.eval.get, DRAWN)):
+        return run.sample
+    follow = sampling.get_sampling_fn(sampling.for_trajectories(config), run.method)
+    shape = datasets.image_shape(config)
+    number = fitted.number_of_trajectories(math.prod(shape))
+
+    def compute() -> dict:
+        log.info(f"fitting the noise levels to {number} trajectories")
+        generator = datasets.keyed_generator(run.device, "fitted", config.seed)
+        x = run.method.prior_sampling((number, *shape), generator, run.device)
+        sums = []
+        for some in x.split(fitted.at_once(math.prod(shape))):
+            steps = []
+            with solver_bar(run.method) as watch:
+                follow(
+                    run.state.model,
+                    x=some,
+                    callback=steps.append,
+                    watch=watch,
+                    schedule=fitted.fine_levels,
+                )
+            sums.append(fitted.euler_errors(steps))
+        levels = np.array([step.level for step in steps])
+        cost = fitted.step_costs(*map(sum, zip(*sums, strict=True)))
+        return {"levels": levels, "cost": cost.numpy()}
+
+    ours = sampling.for_trajectories(config).sampling.to_dict()
+    path, k = fitted_path(checkpoint), fitted.FINE_STEPS + 1
+    spec = {"levels": ("f", (k,)), "cost": ("f", (k, k))}
+    key = origin | {"sampling": ours, "trajectories": number}
+    if distributed.is_main():
+        cached(path, key, compute, spec)
+    distributed.barrier()
+    found = cached(path, key, compute, spec)
+    levels, cost = (torch.from_numpy(found[name]) for name in ("levels", "cost"))
+    return partial(run.sample, schedule=partial(fitted.schedule, levels, cost))
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
@@ -135,7 +177,8 @@ def evaluate_bpd(
         generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
         images = data[start : start + size].to(run.device)
         images = datasets.to_unit_interval(images, generator, dequantize=True)
-        bits, latents, nfe = bits_per_dim(net, run.scaler(images), generator)
+        with solver_bar(run.method) as watch:
+            bits, latents, nfe = bits_per_dim(net, run.scaler(images), generator, watch=watch)
         found = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
         if i == 0:
             options = sampling.get_rk45_options(config)
@@ -242,10 +285,16 @@ def _numbers_of_rounds(wanted: int, size: int) -> list[int]:
 
 
 def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
-    """The finite ones of `number` samples, uint8; none where their common solver diverges."""
+    """The finite ones of `number` samples, uint8; none where their common solver diverges.
+
+    Raises TooManyEvaluations: these samples would be finite with a larger limit.
+    """
     generator = datasets.keyed_generator(run.device, "samples", config.seed, r)
     try:
-        samples, nfe = run.sample(run.state.model, number, generator=generator)
+        with solver_bar(run.method) as watch:
+            samples, nfe = run.sample(run.state.model, number, generator=generator, watch=watch)
+    except TooManyEvaluations:
+        raise
     except FloatingPointError as error:
         log.warning(f"round {r}: none of its {number} samples counts: {error}")
         samples, nfe = torch.empty(0, *datasets.image_shape(config)), 0
@@ -324,7 +373,8 @@ def draw_rescaling(config, run: Experiment, folder: Path, k: int) -> None:
 
 def _draw_strips(run: Experiment, x: Tensor, path: Path, generator: torch.Generator) -> None:
     try:
-        samples, _ = run.sample(run.state.model, x=x, generator=generator)
+        with solver_bar(run.method) as watch:
+            samples, _ = run.sample(run.state.model, x=x, generator=generator, watch=watch)
     except FloatingPointError as error:
         log.warning(f"{path} is not drawn: {error}")
     else:

@@ -60,6 +60,12 @@ KEYS = {
         0, whole(0), "newest numbered checkpoints that are kept; 0: all"
     ),
     "training.snapshot_sampling": Key(True, Flag(), "draw samples with every numbered checkpoint"),
+    "training.snapshot_solver": Key(
+        "heun",
+        OneOf(registry="solvers.SOLVERS"),
+        "of these samples where sampling.ode_solver is 'rk45', which takes any number of "
+        "evaluations for a young network: 18 steps of this one, or 'rk45' itself",
+    ),
     "training.log_freq": Key(50, whole(1), "steps between losses on the training data"),
     "training.eval_freq": Key(100, whole(1), "steps between losses on the test split"),
     "training.max_bad_steps": Key(
@@ -195,9 +201,10 @@ KEYS = {
     ),
     "sampling.schedule": Key(
         "auto",
-        OneOf(("auto",), "solvers.SCHEDULES"),
+        OneOf(("auto", "fitted"), "solvers.SCHEDULES"),
         "where the steps lie: 'uniform' in the method's time, 'polynomial' in the noise level, "
-        "with rho; 'auto': the schedule that belongs to the solver",
+        "with rho, 'logsnr' in its log; 'fitted': where trajectories of the checkpoint bend, at "
+        "most 60 steps; 'auto': the schedule that belongs to the solver",
     ),
     "sampling.rho": Key(
         7.0, above(0, 1000), "of 'polynomial': the larger, the more steps are close to the data"
@@ -227,7 +234,8 @@ KEYS = {
     "sampling.max_evaluations": Key(
         1000,
         whole(8),
-        "of the network by 'rk45', in sampling and likelihood, after which it gives up",
+        "of the network by 'rk45', in sampling and likelihood, after which it stops with an error; "
+        "training goes on",
     ),
     "sampling.noise_removal": Key(True, Flag(), "end with a step of denoising"),
     "sampling.predictor": Key(

@@ -5,6 +5,7 @@ noise, both of the shape of `x`. Each returns the new x, and the new x without i
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -86,6 +87,7 @@ def predictor_corrector(
     probability_flow: bool = False,
     noise_removal: bool = False,
     callback: Callback | None = None,
+    watch: Callable[[int, float], object] | None = None,
 ) -> Tensor:
     """Integrates `x` (B, C, H, W) from the prior to the data in the SDE's N steps (algorithm 1).
 
@@ -99,6 +101,7 @@ def predictor_corrector(
         probability_flow: the predictor follows the ODE.
         noise_removal: leave out the noise of the last step.
         callback: called before each of the N steps; its level is the time, its slope the score.
+        watch: told the evaluations so far and the time, before each evaluation.
 
     Raises:
         FloatingPointError: the sample is not finite; the message says from when on.
@@ -109,6 +112,8 @@ def predictor_corrector(
     mean = x
     for i, t in enumerate(torch.linspace(sde.t_prior, sde.t_data, sde.N, dtype=torch.float64)):
         for k, step in enumerate(steps):
+            if watch:
+                watch(i * len(steps) + k, t.item())
             score = sde.score(net, x, t)
             if callback and k == 0:
                 callback(Step(i, t.item(), x, score))

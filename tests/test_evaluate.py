@@ -252,7 +252,7 @@ def spoil(monkeypatch, sampler):
 
     def spoilt(config, method):
         draw = get(config, method)
-        return lambda net, number, generator: sampler(draw, net, number, generator)
+        return lambda net, number, generator, **seen: sampler(draw, net, number, generator)
 
     monkeypatch.setattr(sampling, "get_sampling_fn", spoilt)
 
