@@ -25,7 +25,7 @@ from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, fingerprint
 from metrics.table import Comparison, compare
 from reports.images import Images, channels_last, image_grid, to_uint8
-from solvers import fitted
+from solvers import Schedule, fitted
 from solvers.base import TooManyEvaluations
 from storage.checkpoints import fitted_path
 from storage.files import cached, check_arrays, read_arrays, save_png
@@ -60,14 +60,19 @@ def origin_of(config, run: Experiment) -> dict:
 
 
 def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Callable:
-    """`run.sample`, whose schedule is fitted to the weights if `config` asks for that and samples.
-
-    What is measured of the network's trajectories is kept beside the `checkpoint`, in a file that
-    counts for these weights and this ODE; schedules of any number of steps are made of it.
-    """
+    """`run.sample`, its schedule that of `fit_schedule` if `config` asks for it and for samples."""
     asked = config.sampling
     if asked.method != "ode" or asked.schedule != "fitted" or not any(map(config.eval.get, DRAWN)):
         return run.sample
+    return partial(run.sample, schedule=fit_schedule(config, run, checkpoint, origin))
+
+
+def fit_schedule(config, run: Experiment, checkpoint: Path, origin: dict) -> Schedule:
+    """The schedule fitted to the weights that `run` holds (see `solvers.fitted`).
+
+    What is measured of the network's trajectories is kept beside the `checkpoint`, in a file that
+    counts for these weights and this ODE; levels of any number of steps are made of it.
+    """
     follow = sampling.get_sampling_fn(sampling.for_trajectories(config), run.method)
     shape = datasets.image_shape(config)
     number = fitted.number_of_trajectories(math.prod(shape))
@@ -101,7 +106,7 @@ def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Call
     distributed.barrier()
     found = cached(path, key, compute, spec)
     levels, cost = (torch.from_numpy(found[name]) for name in ("levels", "cost"))
-    return partial(run.sample, schedule=partial(fitted.schedule, levels, cost))
+    return partial(fitted.schedule, levels, cost)
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
