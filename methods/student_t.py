@@ -33,7 +33,7 @@ def log_density(x: Tensor, sigma: float, D: float) -> Tensor:
     """Log density (B,), in nats, of `x` (B, ...) with N entries each; accurate for every D."""
     dim = x[0].numel()
     squared = (x.double().flatten(1) / sigma).square().sum(1)
-    constant = -0.5 * dim * math.log(2 * math.pi * sigma**2)
+    constant = -0.5 * dim * math.log(2 * math.pi) - dim * math.log(sigma)
     if math.isinf(D):
         return (constant - 0.5 * squared).to(x.dtype)
     constant += log_gamma_ratio(D / 2, dim / 2)
