@@ -25,7 +25,7 @@ def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
     """`value`, if it is among the `known` values of the model's `option`; else a ValueError."""
     if value not in known:
         choices = ", ".join(map(repr, known))
-        raise ValueError(f"model.{option} = {value!r} is unknown; known: {choices}")
+        raise ValueError(f"model.{option} must be one of {choices}, not {value!r}")
     return value
 
 

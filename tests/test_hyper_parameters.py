@@ -22,10 +22,32 @@ def test_range_where_logarithms_are_whole():
     assert result.upper_norm == pytest.approx(4 * 0.5 * 128)
 
 
-@pytest.mark.parametrize("bad", [{"data_norm": 0}, {"sigma": -1.0}, {"tau": 0.0}, {"sigma": 1e3}])
-def test_impossible_numbers_are_refused(bad):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"data_norm": 0}, "must all be positive"),
+        ({"sigma": -1.0}, "must all be positive"),
+        ({"tau": 0.0}, "must all be positive"),
+        ({"data_norm": math.inf}, "must all be positive and finite"),
+        ({"tau": math.nan}, "must all be positive and finite"),
+        ({"sigma": 1e3}, "are lost"),
+        ({"sigma": 1e200}, "are lost"),
+        ({"tau": 1e-17}, "tau=1e-17 is too small"),
+        ({"tau": 5e-324}, "tau=4.94066e-324 is too small"),
+        ({"sigma": 1e-200}, "at most 1e\\+09"),  # its reach grows as 1 / sqrt(sigma)
+        ({"tau": 1e200}, "at most 1e\\+09"),
+    ],
+)
+def test_impossible_numbers_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
         poisson_range(**({"data_norm": 30.0, "data_dim": 64} | bad))
+
+
+def test_steps_of_a_tiny_tau():
+    """At tau = 1e-12 the number of steps is 0.75 log(30^2 / 16 / 0.01^2) / tau, to the last."""
+    expected = 0.75 * math.log(30**2 / 16 / 0.01**2) / 1e-12
+    m = poisson_range(30.0, 64, tau=1e-12).M
+    assert m == pytest.approx(expected, rel=1e-11)
 
 
 def test_norm_of_known_images():

@@ -122,6 +122,24 @@ def test_density_goes_to_the_gaussian(D):
     assert difference.abs().max() < 1e5 / D
 
 
+@pytest.mark.parametrize("D", [0.5, 1.0, 2048.0, 1e12, math.inf])
+@pytest.mark.parametrize("sigma", [1e-200, 1e200])
+def test_density_at_extreme_scales(sigma, D):
+    """A density of scale sigma is that of scale 1 at x / sigma, divided by sigma^N."""
+    u = torch.randn(5, 3, 2, 2, generator=seeded(0), dtype=torch.float64)
+    expected = log_density(u, 1.0, D) - 12 * math.log(sigma)
+    torch.testing.assert_close(log_density(sigma * u, sigma, D), expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("D", [0.5, 1e12, math.inf])
+def test_mean_at_the_ends_of_the_noise_levels(D):
+    """Far above the data all of them count alike; far below, the nearest alone."""
+    data = torch.randn(6, 1, 2, 2, generator=seeded(0), dtype=torch.float64)
+    far = posterior_mean(data, data, 1e30, D)
+    torch.testing.assert_close(far, data.mean(0, keepdim=True).expand_as(data))
+    torch.testing.assert_close(posterior_mean(data, data, 1e-30, D), data)
+
+
 # --- the posterior mean ---------------------------------------------------------------------------
 
 
