@@ -229,9 +229,10 @@ class Poisson(Method):
         """
         draw = {"generator": generator, "device": device}
         x = torch.randn(shape, **draw).flatten(1)
-        norm, height = x.norm(dim=1, keepdim=True), torch.randn(len(x), 1, **draw).abs()
-        radius = self.z_max * norm / height  # infinite where that is 0, one of some 10^7 draws
-        return (x * (radius.clamp(1, self.upper_norm) / norm)).view(shape)
+        height = torch.randn(len(x), 1, **draw).abs()  # 0 in one of some 10^7 draws
+        x = self.z_max * x / height.clamp(min=1e-6)
+        norm = x.norm(dim=1, keepdim=True)
+        return (x * (norm.clamp(1, self.upper_norm) / norm)).view(shape)
 
     def prior_norms(self, dim):
         """Up to the largest; with larger ones the network has not been trained."""
