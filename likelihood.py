@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from configs.keys import named
 from methods.base import Method, Network
 from sampling import get_rk45_options, watch_times
 from solvers.base import Counted, Watch
@@ -103,11 +104,7 @@ def get_likelihood_fn(config, method: Method) -> Callable[..., tuple[Tensor, Ten
             "a network trained at discrete noise levels (training.continuous=False) has no "
             "likelihood: its ODE is not known between them"
         )
-    if config.eval.divergence not in DIVERGENCES:
-        raise ValueError(
-            f"unknown eval.divergence={config.eval.divergence!r}; known: {', '.join(DIVERGENCES)}"
-        )
-    make_probes = DIVERGENCES[config.eval.divergence]
+    make_probes = named(DIVERGENCES, "eval.divergence", config.eval.divergence)
     options = get_rk45_options(config)
     # 256 grey levels span the interval that the data scaler maps to: log2(256 / its length).
     offset = 7.0 if config.data.centered else 8.0
