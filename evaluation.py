@@ -21,7 +21,7 @@ import datasets
 import distributed
 import likelihood
 import sampling
-from experiment import Experiment, progress_bar
+from experiment import Experiment, progress_bar, solver_bar
 from methods.base import conditioned
 from methods.restoration import RESTORE, Measurement, get_operator
 from metrics import distances
@@ -29,23 +29,19 @@ from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, fingerprint
 from metrics.table import Comparison, compare
 from reports.images import Images, channels_last, image_grid, to_uint8
+from solvers import Schedule, fitted
+from solvers.base import TooManyEvaluations
 from sources.batch import Batch
 from sources.folder import read_images
 from sources.images import cropped_then_resized
+from storage.checkpoints import fitted_path
 from storage.files import cached, check_arrays, read_arrays, save_png
 
 log = logging.getLogger(__name__)
 
-# What can be asked for, in config.eval.
-PARTS = (
-    "enable_loss",
-    "enable_bpd",
-    "enable_classification",
-    "enable_sampling",
-    "save_images",
-    "enable_interpolate",
-    "enable_rescale",
-)
+# What can be asked for, in config.eval; the last ones need samples.
+DRAWN = ("enable_sampling", "save_images", "enable_interpolate", "enable_rescale")
+PARTS = ("enable_loss", "enable_bpd", "enable_classification", *DRAWN)
 
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
 ROWS, COLUMNS = 8, 10  # of the pictures of interpolation and rescaling
@@ -85,6 +81,57 @@ def _origin_of(data) -> dict:
         return {"data": fingerprint(data)}
     words = hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()
     return {"data": fingerprint(data), "labels": words}
+
+
+def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Callable:
+    """`run.sample`, its schedule that of `fit_schedule` if `config` asks for it and for samples."""
+    asked = config.sampling
+    if asked.method != "ode" or asked.schedule != "fitted" or not any(map(config.eval.get, DRAWN)):
+        return run.sample
+    return partial(run.sample, schedule=fit_schedule(config, run, checkpoint, origin))
+
+
+def fit_schedule(config, run: Experiment, checkpoint: Path, origin: dict) -> Schedule:
+    """The schedule fitted to the weights that `run` holds (see `solvers.fitted`).
+
+    What is measured of the network's trajectories is kept beside the `checkpoint`, in a file that
+    counts for these weights and this ODE; levels of any number of steps are made of it.
+    """
+    follow = sampling.get_sampling_fn(sampling.for_trajectories(config), run.method, run.guide)
+    shape = datasets.image_shape(config)
+    number = fitted.number_of_trajectories(math.prod(shape))
+
+    def compute() -> dict:
+        log.info(f"fitting the noise levels to {number} trajectories")
+        generator = datasets.keyed_generator(run.device, "fitted", config.seed)
+        x = run.method.prior_sampling((number, *shape), generator, run.device)
+        labels, sums, size = run.draw_labels(number, "fitted"), [], fitted.at_once(math.prod(shape))
+        for start in range(0, number, size):
+            part, steps = slice(start, start + size), []
+            with solver_bar(run.method) as watch:
+                follow(
+                    run.state.model,
+                    x=x[part],
+                    labels=None if labels is None else labels[part],
+                    callback=steps.append,
+                    watch=watch,
+                    schedule=fitted.fine_levels,
+                )
+            sums.append(fitted.euler_errors(steps))
+        levels = np.array([step.level for step in steps])
+        cost = fitted.step_costs(*map(sum, zip(*sums, strict=True)))
+        return {"levels": levels, "cost": cost.numpy()}
+
+    ours = sampling.for_trajectories(config).sampling.to_dict()
+    path, k = fitted_path(checkpoint), fitted.FINE_STEPS + 1
+    spec = {"levels": ("f", (k,)), "cost": ("f", (k, k))}
+    key = origin | {"sampling": ours, "trajectories": number}
+    if distributed.is_main():
+        cached(path, key, compute, spec)
+    distributed.barrier()
+    found = cached(path, key, compute, spec)
+    levels, cost = (torch.from_numpy(found[name]) for name in ("levels", "cost"))
+    return partial(fitted.schedule, levels, cost)
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
@@ -162,7 +209,10 @@ def evaluate_bpd(
         generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
         batch = datasets.batch_at(data, slice(start, start + size)).to(run.device)
         images = datasets.to_unit_interval(batch.images, generator, dequantize=True)
-        bits, latents, nfe = bits_per_dim(net, run.scaler(images), generator, batch.labels)
+        with solver_bar(run.method) as watch:
+            bits, latents, nfe = bits_per_dim(
+                net, run.scaler(images), generator, batch.labels, watch=watch
+            )
         found = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
         if i == 0:
             options = sampling.get_rk45_options(config)
@@ -325,12 +375,18 @@ def _numbers_of_rounds(wanted: int, size: int) -> list[int]:
 def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
     """The finite ones of `number` samples, uint8, with their class labels if there are any.
 
-    None where their common solver diverges.
+    None where their common solver diverges. Raises TooManyEvaluations: these samples would be
+    finite with a larger limit.
     """
     generator = datasets.keyed_generator(run.device, "samples", config.seed, r)
     labels = run.draw_labels(number, "samples", r)
     try:
-        samples, nfe = run.sample(run.state.model, number, generator=generator, labels=labels)
+        with solver_bar(run.method) as watch:
+            samples, nfe = run.sample(
+                run.state.model, number, generator=generator, labels=labels, watch=watch
+            )
+    except TooManyEvaluations:
+        raise
     except FloatingPointError as error:
         log.warning(f"round {r}: none of its {number} samples counts: {error}")
         samples, nfe = torch.empty(0, *datasets.image_shape(config)), 0
@@ -425,8 +481,14 @@ def read_restoration(config, run: Experiment) -> ToRestore:
     if name == "inpaint":
         value = operator.forward(value)  # nothing is known of the other pixels, noise or not
     measurement = Measurement(operator, value, noise)
-    sampling.get_sampling_fn(config, run.method, run.guide, measurement)  # raises what it must
+    _restorer(config, run, measurement)  # raises what it must
     return ToRestore(measurement, batch.labels, images if whole else None)
+
+
+def _restorer(config, run: Experiment, measurement: Measurement) -> Callable:
+    """The sampler of restorations; its trajectories are not those that levels are fitted to."""
+    own = sampling.without_fit(config)
+    return sampling.get_sampling_fn(own, run.method, run.guide, measurement)
 
 
 def _batch_to_restore(config, channels: int, size: int) -> Batch:
@@ -503,12 +565,15 @@ def evaluate_restoration(
     def compute(i: int, start: int) -> dict:
         some = value[start : start + size].repeat_interleave(RESTORATIONS, 0)
         measurement = replace(asked.measurement, value=some)
-        sample = sampling.get_sampling_fn(config, run.method, run.guide, measurement)
+        sample = _restorer(config, run, measurement)
         generator = datasets.keyed_generator(run.device, "restoration", config.seed, i)
         labels = asked.labels
         if labels is not None:
             labels = labels[start : start + size].repeat_interleave(RESTORATIONS)
-        images, nfe = sample(run.state.model, len(some), generator=generator, labels=labels)
+        with solver_bar(run.method) as watch:
+            images, nfe = sample(
+                run.state.model, len(some), generator=generator, labels=labels, watch=watch
+            )
         return {"restored": to_uint8(images), "nfe": nfe}
 
     tasks = []
@@ -649,7 +714,10 @@ def _draw_strips(
         labels = run.draw_labels(len(x) // COLUMNS, "rows")
     labels = None if labels is None else labels.repeat_interleave(COLUMNS)
     try:
-        samples, _ = run.sample(run.state.model, x=x, generator=generator, labels=labels)
+        with solver_bar(run.method) as watch:
+            samples, _ = run.sample(
+                run.state.model, x=x, generator=generator, labels=labels, watch=watch
+            )
     except FloatingPointError as error:
         log.warning(f"{path} is not drawn: {error}")
     else:

@@ -1,8 +1,9 @@
 """The objects that a config names, built together, so that a mistake shows before any work."""
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import methods
 import models
 import sampling
 from configs.default import check
+from solvers.base import Watch
 from storage import run_config
 from storage.checkpoints import fit, load_checkpoint
 from training import TrainState
@@ -184,3 +186,22 @@ def progress_bar(**options) -> tqdm:
     interactive = sys.stderr.isatty()
     options |= {"disable": not distributed.is_main()}
     return tqdm(mininterval=0.2 if interactive else 10, dynamic_ncols=interactive, **options)
+
+
+@contextlib.contextmanager
+def solver_bar(method: methods.Method) -> Iterator[Watch]:
+    """Within the block what the yielded `watch` is told shows in a bar, if it takes over a second.
+
+    The bar has the evaluations so far, and the noise level between those of prior and data.
+    """
+    ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
+    low, high = method.sigma(ends).tolist()
+    with progress_bar(desc="solver", unit=" evaluations", leave=False, delay=1) as progress:
+
+        def watch(evaluations: int, sigma: float) -> None:
+            progress.set_postfix_str(
+                f"noise level {sigma:.3g} of {low:.3g} to {high:.3g}", refresh=False
+            )
+            progress.update(evaluations - progress.n)
+
+        yield watch

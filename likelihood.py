@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from configs.keys import named
 from methods.base import Method, Network, conditioned
-from sampling import get_rk45_options
-from solvers.base import Counted
+from sampling import get_rk45_options, watch_times
+from solvers.base import Counted, Watch
 from solvers.rk45 import rk45
 
 
@@ -41,6 +42,7 @@ def log_likelihood(
     rtol: float = 1e-4,
     atol: float = 1e-4,
     max_evaluations: int = 10_000,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Log density of `x` under the distribution that the sampling ODE makes of the prior.
 
@@ -54,10 +56,15 @@ def log_likelihood(
         x: scaled images (B, C, H, W).
         probes: (K, B or 1, C, H, W): the unit vectors, or one of mean 0 and covariance I.
         rtol, atol, max_evaluations: see `rk45`.
+        watch: called before each evaluation; see `solvers.base.Watch`.
 
     Returns:
         log p (B,) in nats, the latent at the prior (B, C, H, W), and the number of evaluations of
         dx/dt, each with K backward passes.
+
+    Raises:
+        FloatingPointError: the solution is not finite; the message says where.
+        TooManyEvaluations: it needs more than `max_evaluations`.
     """
 
     def drift_and_divergence(state: Tensor, t: float) -> Tensor:
@@ -73,7 +80,7 @@ def log_likelihood(
     with torch.no_grad():
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
         times = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
-        flow = Counted(drift_and_divergence)
+        flow = Counted(drift_and_divergence, watch_times(method, watch))
         end = rk45(flow, start, times, rtol=rtol, atol=atol, max_evaluations=max_evaluations)
         latent, change = end[:, :-1].view_as(x), end[:, -1]
         return method.prior_logp(latent) + change, latent, flow.calls
@@ -94,33 +101,31 @@ def get_likelihood_fn(config, method: Method) -> Callable[..., tuple[Tensor, Ten
     """Bits per dimension of images.
 
     Returns:
-        `likelihood_fn(net, data, generator=None, labels=None)` for scaled, uniformly dequantised
-        `data` (B, C, H, W), given their class `labels` (B,), int64, if there are any: bits/dim (B,)
-        of the 8-bit images they came from, latents (B, C, H, W) and the number of evaluations.
-        `generator` draws the probe.
+        `likelihood_fn(net, data, generator=None, labels=None, watch=None)` for scaled, uniformly
+        dequantised `data` (B, C, H, W), given their class `labels` (B,), int64, if there are any:
+        bits/dim (B,) of the 8-bit images they came from, latents (B, C, H, W) and the number of
+        evaluations. `generator` draws the probe; for `watch` see `solvers.base.Watch`.
 
     Raises:
         ValueError: the network was trained at discrete noise levels only, or an unknown
-            `eval.divergence`, or a tolerance that is not positive.
+            `eval.divergence`, or a tolerance or limit that is not positive.
     """
     if not config.training.continuous:
         raise ValueError(
             "a network trained at discrete noise levels (training.continuous=False) has no "
             "likelihood: its ODE is not known between them"
         )
-    if config.eval.divergence not in DIVERGENCES:
-        raise ValueError(
-            f"unknown eval.divergence={config.eval.divergence!r}; known: {', '.join(DIVERGENCES)}"
-        )
-    make_probes = DIVERGENCES[config.eval.divergence]
+    make_probes = named(DIVERGENCES, "eval.divergence", config.eval.divergence)
     options = get_rk45_options(config)
     # 256 grey levels span the interval that the data scaler maps to: log2(256 / its length).
     offset = 7.0 if config.data.centered else 8.0
 
-    def likelihood_fn(net, data, generator=None, labels=None):
+    def likelihood_fn(net, data, generator=None, labels=None, watch=None):
         net = conditioned(net, {"class_labels": labels})
         probes = make_probes(data, generator)
-        log_p, latent, evaluations = log_likelihood(method, net, data, probes, **options)
+        log_p, latent, evaluations = log_likelihood(
+            method, net, data, probes, watch=watch, **options
+        )
         bits = -log_p / (data[0].numel() * math.log(2)) + offset
         return bits, latent, evaluations
 

@@ -18,7 +18,8 @@ import distributed
 import evaluation
 import execution
 import likelihood
-from experiment import Experiment, complete, progress_bar
+import sampling
+from experiment import Experiment, complete, progress_bar, solver_bar
 from metrics.reference import ReferenceStatistics
 from reports.evaluation_page import save_page
 from reports.images import image_grid, to_uint8
@@ -63,6 +64,7 @@ def train(config, workdir: Path) -> bool:
     config, decided = complete(config, workdir)
     data, training, seed = config.data, config.training, config.seed
     run = Experiment.build(config)
+    run.sample = sampling.get_sampling_fn(sampling.for_snapshots(config), run.method, run.guide)
     state, device, main = run.state, run.device, distributed.is_main()
     state.network = execution.for_training(config, state.model)
     train_data = datasets.get_dataset(config, "train").to(device)
@@ -105,7 +107,7 @@ def train(config, workdir: Path) -> bool:
             # a run that was stopped between saving and drawing lacks its last picture
             picture = workdir / f"samples/iter_{state.step}/sample.png"
             if draws and state.step and due(training.snapshot_freq) and not picture.exists():
-                _draw_snapshot(run, writer, workdir, seed, images_per_step)
+                _draw_snapshot(run, writer, workdir, seed, images_per_step, stop)
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
                 generator = datasets.keyed_generator(device, "training", seed, state.step)
                 # dropout knows no other generator than the global one
@@ -137,7 +139,7 @@ def train(config, workdir: Path) -> bool:
                     writer.flush()
                     written = _save(config, workdir, state, written, numbered)
                 if draws and numbered and not stop():
-                    _draw_snapshot(run, writer, workdir, seed, images_per_step)
+                    _draw_snapshot(run, writer, workdir, seed, images_per_step, stop)
 
             if state.step < training.n_iters:
                 _save(config, workdir, state, written)
@@ -160,7 +162,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         ValueError: the config is wrong, or a checkpoint is damaged or does not fit it.
         OSError: there is no checkpoint, a file cannot be written, or another process writes to
             the folder.
-        FloatingPointError: the ODE of a likelihood cannot be solved.
+        FloatingPointError: the ODE of a likelihood cannot be solved, or that of samples not within
+            `sampling.max_evaluations`.
     """
     config, decided = complete(config, workdir)
     run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
@@ -204,6 +207,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             report = {"step": run.state.step}
             with run.with_ema():
                 origin = evaluation.origin_of(config, run)
+                run.sample = evaluation.fit_sampler(config, run, path, origin)
                 if asked.enable_bpd:
                     report |= evaluation.evaluate_bpd(
                         config, run, bits_per_dim, data, folder, k, origin
@@ -295,18 +299,41 @@ def _held_out_loss(run: Experiment, data, seed: int) -> float:
         return held_out_loss(run.state, run.loss, batch, generator, shard).item()
 
 
+class _Stopped(Exception):
+    """A signal asks to stop."""
+
+
 def _draw_snapshot(
-    run: Experiment, writer: TensorBoardWriter, workdir: Path, seed: int, number: int
+    run: Experiment,
+    writer: TensorBoardWriter,
+    workdir: Path,
+    seed: int,
+    number: int,
+    stop: Callable[[], str | None],
 ) -> None:
-    """At most `number` samples, from the same prior draw at every call, to compare the pictures."""
+    """At most `number` samples, from the same prior draw at every call, to compare the pictures.
+
+    None where `stop` gives a signal's name before an evaluation of the network.
+    """
     step = run.state.step
     folder = workdir / "samples" / f"iter_{step}"
     generator = datasets.keyed_generator(run.device, "snapshot", seed)
     number = min(SNAPSHOT_SAMPLES, number)
     try:
-        with run.with_ema():
+        with run.with_ema(), solver_bar(run.method) as show:
+
+            def watch(evaluations: int, sigma: float) -> None:
+                show(evaluations, sigma)
+                if stop():
+                    raise _Stopped
+
             labels = run.draw_labels(number, "snapshot")
-            samples, nfe = run.sample(run.state.model, number, generator=generator, labels=labels)
+            samples, nfe = run.sample(
+                run.state.model, number, generator=generator, labels=labels, watch=watch
+            )
+    except _Stopped:
+        log.info(f"step {step}: no samples drawn: {stop()}; the next start draws them")
+        return
     except FloatingPointError as error:  # a network that is still young may have no smooth flow
         log.warning(f"step {step}: no samples drawn: {error}")
         return

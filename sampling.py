@@ -12,8 +12,9 @@ from datasets import get_data_inverse_scaler
 from methods.base import Method, Network, conditioned
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring, replacement
-from solvers import SCHEDULES, SOLVERS
-from solvers.base import Callback, Counted, Slope
+from solvers import SCHEDULES, SOLVERS, Schedule
+from solvers.base import Callback, Counted, Slope, Watch
+from solvers.fitted import FINE_STEPS
 from solvers.fixed_steps import Churn, euler
 from solvers.predictor_corrector import predictor_corrector
 
@@ -41,7 +42,7 @@ def solve_ode(
     solver: str = "rk45",
     n: int = 100,
     *,
-    schedule: str = "auto",
+    schedule: str | Schedule = "auto",
     rho: float = 7.0,
     rtol: float = 1e-4,
     atol: float = 1e-4,
@@ -51,6 +52,7 @@ def solve_ode(
     generator: torch.Generator | None = None,
     noise_removal: bool = False,
     callback: Callback | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, int]:
     """Integrates `x` (B, C, H, W) along the sampling ODE from the prior to the data.
 
@@ -59,7 +61,7 @@ def solve_ode(
         x: a sample of the prior.
         solver: a name in `SOLVERS`.
         n: steps of those that have a schedule, at least 1.
-        schedule: a name in `SCHEDULES`, or "auto" for the solver's own.
+        schedule: one of `SCHEDULES` or its name, or "auto" for the solver's own.
         rho: see `solvers.schedules.polynomial`.
         rtol, atol, max_evaluations: see `rk45`.
         order: of a solver that has several; None for its own choice.
@@ -69,13 +71,14 @@ def solve_ode(
             to noise level 0; after `rk45` an Euler step does. Euler's gives the mean of the data
             given x (Tweedie's formula).
         callback: called before each step; see `solvers.base.Step`.
+        watch: called before each evaluation; see `solvers.base.Watch`.
 
     Returns:
         The sample, and the number of network evaluations.
 
     Raises:
-        FloatingPointError: the solution is not finite, or the evaluations are spent; the message
-            says where.
+        FloatingPointError: the solution is not finite, or (`TooManyEvaluations`) the evaluations
+            are spent; the message says where.
     """
     solve, own_schedule = SOLVERS[solver].solve, SOLVERS[solver].schedule
     if order is not None:
@@ -83,19 +86,30 @@ def solve_ode(
     if churn is not None:
         solve = partial(solve, churn=churn, noise=partial(_noise_like, generator))
     denoise = noise_removal and method.noisy_end
-    slope, zero = Counted(partial(method.slope, net)), torch.zeros(1, dtype=torch.float64)
+    slope, zero = Counted(partial(method.slope, net), watch), torch.zeros(1, dtype=torch.float64)
     if own_schedule:
-        levels_of = SCHEDULES[own_schedule if schedule == "auto" else schedule]
-        levels = levels_of(method, n - 1 if denoise else n, rho)
+        if isinstance(schedule, str):
+            schedule = SCHEDULES[own_schedule if schedule == "auto" else schedule]
+        levels = schedule(method, n - 1 if denoise else n, rho)
         levels = torch.cat([levels, zero]) if denoise else levels
         return integrate(method, slope, x, levels, solve, callback), slope.calls
-    drift = Counted(partial(method.ode, net))
+    drift = Counted(partial(method.ode, net), watch_times(method, watch))
     times = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
     x = solve(drift, x, times, callback, rtol=rtol, atol=atol, max_evaluations=max_evaluations)
+    slope.calls = drift.calls
     if denoise:
         last = method.sigma(zero + method.t_data)
         x = integrate(method, slope, x, torch.cat([last, zero]), euler)
-    return x, drift.calls + slope.calls
+    return x, slope.calls
+
+
+def watch_times(method: Method, watch: Watch | None) -> Callable[[int, float], object] | None:
+    """What tells `watch` the noise level, where a solver knows the time."""
+    if watch is None:
+        return None
+    return lambda evaluations, t: watch(
+        evaluations, method.sigma(torch.as_tensor(t, dtype=torch.float64)).item()
+    )
 
 
 def _noise_like(generator: torch.Generator | None, x: Tensor) -> Tensor:
@@ -118,6 +132,9 @@ def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tenso
 
 
 # --- by name --------------------------------------------------------------------------------------
+
+FITTED = "fitted"  # sampling.schedule: the levels are made for a network (`solvers.fitted`)
+SNAPSHOT_STEPS = 18  # as many as EDM's sampler takes: 35 evaluations of heun
 
 
 def _choose(config, key: str, known: Iterable[str]) -> str:
@@ -183,25 +200,36 @@ def _ode_sampler(config, method: Method, constrain: Callable[..., Tensor] | None
         raise ValueError(f"sampling.N must be at least 1, not {sampling.N}")
     _check_positive(config, "rho")
     solver = _choose(config, "ode_solver", SOLVERS)
-    schedule = _choose(config, "schedule", ("auto", *SCHEDULES))
+    schedule = _choose(config, "schedule", ("auto", *SCHEDULES, FITTED))
     if schedule != "auto" and SOLVERS[solver].schedule is None:
         raise ValueError(
             f"sampling.ode_solver={solver!r} chooses its own steps: sampling.schedule must be "
             f"'auto', not {schedule!r}"
         )
+    if schedule == FITTED and sampling.N > FINE_STEPS:
+        raise ValueError(
+            f"sampling.schedule='fitted' chooses among {FINE_STEPS} steps: sampling.N can be no "
+            f"more, not {sampling.N}"
+        )
     options = {
         "solver": solver,
         "n": sampling.N,
-        "schedule": schedule,
         "rho": sampling.rho,
         "order": _get_order(config, solver),
         "churn": _get_churn(config, method, solver),
         "noise_removal": sampling.noise_removal,
         **get_rk45_options(config),
     }
-    return lambda method, net, x, generator, callback: solve_ode(
-        method, net, x, generator=generator, callback=callback, **options
-    )
+
+    def sample(method, net, x, generator, callback, watch, fitted):
+        seen = {"callback": callback, "watch": watch}
+        if (chosen := fitted or schedule) == FITTED:
+            raise ValueError(
+                "sampling.schedule='fitted' belongs to a network, and is to be given as `schedule`"
+            )
+        return solve_ode(method, net, x, schedule=chosen, generator=generator, **seen, **options)
+
+    return sample
 
 
 def _pc_sampler(config, method: Method, constrain: Callable[..., Tensor] | None):
@@ -223,9 +251,9 @@ def _pc_sampler(config, method: Method, constrain: Callable[..., Tensor] | None)
     if options["predictor"] == "ancestral_sampling" and sampling.probability_flow:
         raise ValueError("sampling.predictor='ancestral_sampling' has no probability_flow")
 
-    def sample(method, net, x, generator, callback):
-        net = Counted(net)
-        x = predictor_corrector(method, net, x, generator=generator, callback=callback, **options)
+    def sample(method, net, x, generator, callback, watch, schedule):
+        net, seen = Counted(net), {"callback": callback, "watch": watch_times(method, watch)}
+        x = predictor_corrector(method, net, x, generator=generator, **seen, **options)
         return x, net.calls
 
     return sample
@@ -261,6 +289,47 @@ def _guidance(config, guide: Network | None) -> tuple[float, tuple[float, float]
     return sampling.guidance, (low, high)
 
 
+def without_fit(config):
+    """`config` with the solver's own schedule in place of 'fitted'."""
+    config = config.copy_and_resolve_references()
+    if config.sampling.schedule == FITTED:
+        config.sampling.schedule = "auto"
+    return config
+
+
+def for_snapshots(config):
+    """`config` with the sampler of the pictures that training draws: one of few evaluations.
+
+    `training.snapshot_solver` takes the place of a solver that chooses its own steps, since a
+    young network can make it take any number. The weights still change, so that levels fitted to
+    them would not last.
+    """
+    config = without_fit(config)
+    sampling = config.sampling
+    if sampling.method == "ode" and SOLVERS[sampling.ode_solver].schedule is None:
+        sampling.update(
+            ode_solver=config.training.snapshot_solver, N=SNAPSHOT_STEPS, order=None, S_churn=0.0
+        )
+    return config
+
+
+def for_trajectories(config):
+    """`config` whose sampler follows the trajectories to which the schedule 'fitted' is fitted.
+
+    It has to be given the schedule `solvers.fitted.fine_levels`.
+    """
+    config = config.copy_and_resolve_references()
+    config.sampling.update(
+        ode_solver="multistep",
+        N=FINE_STEPS + 1,
+        order=None,
+        S_churn=0.0,
+        schedule="auto",
+        noise_removal=False,
+    )
+    return config
+
+
 def get_sampling_fn(
     config,
     method: Method,
@@ -273,12 +342,15 @@ def get_sampling_fn(
     they have exactly this measurement. There have to be as many samples as rows of it.
 
     Returns:
-        `sample(net, num=None, x=None, generator=None, callback=None, labels=None)`: `num` samples
-        (default `eval.batch_size`), from a fresh prior sample or from `x` (B, C, H, W) where it is
-        given, on the generator's device (else on that of `x`, else the network's); for the callback
-        see `solvers.base.Step`. Class `labels` (num,), int64, are -1 for none; by default all are
-        `sampling.class_label`. It returns images (num, C, H, W) in [0, 1] and the number of network
-        evaluations, of which one with guidance counts once.
+        `sample(net, num=None, x=None, generator=None, callback=None, labels=None, watch=None,
+        schedule=None)`: `num` samples (default `eval.batch_size`), from a fresh prior sample or
+        from `x` (B, C, H, W) where it is given, on the generator's device (else on that of `x`,
+        else the network's). The callback is called before each step (`solvers.base.Step`), `watch`
+        before each network evaluation (`solvers.base.Watch`). Class `labels` (num,), int64, are -1
+        for none; by default all are `sampling.class_label`. A `schedule` takes the place of
+        `sampling.schedule`, and has to be given where that is 'fitted'. It returns images
+        (num, C, H, W) in [0, 1] and the number of network evaluations, of which one with guidance
+        counts once.
 
     Raises:
         ValueError: a sampler that the method does not have, a number out of range, or guidance
@@ -299,7 +371,16 @@ def get_sampling_fn(
     compiles, class_label = config.sampling.compile, config.sampling.class_label
 
     @torch.no_grad()
-    def sample(net, num=None, x=None, generator=None, callback=None, labels=None):
+    def sample(
+        net,
+        num=None,
+        x=None,
+        generator=None,
+        callback=None,
+        labels=None,
+        watch=None,
+        schedule=None,
+    ):
         if x is None:
             device = generator.device if generator else next(net.parameters()).device
             x = method.prior_sampling((num or default_num, *image_shape), generator, device)
@@ -312,7 +393,9 @@ def get_sampling_fn(
             followed = Guided(method, other, *guidance)
         if measurement is not None and restorer is not None:
             followed = Restoring(followed, measurement, restorer)
-        x, evaluations = integrate_prior(followed, conditional, x, generator, callback)
+        x, evaluations = integrate_prior(
+            followed, conditional, x, generator, callback, watch, schedule
+        )
         if measurement is not None and measurement.noise == 0:
             x = measurement.project(x)
         return inverse_scaler(x).clamp(0, 1), evaluations

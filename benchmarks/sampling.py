@@ -1,67 +1,78 @@
-"""Quality and error of every solver against the evaluations it takes, on a trained model.
+"""Quality and error of every solver and schedule against its evaluations, on trained networks.
 
-    python3 benchmarks/sampling.py [--config FILE] [--workdir runs/demo] [--num 1000] [--plot PNG]
+    python3 benchmarks/sampling.py WORKDIR ... [--num 1000] [--plot PNG]
 
-All solvers start from the same prior samples. The error is the root mean square, over pixels in
-[0, 1] of the first 100 of them, of the difference from the solution of rk45 with tolerances of 1e-6
-in float64. The last column is the share of the time that is spent outside the network.
+All solvers start from the same prior samples. The distance is Frechet's between pixels and those of
+the training images; the error is the root mean square, over pixels in [0, 1] of the first 100
+samples, of the difference from the solution of rk45 with tolerances of 1e-6 in float64. The last
+column is the share of the time that is spent outside the network. Workdirs of the same method, D
+and target are seeds of one curve, of which mean and range are shown.
 """
 
-import runpy
+from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import common
+import numpy as np
 import torch
 
 import datasets
+import evaluation
 import sampling
 from experiment import Experiment
 from metrics.distances import Gaussian, frechet_distance
-from storage.checkpoints import load_checkpoint
+from storage import run_config
+from storage.checkpoints import fit, load_checkpoint
 
-STEPS = {
-    "forward_euler": (8, 12, 15, 20, 30, 50, 100),
-    "improved_euler": (5, 8, 12, 25, 50),
-    "heun": (5, 6, 8, 12, 25, 50),
-    "multistep": (8, 10, 12, 15, 20, 30, 50),
-}
+FEW = (5, 6, 7, 8, 10, 12, 15, 20, 30)
 COMPARED = 100  # samples whose exact solution is computed
 
 
-def plot(rows: list[dict], path: str) -> None:
-    """Distance and error against evaluations, a line for each solver, as a PNG."""
-    import matplotlib
+class Setting(NamedTuple):
+    """A solver with its own order and rho, and a schedule."""
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    solver: str
+    schedule: str = "auto"
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, key, label in zip(
-        axes, ("fid", "error"), ("Frechet distance (pixels)", "error, RMS of pixels"), strict=True
-    ):
-        reference = next(row for row in rows if row["solver"] == "rk45")
-        axis.axhline(reference[key], color="black", linewidth=0.8, linestyle=":")
-        axis.plot(reference["evaluations"], reference[key], "k*", markersize=10, label="rk45")
-        for solver in STEPS:
-            own = [row for row in rows if row["solver"] == solver]
-            x, y = ([row[k] for row in own] for k in ("evaluations", key))
-            axis.plot(x, y, marker="o", markersize=4, label=solver)
-        axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel=label)
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    def __str__(self) -> str:
+        return self.solver if self.schedule == "auto" else f"{self.solver}, {self.schedule}"
+
+
+STEPS = {
+    Setting("forward_euler"): FEW,
+    Setting("improved_euler"): (3, 5, 8, 12, 18),
+    Setting("heun"): (3, 4, 5, 8, 12, 18),
+    Setting("multistep"): FEW,
+    Setting("multistep", "fitted"): FEW,
+    Setting("ipndm"): FEW,
+    Setting("ipndm", "logsnr"): FEW,
+    Setting("ipndm", "fitted"): FEW,
+    Setting("dpmpp"): FEW,
+    Setting("dpmpp", "logsnr"): FEW,
+    Setting("unipc", "logsnr"): FEW,
+}
+
+
+class Measured(NamedTuple):
+    """What a setting gave: distance over that of rk45, and error."""
+
+    ratio: float
+    error: float
+
+
+Results = dict[tuple[str, int], Measured]  # (setting, evaluations) -> what it gave
 
 
 @torch.no_grad()
-def main() -> None:
-    defaults = {"config": "configs/poisson/digits_ddpmpp.py", "workdir": Path("runs/demo")}
-    options = common.options(__doc__, **defaults, num=1000, plot=None)
-    config = runpy.run_path(options.config)["get_config"]()
+def measure(workdir: Path, num: int) -> tuple[str, Results]:
+    """Prints the table of a run, and gives its name among methods and its results."""
+    path, config = run_config.find(workdir)
     run = Experiment.build(config)
-    run.state.load_network(load_checkpoint(options.workdir / "checkpoints-meta/checkpoint.pth"))
+    fit(run.state.load_network, load_checkpoint(path), path)
     to_unit = datasets.get_data_inverse_scaler(config)
-    generator = datasets.keyed_generator(run.device, "benchmark", config.seed)
-    shape = (options.num, *datasets.image_shape(config))
+    generator = datasets.keyed_generator(run.device, "benchmark", 0)
+    shape = (num, *datasets.image_shape(config))
     prior = run.method.prior_sampling(shape, generator, run.device)
     data = Gaussian.fit(datasets.get_dataset(config, "train")[:].flatten(1) / 255)
 
@@ -69,32 +80,113 @@ def main() -> None:
         rounded = (to_unit(samples).clamp(0, 1) * 255).round().cpu()
         return frechet_distance(Gaussian.fit(rounded.flatten(1) / 255), data)
 
-    net, rows = run.state.model, []
+    net, results, base = run.state.model, {}, np.nan
     with run.with_ema():
+        own = {
+            "fitted": evaluation.fit_schedule(config, run, path, evaluation.origin_of(config, run))
+        }
+        tight = {"rtol": 1e-6, "atol": 1e-6, "noise_removal": True}
         exact, evaluations = sampling.solve_ode(
-            run.method, net.double(), prior[:COMPARED].double(), rtol=1e-6, atol=1e-6
+            run.method, net.double(), prior[:COMPARED].double(), **tight
         )
         net.float()
         print(
-            f"{options.config}, step {run.state.step}, {options.num} samples, "
+            f"\n{workdir}: {name_of(config)}, step {run.state.step}, {num} samples, "
             f"{common.setting(run.device)}; {evaluations} evaluations for the exact solution"
         )
-        columns = ("solver", "<15"), ("steps", ">5"), ("evaluations", ">11"), ("distance", ">8.4f")
-        more = ("/ rk45", ">7.2f"), ("error", ">8.1e"), ("seconds", ">7.2f"), ("outside", ">7.1%")
+        columns = ("solver", "<18"), ("steps", ">5"), ("evaluations", ">11"), ("distance", ">8.4f")
+        more = ("/ rk45", ">7.3f"), ("error", ">8.1e"), ("seconds", ">7.2f"), ("outside", ">7.1%")
         table = common.Table(*columns, *more)
-        for solver, n in [("rk45", 0), *((name, n) for name in STEPS for n in STEPS[name])]:
+        cases = [(setting, n) for setting, steps in STEPS.items() for n in steps]
+        for setting, n in [(Setting("rk45"), 0), *cases]:
             watch = common.Stopwatch(run.device)
             timed = watch.phase("network")(net)
+            schedule = own.get(setting.schedule, setting.schedule)
             with watch.phase("all"):
-                samples, evaluations = sampling.solve_ode(run.method, timed, prior, solver, n)
+                samples, evaluations = sampling.solve_ode(
+                    run.method,
+                    timed,
+                    prior,
+                    setting.solver,
+                    n,
+                    schedule=schedule,
+                    noise_removal=True,
+                )
             inside, seconds = watch.seconds["network"], watch.seconds["all"]
             difference = to_unit(samples[:COMPARED]) - to_unit(exact)
-            fid, error = distance(samples), difference.square().mean().sqrt().item()
-            rows.append({"solver": solver, "evaluations": evaluations, "fid": fid, "error": error})
-            relative, outside = fid / rows[0]["fid"], 1 - inside / seconds
-            table.row(solver, n or "", evaluations, fid, relative, error, seconds, outside)
+            found, error = distance(samples), difference.square().mean().sqrt().item()
+            base = found if setting.solver == "rk45" else base
+            results[str(setting), evaluations] = Measured(found / base, error)
+            outside = 1 - inside / seconds
+            table.row(setting, n or "", evaluations, found, found / base, error, seconds, outside)
+    return name_of(config), results
+
+
+def name_of(config) -> str:
+    name = config.training.sde.lower()
+    name += f", D = {config.model.D:g}" if name == "pfgmpp" else ""
+    return name + (", posterior means" if config.training.target == "posterior_mean" else "")
+
+
+def plot(found: dict[str, list[Results]], path: str) -> None:
+    """Distance and error against evaluations, a column for each method, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        2, len(found), figsize=(5 * len(found), 8), layout="constrained", squeeze=False
+    )
+    for column, (name, seeds) in zip(axes.T, found.items(), strict=True):
+        for axis, key, label in zip(
+            column,
+            Measured._fields,
+            ("distance / that of rk45", "error, RMS of pixels"),
+            strict=True,
+        ):
+            for k, setting in enumerate(map(str, STEPS)):
+                counts = sorted(n for other, n in seeds[0] if other == setting)
+                values = np.array([[getattr(s[setting, n], key) for n in counts] for s in seeds])
+                style = {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--"}
+                axis.plot(counts, values.mean(0), marker="o", markersize=3, label=setting, **style)
+                axis.fill_between(
+                    counts, values.min(0), values.max(0), alpha=0.15, color=style["color"]
+                )
+            axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel=label)
+            axis.set_xticks(FEW, FEW)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        column[0].axhline(1, color="black", linewidth=0.8, linestyle=":")
+        column[0].set_title(f"{name}, {len(seeds)} seed{'s' * (len(seeds) > 1)}")
+        column[0].set_ylim(0.9, 10)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    options = common.options(__doc__, "workdirs", num=1000, plot=None)
+    found: dict[str, list[Results]] = defaultdict(list)
+    for workdir in options.workdirs:
+        name, results = measure(workdir, options.num)
+        found[name].append(results)
+    for name, seeds in found.items():
+        print(f"\n{name}: mean (range) of {len(seeds)} seeds")
+        columns = ("solver", "<18"), ("evaluations", ">11"), ("distance / rk45", "<21")
+        table = common.Table(*columns, ("error", "<27"), ("/ multistep", ">11.2f"))
+        for case in seeds[0]:
+            ratios, errors = zip(*(seed[case] for seed in seeds), strict=True)
+            plain = [
+                seed.get(("multistep", case[1]), Measured(np.nan, np.nan)).error for seed in seeds
+            ]
+            table.row(
+                *case,
+                f"{np.mean(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})",
+                f"{np.mean(errors):.1e} ({min(errors):.1e}-{max(errors):.1e})",
+                np.mean(np.divide(errors, plain)),
+            )
     if options.plot:
-        plot(rows, options.plot)
+        plot(found, options.plot)
 
 
 if __name__ == "__main__":

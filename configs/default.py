@@ -9,17 +9,20 @@ import math
 from ml_collections import ConfigDict, config_dict
 
 from configs.keys import get, shown
-from configs.schema import Flag, Key, Number, Numbers, OneOf, Text, above, whole
+from configs.schema import Flag, Key, Number, Numbers, OneOf, Text, whole
 
+# Numbers are bounded so that what the program makes of them, squares and their sums over an image
+# among it, stays finite in the float32 or float64 that it is computed in.
 SHARE = Number(0, 1)
-NOISE_LEVEL = Number(1e-6, 10**6)  # so that squares, and their sums over an image, fit a float32
+NOISE_LEVEL = Number(1e-6, 10**6)
+LENGTH = Number(1e-9, 10**9)  # of a Poisson flow: heights and norms
 
 KEYS = {
     "seed": Key(42, whole(0, 2**63 - 1), "of weights, noise and the order of the data"),
     "device": Key(
         "auto",
         Text(r"auto|cpu|cuda(:\d{1,3})?", "'auto', 'cpu', 'cuda' or 'cuda:N'"),
-        "where everything is computed; 'auto': on the first GPU where there is one",
+        "where everything is computed; 'auto': on a GPU where there is one",
     ),
     "data.dataset": Key("", OneOf(registry="sources.SOURCES"), "where the images come from"),
     "data.category": Key(
@@ -63,6 +66,12 @@ KEYS = {
         0, whole(0), "newest numbered checkpoints that are kept; 0: all"
     ),
     "training.snapshot_sampling": Key(True, Flag(), "draw samples with every numbered checkpoint"),
+    "training.snapshot_solver": Key(
+        "heun",
+        OneOf(registry="solvers.SOLVERS"),
+        "of these samples where sampling.ode_solver is 'rk45', which takes any number of "
+        "evaluations for a young network: 18 steps of this one, or 'rk45' itself",
+    ),
     "training.log_freq": Key(50, whole(1), "steps between losses on the training data"),
     "training.eval_freq": Key(100, whole(1), "steps between losses on the test split"),
     "training.max_bad_steps": Key(
@@ -105,22 +114,26 @@ KEYS = {
     "training.M": Key(None, whole(1), "Poisson; None: measured from the data"),
     "training.restrict_M": Key(True, Flag(), "Poisson: a smaller M close to the data"),
     "optim.optimizer": Key("Adam", OneOf(("Adam",)), "the only one"),
-    "optim.lr": Key(2e-4, Number(0), "learning rate"),
-    "optim.beta1": Key(0.9, Number(0, 1 - 2**-53), "Adam's decay of the first moment, below 1"),
-    "optim.eps": Key(1e-8, Number(0), "Adam adds it to the square root that it divides by"),
-    "optim.weight_decay": Key(0.0, Number(0), "added to the gradient as a multiple of the weights"),
+    "optim.lr": Key(2e-4, Number(0, 10), "learning rate"),
+    "optim.beta1": Key(0.9, Number(0, 0.999999), "Adam's decay of the first moment"),
+    "optim.eps": Key(
+        1e-8, Number(1e-16, 1), "added to the root of Adam's second moment before it divides"
+    ),
+    "optim.weight_decay": Key(
+        0.0, Number(0, 1000), "added to the gradient as a multiple of the weights"
+    ),
     "optim.amsgrad": Key(False, Flag(), "Adam's variant of this name"),
     "optim.warmup": Key(
         5000, whole(0), "steps over which the learning rate rises linearly from zero"
     ),
     "optim.cooldown": Key(0, whole(0), "steps at the end over which it falls linearly to zero"),
     "optim.grad_clip": Key(
-        1.0, Number(), "largest global norm of the gradient; negative: no clipping"
+        1.0, Number(-1, 10**6), "largest global norm of the gradient; negative: no clipping"
     ),
     "model.name": Key("", OneOf(registry="models.NETWORKS"), "the network"),
     "model.ema_rate": Key(0.9999, SHARE, "decay of the EMA weights per step"),
     "model.ema_half_life": Key(
-        0.0, Number(0), "in images, with EDM's ramp-up, instead of ema_rate; 0: ema_rate"
+        0.0, Number(0, 10**12), "in images, with EDM's ramp-up, instead of ema_rate; 0: ema_rate"
     ),
     "model.checkpoint_activations": Key(
         False, Flag(), "less memory, a third more time; for 256 px and more"
@@ -154,20 +167,28 @@ KEYS = {
         "fourier", OneOf(("fourier", "positional")), "of the noise level or time"
     ),
     "model.fourier_scale": Key(
-        16.0, Number(), "standard deviation of the 'fourier' embedding's frequencies"
+        16.0, Number(0, 10**4), "standard deviation of the 'fourier' embedding's frequencies"
     ),
     "model.resblock_type": Key("biggan", OneOf(("biggan", "ddpm")), "where blocks resample"),
     "model.fir": Key(True, Flag(), "resample with the filter fir_kernel"),
-    "model.fir_kernel": Key((1, 3, 3, 1), Numbers(Number(), range(1, 17)), "its taps"),
+    "model.fir_kernel": Key(
+        (1, 3, 3, 1),
+        Numbers(Number(-1000, 1000), range(1, 17)),
+        "its taps, up to a factor: their sum must not be 0",
+    ),
     "model.skip_rescale": Key(True, Flag(), "sums of two branches are divided by sqrt(2)"),
     "model.progressive": Key(
-        "none", OneOf(("none", "output_skip", "residual")), "images along the way up"
+        "none",
+        OneOf(("none", "output_skip", "residual")),
+        "how every level on the way up adds to the output; 'none': only the last does",
     ),
     "model.progressive_input": Key(
-        "none", OneOf(("none", "input_skip", "residual")), "images along the way down"
+        "none",
+        OneOf(("none", "input_skip", "residual")),
+        "how every level on the way down sees the input; 'none': only the first does",
     ),
     "model.progressive_combine": Key(
-        "sum", OneOf(("sum", "cat")), "how they are joined to the features"
+        "sum", OneOf(("sum", "cat")), "how 'input_skip' joins the input to the features"
     ),
     "model.init_scale": Key(
         0.0, Number(0, 10**6), "of the weights that end a branch; 0 stands for 1e-10"
@@ -175,16 +196,16 @@ KEYS = {
     # Of the methods:
     "model.sigma_min": Key(0.01, NOISE_LEVEL, "VE SDE: smallest noise level"),
     "model.sigma_max": Key(50.0, NOISE_LEVEL, "VE SDE: largest noise level"),
-    "model.beta_min": Key(0.1, above(0, 1000), "VP and sub-VP SDE: beta at the data"),
-    "model.beta_max": Key(20.0, above(0, 1000), "VP and sub-VP SDE: beta at the prior"),
+    "model.beta_min": Key(0.1, Number(1e-6, 100), "VP and sub-VP SDE: beta at the data"),
+    "model.beta_max": Key(20.0, Number(1e-6, 100), "VP and sub-VP SDE: beta at the prior"),
     "model.D": Key(
         2048.0, Number(0.5, 10**12, or_inf=True), "PFGM++: augmenting dimensions; inf is EDM"
     ),
     "model.sigma_data": Key(
-        0.5, NOISE_LEVEL, "PFGM++ and EDM: standard deviation of the scaled images' entries"
+        0.5, Number(0.001, 1000), "PFGM++ and EDM: standard deviation of the scaled images' entries"
     ),
-    "model.P_mean": Key(-1.2, Number(-50, 50), "PFGM++ and EDM: mean of ln sigma in training"),
-    "model.P_std": Key(1.2, above(0, 20), "PFGM++ and EDM: its standard deviation"),
+    "model.P_mean": Key(-1.2, Number(-10, 10), "PFGM++ and EDM: mean of ln sigma in training"),
+    "model.P_std": Key(1.2, Number(0.001, 4), "PFGM++ and EDM: its standard deviation"),
     "model.sigma_end": Key(0.01, NOISE_LEVEL, "Poisson: perturbation of points next to the data"),
     "sampling.method": Key(
         "ode",
@@ -197,16 +218,19 @@ KEYS = {
         "of 'ode': 'rk45' is adaptive, the others take N steps",
     ),
     "sampling.N": Key(
-        100, whole(1, 10**5), "steps of those; 'pc' takes model.num_scales steps instead"
+        100,
+        whole(1, 10**5),
+        "steps of the solvers that are not adaptive; 'pc' takes model.num_scales",
     ),
     "sampling.schedule": Key(
         "auto",
-        OneOf(("auto",), "solvers.SCHEDULES"),
+        OneOf(("auto", "fitted"), "solvers.SCHEDULES"),
         "where the steps lie: 'uniform' in the method's time, 'polynomial' in the noise level, "
-        "with rho; 'auto': the schedule that belongs to the solver",
+        "with rho, 'logsnr' in its log; 'fitted': where trajectories of the checkpoint bend, at "
+        "most 60 steps; 'auto': the schedule that belongs to the solver",
     ),
     "sampling.rho": Key(
-        7.0, above(0, 1000), "of 'polynomial': the larger, the more steps are close to the data"
+        7.0, Number(0.1, 1000), "of 'polynomial': the larger, the more steps are close to the data"
     ),
     "sampling.order": Key(
         None,
@@ -215,25 +239,28 @@ KEYS = {
     ),
     "sampling.S_churn": Key(
         0.0,
-        Number(0),
+        Number(0, 1000),
         "'heun' and 'improved_euler', of PFGM++, EDM and SDEs: noise added on the way, with the "
         "levels raised by the share S_churn / N; 0: none, the ODE",
     ),
-    "sampling.S_min": Key(0.0, Number(0), "smallest noise level at which noise is added"),
+    "sampling.S_min": Key(0.0, Number(0, 1e6), "smallest noise level at which noise is added"),
     "sampling.S_max": Key(
-        math.inf, Number(0, or_inf=True), "largest noise level at which noise is added"
+        math.inf, Number(0, 1e6, or_inf=True), "largest noise level at which noise is added"
     ),
     "sampling.S_noise": Key(
-        1.0, Number(0), "factor of that noise, 1 in theory; published values are up to 1.007"
+        1.0, Number(0, 10), "factor of that noise, 1 in theory; published values are up to 1.007"
     ),
     "sampling.rtol": Key(
-        1e-4, above(0, 1), "error of a step of 'rk45', in sampling and likelihood: rtol |x| + atol"
+        1e-4,
+        Number(1e-12, 1),
+        "error of a step of 'rk45', in sampling and likelihood: rtol |x| + atol",
     ),
-    "sampling.atol": Key(1e-4, above(0, 1), "see sampling.rtol"),
+    "sampling.atol": Key(1e-4, Number(1e-12, 1), "see sampling.rtol"),
     "sampling.max_evaluations": Key(
         1000,
         whole(8),
-        "of the network by 'rk45', in sampling and likelihood, after which it gives up",
+        "of the network by 'rk45', in sampling and likelihood, after which it stops with an error; "
+        "training goes on",
     ),
     "sampling.noise_removal": Key(True, Flag(), "end with a step of denoising"),
     "sampling.predictor": Key(
@@ -246,23 +273,25 @@ KEYS = {
         False, Flag(), "the predictor follows the ODE instead of the SDE"
     ),
     "sampling.n_steps_each": Key(1, whole(1, 10**5), "corrector steps per noise level"),
-    "sampling.snr": Key(0.16, above(0, 1000), "signal-to-noise ratio of the corrector"),
+    "sampling.snr": Key(0.16, Number(1e-6, 1000), "signal-to-noise ratio of the corrector"),
     "sampling.sigma_min": Key(
         0.002, NOISE_LEVEL, "PFGM++ and EDM: last noise level before 0, below sigma_max"
     ),
     "sampling.sigma_max": Key(80.0, NOISE_LEVEL, "PFGM++ and EDM: first noise level"),
     "sampling.z_max": Key(
         None,
-        above(0, 10**9),
+        LENGTH,
         "Poisson: the prior's plane, where the ODE starts; None: measured from the data",
     ),
-    "sampling.z_min": Key(1e-3, Number(1e-9, 10**9), "Poisson: where the ODE ends, below z_max"),
+    "sampling.z_min": Key(1e-3, LENGTH, "Poisson: where the ODE ends, below z_max"),
     "sampling.z_exp": Key(
-        5.0, Number(0), "Poisson: below it, z itself gives the field's z entry, not the network"
+        5.0,
+        Number(0, 10**9),
+        "Poisson: below it, z itself gives the field's z entry, not the network",
     ),
     "sampling.upper_norm": Key(
         None,
-        above(0, 10**9),
+        LENGTH,
         "Poisson: the prior sample's norm is clipped to it; None: measured from the data",
     ),
     "sampling.class_label": Key(
@@ -276,7 +305,7 @@ KEYS = {
     ),
     "sampling.guidance_interval": Key(
         (),
-        Numbers(Number(0, or_inf=True), (0, 2)),
+        Numbers(Number(0, 1e6, or_inf=True), (0, 2)),
         "noise levels above the first and up to the second, where there is guidance; (): all",
     ),
     "sampling.guide": Key(
@@ -355,8 +384,8 @@ KEYS = {
     "eval.inception_path": Key(
         "",
         Text(),
-        "the Inception network: of 'inception' a SavedModel folder ('' fetches it), of "
-        "'torchscript' its file",
+        "the network: for 'inception' the folder of a SavedModel ('': fetched), for 'torchscript' "
+        "its file",
     ),
     "eval.stats_dir": Key(
         "assets/stats",
@@ -370,7 +399,7 @@ KEYS = {
     "eval.enable_rescale": Key(False, Flag(), "draw rows of samples along directions of the prior"),
     "eval.rescale_norms": Key(
         (),
-        Numbers(above(0, 10**9), (0, 2), rising=True),
+        Numbers(LENGTH, (0, 2), rising=True),
         "from and to which norm; () for the method's own range",
     ),
 }

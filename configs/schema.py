@@ -7,45 +7,32 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-LARGEST = 1.79e308  # the largest number where nothing else is said, and the largest whole one:
-EXACT = 2**53  # up to here they are exact in float64 too
+EXACT = 2**53  # up to here whole numbers are exact in float64 too
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number between `low` and `high`, both included but with `above` the lower one."""
+    """A number from `low` to `high`, with `or_inf` infinity too."""
 
-    low: float = -LARGEST
-    high: float = LARGEST
-    above: bool = False
+    low: float
+    high: float
     kind: type = float  # int: whole numbers only
-    or_inf: bool = False  # infinity is allowed too
+    or_inf: bool = False
 
     def accepts(self, value: Any) -> bool:
-        if type(value) not in {int, self.kind}:
-            return False
-        if self.or_inf and value == math.inf:
-            return True
-        return self.low <= value <= self.high and not (self.above and value == self.low)
+        return type(value) in {int, self.kind} and (
+            self.low <= value <= self.high or self.or_inf and value == math.inf
+        )
 
     def __str__(self) -> str:
         words = "a whole number" if self.kind is int else "a number"
-        unbounded = self.high in (LARGEST, EXACT)
-        if self.above:
-            words += f" above {self.low:,}" + ("" if unbounded else f" and at most {self.high:,}")
-        elif not unbounded:
-            words += f" from {self.low:,} to {self.high:,}"
-        elif self.low > -LARGEST:
-            words += f" of at least {self.low:,}"
-        return words + (", or inf" if self.or_inf else "")
+        if self.high == EXACT:
+            return f"{words} of at least {self.low:,}"
+        return f"{words} from {self.low:,} to {self.high:,}" + (", or inf" if self.or_inf else "")
 
 
 def whole(low: int, high: int = EXACT) -> Number:
     return Number(low, high, kind=int)
-
-
-def above(low: float, high: float = LARGEST) -> Number:
-    return Number(low, high, above=True)
 
 
 @dataclass(frozen=True)

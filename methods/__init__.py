@@ -1,5 +1,6 @@
 """The generative methods, by name. A further one is a file and a line of `METHODS`."""
 
+from configs.keys import named
 from methods.base import Method
 from methods.pfgmpp import EDM, PFGMPP
 from methods.poisson import Poisson
@@ -18,10 +19,7 @@ METHODS: dict[str, type[Method]] = {
 
 def method_class(config) -> type[Method]:
     """The class of the method that `config.training.sde` names; ValueError where it is unknown."""
-    name = config.training.sde.lower()
-    if name not in METHODS:
-        raise ValueError(f"unknown method training.sde={name!r}; known: {', '.join(METHODS)}")
-    return METHODS[name]
+    return named(METHODS, "training.sde", config.training.sde)
 
 
 def get_method(config) -> Method:

@@ -33,7 +33,7 @@ class PFGMPP(Method):
     of the noise levels and weight of the loss are EDM's.
 
     Attributes:
-        D: augmenting dimensions, any number > 0 or `math.inf`.
+        D: augmenting dimensions, a number > 0 (configs allow 0.5 to 1e12) or `math.inf`.
         sigma_min, sigma_max: noise levels where sampling ends, before a step to 0, and starts.
         sigma_data: standard deviation of the scaled images' entries.
         P_mean, P_std: of ln sigma in training, which is normal.

@@ -12,6 +12,9 @@ from methods.base import Method, Network, Preconditioning, rising, spread
 from methods.field import own_class, poisson_field
 from sources.batch import Batch
 
+# How far perturbations may reach: squares of it, summed over an image, fit a float32.
+FARTHEST = 1e9
+
 
 class PoissonRange(NamedTuple):
     """How far perturbations reach, and the prior plane that follows."""
@@ -32,12 +35,15 @@ def poisson_range(
         sigma, tau: `model.sigma_end` and `training.tau`.
 
     Raises:
-        ValueError: a number is not positive, or the data are no larger than their perturbation.
+        ValueError: a number is not positive and finite, tau is below 1e-12, the data are no larger
+            than their perturbation, or as of `range_of`.
 
     Source: Xu et al. 2022 (arXiv 2209.11178), appendix B.1.1.
     """
-    if not (min(data_norm, data_dim, sigma) > 0 and tau >= 1e-12):
-        raise ValueError("data_norm, data_dim and sigma must be positive, and tau at least 1e-12")
+    if not (all(0 < n < math.inf for n in (data_norm, data_dim, sigma)) and tau >= 1e-12):
+        raise ValueError(
+            "data_norm, data_dim and sigma must be positive and finite, and tau at least 1e-12"
+        )
     log_ratio = 2 * (math.log(data_norm) - math.log(sigma)) - math.log(2 * math.sqrt(data_dim))
     if log_ratio <= 0:
         raise ValueError(f"data of norm {data_norm:g} are lost in perturbations of sigma {sigma:g}")
@@ -45,13 +51,19 @@ def poisson_range(
 
 
 def range_of(m: int, data_dim: int, sigma: float, tau: float) -> PoissonRange:
-    """z_max and upper_norm for `M = m`; arguments, errors and source as of `poisson_range`."""
-    if not (sigma > 0 and tau > 0 and m >= 1 and m * math.log1p(tau) < 700):
+    """z_max and upper_norm for `M = m`; arguments and source as of `poisson_range`.
+
+    Raises:
+        ValueError: a number is not positive, or perturbations reach farther than `FARTHEST`.
+    """
+    positive = sigma > 0 and tau > 0 and m >= 1
+    log_reach = math.log(sigma) + m * math.log1p(tau) if positive else math.inf
+    if not log_reach <= math.log(FARTHEST):
         raise ValueError(
             f"training.M={m}, training.tau={tau} and model.sigma_end={sigma} are no range of "
-            "perturbations: all must be positive, M at least 1, and (1 + tau)^M a finite number"
+            f"perturbations: all must be positive, and sigma_end * (1 + tau)^M at most {FARTHEST:g}"
         )
-    reach = sigma * (1 + tau) ** m
+    reach = math.exp(log_reach)
     return PoissonRange(m, math.sqrt(2 / math.pi) * reach, math.sqrt(data_dim) * reach)
 
 
@@ -217,8 +229,10 @@ class Poisson(Method):
 
         Its heavy tail is cut: norms are kept within [1, upper_norm], as published.
         """
-        x = torch.randn(shape, generator=generator, device=device).flatten(1)
-        x = self.z_max * x / torch.randn(len(x), 1, generator=generator, device=device).abs()
+        draw = {"generator": generator, "device": device}
+        x = torch.randn(shape, **draw).flatten(1)
+        height = torch.randn(len(x), 1, **draw).abs()  # 0 in one of some 10^7 draws
+        x = self.z_max * x / height.clamp(min=1e-6)
         norm = x.norm(dim=1, keepdim=True)
         return (x * (norm.clamp(1, self.upper_norm) / norm)).view(shape)
 

@@ -283,6 +283,12 @@ class VPSDE(SDE):
     @classmethod
     def range_from_config(cls, config):
         low, high = rising(config, "model.beta_min", "model.beta_max", equal=True)
+        by_chain = config.sampling.method == "pc" or not config.training.continuous
+        if by_chain and high >= config.model.num_scales:
+            raise ValueError(
+                f"model.beta_max={high:g} must be below model.num_scales={config.model.num_scales} "
+                "where the SDE is taken in steps, whose variance is beta / num_scales"
+            )
         return {"beta_min": low, "beta_max": high}
 
     def beta(self, t: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from functools import partial
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
+from configs.keys import named
 from methods import method_class
 from models.edm import ADM, EDMUNet
-from models.layers import one_of
 from models.ncsn import RefineNet
 from models.ncsnpp import DDPM, NCSNpp
 from models.published import load_reference_state_dict, reference_names
@@ -46,8 +46,8 @@ def create_model(config: ConfigDict) -> nn.Module:
     if config.data.num_classes < 0:
         raise ValueError("data.num_classes is open: training measures it at its first start")
     extra = method_class(config).extra_channels
-    name = one_of("name", config.model.name, NETWORKS)
-    network = NETWORKS[name](config, config.data.num_channels + extra)
+    build = named(NETWORKS, "model.name", config.model.name)
+    network = build(config, config.data.num_channels + extra)
     if extra:  # a hook, and no wrapper, which would rename the weights
         network.register_forward_hook(_field)
     return network

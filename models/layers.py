@@ -25,7 +25,7 @@ def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
     """`value`, if it is among the `known` values of the model's `option`; else a ValueError."""
     if value not in known:
         choices = ", ".join(map(repr, known))
-        raise ValueError(f"model.{option} = {value!r} is unknown; known: {choices}")
+        raise ValueError(f"model.{option} must be one of {choices}, not {value!r}")
     return value
 
 
@@ -157,6 +157,8 @@ class _Filter(nn.Module):
         super().__init__()
         kernel = None
         if fir_kernel is not None:
+            if abs(math.fsum(fir_kernel)) < 1e-6:
+                raise ValueError(f"the taps of model.fir_kernel={fir_kernel} must not sum to 0")
             taps = torch.tensor(fir_kernel, dtype=torch.float32)
             kernel = torch.outer(taps, taps) * (self.gain / taps.sum() ** 2)
         self.register_buffer("kernel", kernel, persistent=False)

@@ -9,7 +9,7 @@ from methods.base import Method
 from solvers.exponential import dpmpp, unipc
 from solvers.fixed_steps import euler, heun, ipndm, multistep
 from solvers.rk45 import rk45
-from solvers.schedules import polynomial, uniform
+from solvers.schedules import logsnr, polynomial, uniform
 
 
 class Solver(NamedTuple):
@@ -42,8 +42,12 @@ SOLVERS: dict[str, Solver] = {
     "unipc": Solver(unipc, orders=(1, 2, 3)),
 }
 
-# sampling.schedule -> (method, n, rho) -> the n + 1 noise levels (n + 1,), float64.
-SCHEDULES: dict[str, Callable[[Method, int, float], Tensor]] = {
+# (method, n, rho) -> the n + 1 noise levels (n + 1,), float64.
+Schedule = Callable[[Method, int, float], Tensor]
+
+# sampling.schedule -> the schedule. Beside these there is "fitted", which is made for a network.
+SCHEDULES: dict[str, Schedule] = {
     "uniform": uniform,
     "polynomial": polynomial,
+    "logsnr": logsnr,
 }

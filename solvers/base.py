@@ -20,16 +20,34 @@ class Step(NamedTuple):
 
 Callback = Callable[[Step], object]
 
+# (evaluations so far, noise level), before each evaluation. What it raises ends the solver.
+Watch = Callable[[int, float], object]
+
+
+class TooManyEvaluations(FloatingPointError):
+    """A solver that chooses its own steps is not at the end after as many as it may take."""
+
 
 class Counted:
-    """A function that counts its calls: the number of function evaluations of a solver."""
+    """A slope that counts its calls: the number of function evaluations of a solver.
 
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function, self.calls = function, 0
+    Args:
+        function: of x and the level, as a solver calls it.
+        watch: told the calls so far and the level, before each call.
+    """
 
-    def __call__(self, *inputs, **conditions) -> Tensor:
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        watch: Callable[[int, float], object] | None = None,
+    ):
+        self.function, self.watch, self.calls = function, watch, 0
+
+    def __call__(self, x: Tensor, level: float | Tensor, **conditions) -> Tensor:
+        if self.watch:
+            self.watch(self.calls, level)
         self.calls += 1
-        return self.function(*inputs, **conditions)
+        return self.function(x, level, **conditions)
 
 
 def check_finite(x: Tensor, level: float) -> Tensor:

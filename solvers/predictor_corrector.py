@@ -89,6 +89,7 @@ def predictor_corrector(
     callback: Callback | None = None,
     constrain: Callable[[torch.Generator | None, Tensor, Tensor], Tensor] | None = None,
     resample: int = 1,
+    watch: Callable[[int, float], object] | None = None,
 ) -> Tensor:
     """Integrates `x` (B, C, H, W) from the prior to the data in the SDE's N steps (algorithm 1).
 
@@ -106,6 +107,7 @@ def predictor_corrector(
             that it leads to.
         resample: times that each of the N steps is taken, with a step of the SDE back between
             them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
+        watch: told the evaluations so far and the time, before each evaluation.
 
     Raises:
         FloatingPointError: the sample is not finite; the message says from when on.
@@ -119,13 +121,17 @@ def predictor_corrector(
     def draw() -> Tensor:
         return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
+    evaluations = 0
     for i, t in enumerate(times):
         for repeat in range(resample):
             if repeat:
                 a, b = (spread(c, x) for c in sde.transition(t))
                 x = a * x + b * draw()
             for k, step in enumerate(steps):
+                if watch:
+                    watch(evaluations, t.item())
                 score = sde.score(net, x, t)
+                evaluations += 1
                 if callback and repeat == k == 0:
                     callback(Step(i, t.item(), x, score))
                 x, mean = step(sde, x, t, score, draw())

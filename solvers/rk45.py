@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from solvers.base import Callback, Slope, Step
+from solvers.base import Callback, Slope, Step, TooManyEvaluations
 
 # Dormand and Prince 1980: nodes, stages, fifth-order weights, and fifth minus fourth order.
 _C = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1)
@@ -50,8 +50,8 @@ def rk45(
         The state at the last of `levels`.
 
     Raises:
-        FloatingPointError: the step became too small to go on, the state is not finite, or the
-            evaluations are spent; the message says where.
+        FloatingPointError: the step became too small to go on, the state is not finite, or
+            (`TooManyEvaluations`) the evaluations are spent; the message says where.
     """
     t_start, t_end = levels[0].item(), levels[-1].item()
     direction = 1.0 if t_end > t_start else -1.0
@@ -70,7 +70,7 @@ def rk45(
     t, accepted, retry, error, evaluations = t_start, 0, False, 0.0, 2
     while t != t_end:
         if evaluations + 6 > max_evaluations:
-            raise FloatingPointError(
+            raise TooManyEvaluations(
                 f"rk45 reached t = {t:.6g}, not {t_end:.6g}, after {evaluations} evaluations: "
                 "sampling.max_evaluations allows no more; larger sampling.rtol and atol need fewer"
             )

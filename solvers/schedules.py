@@ -20,3 +20,14 @@ def polynomial(method: Method, n: int, rho: float) -> Tensor:
     ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
     first, last = (method.sigma(ends) ** (1 / rho)).tolist()
     return torch.linspace(first, last, n + 1, dtype=torch.float64) ** rho
+
+
+def logsnr(method: Method, n: int, rho: float) -> Tensor:
+    """The n + 1 noise levels, from prior to data, whose logs are evenly spaced; `rho` is not used.
+
+    log sigma is minus half the log of the signal-to-noise ratio of the data, alpha^2 over the
+    variance of the noise in x (Lu et al. 2022, arXiv 2206.00927).
+    """
+    ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
+    first, last = method.sigma(ends).log().tolist()
+    return torch.linspace(first, last, n + 1, dtype=torch.float64).exp()

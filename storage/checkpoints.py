@@ -208,8 +208,15 @@ def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:
     """
     dropped = written[:-keep] if keep else []
     for step in dropped:
-        checkpoint_path(workdir, step).unlink(missing_ok=True)
+        path = checkpoint_path(workdir, step)
+        for each in (path, fitted_path(path)):
+            each.unlink(missing_ok=True)
     return written[len(dropped) :]
+
+
+def fitted_path(checkpoint: Path) -> Path:
+    """Where what the schedule 'fitted' is made of is kept, beside the `checkpoint`."""
+    return checkpoint.with_suffix(".fitted.npz")
 
 
 def numbered_checkpoints(workdir: Path) -> dict[int, Path]:

@@ -92,6 +92,26 @@ def test_every_key_is_explained_and_its_default_is_allowed():
         assert key.accepts(key.default) != chosen, name
 
 
+def test_words_are_no_tuple_of_numbers():
+    for name in ("eval.rescale_norms", "model.attn_resolutions"):
+        assert KEYS[name].accepts(())
+        assert KEYS[name].accepts([])
+        assert not KEYS[name].accepts("")
+        assert not KEYS[name].accepts(b"")
+    assert not KEYS["model.attn_resolutions"].accepts(range(3))
+
+
+@pytest.mark.parametrize("D", [0.5, 1, 128.0, 10**12, math.inf])
+def test_dimensions_that_are_allowed(D):
+    assert KEYS["model.D"].accepts(D)
+
+
+@pytest.mark.parametrize("D", [0, 0.49, 1.1e12, 1e300, -math.inf, math.nan, "inf"])
+def test_dimensions_that_are_refused(D):
+    assert not KEYS["model.D"].accepts(D)
+    assert str(KEYS["model.D"].allowed) == "a number from 0.5 to 1,000,000,000,000, or inf"
+
+
 def test_the_page_of_keys_is_that_of_the_table():
     assert (ROOT / "docs/config.md").read_text() == page()
 
@@ -101,13 +121,41 @@ def test_experiments_have_values_that_are_allowed(path):
     check(load(path))
 
 
-# Tables 7 and 8 of arXiv 2206.00364, and the commands of its README: millions of images, of the
-# learning rate's rise and of the EMA's half-life; evaluations.
+# Batch, learning rate, dropout, millions of images and of the EMA's half-life, evaluations. Source:
+# github.com/NVlabs/edm, the commands in README.md, the defaults in docs/train-help.txt and train.py
+# (of the method of arXiv 2206.00364); README.md of github.com/Newbeeer/pfgmpp has these commands
+# with D added. ImageNet's published samples took 256 stochastic steps; here it has FFHQ's
+# deterministic ones.
 EDM_TABLE = {
     "cifar10": (512, 1e-3, 0.13, 200, 0.5, 35),
     "ffhq64": (256, 2e-4, 0.05, 200, 0.5, 79),
     "imagenet64": (4096, 1e-4, 0.10, 2500, 50, 79),
 }
+
+
+# Channels, multipliers, blocks, widths with attention, entries of the augmentation labels, mirrored
+# images (by EDM's augmentation where it has one). Source: train.py and training/networks.py there.
+EDM_NETWORKS = {
+    "cifar10": (128, [2, 2, 2], 4, [16], 9, True),
+    "ffhq64": (128, [1, 2, 2, 2], 4, [16], 9, True),
+    "imagenet64": (192, [1, 2, 3, 4], 3, [32, 16, 8], 0, False),
+}
+
+
+@pytest.mark.parametrize("path", FAMILY)
+def test_edm_has_the_published_networks(path):
+    config = flatten(load(path))
+    names = ("nf", "ch_mult", "num_res_blocks", "attn_resolutions", "augment_dim")
+    found = (*(config[f"model.{name}"] for name in names), config["data.random_flip"])
+    assert found == EDM_NETWORKS[re.split(r"[/_]", path)[1]]
+    assert (config["optim.beta1"], config["optim.eps"]) == (0.9, 1e-8)
+    style = tuple(config[f"model.{name}"] for name in ("embedding_type", "progressive_input"))
+    if "ncsnpp" in path:
+        assert style == ("fourier", "residual")
+        assert config["model.fir"] and config["model.fir_kernel"] == [1, 3, 3, 1]
+    elif "ddpmpp" in path:
+        assert style == ("positional", "none")
+        assert not config["model.fir"]
 
 
 @pytest.mark.parametrize("path", FAMILY)

@@ -252,7 +252,7 @@ def spoil(monkeypatch, sampler):
 
     def spoilt(config, method, guide):
         draw = get(config, method, guide)
-        return lambda net, number, generator, labels: sampler(draw, net, number, generator)
+        return lambda net, number, generator, **seen: sampler(draw, net, number, generator)
 
     monkeypatch.setattr(sampling, "get_sampling_fn", spoilt)
 

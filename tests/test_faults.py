@@ -156,7 +156,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
     """It reaches the whole group of processes, those that decode images too."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     data = {"data.resident_bytes": resident_bytes, "data.num_workers": 1}
-    options = flags(**{"training.n_iters": 400, **data})
+    options = flags(**{"training.n_iters": 150, **data})
     arguments = command(stopped, *options)
     reached = 0
     for name in ("SIGTERM", "SIGINT"):
@@ -181,10 +181,10 @@ def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
         assert f"stopped by {name} at step {reached}, which is saved" in output
         assert output.splitlines()[-1] == f"to go on: {shlex.join(arguments)}"
         arguments = shlex.split(output.splitlines()[-1].removeprefix("to go on: "))
-        assert 0 < reached < 400
+        assert 0 < reached < 150
     run(arguments)
     run(command(whole, *options))
-    last = "checkpoints/checkpoint_400.pth"
+    last = "checkpoints/checkpoint_150.pth"
     assert same(load_checkpoint(stopped / last), load_checkpoint(whole / last))
 
 

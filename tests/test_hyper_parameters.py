@@ -23,20 +23,31 @@ def test_range_where_logarithms_are_whole():
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "bad, message",
     [
-        {"data_norm": 0},
-        {"sigma": -1.0},
-        {"sigma": 1e3},
-        {"sigma": 1e200},
-        {"sigma": 1e-320, "tau": 1e-12},
-        {"tau": 0.0},
-        {"tau": 1e-17},
+        ({"data_norm": 0}, "must be positive"),
+        ({"sigma": -1.0}, "must be positive"),
+        ({"data_norm": math.inf}, "must be positive and finite"),
+        ({"tau": math.nan}, "tau at least 1e-12"),
+        ({"tau": 0.0}, "tau at least 1e-12"),
+        ({"tau": 1e-17}, "tau at least 1e-12"),
+        ({"sigma": 1e3}, "are lost"),
+        ({"sigma": 1e200}, "are lost"),
+        ({"sigma": 1e-200}, r"at most 1e\+09"),  # its reach grows as 1 / sqrt(sigma)
+        ({"sigma": 1e-320, "tau": 1e-12}, r"at most 1e\+09"),
+        ({"tau": 1e200}, r"at most 1e\+09"),
     ],
 )
-def test_impossible_numbers_are_refused(bad):
-    with pytest.raises(ValueError):
+def test_impossible_numbers_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
         poisson_range(**({"data_norm": 30.0, "data_dim": 64} | bad))
+
+
+def test_steps_of_a_tiny_tau():
+    """At tau = 1e-12 the number of steps is 0.75 log(30^2 / 16 / 0.01^2) / tau, to the last."""
+    expected = 0.75 * math.log(30**2 / 16 / 0.01**2) / 1e-12
+    m = poisson_range(30.0, 64, tau=1e-12).M
+    assert m == pytest.approx(expected, rel=1e-11)
 
 
 def test_norm_of_known_images():
@@ -79,6 +90,6 @@ def test_open_values_are_not_compared(tmp_path):
 
 def test_mistakes_are_told():
     assert "give --config" in run().stderr
-    words = "data_norm, data_dim and sigma must be positive, and tau at least 1e-12"
+    words = "data_norm, data_dim and sigma must be positive and finite, and tau at least 1e-12"
     assert words in run("--data_norm=-1", "--data_dim=3").stderr
     assert "nowhere.py" in run("--config", "nowhere.py").stderr

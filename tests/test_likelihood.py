@@ -250,7 +250,7 @@ def test_probes_have_mean_zero_and_unit_covariance():
     "key, value, message",
     [
         ("training.continuous", False, "discrete noise levels.*has no likelihood"),
-        ("eval.divergence", "hutchinson", "known: rademacher, gaussian, exact"),
+        ("eval.divergence", "hutchinson", "must be one of 'rademacher', 'gaussian', 'exact', not"),
         ("sampling.rtol", 0.0, r"sampling\.rtol must be positive"),
     ],
 )

@@ -286,6 +286,16 @@ def test_prior_density_integrates_to_one(poisson, dim):
     assert total == pytest.approx(1, abs=1e-6)
 
 
+def test_prior_sample_at_a_height_of_zero(poisson, monkeypatch):
+    """torch.randn gives an exact 0 once in some 10^7 draws: infinitely far, hence clipped."""
+    drawn = torch.randn
+    monkeypatch.setattr(
+        torch, "randn", lambda *s, **k: torch.zeros(*s) if s[1:] == (1,) else drawn(*s, **k)
+    )
+    norm = poisson.prior_sampling((5, 3, 2, 2)).flatten(1).norm(dim=1)
+    torch.testing.assert_close(norm, torch.full((5,), poisson.upper_norm))
+
+
 def test_prior_norms_are_clipped(poisson):
     x = poisson.prior_sampling((2000, 1, 1, 1), torch.Generator().manual_seed(0))
     norm = x.flatten(1).norm(dim=1)
@@ -326,7 +336,7 @@ def test_inferred_height_of_the_field(poisson, exact_network):
 def test_unknown_method_names_the_known_ones():
     config = cifar10_ddpmpp.get_config()
     config.training.sde = "poison"
-    with pytest.raises(ValueError, match=r"training\.sde='poison'; known: poisson"):
+    with pytest.raises(ValueError, match=r"training\.sde must be one of 'poisson', .*'poison'"):
         methods.get_method(config)
 
 

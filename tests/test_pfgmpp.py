@@ -125,13 +125,22 @@ def test_density_goes_to_the_gaussian(D):
     assert difference.abs().max() < 1e5 / D
 
 
-@pytest.mark.parametrize("D", [2.0, math.inf])
+@pytest.mark.parametrize("D", [0.5, 1e12, math.inf])
 @pytest.mark.parametrize("sigma", [1e-200, 1e200])
 def test_density_takes_any_scale(D, sigma):
     """That of sigma x at scale sigma is that of x at scale 1, less N log sigma."""
     x = torch.randn(3, 4, generator=seeded(0), dtype=torch.float64)
     scaled = log_density(sigma * x, sigma, D) + 4 * math.log(sigma)
     torch.testing.assert_close(scaled, log_density(x, 1.0, D), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("D", [0.5, 1e12, math.inf])
+def test_mean_at_the_ends_of_the_noise_levels(D):
+    """Far above the data all of them count alike; far below, the nearest alone."""
+    data = torch.randn(6, 1, 2, 2, generator=seeded(0), dtype=torch.float64)
+    far = posterior_mean(data, data, 1e30, D)
+    torch.testing.assert_close(far, data.mean(0, keepdim=True).expand_as(data))
+    torch.testing.assert_close(posterior_mean(data, data, 1e-30, D), data)
 
 
 # --- the posterior mean ---------------------------------------------------------------------------

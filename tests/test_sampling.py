@@ -231,7 +231,7 @@ def test_the_callback_sees_each_step_before_it_is_taken(solver):
 def test_the_callback_of_a_sampler_sees_every_network_evaluation_of_euler():
     config = vp_config.get_config()
     config.data.image_size = 4
-    config.model.num_scales = 5
+    config.model.update({"num_scales": 5, "beta_max": 4.0})
     method, x = get_method(config), torch.randn(2, 3, 4, 4)
     for name in ("pc", "ode"):
         config.sampling.update({"method": name, "ode_solver": "forward_euler", "N": 5})
@@ -562,7 +562,7 @@ def test_config_chooses_the_sampler():
     """What `get_sampling_fn` runs is what the config says, noise removal and all."""
     config = vp_config.get_config()
     config.data.image_size = 4
-    config.model.num_scales = 20
+    config.model.num_scales = 21
     config.sampling.update({"predictor": "reverse_diffusion", "corrector": "ald", "snr": 0.1})
     config.sampling.n_steps_each = 2
     method = get_method(config)
@@ -580,7 +580,7 @@ def test_config_chooses_the_sampler():
         noise_removal=True,
     )
     torch.testing.assert_close(samples, ((expected + 1) / 2).clamp(0, 1))
-    assert evaluations == 60
+    assert evaluations == 63
     config.sampling.update({"method": "ode", "ode_solver": "heun", "N": 5, "rho": 3.0})
     samples, evaluations = get_sampling_fn(config, method)(net, x=x)
     expected, _ = solve_ode(method, net, x, "heun", 5, rho=3.0, noise_removal=True)

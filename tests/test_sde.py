@@ -348,6 +348,7 @@ def test_every_experiment_has_a_method_and_a_sampler(path):
     [
         (subvp_config, "training.continuous", False, r"subvpsde has no discrete form"),
         (vp_config, "model.num_scales", 1, r"model\.num_scales must be at least 2, not 1"),
+        (vp_config, "model.num_scales", 20, r"beta_max=20 must be below model\.num_scales=20"),
         (ve_config, "model.sigma_min", 50.0, r"model\.sigma_min must lie between 0 and"),
         (ve_config, "model.sigma_min", 0.0, r"model\.sigma_min must lie between 0 and"),
         (vp_config, "model.beta_min", 21.0, r"model\.beta_min must lie between 0 and"),

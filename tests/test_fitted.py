@@ -1,0 +1,255 @@
+"""The schedule 'fitted': the levels it chooses, and the file that it keeps beside a checkpoint."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_program
+from known_laws import FAMILY, gaussian_network
+
+import evaluation
+import run_lib
+import sampling
+from configs.edm import digits_ddpmpp
+from solvers import fitted
+from solvers.base import Step
+from storage.checkpoints import drop_checkpoints, fitted_path, save_checkpoint
+
+
+def steps_along(state, slope, levels):
+    """What a callback sees of the solutions `state(level)` (B, C) with derivative `slope`."""
+    return [Step(i, s, state(s), slope(s)) for i, s in enumerate(levels.tolist())]
+
+
+# --- which levels ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
+def test_the_cheapest_path_is_that_of_all_paths(n):
+    cost = torch.rand(8, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+    def total(path):
+        return sum(cost[i, j].item() for i, j in itertools.pairwise(path))
+
+    inner = itertools.combinations(range(1, 7), n - 1)
+    assert fitted.cheapest_path(cost, n) == list(min(((0, *p, 7) for p in inner), key=total))
+
+
+def test_errors_are_those_of_euler_steps():
+    """Of dy/ds = 2 v s, one of them errs by |v| h^2; summed over two trajectories."""
+    v = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    levels = torch.tensor([4.0, 3.5, 2.0, 0.5], dtype=torch.float64)
+    steps = steps_along(lambda s: v * s**2, lambda s: 2 * v * s, levels)
+    errors, apart = fitted.euler_errors(steps)
+    expected = (5 + 1) * (levels[:, None] - levels).square().triu(1)
+    torch.testing.assert_close(errors, expected, rtol=1e-5, atol=1e-5)
+    between = 2 * (v[0] - v[1]).norm().double() * levels.square()
+    torch.testing.assert_close(apart, between, rtol=1e-5, atol=0)
+    cost = fitted.step_costs(errors, apart)
+    torch.testing.assert_close(cost, errors / between, rtol=1e-5, atol=0)
+
+
+def test_costs_are_finite_where_all_trajectories_meet():
+    levels = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    v = torch.tensor([[1.0], [2.0]])
+    steps = steps_along(lambda s: v * s**2, lambda s: 2 * v * s, levels)
+    assert fitted.step_costs(*fitted.euler_errors(steps)).isfinite().all()
+
+
+def test_levels_lie_where_trajectories_bend():
+    """A trajectory is a line above level 1 and an arc of a circle below."""
+    levels = torch.cat([torch.linspace(4, 1, 31), torch.linspace(1, 0, 31)[1:]]).double()
+
+    def state(s):
+        angle = torch.tensor(min(s, 1.0) * 3)
+        point = torch.stack([angle.sin(), -angle.cos()]) / 3
+        return (point + max(s - 1, 0) * torch.stack([angle.cos(), angle.sin()]))[None]
+
+    def slope(s):
+        angle = torch.tensor(min(s, 1.0) * 3)
+        return torch.stack([angle.cos(), angle.sin()])[None]
+
+    cost, _ = fitted.euler_errors(steps_along(state, slope, levels))
+    chosen = fitted.schedule(levels, cost, None, 6, 7.0)
+    # A step along the line leads on along the tangent as one from its end does: the circle is cut
+    # into six equal arcs, since its curvature is the same everywhere.
+    expected = torch.tensor([4, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0], dtype=torch.float64)
+    torch.testing.assert_close(chosen, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_callback_sees_fine_trajectories_from_prior_to_data(name):
+    method, seen = FAMILY[name], []
+    levels = fitted.fine_levels(method, 61, 7.0)
+    assert len(levels) == 62
+    assert levels[[0, -2]].tolist() == pytest.approx([method.sigma_max, method.sigma_min])
+    assert (levels.diff() < 0).all()
+    x = method.prior_sampling((2, 1, 4, 4), torch.Generator().manual_seed(0))
+    sampling.solve_ode(
+        method,
+        gaussian_network(method),
+        x,
+        "multistep",
+        61,
+        schedule=fitted.fine_levels,
+        callback=seen.append,
+    )
+    assert [step.level for step in seen] == levels[:-1].tolist()
+    # y grows with the root of sigma^2 + 0.5^2 where the data have the deviation 0.5
+    grown = (torch.tensor([step.level for step in seen]).square() + 0.25).sqrt()
+    expected = x * (grown / grown[0])[:, None, None, None, None]
+    torch.testing.assert_close(torch.stack([s.x for s in seen]), expected, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("dim, number", [(64, 256), (3072, 256), (12288, 85), (3 * 2**20, 16)])
+def test_larger_images_need_fewer_trajectories(dim, number):
+    assert fitted.number_of_trajectories(dim) == number
+    assert fitted.at_once(dim) * dim <= max(2**18, 2 * dim)  # of one, no distances are known
+
+
+# --- the file beside the checkpoint ---------------------------------------------------------------
+
+
+def tiny(tmp_path):
+    config = digits_ddpmpp.get_config()
+    config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
+    config.training.n_iters = 4
+    config.sampling.update(ode_solver="multistep", N=5, schedule="fitted")
+    config.eval.update(enable_loss=False, enable_bpd=False, enable_sampling=False)
+    config.eval.update(save_images=True, num_samples=10, batch_size=10)
+    config.eval.stats_dir = str(tmp_path / "stats")
+    return config
+
+
+def save(config, workdir, seed):
+    """A checkpoint of weights that `seed` draws; returns its path."""
+    config = config.copy_and_resolve_references()
+    config.seed = seed
+    state = run_lib.Experiment.build(config).state
+    state.step = 4
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in state.ema.shadow_params:  # the last layers start at zero, and bend nothing
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    path = workdir / "checkpoints/checkpoint_4.pth"
+    save_checkpoint(path, state.state_dict())
+    return path
+
+
+def fit(config, workdir):
+    """What an evaluation keeps beside the checkpoint, but for the time that it took."""
+    run_lib.evaluate(config, workdir)
+    with np.load(workdir / "checkpoints/checkpoint_4.fitted.npz") as file:
+        return {name: file[name] for name in ("levels", "cost", "origin")}
+
+
+def test_two_fits_are_equal_bit_for_bit_and_one_of_other_weights_is_not(tmp_path, caplog):
+    config, folders = tiny(tmp_path), [tmp_path / name for name in "ab"]
+    for folder in folders:
+        save(config, folder, seed=1)
+    first, second = (fit(config, folder) for folder in folders)
+    assert first["cost"][0, -1] > 0
+    for name in ("levels", "cost"):
+        assert first[name].tobytes() == second[name].tobytes(), name
+    save(config, folders[0], seed=2)
+    other = fit(config, folders[0])
+    assert (other["levels"] == first["levels"]).all()
+    assert (other["cost"] != first["cost"])[np.triu_indices(61, 1)].mean() > 0.9
+    # another ODE of the same weights is another fit
+    config.sampling.sigma_max = 40.0
+    assert fit(config, folders[0])["levels"][0] == pytest.approx(40)
+
+
+def test_samples_take_the_levels_that_cost_least(tmp_path, monkeypatch):
+    config, seen = tiny(tmp_path), []
+    save(config, tmp_path, seed=1)
+    draw = evaluation.draw_images
+
+    def draw_and_look(config, run, folder, k):
+        draw(config, run, folder, k)
+        run.sample(run.state.model, 2, callback=seen.append)
+
+    monkeypatch.setattr(evaluation, "draw_images", draw_and_look)
+    kept = fit(config, tmp_path)
+    # of N = 5 steps, the last one leads from sigma_min to 0
+    path = fitted.cheapest_path(torch.from_numpy(kept["cost"]), 4)
+    assert [step.level for step in seen] == kept["levels"][path].tolist()
+    assert kept["levels"][[0, -1]] == pytest.approx([config.sampling.sigma_max, 0.002])
+
+
+def test_a_fit_serves_every_number_of_steps_and_a_later_start(tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    save(config, tmp_path, seed=1)
+    first = fit(config, tmp_path)
+
+    def fail(*arguments):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(fitted, "euler_errors", fail)
+    config.sampling.update(ode_solver="heun", N=60)
+    assert fit(config, tmp_path)["cost"].tobytes() == first["cost"].tobytes()
+    fitted_path(tmp_path / "checkpoints/checkpoint_4.pth").write_bytes(b"damaged")
+    with pytest.raises(AssertionError, match="fitted again"):
+        fit(config, tmp_path)
+
+
+def test_a_killed_evaluation_fits_once(tmp_path):
+    config = tiny(tmp_path)
+    kept = fitted_path(save(config, tmp_path, seed=1))
+    options = ["--config.model.nf=8", "--config.model.ch_mult=(1,)"]
+    options += ["--config.model.attn_resolutions=()", "--config.training.n_iters=4"]
+    options += ["--config.sampling.ode_solver=multistep", "--config.sampling.N=60"]
+    options += ["--config.sampling.schedule=fitted", "--config.eval.enable_loss=False"]
+    options += ["--config.eval.enable_bpd=False", "--config.eval.num_samples=100"]
+    options += [f"--config.eval.stats_dir={tmp_path}/stats", "--config.eval.batch_size=20"]
+    command = [sys.executable, str(ROOT / "main.py"), "--mode", "eval", "--workdir", str(tmp_path)]
+    command += ["--config", str(ROOT / "configs/edm/digits_ddpmpp.py"), *options]
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=30) == -signal.SIGKILL
+    before = kept.stat()
+    output = run_program(command).stdout
+    assert "fitting the noise levels" not in output
+    assert kept.stat().st_mtime_ns == before.st_mtime_ns
+    assert (tmp_path / "eval/report_4.npz").exists()
+
+
+def test_a_fit_goes_with_its_checkpoint(tmp_path):
+    config = tiny(tmp_path)
+    kept = fitted_path(save(config, tmp_path, seed=1))
+    kept.write_bytes(b"")
+    assert drop_checkpoints(tmp_path, [4, 8], keep=1) == [8]
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_what_fitted_cannot_do_is_one_line(tmp_path):
+    config = tiny(tmp_path)
+    method = FAMILY["edm"]
+    with pytest.raises(ValueError, match=r"^sampling\.schedule='fitted' belongs to a network"):
+        sampling.get_sampling_fn(config, method)(lambda x, label: x, x=torch.zeros(1, 1, 8, 8))
+    config.sampling.N = 61
+    with pytest.raises(ValueError, match=r"chooses among 60 steps: sampling\.N can be no more"):
+        sampling.get_sampling_fn(config, method)
+    config.sampling.update(N=10, ode_solver="rk45")
+    with pytest.raises(ValueError, match=r"rk45' chooses its own steps: .* 'auto', not 'fitted'"):
+        sampling.get_sampling_fn(config, method)
+
+
+def test_training_draws_with_the_solvers_own_schedule(tmp_path):
+    config = tiny(tmp_path)
+    assert run_lib.train(config, tmp_path)
+    assert (tmp_path / "samples/iter_4/sample.png").exists()
+    assert not list(tmp_path.glob("checkpoints/*.fitted.npz"))
