@@ -110,10 +110,12 @@ def test_solver():
 def test_schedule():
     run("A schedule")
     method = methods.get_method(poisson_digits.get_config())
-    levels = solvers.SCHEDULES["geometric"](method, 8, 7.0)
-    torch.testing.assert_close(levels, solvers.SCHEDULES["uniform"](method, 8, 7.0))
+    levels = solvers.SCHEDULES["trigonometric"](method, 8, 7.0)
+    assert levels[[0, -1]].tolist() == pytest.approx([method.z_max, method.z_min])
+    lengths = levels.atan().diff()
+    torch.testing.assert_close(lengths, lengths[:1].expand(8))
     noise, net, seen = method.prior_sampling((2, 1, 8, 8)), lambda x, z: (x, -z), []
-    options = {"schedule": "geometric", "callback": seen.append}
+    options = {"schedule": "trigonometric", "callback": seen.append}
     sampling.solve_ode(method, net, noise, "forward_euler", 8, **options)
     assert [step.level for step in seen] == levels[:-1].tolist()
 
