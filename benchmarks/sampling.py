@@ -118,7 +118,9 @@ def measure(workdir: Path, num: int) -> tuple[str, Results]:
             base = found if setting.solver == "rk45" else base
             results[str(setting), evaluations] = Measured(found / base, error)
             outside = 1 - inside / seconds
-            table.row(setting, n or "", evaluations, found, found / base, error, seconds, outside)
+            table.row(
+                str(setting), n or "", evaluations, found, found / base, error, seconds, outside
+            )
     return name_of(config), results
 
 
