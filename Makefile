@@ -5,7 +5,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 WORKDIR ?= runs/demo
 CONFIG  ?= configs/poisson/digits_ddpmpp.py
-# processes that run the tests, of one thread each
+# processes that run the tests, of one thread each; files in their order: the long ones come early
 WORKERS ?= 2
 PIP      = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 
@@ -18,7 +18,8 @@ demo: $(VENV)/.core
 test: $(VENV)/.all
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+	    --no-loadscope-reorder --durations=10
 
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .
