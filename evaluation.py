@@ -126,12 +126,20 @@ def fit_schedule(config, run: Experiment, checkpoint: Path, origin: dict) -> Sch
     path, k = fitted_path(checkpoint), fitted.FINE_STEPS + 1
     spec = {"levels": ("f", (k,)), "cost": ("f", (k, k))}
     key = origin | {"sampling": ours, "trajectories": number}
+    key |= _key_of(run.draw_labels(number, "fitted"))
     if distributed.is_main():
         cached(path, key, compute, spec)
     distributed.barrier()
     found = cached(path, key, compute, spec)
     levels, cost = (torch.from_numpy(found[name]) for name in ("levels", "cost"))
     return partial(fitted.schedule, levels, cost)
+
+
+def _key_of(labels: Tensor | None) -> dict:
+    """What tells the class labels of samples from others."""
+    if labels is None:
+        return {}
+    return {"classes": hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()}
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
@@ -356,6 +364,7 @@ def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> 
 
     def compute(r: int, number: int) -> dict:
         key = origin | {"round": r, "number": number}
+        key |= _key_of(run.draw_labels(number, "samples", r))
         samples = cached(drawn[r], key, partial(_draw_round, config, run, r, number), spec)
         key |= {"features": space.name}
         images = samples["samples"]

@@ -35,7 +35,7 @@ DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end
 SHARED = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
     *("training.sde", "training.continuous", "training.gamma", "model.D", "model.sigma_data"),
-    *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max"),
+    *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
 
 
@@ -141,7 +141,7 @@ def _label_drawer(config, device: torch.device) -> Callable[..., Tensor | None]:
             return torch.full((number,), fixed, device=device)
         try:
             labels = known()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{error}; sampling.class_label can name a class instead") from error
         generator = datasets.keyed_generator("cpu", f"class labels of {purpose}", seed, *key)
         drawn = torch.randint(len(labels), (number,), generator=generator)

@@ -180,7 +180,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         data = datasets.get_dataset(config, asked.dataset)
     if asked.enable_bpd or asked.enable_classification:
         bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
-    run.draw_labels(1, "check")  # raises where there is no label to sample with
+    if any(map(asked.get, evaluation.DRAWN)):
+        run.draw_labels(1, "check")  # raises where there is no label to sample with
     if asked.enable_sampling:
         statistics = ReferenceStatistics.build(config, run.device)
     if config.sampling.restore:

@@ -248,6 +248,8 @@ def _pc_sampler(config, method: Method, constrain: Callable[..., Tensor] | None)
         _check_positive(config, "n_steps_each", "snr")
     elif options["predictor"] == "none":
         raise ValueError("sampling.predictor and sampling.corrector are both 'none'")
+    if options["predictor"] == "none" and options["resample"] > 1:
+        raise ValueError("sampling.restore_resample above 1 needs a sampling.predictor")
     if options["predictor"] == "ancestral_sampling" and sampling.probability_flow:
         raise ValueError("sampling.predictor='ancestral_sampling' has no probability_flow")
 
@@ -339,7 +341,8 @@ def get_sampling_fn(
     """The sampler that `config.sampling` names; `guide` is the network of `sampling.guide`.
 
     Given a `measurement`, its `sampling.restorer` draws images that agree with it; without noise
-    they have exactly this measurement. There have to be as many samples as rows of it.
+    they have this measurement, up to the clamping to [0, 1]. There have to be as
+    many samples as rows of it.
 
     Returns:
         `sample(net, num=None, x=None, generator=None, callback=None, labels=None, watch=None,
