@@ -77,10 +77,16 @@ def _digest(network: torch.nn.Module) -> str:
 
 def _origin_of(data) -> dict:
     """The same of the split that a part is computed on, and of its class labels."""
-    if (labels := getattr(data, "labels", None)) is None:
-        return {"data": fingerprint(data)}
-    words = hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()
-    return {"data": fingerprint(data), "labels": words}
+    return {"data": fingerprint(data)} | _origin_of_tensors(labels=getattr(data, "labels", None))
+
+
+def _origin_of_tensors(**tensors: Tensor | None) -> dict:
+    """The same of `tensors`, of which those that are None are left out."""
+    return {
+        name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
 
 
 def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Callable:
@@ -97,15 +103,16 @@ def fit_schedule(config, run: Experiment, checkpoint: Path, origin: dict) -> Sch
     What is measured of the network's trajectories is kept beside the `checkpoint`, in a file that
     counts for these weights and this ODE; levels of any number of steps are made of it.
     """
-    follow = sampling.get_sampling_fn(sampling.for_trajectories(config), run.method, run.guide)
-    shape = datasets.image_shape(config)
-    number = fitted.number_of_trajectories(math.prod(shape))
+    fine, shape = sampling.for_trajectories(config), datasets.image_shape(config)
+    follow = sampling.get_sampling_fn(fine, run.method, run.guide)
+    number, size = fitted.number_of_trajectories(math.prod(shape)), fitted.at_once(math.prod(shape))
+    labels = run.draw_labels(number, "fitted")
 
     def compute() -> dict:
         log.info(f"fitting the noise levels to {number} trajectories")
         generator = datasets.keyed_generator(run.device, "fitted", config.seed)
         x = run.method.prior_sampling((number, *shape), generator, run.device)
-        labels, sums, size = run.draw_labels(number, "fitted"), [], fitted.at_once(math.prod(shape))
+        sums = []
         for start in range(0, number, size):
             part, steps = slice(start, start + size), []
             with solver_bar(run.method) as watch:
@@ -122,24 +129,16 @@ def fit_schedule(config, run: Experiment, checkpoint: Path, origin: dict) -> Sch
         cost = fitted.step_costs(*map(sum, zip(*sums, strict=True)))
         return {"levels": levels, "cost": cost.numpy()}
 
-    ours = sampling.for_trajectories(config).sampling.to_dict()
     path, k = fitted_path(checkpoint), fitted.FINE_STEPS + 1
     spec = {"levels": ("f", (k,)), "cost": ("f", (k, k))}
-    key = origin | {"sampling": ours, "trajectories": number}
-    key |= _key_of(run.draw_labels(number, "fitted"))
+    key = origin | {"sampling": fine.sampling.to_dict(), "trajectories": number}
+    key |= _origin_of_tensors(labels=labels)
     if distributed.is_main():
         cached(path, key, compute, spec)
     distributed.barrier()
     found = cached(path, key, compute, spec)
     levels, cost = (torch.from_numpy(found[name]) for name in ("levels", "cost"))
     return partial(fitted.schedule, levels, cost)
-
-
-def _key_of(labels: Tensor | None) -> dict:
-    """What tells the class labels of samples from others."""
-    if labels is None:
-        return {}
-    return {"classes": hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()}
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
@@ -164,6 +163,31 @@ def remove_results(folder: Path, k: int) -> None:
     """Removes the report and the pictures of checkpoint `k`, which are to be made anew."""
     for path in (folder / f"report_{k}.npz", *folder.glob(f"*_{k}.png")):
         path.unlink(missing_ok=True)
+
+
+def _in_batches(
+    desc: str,
+    files: Path,
+    starts: Sequence[int],
+    size: int,
+    total: int,
+    origin: dict,
+    compute: Callable[[int, int], dict],
+    spec: Callable[[int, int], dict],
+) -> list[dict]:
+    """What `compute(i, start)` gives for each of `starts`, kept in {files}_{i}.npz; see `_shared`.
+
+    Batch i is of `size` images, or as many as follow `start` in `total`. `spec(i, number)` tells
+    what the file of a batch of `number` images has to hold (see `cached`).
+    """
+    paths = [files.with_name(f"{files.name}_{i}.npz") for i in range(len(starts))]
+    _remove_others(files.parent.glob(f"{files.name}_*.npz"), paths)
+    tasks = []
+    for i, (start, path) in enumerate(zip(starts, paths, strict=True)):
+        number, key = min(size, total - start), origin | {"batch": (i, size)}
+        task = partial(cached, path, key, partial(compute, i, start), spec(i, number))
+        tasks.append((number, task))
+    return _shared(desc, tasks)
 
 
 def _remove_others(found: Iterable[Path], wanted: list[Path]) -> None:
@@ -230,17 +254,12 @@ def evaluate_bpd(
             found["encoding_error"] = change.square().mean().sqrt().item()
         return found
 
-    starts = passes * list(range(0, len(data), size))
-    paths = [folder / f"{split}_ckpt_{k}_bpd_{i}.npz" for i in range(len(starts))]
-    _remove_others(folder.glob(f"{split}_ckpt_{k}_bpd_*.npz"), paths)
-    tasks = []
-    for i, (start, path) in enumerate(zip(starts, paths, strict=True)):
-        number = min(size, len(data) - start)
-        spec = {"bpd": ("f", (number,)), "nfe": ("iuf", ())}
-        spec |= {"encoding_error": ("f", ())} if i == 0 else {}
-        key = origin | {"batch": (i, size)}
-        tasks.append((number, partial(cached, path, key, partial(compute, i, start), spec)))
-    batches = _shared("bits/dim", tasks)
+    def spec(i: int, number: int) -> dict:
+        expected = {"bpd": ("f", (number,)), "nfe": ("iuf", ())}
+        return expected | ({"encoding_error": ("f", ())} if i == 0 else {})
+
+    starts, files = passes * list(range(0, len(data), size)), folder / f"{split}_ckpt_{k}_bpd"
+    batches = _in_batches("bits/dim", files, starts, size, len(data), origin, compute, spec)
     if not batches:
         return {}
     bpd = np.concatenate([batch["bpd"] for batch in batches]).reshape(passes, len(data)).mean(0)
@@ -278,22 +297,20 @@ def evaluate_classification(
     def compute(i: int, start: int) -> dict:
         images = datasets.batch_at(data, slice(start, start + size)).images.to(run.device)
         images = datasets.to_unit_interval(images, generator(2 * i), dequantize=True)
-        bits = []
+        scaled, bits = run.scaler(images), []
         for label in range(classes):
-            given = torch.full((len(images),), label, device=run.device)
-            scaled, probe = run.scaler(images), generator(2 * i + 1)
+            given, probe = (
+                torch.full((len(images),), label, device=run.device),
+                generator(2 * i + 1),
+            )
             bits.append(bits_per_dim(run.state.model, scaled, probe, given)[0].double().cpu())
         return {"log_p": likelihood.log_posterior(torch.stack(bits, 1), dim, prior).numpy()}
 
-    starts = range(0, len(data), size)
-    paths = [folder / f"{split}_ckpt_{k}_classes_{i}.npz" for i in range(len(starts))]
-    _remove_others(folder.glob(f"{split}_ckpt_{k}_classes_*.npz"), paths)
-    tasks = []
-    for i, (start, path) in enumerate(zip(starts, paths, strict=True)):
-        number = min(size, len(data) - start)
-        spec, key = {"log_p": ("f", (number, classes))}, origin | {"batch": (i, size)}
-        tasks.append((number, partial(cached, path, key, partial(compute, i, start), spec)))
-    batches = _shared("classification", tasks)
+    def spec(i: int, number: int) -> dict:
+        return {"log_p": ("f", (number, classes))}
+
+    starts, files = range(0, len(data), size), folder / f"{split}_ckpt_{k}_classes"
+    batches = _in_batches("classification", files, starts, size, len(data), origin, compute, spec)
     if not batches:
         return {}
     log_p = np.concatenate([batch["log_p"] for batch in batches])
@@ -364,7 +381,7 @@ def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> 
 
     def compute(r: int, number: int) -> dict:
         key = origin | {"round": r, "number": number}
-        key |= _key_of(run.draw_labels(number, "samples", r))
+        key |= _origin_of_tensors(labels=run.draw_labels(number, "samples", r))
         samples = cached(drawn[r], key, partial(_draw_round, config, run, r, number), spec)
         key |= {"features": space.name}
         images = samples["samples"]
@@ -560,38 +577,35 @@ def evaluate_restoration(
     Returns the report's entries `restore...` (docs/architecture.md), in the main process only.
     Raises FloatingPointError where the solver diverges.
     """
-    value, size = asked.measurement.value, max(1, config.eval.batch_size // RESTORATIONS)
-    digest = hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()
-    if asked.labels is not None:
-        digest += hashlib.sha256(asked.labels.cpu().numpy().tobytes()).hexdigest()
+    value, labels = asked.measurement.value, asked.labels
     known = asked.measurement.operator.forward(torch.ones(1, *datasets.image_shape(config)))
-    digest += hashlib.sha256(known.numpy().tobytes()).hexdigest()
-    starts = range(0, len(value), size)
-    paths = [folder / f"ckpt_{k}_restored_{i}.npz" for i in range(len(starts))]
-    _remove_others(folder.glob(f"ckpt_{k}_restored_*.npz"), paths)
+    origin = origin | _origin_of_tensors(measurements=value, labels=labels, known=known)
     channels, *sides = datasets.image_shape(config)
+    size = RESTORATIONS * max(1, config.eval.batch_size // RESTORATIONS)
+    repeated = value.repeat_interleave(RESTORATIONS, 0)
+    labels = None if labels is None else labels.repeat_interleave(RESTORATIONS)
 
     def compute(i: int, start: int) -> dict:
-        some = value[start : start + size].repeat_interleave(RESTORATIONS, 0)
-        measurement = replace(asked.measurement, value=some)
-        sample = _restorer(config, run, measurement)
+        part = slice(start, start + size)
+        some = repeated[part]
+        sample = _restorer(config, run, replace(asked.measurement, value=some))
         generator = datasets.keyed_generator(run.device, "restoration", config.seed, i)
-        labels = asked.labels
-        if labels is not None:
-            labels = labels[start : start + size].repeat_interleave(RESTORATIONS)
         with solver_bar(run.method) as watch:
             images, nfe = sample(
-                run.state.model, len(some), generator=generator, labels=labels, watch=watch
+                run.state.model,
+                len(some),
+                generator=generator,
+                labels=None if labels is None else labels[part],
+                watch=watch,
             )
         return {"restored": to_uint8(images), "nfe": nfe}
 
-    tasks = []
-    for i, (start, path) in enumerate(zip(starts, paths, strict=True)):
-        number = RESTORATIONS * min(size, len(value) - start)
-        spec = {"restored": ("u", (number, *sides, channels)), "nfe": ("iuf", ())}
-        key = origin | {"measurements": digest, "batch": (i, size)}
-        tasks.append((number, partial(cached, path, key, partial(compute, i, start), spec)))
-    rounds = _shared("restoration", tasks)
+    def spec(i: int, number: int) -> dict:
+        return {"restored": ("u", (number, *sides, channels)), "nfe": ("iuf", ())}
+
+    total, files = len(repeated), folder / f"ckpt_{k}_restored"
+    starts = range(0, total, size)
+    rounds = _in_batches("restoration", files, starts, size, total, origin, compute, spec)
     if not rounds:
         return {}
     restored = np.concatenate([drawn["restored"] for drawn in rounds])

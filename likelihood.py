@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from configs.keys import named
-from methods.base import Method, Network, conditioned
+from methods.base import Method, Network, conditioned, noise_like
 from sampling import get_rk45_options, watch_times
 from solvers.base import Counted, Watch
 from solvers.rk45 import rk45
@@ -21,7 +21,7 @@ def rademacher(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 def gaussian(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One probe for each `x` (B, C, H, W), (1, B, C, H, W): standard normal noise."""
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)[None]
+    return noise_like(x, generator)[None]
 
 
 def unit_vectors(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

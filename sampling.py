@@ -9,7 +9,7 @@ from torch import Tensor
 
 import execution
 from datasets import get_data_inverse_scaler
-from methods.base import Method, Network, conditioned
+from methods.base import Method, Network, conditioned, noise_like
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring, replacement
 from solvers import SCHEDULES, SOLVERS, Schedule
@@ -84,7 +84,7 @@ def solve_ode(
     if order is not None:
         solve = partial(solve, order=order)
     if churn is not None:
-        solve = partial(solve, churn=churn, noise=partial(_noise_like, generator))
+        solve = partial(solve, churn=churn, noise=partial(noise_like, generator=generator))
     denoise = noise_removal and method.noisy_end
     slope, zero = Counted(partial(method.slope, net), watch), torch.zeros(1, dtype=torch.float64)
     if own_schedule:
@@ -110,10 +110,6 @@ def watch_times(method: Method, watch: Watch | None) -> Callable[[int, float], o
     return lambda evaluations, t: watch(
         evaluations, method.sigma(torch.as_tensor(t, dtype=torch.float64)).item()
     )
-
-
-def _noise_like(generator: torch.Generator | None, x: Tensor) -> Tensor:
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
@@ -341,8 +337,8 @@ def get_sampling_fn(
     """The sampler that `config.sampling` names; `guide` is the network of `sampling.guide`.
 
     Given a `measurement`, its `sampling.restorer` draws images that agree with it; without noise
-    they have this measurement, up to the clamping to [0, 1]. There have to be as
-    many samples as rows of it.
+    they have this measurement, up to the clamping to [0, 1]. There have to be as many
+    samples as rows of it.
 
     Returns:
         `sample(net, num=None, x=None, generator=None, callback=None, labels=None, watch=None,

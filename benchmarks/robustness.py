@@ -39,6 +39,7 @@ import sampling
 from evaluation import origin_of
 from experiment import Experiment
 from methods import Method
+from methods.base import noise_like
 from metrics.reference import ReferenceStatistics
 from models.layers import NIN
 from reports.images import Images, to_uint8
@@ -79,8 +80,7 @@ def noisy_heun(
     """`solvers.heun`, Gaussian noise of `alpha` times the noise level added before each step."""
     last = len(levels) - 2
     for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x = x + alpha * here * noise
+        x = x + alpha * here * noise_like(x, generator)
         d, h = slope(x, here), there - here
         if callback:
             callback(Step(i, here, x, d))

@@ -22,6 +22,11 @@ def spread(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x).view(-1, *[1] * (x.dim() - 1))
 
 
+def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise of the shape, device and dtype of `x`."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
 def conditioned(net: Network, conditions: dict[str, Tensor | None]) -> Network:
     """`net` that is given the `conditions`, by name, in every call; those that are None are not."""
     return partial(net, **{name: value for name, value in conditions.items() if value is not None})

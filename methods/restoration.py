@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.base import Method, Network, spread
+from methods.base import Method, Network, noise_like, spread
 
 GREY = (0.299, 0.587, 0.114)  # of R, G and B (ITU-R BT.601), as image files are turned to grey
 
@@ -316,6 +316,5 @@ def replacement(
     missing = m.operator.gram * sigma**2 - m.noise**2
     if missing < 0:
         return x
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    noise = m.operator.forward(noise) * math.sqrt(missing / m.operator.gram)
+    noise = m.operator.forward(noise_like(x, generator)) * math.sqrt(missing / m.operator.gram)
     return alpha * Measurement(m.operator, m.value + noise).project(x / alpha)

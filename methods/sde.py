@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from methods import student_t
-from methods.base import Method, Network, Preconditioning, rising, spread
+from methods.base import Method, Network, Preconditioning, noise_like, rising, spread
 from sources.batch import Batch
 
 
@@ -141,14 +141,13 @@ class SDE(Method):
         return -spread(self.std(t), y) * self.score(net, spread(self.alpha(t), y) * y, t)
 
     def perturb_at(self, images, t, generator=None):
-        draw = {"generator": generator, "device": images.device, "dtype": images.dtype}
         mean, std = self.marginal_prob(images, t)
-        return mean + spread(std, images) * torch.randn(images.shape, **draw)
+        return mean + spread(std, images) * noise_like(images, generator)
 
     def draw(self, batch, generator=None):
         x = batch.images
         t = self.draw_times(len(x), generator, x.device)
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = noise_like(x, generator)
         alpha, std = (spread(c, x) for c in self.kernel(t))
         return Examples(images=alpha * x + std * noise, labels=batch.labels, t=t, noise=noise)
 

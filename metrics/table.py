@@ -98,17 +98,22 @@ def _nearest_of_data(c: Comparison) -> float | None:
     return c.nearest and np.median(distances.nearest(real[:QUERIED], real, 2, c.device)[0][:, 1])
 
 
-def _agreement(c: Comparison) -> float | None:
+def _classified(c: Comparison) -> tuple[NDArray, NDArray] | None:
+    """Features of training images and their labels, to fit a classifier to."""
     if c.labels is None or c.reference_labels is None:
         return None
-    real, labels = c.reference.features[:CLASSIFIED], c.reference_labels[:CLASSIFIED]
-    return classifier.accuracy(real, labels, c.features, c.labels)
+    return c.reference.features[:CLASSIFIED], c.reference_labels[:CLASSIFIED]
+
+
+def _agreement(c: Comparison) -> float | None:
+    known = _classified(c)
+    return known and classifier.accuracy(*known, c.features, c.labels)
 
 
 def _agreement_of_data(c: Comparison) -> float | None:
-    if c.labels is None or c.reference_labels is None:
+    if (known := _classified(c)) is None:
         return None
-    real, labels = c.reference.features[:CLASSIFIED], c.reference_labels[:CLASSIFIED]
+    real, labels = known
     half = len(real) // 2
     return classifier.accuracy(real[:half], labels[:half], real[half:], labels[half:])
 

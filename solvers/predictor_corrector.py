@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from methods.base import Network, spread
+from methods.base import Network, noise_like, spread
 from methods.sde import SDE, reverse
-from solvers.base import Callback, Step, check_finite
+from solvers.base import Callback, Counted, Step, check_finite
 
 
 def euler_maruyama(
@@ -117,24 +117,17 @@ def predictor_corrector(
     steps += [partial(predict, probability_flow=probability_flow)] if predict else []
     times = torch.linspace(sde.t_prior, sde.t_data, sde.N, dtype=torch.float64)
     mean = x
-
-    def draw() -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-
-    evaluations = 0
+    score_at = Counted(partial(sde.score, net), watch)
     for i, t in enumerate(times):
         for repeat in range(resample):
             if repeat:
                 a, b = (spread(c, x) for c in sde.transition(t))
-                x = a * x + b * draw()
+                x = a * x + b * noise_like(x, generator)
             for k, step in enumerate(steps):
-                if watch:
-                    watch(evaluations, t.item())
-                score = sde.score(net, x, t)
-                evaluations += 1
+                score = score_at(x, t)
                 if callback and repeat == k == 0:
                     callback(Step(i, t.item(), x, score))
-                x, mean = step(sde, x, t, score, draw())
+                x, mean = step(sde, x, t, score, noise_like(x, generator))
                 if constrain:
                     moved = predict and k == len(steps) - 1
                     x = constrain(generator, x, times[min(i + 1, sde.N - 1)] if moved else t)
