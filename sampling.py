@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import execution
-from datasets import get_data_inverse_scaler
+from datasets import get_data_inverse_scaler, get_data_scaler
 from methods.base import Method, Network, conditioned, noise_like
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring, replacement
@@ -359,6 +359,7 @@ def get_sampling_fn(
     image_shape = (data.num_channels, data.image_size, data.image_size)
     default_num = config.eval.batch_size
     inverse_scaler = get_data_inverse_scaler(config)
+    bounds = tuple(map(get_data_scaler(config), (0.0, 1.0)))
     name = _choose(config, "method", SAMPLERS if method.predictors else ("ode",))
     restorer = RESTORERS[_choose(config, "restorer", RESTORERS)]
     constrain = None
@@ -391,7 +392,7 @@ def get_sampling_fn(
             other = net if guide is None else conditioned(guide, {"class_labels": labels})
             followed = Guided(method, other, *guidance)
         if measurement is not None and restorer is not None:
-            followed = Restoring(followed, measurement, restorer)
+            followed = Restoring(followed, measurement, restorer, bounds)
         x, evaluations = integrate_prior(
             followed, conditional, x, generator, callback, watch, schedule
         )

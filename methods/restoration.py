@@ -207,8 +207,16 @@ def conjugate_gradients(
     return u
 
 
-def denoise(method: Method, net: Network, y: Tensor, sigma: float) -> tuple[Tensor, Denoised]:
-    """The slope dy/dsigma at `y` (B, C, H, W) and `sigma` > 0, and what follows for x given y.
+def denoise(
+    method: Method,
+    net: Network,
+    y: Tensor,
+    sigma: float,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Denoised:
+    """What the denoiser says of x given `y` (B, C, H, W) at noise level `sigma` > 0.
+
+    The posterior mean is clamped to the `bounds` of the images, which only a network's error leaves.
 
     The noise is a Student t with D degrees of freedom and scale sigma; w = (N + D) / (||y - x||^2 +
     D sigma^2) is the precision it has, given x. Differentiating the posterior mean E, with its
@@ -227,13 +235,12 @@ def denoise(method: Method, net: Network, y: Tensor, sigma: float) -> tuple[Tens
         y = y.detach().requires_grad_()
         level = torch.tensor(sigma, dtype=torch.float64)
         if math.isinf(degrees):
-            slope = method.slope(net, y, level)
-            image = y - sigma * slope
+            image = y - sigma * method.slope(net, y, level)
         else:
             level = level.to(y).repeat(len(y)).requires_grad_()  # one for each image
-            slope = method.slope(net, y, level)
-            image = y - spread(level, y) * slope
-    deviation = (y - image).detach()
+            image = y - spread(level, y) * method.slope(net, y, level)
+    clamped = image.detach().clamp(*bounds)
+    deviation = y.detach() - clamped
 
     def products(v: Tensor) -> tuple[Tensor, Tensor]:
         """(dE/dy)^T v (B, C, H, W), and c^T v (B, 1, 1, 1)."""
@@ -255,15 +262,17 @@ def denoise(method: Method, net: Network, y: Tensor, sigma: float) -> tuple[Tens
         left = n + degrees - spread(trace, y) + products(deviation)[1]
         square = spread(deviation.flatten(1).square().sum(1), y)
         variance = (square + degrees * sigma**2) / left.clamp(min=min(degrees, 1.0))
-    return slope.detach(), Denoised(image.detach(), covariance, sigma, variance)
+    return Denoised(clamped, covariance, sigma, variance)
 
 
 class Restoring:
     """A method whose ODE, and SDE where it has one, lead to images that agree with `measurement`.
 
     Everything but slope, ODE and score is that of `method`. A restorer gives the denoised image of
-    y as E[x | y] + change, so that the slope (y - E[x | y, m]) / sigma is the method's own less
-    change / sigma; where the noise is Gaussian, change = sigma^2 dlog p(m | y)/dy.
+    y as E[x | y] + change, so that the slope is (y - E[x | y, m]) / sigma; where the noise is
+    Gaussian, change = sigma^2 dlog p(m | y)/dy. Both means lie within the `bounds` of the images,
+    and are clamped to them: far from the data a small relative error of the slope puts the denoised
+    image far outside.
     """
 
     def __init__(
@@ -271,16 +280,19 @@ class Restoring:
         method: Method,
         measurement: Measurement,
         restorer: Callable[[Measurement, Denoised], Tensor],
+        bounds: tuple[float, float] = (-math.inf, math.inf),
     ):
         self.method, self.measurement, self.restorer = method, measurement, restorer
+        self.bounds = bounds
 
     def __getattr__(self, name: str):
         return getattr(self.method, name)
 
     def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
         """dy/dsigma (B, C, H, W) at `y` and noise level `sigma` > 0 (a float or 0-d tensor)."""
-        slope, denoised = denoise(self.method, net, y, float(sigma))
-        return slope - self.restorer(self.measurement, denoised) / sigma
+        denoised = denoise(self.method, net, y, float(sigma), self.bounds)
+        image = denoised.image + self.restorer(self.measurement, denoised)
+        return (y - image.clamp(*self.bounds)) / sigma
 
     def ode(self, net: Network, x: Tensor, t: float | Tensor) -> Tensor:
         """dx/dt of x = alpha y: alpha'/alpha x + alpha sigma' dy/dsigma."""
