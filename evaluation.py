@@ -116,14 +116,17 @@ def fit_schedule(config, run: Experiment, checkpoint: Path, origin: dict) -> Sch
         for start in range(0, number, size):
             part, steps = slice(start, start + size), []
             with solver_bar(run.method) as watch:
-                follow(
-                    run.state.model,
-                    x=x[part],
-                    labels=None if labels is None else labels[part],
-                    callback=steps.append,
-                    watch=watch,
-                    schedule=fitted.fine_levels,
-                )
+                try:
+                    follow(
+                        run.state.model,
+                        x=x[part],
+                        labels=None if labels is None else labels[part],
+                        callback=steps.append,
+                        watch=watch,
+                        schedule=fitted.fine_levels,
+                    )
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"sampling.schedule='fitted': {error}") from error
             sums.append(fitted.euler_errors(steps))
         levels = np.array([step.level for step in steps])
         cost = fitted.step_costs(*map(sum, zip(*sums, strict=True)))
@@ -249,7 +252,8 @@ def evaluate_bpd(
         if i == 0:
             options = sampling.get_rk45_options(config)
             conditional = conditioned(net, batch.conditions)
-            x, _ = sampling.solve_ode(run.method, conditional, latents, **options)
+            with solver_bar(run.method) as watch:
+                x, _ = sampling.solve_ode(run.method, conditional, latents, watch=watch, **options)
             change = datasets.get_data_inverse_scaler(config)(x) - images
             found["encoding_error"] = change.square().mean().sqrt().item()
         return found
@@ -303,7 +307,9 @@ def evaluate_classification(
                 torch.full((len(images),), label, device=run.device),
                 generator(2 * i + 1),
             )
-            bits.append(bits_per_dim(run.state.model, scaled, probe, given)[0].double().cpu())
+            with solver_bar(run.method) as watch:
+                found, *_ = bits_per_dim(run.state.model, scaled, probe, given, watch=watch)
+            bits.append(found.double().cpu())
         return {"log_p": likelihood.log_posterior(torch.stack(bits, 1), dim, prior).numpy()}
 
     def spec(i: int, number: int) -> dict:

@@ -365,6 +365,8 @@ def get_sampling_fn(
     constrain = None
     if measurement is not None and restorer is None:
         constrain = partial(replacement, method, measurement)
+    elif measurement is not None and config.sampling.restore_resample > 1:
+        raise ValueError("sampling.restore_resample above 1 needs sampling.restorer='replacement'")
     integrate_prior = SAMPLERS[name](config, method, constrain)
     _check_classes(config)
     guidance = _guidance(config, guide)

@@ -216,7 +216,7 @@ def denoise(
 ) -> Denoised:
     """What the denoiser says of x given `y` (B, C, H, W) at noise level `sigma` > 0.
 
-    The posterior mean is clamped to the `bounds` of the images, which only a network's error leaves.
+    The posterior mean is clamped to the `bounds` of the images: beyond is only a network's error.
 
     The noise is a Student t with D degrees of freedom and scale sigma; w = (N + D) / (||y - x||^2 +
     D sigma^2) is the precision it has, given x. Differentiating the posterior mean E, with its

@@ -248,6 +248,18 @@ def test_what_fitted_cannot_do_is_one_line(tmp_path):
         sampling.get_sampling_fn(config, method)
 
 
+def test_a_fit_that_diverges_is_named(tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    save(config, tmp_path, seed=1)
+
+    def follow(*arguments, **options):
+        raise FloatingPointError("the slope is not finite")
+
+    monkeypatch.setattr(sampling, "get_sampling_fn", lambda *arguments: follow)
+    with pytest.raises(FloatingPointError, match="^sampling.schedule='fitted': the slope"):
+        fit(config, tmp_path)
+
+
 def test_training_draws_with_the_solvers_own_schedule(tmp_path):
     config = tiny(tmp_path)
     assert run_lib.train(config, tmp_path)

@@ -329,6 +329,25 @@ def test_measured_images_have_no_truth(run):
     assert run("denoise", restore_noise=0.2)["restore_psnr"] > 0
 
 
+@pytest.mark.parametrize("restorer", ["moment_matching", "pigdm", "dps"])
+@pytest.mark.parametrize("name", ["edm", "vp", "poisson", "pfgmpp2048"])
+def test_the_slope_leads_to_images_within_their_bounds(name, restorer):
+    """Also where the network errs: it says of every image that it is 3 more."""
+    method, data = METHODS[name], GaussianData((1, 2, 2))
+    method = replace(method, gamma=0.0) if name == "poisson" else method
+    denoise_wrongly = data.denoise
+    data.denoise = lambda degrees, y, sigma: 3 + denoise_wrongly(degrees, y, sigma)
+    one, net = measured(data, "super2", 0.0), data.network(method)
+    y = 10 * torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    some = replace(one, value=one.value.expand(8, *one.value.shape[1:]))
+    assert (method.denoise(net, y, torch.tensor(2.0)) > 1.1).any()
+    assert (denoise(method, net, y, 2.0, (0.0, 1.0)).image <= 1).all()
+    slope = Restoring(method, some, RESTORERS[restorer], (0.0, 1.0)).slope(net, y, 2.0)
+    image = y - 2.0 * slope
+    assert (image > -1e-9).all()
+    assert (image < 1 + 1e-9).all()
+
+
 @pytest.mark.parametrize(
     ("task", "keys", "says"),
     [
@@ -344,6 +363,7 @@ def test_measured_images_have_no_truth(run):
         ("super3", {}, "sampling.restore must be one of"),
         ("colour", {}, "needs colour images; these have 1"),
         ("denoise", {}, "needs a sampling.restore_noise above 0"),
+        ("super2", {"restore_resample": 2}, "needs sampling.restorer='replacement'"),
     ],
 )
 def test_bad_input_is_one_line(run, task, keys, says):
