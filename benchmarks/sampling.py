@@ -1,8 +1,8 @@
 """Quality and error of every solver and schedule against its evaluations, on trained networks.
 
-    python3 benchmarks/sampling.py WORKDIR ... [--num 1000] [--plot PNG]
+    python3 benchmarks/sampling.py WORKDIR ... [--num 1000] [--solvers ipndm,unipc] [--plot PNG]
 
-All solvers start from the same prior samples. The distance is Frechet's between pixels and those of
+All solvers, or those named, start from the same prior samples. The distance is Frechet's between pixels and those of
 the training images; the error is the root mean square, over pixels in [0, 1] of the first 100
 samples, of the difference from the solution of rk45 with tolerances of 1e-6 in float64. The last
 column is the share of the time that is spent outside the network. Workdirs of the same method, D
@@ -25,7 +25,7 @@ from metrics.distances import Gaussian, frechet_distance
 from storage import run_config
 from storage.checkpoints import fit, load_checkpoint
 
-FEW = (5, 6, 7, 8, 10, 12, 15, 20, 30)
+FEW = (5, 6, 7, 8, 10, 15, 20)
 COMPARED = 100  # samples whose exact solution is computed
 
 
@@ -61,11 +61,12 @@ class Measured(NamedTuple):
     error: float
 
 
+Steps = dict[Setting, tuple[int, ...]]
 Results = dict[tuple[str, int], Measured]  # (setting, evaluations) -> what it gave
 
 
 @torch.no_grad()
-def measure(workdir: Path, num: int) -> tuple[str, Results]:
+def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
     """Prints the table of a run, and gives its name among methods and its results."""
     path, config = run_config.find(workdir)
     run = Experiment.build(config)
@@ -97,7 +98,7 @@ def measure(workdir: Path, num: int) -> tuple[str, Results]:
         columns = ("solver", "<18"), ("steps", ">5"), ("evaluations", ">11"), ("distance", ">8.4f")
         more = ("/ rk45", ">7.3f"), ("error", ">8.1e"), ("seconds", ">7.2f"), ("outside", ">7.1%")
         table = common.Table(*columns, *more)
-        cases = [(setting, n) for setting, steps in STEPS.items() for n in steps]
+        cases = [(setting, n) for setting, steps in asked.items() for n in steps]
         for setting, n in [(Setting("rk45"), 0), *cases]:
             watch = common.Stopwatch(run.device)
             timed = watch.phase("network")(net)
@@ -130,7 +131,7 @@ def name_of(config) -> str:
     return name + (", posterior means" if config.training.target == "posterior_mean" else "")
 
 
-def plot(found: dict[str, list[Results]], path: str) -> None:
+def plot(found: dict[str, list[Results]], asked: Steps, path: str) -> None:
     """Distance and error against evaluations, a column for each method, as a PNG."""
     import matplotlib
 
@@ -147,7 +148,7 @@ def plot(found: dict[str, list[Results]], path: str) -> None:
             ("distance / that of rk45", "error, RMS of pixels"),
             strict=True,
         ):
-            for k, setting in enumerate(map(str, STEPS)):
+            for k, setting in enumerate(map(str, asked)):
                 counts = sorted(n for other, n in seeds[0] if other == setting)
                 values = np.array([[getattr(s[setting, n], key) for n in counts] for s in seeds])
                 style = {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--"}
@@ -167,10 +168,15 @@ def plot(found: dict[str, list[Results]], path: str) -> None:
 
 
 def main() -> None:
-    options = common.options(__doc__, "workdirs", num=1000, plot=None)
+    options = common.options(__doc__, "workdirs", num=1000, solvers=None, plot=None)
+    known = {one.solver for one in STEPS}
+    named = options.solvers.split(",") if options.solvers else known
+    if not known.issuperset(named):
+        raise SystemExit(f"--solvers must be among {', '.join(sorted(known))}")
+    asked = {one: steps for one, steps in STEPS.items() if one.solver in named}
     found: dict[str, list[Results]] = defaultdict(list)
     for workdir in options.workdirs:
-        name, results = measure(workdir, options.num)
+        name, results = measure(workdir, options.num, asked)
         found[name].append(results)
     for name, seeds in found.items():
         print(f"\n{name}: mean (range) of {len(seeds)} seeds")
@@ -188,7 +194,7 @@ def main() -> None:
                 np.mean(np.divide(errors, plain)),
             )
     if options.plot:
-        plot(found, options.plot)
+        plot(found, asked, options.plot)
 
 
 if __name__ == "__main__":
