@@ -2,11 +2,11 @@
 
     python3 benchmarks/sampling.py WORKDIR ... [--num 1000] [--solvers ipndm,unipc] [--plot PNG]
 
-All solvers, or those named, start from the same prior samples. The distance is Frechet's between pixels and those of
-the training images; the error is the root mean square, over pixels in [0, 1] of the first 100
-samples, of the difference from the solution of rk45 with tolerances of 1e-6 in float64. The last
-column is the share of the time that is spent outside the network. Workdirs of the same method, D
-and target are seeds of one curve, of which mean and range are shown.
+All solvers, or those named, start from the same prior samples. The distance is Frechet's between
+pixels and those of the training images; the error is the root mean square, over pixels in [0, 1] of
+the first 100 samples, of the difference from the solution of rk45 with tolerances of 1e-6 in
+float64. The last column is the share of the time that is spent outside the network. Workdirs of the
+same method, D and target are seeds of one curve, of which mean and range are shown.
 """
 
 from collections import defaultdict
