@@ -11,9 +11,8 @@ namespace pfgm {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr long long BLOCKS = 8192;  // fills the largest GPUs several times over
-constexpr long long MAX_GRID_Y = 65535;
-constexpr int TAPS = 4;  // strips are for filters of at most 4 x 4
+constexpr long long BLOCKS = 8192;  // fills the largest GPUs several times over; below 2^16
+constexpr int TAPS = 4;  // strips are for filters of 4 x 4, the networks' own
 constexpr int ROWS = 4;
 
 template <typename T, typename A, int UP, int DOWN>
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(THREADS)
 template <typename T, typename A>
 void launch(const T* x, const A* filter, T* out, const Resampling& r, cudaStream_t stream) {
   const auto is = [&r](int up, int down) {
-    return r.taps[0] <= TAPS && r.taps[1] <= TAPS && r.up[0] == up && r.up[1] == up &&
+    return r.taps[0] == TAPS && r.taps[1] == TAPS && r.up[0] == up && r.up[1] == up &&
            r.down[0] == down && r.down[1] == down;
   };
   auto kernel = pixel_kernel<T, A>;
@@ -83,8 +82,8 @@ void launch(const T* x, const A* filter, T* out, const Resampling& r, cudaStream
   while (width < THREADS && width < places) width *= 2;
   const int height = THREADS / width;
   const long long grid_x = (places + width - 1) / width;
-  const long long grid_y = std::min({(r.planes + height - 1) / height,
-                                     std::max(BLOCKS / grid_x, 1LL), MAX_GRID_Y});
+  const long long grid_y =
+      std::min((r.planes + height - 1) / height, std::max(BLOCKS / grid_x, 1LL));
   const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
   kernel<<<grid, dim3(width, height), 0, stream>>>(x, filter, out, r);
 }

@@ -53,34 +53,39 @@ HOST_DEVICE A pixel(const T* plane, const A* filter, const Resampling& r, int y,
   return sum;
 }
 
-// ROWS output pixels, one below the other, for filters of at most TAPS x TAPS and factors that
-// are the same for both axes. All loops have constant bounds, so that taps and sums live in
-// registers; each pixel of x is read once for the ROWS outputs that it meets.
+// ROWS output pixels, one below the other, for filters of TAPS x TAPS and factors that are the same
+// for both axes. All loops have constant bounds, so that taps and sums live in registers; each
+// pixel of x is read once for the ROWS outputs that it meets.
+//
+// Only taps of the filter that meet pixels of x take part in a sum: a padded zero times an infinity
+// would make it NaN.
 template <typename A, int UP, int DOWN, int TAPS, int ROWS>
 struct Strip {
   // Which row of x meets which tap depends on first modulo UP. The rows of taps are therefore
-  // shifted by it and surrounded by zeros, after which the indices are constants.
+  // shifted by it, after which the indices are constants; shifted rows may lie outside the filter.
   static constexpr int TAP_ROWS = TAPS + UP - 1;
-  static constexpr int COLUMNS = (TAPS + UP - 1) / UP;
+  static constexpr int COLUMNS = TAPS / UP;
   static constexpr int IN_ROWS = ((ROWS - 1) * DOWN + TAP_ROWS - 1) / UP + 1;
+  static_assert(TAPS % UP == 0, "every place must meet as many columns");
 
   A taps[TAP_ROWS][COLUMNS];
   int top, left;  // the first pixel of x that is met
+  int shift;      // the row of the filter that row 0 of `taps` is, at most 0
 
   HOST_DEVICE Strip(const A* filter, const Resampling& r, int y, int x) {
     const int first_row = y * DOWN - r.pad[0];
     const int first_column = x * DOWN - r.pad[1];
     top = floor_div(first_row, UP);
     left = floor_div(first_column + UP - 1, UP);
+    shift = top * UP - first_row;
 #pragma unroll
     for (int k = 0; k < TAP_ROWS; ++k) {
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) {
-        const int row = k + top * UP - first_row;
-        const int column = (left + j) * UP - first_column;
-        const bool valid = inside(row, r.taps[0]) && inside(column, r.taps[1]);
-        taps[k][j] =
-            valid ? filter[(r.taps[0] - 1 - row) * r.taps[1] + r.taps[1] - 1 - column] : A(0);
+        const int row = TAPS - 1 - (k + shift);
+        const int column = TAPS - 1 - ((left + j) * UP - first_column);
+        const bool met = inside(row, TAPS) && inside(left + j, r.in[1]);
+        taps[k][j] = met ? filter[row * TAPS + column] : A(0);
       }
     }
   }
@@ -95,6 +100,7 @@ struct Strip {
       A pixels[COLUMNS];
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) {
+        // In columns outside x both factors are 0.
         pixels[j] = inside(left + j, r.in[1])
                         ? convert<A>(plane[(top + i) * r.in[1] + left + j])
                         : A(0);
@@ -102,7 +108,7 @@ struct Strip {
 #pragma unroll
       for (int row = 0; row < ROWS; ++row) {
         const int k = i * UP - row * DOWN;
-        if (!inside(k, TAP_ROWS)) continue;
+        if (!inside(k, TAP_ROWS) || (UP > 1 && !inside(k + shift, TAPS))) continue;
 #pragma unroll
         for (int j = 0; j < COLUMNS; ++j) sum[row] += taps[k][j] * pixels[j];
       }

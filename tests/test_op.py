@@ -1,10 +1,7 @@
 """The operators of op/: reference numbers, an independent definition, gradients, the kernels."""
 
-import ctypes
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -287,117 +284,6 @@ class TestFallback:
     def test_import_builds_nothing(self):
         code = "import sys, op; assert 'torch.utils.cpp_extension' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-# The arithmetic of the kernels, for the host. Which thread does what is all that is left out.
-HOST = """
-#include "upfirdn2d.h"
-using namespace pfgm;
-
-template <int UP, int DOWN>
-void strips(const double* x, const double* filter, double* out, const Resampling& r) {
-  for (int row = 0; row < r.out[0]; row += 4)
-    for (int column = 0; column < r.out[1]; ++column) {
-      double sum[4];
-      Strip<double, UP, DOWN, 4, 4>(filter, r, row, column).run(x, r, sum);
-      for (int i = 0; i < 4 && row + i < r.out[0]; ++i)
-        out[(row + i) * r.out[1] + column] = sum[i];
-    }
-}
-
-extern "C" void by_strip(const double* x, const double* filter, double* out,
-                         const Resampling* r) {
-  if (r->up[0] == 2) strips<2, 1>(x, filter, out, *r);
-  else if (r->down[0] == 2) strips<1, 2>(x, filter, out, *r);
-  else strips<1, 1>(x, filter, out, *r);
-}
-
-extern "C" void by_pixel(const double* x, const double* filter, double* out,
-                         const Resampling* r) {
-  for (int row = 0; row < r->out[0]; ++row)
-    for (int column = 0; column < r->out[1]; ++column)
-      out[row * r->out[1] + column] = pixel<double>(x, filter, *r, row, column);
-}
-"""
-
-
-class Resampling(ctypes.Structure):
-    """The struct of op/upfirdn2d.h."""
-
-    _fields_ = [("planes", ctypes.c_longlong)] + [
-        (name, ctypes.c_int * 2) for name in ("in", "out", "taps", "up", "down", "pad")
-    ]
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    """The functions of HOST."""
-    if not shutil.which("c++"):
-        pytest.skip("needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("host")
-    (folder / "host.cpp").write_text(HOST)
-    command = ["c++", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{ROOT / 'op'}"]
-    subprocess.run([*command, folder / "host.cpp", "-o", folder / "host.so"], check=True)
-    return ctypes.CDLL(folder / "host.so")
-
-
-class TestSources:
-    """The kernels compile and their arithmetic is right: what can be told without a GPU."""
-
-    # Torch builds extensions with these, so that no code leans on implicit conversions.
-    FLAGS = [
-        "-D__CUDA_NO_HALF_OPERATORS__",
-        "-D__CUDA_NO_HALF_CONVERSIONS__",
-        "-D__CUDA_NO_HALF2_OPERATORS__",
-        "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-        "-std=c++17",
-    ]
-
-    @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-    @pytest.mark.parametrize("source", ["upfirdn2d.cu", "fused_leaky_relu.cu"])
-    def test_nvcc_compiles(self, source, tmp_path):
-        command = ["nvcc", *self.FLAGS, "--Werror=all-warnings", "-c", ROOT / "op" / source]
-        for architecture in (80, 90):
-            command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-        result = subprocess.run(
-            [*command, "-o", tmp_path / "kernel.o"], capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-
-    @pytest.mark.slow
-    @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc, which finds CUDA's headers")
-    def test_binding_compiles(self, tmp_path):
-        from torch.utils.cpp_extension import include_paths
-
-        folders = [*include_paths(), sysconfig.get_path("include")]
-        result = subprocess.run(
-            [
-                *("nvcc", "-std=c++20", "-Xcompiler=-fsyntax-only", "-c", ROOT / "op/binding.cpp"),
-                *("-DTORCH_EXTENSION_NAME=pfgm_op", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"),
-                *(f"-I{folder}" for folder in folders),
-                *("-o", tmp_path / "binding.o"),
-            ],
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr
-
-    @settings(max_examples=300, deadline=None)
-    @given(case=cases(), seed=st.integers(0, 99))
-    def test_kernel_arithmetic(self, host, case, seed):
-        size, taps, up, down, pad = case
-        x, kernel = random(*size, seed=seed), random(*taps, seed=seed + 1)
-        expected = upfirdn2d(x[None, None], kernel, up, down, pad)[0, 0]
-        pairs = (size, tuple(expected.shape), taps, (up, up), (down, down), (pad[0], pad[0]))
-        resampling = Resampling(1, *pairs)
-        functions = [host.by_pixel]
-        if max(taps) <= 4 and (up, down) in ((1, 1), (2, 1), (1, 2)):
-            functions.append(host.by_strip)
-        for function in functions:
-            out = torch.full_like(expected, float("nan"))
-            pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, kernel, out))
-            function(*pointers, ctypes.byref(resampling))
-            torch.testing.assert_close(out, expected)
 
 
 def test_autocast_leaves_the_dtype_alone():
