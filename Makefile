@@ -1,6 +1,7 @@
-# Two commands for a fresh machine:
+# Commands for a fresh machine:
 #   make demo   train Poisson flow on handwritten digits and evaluate it (minutes on two cores)
 #   make test   lint, and the whole test suite
+#   make gpu    builds, tests and measures what needs a GPU; a table of it goes into docs/
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKDIR ?= runs/demo
@@ -9,7 +10,7 @@ CONFIG  ?= configs/poisson/digits_ddpmpp.py
 WORKERS ?= 2
 PIP      = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test lint format clean
+.PHONY: demo test gpu lint format clean
 
 demo: $(VENV)/.core
 	$(VENV)/bin/python main.py --config $(CONFIG) --mode train --workdir $(WORKDIR)
@@ -20,6 +21,9 @@ test: $(VENV)/.all
 	$(VENV)/bin/ruff format --check .
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
 	    --no-loadscope-reorder --durations=10
+
+gpu: $(VENV)/.all
+	$(VENV)/bin/python benchmarks/gpu.py
 
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .

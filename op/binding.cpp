@@ -48,8 +48,11 @@ at::Tensor upfirdn2d(const at::Tensor& x, const at::Tensor& filter, Pair up, Pai
   // Rows and columns of a plane, zeros inserted or not, are counted in 32 bits.
   const int64_t pixels = std::max(x.size(2) * up[0] * x.size(3) * up[1],
                                   size[0] * down[0] * size[1] * down[1]);
-  TORCH_CHECK(pixels < std::numeric_limits<int>::max() / 2, "image of ", pixels,
-              " pixels, zeros inserted, is too large");
+  constexpr int64_t limit = std::numeric_limits<int>::max() / 2;
+  TORCH_CHECK(pixels < limit, "image of ", pixels, " pixels, zeros inserted, is too large");
+  for (const int64_t zeros : pad) {
+    TORCH_CHECK(-limit < zeros && zeros < limit, "padding of ", zeros, " is too large");
+  }
 
   const c10::cuda::CUDAGuard guard(x.device());
   at::Tensor out = at::empty({x.size(0), x.size(1), size[0], size[1]}, x.options());

@@ -296,7 +296,7 @@ def test_nvcc_compiles_for_every_architecture_without_spills(source, kernels, tm
     without = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
     done = run_program(
         [
-            *("nvcc", "-std=c++17", "-O3", "--Werror=all-warnings", "-Xptxas=-v", "--threads=2"),
+            *("nvcc", "-std=c++17", "-O3", "--Werror=all-warnings", "-Xptxas=-v"),
             *(f"-D__CUDA_NO_{name}__" for name in without),
             *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
             *("-c", OP / source, "-o", tmp_path / "kernel.o"),

@@ -1,0 +1,245 @@
+"""Everything that needs a GPU, measured into one table: `make gpu`.
+
+    python3 benchmarks/gpu.py
+
+Builds the operators, runs the tests marked `cuda`, and measures training, sampling, the field and
+the operators; docs/gpu-{card}.md gets the table, which is small enough to be sent. Takes about
+a quarter of an hour, most of it compiling. Images and weights are random.
+"""
+
+import datetime
+import functools
+import gc
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import common
+import field
+import torch
+import train
+
+from configs.poisson import cifar10_ddpmpp
+from experiment import Experiment
+from op import extension, fused_leaky_relu, upfirdn2d
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The first form of a part is what the others are compared with.
+TRAINING = {
+    "float32, eager": {},
+    "TF32": {"training.precision": "tf32"},
+    "bfloat16": {"training.precision": "bf16"},
+    "bfloat16, channels_last": {"training.precision": "bf16", "training.channels_last": True},
+    "bfloat16, compiled": {"training.precision": "bf16", "training.compile": True},
+    "bfloat16, channels_last, compiled": {
+        "training.precision": "bf16",
+        "training.channels_last": True,
+        "training.compile": True,
+    },
+}
+SAMPLING = {"float32, eager": {}, "float32, compiled": {"sampling.compile": True}}
+
+
+class Figures(NamedTuple):
+    """What was measured of a form; NaN where nothing was."""
+
+    seconds: float = math.nan
+    rate: str = ""
+    memory: float = math.nan  # bytes, the most at once
+    utilisation: float = math.nan  # of the FLOP/s of a large matrix product or convolution
+
+
+Case = tuple[str, str, Callable[[], Figures]]  # part, form, how it is measured
+
+
+class Row(NamedTuple):
+    part: str
+    form: str
+    figures: Figures
+
+
+def training(config, steps: int) -> Iterator[Case]:
+    def measure(options: dict) -> Figures:
+        trainer = train.Trainer(with_options(config, options))
+        for _ in range(1 + steps):
+            trainer.measure()
+        peak = train.measure_peak(trainer.device, trainer.config.training.precision)
+        found = trainer.summary(train.count_flops(trainer), peak)
+        rate = f"{found['images_per_second']:,.0f} images/s"
+        utilisation = found["model_flop_utilisation"]
+        return Figures(found["seconds"], rate, found["memory_bytes"], utilisation)
+
+    for form, options in TRAINING.items():
+        images = config.training.small_batch_size or config.training.batch_size
+        yield f"a training step of {images} images", form, functools.partial(measure, options)
+
+
+def sampling(config, num: int, steps: int) -> Iterator[Case]:
+    def measure(options: dict) -> Figures:
+        heun = {"sampling.ode_solver": "heun", "sampling.N": steps}
+        run = Experiment.build(with_options(config, heun | options))
+        sample = functools.partial(run.sample, run.state.model, num)
+        _, evaluations = sample()  # compiles
+        ((seconds,), memory) = common.with_peak_memory(
+            lambda: common.medians(sample, rounds=3, device=run.device), run.device
+        )
+        rate = f"{num / seconds:,.1f} images/s of {evaluations} evaluations"
+        return Figures(seconds, rate, memory)
+
+    for form, options in SAMPLING.items():
+        yield f"{num} samples", form, functools.partial(measure, options)
+
+
+def fields(device: torch.device, sizes: Iterable[tuple[str, int]]) -> Iterator[Case]:
+    """(form, number of charges)s: broadcast or ours."""
+
+    def measure(form: str, n: int) -> Figures:
+        function = field.functions("field", form)
+        points, images = (tensor.to(device) for tensor in field.problem(n))
+        run = functools.partial(function, points, images)
+        run()
+        ((seconds,), memory) = common.with_peak_memory(
+            lambda: common.medians(run, rounds=5, device=device), device
+        )
+        return Figures(seconds, f"{field.B / seconds:,.0f} points/s", memory)
+
+    for form, n in sizes:
+        yield f"field of {n:,} images", form, functools.partial(measure, form, n)
+
+
+def operators(device: torch.device, shape: tuple[int, int, int, int]) -> Iterator[Case]:
+    kernel = torch.ones(4, 4, device=device)
+    upsample = functools.partial(upfirdn2d, kernel=kernel, up=2, pad=(2, 1))
+    downsample = functools.partial(upfirdn2d, kernel=kernel, down=2, pad=(1, 1))
+    bias = torch.ones(shape[1], device=device)
+    cases = {
+        "upfirdn2d, up": upsample,
+        "upfirdn2d, down": downsample,
+        "upfirdn2d": functools.partial(upfirdn2d, kernel=kernel, pad=(2, 1)),
+        "fused_leaky_relu": functools.partial(fused_leaky_relu, bias=bias),
+    }
+
+    def measure(operator: Callable, dtype: torch.dtype, fused: str) -> Figures:
+        x = torch.randn(shape, device=device).to(dtype)
+        calls = 10
+
+        def run() -> None:
+            for _ in range(calls):
+                operator(x)
+
+        with mock.patch.dict(os.environ, PFGM_FUSED_OPS=fused):
+            moved = (x.numel() + operator(x).numel()) * x.element_size()
+            (seconds,) = common.medians(run, rounds=7, device=device)
+        seconds /= calls
+        return Figures(seconds, f"{moved / seconds / 1e9:,.0f} GB/s")
+
+    for (name, operator), dtype in itertools.product(
+        cases.items(), (torch.float32, torch.bfloat16)
+    ):
+        part = f"{name}, {str(dtype).removeprefix('torch.')}"
+        yield part, "plain", functools.partial(measure, operator, dtype, "0")
+        yield part, "kernel", functools.partial(measure, operator, dtype, "1")
+
+
+def with_options(config, options: dict):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(options)
+    return config
+
+
+def attempt(action: Callable[[], Figures]) -> Figures:
+    """What `action` measures; where the card cannot do it, the reason in place of the rate."""
+    try:
+        return action()
+    except (torch.OutOfMemoryError, ValueError) as error:
+        return Figures(rate=str(error).splitlines()[0][:80])
+    finally:
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def markdown(rows: Iterable[Row]) -> Iterator[str]:
+    """The lines of a table; each form is compared with the first of its part."""
+    yield "| | form | milliseconds | rate | times the first | GiB | MFU |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    first: dict[str, float] = {}
+    for part, form, found in rows:
+        base = first.setdefault(part, found.seconds)
+        cells = (
+            (1e3 * found.seconds, ",.3f"),
+            (base / found.seconds, ".2f"),
+            (found.memory / 2**30, ".2f"),
+            (found.utilisation, ".1%"),
+        )
+        seconds, ratio, memory, mfu = (
+            "" if math.isnan(value) else format(value, kind) for value, kind in cells
+        )
+        yield f"| {part} | {form} | {seconds} | {found.rate} | {ratio} | {memory} | {mfu} |"
+
+
+def write(folder: Path, card: str, facts: Iterable[str], cases: Iterable[Case]) -> Path:
+    """Measures the cases, printing row after row, and writes the page of the card."""
+    today = datetime.date.today().isoformat()
+    lines = [f"# {card}", "", f"`make gpu` - {today}", "", *facts, ""]
+    for line in markdown(Row(part, form, attempt(action)) for part, form, action in cases):
+        print(line, flush=True)
+        lines.append(line)
+    path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', card.lower()).strip('-')}.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def build_operators(device: torch.device) -> str:
+    watch = common.Stopwatch()
+    with watch.phase("build"):
+        kernels = extension.kernels(torch.ones(1, device=device))
+    if kernels is None:
+        return "could not be built, so that `kernel` below is plain PyTorch; the log says why"
+    return f"built or found in {watch.seconds['build']:.0f} s"
+
+
+def run_tests() -> tuple[bool, str]:
+    """Whether the tests marked `cuda` passed, and pytest's last line."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout)
+    lines = (done.stdout + done.stderr).split("\n")
+    return done.returncode == 0, next(line for line in reversed(lines) if line).strip("= ")
+
+
+def main() -> None:
+    common.options(__doc__)
+    if not torch.cuda.is_available():
+        sys.exit("make gpu: PyTorch finds no CUDA device, so there is nothing to measure")
+    device, config = torch.device("cuda"), cifar10_ddpmpp.get_config()
+    built = build_operators(device)
+    passed, tests = run_tests()
+    facts = (
+        f"{common.setting(device)}, CUDA {torch.version.cuda}. The operators: {built}. "
+        f"Tests marked `cuda`: {tests}.\n",
+        "CIFAR-10 DDPM++ of Poisson flow. MFU is the share of the FLOP/s that a large matrix "
+        "product or convolution of that precision reaches here.",
+    )
+    sizes = (("broadcast", 512), ("ours", 512), ("ours", 4096), ("ours", 50_000))
+    cases = itertools.chain(
+        training(config, 20),
+        sampling(config, 128, 18),
+        fields(device, sizes),
+        operators(device, (128, 128, 32, 32)),
+    )
+    print(f"table: {write(ROOT / 'docs', torch.cuda.get_device_name(device), facts, cases)}")
+    if not passed:
+        sys.exit(f"make gpu: tests marked cuda: {tests}")
+
+
+if __name__ == "__main__":
+    main()
