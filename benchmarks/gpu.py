@@ -162,9 +162,10 @@ def attempt(action: Callable[[], Figures]) -> Figures:
     except (torch.OutOfMemoryError, ValueError) as error:
         return Figures(rate=str(error).splitlines()[0][:80])
     finally:
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():  # nothing of this form is to count for the next
+            torch.compiler.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def markdown(rows: Iterable[Row]) -> Iterator[str]:

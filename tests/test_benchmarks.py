@@ -154,7 +154,7 @@ def test_the_table_of_a_gpu(gpu):
 
 
 def test_the_page_of_a_gpu_by_a_cpu(gpu, monkeypatch, tmp_path):
-    config = tiny("poisson/cifar10_ddpmpp.py", tmp_path)
+    config = tiny("poisson/cifar10_ddpmpp.py", tmp_path, training__batch_size=4)
     monkeypatch.setattr(gpu.train, "measure_peak", lambda device, precision: 1e15)
     monkeypatch.setattr(gpu.train, "IMAGES", 1)
     forms = {"float32": {}, "missing": {"training.precision": "tf32"}}
@@ -163,7 +163,7 @@ def test_the_page_of_a_gpu_by_a_cpu(gpu, monkeypatch, tmp_path):
     cases = itertools.chain(
         gpu.training(config, 1),
         gpu.sampling(config, 2, 2),
-        gpu.fields(torch.device("cpu"), (("broadcast", 128), ("ours", 128))),
+        gpu.fields(torch.device("cpu"), [("ours", 128)]),
         gpu.operators(torch.device("cpu"), (1, 2, 8, 8)),
     )
     page = gpu.write(tmp_path, "Card 3000 (R)", ["Facts."], cases)
@@ -171,7 +171,7 @@ def test_the_page_of_a_gpu_by_a_cpu(gpu, monkeypatch, tmp_path):
     title, _, _, _, facts, _, *table = page.read_text().splitlines()
     assert (title, facts) == ("# Card 3000 (R)", "Facts.")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
-    assert len(rows) == 2 + 1 + 2 + 16
+    assert len(rows) == 2 + 1 + 1 + 16
     step, missing, samples = rows[:3]
     assert missing[2] == ""
     assert "has no TF32" in missing[3]
