@@ -70,7 +70,7 @@ struct Strip {
 
   A taps[TAP_ROWS][COLUMNS];
   int top, left;  // the first pixel of x that is met
-  int shift;      // the row of the filter that row 0 of `taps` is, at most 0
+  int shift;      // row k of `taps` is row k + shift of the flipped filter
 
   HOST_DEVICE Strip(const A* filter, const Resampling& r, int y, int x) {
     const int first_row = y * DOWN - r.pad[0];

@@ -25,7 +25,6 @@ KINDS = (np.float16, np.float32, np.float32, np.float64)  # of numpy, which has 
 EPS = (2.0**-11, 2.0**-8, 2.0**-24, 2.0**-53)  # the largest relative error of one rounding
 SUM_EPS = (2.0**-24, 2.0**-24, 2.0**-24, 2.0**-53)  # in the dtype that sums are in
 
-
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 
 
@@ -215,12 +214,8 @@ def fault_of(program: Path, calls: list[Call]) -> str | None:
     words = b"".join(
         b"".join([np.array(call.header, np.float64).tobytes(), *call.tensors]) for call in calls
     )
-    options = {
-        "ASAN_OPTIONS": "detect_leaks=0",
-    }
-    done = subprocess.run(
-        [program], input=words, capture_output=True, env={**os.environ, **options}, timeout=120
-    )
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([program], input=words, capture_output=True, env=environment, timeout=120)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines()
         return next(
@@ -235,11 +230,8 @@ def fault_of(program: Path, calls: list[Call]) -> str | None:
         if not np.array_equal(found[~finite], expected[~finite], equal_nan=True):
             return f"NaN or infinities differ: {call.header}"
         error = np.abs(found[finite] - expected[finite])
-        bound = (
-            call.error
-            + EPS[call.dtype] * np.abs(expected[finite])
-            + (call.dtype == FLOAT16) * 2.0**-25
-        )
+        subnormal = 2.0**-25 if call.dtype == FLOAT16 else 0.0  # error of rounding to one
+        bound = call.error + EPS[call.dtype] * np.abs(expected[finite]) + subnormal
         if not (error <= bound).all():
             return f"off by {(error / bound).max():.3g} times the bound: {call.header}"
     return None if begin == len(done.stdout) else "outputs are too long"
