@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import execution
 import sampling
-from configs.poisson import digits_ddpmpp
+from configs.poisson import cifar10_ddpmpp, cifar10_ncsnpp, digits_ddpmpp
 from methods import get_method
 from models import create_model
 
@@ -47,6 +47,13 @@ def outputs(network):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 1, 8, 8, generator=generator)
     return network(x, torch.rand(4, generator=generator) + 0.5)
+
+
+def with_gradient(model, out):
+    """`out`, and the gradient of its square in all parameters that have one."""
+    model.zero_grad()
+    sum(field.square().sum() for field in out).backward()
+    return *out, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 def relative_difference(ours, theirs):
@@ -162,7 +169,7 @@ def test_a_machine_without_a_compiler_trains(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_network_computes_the_same_and_is_compiled_once():
-    """Gradients and samples; skipped where there is no compiler."""
+    """In one graph: gradients and samples; skipped where there is no compiler."""
     if not execution._compiler_works(torch.device("cpu")):
         pytest.skip("no C++ compiler")
     config = digits_ddpmpp.get_config()
@@ -172,12 +179,9 @@ def test_a_compiled_network_computes_the_same_and_is_compiled_once():
     model, method = create_model(config), get_method(config)
     network = execution.for_training(config, model)
     assert network is not model
-    gradients = []
-    for run in (model, network):
-        model.zero_grad()
-        sum(out.square().sum() for out in outputs(run)).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert relative_difference(gradients[1:], gradients[:1]) < 1e-5
+    torch._dynamo.utils.counters.clear()
+    results = [with_gradient(model, outputs(run)) for run in (model, network)]
+    assert relative_difference(*results) < 1e-5
 
     model.eval()
     x = method.prior_sampling((4, 1, 8, 8), torch.Generator().manual_seed(0))
@@ -188,5 +192,21 @@ def test_a_compiled_network_computes_the_same_and_is_compiled_once():
     torch.testing.assert_close(samples, truth, rtol=1e-3, atol=1e-3)
     statistics = torch._dynamo.utils.counters["stats"]
     graphs = statistics["unique_graphs"]
+    assert not torch._dynamo.utils.counters["graph_break"]
     sample(model, x=x)
     assert statistics["unique_graphs"] == graphs > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", [cifar10_ncsnpp, cifar10_ddpmpp])
+def test_a_network_is_one_graph_for_the_compiler_and_for_export(experiment, one_thread):
+    config = experiment.get_config()
+    config.data.image_size = 16
+    config.model.update(nf=8, num_res_blocks=1, ch_mult=(1, 1), attn_resolutions=())
+    model = create_model(config).eval()
+    x, z = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 3.0])
+    exported = torch.export.export(model, (x, z))
+    graph = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    expected = with_gradient(model, model(x, z))
+    for run in (exported.module(), graph):
+        assert relative_difference(with_gradient(model, run(x, z)), expected) < 1e-5
