@@ -62,15 +62,15 @@ def train(config, workdir: Path) -> bool:
             the processes do not agree.
     """
     config, decided = complete(config, workdir)
-    data, training, seed = config.data, config.training, config.seed
+    training, seed = config.training, config.seed
     run = Experiment.build(config)
     run.sample = sampling.get_sampling_fn(sampling.for_snapshots(config), run.method, run.guide)
     state, device, main = run.state, run.device, distributed.is_main()
     state.network = execution.for_training(config, state.model)
+    prepare = datasets.get_preparation(config, shared=run.method.uses_reference_batch)
     train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
     images_per_step = min(run.loss.examples, len(train_data))
-    augmentation = {"flip": data.random_flip, "dequantize": data.uniform_dequantization}
     draws = main and training.snapshot_sampling
     on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
     _check_division(images_per_step, training.accumulate)
@@ -115,8 +115,7 @@ def train(config, workdir: Path) -> bool:
                 batch = next(batches).to(device, non_blocking=True)
                 if on_disk:
                     batch = batch.map(distributed.gather)
-                images = datasets.to_unit_interval(batch.images, generator, **augmentation)
-                batch = replace(batch, images=run.scaler(images))
+                batch = prepare(batch, generator)
                 loss = train_step(state, run.loss, batch, generator, shard)
                 watch.add(state.step - 1, loss)
                 progress.update()

@@ -13,7 +13,6 @@ Images are random: what they show costs nothing.
 import functools
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -51,6 +50,8 @@ class Trainer:
         self.config, self.run = config, Experiment.build(config)
         self.state, self.device = self.run.state, self.run.device
         self.state.network = execution.for_training(config, self.state.model)
+        shared = self.run.method.uses_reference_batch
+        self.prepare = datasets.get_preparation(config, shared)
         size, shape = self.run.loss.batch_size, datasets.image_shape(config)
         number = max(size, IMAGES // torch.Size(shape).numel())
         generator = torch.Generator().manual_seed(0)
@@ -65,10 +66,7 @@ class Trainer:
             generator = datasets.keyed_generator(self.device, "training", config.seed, state.step)
             torch.manual_seed(datasets.keyed_seed("dropout", config.seed, state.step))
             batch = next(self.batches).to(self.device, non_blocking=True)
-            options = {"flip": config.data.random_flip}
-            options["dequantize"] = config.data.uniform_dequantization
-            images = datasets.to_unit_interval(batch.images, generator, **options)
-            batch = replace(batch, images=self.run.scaler(images))
+            batch = self.prepare(batch, generator)
         watched = (
             (poisson, "poisson_field", "field"),
             (state, "network", "forward"),
