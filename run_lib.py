@@ -93,7 +93,7 @@ def train(config, workdir: Path) -> bool:
         batches = datasets.shuffled_batches(
             train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)
         )
-        watch = _Watch(training.max_bad_steps)
+        watch = _Watch(training.max_bad_steps, config.optim.nonfinite)
         logged, logged_at = state.step, time.perf_counter()
 
         def due(frequency: int) -> bool:
@@ -200,11 +200,15 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             for change in [] if said == changes else changes:
                 log.info(f"the config differs from that of the run: {change}")
             said = changes
+            if asked.ema_std:
+                rebuilt = evaluation.rebuild_ema(config, run, workdir, path, content)
+                log.info(f"{path.name}: {rebuilt}")
             log.info(f"evaluating {path} on {run.device}")
             if main:
                 evaluation.remove_results(folder, k)
             start = time.perf_counter()
             report = {"step": run.state.step}
+            report |= {"ema_std": asked.ema_std} if asked.ema_std else {}
             with run.with_ema():
                 origin = evaluation.origin_of(config, run)
                 run.sample = evaluation.fit_sampler(config, run, path, origin)
@@ -348,12 +352,13 @@ def _draw_snapshot(
 class _Watch:
     """Looks at the losses of several steps at once, so that no step waits for its device."""
 
-    def __init__(self, max_bad_steps: int):
+    def __init__(self, max_bad_steps: int, nonfinite: str):
+        self.nonfinite = nonfinite
         self.limit, self.bad_in_a_row, self.newest = max_bad_steps, 0, math.nan
         self.losses: dict[int, Tensor] = {}  # by the batch's number, since the last look
 
     def add(self, batch: int, loss: Tensor) -> None:
-        """Notes the loss of a step on batch number `batch`; not finite: it was not applied."""
+        """Notes the loss of a step on batch number `batch`, as `train_step` returns it."""
         self.losses[batch] = loss
         if len(self.losses) >= self.limit:
             self.look()
@@ -368,8 +373,8 @@ class _Watch:
             self.bad_in_a_row = 0 if math.isfinite(loss) else self.bad_in_a_row + 1
             if self.bad_in_a_row:
                 log.warning(
-                    f"batch {batch}: the loss or its gradient is not finite; the step is not "
-                    f"applied ({self.bad_in_a_row} in a row)"
+                    f"batch {batch}: the loss or its gradient is not finite "
+                    f"(optim.nonfinite={self.nonfinite!r}, {self.bad_in_a_row} in a row)"
                 )
             if self.bad_in_a_row == self.limit:
                 raise FloatingPointError(

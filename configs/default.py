@@ -136,10 +136,22 @@ KEYS = {
     "optim.grad_clip": Key(
         1.0, Number(-1, 10**6), "largest global norm of the gradient; negative: no clipping"
     ),
+    "optim.nonfinite": Key(
+        "skip",
+        OneOf(("skip", "replace")),
+        "of a gradient: 'skip' the step, or 'replace' the entries, as EDM does: nan by 0, inf by "
+        "100,000 of its sign",
+    ),
     "model.name": Key("", OneOf(registry="models.NETWORKS"), "the network"),
     "model.ema_rate": Key(0.9999, SHARE, "decay of the EMA weights per step"),
     "model.ema_half_life": Key(
         0.0, Number(0, 10**12), "in images, with EDM's ramp-up, instead of ema_rate; 0: ema_rate"
+    ),
+    "model.ema_stds": Key(
+        (),
+        Numbers(Number(0.01, 0.25), (0, 2), rising=True),
+        "relative widths of two power-function averages that checkpoints have too, published as "
+        "(0.05, 0.1), from which eval.ema_std rebuilds an EMA of any length; (): none",
     ),
     "model.checkpoint_activations": Key(
         False, Flag(), "less memory, a third more time; for 256 px and more"
@@ -360,6 +372,12 @@ KEYS = {
     ),
     "eval.end_ckpt": Key(26, whole(0, 10**6), "last one"),
     "eval.batch_size": Key(1024, whole(1), "images at once"),
+    "eval.ema_std": Key(
+        0.0,
+        Number(0, 0.25),
+        "evaluate the EMA of this relative width, rebuilt from the averages of model.ema_stds in "
+        "the run's checkpoints; 0: the EMA weights that training kept",
+    ),
     "eval.dataset": Key(
         "test", OneOf(("train", "test")), "the split that loss and likelihood are computed on"
     ),

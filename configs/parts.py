@@ -167,7 +167,7 @@ EDM_TRAINING = {
         "eval_freq": 10_000,
         "label_dropout": 0.0,
     },
-    "optim": {"lr": 1e-3, "warmup": 19_531, "grad_clip": -1.0},
+    "optim": {"lr": 1e-3, "warmup": 19_531, "grad_clip": -1.0, "nonfinite": "replace"},
     "model": {"dropout": 0.13, "augment_dim": 9, "ema_half_life": 500_000.0},
     "eval": {"begin_ckpt": 10, "end_ckpt": 10, "enable_sampling": True},
 }
