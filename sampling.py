@@ -13,7 +13,7 @@ from methods.base import Method, Network, conditioned, noise_like
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring, replacement
 from solvers import SCHEDULES, SOLVERS, Schedule
-from solvers.base import Callback, Counted, Slope, Watch
+from solvers.base import Callback, Counted, FiniteStates, Slope, Watch
 from solvers.fitted import FINE_STEPS
 from solvers.fixed_steps import Churn, euler
 from solvers.predictor_corrector import predictor_corrector
@@ -29,10 +29,21 @@ def integrate(
 ) -> Tensor:
     """`x` (B, C, H, W), integrated along noise `levels` in natural variables by `solve`.
 
-    The state that `callback` sees is y = x / alpha.
+    The state that `callback` sees is y = x / alpha. The host waits for the device at the end only.
+
+    Raises:
+        FloatingPointError: a state is not finite; the message names the first.
     """
-    alpha = method.alpha(method.time(levels))
-    return alpha[-1] * solve(slope, x / alpha[0], levels, callback)
+    alpha, states = method.alpha(method.time(levels)), FiniteStates()
+
+    def noted(y: Tensor, level: float) -> Tensor:
+        states.note(y, level)
+        return slope(y, level)
+
+    y = solve(noted, x / alpha[0], levels, callback)
+    states.note(y, levels[-1].item())
+    states.check()
+    return alpha[-1] * y
 
 
 def solve_ode(
