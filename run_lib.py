@@ -19,7 +19,7 @@ import evaluation
 import execution
 import likelihood
 import sampling
-from experiment import Experiment, complete, progress_bar, solver_bar
+from experiment import Experiment, complete, decide_precisions, progress_bar, solver_bar
 from metrics.reference import ReferenceStatistics
 from reports.evaluation_page import save_page
 from reports.images import image_grid, to_uint8
@@ -62,6 +62,7 @@ def train(config, workdir: Path) -> bool:
             the processes do not agree.
     """
     config, decided = complete(config, workdir)
+    config, precisions = decide_precisions(config, workdir)
     training, seed = config.training, config.seed
     run = Experiment.build(config)
     run.sample = sampling.get_sampling_fn(sampling.for_snapshots(config), run.method, run.guide)
@@ -87,8 +88,8 @@ def train(config, workdir: Path) -> bool:
             + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
         )
         log.info(datasets.describe(config, train_data, test_data))
-        if decided:
-            log.info(decided)
+        for line in [decided] * bool(decided) + precisions:
+            log.info(line)
         first = state.step + 1
         batches = datasets.shuffled_batches(
             train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)
@@ -165,6 +166,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             `sampling.max_evaluations`.
     """
     config, decided = complete(config, workdir)
+    # the training's is that of the run; how fast sampling is belongs to this machine
+    config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
     run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
     if not any(asked[what] for what in evaluation.PARTS) and not config.sampling.restore:
         raise ValueError(
@@ -187,8 +190,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         to_restore = evaluation.read_restoration(config, run)
     with open_workdir(workdir, folder, main):
         distributed.barrier()  # nobody writes before the main process holds the lock
-        if decided:
-            log.info(decided)
+        for line in [decided] * bool(decided) + precisions:
+            log.info(line)
         if main and asked.enable_sampling and statistics.reference is None:
             with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
                 statistics.measure(progress.update)

@@ -335,6 +335,7 @@ def for_trajectories(config):
         S_churn=0.0,
         schedule="auto",
         noise_removal=False,
+        precision="fp32",
     )
     return config
 
@@ -381,7 +382,13 @@ def get_sampling_fn(
     integrate_prior = SAMPLERS[name](config, method, constrain)
     _check_classes(config)
     guidance = _guidance(config, guide)
-    compiles, class_label = config.sampling.compile, config.sampling.class_label
+    class_label, run = config.sampling.class_label, config.sampling
+    prepare = partial(
+        execution.for_sampling,
+        precision=run.precision,
+        channels_last=run.channels_last,
+        compiles=run.compile,
+    )
 
     @torch.no_grad()
     def sample(
@@ -399,10 +406,12 @@ def get_sampling_fn(
             x = method.prior_sampling((num or default_num, *image_shape), generator, device)
         if labels is None and class_label >= 0:
             labels = torch.full((len(x),), class_label, device=x.device)
-        net = execution.compiled(net, x.device) if compiles else net
+        net = prepare(net, x.device)
         conditional, followed = conditioned(net, {"class_labels": labels}), method
         if guidance:
-            other = net if guide is None else conditioned(guide, {"class_labels": labels})
+            other = net
+            if guide is not None:
+                other = conditioned(prepare(guide, x.device), {"class_labels": labels})
             followed = Guided(method, other, *guidance)
         if measurement is not None and restorer is not None:
             followed = Restoring(followed, measurement, restorer, bounds)

@@ -80,8 +80,9 @@ KEYS = {
     "training.accumulate": Key(1, whole(1), "micro-batches that a step's examples are split into"),
     "training.precision": Key(
         "fp32",
-        OneOf(("fp32", "tf32", "bf16")),
-        "of products; 'bf16' is autocast; faster on devices that have it",
+        OneOf(("fp32", "tf32", "bf16", "auto")),
+        "of products; 'bf16' is autocast; 'auto': 'bf16' where the first start measures it to be "
+        "faster, else 'fp32'",
     ),
     "training.compile": Key(
         False, Flag(), "torch.compile the network of training; needs a compiler, and minutes"
@@ -366,6 +367,12 @@ KEYS = {
     "sampling.restore_resample": Key(
         1, whole(1, 1000), "of 'replacement': times each step is taken, as RePaint does"
     ),
+    "sampling.precision": Key(
+        "fp32",
+        OneOf(("fp32", "bf16", "auto")),
+        "of the products of the network that samples, as training.precision; states are float32",
+    ),
+    "sampling.channels_last": Key(False, Flag(), "memory format of the images that it is given"),
     "sampling.compile": Key(False, Flag(), "torch.compile the network that samples"),
     "eval.begin_ckpt": Key(
         1, whole(0, 10**6), "first checkpoint to evaluate, counted in training.snapshot_freq steps"
