@@ -87,7 +87,7 @@ def _mean_norm(config) -> float:
 
 
 def decide_precisions(
-    config: ConfigDict, workdir: Path, kept: Collection[str] = PRECISION_KEYS
+    config: ConfigDict, workdir: Path | None, kept: Collection[str] = PRECISION_KEYS
 ) -> tuple[ConfigDict, list[str]]:
     """`config` with a precision in place of each 'auto' of `PRECISION_KEYS`, and a line on each.
 
@@ -96,11 +96,13 @@ def decide_precisions(
 
     Args:
         config: a complete one.
+        workdir: None where there is no run.
     """
     left_open = [key for key in PRECISION_KEYS if get(config, key) == "auto"]
     if not left_open:
         return config, []
-    stored, device, lines = run_config.find(workdir), _device(config.device), []
+    stored = None if workdir is None else run_config.find(workdir)
+    device, lines = _device(config.device), []
     own = run_config.flatten(stored[1]) if stored and stored[0].suffix == ".pth" else {}
     config = config.copy_and_resolve_references()
     model = models.create_model(config).to(device)

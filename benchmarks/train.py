@@ -3,6 +3,8 @@
     python3 benchmarks/train.py --config configs/poisson/cifar10_ddpmpp.py [--config.x=y ...]
         [--steps 3] [--noplain] [--json FILE]
 
+With --config.training.precision=auto the precision is measured first, as a run would.
+
 The plain form is the step as its ancestors have it: the same network, weight for weight, with
 attention and 1x1 maps as einsums and resampling by reshapes (benchmarks/networks.py), the field by
 broadcasting, Adam and the EMA weights tensor by tensor, the loss read at every step; float32 and
@@ -27,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
 import execution
-from experiment import Experiment
+from experiment import Experiment, decide_precisions
 from methods import poisson
 from training import train_step
 
@@ -186,7 +188,9 @@ def print_table(forms: dict[str, dict]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    config = FLAGS.config
+    config, measured = decide_precisions(FLAGS.config, None)
+    for line in measured:
+        print(line)
     trainers = {"ours": Trainer(config)}
     if FLAGS.plain:
         trainers["plain"] = PlainTrainer(config)
