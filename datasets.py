@@ -303,7 +303,9 @@ def _classes(source: Source, data, split: str) -> Classes:
 def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled | Stream) -> str:
     """A line for the log on the data of a run: where they are, and what is made of them."""
     data, held_out, (channels, height, width) = config.data, "", train[:1].shape[1:]
-    augment = config.training.augment
+    changed = f"{'mirrored at random' if data.random_flip else 'not mirrored'} (data.random_flip)"
+    if augment := config.training.augment:
+        changed = f"transformed at random (training.augment={augment:g})"
     name = data.dataset.lower()
     if name == "folder":
         name, given = str(data.path), folder.splits_of(data)
@@ -312,8 +314,7 @@ def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled 
     return (
         f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on{held_out}, "
         f"{height} x {width}, {channels} channel{'s' * (channels > 1)}, "
-        f"{'mirrored at random' if data.random_flip else 'not mirrored'} (data.random_flip)"
-        + (f", transformed (training.augment={augment:g})" if augment else "")
+        f"{changed}"
         + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
     )
 
@@ -484,11 +485,10 @@ def get_preparation(config, shared: bool) -> Callable[[Batch, torch.Generator], 
             f"entries of its labels, not {config.model.augment_dim}"
         )
     scaler = get_data_scaler(config)
+    flip = data.random_flip and not probability  # the augmentation mirrors them, and tells so
 
     def prepare(batch: Batch, generator: torch.Generator) -> Batch:
-        images = to_unit_interval(
-            batch.images, generator, data.random_flip, data.uniform_dequantization
-        )
+        images = to_unit_interval(batch.images, generator, flip, data.uniform_dequantization)
         batch = replace(batch, images=scaler(images))
         if not probability:
             return batch

@@ -105,7 +105,7 @@ KEYS = {
         0.0,
         SHARE,
         "EDM's augmentation: probability of each transformation but mirroring, which half of the "
-        "images are; 0: none; needs model.augment_dim=9, replaces data.random_flip",
+        "images are; 0: none; needs model.augment_dim=9 and takes the place of data.random_flip",
     ),
     "training.gamma": Key(
         5.0, Number(0, 10**6), "Poisson: added to the field's norm before it divides"

@@ -158,7 +158,7 @@ EDM = {
 # After a network: how EDM trains on CIFAR-10, and PFGM++ after it. Its 200 million images, and its
 # learning rate's rise over the first 10 million, are counted in steps of 512.
 EDM_TRAINING = {
-    "data": {"random_flip": False},  # the augmentation mirrors them, and the network is told
+    "data": {"random_flip": False},
     "training": {
         "augment": 0.12,
         "batch_size": 512,

@@ -179,6 +179,18 @@ def test_labels_reach_the_network_with_their_examples():
     assert {f.name for f in fields(Batch)} == {"images", "labels", "augment_labels"}
 
 
+def test_no_image_is_mirrored_without_a_word_to_the_network():
+    config = edm_digits.get_config()
+    config.data.random_flip = True
+    config.training.augment, config.model.augment_dim = 1e-9, 9
+    images = torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8)
+    batch = prepared(config, images)
+    mirrored, scaled = batch.augment_labels[:, 0] == 1, images / 127.5 - 1
+    assert 20 < mirrored.sum() < 44
+    torch.testing.assert_close(batch.images[mirrored], scaled[mirrored].flip(-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(batch.images[~mirrored], scaled[~mirrored], rtol=0, atol=1e-5)
+
+
 def test_charges_of_a_poisson_flow_are_transformed_as_its_examples():
     config = poisson_digits.get_config()
     config.training.update(augment=1.0, batch_size=32, small_batch_size=8)

@@ -131,19 +131,22 @@ def run_of(tmp_path, **overrides):
 
 
 def test_a_run_keeps_averages_and_evaluates_any_other(tmp_path, caplog):
-    """Resumed at step 3 it has the averages of an uninterrupted run."""
+    """Resumed at step 3 it has the averages of an uninterrupted run, of augmented images too."""
+    augmented = {"training__augment": 0.5, "model__augment_dim": 9, "model__ema_stds": STDS}
     for workdir, stops in (("a", (8,)), ("b", (3, 8))):
         for n_iters in stops:
-            config = run_of(tmp_path, training__n_iters=n_iters, model__ema_stds=STDS)
+            config = run_of(tmp_path, training__n_iters=n_iters, **augmented)
             config.optim.update(warmup=0, cooldown=0)
             assert run_lib.train(config, tmp_path / workdir)
     paths = [tmp_path / w / "checkpoints/checkpoint_8.pth" for w in "ab"]
+    weights = [load_checkpoint(path)["model"].values() for path in paths]
+    assert all(map(torch.equal, *weights))
     one, other = (load_checkpoint(path)["averages"] for path in paths)
     assert [average["std"] for average in one] == [*STDS]
     for a, b in zip(one, other, strict=True):
         assert all(map(torch.equal, a["shadow_params"], b["shadow_params"]))
 
-    config = run_of(tmp_path, training__n_iters=8, eval__ema_std=0.075, model__ema_stds=STDS)
+    config = run_of(tmp_path, training__n_iters=8, eval__ema_std=0.075, **augmented)
     config.eval.update(begin_ckpt=4, end_ckpt=4)
     with caplog.at_level(logging.INFO):
         run_lib.evaluate(config, tmp_path / "a")
@@ -156,7 +159,8 @@ def test_a_run_keeps_averages_and_evaluates_any_other(tmp_path, caplog):
         run_lib.evaluate(config, tmp_path / "a")
     assert "training.snapshot_freq" in str(e.value) and "\n" not in str(e.value)
 
-    config = run_of(tmp_path, training__n_iters=9, model__ema_stds=(0.05, 0.2))
+    config = run_of(tmp_path, training__n_iters=9, **augmented)
+    config.model.ema_stds = (0.05, 0.2)
     with pytest.raises(ValueError, match="averages are of the widths 0.05, 0.1"):
         run_lib.train(config, tmp_path / "a")
 
