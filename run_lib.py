@@ -19,7 +19,7 @@ import evaluation
 import execution
 import likelihood
 import sampling
-from experiment import Experiment, complete, progress_bar, solver_bar
+from experiment import Experiment, complete, decide_precisions, progress_bar, solver_bar
 from metrics.reference import ReferenceStatistics
 from reports.evaluation_page import save_page
 from reports.images import image_grid, to_uint8
@@ -62,15 +62,16 @@ def train(config, workdir: Path) -> bool:
             the processes do not agree.
     """
     config, decided = complete(config, workdir)
-    data, training, seed = config.data, config.training, config.seed
+    config, precisions = decide_precisions(config, workdir)
+    training, seed = config.training, config.seed
     run = Experiment.build(config)
     run.sample = sampling.get_sampling_fn(sampling.for_snapshots(config), run.method, run.guide)
     state, device, main = run.state, run.device, distributed.is_main()
     state.network = execution.for_training(config, state.model)
+    prepare = datasets.get_preparation(config, shared=run.method.uses_reference_batch)
     train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
     images_per_step = min(run.loss.examples, len(train_data))
-    augmentation = {"flip": data.random_flip, "dequantize": data.uniform_dequantization}
     draws = main and training.snapshot_sampling
     on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
     _check_division(images_per_step, training.accumulate)
@@ -87,13 +88,13 @@ def train(config, workdir: Path) -> bool:
             + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
         )
         log.info(datasets.describe(config, train_data, test_data))
-        if decided:
-            log.info(decided)
+        for line in [decided] * bool(decided) + precisions:
+            log.info(line)
         first = state.step + 1
         batches = datasets.shuffled_batches(
             train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)
         )
-        watch = _Watch(training.max_bad_steps)
+        watch = _Watch(training.max_bad_steps, config.optim.nonfinite)
         logged, logged_at = state.step, time.perf_counter()
 
         def due(frequency: int) -> bool:
@@ -115,8 +116,7 @@ def train(config, workdir: Path) -> bool:
                 batch = next(batches).to(device, non_blocking=True)
                 if on_disk:
                     batch = batch.map(distributed.gather)
-                images = datasets.to_unit_interval(batch.images, generator, **augmentation)
-                batch = replace(batch, images=run.scaler(images))
+                batch = prepare(batch, generator)
                 loss = train_step(state, run.loss, batch, generator, shard)
                 watch.add(state.step - 1, loss)
                 progress.update()
@@ -166,6 +166,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             `sampling.max_evaluations`.
     """
     config, decided = complete(config, workdir)
+    # the training's is that of the run; how fast sampling is belongs to this machine
+    config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
     run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
     if not any(asked[what] for what in evaluation.PARTS) and not config.sampling.restore:
         raise ValueError(
@@ -188,8 +190,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         to_restore = evaluation.read_restoration(config, run)
     with open_workdir(workdir, folder, main):
         distributed.barrier()  # nobody writes before the main process holds the lock
-        if decided:
-            log.info(decided)
+        for line in [decided] * bool(decided) + precisions:
+            log.info(line)
         if main and asked.enable_sampling and statistics.reference is None:
             with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
                 statistics.measure(progress.update)
@@ -201,11 +203,15 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             for change in [] if said == changes else changes:
                 log.info(f"the config differs from that of the run: {change}")
             said = changes
+            if asked.ema_std:
+                rebuilt = evaluation.rebuild_ema(config, run, workdir, path, content)
+                log.info(f"{path.name}: {rebuilt}")
             log.info(f"evaluating {path} on {run.device}")
             if main:
                 evaluation.remove_results(folder, k)
             start = time.perf_counter()
             report = {"step": run.state.step}
+            report |= {"ema_std": asked.ema_std} if asked.ema_std else {}
             with run.with_ema():
                 origin = evaluation.origin_of(config, run)
                 run.sample = evaluation.fit_sampler(config, run, path, origin)
@@ -349,12 +355,13 @@ def _draw_snapshot(
 class _Watch:
     """Looks at the losses of several steps at once, so that no step waits for its device."""
 
-    def __init__(self, max_bad_steps: int):
+    def __init__(self, max_bad_steps: int, nonfinite: str):
+        self.nonfinite = nonfinite
         self.limit, self.bad_in_a_row, self.newest = max_bad_steps, 0, math.nan
         self.losses: dict[int, Tensor] = {}  # by the batch's number, since the last look
 
     def add(self, batch: int, loss: Tensor) -> None:
-        """Notes the loss of a step on batch number `batch`; not finite: it was not applied."""
+        """Notes the loss of a step on batch number `batch`, as `train_step` returns it."""
         self.losses[batch] = loss
         if len(self.losses) >= self.limit:
             self.look()
@@ -369,8 +376,8 @@ class _Watch:
             self.bad_in_a_row = 0 if math.isfinite(loss) else self.bad_in_a_row + 1
             if self.bad_in_a_row:
                 log.warning(
-                    f"batch {batch}: the loss or its gradient is not finite; the step is not "
-                    f"applied ({self.bad_in_a_row} in a row)"
+                    f"batch {batch}: the loss or its gradient is not finite "
+                    f"(optim.nonfinite={self.nonfinite!r}, {self.bad_in_a_row} in a row)"
                 )
             if self.bad_in_a_row == self.limit:
                 raise FloatingPointError(

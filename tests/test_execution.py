@@ -4,16 +4,21 @@ import logging
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
+from test_small_runs import tiny
 
 import execution
+import experiment
+import run_lib
 import sampling
 from configs.poisson import cifar10_ddpmpp, cifar10_ncsnpp, digits_ddpmpp
 from methods import get_method
 from models import create_model
+from storage.checkpoints import load_checkpoint
 
 
 @pytest.fixture
@@ -116,6 +121,144 @@ def test_an_unknown_precision_names_the_known(small):
     config.training.precision = "fp16"
     with pytest.raises(ValueError, match="precision='fp16'; known: fp32, tf32, bf16"):
         execution.for_training(config, model)
+
+
+# --- what 'auto' takes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plain, in_bfloat16, expected",
+    [(3, 1, "bf16"), (1, 3, "fp32"), (21, 20, "fp32"), (6, 5, "bf16")],
+)
+def test_auto_takes_bfloat16_where_it_pays(small, monkeypatch, plain, in_bfloat16, expected):
+    """By a clock that only the network moves; it is slow once, at its first call."""
+    monkeypatch.setattr(execution, "_has_bfloat16", lambda device: True)
+    clock, called = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def run(network):
+        clock[0] += in_bfloat16 if isinstance(network, execution.BFloat16) else plain
+        clock[0] += 0 if network in called else 1000 * len(called)
+        called.append(network)
+
+    found, reason = execution.measured_precision(small[1], run)
+    assert found == expected
+    gain = f"{plain / in_bfloat16:.2f}"
+    assert reason == f"bfloat16 is measured to be {gain} times as fast as float32"
+    assert len(called) == 8
+
+
+def test_auto_does_not_take_what_the_device_lacks(small, monkeypatch):
+    monkeypatch.setattr(execution, "_has_bfloat16", no)
+    found, reason = execution.measured_precision(small[1], pytest.fail)
+    assert (found, reason) == ("fp32", "cpu has no bfloat16")
+
+
+@pytest.fixture
+def deciding(monkeypatch):
+    """Fixes what is measured; the passes that would be measured run once."""
+    if not execution._has_bfloat16(torch.device("cpu")):
+        pytest.skip("this CPU has no bfloat16")
+
+    def decide(*found):
+        answers = iter(found)
+
+        def measured(net, run):
+            run(net)
+            return next(answers), "of this test"
+
+        monkeypatch.setattr(execution, "measured_precision", measured)
+
+    return decide
+
+
+def test_a_resumed_run_keeps_the_precision_that_it_measured(tmp_path, deciding, caplog):
+    config = tiny("poisson/digits_ddpmpp.py", tmp_path, training__precision="auto")
+    config.sampling.precision = "auto"
+    config.training.snapshot_sampling = config.eval.enable_sampling = False
+    deciding("bf16", "fp32")
+    caplog.set_level(logging.INFO)
+    assert run_lib.train(config, tmp_path / "a")
+    assert "training.precision='auto' is 'bf16': of this test" in caplog.text
+    path = tmp_path / "a/checkpoints-meta/checkpoint.pth"
+    stored = load_checkpoint(path)["config"]
+    assert (stored["training.precision"], stored["sampling.precision"]) == ("bf16", "fp32")
+    # whatever would be measured now
+    deciding()
+    config.training.n_iters = 4
+    caplog.clear()
+    assert run_lib.train(config, tmp_path / "a")
+    assert "training.precision='auto' is 'bf16': as the run has it" in caplog.text
+    assert "training.precision: " not in caplog.text  # no difference from the run's config
+    # the weights are those of a run that asked for it
+    config.training.precision, config.sampling.precision = "bf16", "fp32"
+    config.training.n_iters = 2
+    assert run_lib.train(config, tmp_path / "b")
+    config.training.n_iters = 4
+    assert run_lib.train(config, tmp_path / "b")
+    weights = [load_checkpoint(tmp_path / w / "checkpoints/checkpoint_4.pth") for w in "ab"]
+    for a, b in zip(*(w["model"].values() for w in weights), strict=True):
+        assert torch.equal(a, b)
+    # an evaluation asks for its own machine
+    config.training.precision = config.sampling.precision = "auto"
+    deciding("bf16")
+    assert run_lib.evaluate(config, tmp_path / "a") is None
+    assert "sampling.precision='auto' is 'bf16': of this test" in caplog.text
+
+
+def test_nothing_is_measured_where_nothing_is_open(small, tmp_path):
+    config, _ = small
+    assert experiment.decide_precisions(config, tmp_path) == (config, [])
+    config.training.precision = "auto"
+    with pytest.raises(ValueError, match=r"training\.precision='auto' is open"):
+        experiment.Experiment.build(config)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def samples_of(config, model, **options):
+    config.sampling.update(ode_solver="heun", N=4, **options)
+    method, states = get_method(config), []
+    x = method.prior_sampling((8, 1, 8, 8), torch.Generator().manual_seed(0))
+    sample = sampling.get_sampling_fn(config, method)
+    samples, _ = sample(model.eval(), x=x, callback=states.append)
+    assert {step.x.dtype for step in states} == {samples.dtype} == {torch.float32}
+    return samples
+
+
+def test_sampling_in_bfloat16_is_near_and_keeps_the_state_float32(small):
+    config, model = small
+    truth = samples_of(config, model)
+    try:
+        execution.check_precision("bf16", torch.device("cpu"), "sampling.precision")
+    except ValueError:
+        pytest.skip("this CPU has no bfloat16")
+    error = (samples_of(config, model, precision="bf16") - truth).square().mean().sqrt()
+    assert 1e-5 < error < 0.05
+
+
+def test_sampling_channels_last_changes_nothing_but_rounding(small):
+    config, model = small
+    truth, layouts = samples_of(config, model), []
+    before = {name: p.stride() for name, p in model.named_parameters()}
+    model.middle1.register_forward_hook(
+        lambda module, inputs, output: layouts.append(
+            inputs[0].is_contiguous(memory_format=torch.channels_last)
+        )
+    )
+    samples = samples_of(config, model, channels_last=True)
+    torch.testing.assert_close(samples, truth, rtol=0, atol=1e-4)
+    assert layouts and all(layouts)
+    assert before == {name: p.stride() for name, p in model.named_parameters()}
+
+
+def test_a_sampling_precision_that_the_device_lacks_is_one_line(small, monkeypatch):
+    config, _ = small
+    config.sampling.precision = "bf16"
+    monkeypatch.setattr(execution, "_has_bfloat16", no)
+    with pytest.raises(ValueError, match=r"sampling\.precision='bf16': cpu has no bfloat16"):
+        experiment.Experiment.build(config)
 
 
 def test_old_gpus_have_neither_bfloat16_nor_tf32(monkeypatch):
