@@ -4,7 +4,6 @@ Each result is a file that says what it was computed from, so an evaluation that
 continues from its files, and several processes can share the work.
 """
 
-import hashlib
 import logging
 import math
 import re
@@ -21,7 +20,7 @@ import datasets
 import distributed
 import likelihood
 import sampling
-from experiment import Experiment, progress_bar, solver_bar
+from experiment import Experiment, fit_schedule, origin_of_tensors, progress_bar, solver_bar
 from methods.base import conditioned
 from methods.restoration import RESTORE, Measurement, get_operator
 from metrics import distances
@@ -29,12 +28,10 @@ from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, fingerprint
 from metrics.table import Comparison, compare
 from reports.images import Images, channels_last, image_grid, to_uint8
-from solvers import Schedule, fitted
 from solvers.base import TooManyEvaluations
 from sources.batch import Batch
 from sources.folder import read_images
 from sources.images import cropped_then_resized
-from storage.checkpoints import fitted_path
 from storage.files import cached, check_arrays, read_arrays, save_png
 
 log = logging.getLogger(__name__)
@@ -52,41 +49,9 @@ RESTORED = 10  # images that the picture of restorations shows
 PAIRS = 10  # samples in a row of the picture of nearest training images
 
 
-def origin_of(config, run: Experiment) -> dict:
-    """What every part of an evaluation depends on, in words that can be compared."""
-    return {
-        "weights": _digest(run.state.model),
-        **({} if run.guide is None else {"guide": _digest(run.guide)}),
-        "network": config.model.to_dict(),
-        "method": repr(run.method),
-        "sampling": config.sampling.to_dict(),
-        "centered": config.data.centered,
-        "seed": config.seed,
-        "precision": config.training.precision,
-        "device": run.device.type,
-    }
-
-
-def _digest(network: torch.nn.Module) -> str:
-    weights = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return weights.hexdigest()
-
-
 def _origin_of(data) -> dict:
     """The same of the split that a part is computed on, and of its class labels."""
-    return {"data": fingerprint(data)} | _origin_of_tensors(labels=getattr(data, "labels", None))
-
-
-def _origin_of_tensors(**tensors: Tensor | None) -> dict:
-    """The same of `tensors`, of which those that are None are left out."""
-    return {
-        name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
+    return {"data": fingerprint(data)} | origin_of_tensors(labels=getattr(data, "labels", None))
 
 
 def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Callable:
@@ -95,53 +60,6 @@ def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Call
     if asked.method != "ode" or asked.schedule != "fitted" or not any(map(config.eval.get, DRAWN)):
         return run.sample
     return partial(run.sample, schedule=fit_schedule(config, run, checkpoint, origin))
-
-
-def fit_schedule(config, run: Experiment, checkpoint: Path, origin: dict) -> Schedule:
-    """The schedule fitted to the weights that `run` holds (see `solvers.fitted`).
-
-    What is measured of the network's trajectories is kept beside the `checkpoint`, in a file that
-    counts for these weights and this ODE; levels of any number of steps are made of it.
-    """
-    fine, shape = sampling.for_trajectories(config), datasets.image_shape(config)
-    follow = sampling.get_sampling_fn(fine, run.method, run.guide)
-    number, size = fitted.number_of_trajectories(math.prod(shape)), fitted.at_once(math.prod(shape))
-    labels = run.draw_labels(number, "fitted")
-
-    def compute() -> dict:
-        log.info(f"fitting the noise levels to {number} trajectories")
-        generator = datasets.keyed_generator(run.device, "fitted", config.seed)
-        x = run.method.prior_sampling((number, *shape), generator, run.device)
-        sums = []
-        for start in range(0, number, size):
-            part, steps = slice(start, start + size), []
-            with solver_bar(run.method) as watch:
-                try:
-                    follow(
-                        run.state.model,
-                        x=x[part],
-                        labels=None if labels is None else labels[part],
-                        callback=steps.append,
-                        watch=watch,
-                        schedule=fitted.fine_levels,
-                    )
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"sampling.schedule='fitted': {error}") from error
-            sums.append(fitted.euler_errors(steps))
-        levels = np.array([step.level for step in steps])
-        cost = fitted.step_costs(*map(sum, zip(*sums, strict=True)))
-        return {"levels": levels, "cost": cost.numpy()}
-
-    path, k = fitted_path(checkpoint), fitted.FINE_STEPS + 1
-    spec = {"levels": ("f", (k,)), "cost": ("f", (k, k))}
-    key = origin | {"sampling": fine.sampling.to_dict(), "trajectories": number}
-    key |= _origin_of_tensors(labels=labels)
-    if distributed.is_main():
-        cached(path, key, compute, spec)
-    distributed.barrier()
-    found = cached(path, key, compute, spec)
-    levels, cost = (torch.from_numpy(found[name]) for name in ("levels", "cost"))
-    return partial(fitted.schedule, levels, cost)
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
@@ -387,7 +305,7 @@ def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> 
 
     def compute(r: int, number: int) -> dict:
         key = origin | {"round": r, "number": number}
-        key |= _origin_of_tensors(labels=run.draw_labels(number, "samples", r))
+        key |= origin_of_tensors(labels=run.draw_labels(number, "samples", r))
         samples = cached(drawn[r], key, partial(_draw_round, config, run, r, number), spec)
         key |= {"features": space.name}
         images = samples["samples"]
@@ -585,7 +503,7 @@ def evaluate_restoration(
     """
     value, labels = asked.measurement.value, asked.labels
     known = asked.measurement.operator.forward(torch.ones(1, *datasets.image_shape(config)))
-    origin = origin | _origin_of_tensors(measurements=value, labels=labels, known=known)
+    origin = origin | origin_of_tensors(measurements=value, labels=labels, known=known)
     channels, *sides = datasets.image_shape(config)
     size = RESTORATIONS * max(1, config.eval.batch_size // RESTORATIONS)
     repeated = value.repeat_interleave(RESTORATIONS, 0)

@@ -19,7 +19,7 @@ import evaluation
 import execution
 import likelihood
 import sampling
-from experiment import Experiment, complete, progress_bar, solver_bar
+from experiment import Experiment, complete, origin_of, progress_bar, solver_bar
 from metrics.reference import ReferenceStatistics
 from reports.evaluation_page import save_page
 from reports.images import image_grid, to_uint8
@@ -207,7 +207,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             start = time.perf_counter()
             report = {"step": run.state.step}
             with run.with_ema():
-                origin = evaluation.origin_of(config, run)
+                origin = origin_of(config, run)
                 run.sample = evaluation.fit_sampler(config, run, path, origin)
                 if asked.enable_bpd:
                     report |= evaluation.evaluate_bpd(
