@@ -446,7 +446,7 @@ def _batch_to_restore(config, channels: int, size: int) -> Batch:
     asked, classes = config.sampling, config.data.num_classes
     if asked.restore_path:
         pictures = read_images("sampling.restore_path", asked.restore_path, channels)
-        pictures = np.stack([cropped_then_resized(picture, size) for picture in pictures])
+        pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
         batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     else:
         data = datasets.get_dataset(config, config.eval.dataset)
@@ -480,7 +480,8 @@ def _known_pixels(config) -> Tensor:
             raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
         known[top : top + height, left : left + width] = False
     else:
-        mask = torch.from_numpy(read_images("sampling.restore_mask", name, 1)[0][..., 0] >= 128)
+        first, *_ = read_images("sampling.restore_mask", name, 1).values()
+        mask = torch.from_numpy(first[..., 0] >= 128)
         if mask.shape != known.shape:
             found = " x ".join(map(str, mask.shape))
             raise ValueError(

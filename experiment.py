@@ -177,7 +177,11 @@ def load(
         config.update_from_flattened_dict({key: value})
     with torch.random.fork_rng(range(torch.cuda.device_count())):  # the weights are drawn first
         run = Experiment.build(config)
-    fit(run.state.load_network, content, path, run_config.changes(path, content, config))
+    changes = run_config.changes(path, content, config)
+    fit(run.state.load_network, content, path, changes)
+    for change in changes:
+        if change.partition(":")[0] not in [f"sampling.{key}" for key in sampling.OUTPUTS]:
+            log.info(f"the config differs from that of the run: {change}")
     run.state.keep_ema()
     return Trained(config, run, path)
 
@@ -192,13 +196,13 @@ class Trained:
 
     Attributes:
         config: all of it.
-        run: method and network, for what is not here.
+        experiment: method and network, for what is not here.
         path: the file that it comes from.
         step: after how many steps of training.
     """
 
     def __init__(self, config: ConfigDict, run: Experiment, path: Path):
-        self.config, self.run, self.path, self.step = config, run, path, run.state.step
+        self.config, self.experiment, self.path, self.step = config, run, path, run.state.step
         self.shape = datasets.image_shape(config)
         self.at_once = 1 if sampling.couples_samples(config) else config.eval.batch_size
         self._unscaled = datasets.get_data_inverse_scaler(config)
@@ -232,7 +236,11 @@ class Trained:
                 `sampling.max_evaluations`.
         """
         drawn = [images for images, _ in self._draw(seeds, class_label, measurement)]
-        return torch.cat(drawn) if drawn else torch.empty(0, *self.shape, device=self.run.device)
+        return (
+            torch.cat(drawn)
+            if drawn
+            else torch.empty(0, *self.shape, device=self.experiment.device)
+        )
 
     def film(
         self,
@@ -247,7 +255,7 @@ class Trained:
         The noise levels of the frames fall geometrically, and the last frame is the image. A state
         whose root mean square is beyond that of black and white is divided by it, to be seen.
         """
-        method = self.run.method
+        method = self.experiment.method
         ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
         high, low = method.sigma(ends).tolist()
         ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
@@ -255,7 +263,7 @@ class Trained:
         timed, parts = sampling.tells_times(self.config), []
         states = partial(sampling.States, method, levels, timed, self._shown)
         for images, passed in self._draw(seeds, class_label, measurement, states):
-            parts.append(passed.end(self.run.scaler(images)))
+            parts.append(passed.end(self.experiment.scaler(images)))
         return torch.cat(parts, 1)
 
     def encode(self, x: Tensor, class_label: int | Sequence[int] | Tensor | None = None) -> Tensor:
@@ -272,7 +280,7 @@ class Trained:
         x, options = self._scaled(x), sampling.get_rk45_options(self.config)
         return self._in_batches(
             lambda net, part, watch: sampling.encode(
-                self.run.method, net, part, watch=watch, **options
+                self.experiment.method, net, part, watch=watch, **options
             )[0],
             x,
             class_label,
@@ -284,9 +292,9 @@ class Trained:
         options = sampling.get_rk45_options(self.config)
         x = self._in_batches(
             lambda net, part, watch: sampling.solve_ode(
-                self.run.method, net, part, watch=watch, **options
+                self.experiment.method, net, part, watch=watch, **options
             )[0],
-            z.to(self.run.device, torch.float32),
+            z.to(self.experiment.device, torch.float32),
             class_label,
         )
         return self._unscaled(x).clamp(0, 1)
@@ -305,8 +313,8 @@ class Trained:
 
         Raises as `encode`, and ValueError for a network trained at discrete noise levels.
         """
-        bits_per_dim = likelihood.get_likelihood_fn(self.config, self.run.method)
-        probes = datasets.keyed_generator(self.run.device, "probe", *_checked([seed]))
+        bits_per_dim = likelihood.get_likelihood_fn(self.config, self.experiment.method)
+        probes = datasets.keyed_generator(self.experiment.device, "probe", *_checked([seed]))
         bits = self._in_batches(
             lambda net, part, watch: bits_per_dim(net, part, probes, watch=watch)[0],
             self._scaled(x),
@@ -329,7 +337,7 @@ class Trained:
             ValueError: another shape, or `sigma` is not one of the method's noise levels.
         """
         self._check_shape(x, "noisy images")
-        method, unit = self.run.method, self._unit
+        method, unit = self.experiment.method, self._unit
         ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
         low, high = (method.sigma(ends) / unit).tolist()
         if not 0.999999 * low <= sigma <= 1.000001 * high:
@@ -339,7 +347,7 @@ class Trained:
         level = torch.tensor(sigma * unit, dtype=torch.float64)
         denoised = self._in_batches(
             lambda net, part, watch: method.denoise(net, part, level),
-            self.run.scaler(x.to(self.run.device, torch.float32)),
+            self.experiment.scaler(x.to(self.experiment.device, torch.float32)),
             class_label,
         )
         return self._unscaled(denoised)
@@ -349,14 +357,14 @@ class Trained:
     @property
     def _unit(self) -> float:
         """What black and white are apart as the network sees them."""
-        black, white = self.run.scaler(torch.tensor([0.0, 1.0])).tolist()
+        black, white = self.experiment.scaler(torch.tensor([0.0, 1.0])).tolist()
         return white - black
 
     @torch.no_grad()
     def _draw(self, seeds, class_label, measurement, states=None) -> Iterator[tuple[Tensor, Any]]:
         """Images of the seeds in batches, each with the `states()` that the solver passed."""
-        seeds, run = _checked(seeds), self.run
-        labels = self._labels(class_label, len(seeds), seeds)
+        seeds, run = _checked(seeds), self.experiment
+        labels = self.labels(class_label, len(seeds), seeds)
         for start in range(0, len(seeds), self.at_once):
             part = slice(start, start + self.at_once)
             generators = [datasets.keyed_generator(run.device, "sample", s) for s in seeds[part]]
@@ -384,12 +392,12 @@ class Trained:
     @torch.no_grad()
     def _in_batches(self, compute, x: Tensor, class_label) -> Tensor:
         """`compute(network, part, watch)` of the parts of `x`, one tensor."""
-        labels, parts = self._labels(class_label, len(x)), []
+        labels, parts = self.labels(class_label, len(x)), []
         for start in range(0, len(x), self.config.eval.batch_size):
             part = slice(start, start + self.config.eval.batch_size)
             given = None if labels is None else labels[part]
-            net = conditioned(self.run.state.model, {"class_labels": given})
-            with solver_bar(self.run.method) as watch:
+            net = conditioned(self.experiment.state.model, {"class_labels": given})
+            with solver_bar(self.experiment.method) as watch:
                 parts.append(compute(net, x[part], watch))
         if not parts:
             raise ValueError("there are no images")
@@ -406,15 +414,18 @@ class Trained:
         self._check_shape(x, "images")
         if not (x.is_floating_point() and ((x >= 0) & (x <= 1)).all()):
             raise ValueError("images must be floats in [0, 1]; divide those of 8 bits by 255")
-        return self.run.scaler(x.to(self.run.device, torch.float32))
+        return self.experiment.scaler(x.to(self.experiment.device, torch.float32))
 
     def _check_shape(self, x: Tensor, what: str) -> None:
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1:] != self.shape:
             given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{what} must be a tensor (n, {str(self.shape)[1:]}, not {given}")
 
-    def _labels(self, given, n: int, seeds: list[int] | None = None) -> Tensor | None:
-        """Class labels (n,); those that are not `given` are the config's or, by `seeds`, drawn."""
+    def labels(self, given, n: int, seeds: Sequence[int] | None = None) -> Tensor | None:
+        """Class labels (n,) of n images; those not `given` are the config's or, by `seeds`, drawn.
+
+        None where the network has no classes. Raises ValueError for a label that is none of them.
+        """
         classes, asked = self.config.data.num_classes, self.config.sampling.class_label
         if given is None and not classes:
             return None
@@ -423,7 +434,7 @@ class Trained:
             if asked < 0 and seeds is not None:
                 draws = (datasets.keyed_generator("cpu", "class", seed) for seed in seeds)
                 given = [torch.randint(classes, (), generator=g).item() for g in draws]
-        labels = torch.as_tensor(given, device=self.run.device)
+        labels = torch.as_tensor(given, device=self.experiment.device)
         if labels.dtype != torch.int64 or labels.shape not in ((), (n,)):
             raise ValueError(f"class_label must be a whole number or {n} of them")
         least = -1 if classes and self.config.training.label_dropout else 0
