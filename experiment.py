@@ -33,7 +33,7 @@ from methods.restoration import Measurement
 from solvers import Schedule, fitted
 from solvers.base import Watch
 from storage import run_config
-from storage.checkpoints import find_checkpoint, fit, fitted_path, load_checkpoint
+from storage.checkpoints import digest, find_checkpoint, fit, fitted_path, load_checkpoint
 from storage.files import cached
 from training import TrainState
 
@@ -53,7 +53,7 @@ SHARED = (
 )
 
 
-LOWEST_SHOWN = 0.01  # noise level at which the noise in a film is no longer seen
+LOWEST_SHOWN = 0.03  # noise level, as the network sees it, whose noise hardly shows in a film
 
 
 def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]:
@@ -505,8 +505,8 @@ def _device(name: str) -> torch.device:
 def origin_of(config, run: Experiment) -> dict:
     """What all that is computed by `run` depends on, in words that can be compared."""
     return {
-        "weights": _digest(run.state.model),
-        **({} if run.guide is None else {"guide": _digest(run.guide)}),
+        "weights": digest(run.state.model.state_dict()),
+        **({} if run.guide is None else {"guide": digest(run.guide.state_dict())}),
         "network": config.model.to_dict(),
         "method": repr(run.method),
         "sampling": _sampler_of(config),
@@ -520,14 +520,6 @@ def origin_of(config, run: Experiment) -> dict:
 def _sampler_of(config) -> dict:
     asked = config.sampling.to_dict()
     return {key: value for key, value in asked.items() if key not in sampling.OUTPUTS}
-
-
-def _digest(network: torch.nn.Module) -> str:
-    weights = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return weights.hexdigest()
 
 
 def origin_of_tensors(**tensors: Tensor | None) -> dict:

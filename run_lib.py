@@ -457,6 +457,11 @@ def _draw_seeds(
             save_film(path, [image_grid(frame) for frame in frames])
             log.info(f"film: {path}")
         distributed.barrier()
+    if run.at_once == 1 and len(seeds) > there + 1:
+        log.info(
+            "this sampler has one step size for all it draws, so each sample is drawn alone; "
+            "sampling.ode_solver=heun with sampling.N=18 draws them together"
+        )
     mine = seeds[distributed.rank() :: distributed.world()]
     missing = [seed for seed in mine if not _png(folder, seed).exists()]
     with progress_bar(total=len(missing), desc="sampling", unit="image") as progress:
@@ -469,7 +474,10 @@ def _draw_seeds(
     distributed.barrier()
     if not distributed.is_main():
         return
-    found = _read_given(run.config, "--outdir", [str(_png(folder, seed)) for seed in seeds])
+    try:
+        found = _read_given(run.config, "--outdir", [str(_png(folder, seed)) for seed in seeds])
+    except ValueError as error:
+        raise ValueError(f"{error}: remove it, and it is drawn again") from error
     images = np.stack([*found.values()])
     labels = options(seeds).get("class_label")
     labels = run.labels(labels, len(seeds), seeds)

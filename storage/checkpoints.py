@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -95,19 +96,41 @@ def save_shared(path: Path, weights: dict[str, Tensor], config: dict, step: int)
 
     Raises OSError, which names the path, where it cannot be written.
     """
-    range_ = "[-1, 1]" if config["data.centered"] else "[0, 1]"
-    metadata = {"config": json.dumps(config), "step": str(step), "data_range": range_}
+    metadata = {
+        "format": "pt",
+        "config": json.dumps(config),
+        "step": str(step),
+        "data_range": "[-1, 1]" if config["data.centered"] else "[0, 1]",
+    }
+    metadata["checksum"] = _checksum(weights, metadata)
     with atomic_write(path) as file:
-        safetensors.write(file, weights, {"format": "pt", **metadata})
+        safetensors.write(file, weights, metadata)
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the names and bytes of `tensors`."""
+    weights = hashlib.sha256()
+    for name, tensor in tensors.items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return weights.hexdigest()
+
+
+def _checksum(weights: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of all that a shared file says: damage is found, an author's lie is not."""
+    words = [digest(dict(sorted(weights.items()))), *map("=".join, sorted(metadata.items()))]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
 def _load_shared(path: Path) -> dict:
     try:
         with naming(path), open(path, "rb") as file:
             weights, metadata = safetensors.read(file)
-        step = metadata.get("step", "")
+        step, checksum = metadata.get("step", ""), metadata.pop("checksum", None)
         if not re.fullmatch(r"[0-9]{1,15}", step) or "config" not in metadata:
             raise ValueError("its metadata lack the config or the step that --mode export writes")
+        if checksum != _checksum(weights, metadata):
+            raise ValueError("it is damaged: its content differs from its checksum")
         config = json.loads(metadata["config"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a shared model: {one_line(error)}") from error
