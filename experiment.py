@@ -269,15 +269,15 @@ class Trained:
     def encode(self, x: Tensor, class_label: int | Sequence[int] | Tensor | None = None) -> Tensor:
         """Latents (n, C, H, W) of images `x` (n, C, H, W) in [0, 1]; `decode` leads back.
 
-        `rtol` and `atol` of `config.sampling` bound the error; the images of a call share their
-        steps. A `class_label` of None is `sampling.class_label`, which is -1 for none. There is no
-        guidance.
+        A tenth of `sampling.rtol` and `atol` bounds a step's error, since latents can be hundreds
+        of times as large as images; the images of a call share their steps. A `class_label` of
+        None is `sampling.class_label`, which is -1 for none. There is no guidance.
 
         Raises:
             ValueError: the images have another shape or lie outside [0, 1], or as of `sample`.
             FloatingPointError: as of `sample`.
         """
-        x, options = self._scaled(x), sampling.get_rk45_options(self.config)
+        x, options = self._scaled(x), self._fine_options()
         return self._in_batches(
             lambda net, part, watch: sampling.encode(
                 self.experiment.method, net, part, watch=watch, **options
@@ -289,7 +289,7 @@ class Trained:
     def decode(self, z: Tensor, class_label: int | Sequence[int] | Tensor | None = None) -> Tensor:
         """The images (n, C, H, W) in [0, 1] of latents `z` (n, C, H, W); see `encode`."""
         self._check_shape(z, "latents")
-        options = sampling.get_rk45_options(self.config)
+        options = self._fine_options()
         x = self._in_batches(
             lambda net, part, watch: sampling.solve_ode(
                 self.experiment.method, net, part, watch=watch, **options
@@ -353,6 +353,10 @@ class Trained:
         return self._unscaled(denoised)
 
     # --- parts ---
+
+    def _fine_options(self) -> dict[str, float]:
+        options = sampling.get_rk45_options(self.config)
+        return options | {key: options[key] / 10 for key in ("rtol", "atol")}
 
     @property
     def _unit(self) -> float:
