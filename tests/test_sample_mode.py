@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_program
-from many_lives import small_config
+from many_lives import OVERRIDES
 from PIL import Image
 from sklearn.datasets import load_digits
+from test_configs import load as load_config
 
 import run_lib
 from configs.keys import flatten
 from experiment import Trained, load
 from reports.films import HOLD, check_writer, save_film
 from reports.images import image_grid
-from storage import run_config, safetensors
+from storage import checkpoints, run_config, safetensors
 from storage.checkpoints import fit, load_checkpoint, save_shared
 
 DIGITS = np.uint8(load_digits().images[:4] / 16 * 255)
@@ -32,8 +33,9 @@ DIGITS = np.uint8(load_digits().images[:4] / 16 * 255)
 def trained(tmp_path_factory):
     """A workdir after a few steps of a class-conditional run, whose sampler is a quick one."""
     workdir = tmp_path_factory.mktemp("trained")
-    config = small_config(**{"training.n_iters": 12, "data.num_classes": 10})
-    config.sampling.update(ode_solver="heun", N=4)
+    config = load_config("edm/digits_ddpmpp.py")
+    own = {"training.n_iters": 12, "data.num_classes": 10, "sampling.N": 4}
+    config.update_from_flattened_dict(OVERRIDES | own | {"sampling.ode_solver": "heun"})
     assert run_lib.train(config, workdir)
     return workdir
 
@@ -324,8 +326,6 @@ def test_hostile_metadata_are_one_line(shared, tmp_path, change, says, monkeypat
         metadata = dict(metadata)
         change(metadata)
         metadata.pop("checksum")
-        from storage import checkpoints
-
         metadata["checksum"] = checkpoints._checksum(tensors, metadata)
         write(file, tensors, metadata)
 
@@ -352,8 +352,8 @@ def test_a_dry_run_writes_nothing(trained, tmp_path, caplog):
     run_lib.export(config, trained, dry_run=True)
     assert tree(trained) == before and not (tmp_path / "new").exists()
     for says in (
-        f"would train from step 12 to 12 in {trained}: Poisson, 1,617 images",
-        f"would train from step 0 to 12 in {tmp_path / 'new'}: Poisson",
+        f"would train from step 12 to 12 in {trained}: EDM, 1,617 images",
+        f"would train from step 0 to 12 in {tmp_path / 'new'}: EDM",
         "checkpoint_12.pth on cpu: enable_loss, enable_bpd, enable_sampling",
         "10 samples, 0 of which are there; a film of 10",
         f"to {trained / 'model.safetensors'}",
