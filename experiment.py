@@ -174,8 +174,10 @@ def load(
             raise ValueError(explain_unknown(key, KEYS))
         if not KEYS[key].accepts(value):
             raise ValueError(f"{key} must be {KEYS[key].allowed}, not {shown(value)}")
-        config.update_from_flattened_dict({key: value})
-    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the weights are drawn first
+        config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
+    # the weights a network starts with are drawn; the caller's generators stay as they are
+    used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(used):
         run = Experiment.build(config)
     changes = run_config.changes(path, content, config)
     fit(run.state.load_network, content, path, changes)
@@ -235,12 +237,9 @@ class Trained:
             FloatingPointError: the solution is not finite, or takes more evaluations than
                 `sampling.max_evaluations`.
         """
+        none = torch.empty(0, *self.shape, device=self.experiment.device)
         drawn = [images for images, _ in self._draw(seeds, class_label, measurement)]
-        return (
-            torch.cat(drawn)
-            if drawn
-            else torch.empty(0, *self.shape, device=self.experiment.device)
-        )
+        return torch.cat([none, *drawn])
 
     def film(
         self,

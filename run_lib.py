@@ -324,7 +324,8 @@ def sample(
         check_writer(asked.film_format)
     seeds = sampling.seeds_of(asked.seeds or ("" if asked.encode or asked.between else "0-63"))
     given = _read_given(config, "sampling.encode", [asked.encode] if asked.encode else [])
-    ends = _read_given(config, "sampling.between", asked.between.split(",") * bool(asked.between))
+    pair = asked.between.split(",") if asked.between else []
+    ends = _read_given(config, "sampling.between", pair)
     if ends and len(ends) != 2:
         raise ValueError(f"sampling.between={asked.between} must be two images, A.png,B.png")
     own = sampling.without_fit(config) if dry_run else config  # a fit takes time, and is stored
@@ -407,7 +408,7 @@ def _settings(config, run: Trained, restored: evaluation.ToRestore | None) -> di
 
 
 def _read_given(config, key: str, names: list[str]) -> dict[str, Picture]:
-    """The images of files and folders, (H, W, C) of the network's size; ValueError otherwise."""
+    """The images of files and folders by name, (H, W, C); ValueError for another size."""
     channels, *size = datasets.image_shape(config)
     found: dict[str, Picture] = {}
     for name in names:
