@@ -458,13 +458,13 @@ def _draw_seeds(
             save_film(path, [image_grid(frame) for frame in frames])
             log.info(f"film: {path}")
         distributed.barrier()
-    if run.at_once == 1 and len(seeds) > there + 1:
+    mine = seeds[distributed.rank() :: distributed.world()]
+    missing = [seed for seed in mine if not _png(folder, seed).exists()]
+    if run.at_once == 1 and len(missing) > 1:
         log.info(
             "this sampler has one step size for all it draws, so each sample is drawn alone; "
             "sampling.ode_solver=heun with sampling.N=18 draws them together"
         )
-    mine = seeds[distributed.rank() :: distributed.world()]
-    missing = [seed for seed in mine if not _png(folder, seed).exists()]
     with progress_bar(total=len(missing), desc="sampling", unit="image") as progress:
         for start in range(0, len(missing), run.at_once):
             some = missing[start : start + run.at_once]
