@@ -17,7 +17,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from tqdm import tqdm
 import distributed
 import sources
 from configs import keys
-from sources import folder
+from sources import augmentation, folder
 from sources.base import Classes, Source, Unreadable
 from sources.batch import Batch
 from storage.files import one_line
@@ -303,6 +303,9 @@ def _classes(source: Source, data, split: str) -> Classes:
 def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled | Stream) -> str:
     """A line for the log on the data of a run: where they are, and what is made of them."""
     data, held_out, (channels, height, width) = config.data, "", train[:1].shape[1:]
+    changed = f"{'mirrored at random' if data.random_flip else 'not mirrored'} (data.random_flip)"
+    if augment := config.training.augment:
+        changed = f"transformed at random (training.augment={augment:g})"
     name = data.dataset.lower()
     if name == "folder":
         name, given = str(data.path), folder.splits_of(data)
@@ -311,7 +314,7 @@ def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled 
     return (
         f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on{held_out}, "
         f"{height} x {width}, {channels} channel{'s' * (channels > 1)}, "
-        f"{'mirrored at random' if data.random_flip else 'not mirrored'} (data.random_flip)"
+        f"{changed}"
         + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
     )
 
@@ -464,3 +467,31 @@ def to_unit_interval(
     if dequantize:
         return torch.rand(images.shape, **draw).add_(images).div_(256)
     return images.float().div_(255)  # in place: fresh memory takes longer than the division
+
+
+def get_preparation(config, shared: bool) -> Callable[[Batch, torch.Generator], Batch]:
+    """`prepare(batch, generator)`: what a training step makes of uint8 images.
+
+    They are mirrored, dequantised, scaled and transformed as `config` asks. With `shared` the
+    transformation is the same for the whole batch (see `sources.augmentation.augment`).
+
+    Raises:
+        ValueError: the network does not take the labels of the augmentation.
+    """
+    data, probability = config.data, config.training.augment
+    if probability and config.model.augment_dim != augmentation.LABELS:
+        raise ValueError(
+            f"training.augment={probability} needs model.augment_dim={augmentation.LABELS}, the "
+            f"entries of its labels, not {config.model.augment_dim}"
+        )
+    scaler = get_data_scaler(config)
+    flip = data.random_flip and not probability  # the augmentation mirrors them, and tells so
+
+    def prepare(batch: Batch, generator: torch.Generator) -> Batch:
+        images = to_unit_interval(batch.images, generator, flip, data.uniform_dequantization)
+        batch = replace(batch, images=scaler(images))
+        if not probability:
+            return batch
+        return augmentation.augment(batch, probability, shared, generator)
+
+    return prepare

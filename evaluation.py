@@ -27,12 +27,15 @@ from metrics import distances
 from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, fingerprint
 from metrics.table import Comparison, compare
+from models.ema import rebuilding_weights
 from reports.images import Images, channels_last, image_grid, to_uint8
 from solvers.base import TooManyEvaluations
 from sources.batch import Batch
 from sources.folder import read_images
 from sources.images import cropped_then_resized
+from storage.checkpoints import load_checkpoint, written_steps
 from storage.files import cached, check_arrays, read_arrays, save_png
+from storage.workdir import checkpoint_path
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,50 @@ CLASS_ROWS = 10  # classes that a picture shows
 RESTORATIONS = 5  # of each image
 AVERAGED = 2_000  # training images whose mean is a plain restoration
 RESTORED = 10  # images that the picture of restorations shows
+LARGEST_EMA_ERROR = 0.15  # of the profile; EMA weights err by about a tenth of it
 PAIRS = 10  # samples in a row of the picture of nearest training images
+
+
+def rebuild_ema(config, run: Experiment, workdir: Path, checkpoint: Path, content: dict) -> str:
+    """Puts the EMA of relative width `eval.ema_std` in place of the EMA weights that `run` holds.
+
+    It is that of the step of `checkpoint`, with this `content`, made of the power-function averages
+    in it and in the numbered checkpoints that the run wrote before (see `models.ema`).
+
+    Returns:
+        A line on what it was made of.
+
+    Raises:
+        ValueError: there are no averages, or too few.
+    """
+    state, std = run.state, config.eval.ema_std
+    try:
+        stds = [*state.checked_averages(content)]
+    except ValueError as error:
+        raise ValueError(f"eval.ema_std={std}: {checkpoint}: {error}") from error
+    paths = {step: checkpoint_path(workdir, step) for step in written_steps(content, checkpoint)}
+    paths = {s: p for s, p in paths.items() if s < state.step and p.exists()}
+    paths[state.step] = checkpoint
+    made_of = [(step, each) for step in paths for each in stds]
+    weights, error = rebuilding_weights(*zip(*made_of, strict=True), state.step, std)
+    line = (
+        f"the EMA of relative width {std:g} from {len(made_of)} averages of {len(paths)} "
+        f"checkpoints: its profile errs by {100 * error:.2g} %"
+    )
+    if error > LARGEST_EMA_ERROR:
+        raise ValueError(
+            f"eval.ema_std={std}: {line}, which is too much: a width closer to "
+            f"{' or '.join(f'{each:g}' for each in stds)} needs fewer checkpoints, and a smaller "
+            "training.snapshot_freq makes more"
+        )
+    rebuilt = [torch.zeros_like(p) for p in state.ema.shadow_params]
+    for path, each in zip(paths.values(), weights.reshape(-1, len(stds)), strict=True):
+        averages = state.checked_averages(content if path == checkpoint else load_checkpoint(path))
+        for width, weight in zip(stds, each.tolist(), strict=True):
+            found = [p.to(run.device) for p in averages[width]]
+            torch._foreach_add_(rebuilt, found, alpha=weight)
+    torch._foreach_copy_(state.ema.shadow_params, rebuilt)
+    return line
 
 
 def _origin_of(data) -> dict:

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ import distributed
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+GAIN = 1.1  # times as fast as float32 that bfloat16 has to be, to be worth its rounding
 
 
 def for_training(config, model: nn.Module) -> nn.Module:
@@ -30,6 +33,56 @@ def for_training(config, model: nn.Module) -> nn.Module:
     return compiled(network, device) if training.compile else network
 
 
+def for_sampling(
+    net: Callable[..., Tensor],
+    device: torch.device,
+    precision: str = "fp32",
+    channels_last: bool = False,
+    compiles: bool = False,
+) -> Callable[..., Tensor]:
+    """A network as a sampler calls it: its outputs are float32 whatever the `precision`.
+
+    The network itself stays as it is, since training may go on with it: with `channels_last` only
+    the images are laid out so, which convolutions pass on.
+    """
+    net = compiled(net, device) if compiles else net
+    net = BFloat16(net) if precision == "bf16" else net
+    if not channels_last:
+        return net
+
+    def run(x: Tensor, noise_label: Tensor, **conditions: Tensor) -> Tensor:
+        # x.contiguous(memory_format=...) would leave the strides of grey images as they are
+        x = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+        return net(x, noise_label, **conditions)
+
+    return run
+
+
+def measured_precision(
+    net: nn.Module, run: Callable[[nn.Module], object], rounds: int = 3
+) -> tuple[str, str]:
+    """The precision of 'auto' for `net`, "fp32" or "bf16", and the reason in words.
+
+    It is "bf16" where the device has it and `run(network)` is `GAIN` times as fast with it: the
+    fastest of some `rounds` each, in turn, after one that is not counted. Processes agree.
+    """
+    device = next(net.parameters()).device
+    if not _has_bfloat16(device):
+        return "fp32", f"{device} has no bfloat16"
+    forms = {"fp32": net, "bf16": BFloat16(net)}
+    seconds = {name: [] for name in forms}
+    for _ in range(1 + rounds):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            run(form)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    gain = min(seconds["fp32"][1:]) / min(seconds["bf16"][1:])
+    precision = "bf16" if distributed.any_of(gain >= GAIN) else "fp32"
+    return precision, f"bfloat16 is measured to be {gain:.2f} times as fast as float32"
+
+
 def set_float32_products(precision: str) -> None:
     """For the whole process: TF32, 10 bits of each factor, if `precision` is that; else IEEE's.
 
@@ -39,16 +92,19 @@ def set_float32_products(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raises a ValueError unless `precision` is known and `device` has it in hardware."""
+def check_precision(precision: str, device: torch.device, key: str = "training.precision") -> None:
+    """Raises a ValueError unless `precision`, of `key`, is known and `device` has it in hardware.
+
+    One of 'auto' is open: training and evaluation decide it at their start.
+    """
+    if precision == "auto":
+        raise ValueError(f"{key}='auto' is open: training and evaluation measure it at their start")
     if precision not in PRECISIONS:
-        raise ValueError(
-            f"unknown training.precision={precision!r}; known: {', '.join(PRECISIONS)}"
-        )
+        raise ValueError(f"unknown {key}={precision!r}; known: {', '.join(PRECISIONS)}")
     if precision == "bf16" and not _has_bfloat16(device):
-        raise ValueError(f"training.precision='bf16': {device} has no bfloat16; use 'fp32'")
+        raise ValueError(f"{key}='bf16': {device} has no bfloat16; use 'fp32'")
     if precision == "tf32" and not _has_tf32(device):
-        raise ValueError(f"training.precision='tf32': {device} has no TF32; use 'fp32'")
+        raise ValueError(f"{key}='tf32': {device} has no TF32; use 'fp32'")
 
 
 def _has_tf32(device: torch.device) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ import methods
 import models
 import sampling
 from configs.default import KEYS, check
-from configs.keys import explain_unknown, shown
+from configs.keys import explain_unknown, get, shown
 from methods.base import conditioned
 from methods.restoration import Measurement
 from solvers import Schedule, fitted
@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 
 # Left at None these are measured, where the method has them.
 MEASURED = ("training.M", "sampling.z_max", "sampling.upper_norm")
+
+PRECISION_KEYS = ("training.precision", "sampling.precision")
+MEASURED_PIXELS = 2**14  # of the images that a precision is measured with on a CPU
 
 # What these depend on besides the images themselves.
 DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end", "training.tau")
@@ -99,6 +102,65 @@ def _mean_norm(config) -> float:
     return datasets.mean_norm(data, datasets.get_data_scaler(config))
 
 
+def decide_precisions(
+    config: ConfigDict, workdir: Path | None, kept: Collection[str] = PRECISION_KEYS
+) -> tuple[ConfigDict, list[str]]:
+    """`config` with a precision in place of each 'auto' of `PRECISION_KEYS`, and a line on each.
+
+    The values of the `kept` keys are those that the run in `workdir` has in a checkpoint, if the
+    device has them; others are measured, on a network as it is, not compiled.
+
+    Args:
+        config: a complete one.
+        workdir: None where there is no run.
+    """
+    left_open = [key for key in PRECISION_KEYS if get(config, key) == "auto"]
+    if not left_open:
+        return config, []
+    stored = None if workdir is None else run_config.find(workdir)
+    device, lines = _device(config.device), []
+    own = run_config.flatten(stored[1]) if stored and stored[0].suffix == ".pth" else {}
+    config = config.copy_and_resolve_references()
+    model = models.create_model(config).to(device)
+    for key in left_open:
+        found, reason = own.get(key, "auto") if key in kept else "auto", "as the run has it"
+        try:
+            execution.check_precision(found, device, key)
+        except ValueError:
+            run = _training_pass if key == "training.precision" else _sampling_pass
+            found, reason = execution.measured_precision(model, run(config, model))
+        config.update_from_flattened_dict({key: found})
+        lines.append(f"{key}='auto' is {found!r}: {reason}")
+    return config, lines
+
+
+def _training_pass(config, model: nn.Module) -> Callable[[nn.Module], None]:
+    training = config.training
+    examples = training.small_batch_size or training.batch_size
+    x, label = _inputs(config, examples // training.accumulate, model)
+    model.train()
+
+    def run(network: nn.Module) -> None:
+        out = network(x, label)
+        sum(o.sum() for o in (out if isinstance(out, tuple) else (out,))).backward()
+
+    return run
+
+
+def _sampling_pass(config, model: nn.Module) -> Callable[[nn.Module], None]:
+    x, label = _inputs(config, config.eval.batch_size, model)
+    model.eval()
+    return torch.no_grad()(lambda network: network(x, label))
+
+
+def _inputs(config, number: int, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Images (n, C, H, W) and noise labels (n,); at most `number`, and on a CPU not too many."""
+    device, shape = next(model.parameters()).device, datasets.image_shape(config)
+    if device.type == "cpu":
+        number = min(number, max(8, MEASURED_PIXELS // shape[1] ** 2))
+    return torch.randn(number, *shape, device=device), torch.ones(number, device=device)
+
+
 @dataclass
 class Experiment:
     """What training and evaluation work with.
@@ -124,7 +186,8 @@ class Experiment:
         check(config)
         device = _device(config.device)
         torch.manual_seed(config.seed)
-        execution.check_precision(config.training.precision, device)
+        for key in PRECISION_KEYS:
+            execution.check_precision(get(config, key), device, key)
         execution.set_float32_products(config.training.precision)
         method = methods.get_method(config)
         model = models.create_model(config).to(device)
@@ -175,6 +238,7 @@ def load(
         if not KEYS[key].accepts(value):
             raise ValueError(f"{key} must be {KEYS[key].allowed}, not {shown(value)}")
         config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
+    config, _ = decide_precisions(config, None)
     # the weights a network starts with are drawn; the caller's generators stay as they are
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(used):

@@ -49,7 +49,9 @@ class RegressionLoss:
     @torch.no_grad()
     def draw(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
         """The perturbed examples of a training step on `batch`; see `Method.draw`."""
-        examples = self.method.draw(batch[: self.examples], generator)
+        batch = batch[: self.examples]
+        examples = self.method.draw(batch, generator)
+        examples = replace(examples, augment_labels=batch.augment_labels)
         if (labels := examples.labels) is None or not self.label_dropout:
             return examples
         # the last draw, so that it changes none of the method's

@@ -26,6 +26,7 @@ from experiment import (
     Experiment,
     Trained,
     complete,
+    decide_precisions,
     load,
     origin_of,
     origin_of_tensors,
@@ -88,15 +89,16 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             the processes do not agree.
     """
     config, decided = complete(config, workdir)
-    data, training, seed = config.data, config.training, config.seed
+    config, precisions = decide_precisions(config, workdir)
+    training, seed = config.training, config.seed
     run = Experiment.build(config)
     run.sample = sampling.get_sampling_fn(sampling.for_snapshots(config), run.method, run.guide)
     state, device, main = run.state, run.device, distributed.is_main()
     state.network = execution.for_training(config, state.model)
+    prepare = datasets.get_preparation(config, shared=run.method.uses_reference_batch)
     train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
     images_per_step = min(run.loss.examples, len(train_data))
-    augmentation = {"flip": data.random_flip, "dequantize": data.uniform_dequantization}
     draws = main and training.snapshot_sampling
     on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
     _check_division(images_per_step, training.accumulate)
@@ -108,7 +110,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         f"{sum(p.numel() for p in state.parameters):,} parameters, {device}"
         + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
         datasets.describe(config, train_data, test_data),
-        *([decided] if decided else []),
+        *[decided] * bool(decided),
+        *precisions,
     ]
     if dry_run:
         found = newest_checkpoint(workdir, set_aside=False)
@@ -133,7 +136,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         batches = datasets.shuffled_batches(
             train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)
         )
-        watch = _Watch(training.max_bad_steps)
+        watch = _Watch(training.max_bad_steps, config.optim.nonfinite)
         logged, logged_at = state.step, time.perf_counter()
 
         def due(frequency: int) -> bool:
@@ -155,8 +158,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 batch = next(batches).to(device, non_blocking=True)
                 if on_disk:
                     batch = batch.map(distributed.gather)
-                images = datasets.to_unit_interval(batch.images, generator, **augmentation)
-                batch = replace(batch, images=run.scaler(images))
+                batch = prepare(batch, generator)
                 loss = train_step(state, run.loss, batch, generator, shard)
                 watch.add(state.step - 1, loss)
                 progress.update()
@@ -208,6 +210,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             `sampling.max_evaluations`.
     """
     config, decided = complete(config, workdir)
+    # the training's is that of the run; how fast sampling is belongs to this machine
+    config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
     run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
     if not any(asked[what] for what in evaluation.PARTS) and not config.sampling.restore:
         raise ValueError(
@@ -237,8 +241,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         return
     with open_workdir(workdir, folder, main):
         distributed.barrier()  # nobody writes before the main process holds the lock
-        if decided:
-            log.info(decided)
+        for line in [decided] * bool(decided) + precisions:
+            log.info(line)
         if main and asked.enable_sampling and statistics.reference is None:
             with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
                 statistics.measure(progress.update)
@@ -250,11 +254,15 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             for change in [] if said == changes else changes:
                 log.info(f"the config differs from that of the run: {change}")
             said = changes
+            if asked.ema_std:
+                rebuilt = evaluation.rebuild_ema(config, run, workdir, path, content)
+                log.info(f"{path.name}: {rebuilt}")
             log.info(f"evaluating {path} on {run.device}")
             if main:
                 evaluation.remove_results(folder, k)
             start = time.perf_counter()
             report = {"step": run.state.step}
+            report |= {"ema_std": asked.ema_std} if asked.ema_std else {}
             with run.with_ema():
                 origin = origin_of(config, run)
                 run.sample = evaluation.fit_sampler(config, run, path, origin)
@@ -317,6 +325,7 @@ def sample(
         FloatingPointError: the solver diverges.
     """
     config, decided = complete(config, workdir)
+    config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
     asked, main = config.sampling, distributed.is_main()
     if config.data.num_channels not in (1, 3):
         raise ValueError(f"PNG files have 1 or 3 channels, not {config.data.num_channels}")
@@ -345,8 +354,8 @@ def sample(
         log.info("; ".join(parts))
         return
     with open_workdir(workdir, folder, main):
-        if decided:
-            log.info(decided)
+        for line in [decided] * bool(decided) + precisions:
+            log.info(line)
         log.info(f"sampling with the EMA weights of step {run.step}, {run.path}")
         if main and not known:
             save_settings(folder, settings)
@@ -647,12 +656,13 @@ def _draw_snapshot(
 class _Watch:
     """Looks at the losses of several steps at once, so that no step waits for its device."""
 
-    def __init__(self, max_bad_steps: int):
+    def __init__(self, max_bad_steps: int, nonfinite: str):
+        self.nonfinite = nonfinite
         self.limit, self.bad_in_a_row, self.newest = max_bad_steps, 0, math.nan
         self.losses: dict[int, Tensor] = {}  # by the batch's number, since the last look
 
     def add(self, batch: int, loss: Tensor) -> None:
-        """Notes the loss of a step on batch number `batch`; not finite: it was not applied."""
+        """Notes the loss of a step on batch number `batch`, as `train_step` returns it."""
         self.losses[batch] = loss
         if len(self.losses) >= self.limit:
             self.look()
@@ -667,8 +677,8 @@ class _Watch:
             self.bad_in_a_row = 0 if math.isfinite(loss) else self.bad_in_a_row + 1
             if self.bad_in_a_row:
                 log.warning(
-                    f"batch {batch}: the loss or its gradient is not finite; the step is not "
-                    f"applied ({self.bad_in_a_row} in a row)"
+                    f"batch {batch}: the loss or its gradient is not finite "
+                    f"(optim.nonfinite={self.nonfinite!r}, {self.bad_in_a_row} in a row)"
                 )
             if self.bad_in_a_row == self.limit:
                 raise FloatingPointError(

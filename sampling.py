@@ -13,7 +13,7 @@ from methods.base import Method, Network, conditioned, noise_like
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring, replacement
 from solvers import SCHEDULES, SOLVERS, Schedule
-from solvers.base import Callback, Counted, Slope, Step, Watch
+from solvers.base import Callback, Counted, FiniteStates, Slope, Step, Watch
 from solvers.fitted import FINE_STEPS
 from solvers.fixed_steps import Churn, euler
 from solvers.predictor_corrector import predictor_corrector
@@ -30,10 +30,21 @@ def integrate(
 ) -> Tensor:
     """`x` (B, C, H, W), integrated along noise `levels` in natural variables by `solve`.
 
-    The state that `callback` sees is y = x / alpha.
+    The state that `callback` sees is y = x / alpha. The host waits for the device at the end only.
+
+    Raises:
+        FloatingPointError: a state is not finite; the message names the first.
     """
-    alpha = method.alpha(method.time(levels))
-    return alpha[-1] * solve(slope, x / alpha[0], levels, callback)
+    alpha, states = method.alpha(method.time(levels)), FiniteStates()
+
+    def noted(y: Tensor, level: float) -> Tensor:
+        states.note(y, level)
+        return slope(y, level)
+
+    y = solve(noted, x / alpha[0], levels, callback)
+    states.note(y, levels[-1].item())
+    states.check()
+    return alpha[-1] * y
 
 
 def solve_ode(
@@ -428,6 +439,7 @@ def for_trajectories(config):
         S_churn=0.0,
         schedule="auto",
         noise_removal=False,
+        precision="fp32",
     )
     return config
 
@@ -475,7 +487,13 @@ def get_sampling_fn(
     integrate_prior = SAMPLERS[name](config, method, constrain)
     _check_classes(config)
     guidance = _guidance(config, guide)
-    compiles, class_label = config.sampling.compile, config.sampling.class_label
+    class_label, run = config.sampling.class_label, config.sampling
+    prepare = partial(
+        execution.for_sampling,
+        precision=run.precision,
+        channels_last=run.channels_last,
+        compiles=run.compile,
+    )
 
     @torch.no_grad()
     def sample(
@@ -493,10 +511,12 @@ def get_sampling_fn(
             x = method.prior_sampling((num or default_num, *image_shape), generator, device)
         if labels is None and class_label >= 0:
             labels = torch.full((len(x),), class_label, device=x.device)
-        net = execution.compiled(net, x.device) if compiles else net
+        net = prepare(net, x.device)
         conditional, followed = conditioned(net, {"class_labels": labels}), method
         if guidance:
-            other = net if guide is None else conditioned(guide, {"class_labels": labels})
+            other = net
+            if guide is not None:
+                other = conditioned(prepare(guide, x.device), {"class_labels": labels})
             followed = Guided(method, other, *guidance)
         if measurement is not None and restorer is not None:
             followed = Restoring(followed, measurement, restorer, bounds)

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 import distributed
 from losses import RegressionLoss
 from models import load_reference_state_dict
+from models.ema import ExponentialMovingAverage, rise_of_edm, rise_of_power
 from sources.batch import Batch
 from storage.checkpoints import check_keys, check_like
 
@@ -26,61 +26,11 @@ def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int
     return rise * max(0.0, fall)
 
 
-def rise_of_edm(k: int) -> float:
-    """Decay at update k >= 1 of a half-life of 5 % of the images before it (arXiv 2206.00364)."""
-    return 0.5 ** (20 / (k - 1)) if k > 1 else 0.0
-
-
-class ExponentialMovingAverage:
-    """EMA of parameters; at update k = 1, 2, ... the decay is min(decay, rise(k))."""
-
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        decay: float,
-        rise: Callable[[int], float] = lambda k: (1 + k) / (10 + k),
-    ):
-        """Starts from a copy of `parameters`; `decay` in [0, 1]."""
-        self.decay, self.rise = decay, rise
-        self.num_updates = 0
-        self.shadow_params = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self, parameters: Iterable[nn.Parameter], applied: Tensor) -> None:
-        """Moves the EMA weights towards `parameters`, in the order of construction.
-
-        Where `applied`, a 0-d tensor on their device, is 0 and not 1, they stay as they are; the
-        decay counts the update nevertheless, as the learning rate does.
-        """
-        self.num_updates += 1
-        weight = 1 - min(self.decay, self.rise(self.num_updates))
-        weights = [weight * applied] * len(self.shadow_params)
-        torch._foreach_lerp_(self.shadow_params, list(parameters), weights)
-
-    @contextlib.contextmanager
-    def swapped_into(self, parameters: Iterable[nn.Parameter]):
-        """Within the `with` block, `parameters` hold the EMA weights."""
-        parameters = list(parameters)
-        self._swap(parameters)
-        try:
-            yield
-        finally:
-            self._swap(parameters)
-
-    def _swap(self, parameters: list[nn.Parameter]) -> None:
-        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
-            shadow.data, parameter.data = parameter.data, shadow.data
-
-    def state_dict(self) -> dict:
-        return {
-            "decay": self.decay,
-            "num_updates": self.num_updates,
-            "shadow_params": self.shadow_params,
-        }
-
-
 class TrainState:
-    """Everything that training changes: network, EMA weights, optimiser, step count."""
+    """Everything that training changes: network, EMA weights, optimiser, step count.
+
+    `averages` are the power-function averages of `model.ema_stds`, by relative width.
+    """
 
     def __init__(self, config, model: nn.Module):
         """Builds the optimiser and the EMA that `config.optim` and `config.model` ask for."""
@@ -104,6 +54,10 @@ class TrainState:
             self.ema = ExponentialMovingAverage(self.parameters, decay, rise_of_edm)
         else:
             self.ema = ExponentialMovingAverage(self.parameters, config.model.ema_rate)
+        self.averages = {
+            std: ExponentialMovingAverage(self.parameters, 1.0, rise_of_power(std))
+            for std in config.model.ema_stds
+        }
         self.hyper_parameters = hyper
         self.step = 0
         self.learning_rate = optim.lr
@@ -113,6 +67,7 @@ class TrainState:
             "cooldown": optim.cooldown,
         }
         self.grad_clip = optim.grad_clip
+        self.replaces_nonfinite = optim.nonfinite == "replace"
         self.accumulate = training.accumulate
 
     @cached_property
@@ -132,11 +87,16 @@ class TrainState:
         return adam
 
     def state_dict(self) -> dict:
+        averages = [
+            {"std": std, "shadow_params": average.shadow_params}
+            for std, average in self.averages.items()
+        ]
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            **({"averages": averages} if averages else {}),
         }
 
     @torch.no_grad()
@@ -181,10 +141,33 @@ class TrainState:
         Raises as `load_network` does.
         """
         moments = self._checked_moments(state["optimizer"], state["step"])
+        averages = self.checked_averages(state) if self.averages else {}
+        if averages.keys() != self.averages.keys():
+            widths = ", ".join(f"{std:g}" for std in averages)
+            raise ValueError(f"averages are of the widths {widths}: keep model.ema_stds")
         self.load_network(state)
+        for std, average in self.averages.items():
+            average.num_updates = state["step"]
+            torch._foreach_copy_(average.shadow_params, averages[std])
         for parameter, loaded in zip(self.parameters, moments, strict=True):
             own = self.optimizer.state[parameter]
             torch._foreach_copy_([*own.values()], [loaded[name] for name in own])
+
+    def checked_averages(self, state: dict) -> dict[float, list[Tensor]]:
+        """The power-function averages in the `state` of a run of this network, by relative width.
+
+        Raises:
+            ValueError: it has none, or those of other weights.
+        """
+        found = state.get("averages", [])
+        if type(found) is not list or not found:
+            raise ValueError("it has no power-function averages (model.ema_stds)")
+        check_like(
+            found, [{"std": 0.1, "shadow_params": self.ema.shadow_params}] * len(found), "averages"
+        )
+        if any(not 0 < average["std"] <= 0.25 for average in found):
+            raise ValueError("averages have widths outside 0 to 0.25")
+        return {average["std"]: average["shadow_params"] for average in found}
 
     def _checked_moments(self, optimizer: dict, steps: int) -> list[dict[str, Tensor]]:
         """The moments of each parameter in the state of an `optimizer` after so many `steps`."""
@@ -220,6 +203,8 @@ class TrainState:
         self.optimizer.step()
         self.step += 1
         self.ema.update(self.parameters, finite.float())
+        for average in self.averages.values():  # of the weights at every step, moved or not
+            average.update(self.parameters, torch.ones_like(finite, dtype=torch.float32))
 
     def is_finite(self) -> bool:
         """Whether every trained parameter is."""
@@ -236,8 +221,10 @@ def train_step(
 ) -> Tensor:
     """One update of `state` on `batch`.
 
-    Where the loss or its gradient is not finite, the step counts but is not applied. The host waits
-    for nothing.
+    Where the loss or its gradient is not finite, the step counts but is not applied; or, with
+    `optim.nonfinite='replace'`, entries of the gradient that are nan become 0 and those that are
+    infinite 1e5 of their sign (Karras et al. 2022, arXiv 2206.00364, in the published program), and
+    the step is applied. The host waits for nothing.
 
     Args:
         state: what is updated.
@@ -255,6 +242,10 @@ def train_step(
     value = accumulate_gradient(state, loss, batch, generator, shard)
     for group in state.optimizer.param_groups:
         group["lr"] = state.learning_rate * learning_rate_factor(state.step, **state.schedule)
+    if state.replaces_nonfinite:
+        for parameter in state.parameters:
+            if parameter.grad is not None:
+                parameter.grad.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
     limit = state.grad_clip if state.grad_clip >= 0 else math.inf
     finite = nn.utils.clip_grad_norm_(state.parameters, limit).isfinite()
     state.apply_gradient(finite)

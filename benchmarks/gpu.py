@@ -45,7 +45,13 @@ TRAINING = {
         "training.compile": True,
     },
 }
-SAMPLING = {"float32, eager": {}, "float32, compiled": {"sampling.compile": True}}
+SAMPLING = {
+    "float32, eager": {},
+    "float32, compiled": {"sampling.compile": True},
+    "bfloat16": {"sampling.precision": "bf16"},
+    "bfloat16, channels_last": {"sampling.precision": "bf16", "sampling.channels_last": True},
+    "bfloat16, compiled": {"sampling.precision": "bf16", "sampling.compile": True},
+}
 
 
 class Figures(NamedTuple):

@@ -1,26 +1,37 @@
 """Quality and error of every solver and schedule against its evaluations, on trained networks.
 
     python3 benchmarks/sampling.py WORKDIR ... [--num 1000] [--solvers ipndm,unipc] [--plot PNG]
+    python3 benchmarks/sampling.py WORKDIR ... [--num 1000] --speed 3 [--compile 1]
 
 All solvers, or those named, start from the same prior samples. The distance is Frechet's between
 pixels and those of the training images; the error is the root mean square, over pixels in [0, 1] of
 the first 100 samples, of the difference from the solution of rk45 with tolerances of 1e-6 in
 float64. The last column is the share of the time that is spent outside the network. Workdirs of the
 same method, D and target are seeds of one curve, of which mean and range are shown.
+
+With --speed it is the time instead, the median of so many rounds in turn, of 18 steps of heun as
+`sampling.precision`, `channels_last` and, with --compile 1, `compile` run the network, beside a
+plain loop: Heun's method written out, the state looked at after each step, and the network in its
+plain form (benchmarks/networks.py). The difference is from the samples of that loop, the root mean
+square over pixels in [0, 1].
 """
 
 from collections import defaultdict
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import common
 import numpy as np
 import torch
+from networks import plain
 
 import datasets
 import sampling
 from experiment import Experiment, fit_schedule, origin_of
 from metrics.distances import Gaussian, frechet_distance
+from solvers import SCHEDULES, SOLVERS
 from storage import run_config
 from storage.checkpoints import fit, load_checkpoint
 
@@ -122,6 +133,71 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
     return name_of(config), results
 
 
+FORMS = {
+    "plain loop": {},
+    "float32": {},
+    "bf16": {"precision": "bf16"},
+    "channels last": {"channels_last": True},
+    "bf16, channels last": {"precision": "bf16", "channels_last": True},
+    "float32, compiled": {"compile": True},
+    "bf16, compiled": {"precision": "bf16", "compile": True},
+}
+
+
+@torch.no_grad()
+def measure_speed(workdir: Path, num: int, rounds: int, compiles: bool) -> None:
+    """Prints images per second of a run's network, in each of `FORMS`."""
+    path, config = run_config.find(workdir)
+    config.sampling.update(method="ode", ode_solver="heun", N=18, schedule="auto", S_churn=0.0)
+    run = Experiment.build(config)
+    fit(run.state.load_network, load_checkpoint(path), path)
+    generator = datasets.keyed_generator(run.device, "benchmark", 0)
+    shape = (num, *datasets.image_shape(config))
+    prior = run.method.prior_sampling(shape, generator, run.device)
+    to_unit, images, actions = datasets.get_data_inverse_scaler(config), {}, {}
+
+    def plain_form() -> None:
+        x = plain()(plain_heun)(run.method, run.state.model, prior, config.sampling)
+        images["plain loop"] = to_unit(x).clamp(0, 1)
+
+    def form_of(name: str, sample) -> None:
+        images[name], _ = sample(run.state.model, x=prior)
+
+    for name, options in FORMS.items():
+        if compiles or not options.get("compile"):
+            config.sampling.update(precision="fp32", channels_last=False, compile=False)
+            config.sampling.update(**options)
+            sample = sampling.get_sampling_fn(config, run.method)
+            actions[name] = partial(form_of, name, sample) if name != "plain loop" else plain_form
+    with run.with_ema():
+        for action in actions.values():
+            action()  # compiles, and loads libraries
+        seconds = common.medians(*actions.values(), rounds=rounds, device=run.device)
+    print(f"\n{workdir}: {name_of(config)}, {num} samples of heun, {common.setting(run.device)}")
+    columns = ("form", "<20"), ("seconds", ">8.2f"), ("images/s", ">9.1f"), ("/ plain", ">8.2f")
+    table = common.Table(*columns, ("difference", ">11.1e"))
+    for name, t in zip(actions, seconds, strict=True):
+        differ = (images[name] - images["plain loop"]).square().mean().sqrt().item()
+        table.row(name, t, num / t, seconds[0] / t, differ)
+
+
+def plain_heun(method, net, x: torch.Tensor, options) -> torch.Tensor:
+    """What `sampling.solve_ode` computes with heun, as it is written in papers."""
+    solver = SOLVERS["heun"]
+    levels = SCHEDULES[solver.schedule](method, options.N - method.noisy_end, options.rho).tolist()
+    levels += [0.0] * method.noisy_end
+    alpha = method.alpha(method.time(torch.tensor(levels, dtype=torch.float64)))
+    x = x / alpha[0]
+    for here, there in pairwise(levels):
+        d = method.slope(net, x, here)
+        moved = x + (there - here) * d
+        if there != levels[-1]:
+            moved = x + (there - here) / 2 * (d + method.slope(net, moved, there))
+        x = moved
+        assert x.isfinite().all()
+    return alpha[-1] * x
+
+
 def name_of(config) -> str:
     name = config.training.sde.lower()
     name += f", D = {config.model.D:g}" if name == "pfgmpp" else ""
@@ -165,7 +241,13 @@ def plot(found: dict[str, list[Results]], asked: Steps, path: str) -> None:
 
 
 def main() -> None:
-    options = common.options(__doc__, "workdirs", num=1000, solvers=None, plot=None)
+    options = common.options(
+        __doc__, "workdirs", num=1000, solvers=None, plot=None, speed=0, compile=0
+    )
+    if options.speed:
+        for workdir in options.workdirs:
+            measure_speed(workdir, options.num, options.speed, bool(options.compile))
+        return
     known = {one.solver for one in STEPS}
     named = options.solvers.split(",") if options.solvers else known
     if not known.issuperset(named):

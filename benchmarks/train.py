@@ -3,6 +3,8 @@
     python3 benchmarks/train.py --config configs/poisson/cifar10_ddpmpp.py [--config.x=y ...]
         [--steps 3] [--noplain] [--json FILE]
 
+With --config.training.precision=auto the precision is measured first, as a run would.
+
 The plain form is the step as its ancestors have it: the same network, weight for weight, with
 attention and 1x1 maps as einsums and resampling by reshapes (benchmarks/networks.py), the field by
 broadcasting, Adam and the EMA weights tensor by tensor, the loss read at every step; float32 and
@@ -13,7 +15,6 @@ Images are random: what they show costs nothing.
 import functools
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -28,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
 import execution
-from experiment import Experiment
+from experiment import Experiment, decide_precisions
 from methods import poisson
 from training import train_step
 
@@ -51,6 +52,8 @@ class Trainer:
         self.config, self.run = config, Experiment.build(config)
         self.state, self.device = self.run.state, self.run.device
         self.state.network = execution.for_training(config, self.state.model)
+        shared = self.run.method.uses_reference_batch
+        self.prepare = datasets.get_preparation(config, shared)
         size, shape = self.run.loss.batch_size, datasets.image_shape(config)
         number = max(size, IMAGES // torch.Size(shape).numel())
         generator = torch.Generator().manual_seed(0)
@@ -65,10 +68,7 @@ class Trainer:
             generator = datasets.keyed_generator(self.device, "training", config.seed, state.step)
             torch.manual_seed(datasets.keyed_seed("dropout", config.seed, state.step))
             batch = next(self.batches).to(self.device, non_blocking=True)
-            options = {"flip": config.data.random_flip}
-            options["dequantize"] = config.data.uniform_dequantization
-            images = datasets.to_unit_interval(batch.images, generator, **options)
-            batch = replace(batch, images=self.run.scaler(images))
+            batch = self.prepare(batch, generator)
         watched = (
             (poisson, "poisson_field", "field"),
             (state, "network", "forward"),
@@ -188,7 +188,9 @@ def print_table(forms: dict[str, dict]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    config = FLAGS.config
+    config, measured = decide_precisions(FLAGS.config, None)
+    for line in measured:
+        print(line)
     trainers = {"ours": Trainer(config)}
     if FLAGS.plain:
         trainers["plain"] = PlainTrainer(config)

@@ -80,8 +80,9 @@ KEYS = {
     "training.accumulate": Key(1, whole(1), "micro-batches that a step's examples are split into"),
     "training.precision": Key(
         "fp32",
-        OneOf(("fp32", "tf32", "bf16")),
-        "of products; 'bf16' is autocast; faster on devices that have it",
+        OneOf(("fp32", "tf32", "bf16", "auto")),
+        "of products; 'bf16' is autocast; 'auto': 'bf16' where the first start measures it to be "
+        "faster, else 'fp32'",
     ),
     "training.compile": Key(
         False, Flag(), "torch.compile the network of training; needs a compiler, and minutes"
@@ -99,6 +100,12 @@ KEYS = {
         OneOf(registry="methods.pfgmpp.TARGETS"),
         "PFGM++ and EDM: what the denoiser learns, the clean image or its posterior mean over the "
         "reference batch",
+    ),
+    "training.augment": Key(
+        0.0,
+        SHARE,
+        "EDM's augmentation: probability of each transformation but mirroring, which half of the "
+        "images are; 0: none; needs model.augment_dim=9 and takes the place of data.random_flip",
     ),
     "training.gamma": Key(
         5.0, Number(0, 10**6), "Poisson: added to the field's norm before it divides"
@@ -130,10 +137,22 @@ KEYS = {
     "optim.grad_clip": Key(
         1.0, Number(-1, 10**6), "largest global norm of the gradient; negative: no clipping"
     ),
+    "optim.nonfinite": Key(
+        "skip",
+        OneOf(("skip", "replace")),
+        "of a gradient: 'skip' the step, or 'replace' the entries, as EDM does: nan by 0, inf by "
+        "100,000 of its sign",
+    ),
     "model.name": Key("", OneOf(registry="models.NETWORKS"), "the network"),
     "model.ema_rate": Key(0.9999, SHARE, "decay of the EMA weights per step"),
     "model.ema_half_life": Key(
         0.0, Number(0, 10**12), "in images, with EDM's ramp-up, instead of ema_rate; 0: ema_rate"
+    ),
+    "model.ema_stds": Key(
+        (),
+        Numbers(Number(0.01, 0.25), (0, 2), rising=True),
+        "relative widths of two power-function averages that checkpoints have too, published as "
+        "(0.05, 0.1), from which eval.ema_std rebuilds an EMA of any length; (): none",
     ),
     "model.checkpoint_activations": Key(
         False, Flag(), "less memory, a third more time; for 256 px and more"
@@ -370,12 +389,24 @@ KEYS = {
     "sampling.between": Key(
         "", Text(), "--mode sample: two images A.png,B.png: a film that leads from one to the other"
     ),
+    "sampling.precision": Key(
+        "fp32",
+        OneOf(("fp32", "bf16", "auto")),
+        "of the products of the network that samples, as training.precision; states are float32",
+    ),
+    "sampling.channels_last": Key(False, Flag(), "memory format of the images that it is given"),
     "sampling.compile": Key(False, Flag(), "torch.compile the network that samples"),
     "eval.begin_ckpt": Key(
         1, whole(0, 10**6), "first checkpoint to evaluate, counted in training.snapshot_freq steps"
     ),
     "eval.end_ckpt": Key(26, whole(0, 10**6), "last one"),
     "eval.batch_size": Key(1024, whole(1), "images at once"),
+    "eval.ema_std": Key(
+        0.0,
+        Number(0, 0.25),
+        "evaluate the EMA of this relative width, rebuilt from the averages of model.ema_stds in "
+        "the run's checkpoints; 0: the EMA weights that training kept",
+    ),
     "eval.dataset": Key(
         "test", OneOf(("train", "test")), "the split that loss and likelihood are computed on"
     ),

@@ -158,14 +158,16 @@ EDM = {
 # After a network: how EDM trains on CIFAR-10, and PFGM++ after it. Its 200 million images, and its
 # learning rate's rise over the first 10 million, are counted in steps of 512.
 EDM_TRAINING = {
+    "data": {"random_flip": False},
     "training": {
+        "augment": 0.12,
         "batch_size": 512,
         "n_iters": 390_625,
         "snapshot_freq": 39_063,
         "eval_freq": 10_000,
         "label_dropout": 0.0,
     },
-    "optim": {"lr": 1e-3, "warmup": 19_531, "grad_clip": -1.0},
+    "optim": {"lr": 1e-3, "warmup": 19_531, "grad_clip": -1.0, "nonfinite": "replace"},
     "model": {"dropout": 0.13, "augment_dim": 9, "ema_half_life": 500_000.0},
     "eval": {"begin_ckpt": 10, "end_ckpt": 10, "enable_sampling": True},
 }
@@ -173,7 +175,7 @@ EDM_TRAINING = {
 # After that: on FFHQ at 64 x 64, a folder or zip at data.path, in steps of 256 images.
 EDM_FFHQ = {
     "data": {"dataset": "folder", "image_size": 64},
-    "training": {"batch_size": 256, "n_iters": 781_250, "snapshot_freq": 78_125},
+    "training": {"batch_size": 256, "n_iters": 781_250, "snapshot_freq": 78_125, "augment": 0.15},
     "optim": {"lr": 2e-4, "warmup": 39_063},
     "model": {"ch_mult": (1, 2, 2, 2), "dropout": 0.05},
     "sampling": {"N": 40},
@@ -185,9 +187,13 @@ EDM_IMAGENET = {
         "dataset": "folder",
         "image_size": 64,
         "num_classes": 1000,
-        "random_flip": False,
     },
-    "training": {"batch_size": 4096, "n_iters": 610_352, "snapshot_freq": 61_036},
+    "training": {
+        "batch_size": 4096,
+        "n_iters": 610_352,
+        "snapshot_freq": 61_036,
+        "augment": 0.0,
+    },
     "optim": {"lr": 1e-4, "warmup": 2441},
     "model": {"dropout": 0.1, "augment_dim": 0, "ema_half_life": 50_000_000.0},
     "sampling": {"N": 40},

@@ -18,8 +18,11 @@ Network = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
 def spread(c: Tensor, x: Tensor) -> Tensor:
-    """A coefficient, one for all images () or one each (B,), so that it multiplies `x` (B, ...)."""
-    return c.to(x).view(-1, *[1] * (x.dim() - 1))
+    """A coefficient, one for all images () or one each (B,), so that it multiplies `x` (B, ...).
+
+    It may lie on the CPU where `x` does not; then the host does not wait for the copy.
+    """
+    return c.to(x, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
 
 
 def noise_like(
@@ -70,7 +73,8 @@ class Preconditioning:
     def __call__(self, net: Network, x: Tensor, t: Tensor):
         """The preconditioned output of `net` at `x` (B, C, H, W) and `t`."""
         label = self.c_noise(t)
-        label = (label.to(x) if label.is_floating_point() else label.to(x.device)).expand(len(x))
+        dtype = x.dtype if label.is_floating_point() else label.dtype
+        label = label.to(x.device, dtype, non_blocking=True).expand(len(x))
         out = net(x if self.c_in is None else spread(self.c_in(t), x) * x, label)
         if self.c_out is not None:
             out = spread(self.c_out(t), x) * out

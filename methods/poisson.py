@@ -190,7 +190,7 @@ class Poisson(Method):
         Near the plane the small v_z is hard to learn; below `z_exp` it follows from the length of
         v_x, which fixes the distance rho to the charges (appendix B.2.3 of the paper).
         """
-        z = torch.as_tensor(sigma, dtype=y.dtype, device=y.device)
+        z = torch.as_tensor(sigma, dtype=y.dtype).to(y.device, non_blocking=True)
         v_x, v_z = self.field(net, y, z.expand(len(y)))
         sqrt_dim = math.sqrt(y[0].numel())
         a = (v_x.flatten(1).norm(dim=1) / sqrt_dim).clamp(max=1 - 1e-5)
@@ -200,7 +200,7 @@ class Poisson(Method):
 
     def ode(self, net, x, t):
         """dx/dt = z dx/dz with t = log z."""
-        z = torch.as_tensor(t, dtype=x.dtype, device=x.device).exp()
+        z = torch.as_tensor(t, dtype=x.dtype).exp()
         return z * self.slope(net, x, z)
 
     @property

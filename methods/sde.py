@@ -113,7 +113,7 @@ class SDE(Method):
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Drift (B, C, H, W) and diffusion (B,) at `x` and times `t` (B,)."""
         c, g = self.coefficients(t)
-        return spread(c, x) * x, g.to(x)
+        return spread(c, x) * x, g.to(x, non_blocking=True)
 
     def marginal_prob(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, C, H, W) and standard deviation (B,), given the data `x`, at times `t` (B,)."""
@@ -122,7 +122,7 @@ class SDE(Method):
     def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """f (B, C, H, W) and G (B,) of the chain's step x <- x + f + G noise to times `t` (B,)."""
         a, b = self.transition(t)
-        return spread(a - 1, x) * x, b.to(x)
+        return spread(a - 1, x) * x, b.to(x, non_blocking=True)
 
     def ode(self, net, x, t):
         t = torch.as_tensor(t, dtype=torch.float64)

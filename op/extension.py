@@ -1,61 +1,146 @@
 """The CUDA kernels: built on the first call that can use them, for the GPUs of this machine.
 
-Ninja compiles them once into the cache folder of torch's extensions (`TORCH_EXTENSIONS_DIR`, by
-default under `~/.cache`), which takes about half a minute. Without a GPU, nvcc, a C++ compiler or
-ninja, one warning says what is missing and plain PyTorch computes the same. The environment
-variable `PFGM_FUSED_OPS=0` switches the kernels off.
+Ninja compiles them, which takes about half a minute, into a folder of the cache of torch's
+extensions (`TORCH_EXTENSIONS_DIR`, by default under `~/.cache`) that is named by everything they
+are made of. Where that fails, a warning says why and plain PyTorch computes the same. The
+environment variable `PFGM_FUSED_OPS=0` switches the kernels off.
 """
 
+import fcntl
 import functools
+import hashlib
+import importlib.util
 import logging
 import os
 import re
+import shutil
+import sys
 import sysconfig
-import warnings
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+log = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
 SOURCES = ("binding.cpp", "upfirdn2d.cu", "fused_leaky_relu.cu")
+FLAGS = ["-O3"]
+NAME = "pfgm_op"
+
+
+def enabled(x: torch.Tensor) -> bool:
+    """Whether the operators are to use kernels for `x`, which may be fake, if they can be had."""
+    on_cuda = x.is_cuda and torch.version.cuda is not None
+    return on_cuda and os.environ.get("PFGM_FUSED_OPS") != "0"
 
 
 def kernels(x: torch.Tensor) -> ModuleType | None:
-    """The compiled kernels if they are to be used for `x`, else None."""
-    if os.environ.get("PFGM_FUSED_OPS") == "0" or not _gpu_available() or not x.is_cuda:
-        return None
-    return _build()
+    """The compiled kernels if they are to be used for `x` and can be, else None."""
+    return _trusted(x.device) if enabled(x) else None
 
 
-@functools.cache
-def _gpu_available() -> bool:
-    if torch.version.cuda and torch.cuda.is_available():
-        return True
-    _warn("there is no CUDA device")
-    return False
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """That of what an operator gives for `x`: `channels_last` for such images, else contiguous."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
-@functools.cache
-def _build() -> ModuleType | None:
+def _once_or_none(function: Callable) -> Callable:
+    """`function`, computed once for its arguments; None, after a warning, where it raises."""
+
+    @functools.cache
+    def attempt(*arguments):
+        try:
+            return function(*arguments)
+        except (
+            Exception
+        ) as error:  # whatever is wrong with the toolchain, plain PyTorch still works
+            lines = str(error).splitlines() or [repr(error)]
+            reason = next((line for line in lines if re.search("error:|fatal", line)), lines[0])
+            log.warning(f"op: plain PyTorch instead of the CUDA kernels: {reason}")
+            return None
+
+    return attempt
+
+
+@_once_or_none
+def _trusted(device: torch.device) -> ModuleType | None:
+    """The kernels, after a first launch on `device`."""
+    module = _module()
+    if module is not None:
+        _probe(module, device)
+    return module
+
+
+def _probe(module: ModuleType, device: torch.device) -> None:
+    """Raises where a kernel does not run (built for another GPU, say) or computes wrongly."""
+    ones = torch.ones(1, 1, 2, 2, device=device)
+    total = module.upfirdn2d(ones, ones[0, 0], (1, 1), (1, 1), (0, 0), (1, 1))
+    halved = module.fused_leaky_relu(-ones, ones[0, 0, 0, :1] * 0, None, 0.5, 1.0)
+    found = total.flatten().tolist() + halved.flatten().tolist()
+    if found != [4.0] + [-0.5] * 4:
+        raise RuntimeError(f"the kernels compute {found} on {device}")
+
+
+@_once_or_none
+def _module() -> ModuleType:
+    """The module at its place in the cache, built by the first process that wants it."""
+    from torch.utils import cpp_extension  # slow to import, and needed here only
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = Path(root) / f"{NAME}-{_fingerprint()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{NAME}.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # ends with its process, however that ends
+        if not library.exists():
+            _build(library)
+        try:
+            spec = importlib.util.spec_from_file_location(NAME, library)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except ImportError:
+            library.unlink()  # damaged: the next start builds it anew
+            raise
+        return module
+
+
+def _build(library: Path) -> None:
+    """Compiles to `library`, which appears when it is whole; to be called by one at a time."""
+    from torch.utils import cpp_extension
+
     # A ninja that pip installed lies beside the interpreter, which need not be on the path.
     folders = (os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts"))
     os.environ["PATH"] = os.pathsep.join(folders)
-    logging.info("building the CUDA kernels of op/, once")
+    for left in library.parent.glob("build-*"):  # of a build that was killed; its compiler may
+        shutil.rmtree(left, ignore_errors=True)  # still run, so a place is never used again
+    place = tempfile.mkdtemp(prefix="build-", dir=library.parent)
+    log.info(f"building the CUDA kernels of op/, once, in {library.parent}")
     try:
-        from torch.utils import cpp_extension  # slow to import, and needed here only
-
-        return cpp_extension.load(
-            name="pfgm_op",
-            sources=[str(Path(__file__).parent / source) for source in SOURCES],
-            extra_cflags=["-O3"],
-            extra_cuda_cflags=["-O3"],
+        cpp_extension.load(
+            name=NAME,
+            sources=[str(FOLDER / source) for source in SOURCES],
+            extra_cflags=FLAGS,
+            extra_cuda_cflags=FLAGS,
+            build_directory=place,
+            is_python_module=False,
         )
-    except Exception as error:  # whatever is wrong with the toolchain, plain PyTorch still works
-        lines = str(error).splitlines() or [repr(error)]
-        _warn(next((line for line in lines if re.search("error:|fatal", line)), lines[0]))
-        return None
+        os.replace(Path(place) / library.name, library)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
-def _warn(reason: str) -> None:
-    message = f"op: plain PyTorch instead of the CUDA kernels: {reason}"
-    warnings.warn(message, RuntimeWarning, stacklevel=5)  # at the caller of the operator
+def _fingerprint() -> str:
+    """Of all that the library depends on: sources, flags, PyTorch, Python, architectures."""
+    gpus = range(torch.cuda.device_count())
+    capabilities = sorted({torch.cuda.get_device_capability(gpu) for gpu in gpus})
+    facts = [FLAGS, torch.__version__, torch.version.cuda, sys.implementation.cache_tag]
+    facts += [os.environ.get("TORCH_CUDA_ARCH_LIST") or capabilities]
+    digest = hashlib.sha256(repr(facts).encode())
+    for path in sorted(FOLDER.glob("*.[ch]*")):  # .cpp, .cu, .cuh, .h
+        digest.update(repr((path.name, path.read_bytes())).encode())
+    return digest.hexdigest()[:16]

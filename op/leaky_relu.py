@@ -1,7 +1,5 @@
 """Bias, leaky ReLU and scale in one step, as in StyleGAN2."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
@@ -21,7 +19,7 @@ def fused_leaky_relu(
             the slope is small.
 
     Raises:
-        ValueError: `x` has no channels, or `bias` has another length than they number.
+        ValueError: `x` has no axis of channels, or `bias` has another length than they number.
 
     Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020.
     """
@@ -35,39 +33,52 @@ def fused_leaky_relu(
             f"not {tuple(bias.shape)}"
         )
     bias = bias.to(x.dtype)
+    if extension.enabled(x):
+        return _operator(x, bias, None, negative_slope, scale)
+    return F.leaky_relu(_biased(x, bias), negative_slope) * scale
+
+
+def _biased(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x + bias.view(len(bias), *[1] * (x.ndim - 2))
+
+
+@torch.library.custom_op("pfgm::fused_leaky_relu", mutates_args=())
+def _operator(
+    x: torch.Tensor,
+    bias: torch.Tensor,
+    grad: torch.Tensor | None,
+    negative_slope: float,
+    scale: float,
+) -> torch.Tensor:
+    """The output or, where `grad` is that of the output, the gradient of `x`."""
     kernels = extension.kernels(x)
     if kernels is None:
-        return F.leaky_relu(x + bias.view(-1, *[1] * (x.ndim - 2)), negative_slope) * scale
-
-    def run(x: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        biased = _biased(x, bias)
+        through = biased if grad is None else grad
+        out = torch.where(biased > 0, through * scale, through * (negative_slope * scale))
+    else:
         tensors = (None if t is None else t.contiguous() for t in (x, bias, grad))
-        return kernels.fused_leaky_relu(*tensors, negative_slope, scale)
+        out = kernels.fused_leaky_relu(*tensors, negative_slope, scale)
+    return out.contiguous(memory_format=extension.memory_format(x))
 
-    return FusedLeakyReLU.apply(x, bias, run)
+
+@_operator.register_fake
+def _(x, bias, grad, negative_slope, scale):
+    return torch.empty_like(x, memory_format=extension.memory_format(x))
 
 
-class FusedLeakyReLU(torch.autograd.Function):
-    """The operator through `run(x, bias, grad)`, which need not be differentiable.
+def _save(ctx, inputs: tuple, output: torch.Tensor) -> None:
+    x, bias, grad, *ctx.constants = inputs
+    ctx.is_gradient = grad is not None
+    ctx.save_for_backward(x, bias)
 
-    With `grad` None, `run` returns the output; else the input's gradient for that of the output.
-    This gradient is linear in `grad`, so its own gradient is itself, and flat in `x` and `bias`.
-    """
 
-    @staticmethod
-    def forward(
-        x: torch.Tensor, bias: torch.Tensor, run: Callable, grad: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return run(x, bias, grad)
+def _backward(ctx, grad: torch.Tensor) -> tuple:
+    # The gradient is linear in `grad`, so its own gradient is itself, and flat in `x` and `bias`.
+    grad = _operator(*ctx.saved_tensors, grad, *ctx.constants)
+    if ctx.is_gradient:
+        return None, None, grad, None, None
+    return grad, grad.sum([i for i in range(grad.ndim) if i != 1]), None, None, None
 
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
-        x, bias, ctx.run, grad = inputs
-        ctx.is_gradient = grad is not None
-        ctx.save_for_backward(x, bias)
 
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple:
-        grad = FusedLeakyReLU.apply(*ctx.saved_tensors, ctx.run, grad)
-        if ctx.is_gradient:
-            return None, None, None, grad
-        return grad, grad.sum([i for i in range(grad.ndim) if i != 1]), None, None
+_operator.register_autograd(_backward, setup_context=_save)

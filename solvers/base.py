@@ -1,8 +1,9 @@
-"""What all solvers share: their signature, the callback, and the check of their states."""
+"""What all solvers share: their signature, the callback, and the check of states."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # (x, level) -> dx/dlevel, of the shape of x.
@@ -50,8 +51,21 @@ class Counted:
         return self.function(x, level, **conditions)
 
 
-def check_finite(x: Tensor, level: float) -> Tensor:
-    """`x`; FloatingPointError where it is not finite after the step to `level`."""
-    if not x.isfinite().all():
-        raise FloatingPointError(f"the state is not finite after the step to {level:.6g}")
-    return x
+class FiniteStates:
+    """Notes on their device whether states are finite; the host asks once, so no step waits."""
+
+    def __init__(self):
+        self.levels: list[float | Tensor] = []
+        self.finite: list[Tensor] = []
+
+    def note(self, x: Tensor, level: float | Tensor) -> None:
+        """The state `x`, after the step to `level`."""
+        self.levels.append(level)
+        self.finite.append(x.isfinite().all())
+
+    def check(self) -> None:
+        """Raises FloatingPointError where a state was not finite, and names the first."""
+        finite = torch.stack(self.finite).tolist()
+        if not all(finite):
+            level = self.levels[finite.index(False)]
+            raise FloatingPointError(f"the state is not finite after the step to {level:.6g}")

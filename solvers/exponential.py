@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from solvers.base import Callback, Slope, Step, check_finite
+from solvers.base import Callback, Slope, Step
 from solvers.fixed_steps import combine, interpolating_weights
 
 
@@ -39,7 +39,7 @@ def dpmpp(
             callback(Step(i, here, x, d))
         images.insert(0, x - here * d)
         passed.insert(0, here)
-        x = check_finite(step(x, images, passed, here, there), there)
+        x = step(x, images, passed, here, there)
         del d, images[order - 1 :], passed[order - 1 :]  # before memory goes to the network
     return x
 
@@ -68,7 +68,7 @@ def unipc(
         images.insert(0, x - here * d)
         passed.insert(0, here)
         start = rest + weight * images[0] if i else x
-        x = check_finite(step(start, images, passed, here, there), there)
+        x = step(start, images, passed, here, there)
         if there > 0:
             weight, *weights = exponential_weights([there, *passed], here, there)
             rest = combine(start * (there / here), images, weights)

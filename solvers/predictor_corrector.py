@@ -13,7 +13,7 @@ from torch import Tensor
 
 from methods.base import Network, noise_like, spread
 from methods.sde import SDE, reverse
-from solvers.base import Callback, Counted, Step, check_finite
+from solvers.base import Callback, Counted, FiniteStates, Step
 
 
 def euler_maruyama(
@@ -117,7 +117,7 @@ def predictor_corrector(
     steps += [partial(predict, probability_flow=probability_flow)] if predict else []
     times = torch.linspace(sde.t_prior, sde.t_data, sde.N, dtype=torch.float64)
     mean = x
-    score_at = Counted(partial(sde.score, net), watch)
+    score_at, states = Counted(partial(sde.score, net), watch), FiniteStates()
     for i, t in enumerate(times):
         for repeat in range(resample):
             if repeat:
@@ -131,5 +131,6 @@ def predictor_corrector(
                 if constrain:
                     moved = predict and k == len(steps) - 1
                     x = constrain(generator, x, times[min(i + 1, sde.N - 1)] if moved else t)
-        check_finite(x, t)
+        states.note(x, t)
+    states.check()
     return mean if noise_removal else x

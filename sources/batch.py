@@ -40,12 +40,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch(Rows):
-    """Images of a batch and, where there are any, their class labels."""
+    """Images of a batch and, where there are any, their class and augmentation labels."""
 
     images: Tensor  # (B, C, H, W); uint8 as a data set gives them, or float
     labels: Tensor | None = None  # (B,), int64
+    augment_labels: Tensor | None = None  # (B, 9), of `sources.augmentation`
 
     @property
     def conditions(self) -> dict[str, Tensor]:
         """What a network is given besides the images, by the names of its arguments."""
-        return {} if self.labels is None else {"class_labels": self.labels}
+        conditions = {"class_labels": self.labels, "augment_labels": self.augment_labels}
+        return {name: value for name, value in conditions.items() if value is not None}

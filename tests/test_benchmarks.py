@@ -1,6 +1,6 @@
 """The benchmarks: the plain form of a step is the same computation; what robustness measures."""
 
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -13,8 +13,11 @@ from conftest import ROOT
 from test_small_runs import report_of, tiny
 from torch import nn
 
+import methods
 import run_lib
+from configs.poisson import digits_ddpmpp
 from models.layers import NIN
+from sampling import solve_ode
 from solvers import heun
 
 
@@ -43,6 +46,25 @@ def test_the_plain_form_of_a_step_has_the_same_losses(experiment, tmp_path):
         assert sum(form["phases"].values()) == pytest.approx(2 * form["phases"]["step"])
         assert form["images_per_second"] > 0
         assert 0 < form["model_flop_utilisation"] < 1
+
+
+@pytest.mark.parametrize("name", ["edm", "poisson", "vpsde"])
+def test_the_plain_loop_of_sampling_is_heuns_method(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks/sampling.py")
+    spec.loader.exec_module(speed := importlib.util.module_from_spec(spec))
+    config = digits_ddpmpp.get_config()
+    config.training.sde, config.sampling.N = name, 6
+    method = methods.get_method(config)
+    x = method.prior_sampling((3, 1, 8, 8), torch.Generator().manual_seed(0))
+
+    def net(x, noise_label):
+        out = torch.tanh(x) * (1 + noise_label).view(-1, 1, 1, 1)
+        return (out, -noise_label - 1) if name == "poisson" else out
+
+    expected, _ = solve_ode(method, net, x, "heun", 6, noise_removal=True)
+    found = speed.plain_heun(method, net, x, config.sampling)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture

@@ -133,8 +133,8 @@ EDM_TABLE = {
 }
 
 
-# Channels, multipliers, blocks, widths with attention, entries of the augmentation labels, mirrored
-# images (by EDM's augmentation where it has one). Source: train.py and training/networks.py there.
+# Channels, multipliers, blocks, widths with attention, entries of the augmentation labels,
+# augmentation. Source: train.py and training/networks.py there.
 EDM_NETWORKS = {
     "cifar10": (128, [2, 2, 2], 4, [16], 9, True),
     "ffhq64": (128, [1, 2, 2, 2], 4, [16], 9, True),
@@ -142,12 +142,19 @@ EDM_NETWORKS = {
 }
 
 
+def _data(path):
+    return re.split(r"[/_]", path)[1]
+
+
 @pytest.mark.parametrize("path", FAMILY)
 def test_edm_has_the_published_networks(path):
     config = flatten(load(path))
     names = ("nf", "ch_mult", "num_res_blocks", "attn_resolutions", "augment_dim")
-    found = (*(config[f"model.{name}"] for name in names), config["data.random_flip"])
-    assert found == EDM_NETWORKS[re.split(r"[/_]", path)[1]]
+    augment = config["training.augment"]
+    assert augment == {"cifar10": 0.12, "ffhq64": 0.15, "imagenet64": 0.0}[_data(path)]
+    found = (*(config[f"model.{name}"] for name in names), augment > 0)
+    assert not config["data.random_flip"]  # which would not tell the network
+    assert found == EDM_NETWORKS[_data(path)]
     assert (config["optim.beta1"], config["optim.eps"]) == (0.9, 1e-8)
     style = tuple(config[f"model.{name}"] for name in ("embedding_type", "progressive_input"))
     if "ncsnpp" in path:
@@ -164,7 +171,7 @@ def test_edm_trains_as_published(path):
     training, optim, model, sampling_ = (
         config[section] for section in ("training", "optim", "model", "sampling")
     )
-    batch, lr, dropout, images, half_life, nfe = EDM_TABLE[re.split(r"[/_]", path)[1]]
+    batch, lr, dropout, images, half_life, nfe = EDM_TABLE[_data(path)]
     found = (training.batch_size, optim.lr, model.dropout, model.ema_half_life / 1e6)
     assert found == (batch, lr, dropout, half_life)
     assert training.n_iters * batch == pytest.approx(images * 1e6, rel=1e-4)

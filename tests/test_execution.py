@@ -4,16 +4,21 @@ import logging
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
+from test_small_runs import tiny
 
 import execution
+import experiment
+import run_lib
 import sampling
-from configs.poisson import digits_ddpmpp
+from configs.poisson import cifar10_ddpmpp, cifar10_ncsnpp, digits_ddpmpp
 from methods import get_method
 from models import create_model
+from storage.checkpoints import load_checkpoint
 
 
 @pytest.fixture
@@ -47,6 +52,13 @@ def outputs(network):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 1, 8, 8, generator=generator)
     return network(x, torch.rand(4, generator=generator) + 0.5)
+
+
+def with_gradient(model, out):
+    """`out`, and the gradient of its square in all parameters that have one."""
+    model.zero_grad()
+    sum(field.square().sum() for field in out).backward()
+    return *out, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 def relative_difference(ours, theirs):
@@ -111,6 +123,144 @@ def test_an_unknown_precision_names_the_known(small):
         execution.for_training(config, model)
 
 
+# --- what 'auto' takes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plain, in_bfloat16, expected",
+    [(3, 1, "bf16"), (1, 3, "fp32"), (21, 20, "fp32"), (6, 5, "bf16")],
+)
+def test_auto_takes_bfloat16_where_it_pays(small, monkeypatch, plain, in_bfloat16, expected):
+    """By a clock that only the network moves; it is slow once, at its first call."""
+    monkeypatch.setattr(execution, "_has_bfloat16", lambda device: True)
+    clock, called = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def run(network):
+        clock[0] += in_bfloat16 if isinstance(network, execution.BFloat16) else plain
+        clock[0] += 0 if network in called else 1000 * len(called)
+        called.append(network)
+
+    found, reason = execution.measured_precision(small[1], run)
+    assert found == expected
+    gain = f"{plain / in_bfloat16:.2f}"
+    assert reason == f"bfloat16 is measured to be {gain} times as fast as float32"
+    assert len(called) == 8
+
+
+def test_auto_does_not_take_what_the_device_lacks(small, monkeypatch):
+    monkeypatch.setattr(execution, "_has_bfloat16", no)
+    found, reason = execution.measured_precision(small[1], pytest.fail)
+    assert (found, reason) == ("fp32", "cpu has no bfloat16")
+
+
+@pytest.fixture
+def deciding(monkeypatch):
+    """Fixes what is measured; the passes that would be measured run once."""
+    if not execution._has_bfloat16(torch.device("cpu")):
+        pytest.skip("this CPU has no bfloat16")
+
+    def decide(*found):
+        answers = iter(found)
+
+        def measured(net, run):
+            run(net)
+            return next(answers), "of this test"
+
+        monkeypatch.setattr(execution, "measured_precision", measured)
+
+    return decide
+
+
+def test_a_resumed_run_keeps_the_precision_that_it_measured(tmp_path, deciding, caplog):
+    config = tiny("poisson/digits_ddpmpp.py", tmp_path, training__precision="auto")
+    config.sampling.precision = "auto"
+    config.training.snapshot_sampling = config.eval.enable_sampling = False
+    deciding("bf16", "fp32")
+    caplog.set_level(logging.INFO)
+    assert run_lib.train(config, tmp_path / "a")
+    assert "training.precision='auto' is 'bf16': of this test" in caplog.text
+    path = tmp_path / "a/checkpoints-meta/checkpoint.pth"
+    stored = load_checkpoint(path)["config"]
+    assert (stored["training.precision"], stored["sampling.precision"]) == ("bf16", "fp32")
+    # whatever would be measured now
+    deciding()
+    config.training.n_iters = 4
+    caplog.clear()
+    assert run_lib.train(config, tmp_path / "a")
+    assert "training.precision='auto' is 'bf16': as the run has it" in caplog.text
+    assert "training.precision: " not in caplog.text  # no difference from the run's config
+    # the weights are those of a run that asked for it
+    config.training.precision, config.sampling.precision = "bf16", "fp32"
+    config.training.n_iters = 2
+    assert run_lib.train(config, tmp_path / "b")
+    config.training.n_iters = 4
+    assert run_lib.train(config, tmp_path / "b")
+    weights = [load_checkpoint(tmp_path / w / "checkpoints/checkpoint_4.pth") for w in "ab"]
+    for a, b in zip(*(w["model"].values() for w in weights), strict=True):
+        assert torch.equal(a, b)
+    # an evaluation asks for its own machine
+    config.training.precision = config.sampling.precision = "auto"
+    deciding("bf16")
+    assert run_lib.evaluate(config, tmp_path / "a") is None
+    assert "sampling.precision='auto' is 'bf16': of this test" in caplog.text
+
+
+def test_nothing_is_measured_where_nothing_is_open(small, tmp_path):
+    config, _ = small
+    assert experiment.decide_precisions(config, tmp_path) == (config, [])
+    config.training.precision = "auto"
+    with pytest.raises(ValueError, match=r"training\.precision='auto' is open"):
+        experiment.Experiment.build(config)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def samples_of(config, model, **options):
+    config.sampling.update(ode_solver="heun", N=4, **options)
+    method, states = get_method(config), []
+    x = method.prior_sampling((8, 1, 8, 8), torch.Generator().manual_seed(0))
+    sample = sampling.get_sampling_fn(config, method)
+    samples, _ = sample(model.eval(), x=x, callback=states.append)
+    assert {step.x.dtype for step in states} == {samples.dtype} == {torch.float32}
+    return samples
+
+
+def test_sampling_in_bfloat16_is_near_and_keeps_the_state_float32(small):
+    config, model = small
+    truth = samples_of(config, model)
+    try:
+        execution.check_precision("bf16", torch.device("cpu"), "sampling.precision")
+    except ValueError:
+        pytest.skip("this CPU has no bfloat16")
+    error = (samples_of(config, model, precision="bf16") - truth).square().mean().sqrt()
+    assert 1e-5 < error < 0.05
+
+
+def test_sampling_channels_last_changes_nothing_but_rounding(small):
+    config, model = small
+    truth, layouts = samples_of(config, model), []
+    before = {name: p.stride() for name, p in model.named_parameters()}
+    model.middle1.register_forward_hook(
+        lambda module, inputs, output: layouts.append(
+            inputs[0].is_contiguous(memory_format=torch.channels_last)
+        )
+    )
+    samples = samples_of(config, model, channels_last=True)
+    torch.testing.assert_close(samples, truth, rtol=0, atol=1e-4)
+    assert layouts and all(layouts)
+    assert before == {name: p.stride() for name, p in model.named_parameters()}
+
+
+def test_a_sampling_precision_that_the_device_lacks_is_one_line(small, monkeypatch):
+    config, _ = small
+    config.sampling.precision = "bf16"
+    monkeypatch.setattr(execution, "_has_bfloat16", no)
+    with pytest.raises(ValueError, match=r"sampling\.precision='bf16': cpu has no bfloat16"):
+        experiment.Experiment.build(config)
+
+
 def test_old_gpus_have_neither_bfloat16_nor_tf32(monkeypatch):
     for capability, has in (((7, 5), False), ((8, 0), True), ((8, 9), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
@@ -162,7 +312,7 @@ def test_a_machine_without_a_compiler_trains(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_network_computes_the_same_and_is_compiled_once():
-    """Gradients and samples; skipped where there is no compiler."""
+    """In one graph: gradients and samples; skipped where there is no compiler."""
     if not execution._compiler_works(torch.device("cpu")):
         pytest.skip("no C++ compiler")
     config = digits_ddpmpp.get_config()
@@ -172,12 +322,9 @@ def test_a_compiled_network_computes_the_same_and_is_compiled_once():
     model, method = create_model(config), get_method(config)
     network = execution.for_training(config, model)
     assert network is not model
-    gradients = []
-    for run in (model, network):
-        model.zero_grad()
-        sum(out.square().sum() for out in outputs(run)).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert relative_difference(gradients[1:], gradients[:1]) < 1e-5
+    torch._dynamo.utils.counters.clear()
+    results = [with_gradient(model, outputs(run)) for run in (model, network)]
+    assert relative_difference(*results) < 1e-5
 
     model.eval()
     x = method.prior_sampling((4, 1, 8, 8), torch.Generator().manual_seed(0))
@@ -188,5 +335,21 @@ def test_a_compiled_network_computes_the_same_and_is_compiled_once():
     torch.testing.assert_close(samples, truth, rtol=1e-3, atol=1e-3)
     statistics = torch._dynamo.utils.counters["stats"]
     graphs = statistics["unique_graphs"]
+    assert not torch._dynamo.utils.counters["graph_break"]
     sample(model, x=x)
     assert statistics["unique_graphs"] == graphs > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", [cifar10_ncsnpp, cifar10_ddpmpp])
+def test_a_network_is_one_graph_for_the_compiler_and_for_export(experiment, one_thread):
+    config = experiment.get_config()
+    config.data.image_size = 16
+    config.model.update(nf=8, num_res_blocks=1, ch_mult=(1, 1), attn_resolutions=())
+    model = create_model(config).eval()
+    x, z = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 3.0])
+    exported = torch.export.export(model, (x, z))
+    graph = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    expected = with_gradient(model, model(x, z))
+    for run in (exported.module(), graph):
+        assert relative_difference(with_gradient(model, run(x, z)), expected) < 1e-5

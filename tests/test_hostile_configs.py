@@ -2,6 +2,7 @@
 
 import math
 import resource
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,7 @@ def configured(images, workdir, key, value):
 @pytest.mark.parametrize("key", KEYS)
 def test_every_kind_of_value_is_run_or_refused_in_one_line(tmp_path, images, key, monkeypatch):
     monkeypatch.chdir(tmp_path)  # eval.stats_dir may be relative
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # Inductor: 30 s
     for number, value in enumerate(VALUES):
         workdir = tmp_path / str(number)
         try:

@@ -617,7 +617,7 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
     config.eval.stats_dir = str(tmp_path)
     solved = []
 
-    def bits_per_dim(net, x, generator, labels):
+    def bits_per_dim(net, x, generator, labels, watch=None):
         """Fewest where ten times the mean of the image, of x in [-1, 1], is the label."""
         solved.append(len(x))
         bits = 0.05 * (10 * (x + 1).flatten(1).mean(1) / 2 - labels).square()

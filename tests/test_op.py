@@ -1,7 +1,6 @@
 """The operators of op/: reference numbers, an independent definition, gradients, the kernels."""
 
-import subprocess
-import sys
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from op import extension, fused_leaky_relu, upfirdn2d
-from op.leaky_relu import FusedLeakyReLU
-from op.upfirdn import Pass, UpFirDn2d, run_plain
+from op.upfirdn import Pass, run_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = {
@@ -98,7 +98,7 @@ class TestUpFirDn2d:
         x, kernel = random(2, 3, 9, 8), torch.outer(random(rows, seed=1), random(columns, seed=2))
         for dtype in (torch.float64, torch.float32):
             out = upfirdn2d(x.to(dtype), kernel.to(dtype), up, down, pad)
-            whole = run_plain(x, Pass(kernel, (up, up), (down, down), (pad, pad)))
+            whole = run_plain(x, Pass(kernel, (up, up), (down, down), (*pad, *pad)))
             torch.testing.assert_close(out, whole.to(dtype))
 
     def test_almost_separable_filter_is_not_separated(self):
@@ -143,8 +143,7 @@ class TestUpFirDn2d:
             return upfirdn2d(x, kernel, up, down, pad)
 
         def autograd_of_the_kernels(x):
-            step = Pass(kernel, (up, up), (down, down), (pad, pad))
-            return UpFirDn2d.apply(x, step, run_plain)
+            return torch.ops.pfgm.upfirdn2d(x, kernel, (up, up), (down, down), (*pad, *pad))
 
         for function in (public, autograd_of_the_kernels):
             assert gradcheck(function, x)
@@ -163,6 +162,12 @@ class TestUpFirDn2d:
             ((torch.ones(1, 1, 8, 8), torch.ones(2, 2), 1, 1, (0, 0, 0, 0)), r"\(before, after\)"),
             ((torch.ones(1, 1, 8, 8), torch.ones(9, 2)), "no output pixel"),
             ((torch.ones(1, 1, 8, 8), torch.ones(2, 2), 1, 1, (-4, -4)), "no output pixel"),
+            ((torch.ones(1, 0, 8, 8), torch.ones(2, 2)), "none of C, H and W 0"),
+            ((torch.ones(1, 1, 0, 8), torch.ones(2, 2), 1, 1, (4, 4)), "none of C, H and W 0"),
+            ((torch.ones(1, 1, 8, 8), torch.ones(2, 2), 1, 1, (2**31, 0)), "fewer than 2.30"),
+            ((torch.ones(1, 1, 8, 8), torch.ones(2, 2), 1, 1, (2**33, -(2**33))), "fewer than"),
+            ((torch.ones(1, 1, 8, 8), torch.ones(2, 2), 2**32), "fewer than"),
+            ((torch.ones(1, 1, 8, 8), torch.ones(2, 2), 1, 2**40), "fewer than"),
         ],
     )
     def test_errors(self, arguments, message):
@@ -171,7 +176,7 @@ class TestUpFirDn2d:
 
 
 class TestFusedLeakyReLU:
-    @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 5), (2, 3, 4, 5)])
+    @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 5), (2, 3, 4, 5), (2, 3, 0, 5), (0, 3)])
     @pytest.mark.parametrize("negative_slope, scale", [(0.2, 2**0.5), (0.7, 3.0), (-0.5, -1.0)])
     def test_definition(self, shape, negative_slope, scale):
         x, bias = random(*shape), random(3, seed=1)
@@ -188,16 +193,14 @@ class TestFusedLeakyReLU:
             return fused_leaky_relu(x, bias, negative_slope, scale)
 
         def autograd_of_the_kernels(x, bias):
-            def run(x, bias, grad):
-                biased = x + bias[:, None, None]
-                factor = torch.where(biased > 0, 1.0, negative_slope).double() * scale
-                return (biased if grad is None else grad) * factor
-
-            return FusedLeakyReLU.apply(x, bias, run)
+            return torch.ops.pfgm.fused_leaky_relu(x, bias, None, negative_slope, scale)
 
         for function in (public, autograd_of_the_kernels):
             assert gradcheck(function, inputs)
             assert gradgradcheck(function, inputs)
+
+    def test_no_channels(self):
+        assert fused_leaky_relu(torch.ones(2, 0, 3), torch.ones(0)).shape == (2, 0, 3)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_dtypes(self, dtype):
@@ -221,69 +224,146 @@ class TestFusedLeakyReLU:
             fused_leaky_relu(x, bias)
 
 
-class TestFallback:
-    """When the kernels are used, and what is said where they are not."""
+class StandIn:
+    """What op/binding.cpp offers, on the CPU, by the definition; it takes what the kernels take."""
 
-    @pytest.fixture(autouse=True)
-    def fresh(self, monkeypatch):
-        monkeypatch.setenv("PATH", "")  # restored afterwards: a build extends it
-        monkeypatch.delenv("PFGM_FUSED_OPS", raising=False)
-        caches = (extension._gpu_available, extension._build)
-        for cached in caches:
-            cached.cache_clear()
-        yield
-        for cached in caches:
-            cached.cache_clear()
+    def upfirdn2d(self, x, kernel, up, down, before, size):
+        assert x.is_contiguous() and kernel.is_contiguous()
+        assert kernel.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+        ends = [
+            (n - 1) * d + taps - m * u - b  # of the padding, for exactly this size
+            for n, d, taps, m, u, b in zip(
+                size, down, kernel.shape, x.shape[2:], up, before, strict=True
+            )
+        ]
+        wide = x.new_zeros(*x.shape[:2], x.shape[2] * up[0], x.shape[3] * up[1])
+        wide[:, :, :: up[0], :: up[1]] = x
+        wide = F.pad(wide, (before[1], ends[1], before[0], ends[0])).to(kernel.dtype)
+        windows = wide.unfold(2, kernel.shape[0], down[0]).unfold(3, kernel.shape[1], down[1])
+        return (windows * kernel.flip(0, 1)).sum((4, 5)).to(x.dtype)
 
-    def pretend_gpu(self, monkeypatch, available=True):
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    def fused_leaky_relu(self, x, bias, grad, negative_slope, scale):
+        assert x.is_contiguous() and bias.is_contiguous()
+        assert grad is None or grad.is_contiguous()
+        biased = x + bias.view(-1, *[1] * (x.ndim - 2))
+        through = biased if grad is None else grad
+        return torch.where(biased > 0, through * scale, through * negative_slope * scale)
 
-    class CudaTensor:
-        is_cuda = True
 
-    def test_no_gpu_warns_once(self, monkeypatch, recwarn):
-        self.pretend_gpu(monkeypatch, available=False)
-        for _ in range(3):
-            fused_leaky_relu(random(1, 1, 4, 4), random(1))
-            upfirdn2d(random(1, 1, 4, 4), random(2, 2))
-        (warning,) = recwarn.list
-        assert "no CUDA device" in str(warning.message)
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The operators as on a GPU, with a stand-in for the kernels."""
+    monkeypatch.setattr(extension, "enabled", lambda x: True)
+    monkeypatch.setattr(extension, "kernels", lambda x: StandIn())
 
-    def test_no_compiler_warns_once(self, monkeypatch, recwarn):
-        def load(**_):
-            raise RuntimeError("Error building extension:\n[1/3] nvcc\nsh: error: nvcc not found\n")
 
-        self.pretend_gpu(monkeypatch)
-        monkeypatch.setattr("torch.utils.cpp_extension.load", load)
-        for _ in range(3):
-            assert extension.kernels(self.CudaTensor) is None
-        (warning,) = recwarn.list
-        assert str(warning.message).endswith("sh: error: nvcc not found")
+def both(x, bias):
+    """Both operators, one after the other."""
+    return upfirdn2d(fused_leaky_relu(x, bias), torch.ones(4, 4, dtype=x.dtype), 2, 1, (2, 1))
 
-    def test_builds_on_the_first_cuda_call_only(self, monkeypatch, recwarn):
-        builds = []
-        self.pretend_gpu(monkeypatch)
-        monkeypatch.setattr(
-            "torch.utils.cpp_extension.load", lambda **options: builds.append(options)
-        )
-        extension.kernels(torch.ones(1))
-        assert not builds
-        extension.kernels(self.CudaTensor)
-        extension.kernels(self.CudaTensor)
-        (options,) = builds
-        assert all(Path(source).is_file() for source in options["sources"])
-        assert not recwarn.list
 
-    def test_switched_off(self, monkeypatch, recwarn):
-        self.pretend_gpu(monkeypatch)
-        monkeypatch.setenv("PFGM_FUSED_OPS", "0")
-        assert extension.kernels(self.CudaTensor) is None
-        assert not recwarn.list
+def with_gradient(x, bias, run=both):
+    x = x.detach().requires_grad_()
+    out = run(x, bias)
+    return out, *torch.autograd.grad(out.square().sum(), x)
 
-    def test_import_builds_nothing(self):
-        code = "import sys, op; assert 'torch.utils.cpp_extension' not in sys.modules"
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+class TestTracing:
+    """The operators are seen by everything that traces a graph."""
+
+    @pytest.mark.parametrize("channels_last", [False, True])
+    @pytest.mark.parametrize("up, down", [((2, 2), (1, 1)), ((1, 3), (2, 1))])
+    def test_upfirdn2d_keeps_the_rules_of_operators(self, channels_last, up, down):
+        x = random(2, 3, 6, 5).requires_grad_()
+        if channels_last:
+            x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+        arguments = x, random(4, 3, seed=1), up, down, (2, 1, -1, 3)
+        torch.library.opcheck(torch.ops.pfgm.upfirdn2d.default, arguments)
+
+    @pytest.mark.parametrize("gradient", [False, True])
+    def test_fused_leaky_relu_keeps_the_rules_of_operators(self, gradient):
+        x, bias = random(2, 3, 4).requires_grad_(), random(3, seed=1).requires_grad_()
+        grad = random(2, 3, 4, seed=2).requires_grad_() if gradient else None
+        operator = torch.ops.pfgm.fused_leaky_relu.default
+        torch.library.opcheck(operator, (x, bias, grad, 0.2, 1.5))
+
+    def test_make_fx_keeps_the_kernels(self, stand_in):
+        x, bias = random(2, 3, 4, 4), random(3, seed=1)
+        for mode in ("real", "fake", "symbolic"):
+            graph = make_fx(lambda x, bias: with_gradient(x, bias), tracing_mode=mode)(x, bias)
+            names = [str(node.target) for node in graph.graph.nodes]
+            assert names.count("pfgm.upfirdn2d.default") == 2  # forwards and backwards
+            assert names.count("pfgm.fused_leaky_relu.default") == 2
+            for ours, expected in zip(graph(x, bias), with_gradient(x, bias), strict=True):
+                torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("kernels", [False, True])
+    def test_one_graph(self, request, kernels):
+        if kernels:
+            request.getfixturevalue("stand_in")
+        x, bias = random(2, 3, 4, 4), random(3, seed=1)
+        run = torch.compile(both, fullgraph=True, backend="aot_eager")
+        results = with_gradient(x, bias, run), with_gradient(x, bias)
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected)
+
+    @pytest.mark.parametrize("kernels", [False, True])
+    def test_fake_tensors(self, request, kernels):
+        if kernels:
+            request.getfixturevalue("stand_in")
+        with FakeTensorMode():
+            x = torch.empty(2, 3, 8, 8).to(memory_format=torch.channels_last)
+            out, gradient = with_gradient(x, torch.empty(3))
+            many_taps = upfirdn2d(x, torch.empty(8, 8), pad=(4, 3))
+        assert out.shape == (2, 3, 16, 16) and gradient.shape == many_taps.shape == x.shape
+
+    def test_the_kernels_get_what_they_take(self, stand_in):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            for down, taps in ((1, (4, 4)), (3, (3, 5)), (2, (7, 7))):
+                x = random(2, 3, 9, 8).to(dtype).mT
+                kernel = torch.outer(random(taps[0], seed=1), random(taps[1], seed=2))
+                out = upfirdn2d(x, kernel, 2, down, (4, 3))
+                exact = slow_upfirdn2d(x.double().numpy(), kernel.numpy(), 2, down, (4, 3))
+                tolerance = 64 * torch.finfo(dtype).eps
+                torch.testing.assert_close(
+                    out.double(), torch.from_numpy(exact), rtol=tolerance, atol=tolerance
+                )
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_channels_last_stays(request, kernels):
+    if kernels:
+        request.getfixturevalue("stand_in")
+    kernel, bias = random(4, 3, seed=1), random(3, seed=2)
+    x = random(2, 3, 8, 7)
+    for up, down, pad in ((1, 1, (2, 1)), (2, 1, (2, 1)), (3, 2, (6, -2))):
+        expected = upfirdn2d(x, kernel, up, down, pad)
+        out = upfirdn2d(x.to(memory_format=torch.channels_last), kernel, up, down, pad)
+        assert expected.is_contiguous()
+        assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
+        torch.testing.assert_close(out, expected)
+    out = fused_leaky_relu(x.to(memory_format=torch.channels_last), bias)
+    assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
+    torch.testing.assert_close(out, fused_leaky_relu(x, bias))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+def test_infinities_and_nan_reach_the_pixels_that_the_definition_says(dtype):
+    """Taps beyond the image, or on zeros in between, contribute nothing; 0 times inf is NaN."""
+    kernels = [random(4, 4, seed=1), random(3, 2, seed=2), torch.ones(6, 7).double()]
+    kernels.append(kernels[0] * (kernels[0] > 0))
+    for kernel, up, down, pad in itertools.product(kernels, (1, 2, 3), (1, 2), ((3, 4), (6, -1))):
+        x = random(1, 4, 5, 6)
+        x[0, 0, 0, 5], x[0, 1, 2, 3], x[0, 2, 4, 0] = float("inf"), -float("inf"), float("nan")
+        x[0, 3, 1, 1], x[0, 3, 2, 1] = float("inf"), -float("inf")
+        out = upfirdn2d(x.to(dtype), kernel, up, down, pad).double().numpy()
+        with np.errstate(invalid="ignore"):
+            expected = slow_upfirdn2d(x.numpy(), kernel.numpy(), up, down, pad)
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(out[~finite], expected[~finite])
+        assert np.isfinite(out[finite]).all()
 
 
 def test_autocast_leaves_the_dtype_alone():

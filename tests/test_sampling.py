@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from known_laws import FAMILY, SDES, VP, gaussian_network
 from scipy import integrate, stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import sampling
 from configs.poisson import cifar10_ddpmpp
 from configs.subvp import cifar10_ddpmpp_continuous as subvp_config
 from configs.ve import cifar10_ncsnpp_continuous as ve_config
@@ -248,7 +250,8 @@ def test_the_callback_of_a_sampler_sees_every_network_evaluation_of_euler():
 def test_fixed_steps_say_where_they_diverge(name, where):
     levels = torch.linspace(0, 1, 5, dtype=torch.float64)
     with pytest.raises(FloatingPointError, match=f"not finite after the step to {where}"):
-        SOLVERS[name].solve(lambda x, t: x * (math.inf if t >= 0.25 else 1), torch.ones(1), levels)
+        slope = lambda x, t: x * (math.inf if t >= 0.25 else 1)  # noqa: E731
+        sampling.integrate(FAMILY["edm"], slope, torch.ones(1), levels, SOLVERS[name].solve)
 
 
 # --- the sampling ODE -----------------------------------------------------------------------------
@@ -607,3 +610,52 @@ def test_diverging_samples_say_when():
             lambda x, cond: x * math.inf if cond[0] < 950 else x,
             torch.ones(1, 1, 1, 1),
         )
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+class NeverWaits(TorchDispatchMode):
+    """Copies to the device "meta" that the host would wait for, were it a GPU, are errors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            moves = torch.device(kwargs.get("device") or "cpu").type == "meta"
+            assert not moves or kwargs.get("non_blocking"), "the host waits for a copy"
+        return func(*args, **kwargs)
+
+
+METHODS = {**SDES, **FAMILY, "poisson": get_method(small_config())}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("solver", FIXED_STEPS)
+def test_steps_never_wait_for_the_device(name, solver):
+    """By tensors without values, of which none can be read, and a network that multiplies."""
+    method, evaluations = METHODS[name], []
+
+    def net(x, noise_label):
+        assert noise_label.device.type == x.device.type == "meta"
+        evaluations.append(noise_label.shape)
+        out = x / (1 + noise_label.view(-1, 1, 1, 1))
+        return (out, noise_label) if name == "poisson" else out
+
+    with NeverWaits(), pytest.raises(RuntimeError, match="meta"):  # the look at the end
+        solve_ode(method, net, torch.empty(2, 3, 4, 4, device="meta"), solver, 4)
+    assert len(evaluations) == (7 if SOLVERS[solver].solve is heun else 4)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_predictor_and_corrector_never_wait_for_the_device(name):
+    evaluations, sde = [], replace(SDES[name], N=4)
+
+    def net(x, noise_label):
+        evaluations.append(noise_label.device.type)
+        return x / (1 + noise_label.view(-1, 1, 1, 1))
+
+    corrector = "none" if name == "subvp" else "langevin"
+    with NeverWaits(), pytest.raises(RuntimeError, match="meta"):
+        x = torch.empty(2, 3, 4, 4, device="meta")
+        predictor_corrector(sde, net, x, "reverse_diffusion", corrector)
+    assert evaluations == ["meta"] * (4 if name == "subvp" else 8)

@@ -169,6 +169,34 @@ def test_a_skipped_step_leaves_the_next_ones_as_they_would_be():
     assert not torch.equal(states[0].model.weight, torch.ones(1))
 
 
+class Points(nn.Module):
+    """A network of four weights, of which each gets a gradient of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.unused = nn.Parameter(torch.ones(1))
+
+
+def test_a_gradient_is_sanitised_as_edm_publishes():
+    """nan -> 0 and +-inf -> +-1e5 before the step, which is applied; other entries stay."""
+    config = cifar10_ddpmpp.get_config()
+    config.optim.update(nonfinite="replace", grad_clip=-1.0, warmup=0, eps=1e-8)
+    state = training.TrainState(config, Points())
+    gradient = torch.tensor([math.nan, math.inf, -math.inf, 0.25])
+    state.model.weight.register_hook(lambda grad: gradient.clone())
+    loss = training.train_step(state, LossOf(lambda net: net.weight.sum()), IMAGES)
+    assert state.model.weight.grad.tolist() == [0.0, 1e5, -1e5, 0.25]
+    # Adam's first step is the learning rate against the sign of the gradient
+    moved = state.model.weight.detach() / config.optim.lr
+    torch.testing.assert_close(moved, torch.tensor([0.0, -1.0, 1.0, -1.0]))
+    assert loss == 0 and state.step == 1
+    assert state.model.unused == 1
+    state.optimizer.zero_grad()
+    loss = training.train_step(state, LossOf(lambda net: net.weight.sum() * math.inf), IMAGES)
+    assert not loss.isfinite()  # so that many of them end the run
+
+
 def test_negative_grad_clip_means_none():
     config = cifar10_ddpmpp.get_config()
     config.optim.grad_clip = -1.0

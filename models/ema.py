@@ -1,0 +1,124 @@
+"""EMA weights: those that training keeps, and any rebuilt afterwards from power-function averages.
+
+A power-function average of exponent g weighs the weights of step s in proportion to s^g, so that
+its length grows with the training (Karras et al. 2024, EDM2, arXiv 2312.02696, section 3). After t
+steps its profile is p(s) = (g + 1) s^g / t^(g + 1) for s from 0 to t, whose standard deviation is a
+fixed share of t, its relative width. Two of them, kept in several checkpoints, span profiles of
+other widths.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def rise_of_edm(k: int) -> float:
+    """Decay at update k >= 1 of a half-life of 5 % of the images before it (arXiv 2206.00364)."""
+    return 0.5 ** (20 / (k - 1)) if k > 1 else 0.0
+
+
+def exponent_of(std: float) -> float:
+    """The exponent g whose relative width is `std`, in (0, 0.28] (EDM2, section 3.1).
+
+    It solves std^2 = (g + 1) / ((g + 2)^2 (g + 3)).
+    """
+    return np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max()
+
+
+def rise_of_power(std: float) -> Callable[[int], float]:
+    """Decay at update k >= 1 of the power-function average of relative width `std`.
+
+    With it the weight of step s after k updates is the integral of the profile from s - 1 to s.
+    """
+    exponent = exponent_of(std)
+    return lambda k: (1 - 1 / k) ** (exponent + 1)
+
+
+def products(
+    t: np.ndarray | int, g: np.ndarray | float, u: np.ndarray | int, h: np.ndarray | float
+) -> np.ndarray:
+    """Inner products of the profiles of exponents `g` after `t` steps and `h` after `u` steps.
+
+    Arguments broadcast; the result is float64, of their shape.
+    """
+    t, g, u, h = np.broadcast_arrays(*(np.asarray(a, dtype=np.float64) for a in (t, g, u, h)))
+    end = np.minimum(t, u)
+    return (g + 1) * (h + 1) / (g + h + 1) * (end / t) ** g * (end / u) ** h * end / (t * u)
+
+
+def rebuilding_weights(
+    steps: np.ndarray, stds: np.ndarray, step: int, std: float
+) -> tuple[np.ndarray, float]:
+    """Weights (n,) of n averages whose sum comes closest to that of width `std` after `step` steps.
+
+    They are the least squares of profiles (EDM2, section 3.2), among weights of sum 1, which the
+    paper does not ask for: so what training does not move is not scaled, and of few checkpoints the
+    error is several times smaller.
+
+    Args:
+        steps, stds: step and relative width of each average, (n,), at least 1 of them.
+        step, std: of the EMA that is asked for.
+
+    Returns:
+        The weights, and the norm of the error of the profile over that of the profile.
+    """
+    exponents = np.array([exponent_of(s) for s in stds])
+    steps, exponent, n = np.asarray(steps, dtype=np.float64), exponent_of(std), len(exponents)
+    wanted = products(step, exponent, step, exponent)
+    among = products(steps[:, None], exponents[:, None], steps, exponents) / wanted
+    along = products(steps, exponents, step, exponent) / wanted
+    system = np.block([[among, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
+    weights = np.linalg.lstsq(system, np.append(along, 1.0), rcond=1e-12)[0][:n]
+    error = 1 - 2 * along @ weights + weights @ among @ weights
+    return weights, max(0.0, error) ** 0.5
+
+
+class ExponentialMovingAverage:
+    """EMA of parameters; at update k = 1, 2, ... the decay is min(decay, rise(k))."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        decay: float,
+        rise: Callable[[int], float] = lambda k: (1 + k) / (10 + k),
+    ):
+        """Starts from a copy of `parameters`; `decay` in [0, 1]."""
+        self.decay, self.rise = decay, rise
+        self.num_updates = 0
+        self.shadow_params = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[nn.Parameter], applied: Tensor) -> None:
+        """Moves the EMA weights towards `parameters`, in the order of construction.
+
+        Where `applied`, a 0-d tensor on their device, is 0 and not 1, they stay as they are; the
+        decay counts the update nevertheless, as the learning rate does.
+        """
+        self.num_updates += 1
+        weight = 1 - min(self.decay, self.rise(self.num_updates))
+        weights = [weight * applied] * len(self.shadow_params)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), weights)
+
+    @contextlib.contextmanager
+    def swapped_into(self, parameters: Iterable[nn.Parameter]):
+        """Within the `with` block, `parameters` hold the EMA weights."""
+        parameters = list(parameters)
+        self._swap(parameters)
+        try:
+            yield
+        finally:
+            self._swap(parameters)
+
+    def _swap(self, parameters: list[nn.Parameter]) -> None:
+        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+            shadow.data, parameter.data = parameter.data, shadow.data
+
+    def state_dict(self) -> dict:
+        return {
+            "decay": self.decay,
+            "num_updates": self.num_updates,
+            "shadow_params": self.shadow_params,
+        }
