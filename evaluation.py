@@ -4,7 +4,6 @@ Each result is a file that says what it was computed from, so an evaluation that
 continues from its files, and several processes can share the work.
 """
 
-import hashlib
 import logging
 import math
 import re
@@ -21,7 +20,7 @@ import datasets
 import distributed
 import likelihood
 import sampling
-from experiment import Experiment, progress_bar, solver_bar
+from experiment import Experiment, fit_schedule, origin_of_tensors, progress_bar, solver_bar
 from methods.base import conditioned
 from methods.restoration import RESTORE, Measurement, get_operator
 from metrics import distances
@@ -30,12 +29,11 @@ from metrics.reference import ReferenceStatistics, fingerprint
 from metrics.table import Comparison, compare
 from models.ema import rebuilding_weights
 from reports.images import Images, channels_last, image_grid, to_uint8
-from solvers import Schedule, fitted
 from solvers.base import TooManyEvaluations
 from sources.batch import Batch
 from sources.folder import read_images
 from sources.images import cropped_then_resized
-from storage.checkpoints import fitted_path, load_checkpoint, written_steps
+from storage.checkpoints import load_checkpoint, written_steps
 from storage.files import cached, check_arrays, read_arrays, save_png
 from storage.workdir import checkpoint_path
 
@@ -53,21 +51,6 @@ AVERAGED = 2_000  # training images whose mean is a plain restoration
 RESTORED = 10  # images that the picture of restorations shows
 LARGEST_EMA_ERROR = 0.15  # of the profile; EMA weights err by about a tenth of it
 PAIRS = 10  # samples in a row of the picture of nearest training images
-
-
-def origin_of(config, run: Experiment) -> dict:
-    """What every part of an evaluation depends on, in words that can be compared."""
-    return {
-        "weights": _digest(run.state.model),
-        **({} if run.guide is None else {"guide": _digest(run.guide)}),
-        "network": config.model.to_dict(),
-        "method": repr(run.method),
-        "sampling": config.sampling.to_dict(),
-        "centered": config.data.centered,
-        "seed": config.seed,
-        "precision": config.training.precision,
-        "device": run.device.type,
-    }
 
 
 def rebuild_ema(config, run: Experiment, workdir: Path, checkpoint: Path, content: dict) -> str:
@@ -112,26 +95,9 @@ def rebuild_ema(config, run: Experiment, workdir: Path, checkpoint: Path, conten
     return line
 
 
-def _digest(network: torch.nn.Module) -> str:
-    weights = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return weights.hexdigest()
-
-
 def _origin_of(data) -> dict:
     """The same of the split that a part is computed on, and of its class labels."""
-    return {"data": fingerprint(data)} | _origin_of_tensors(labels=getattr(data, "labels", None))
-
-
-def _origin_of_tensors(**tensors: Tensor | None) -> dict:
-    """The same of `tensors`, of which those that are None are left out."""
-    return {
-        name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
+    return {"data": fingerprint(data)} | origin_of_tensors(labels=getattr(data, "labels", None))
 
 
 def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Callable:
@@ -140,53 +106,6 @@ def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Call
     if asked.method != "ode" or asked.schedule != "fitted" or not any(map(config.eval.get, DRAWN)):
         return run.sample
     return partial(run.sample, schedule=fit_schedule(config, run, checkpoint, origin))
-
-
-def fit_schedule(config, run: Experiment, checkpoint: Path, origin: dict) -> Schedule:
-    """The schedule fitted to the weights that `run` holds (see `solvers.fitted`).
-
-    What is measured of the network's trajectories is kept beside the `checkpoint`, in a file that
-    counts for these weights and this ODE; levels of any number of steps are made of it.
-    """
-    fine, shape = sampling.for_trajectories(config), datasets.image_shape(config)
-    follow = sampling.get_sampling_fn(fine, run.method, run.guide)
-    number, size = fitted.number_of_trajectories(math.prod(shape)), fitted.at_once(math.prod(shape))
-    labels = run.draw_labels(number, "fitted")
-
-    def compute() -> dict:
-        log.info(f"fitting the noise levels to {number} trajectories")
-        generator = datasets.keyed_generator(run.device, "fitted", config.seed)
-        x = run.method.prior_sampling((number, *shape), generator, run.device)
-        sums = []
-        for start in range(0, number, size):
-            part, steps = slice(start, start + size), []
-            with solver_bar(run.method) as watch:
-                try:
-                    follow(
-                        run.state.model,
-                        x=x[part],
-                        labels=None if labels is None else labels[part],
-                        callback=steps.append,
-                        watch=watch,
-                        schedule=fitted.fine_levels,
-                    )
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"sampling.schedule='fitted': {error}") from error
-            sums.append(fitted.euler_errors(steps))
-        levels = np.array([step.level for step in steps])
-        cost = fitted.step_costs(*map(sum, zip(*sums, strict=True)))
-        return {"levels": levels, "cost": cost.numpy()}
-
-    path, k = fitted_path(checkpoint), fitted.FINE_STEPS + 1
-    spec = {"levels": ("f", (k,)), "cost": ("f", (k, k))}
-    key = origin | {"sampling": fine.sampling.to_dict(), "trajectories": number}
-    key |= _origin_of_tensors(labels=labels)
-    if distributed.is_main():
-        cached(path, key, compute, spec)
-    distributed.barrier()
-    found = cached(path, key, compute, spec)
-    levels, cost = (torch.from_numpy(found[name]) for name in ("levels", "cost"))
-    return partial(fitted.schedule, levels, cost)
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
@@ -432,7 +351,7 @@ def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> 
 
     def compute(r: int, number: int) -> dict:
         key = origin | {"round": r, "number": number}
-        key |= _origin_of_tensors(labels=run.draw_labels(number, "samples", r))
+        key |= origin_of_tensors(labels=run.draw_labels(number, "samples", r))
         samples = cached(drawn[r], key, partial(_draw_round, config, run, r, number), spec)
         key |= {"features": space.name}
         images = samples["samples"]
@@ -573,7 +492,7 @@ def _batch_to_restore(config, channels: int, size: int) -> Batch:
     asked, classes = config.sampling, config.data.num_classes
     if asked.restore_path:
         pictures = read_images("sampling.restore_path", asked.restore_path, channels)
-        pictures = np.stack([cropped_then_resized(picture, size) for picture in pictures])
+        pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
         batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     else:
         data = datasets.get_dataset(config, config.eval.dataset)
@@ -607,7 +526,8 @@ def _known_pixels(config) -> Tensor:
             raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
         known[top : top + height, left : left + width] = False
     else:
-        mask = torch.from_numpy(read_images("sampling.restore_mask", name, 1)[0][..., 0] >= 128)
+        first, *_ = read_images("sampling.restore_mask", name, 1).values()
+        mask = torch.from_numpy(first[..., 0] >= 128)
         if mask.shape != known.shape:
             found = " x ".join(map(str, mask.shape))
             raise ValueError(
@@ -630,7 +550,7 @@ def evaluate_restoration(
     """
     value, labels = asked.measurement.value, asked.labels
     known = asked.measurement.operator.forward(torch.ones(1, *datasets.image_shape(config)))
-    origin = origin | _origin_of_tensors(measurements=value, labels=labels, known=known)
+    origin = origin | origin_of_tensors(measurements=value, labels=labels, known=known)
     channels, *sides = datasets.image_shape(config)
     size = RESTORATIONS * max(1, config.eval.batch_size // RESTORATIONS)
     repeated = value.repeat_interleave(RESTORATIONS, 0)

@@ -2,11 +2,17 @@
 
 import contextlib
 import functools
+import hashlib
+import logging
+import math
 import sys
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
@@ -15,16 +21,23 @@ from tqdm import tqdm
 import datasets
 import distributed
 import execution
+import likelihood
 import losses
 import methods
 import models
 import sampling
-from configs.default import check
-from configs.keys import get
+from configs.default import KEYS, check
+from configs.keys import explain_unknown, get, shown
+from methods.base import conditioned
+from methods.restoration import Measurement
+from solvers import Schedule, fitted
 from solvers.base import Watch
 from storage import run_config
-from storage.checkpoints import fit, load_checkpoint
+from storage.checkpoints import digest, find_checkpoint, fit, fitted_path, load_checkpoint
+from storage.files import cached
 from training import TrainState
+
+log = logging.getLogger(__name__)
 
 # Left at None these are measured, where the method has them.
 MEASURED = ("training.M", "sampling.z_max", "sampling.upper_norm")
@@ -41,6 +54,9 @@ SHARED = (
     *("training.sde", "training.continuous", "training.gamma", "model.D", "model.sigma_data"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
+
+
+LOWEST_SHOWN = 0.03  # noise level, as the network sees it, whose noise hardly shows in a film
 
 
 def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]:
@@ -193,6 +209,316 @@ class Experiment:
         return self.state.ema.swapped_into(self.state.parameters)
 
 
+def load(
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    config: ConfigDict | None = None,
+) -> "Trained":
+    """The trained network of a run, with its EMA weights.
+
+    Args:
+        path: a workdir, of which the newest intact checkpoint is taken; or a file: a checkpoint,
+            what `--mode export` wrote, a snapshot of EDM or PFGM++.
+        overrides: values by key as on the command line, {"sampling.ode_solver": "heun"}; the others
+            are the run's own.
+        config: takes the place of the run's own; a checkpoint of the published programs has none.
+
+    Raises:
+        OSError: there is no checkpoint, or it cannot be read.
+        ValueError: it is damaged or does not fit, there is no config, or a value is not allowed.
+    """
+    path, content = find_checkpoint(Path(path).expanduser())
+    config = (
+        run_config.of(path, content) if config is None else config.copy_and_resolve_references()
+    )
+    for key, value in (overrides or {}).items():
+        if key not in KEYS:
+            raise ValueError(explain_unknown(key, KEYS))
+        if not KEYS[key].accepts(value):
+            raise ValueError(f"{key} must be {KEYS[key].allowed}, not {shown(value)}")
+        config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
+    config, _ = decide_precisions(config, None)
+    # the weights a network starts with are drawn; the caller's generators stay as they are
+    used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(used):
+        run = Experiment.build(config)
+    changes = run_config.changes(path, content, config)
+    fit(run.state.load_network, content, path, changes)
+    for change in changes:
+        if change.partition(":")[0] not in [f"sampling.{key}" for key in sampling.OUTPUTS]:
+            log.info(f"the config differs from that of the run: {change}")
+    run.state.keep_ema()
+    return Trained(config, run, path)
+
+
+class Trained:
+    """A trained network and what can be done with it: what `load` gives.
+
+    Images are float tensors (n, C, H, W) in [0, 1], and noise levels are in the same unit: at 0.1
+    the noise is a tenth of the way from black to white. Latents are those of the method's prior.
+    What is given may be on any device; what is returned is on that of the network. An image may be
+    given a class label, or each its own (n,); -1 is none.
+
+    Attributes:
+        config: all of it.
+        experiment: method and network, for what is not here.
+        path: the file that it comes from.
+        step: after how many steps of training.
+    """
+
+    def __init__(self, config: ConfigDict, run: Experiment, path: Path):
+        self.config, self.experiment, self.path, self.step = config, run, path, run.state.step
+        self.shape = datasets.image_shape(config)
+        self.at_once = 1 if sampling.couples_samples(config) else config.eval.batch_size
+        self._unscaled = datasets.get_data_inverse_scaler(config)
+        self._sampler = run.sample
+        if config.sampling.method == "ode" and config.sampling.schedule == sampling.FITTED:
+            schedule = fit_schedule(config, run, path, origin_of(config, run))
+            self._sampler = partial(run.sample, schedule=schedule)
+
+    def sample(
+        self,
+        seeds: Iterable[int],
+        class_label: int | Sequence[int] | Tensor | None = None,
+        *,
+        measurement: Measurement | None = None,
+    ) -> Tensor:
+        """An image (n, C, H, W) in [0, 1] for each of n `seeds`, which it depends on alone.
+
+        It does not depend, but for rounding, on what is drawn with it, so samples are drawn
+        `eval.batch_size` at once, or one by one where the sampler would make one step size for all
+        (`sampling.couples_samples`).
+
+        Args:
+            seeds: whole numbers from 0 to 2^63 - 1.
+            class_label: None for `sampling.class_label`; where that is -1, each class is as likely.
+            measurement: what is known of each image, (n, ...); `sampling.restorer` draws images
+                that agree with it.
+
+        Raises:
+            ValueError: a seed or class label is none.
+            FloatingPointError: the solution is not finite, or takes more evaluations than
+                `sampling.max_evaluations`.
+        """
+        none = torch.empty(0, *self.shape, device=self.experiment.device)
+        drawn = [images for images, _ in self._draw(seeds, class_label, measurement)]
+        return torch.cat([none, *drawn])
+
+    def film(
+        self,
+        seeds: Iterable[int],
+        class_label: int | Sequence[int] | Tensor | None = None,
+        *,
+        measurement: Measurement | None = None,
+        frames: int = 48,
+    ) -> Tensor:
+        """The way of `sample` from the prior to the image: uint8 (frames, n, C, H, W), on the CPU.
+
+        The noise levels of the frames fall geometrically, and the last frame is the image. A state
+        whose root mean square is beyond that of black and white is divided by it, to be seen.
+        """
+        method = self.experiment.method
+        ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
+        high, low = method.sigma(ends).tolist()
+        ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
+        levels = high * (max(low, LOWEST_SHOWN) / high) ** ratio
+        timed, parts = sampling.tells_times(self.config), []
+        states = partial(sampling.States, method, levels, timed, self._shown)
+        for images, passed in self._draw(seeds, class_label, measurement, states):
+            parts.append(passed.end(self.experiment.scaler(images)))
+        return torch.cat(parts, 1)
+
+    def encode(self, x: Tensor, class_label: int | Sequence[int] | Tensor | None = None) -> Tensor:
+        """Latents (n, C, H, W) of images `x` (n, C, H, W) in [0, 1]; `decode` leads back.
+
+        A tenth of `sampling.rtol` and `atol` bounds a step's error, since latents can be hundreds
+        of times as large as images; the images of a call share their steps. A `class_label` of
+        None is `sampling.class_label`, which is -1 for none. There is no guidance.
+
+        Raises:
+            ValueError: the images have another shape or lie outside [0, 1], or as of `sample`.
+            FloatingPointError: as of `sample`.
+        """
+        x, options = self._scaled(x), self._fine_options()
+        return self._in_batches(
+            lambda net, part, watch: sampling.encode(
+                self.experiment.method, net, part, watch=watch, **options
+            )[0],
+            x,
+            class_label,
+        )
+
+    def decode(self, z: Tensor, class_label: int | Sequence[int] | Tensor | None = None) -> Tensor:
+        """The images (n, C, H, W) in [0, 1] of latents `z` (n, C, H, W); see `encode`."""
+        self._check_shape(z, "latents")
+        options = self._fine_options()
+        x = self._in_batches(
+            lambda net, part, watch: sampling.solve_ode(
+                self.experiment.method, net, part, watch=watch, **options
+            )[0],
+            z.to(self.experiment.device, torch.float32),
+            class_label,
+        )
+        return self._unscaled(x).clamp(0, 1)
+
+    def log_likelihood(
+        self,
+        x: Tensor,
+        class_label: int | Sequence[int] | Tensor | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Log density (n,), in nats, of images `x` (n, C, H, W) under the flow, over [0, 1]^D.
+
+        The bits/dim of 8-bit images u are -log p / (D ln 2) + 8 at x = (u + noise) / 256, the noise
+        uniform in [0, 1] (Theis et al. 2016). The divergence is that of `eval.divergence`, its
+        probe drawn by `seed`.
+
+        Raises as `encode`, and ValueError for a network trained at discrete noise levels.
+        """
+        bits_per_dim = likelihood.get_likelihood_fn(self.config, self.experiment.method)
+        probes = datasets.keyed_generator(self.experiment.device, "probe", *_checked([seed]))
+        bits = self._in_batches(
+            lambda net, part, watch: bits_per_dim(net, part, probes, watch=watch)[0],
+            self._scaled(x),
+            class_label,
+        )
+        return (8 - bits) * math.prod(self.shape) * math.log(2)
+
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: float,
+        class_label: int | Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """E[image | x] (n, C, H, W) for `x` (n, C, H, W), images with noise of the level `sigma`.
+
+        The noise has the standard deviation sigma where it is Gaussian; where it is a Student t, of
+        PFGM++ and Poisson flow, sigma is its scale. There is no guidance, and nothing is clamped.
+
+        Raises:
+            ValueError: another shape, or `sigma` is not one of the method's noise levels.
+        """
+        self._check_shape(x, "noisy images")
+        method, unit = self.experiment.method, self._unit
+        ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
+        low, high = (method.sigma(ends) / unit).tolist()
+        if not 0.999999 * low <= sigma <= 1.000001 * high:
+            raise ValueError(
+                f"sigma must be a noise level from {low:.6g} to {high:.6g}, not {sigma}"
+            )
+        level = torch.tensor(sigma * unit, dtype=torch.float64)
+        denoised = self._in_batches(
+            lambda net, part, watch: method.denoise(net, part, level),
+            self.experiment.scaler(x.to(self.experiment.device, torch.float32)),
+            class_label,
+        )
+        return self._unscaled(denoised)
+
+    # --- parts ---
+
+    def _fine_options(self) -> dict[str, float]:
+        options = sampling.get_rk45_options(self.config)
+        return options | {key: options[key] / 10 for key in ("rtol", "atol")}
+
+    @property
+    def _unit(self) -> float:
+        """What black and white are apart as the network sees them."""
+        black, white = self.experiment.scaler(torch.tensor([0.0, 1.0])).tolist()
+        return white - black
+
+    @torch.no_grad()
+    def _draw(self, seeds, class_label, measurement, states=None) -> Iterator[tuple[Tensor, Any]]:
+        """Images of the seeds in batches, each with the `states()` that the solver passed."""
+        seeds, run = _checked(seeds), self.experiment
+        labels = self.labels(class_label, len(seeds), seeds)
+        for start in range(0, len(seeds), self.at_once):
+            part = slice(start, start + self.at_once)
+            generators = [datasets.keyed_generator(run.device, "sample", s) for s in seeds[part]]
+            x = [run.method.prior_sampling((1, *self.shape), g, run.device) for g in generators]
+            sample, passed = self._sampler, states and states()
+            if measurement is not None:
+                known = replace(measurement, value=measurement.value[part])
+                own = sampling.without_fit(self.config)
+                sample = sampling.get_sampling_fn(own, run.method, run.guide, known)
+            try:
+                with solver_bar(run.method) as watch:
+                    images, _ = sample(
+                        run.state.model,
+                        x=torch.cat(x),
+                        generator=generators,
+                        labels=None if labels is None else labels[part],
+                        callback=passed,
+                        watch=watch,
+                    )
+            except FloatingPointError as error:
+                which = f"seed {seeds[part][0]}" + " and others" * (len(x) > 1)
+                raise type(error)(f"{which}: {error}") from error
+            yield images, passed
+
+    @torch.no_grad()
+    def _in_batches(self, compute, x: Tensor, class_label) -> Tensor:
+        """`compute(network, part, watch)` of the parts of `x`, one tensor."""
+        labels, parts = self.labels(class_label, len(x)), []
+        for start in range(0, len(x), self.config.eval.batch_size):
+            part = slice(start, start + self.config.eval.batch_size)
+            given = None if labels is None else labels[part]
+            net = conditioned(self.experiment.state.model, {"class_labels": given})
+            with solver_bar(self.experiment.method) as watch:
+                parts.append(compute(net, x[part], watch))
+        if not parts:
+            raise ValueError("there are no images")
+        return torch.cat(parts)
+
+    def _shown(self, y: Tensor) -> Tensor:
+        """A state as an image to look at, uint8."""
+        contrast = 2 * self._unscaled(y) - 1
+        rms = contrast.flatten(1).square().mean(1).sqrt().clamp(min=1)
+        image = (contrast / rms.view(-1, 1, 1, 1) + 1) / 2
+        return (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        self._check_shape(x, "images")
+        if not (x.is_floating_point() and ((x >= 0) & (x <= 1)).all()):
+            raise ValueError("images must be floats in [0, 1]; divide those of 8 bits by 255")
+        return self.experiment.scaler(x.to(self.experiment.device, torch.float32))
+
+    def _check_shape(self, x: Tensor, what: str) -> None:
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1:] != self.shape:
+            given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{what} must be a tensor (n, {str(self.shape)[1:]}, not {given}")
+
+    def labels(self, given, n: int, seeds: Sequence[int] | None = None) -> Tensor | None:
+        """Class labels (n,) of n images; those not `given` are the config's or, by `seeds`, drawn.
+
+        None where the network has no classes. Raises ValueError for a label that is none of them.
+        """
+        classes, asked = self.config.data.num_classes, self.config.sampling.class_label
+        if given is None and not classes:
+            return None
+        if given is None:
+            given = asked
+            if asked < 0 and seeds is not None:
+                draws = (datasets.keyed_generator("cpu", "class", seed) for seed in seeds)
+                given = [torch.randint(classes, (), generator=g).item() for g in draws]
+        labels = torch.as_tensor(given, device=self.experiment.device)
+        if labels.dtype != torch.int64 or labels.shape not in ((), (n,)):
+            raise ValueError(f"class_label must be a whole number or {n} of them")
+        least = -1 if classes and self.config.training.label_dropout else 0
+        if ((labels < least) | (labels >= classes)).any():
+            has = f"those from {least} to {classes - 1}" if classes else "none (data.num_classes=0)"
+            raise ValueError(f"class_label={shown(given)} is no class of the network: it has {has}")
+        return labels.expand(n)
+
+
+def _checked(seeds: Iterable[int]) -> list[int]:
+    seeds = [*seeds]
+    for seed in seeds:
+        if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+            raise ValueError(f"a seed must be a whole number from 0 to 2^63 - 1, not {shown(seed)}")
+    return [int(seed) for seed in seeds]
+
+
 def _label_drawer(config, device: torch.device) -> Callable[..., Tensor | None]:
     """See `Experiment`; the labels of the training images are read when they are first needed."""
     seed, classes, fixed = config.seed, config.data.num_classes, config.sampling.class_label
@@ -230,9 +556,7 @@ def _guide(config, device: torch.device) -> nn.Module:
         )
     state = TrainState(own, models.create_model(own).to(device))
     fit(state.load_network, content, path)
-    with torch.no_grad():
-        torch._foreach_copy_(state.parameters, state.ema.shadow_params)
-    return state.model.eval().requires_grad_(False)
+    return state.keep_ema()
 
 
 def _device(name: str) -> torch.device:
@@ -243,6 +567,82 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={name!r} cannot be used: {reason}") from error
+
+
+def origin_of(config, run: Experiment) -> dict:
+    """What all that is computed by `run` depends on, in words that can be compared."""
+    return {
+        "weights": digest(run.state.model.state_dict()),
+        **({} if run.guide is None else {"guide": digest(run.guide.state_dict())}),
+        "network": config.model.to_dict(),
+        "method": repr(run.method),
+        "sampling": _sampler_of(config),
+        "centered": config.data.centered,
+        "seed": config.seed,
+        "precision": config.training.precision,
+        "device": run.device.type,
+    }
+
+
+def _sampler_of(config) -> dict:
+    asked = config.sampling.to_dict()
+    return {key: value for key, value in asked.items() if key not in sampling.OUTPUTS}
+
+
+def origin_of_tensors(**tensors: Tensor | None) -> dict:
+    """The same of `tensors`, of which those that are None are left out."""
+    return {
+        name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+
+
+def fit_schedule(config, run: Experiment, checkpoint: Path, origin: dict) -> Schedule:
+    """The schedule fitted to the weights that `run` holds (see `solvers.fitted`).
+
+    What is measured of the network's trajectories is kept beside the `checkpoint`, in a file that
+    counts for these weights and this ODE; levels of any number of steps are made of it.
+    """
+    fine, shape = sampling.for_trajectories(config), datasets.image_shape(config)
+    follow = sampling.get_sampling_fn(fine, run.method, run.guide)
+    number, size = fitted.number_of_trajectories(math.prod(shape)), fitted.at_once(math.prod(shape))
+    labels = run.draw_labels(number, "fitted")
+
+    def compute() -> dict:
+        log.info(f"fitting the noise levels to {number} trajectories")
+        generator = datasets.keyed_generator(run.device, "fitted", config.seed)
+        x = run.method.prior_sampling((number, *shape), generator, run.device)
+        sums = []
+        for start in range(0, number, size):
+            part, steps = slice(start, start + size), []
+            with solver_bar(run.method) as watch:
+                try:
+                    follow(
+                        run.state.model,
+                        x=x[part],
+                        labels=None if labels is None else labels[part],
+                        callback=steps.append,
+                        watch=watch,
+                        schedule=fitted.fine_levels,
+                    )
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"sampling.schedule='fitted': {error}") from error
+            sums.append(fitted.euler_errors(steps))
+        levels = np.array([step.level for step in steps])
+        cost = fitted.step_costs(*map(sum, zip(*sums, strict=True)))
+        return {"levels": levels, "cost": cost.numpy()}
+
+    path, k = fitted_path(checkpoint), fitted.FINE_STEPS + 1
+    spec = {"levels": ("f", (k,)), "cost": ("f", (k, k))}
+    key = origin | {"sampling": _sampler_of(fine), "trajectories": number}
+    key |= origin_of_tensors(labels=labels)
+    if distributed.is_main():
+        cached(path, key, compute, spec)
+    distributed.barrier()
+    found = cached(path, key, compute, spec)
+    levels, cost = (torch.from_numpy(found[name]) for name in ("levels", "cost"))
+    return partial(fitted.schedule, levels, cost)
 
 
 def progress_bar(**options) -> tqdm:

@@ -1,4 +1,4 @@
-"""Trains and evaluates generative models: see README.md, or `python3 main.py --help`."""
+"""Trains, evaluates and samples generative models: README.md, or `python3 main.py --help`."""
 
 # ruff: noqa: E402
 import signal
@@ -20,10 +20,23 @@ from ml_collections import ConfigDict
 from configs import command_line
 
 FLAGS = flags.FLAGS
+STORED = ("eval", "sample", "export")  # modes that take the run's own config without --config
 
-flags.DEFINE_enum("mode", None, ["train", "eval"], "Train a model, or evaluate checkpoints of it.")
+flags.DEFINE_enum(
+    "mode",
+    None,
+    ["train", *STORED],
+    "Train a model, evaluate checkpoints of it, draw samples, or write one file to share.",
+)
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
 flags.DEFINE_string("eval_folder", "eval", "Folder within workdir for the results of evaluation.")
+flags.DEFINE_string(
+    "outdir", None, "Where sample and export write; default: below workdir/samples, and workdir."
+)
+flags.DEFINE_string(
+    "checkpoint", None, "What sample and export take, a file; default: the newest of workdir."
+)
+flags.DEFINE_boolean("dry_run", False, "Say what would be done, and stop.")
 flags.mark_flags_as_required(["mode", "workdir"])
 flags.register_validator("workdir", lambda path: path != "", "It is empty; name a folder.")
 
@@ -31,7 +44,12 @@ flags.register_validator("workdir", lambda path: path != "", "It is empty; name 
 def main(argv: list[str]) -> None:
     """Runs `--mode` on `--config`; a mistake of the user ends in one line and exit status 2."""
     if FLAGS.config is None:
-        command_line.fail("--config is needed, a file of configs/; --mode eval can do without")
+        command_line.fail(
+            "--config is needed, a file of configs/; only --mode train does not find it"
+        )
+    for flag in ("outdir", "checkpoint"):
+        if FLAGS[flag].value is not None and FLAGS.mode in ("train", "eval"):
+            command_line.fail(f"--{flag} is for --mode sample and export, not {FLAGS.mode}")
     import run_lib  # here and not above, so that --help and typing errors answer at once
 
     _log_to_stdout()
@@ -39,8 +57,11 @@ def main(argv: list[str]) -> None:
     try:
         signal.signal(signal.SIGINT, INTERRUPT)
         if FLAGS.mode == "eval":
-            run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder)
-        elif not run_lib.train(FLAGS.config, workdir) and not command_line.rank():
+            run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder, FLAGS.dry_run)
+        elif FLAGS.mode != "train":
+            run = {"sample": run_lib.sample, "export": run_lib.export}[FLAGS.mode]
+            run(FLAGS.config, workdir, _path(FLAGS.outdir), _path(FLAGS.checkpoint), FLAGS.dry_run)
+        elif not run_lib.train(FLAGS.config, workdir, FLAGS.dry_run) and not command_line.rank():
             again = "the same torchrun command" if several else shlex.join(sys.orig_argv)
             print(f"to go on: {again}")
     except (ValueError, OSError, FloatingPointError) as error:
@@ -63,18 +84,22 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses `argv` into FLAGS, as `app.run` asks for; evaluation finds its config by itself."""
+    """Parses `argv` into FLAGS, as `app.run` asks for; the modes `STORED` find their config."""
 
     def stored() -> ConfigDict | None:
         workdir = command_line.value_of(argv, "workdir")
-        if command_line.value_of(argv, "mode") != "eval" or not workdir:
+        if command_line.value_of(argv, "mode") not in STORED or not workdir:
             return None
         from storage import run_config  # it reads checkpoints, which takes torch
 
         _log_to_stdout()
-        return run_config.load(Path(workdir))
+        return run_config.load(Path(workdir), _path(command_line.value_of(argv, "checkpoint")))
 
     return command_line.parse(argv, stored)
+
+
+def _path(name: str | None) -> Path | None:
+    return Path(name).expanduser() if name else None
 
 
 def _log_to_stdout() -> None:

@@ -1,4 +1,4 @@
-"""Training and evaluation, read from top to bottom."""
+"""Training, evaluation, sampling and export, read from top to bottom."""
 
 import contextlib
 import logging
@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 
 import datasets
@@ -19,38 +21,63 @@ import evaluation
 import execution
 import likelihood
 import sampling
-from experiment import Experiment, complete, decide_precisions, progress_bar, solver_bar
+from configs.keys import flatten
+from experiment import (
+    Experiment,
+    Trained,
+    complete,
+    decide_precisions,
+    load,
+    origin_of,
+    origin_of_tensors,
+    progress_bar,
+    solver_bar,
+)
 from metrics.reference import ReferenceStatistics
 from reports.evaluation_page import save_page
+from reports.films import check_writer, save_film
 from reports.images import image_grid, to_uint8
 from reports.table import report_table
+from sources.base import Picture
+from sources.folder import read_images
 from storage import run_config
 from storage.checkpoints import (
+    SHARED,
     checkpoints_to_evaluate,
     drop_checkpoints,
     fit,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
+    save_shared,
     save_to_resume,
     written_steps,
 )
-from storage.files import save_npz, save_png
+from storage.files import cached, save_npz, save_png
 from storage.tensorboard import TensorBoardWriter
-from storage.workdir import checkpoint_path, evaluation_folder, open_workdir
+from storage.workdir import (
+    check_settings,
+    checkpoint_path,
+    evaluation_folder,
+    open_workdir,
+    save_settings,
+)
 from training import TrainState, held_out_loss, train_step
 
 log = logging.getLogger(__name__)
 
 SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
+FILM_SAMPLES = 36  # samples that a film shows
+FILM_PIXELS = 192  # least side of a film of one image
+FRAMES = 48  # of a film between two images
 
 
 @distributed.joined()
-def train(config, workdir: Path) -> bool:
+def train(config, workdir: Path, dry_run: bool = False) -> bool:
     """Trains until step `training.n_iters`, from where the workdir's last run stopped.
 
     Of several processes that torchrun starts, each takes its shard of a step's examples, and the
-    main one writes.
+    main one writes. A `dry_run` says what would be done, and writes nothing.
 
     Returns:
         Whether it got there; SIGTERM and SIGINT end it before, after a step and with all saved.
@@ -78,17 +105,32 @@ def train(config, workdir: Path) -> bool:
     if on_disk:
         _check_division(min(run.loss.batch_size, len(train_data)))
     shard = distributed.rank(), distributed.world()
+    plan = [
+        f"{type(run.method).__name__}, {len(train_data):,} images, "
+        f"{sum(p.numel() for p in state.parameters):,} parameters, {device}"
+        + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
+        datasets.describe(config, train_data, test_data),
+        *[decided] * bool(decided),
+        *precisions,
+    ]
+    if dry_run:
+        found = newest_checkpoint(workdir, set_aside=False)
+        if found:
+            fit(state.load_network, found[1], found[0], run_config.changes(*found, config))
+        log.info(
+            f"would train from step {state.step} to {training.n_iters} in {workdir}: {plan[0]}"
+        )
+        for line in plan[1:]:
+            log.info(line)
+        return True
     with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
         distributed.check_agreement(state.step, state.parameters)
         log.info(
             f"{'resuming' if state.step else 'starting'} at step {state.step} of "
-            f"{training.n_iters}: {type(run.method).__name__}, {len(train_data):,} images, "
-            f"{sum(p.numel() for p in state.parameters):,} parameters, {device}"
-            + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
+            f"{training.n_iters}: {plan[0]}"
         )
-        log.info(datasets.describe(config, train_data, test_data))
-        for line in [decided] * bool(decided) + precisions:
+        for line in plan[1:]:
             log.info(line)
         first = state.step + 1
         batches = datasets.shuffled_batches(
@@ -151,8 +193,10 @@ def train(config, workdir: Path) -> bool:
 
 
 @distributed.joined()
-def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
+def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = False) -> None:
     """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with EMA weights.
+
+    A `dry_run` says what would be done, and writes nothing.
 
     What an earlier evaluation left half done is gone on with: a file on disk counts where it came
     from the same weights with the same settings. Several processes share the batches of bits/dim
@@ -188,6 +232,13 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
         statistics = ReferenceStatistics.build(config, run.device)
     if config.sampling.restore:
         to_restore = evaluation.read_restoration(config, run)
+    if dry_run:
+        parts = [what for what in evaluation.PARTS if asked[what]]
+        parts += [f"restore {config.sampling.restore}"] if config.sampling.restore else []
+        for path in checkpoints.values():
+            log.info(f"would evaluate {path} on {run.device}: {', '.join(parts)}")
+        log.info(f"the results would be in {folder}")
+        return
     with open_workdir(workdir, folder, main):
         distributed.barrier()  # nobody writes before the main process holds the lock
         for line in [decided] * bool(decided) + precisions:
@@ -213,7 +264,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             report = {"step": run.state.step}
             report |= {"ema_std": asked.ema_std} if asked.ema_std else {}
             with run.with_ema():
-                origin = evaluation.origin_of(config, run)
+                origin = origin_of(config, run)
                 run.sample = evaluation.fit_sampler(config, run, path, origin)
                 if asked.enable_bpd:
                     report |= evaluation.evaluate_bpd(
@@ -249,6 +300,256 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval") -> None:
             title = f"{path.name}, EMA weights of step {report['step']}"
             log.info(report_table(report, asked.dataset, title))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
+
+
+@distributed.joined()
+def sample(
+    config,
+    workdir: Path,
+    outdir: Path | None = None,
+    checkpoint: Path | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Draws the samples of `sampling.seeds`, and does what `film`, `encode`, `between` ask for.
+
+    They are written to `outdir`, by default a folder of the workdir, with the EMA weights of
+    `checkpoint`, by default the newest. Files that are there are kept; a folder has those of one
+    network and one sampler. With `sampling.restore`, seed s restores image number s modulo their
+    number. Several processes share the seeds; the rest is the main one's. A `dry_run` says what
+    would be done, and writes nothing.
+
+    Raises:
+        ValueError: the config is wrong, an image cannot be read or has the wrong size, or the
+            folder has samples of other settings.
+        OSError: there is no checkpoint, or a file cannot be written.
+        FloatingPointError: the solver diverges.
+    """
+    config, decided = complete(config, workdir)
+    config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
+    asked, main = config.sampling, distributed.is_main()
+    if config.data.num_channels not in (1, 3):
+        raise ValueError(f"PNG files have 1 or 3 channels, not {config.data.num_channels}")
+    if asked.film or asked.between:
+        check_writer(asked.film_format)
+    seeds = sampling.seeds_of(asked.seeds or ("" if asked.encode or asked.between else "0-63"))
+    given = _read_given(config, "sampling.encode", [asked.encode] if asked.encode else [])
+    pair = asked.between.split(",") if asked.between else []
+    ends = _read_given(config, "sampling.between", pair)
+    if ends and len(ends) != 2:
+        raise ValueError(f"sampling.between={asked.between} must be two images, A.png,B.png")
+    own = sampling.without_fit(config) if dry_run else config  # a fit takes time, and is stored
+    run = load(checkpoint or workdir, config=own)
+    restored = evaluation.read_restoration(config, run.experiment) if asked.restore else None
+    folder = outdir.absolute() if outdir else workdir / "samples" / f"step_{run.step}"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--outdir={folder} is a file; name a folder")
+    settings = _settings(config, run, restored)
+    known = check_settings(folder, settings)
+    if dry_run:
+        parts = [f"{len(seeds)} samples, {_count(folder, seeds)} of which are there"] * bool(seeds)
+        parts += [f"a film of {min(len(seeds), FILM_SAMPLES)}"] * bool(seeds and asked.film)
+        parts += [f"{len(given)} images encoded"] * bool(given)
+        parts += [f"a film between {' and '.join(ends)}"] * bool(ends)
+        log.info(f"would sample from the EMA weights of step {run.step}, {run.path}, to {folder}")
+        log.info("; ".join(parts))
+        return
+    with open_workdir(workdir, folder, main):
+        for line in [decided] * bool(decided) + precisions:
+            log.info(line)
+        log.info(f"sampling with the EMA weights of step {run.step}, {run.path}")
+        if main and not known:
+            save_settings(folder, settings)
+        distributed.barrier()
+        if seeds:
+            _draw_seeds(run, seeds, folder, settings, restored)
+        if main and given:
+            _encode(run, given, folder, settings)
+        if main and ends:
+            _draw_between(run, ends, folder, settings)
+
+
+@distributed.joined()
+def export(
+    config,
+    workdir: Path,
+    outdir: Path | None = None,
+    checkpoint: Path | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Writes the EMA weights of `checkpoint`, by default the newest, as one file to share.
+
+    It is `model.safetensors` in `outdir`, by default the workdir, and has the config too.
+
+    Raises:
+        ValueError: the checkpoint is damaged or does not fit.
+        OSError: there is no checkpoint, or the file cannot be written.
+    """
+    config, _ = complete(config, workdir)
+    run = load(checkpoint or workdir, config=sampling.without_fit(config))
+    path = (outdir or workdir) / f"model{SHARED}"
+    if dry_run:
+        log.info(f"would export the EMA weights of step {run.step}, {run.path}, to {path}")
+    elif distributed.is_main():
+        weights = run.experiment.state.model.state_dict()
+        save_shared(path, weights, run_config.flatten(config), run.step)
+        size = path.stat().st_size / 2**20
+        log.info(f"EMA weights of step {run.step}, {run.path}: {path} ({size:.3g} MiB)")
+
+
+def _png(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
+
+
+def _count(folder: Path, seeds: list[int]) -> int:
+    return sum(_png(folder, seed).exists() for seed in seeds)
+
+
+def _settings(config, run: Trained, restored: evaluation.ToRestore | None) -> dict:
+    """What the samples of a folder have in common, as a flat dictionary."""
+    origin = origin_of(config, run.experiment)
+    del origin["seed"]  # of the training
+    if restored:
+        known = restored.measurement.operator.forward(torch.ones(1, *run.shape))
+        origin |= origin_of_tensors(
+            measurements=restored.measurement.value, labels=restored.labels, known=known
+        )
+    return flatten(ConfigDict(origin))
+
+
+def _read_given(config, key: str, names: list[str]) -> dict[str, Picture]:
+    """The images of files and folders by name, (H, W, C); ValueError for another size."""
+    channels, *size = datasets.image_shape(config)
+    found: dict[str, Picture] = {}
+    for name in names:
+        for file, picture in read_images(key, name.strip(), channels).items():
+            if picture.shape[:2] != tuple(size):
+                has, needs = (" x ".join(map(str, s)) for s in (picture.shape[:2], size))
+                raise ValueError(f"{key}: {file} has {has} pixels, the network's images {needs}")
+            found[file if file not in found else f"{name}:{file}"] = picture
+    return found
+
+
+def _draw_seeds(
+    run: Trained,
+    seeds: list[int],
+    folder: Path,
+    settings: dict,
+    restored: evaluation.ToRestore | None,
+) -> None:
+    """{seed}.png, samples.npz, grid.png and, if asked for, the film."""
+    (channels, *sides), there = run.shape, _count(folder, seeds)
+    distributed.barrier()  # nobody writes before all have counted
+
+    def options(some: list[int]) -> dict:
+        if restored is None:
+            return {}
+        measurement, labels = restored.measurement, restored.labels
+        rows = torch.tensor(some, device=measurement.value.device) % len(measurement.value)
+        return {
+            "measurement": replace(measurement, value=measurement.value[rows]),
+            "class_label": None if labels is None else labels[rows],
+        }
+
+    if run.config.sampling.film:
+        some = seeds[:FILM_SAMPLES]
+        if distributed.is_main():
+
+            def draw() -> dict:
+                frames = run.film(some, **options(some))
+                return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
+
+            spec = {"frames": ("u", (None, len(some), *sides, channels))}
+            frames = cached(folder / "film.npz", settings | {"film": some}, draw, spec)["frames"]
+            for seed, image in zip(some, frames[-1], strict=True):
+                if not _png(folder, seed).exists():
+                    save_png(_png(folder, seed), image)
+            path = folder / f"film.{run.config.sampling.film_format}"
+            save_film(path, [image_grid(frame) for frame in frames])
+            log.info(f"film: {path}")
+        distributed.barrier()
+    mine = seeds[distributed.rank() :: distributed.world()]
+    missing = [seed for seed in mine if not _png(folder, seed).exists()]
+    if run.at_once == 1 and len(missing) > 1:
+        log.info(
+            "this sampler has one step size for all it draws, so each sample is drawn alone; "
+            "sampling.ode_solver=heun with sampling.N=18 draws them together"
+        )
+    with progress_bar(total=len(missing), desc="sampling", unit="image") as progress:
+        for start in range(0, len(missing), run.at_once):
+            some = missing[start : start + run.at_once]
+            images = to_uint8(run.sample(some, **options(some)))
+            for seed, image in zip(some, images, strict=True):
+                save_png(_png(folder, seed), image)
+            progress.update(len(some))
+    distributed.barrier()
+    if not distributed.is_main():
+        return
+    try:
+        found = _read_given(run.config, "--outdir", [str(_png(folder, seed)) for seed in seeds])
+    except ValueError as error:
+        raise ValueError(f"{error}: remove it, and it is drawn again") from error
+    images = np.stack([*found.values()])
+    labels = options(seeds).get("class_label")
+    labels = run.labels(labels, len(seeds), seeds)
+    arrays = {} if labels is None else {"labels": labels.cpu().numpy()}
+    save_npz(folder / "samples.npz", samples=images, seeds=np.array(seeds), **arrays)
+    columns = None if restored is None else min(len(restored.measurement.value), 20)
+    save_png(folder / "grid.png", image_grid(images[: evaluation.GRID_SAMPLES], columns))
+    log.info(f"{len(seeds)} samples, {there} of which were there: {folder / 'grid.png'}")
+
+
+def _encode(run: Trained, given: dict[str, Picture], folder: Path, settings: dict) -> None:
+    """encoded.npz, latents, bits/dim and the way back of each image; encoded.png, pairs of both."""
+    names, pictures = [*given], np.stack([*given.values()])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+    def encode() -> dict:
+        generator = datasets.keyed_generator("cpu", "dequantisation", 0)
+        continuous = datasets.to_unit_interval(images, generator, dequantize=True)
+        bits = 8 - run.log_likelihood(continuous) / (images[0].numel() * math.log(2))
+        latents = run.encode(datasets.to_unit_interval(images))
+        return {
+            "names": np.array(names),
+            "latents": latents.cpu().numpy(),
+            "bpd": bits.double().cpu().numpy(),
+            "decoded": to_uint8(run.decode(latents)),
+        }
+
+    spec = {"latents": ("f", (len(names), *run.shape)), "bpd": ("f", (len(names),))}
+    spec |= {"decoded": ("u", pictures.shape), "names": ("U", (len(names),))}
+    origin = settings | origin_of_tensors(encoded=images) | {"names": names}
+    origin |= {"divergence": run.config.eval.divergence}
+    found = cached(folder / "encoded.npz", origin, encode, spec)
+    for name, bits in zip(names, found["bpd"], strict=True):
+        log.info(f"{name}: {bits:.4g} bits/dim")
+    columns = min(len(names), 10)
+    strips = []
+    for start in range(0, len(names), columns):
+        pair = [x[start : start + columns] for x in (pictures, found["decoded"])]
+        blank = np.full((columns - len(pair[0]), *pictures.shape[1:]), 128, np.uint8)
+        strips.append(image_grid(np.concatenate([pair[0], blank, pair[1], blank]), columns))
+    save_png(folder / "encoded.png", np.concatenate(strips))
+    change = np.abs(found["decoded"].astype(int) - pictures).max()
+    log.info(f"images and their way back, {change} grey levels apart: {folder / 'encoded.png'}")
+
+
+def _draw_between(run: Trained, ends: dict[str, Picture], folder: Path, settings: dict) -> None:
+    """A film along the arc between the latents of two images."""
+    images = torch.from_numpy(np.stack([*ends.values()])).permute(0, 3, 1, 2)
+
+    def draw() -> dict:
+        latents = run.encode(datasets.to_unit_interval(images))
+        shares = torch.linspace(0, 1, FRAMES, device=latents.device)
+        (arc,) = sampling.spherical_interpolation(latents[:1], latents[1:], shares)
+        return {"frames": to_uint8(run.decode(arc))}
+
+    channels, *sides = run.shape
+    origin = settings | origin_of_tensors(between=images)
+    spec = {"frames": ("u", (FRAMES, *sides, channels))}
+    frames = cached(folder / "between.npz", origin, draw, spec)["frames"]
+    path = folder / f"between.{run.config.sampling.film_format}"
+    save_film(path, [image_grid(frame[None], min_size=FILM_PIXELS) for frame in frames])
+    log.info(f"film between {' and '.join(ends)}: {path}")
 
 
 def _check_division(images: int, accumulate: int = 1) -> None:

@@ -13,10 +13,11 @@ from methods.base import Method, Network, conditioned, noise_like
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring, replacement
 from solvers import SCHEDULES, SOLVERS, Schedule
-from solvers.base import Callback, Counted, FiniteStates, Slope, Watch
+from solvers.base import Callback, Counted, FiniteStates, Slope, Step, Watch
 from solvers.fitted import FINE_STEPS
 from solvers.fixed_steps import Churn, euler
 from solvers.predictor_corrector import predictor_corrector
+from solvers.rk45 import rk45
 
 
 def integrate(
@@ -123,6 +124,72 @@ def watch_times(method: Method, watch: Watch | None) -> Callable[[int, float], o
     )
 
 
+def encode(
+    method: Method,
+    net: Network,
+    x: Tensor,
+    *,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    max_evaluations: int = 10_000,
+    watch: Watch | None = None,
+) -> tuple[Tensor, int]:
+    """Integrates scaled images `x` (B, C, H, W) along the sampling ODE from the data to the prior.
+
+    `solve_ode` leads back. For the arguments and what is raised see there; the solver is `rk45`.
+
+    Returns:
+        The latents (B, C, H, W), and the number of network evaluations.
+    """
+    drift = Counted(partial(method.ode, net), watch_times(method, watch))
+    times = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
+    latents = rk45(drift, x, times, rtol=rtol, atol=atol, max_evaluations=max_evaluations)
+    return latents, drift.calls
+
+
+class States:
+    """A callback of solvers that keeps what a solution passes at falling noise `levels` (k,).
+
+    Between two steps y = x / alpha is taken to be linear in the noise level, as by Euler's method.
+
+    Args:
+        method: whose ODE or SDE is solved.
+        levels: the noise levels, all above 0.
+        timed: the solver tells x at times, and not y at noise levels; see `tells_times`.
+        keep: what is kept of a state y (B, C, H, W).
+    """
+
+    def __init__(
+        self, method: Method, levels: Tensor, timed: bool, keep: Callable[[Tensor], Tensor]
+    ):
+        self.method, self.levels, self.timed, self.keep = method, levels.tolist(), timed, keep
+        self.kept: list[Tensor] = []
+        self.before: tuple[float, Tensor] | None = None
+
+    def __call__(self, step: Step) -> None:
+        level, y = step.level, step.x
+        if self.timed:
+            t = torch.tensor(level, dtype=torch.float64)
+            level, y = self.method.sigma(t).item(), y / self.method.alpha(t).item()
+        self._reach(level, y)
+
+    def end(self, x: Tensor) -> Tensor:
+        """All that was kept, (k + 1, B, ...), the last one of the solution's end `x`."""
+        self._reach(0.0, x)
+        return torch.stack([*self.kept, self.keep(x)])
+
+    def _reach(self, level: float, y: Tensor) -> None:
+        while len(self.kept) < len(self.levels) and self.levels[len(self.kept)] >= level:
+            if self.before is None:
+                state = y
+            else:
+                above, start = self.before
+                share = (above - self.levels[len(self.kept)]) / (above - level)
+                state = start.lerp(y, share)
+            self.kept.append(self.keep(state))
+        self.before = level, y
+
+
 def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
     """Points on the arcs from `start` to `end`, each (n, C, H, W): (n, k, C, H, W).
 
@@ -140,6 +207,8 @@ def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tenso
 
 # --- by name --------------------------------------------------------------------------------------
 
+OUTPUTS = ("seeds", "film", "film_format", "encode", "between")  # keys that change no sample
+MAX_SEEDS = 10**6  # of one command
 FITTED = "fitted"  # sampling.schedule: the levels are made for a network (`solvers.fitted`)
 SNAPSHOT_STEPS = 18  # as many as EDM's sampler takes: 35 evaluations of heun
 
@@ -298,6 +367,41 @@ def _guidance(config, guide: Network | None) -> tuple[float, tuple[float, float]
     return sampling.guidance, (low, high)
 
 
+def seeds_of(text: str) -> list[int]:
+    """The seeds that `sampling.seeds` names, such as "0-63" or "1,2,5-10", each once.
+
+    Raises:
+        ValueError: a range falls, or they are more than `MAX_SEEDS`.
+    """
+    seeds: dict[int, None] = {}
+    for piece in text.split(",") if text else ():
+        first, _, last = piece.partition("-")
+        first, last = int(first), int(last or first)
+        if first > last:
+            raise ValueError(f"sampling.seeds={text:.100}: the range {piece} falls")
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise ValueError(f"sampling.seeds={text:.100} are more than {MAX_SEEDS:,}")
+        seeds |= dict.fromkeys(range(first, last + 1))
+    return [*seeds]
+
+
+def tells_times(config) -> bool:
+    """Whether a callback of the configured sampler is told x at times, not y at noise levels."""
+    asked = config.sampling
+    return asked.method != "ode" or SOLVERS[asked.ode_solver].schedule is None
+
+
+def couples_samples(config) -> bool:
+    """Whether samples that are drawn together depend on each other.
+
+    A solver that chooses its steps has one step size for all of them, and a corrector may have.
+    """
+    asked = config.sampling
+    if asked.method == "ode":
+        return SOLVERS[asked.ode_solver].schedule is None
+    return asked.corrector != "none"
+
+
 def without_fit(config):
     """`config` with the solver's own schedule in place of 'fitted'."""
     config = config.copy_and_resolve_references()
@@ -359,7 +463,8 @@ def get_sampling_fn(
         else the network's). The callback is called before each step (`solvers.base.Step`), `watch`
         before each network evaluation (`solvers.base.Watch`). Class `labels` (num,), int64, are -1
         for none; by default all are `sampling.class_label`. A `schedule` takes the place of
-        `sampling.schedule`, and has to be given where that is 'fitted'. It returns images
+        `sampling.schedule`, and has to be given where that is 'fitted'. With `x`, `generator` may
+        be several, one for each sample, which draw its noise. It returns images
         (num, C, H, W) in [0, 1] and the number of network evaluations, of which one with guidance
         counts once.
 

@@ -129,6 +129,12 @@ class TrainState:
             torch._foreach_copy_(self.ema.shadow_params, self.parameters)
 
     @torch.no_grad()
+    def keep_ema(self) -> nn.Module:
+        """From here on the network, which is returned, has its EMA weights and only evaluates."""
+        torch._foreach_copy_(self.parameters, self.ema.shadow_params)
+        return self.model.eval().requires_grad_(False)
+
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Everything, to go on training; the optimiser's options stay those of the config.
 

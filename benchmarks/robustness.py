@@ -36,8 +36,7 @@ from torch import Tensor, nn
 
 import datasets
 import sampling
-from evaluation import origin_of
-from experiment import Experiment
+from experiment import Experiment, origin_of
 from methods import Method
 from methods.base import noise_like
 from metrics.reference import ReferenceStatistics

@@ -28,9 +28,8 @@ import torch
 from networks import plain
 
 import datasets
-import evaluation
 import sampling
-from experiment import Experiment
+from experiment import Experiment, fit_schedule, origin_of
 from metrics.distances import Gaussian, frechet_distance
 from solvers import SCHEDULES, SOLVERS
 from storage import run_config
@@ -94,9 +93,7 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
 
     net, results, base = run.state.model, {}, np.nan
     with run.with_ema():
-        own = {
-            "fitted": evaluation.fit_schedule(config, run, path, evaluation.origin_of(config, run))
-        }
+        own = {"fitted": fit_schedule(config, run, path, origin_of(config, run))}
         tight = {"rtol": 1e-6, "atol": 1e-6, "noise_removal": True}
         exact, evaluations = sampling.solve_ode(
             run.method, net.double(), prior[:COMPARED].double(), **tight

@@ -314,7 +314,10 @@ KEYS = {
         "Poisson: the prior sample's norm is clipped to it; None: measured from the data",
     ),
     "sampling.class_label": Key(
-        -1, whole(-1, 10**6), "the class of all samples; -1: drawn as those of the training images"
+        -1,
+        whole(-1, 10**6),
+        "the class of all samples; -1: drawn as those of the training images, by --mode sample "
+        "evenly",
     ),
     "sampling.guidance": Key(
         1.0,
@@ -366,6 +369,25 @@ KEYS = {
     ),
     "sampling.restore_resample": Key(
         1, whole(1, 1000), "of 'replacement': times each step is taken, as RePaint does"
+    ),
+    "sampling.seeds": Key(
+        "",
+        Text(r"|\d{1,15}(-\d{1,15})?(,\d{1,15}(-\d{1,15})?)*", "seeds such as 0-63 or 1,2,5-10"),
+        "--mode sample: one sample each; '': 0-63, with encode or between none",
+    ),
+    "sampling.film": Key(
+        False, Flag(), "--mode sample: a film of the first 36 seeds from the prior to the image"
+    ),
+    "sampling.film_format": Key(
+        "webp", OneOf(("webp", "gif", "mp4")), "of films; 'mp4' needs the program ffmpeg"
+    ),
+    "sampling.encode": Key(
+        "",
+        Text(),
+        "--mode sample: an image, or a folder or .zip of them: latents, bits/dim, the way back",
+    ),
+    "sampling.between": Key(
+        "", Text(), "--mode sample: two images A.png,B.png: a film that leads from one to the other"
     ),
     "sampling.precision": Key(
         "fp32",

@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -25,8 +25,16 @@ def spread(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
 
 
-def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise of the shape, device and dtype of `x`."""
+def noise_like(
+    x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """Standard normal noise of the shape, device and dtype of `x` (B, ...).
+
+    Of several generators, one for each row of `x`, each draws its row.
+    """
+    if isinstance(generator, Sequence):
+        rows = zip(x.split(1), generator, strict=True)
+        return torch.cat([noise_like(row, own) for row, own in rows])
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 

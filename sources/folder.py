@@ -83,8 +83,8 @@ def _path(data) -> Path:
     return path
 
 
-def read_images(key: str, name: str, channels: int) -> list[Picture]:
-    """The images of a file, a folder or a .zip, in the order of their names.
+def read_images(key: str, name: str, channels: int) -> dict[str, Picture]:
+    """The images of a file, a folder or a .zip by their names, in the order of these.
 
     `key` is what `name` comes from; `channels` as of `decode_image`. Raises FileNotFoundError where
     there is nothing, ValueError where an image cannot be read.
@@ -93,10 +93,11 @@ def read_images(key: str, name: str, channels: int) -> list[Picture]:
     if not path.exists():
         raise FileNotFoundError(f"{key}={name} does not exist")
     if path.is_file() and _is_image(path.name):
-        return [Files(path.parent, [path.name], partial(open_below, path.parent), channels)[0]]
-    listed = _list(path, key)
-    files = Files(path, listed.names, listed.open, channels)
-    return [files[i] for i in range(len(files))]
+        files = Files(path.parent, [path.name], partial(open_below, path.parent), channels)
+    else:
+        listed = _list(path, key)
+        files = Files(path, listed.names, listed.open, channels)
+    return {name: files[i] for i, name in enumerate(files.names)}
 
 
 # --- image files ----------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import math
 import os
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from configs.keys import flatten, shown
 from configs.schema import EXACT
+from storage import safetensors
 from storage.edm_snapshots import complete_config, read_snapshot
 from storage.files import atomic_write, naming, one_line
 from storage.torch_files import read_state
@@ -24,7 +27,8 @@ from storage.workdir import checkpoint_path, resume_paths
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step")
-SNAPSHOTS = (".pkl", ".pt")  # of EDM and PFGM++
+SHARED = ".safetensors"  # what `--mode export` writes
+SNAPSHOTS = (".pkl", ".pt", SHARED)  # EMA weights alone: of EDM and PFGM++, and our own
 
 
 def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:
@@ -50,12 +54,15 @@ def load_checkpoint(path: Path) -> dict:
     """The dictionary saved at `path`, its tensors on the CPU; see `read_state`.
 
     Of a snapshot of EDM or PFGM++ (.pkl, .pt) it has the EMA weights by their published names as
-    `model`, the `config`, and the number in the file's name as `step`.
+    `model`, the `config`, and the number in the file's name as `step`; of a file of
+    `save_shared` the same, and the step of the training.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
         ValueError: the file is damaged, or not a checkpoint of this program.
     """
+    if path.suffix == SHARED:
+        return _load_shared(path)
     if path.suffix in SNAPSHOTS:
         return _load_snapshot(path)
     try:
@@ -82,6 +89,52 @@ def _load_snapshot(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return {"model": snapshot.weights, "step": _snapshot_number(path), "config": config}
+
+
+def save_shared(path: Path, weights: dict[str, Tensor], config: dict, step: int) -> None:
+    """Writes EMA `weights` by name, a flat `config` and the `step` as one file in safetensors form.
+
+    Raises OSError, which names the path, where it cannot be written.
+    """
+    metadata = {
+        "format": "pt",
+        "config": json.dumps(config),
+        "step": str(step),
+        "data_range": "[-1, 1]" if config["data.centered"] else "[0, 1]",
+    }
+    metadata["checksum"] = _checksum(weights, metadata)
+    with atomic_write(path) as file:
+        safetensors.write(file, weights, metadata)
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the names and bytes of `tensors`."""
+    weights = hashlib.sha256()
+    for name, tensor in tensors.items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return weights.hexdigest()
+
+
+def _checksum(weights: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of all that a shared file says: damage is found, an author's lie is not."""
+    words = [digest(dict(sorted(weights.items()))), *map("=".join, sorted(metadata.items()))]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def _load_shared(path: Path) -> dict:
+    try:
+        with naming(path), open(path, "rb") as file:
+            weights, metadata = safetensors.read(file)
+        step, checksum = metadata.get("step", ""), metadata.pop("checksum", None)
+        if not re.fullmatch(r"[0-9]{1,15}", step) or "config" not in metadata:
+            raise ValueError("its metadata lack the config or the step that --mode export writes")
+        if checksum != _checksum(weights, metadata):
+            raise ValueError("it is damaged: its content differs from its checksum")
+        config = json.loads(metadata["config"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a shared model: {one_line(error)}") from error
+    return {"model": weights, "step": int(step), "config": config}
 
 
 def written_steps(checkpoint: dict, path: Path) -> list[int]:
@@ -165,11 +218,31 @@ def save_to_resume(workdir: Path, state: dict) -> None:
     save_checkpoint(newest, state, previous)
 
 
-def newest_checkpoint(workdir: Path) -> tuple[Path, dict] | None:
+def find_checkpoint(path: Path) -> tuple[Path, dict]:
+    """Path and content of the checkpoint at `path`, a file or a workdir; see `load_checkpoint`.
+
+    Of a workdir it is the newest intact one, else the last of the `snapshots`; no file is touched.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is damaged, or not a checkpoint of this program.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"no checkpoint and no workdir: {path} does not exist")
+        return path, load_checkpoint(path)
+    if found := newest_checkpoint(path, set_aside=False):
+        return found
+    if published := list(snapshots(path).values()):
+        return published[-1], load_checkpoint(published[-1])
+    raise FileNotFoundError(f"no checkpoint in {path}: neither checkpoints-meta/ nor checkpoints/")
+
+
+def newest_checkpoint(workdir: Path, set_aside: bool = True) -> tuple[Path, dict] | None:
     """Path and content of the newest state that is intact; None where there is none at all.
 
     A damaged file is named in a warning, and the one before it is taken; at last the numbered
-    ones. A damaged newest state is set aside, so that it does not become the one before.
+    ones. A damaged newest state is `set_aside`, so that it does not become the one before.
 
     Raises:
         ValueError: there are states, but all of them are damaged.
@@ -185,7 +258,7 @@ def newest_checkpoint(workdir: Path) -> tuple[Path, dict] | None:
             log.warning(f"{error}; looking for the checkpoint before it")
             damaged.append(path)
             continue
-        if newest in damaged:
+        if set_aside and newest in damaged:
             with contextlib.suppress(FileNotFoundError):  # another process of the run has done it
                 os.replace(newest, newest.with_name(f"{newest.name}.damaged"))
         return path, state

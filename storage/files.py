@@ -88,9 +88,9 @@ def save_npz(path: Path, **arrays) -> None:
 
 
 def save_png(path: Path, image: NDArray[np.uint8]) -> None:
-    """Writes `image` (H, W, 3); OSError, which names the path, where it cannot."""
+    """Writes `image` (H, W, 3 or 1); OSError, which names the path, where it cannot."""
     with atomic_write(path) as file:
-        Image.fromarray(image).save(file, format="png")
+        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, format="png")
 
 
 def open_entry(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

@@ -67,14 +67,25 @@ def _restored(path: Path, flat: Any) -> ConfigDict:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load(workdir: Path) -> ConfigDict:
+def of(path: Path, checkpoint: dict) -> ConfigDict:
+    """The config that `checkpoint`, from `path`, carries; ValueError without a valid one."""
+    if "config" not in checkpoint:
+        raise ValueError(f"{path} carries no config: it has to be given")
+    return _restored(path, checkpoint["config"])
+
+
+def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
     """The config of the run in `workdir`, else of the last of the `snapshots` placed there.
 
+    A `checkpoint` of any place comes first, where it carries one.
+
     Raises:
-        OSError: a snapshot cannot be read.
+        OSError: a checkpoint cannot be read.
         ValueError: no file there carries a config, or the one that does is not a valid one.
     """
     try:
+        if checkpoint and "config" in (content := load_checkpoint(checkpoint)):
+            return of(checkpoint, content)
         found = find(workdir)
     except ValueError as error:
         raise ValueError(f"{error}: --config is needed") from None

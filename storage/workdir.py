@@ -9,11 +9,14 @@ checkpoints/*.pkl, *.pt               snapshots of EDM and PFGM++, placed there 
 checkpoints-meta/checkpoint.pth       the newest state, to go on from
 checkpoints-meta/checkpoint.prev.pth  the one before, where the newest is damaged
 samples/iter_{step}/                  pictures along the way
+samples/step_{step}/                  what --mode sample draws, where no --outdir is given
+model.safetensors                     what --mode export writes
 .{eval_folder}.lock, {eval_folder}/   the same for an evaluation
 """
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import socket
@@ -23,9 +26,11 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from storage.files import naming
+from storage.files import atomic_write, naming
 
 log = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"  # of a folder of samples
 
 TRAININGS_OWN = {
     "checkpoints",
@@ -62,6 +67,46 @@ def evaluation_folder(workdir: Path, name: str) -> Path:
     if first.startswith(".") or first in TRAININGS_OWN:
         raise ValueError(f"--eval_folder={name!r} is training's own place; name another, as 'eval'")
     return folder
+
+
+def check_settings(folder: Path, settings: dict) -> bool:
+    """Whether `folder` is known to hold samples of these `settings`, a flat dictionary.
+
+    Raises:
+        ValueError: it holds samples of others, or of what is not known.
+    """
+    path, another = folder / SETTINGS, "name another folder as --outdir"
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if strange := sorted(folder.glob("*.png")):
+            raise ValueError(
+                f"it is not known what {strange[0]} is a sample of: {another}"
+            ) from None
+        return False
+    except (ValueError, RecursionError):
+        found = None
+    if type(found) is not dict:
+        raise ValueError(f"{path} is damaged, so it is not known what is in the folder: {another}")
+    settings = json.loads(_words(settings))
+    keys = sorted(settings.keys() | found.keys())
+    if changed := [key for key in keys if settings.get(key) != found.get(key)]:
+        which = [f"{k}: {found.get(k)!r:.20} -> {settings.get(k)!r:.20}" for k in changed[:3]]
+        others = f" and {len(changed) - 3} more" if changed[3:] else ""
+        raise ValueError(
+            f"{folder} holds samples of other settings ({', '.join(which)}{others}): {another}"
+        )
+    return True
+
+
+def save_settings(folder: Path, settings: dict) -> None:
+    """Writes down of which `settings` the samples in `folder` will be."""
+    with atomic_write(folder / SETTINGS) as file:
+        file.write(_words(settings).encode())
+
+
+def _words(settings: dict) -> str:
+    return json.dumps(settings, indent=1, sort_keys=True, default=str)
 
 
 # --- one writer at a time, and its log ------------------------------------------------------------

@@ -1,0 +1,288 @@
+"""`experiment.load` and what a trained network can be asked, against laws known in closed form."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from known_laws import SDES, VP, gaussian_network, pfgmpp
+from many_lives import small_config
+from test_configs import load as load_config
+
+import run_lib
+from experiment import Experiment, Trained, load
+from sampling import States, encode, seeds_of, solve_ode
+from solvers.base import Step
+from storage.checkpoints import load_checkpoint, save_checkpoint
+
+MEAN, STD = 0.2, 0.25  # of Gaussian data, as a network sees them
+
+
+def exact_edm(**overrides):
+    """The network that is exact for images of independent normal pixels, under EDM."""
+    config = load_config("edm/digits_ddpmpp.py")
+    config.update_from_flattened_dict({"model.nf": 8, "model.sigma_data": 0.5} | overrides)
+    net = gaussian_network(pfgmpp(), MEAN, STD)
+    state = SimpleNamespace(model=net, step=0)
+    return Trained(config, replace(Experiment.build(config), state=state), Path("none"))
+
+
+def random_network(path, **overrides):
+    """A small network that depends on everything it is given, not trained."""
+    config = load_config(path)
+    small = {"model.nf": 8, "model.ch_mult": (1,), "model.attn_resolutions": ()}
+    config.update_from_flattened_dict(small | overrides)
+    experiment = Experiment.build(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in experiment.state.parameters:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    experiment.state.model.eval()
+    return Trained(config, experiment, Path("none"))
+
+
+# --- against closed forms -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Of the exact network's data, in [0, 1]."""
+    scaled = MEAN + STD * torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return ((scaled + 1) / 2).clamp(0, 1)
+
+
+def test_latents_are_those_of_the_linear_flow(images):
+    """x - mean grows as the standard deviation of data with noise; decode leads back."""
+    run = exact_edm()
+    growth = math.sqrt((STD**2 + 80**2) / (STD**2 + 0.002**2))
+    expected = MEAN + growth * (2 * images - 1 - MEAN)
+    latents = run.encode(images)
+    assert (latents - expected).abs().max() < 2e-3 * expected.std()
+    assert (run.decode(latents) - images).abs().max() < 1e-3
+
+
+def test_log_likelihood_is_over_the_unit_interval(images):
+    """That of the prior at the latent, times the flow's stretching: by 2 from [0, 1] to [-1, 1]."""
+    run = exact_edm()
+    growth = math.sqrt((STD**2 + 80**2) / (STD**2 + 0.002**2))
+    latent = (MEAN + growth * (2 * images.double() - 1 - MEAN)).flatten(1)
+    prior = torch.distributions.Normal(0.0, 80.0).log_prob(latent).sum(1)
+    expected = prior + 64 * math.log(2 * growth)
+    assert (run.log_likelihood(images) - expected).abs().max() < 0.2  # nats; 0.005 bits/dim
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.1, 3.0])
+def test_denoised_images_are_posterior_means(images, sigma):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    noisy, mean, variance = images + sigma * noise, (MEAN + 1) / 2, (STD / 2) ** 2
+    expected = (variance * noisy + sigma**2 * mean) / (variance + sigma**2)
+    assert (exact_edm().denoise(noisy, sigma) - expected).abs().max() < 1e-5
+
+
+def test_samples_of_many_seeds_have_the_law_of_the_data():
+    run = exact_edm(**{"sampling.ode_solver": "heun", "sampling.N": 100})
+    scaled = 2 * run.sample(range(200)).flatten(1) - 1
+    pixels = 200 * 64
+    assert abs(scaled.mean() - MEAN) < 5 * STD / math.sqrt(pixels)
+    assert abs(scaled.std() - STD) < 5 * STD / math.sqrt(2 * pixels)
+    assert np.corrcoef(scaled.numpy())[~np.eye(200, dtype=bool)].max() < 0.7
+
+
+def test_encode_and_solve_ode_are_inverse():
+    """Also in float64 and to any accuracy."""
+    x = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    for method in SDES.values():
+        net, fine = gaussian_network(method, MEAN, STD), {"rtol": 1e-9, "atol": 1e-9}
+        latents, evaluations = encode(method, net, x, **fine)
+        back, _ = solve_ode(method, net, latents, **fine)
+        assert evaluations > 10
+        assert (back - x).abs().max() < 1e-6
+
+
+# --- seeds ----------------------------------------------------------------------------------------
+
+# config, what it changes, and the number of seeds
+SAMPLERS = {
+    "heun of a Poisson flow": ("poisson/digits_ddpmpp.py", {}, 32),
+    "heun with churn": ("edm/digits_ddpmpp.py", {"sampling.S_churn": 2.0}, 7),
+    "guidance": (
+        "pfgmpp/digits_ddpmpp.py",
+        {"data.num_classes": 10, "sampling.guidance": 2.0},
+        7,
+    ),
+    "predictor": (
+        "ve/digits_ncsnpp.py",
+        {"sampling.method": "pc", "sampling.corrector": "none", "model.num_scales": 3},
+        7,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sample_depends_on_its_seed_alone(name):
+    path, overrides, n = SAMPLERS[name]
+    steps = {"sampling.ode_solver": "heun", "sampling.N": 3}
+    run, drawn = random_network(path, **steps | overrides), []
+    for run.at_once in (1, 5, 32):
+        drawn.append(run.sample(range(n)))
+    assert max((some - drawn[0]).abs().max() for some in drawn) < 1 / 255
+    differences = (drawn[0][1:] - drawn[0][:-1]).abs().flatten(1).mean(1)
+    assert differences.min() > 0.01
+    assert (run.sample([3, 2**62])[0] - drawn[0][3]).abs().max() < 1 / 255
+
+
+def test_samplers_of_one_step_size_draw_alone():
+    assert random_network("poisson/digits_ddpmpp.py").at_once == 1  # rk45
+    path, overrides, _ = SAMPLERS["predictor"]
+    assert random_network(path, **overrides).at_once > 1
+    assert random_network(path, **overrides | {"sampling.corrector": "langevin"}).at_once == 1
+
+
+def test_seeds():
+    assert seeds_of("0-3") == [0, 1, 2, 3]
+    assert seeds_of("1,2,5-7,6,1") == [1, 2, 5, 6, 7]
+    assert seeds_of("") == []
+    for text, says in {
+        "5-3": "the range 5-3 falls",
+        "0-999999999": "are more than 1,000,000",
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            seeds_of(text)
+
+
+def test_class_labels():
+    run = random_network("vp/digits_ddpmpp.py", **{"data.num_classes": 3})
+    counts = run.labels(None, 3000, range(3000)).bincount(minlength=3)
+    assert (counts - 1000).abs().max() < 5 * math.sqrt(3000 * 2 / 9)
+    assert run.labels(None, 2, [5, 6]).tolist() == run.labels(None, 4, [4, 5, 6, 7])[1:3].tolist()
+    assert run.labels(None, 2).tolist() == [-1, -1]  # of images that are given
+    assert run.labels(2, 2).tolist() == [2, 2]
+    assert run.labels([0, -1], 2).tolist() == [0, -1]
+    for wrong in (3, -2, [0, 3], 1.5, [0, 1, 2]):
+        with pytest.raises(ValueError, match="class_label"):
+            run.labels(wrong, 2)
+    run.config.training.label_dropout = 0.0  # then the network does not know images without
+    with pytest.raises(ValueError, match=r"class_label=-1 .* those from 0 to 2"):
+        run.labels(None, 2)
+    with pytest.raises(ValueError, match=r"class_label=0 is no class .* none"):
+        random_network("vp/digits_ddpmpp.py").labels(0, 2)
+
+
+# --- the way --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_states_between_steps(timed):
+    """y = a + b sigma passes the levels asked for; an SDE's solver tells x = alpha y at times."""
+    a, b = torch.ones(2, 1, 1, 1).double(), torch.arange(2).view(2, 1, 1, 1).double()
+    states = States(VP, torch.tensor([40.0, 12.0, 7.0, 3.0, 0.5]), timed, lambda y: y)
+    for i, sigma in enumerate((40.0, 10.0, 4.0, 0.6)):
+        t = VP.time(torch.tensor(sigma).double())
+        alpha = VP.alpha(t) if timed else 1.0
+        states(Step(i, t.item() if timed else sigma, alpha * (a + b * sigma), None))
+    found = states.end(a)
+    expected = torch.tensor([40.0, 12.0, 7.0, 3.0, 0.5, 0.0]).double()
+    assert found.shape == (6, 2, 1, 1, 1)
+    assert torch.allclose(found.flatten(1), 1 + expected[:, None] * torch.tensor([0.0, 1.0]))
+
+
+def test_a_film_ends_with_the_samples():
+    run = random_network("vp/digits_ddpmpp.py", **{"sampling.ode_solver": "heun", "sampling.N": 4})
+    film = run.film(range(3), frames=7)
+    assert film.shape == (7, 3, 1, 8, 8) and film.dtype == torch.uint8
+    assert torch.equal(film[-1], (run.sample(range(3)) * 255).round().to(torch.uint8))
+    prior = film[0].float().flatten(1)  # normal noise, clipped at one standard deviation
+    assert 100 < prior.mean() < 155 and ((prior == 0) | (prior == 255)).float().mean() > 0.25
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir after a few steps, whose sampler takes few evaluations."""
+    workdir = tmp_path_factory.mktemp("trained")
+    config = small_config(
+        **{"training.n_iters": 12, "sampling.ode_solver": "heun", "sampling.N": 4}
+    )
+    config.sampling.update(rtol=1e-2, atol=1e-2)
+    assert run_lib.train(config, workdir)
+    return workdir
+
+
+def test_the_five_lines_of_the_readme(trained, tmp_path, monkeypatch):
+    page = (Path(run_lib.__file__).parent / "README.md").read_text()
+    (code,) = [c.split("```")[0] for c in page.split("```python\n")[1:] if "import load" in c]
+    assert len([line for line in code.splitlines() if line]) == 5
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["images"].shape == names["latents"].shape == (64, 1, 8, 8)
+    assert (names["images"][5:6] - names["run"].sample([5])).abs().max() < 1 / 255
+    assert names["nats"].shape == (64,)
+
+
+def test_loading_draws_nothing_and_takes_the_ema_weights(trained):
+    state = torch.get_rng_state()
+    run = load(trained, {"sampling.N": 3, "sampling.guidance_interval": [0.0, 1.0]})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert run.config.sampling.N == 3 and run.step == 12
+    saved = load_newest(trained)
+    ema = [*map(torch.Tensor.double, saved["ema"]["shadow_params"])]
+    held = [p.double() for p in run.experiment.state.model.parameters()]
+    assert all(map(torch.equal, ema, held))
+    numbered = load(trained / "checkpoints/checkpoint_10.pth")
+    assert numbered.step == 10
+
+
+def load_newest(workdir):
+    return load_checkpoint(workdir / "checkpoints-meta/checkpoint.pth")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_left_alone(trained, tmp_path):
+    newest = tmp_path / "checkpoints-meta/checkpoint.pth"
+    save_checkpoint(newest.with_name("checkpoint.prev.pth"), load_newest(trained))
+    newest.write_bytes(b"damaged")
+    assert load(tmp_path).path.name == "checkpoint.prev.pth"
+    assert newest.read_bytes() == b"damaged"
+
+
+def test_what_cannot_be_loaded_is_one_line(trained, tmp_path):
+    content = load_newest(trained)
+    del content["config"]
+    save_checkpoint(tmp_path / "old.pth", content)
+    (tmp_path / "empty").mkdir()
+    for path, overrides, error, says in [
+        ("nowhere", {}, FileNotFoundError, "nowhere does not exist"),
+        ("empty", {}, FileNotFoundError, "no checkpoint in .*empty"),
+        ("old.pth", {}, ValueError, "old.pth carries no config"),
+        (trained, {"sampling.schedul": "auto"}, ValueError, 'Did you mean "sampling.schedule"'),
+        (trained, {"sampling.N": 0}, ValueError, "sampling.N must be .*, not 0"),
+        (trained, {"model.nf": 16}, ValueError, "does not fit .* model.nf: 8 -> 16"),
+    ]:
+        with pytest.raises(error, match=says) as raised:
+            load(tmp_path / path, overrides)
+        assert "\n" not in str(raised.value)
+
+
+def test_what_a_network_cannot_be_asked_is_one_line(images):
+    run = exact_edm()
+    for ask, says in [
+        (lambda: run.sample([-1]), "a seed must be a whole number from 0 .*, not -1"),
+        (lambda: run.sample([0.5]), "a seed must be .*, not 0.5"),
+        (lambda: run.encode(images * 255), r"images must be floats in \[0, 1\]; divide"),
+        (lambda: run.encode((images * 255).byte()), r"images must be floats in \[0, 1\]; divide"),
+        (lambda: run.encode(images * math.nan), r"images must be floats in \[0, 1\]"),
+        (lambda: run.encode(images[0]), r"images must be a tensor \(n, 1, 8, 8\), not \(1, 8, 8\)"),
+        (lambda: run.encode(images.numpy()), r"a tensor \(n, 1, 8, 8\), not ndarray"),
+        (lambda: run.decode(images[..., :4]), r"latents must be a tensor .*, not \(5, 1, 8, 4\)"),
+        (lambda: run.denoise(images, 0.0), "sigma must be a noise level from 0.001 to 40, not 0.0"),
+        (lambda: run.encode(images, 3), "class_label=3 is no class of the network: it has none"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            ask()
