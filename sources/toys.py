@@ -1,8 +1,7 @@
 """Distributions in the plane as data: points (a, b) are images of two channels and one pixel.
 
-Each is a mixture of equal Gaussians, so that everything of it is known in closed form: its density,
-also after noise is added, and the probability of each of the 256 x 256 values that a point of two
-bytes has. The train and test images are independent draws from the latter.
+Each is a mixture of equal Gaussians, so that its density is known in closed form, and so is the
+probability of each of the 256 x 256 values that a point of two bytes has. The train and test images are independent draws from the latter.
 """
 
 import math
@@ -28,13 +27,11 @@ class Mixture(NamedTuple):
     centres: Points
     std: float
 
-    def log_density(self, points: Points, noise: float = 0.0) -> NDArray[np.float64]:
-        """Natural log of the density (n,) at `points`, after Gaussian noise of standard deviation
-        `noise` was added."""
-        variance = self.std**2 + noise**2
-        squared = np.square(points[:, None] - self.centres).sum(2)
-        log_sum = np.logaddexp.reduce(-squared / (2 * variance), axis=1)
-        return log_sum - math.log(2 * math.pi * variance * len(self.centres))
+    def density(self, ticks: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The density at all points (a, b) with a and b of `ticks` (n,), as (n, n)."""
+        squared = np.square((ticks[:, None] - self.centres.T[:, None]) / self.std)  # (2, n, K)
+        across, up = np.exp(-squared / 2) / (self.std * math.sqrt(2 * math.pi))
+        return across @ up.T / len(self.centres)
 
     def cells(self) -> NDArray[np.float64]:
         """The probability (256, 256) of each pair of bytes: the mass of its cell.
