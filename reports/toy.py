@@ -40,12 +40,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 # As in page.css.
-PAPER, INK, SOFT, RULE, BLUE, AMBER = "#fdfcfa #1c1e22 #666a72 #e5e1d9 #1f5fa8 #b8520f".split()
+PAPER, INK, SOFT, RULE = "#fdfcfa", "#1c1e22", "#666a72", "#e5e1d9"
+BLUE, AMBER = "#1f5fa8", "#b8520f"
+FAINT = 3.5  # by how much lighter the density is below dots and lines
 DENSITY = LinearSegmentedColormap.from_list("density", [PAPER, "#f3c79b", AMBER])
 
 CHARGES = 2_000  # training points that make the exact lines
 LINES, TRAJECTORIES, STEPS = 160, 24, 60
-FAR, WINDOW = 3.0, 1.6  # radius of the hemisphere where lines start, half side of a plane's picture
+FAR = 3.0  # radius of the hemisphere where lines start
+WINDOW, SHEET = 1.15, 1.5  # half sides of a picture of the plane, and of the plane in space
 TESTED, SAMPLES = 500, 2_000  # points whose bits/dim are told, and that are shown of each method
 AZIMUTH, ELEVATION = math.radians(-28), math.radians(24)  # from where the space (x, z) is seen
 FRAMES, FRAME_MS, HOLD_MS = 48, 80, 1800
@@ -158,7 +161,7 @@ def learned_bits(run: Run, points: Tensor) -> float:
 def _plane(axis, toy: Mixture, title: str, below: str = "", faint: bool = False) -> None:
     """An empty picture of the plane with the density of the data."""
     density = toy.density(np.linspace(-WINDOW, WINDOW, 241)).T  # rows are up
-    most = density.max() * (3.5 if faint else 1.0)
+    most = density.max() * (FAINT if faint else 1)
     extent = (-WINDOW, WINDOW, -WINDOW, WINDOW)
     axis.imshow(density, DENSITY, extent=extent, origin="lower", vmin=0, vmax=most)
     axis.set(xlim=(-WINDOW, WINDOW), ylim=(-WINDOW, WINDOW), xticks=[], yticks=[], aspect="equal")
@@ -168,14 +171,15 @@ def _plane(axis, toy: Mixture, title: str, below: str = "", faint: bool = False)
         spine.set(color=RULE)
 
 
-def _space(axis, toy: Mixture, view: tuple[float, float, float, float]) -> None:
+def _space(axis, toy: Mixture, view: tuple[float, ...], faint: bool = False) -> None:
     """The space (x, z) with the data in the plane z = 0, and nothing else yet."""
-    edge = np.linspace(-WINDOW, WINDOW, 161)
+    edge = np.linspace(-SHEET, SHEET, 161)
     density = toy.density((edge[1:] + edge[:-1]) / 2)
     a, b = np.meshgrid(edge, edge, indexing="ij")
     across, up = np.moveaxis(in_space(np.stack([a, b, 0 * a], -1)), -1, 0)
-    axis.pcolormesh(across, up, density, cmap=DENSITY, vmin=0, rasterized=True, zorder=0)
-    corners = WINDOW * np.array([(-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0), (-1, -1, 0)])
+    most = density.max() * (FAINT if faint else 1)
+    axis.pcolormesh(across, up, density, cmap=DENSITY, vmin=0, vmax=most, zorder=0)
+    corners = SHEET * np.array([(-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0), (-1, -1, 0)])
     axis.plot(*in_space(corners).T, color=SOFT, linewidth=0.8, zorder=1)
     left, right, low, high = view
     axis.set(xlim=(left, right), ylim=(low, high), aspect="equal")
@@ -194,10 +198,10 @@ def draw_page(runs: list[Run], data: Tensor, bits: dict[str, float], path: Path)
     """
     toy = TOYS[runs[0].config.data.dataset]()
     charges = data[:CHARGES]
-    figure = plt.figure(figsize=(11, 11.2), facecolor=PAPER)
+    figure = plt.figure(figsize=(11, 10.6), facecolor=PAPER)
     grid = figure.add_gridspec(
-        3, 12, height_ratios=(1.62, 1, 1), hspace=0.26, wspace=0.6, left=0.03, right=0.97,
-        top=0.955, bottom=0.045,
+        3, 12, height_ratios=(1.62, 1, 1), hspace=0.2, wspace=0.6, left=0.03, right=0.97,
+        top=0.96, bottom=0.035,
     )  # fmt: skip
     lines = field_lines(charges, LINES, FAR)
     _draw_field(figure.add_subplot(grid[0, :7]), figure.add_subplot(grid[0, 7:]), toy, lines)
@@ -208,7 +212,7 @@ def draw_page(runs: list[Run], data: Tensor, bits: dict[str, float], path: Path)
     _draw_words(trajectories[0])
     for run, sampled, followed in zip(runs, samples[1:], trajectories[1:], strict=False):
         method, net = run.experiment.method, run.experiment.state.model
-        _plane(sampled, toy, run.name, f"samples: {bits[run.name]:.2f} bits/dim", faint=True)
+        _plane(sampled, toy, run.name, f"learned: {bits[run.name]:.2f} bits/dim", faint=True)
         generator = datasets.keyed_generator("cpu", "samples", run.config.seed, 0)
         drawn = run.experiment.sample(net, SAMPLES, generator=generator)[0]
         sampled.plot(*run.experiment.scaler(drawn)[:, :, 0, 0].T, ",", color=INK, alpha=0.8)
@@ -235,11 +239,10 @@ def _starts(method: Method, number: int) -> tuple[Tensor, Tensor]:
 
 def _draw_field(space, plane, toy: Mixture, lines: NDArray[np.float64]) -> None:
     """Exact field lines, (N, number, 3), in the space (x, z), and seen from above."""
-    _space(space, toy, (-3.15, 3.15, -1.5, 3.05))
-    seen = lines.copy()
+    _space(space, toy, (-2.75, 2.75, -1.25, 2.85))
     order = np.argsort(math.cos(AZIMUTH) * lines[0, :, 1] - math.sin(AZIMUTH) * lines[0, :, 0])
     for k in order[::-1]:  # from the back
-        line = in_space(seen[:, k])
+        line = in_space(lines[:, k])
         segments = np.stack([line[:-1], line[1:]], 1)
         fade = np.clip(1 - np.linalg.norm(lines[:-1, k], axis=1) / FAR, 0.08, 0.75)
         space.add_collection(LineCollection(segments, colors=BLUE, alpha=fade, linewidths=1.1))
@@ -283,8 +286,8 @@ def draw_film(run: Run, path: Path) -> None:
         states = trajectory(partial(method.slope, net), y, torch.cat([above, shown[1:]]))[19:]
     figure = plt.figure(figsize=(5.6, 4.2), facecolor=PAPER, dpi=100)
     axis = figure.add_axes((0, 0, 1, 1))
-    _space(axis, toy, (-2.8, 2.8, -1.2, 3.0))
-    (dots,) = axis.plot([], [], ".", color=INK, markersize=1.8, alpha=0.7, markeredgewidth=0)
+    _space(axis, toy, (-2.1, 2.1, -1.05, 2.1), faint=True)
+    (dots,) = axis.plot([], [], ".", color=INK, markersize=3, alpha=0.8, markeredgewidth=0)
     frames = []
     for x, z in zip(states, shown.tolist(), strict=True):
         dots.set_data(*in_space(np.concatenate([x, np.full((len(x), 1), z)], 1)).T)

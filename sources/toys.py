@@ -1,7 +1,8 @@
 """Distributions in the plane as data: points (a, b) are images of two channels and one pixel.
 
 Each is a mixture of equal Gaussians, so that its density is known in closed form, and so is the
-probability of each of the 256 x 256 values that a point of two bytes has. The train and test images are independent draws from the latter.
+probability of each of the 256 x 256 values that a point of two bytes has. The train and test images
+are independent draws from the latter.
 """
 
 import math
