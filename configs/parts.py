@@ -93,8 +93,7 @@ def digits(config: ConfigDict) -> None:
 def toy(config: ConfigDict) -> None:
     """Points of the plane, after method and network: seconds on a CPU; a `data.dataset` of TOYS."""
     config.data.update(dataset="heart", image_size=1, num_channels=2, random_flip=False)
-    config.training.update(batch_size=256, n_iters=1000, log_freq=25, eval_freq=250)
-    config.training.update(snapshot_freq_for_preemption=1000, gamma=0.1)
+    config.training.update(batch_size=256, n_iters=800, log_freq=25, eval_freq=200, gamma=0.1)
     config.training.M = 260  # perturbations reach far, so that all of the data is a point there
     config.sampling.update(z_max=17.0, z_min=2e-3, z_exp=0.02, upper_norm=500.0)
     config.sampling.radius = math.sqrt(2)  # in the plane many field lines are nearly flat
