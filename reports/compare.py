@@ -143,8 +143,7 @@ def _row(label: str, cells: Iterable[Sequence[str]], best: int | None = None) ->
 
 
 def _short(group: Sequence[Run]) -> str:
-    others = len(group) - 1
-    return group[0].name + (f" and {others} more" if others else "")
+    return group[0].name + (f" ({len(group)} seeds)" if len(group) > 1 else "")
 
 
 def _over_seeds(values: Sequence[float]) -> list[str]:

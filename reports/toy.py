@@ -49,7 +49,7 @@ CHARGES = 2_000  # training points that make the exact lines
 LINES, TRAJECTORIES, STEPS = 160, 24, 60
 FAR = 3.0  # radius of the hemisphere where lines start
 WINDOW, SHEET = 1.15, 1.5  # half sides of a picture of the plane, and of the plane in space
-TESTED, SAMPLES = 500, 2_000  # points whose bits/dim are told, and that are shown of each method
+TESTED, SAMPLES = 400, 2_000  # points whose bits/dim are told, and that are shown of each method
 AZIMUTH, ELEVATION = math.radians(-28), math.radians(24)  # from where the space (x, z) is seen
 FRAMES, FRAME_MS, HOLD_MS = 48, 80, 1800
 

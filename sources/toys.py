@@ -88,7 +88,7 @@ def checkerboard() -> Mixture:
         column, row = np.floor((a + 0.8) / 0.4), np.floor((b + 0.8) / 0.4)
         return (np.maximum(abs(a), abs(b)) < 0.8) & ((column + row) % 2 == 0)
 
-    return _lattice(black, step=0.02, std=0.02)
+    return _lattice(black, step=0.025, std=0.025)
 
 
 def heart() -> Mixture:
@@ -98,7 +98,7 @@ def heart() -> Mixture:
         a, b = a / 0.7, (b + 0.08) / 0.7
         return (a**2 + b**2 - 1) ** 3 < a**2 * b**3
 
-    return _lattice(inside, step=0.02, std=0.02)
+    return _lattice(inside, step=0.025, std=0.025)
 
 
 def eight_gaussians() -> Mixture:
