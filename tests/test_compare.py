@@ -101,8 +101,8 @@ def test_from_workdirs_to_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", command)
     compare.main()
     assert rows(out.read_text())["optim.lr"] == [("0.001", False), ("0.1", False)]
-    assert "2 runs side by side" in dumped(out, tmp_path)
     monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "none"), "--out", str(out)])
     with pytest.raises(SystemExit):
         compare.main()
     assert "none carries a config" in capsys.readouterr().err
+    assert "2 runs side by side" in dumped(out, tmp_path)
