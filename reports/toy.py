@@ -224,12 +224,9 @@ def draw_page(runs: list[Run], data: Tensor, bits: dict[str, float], path: Path)
             learned = trajectory(partial(method.slope, net), y, levels)
         _lines(followed, learned, INK, linewidths=1)
         followed.plot(*learned[-1].T, ".", color=INK, markersize=5)
-    figure.canvas.draw()
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", facecolor=PAPER)
     plt.close(figure)
-    with atomic_write(path) as file:  # few colours take a third of the bytes
-        palette = picture.quantize(192, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        palette.save(file, format="png", optimize=True)
 
 
 def _starts(method: Method, number: int) -> tuple[Tensor, Tensor]:
