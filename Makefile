@@ -1,20 +1,32 @@
 # Commands for a fresh machine:
 #   make demo   train Poisson flow on handwritten digits and evaluate it (minutes on two cores)
+#   make toy    three methods on points of the plane, and a page on what they do (a minute)
 #   make test   lint, and the whole test suite
 #   make gpu    builds, tests and measures what needs a GPU; a table of it goes into docs/
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKDIR ?= runs/demo
+TOY     ?= heart
+TOYS    ?= runs/toy_$(TOY)
 CONFIG  ?= configs/poisson/digits_ddpmpp.py
 # processes that run the tests, of one thread each; files in their order: the long ones come early
 WORKERS ?= 2
 PIP      = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test gpu lint format clean
+.PHONY: demo toy test gpu lint format clean
 
 demo: $(VENV)/.core
 	$(VENV)/bin/python main.py --config $(CONFIG) --mode train --workdir $(WORKDIR)
 	$(VENV)/bin/python main.py --config $(CONFIG) --mode eval --workdir $(WORKDIR)
+
+# TOY=moons, swiss_roll, checkerboard, heart or eight_gaussians; one thread suits small networks best
+toy: $(VENV)/.core
+	for run in PFGM:poisson PFGM++:pfgmpp VP:vp; do \
+	    OMP_NUM_THREADS=1 $(VENV)/bin/python main.py --mode train --workdir $(TOYS)/$${run%:*} \
+	        --config configs/$${run#*:}/toy_mlp.py --config.data.dataset=$(TOY) || exit; \
+	done
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m reports.toy $(TOYS)/PFGM $(TOYS)/PFGM++ $(TOYS)/VP \
+	    --out $(TOYS)/page.png --film $(TOYS)/film.webp
 
 test: $(VENV)/.all
 	$(VENV)/bin/ruff check .

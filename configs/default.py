@@ -313,6 +313,12 @@ KEYS = {
         LENGTH,
         "Poisson: the prior sample's norm is clipped to it; None: measured from the data",
     ),
+    "sampling.radius": Key(
+        0.0,
+        Number(0, 10**9),
+        "Poisson: no image, scaled, is farther from 0, which bounds how flat a field line can be; "
+        "for data of few dimensions; 0: no bound",
+    ),
     "sampling.class_label": Key(
         -1,
         whole(-1, 10**6),

@@ -90,6 +90,23 @@ def digits(config: ConfigDict) -> None:
     share_of_steps(config, snapshots=4)
 
 
+def toy(config: ConfigDict) -> None:
+    """Points of the plane, after method and network: seconds on a CPU; a `data.dataset` of TOYS."""
+    config.data.update(dataset="heart", image_size=1, num_channels=2, random_flip=False)
+    config.training.update(batch_size=256, n_iters=800, log_freq=25, eval_freq=200, gamma=0.1)
+    config.training.M = 260  # perturbations reach far, so that all of the data is a point there
+    config.sampling.update(z_max=17.0, z_min=2e-3, z_exp=0.02, upper_norm=500.0)
+    config.sampling.radius = math.sqrt(2)  # in the plane many field lines are nearly flat
+    config.optim.lr = 2e-3
+    config.model.update(nf=128, num_res_blocks=3, ema_rate=0.99)
+    config.model.sigma_max = 2.0  # the largest distance of two points
+    config.model.sigma_data = 0.4  # standard deviation of the coordinates
+    config.eval.update(batch_size=1000, num_samples=2000, features="pixels")
+    config.eval.update(enable_loss=True, enable_bpd=True, enable_sampling=True)
+    config.eval.update(bpd_num_repeats=1, divergence="exact")
+    share_of_steps(config, snapshots=1)
+
+
 def images(config: ConfigDict) -> None:
     """The user's own images, small, after method and network: for one small GPU or a patient CPU.
 
@@ -254,6 +271,9 @@ NCSNPP_LARGE = {
 
 # DDPM++ (same paper): NCSN++ without filters, progressive input and Fourier embedding.
 DDPMPP = {"model": {"name": "ncsnpp", "embedding_type": "positional", "fir": False}}
+
+# A few layers without convolutions, for points.
+MLP = {"model": {"name": "mlp"}}
 
 # DDPM++ and NCSN++ as EDM has them (Karras et al., NeurIPS 2022), for CIFAR-10. Published weights
 # need model.augment_dim = 9, and for FFHQ at 64 x 64 ch_mult (1, 2, 2, 2) and dropout 0.05.

@@ -88,6 +88,7 @@ class Poisson(Method):
         z_max, z_min: height of the prior plane, and where sampling stops.
         z_exp: below this height the z entry of the field is inferred from the x entries.
         upper_norm: largest norm of a prior sample.
+        radius: of a ball around 0 that has all data, if it is known; 0 if not.
     """
 
     sigma_end: float
@@ -99,6 +100,7 @@ class Poisson(Method):
     z_min: float
     z_exp: float
     upper_norm: float
+    radius: float = 0.0
 
     extra_channels = 1
     uses_reference_batch = True
@@ -108,7 +110,7 @@ class Poisson(Method):
     def from_config(cls, config):
         training, sampling = config.training, config.sampling
         numbers = {k: training[k] for k in ("tau", "M", "restrict_M", "gamma")}
-        numbers |= {k: sampling[k] for k in ("z_max", "z_min", "z_exp", "upper_norm")}
+        numbers |= {k: sampling[k] for k in ("z_max", "z_min", "z_exp", "upper_norm", "radius")}
         if None in numbers.values():
             raise ValueError(
                 "training.M, sampling.z_max and sampling.upper_norm are not all set: training "
@@ -189,6 +191,10 @@ class Poisson(Method):
 
         Near the plane the small v_z is hard to learn; below `z_exp` it follows from the length of
         v_x, which fixes the distance rho to the charges (appendix B.2.3 of the paper).
+
+        The field points to (E[y | x, z], 0), so that with data within `radius` of 0 its z entry is
+        at least z / (||x|| + radius) of the length of v_x. In few dimensions, where many lines are
+        nearly flat, the predicted v_z would otherwise change its sign.
         """
         z = torch.as_tensor(sigma, dtype=y.dtype).to(y.device, non_blocking=True)
         v_x, v_z = self.field(net, y, z.expand(len(y)))
@@ -196,7 +202,11 @@ class Poisson(Method):
         a = (v_x.flatten(1).norm(dim=1) / sqrt_dim).clamp(max=1 - 1e-5)
         rho = torch.hypot(self.gamma * a / (1 - a), z)
         v_z = torch.where(z < self.z_exp, -sqrt_dim * z / (rho + self.gamma), v_z)
-        return v_x / spread(v_z + 1e-5, y)
+        v_z = v_z + 1e-5
+        if self.radius:
+            flattest = z / (y.flatten(1).norm(dim=1) + self.radius)
+            v_z = torch.minimum(v_z, -flattest * v_x.flatten(1).norm(dim=1))
+        return v_x / spread(v_z, y)
 
     def ode(self, net, x, t):
         """dx/dt = z dx/dz with t = log z."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from configs.keys import named
 from methods import method_class
 from models.edm import ADM, EDMUNet
+from models.mlp import MLP
 from models.ncsn import RefineNet
 from models.ncsnpp import DDPM, NCSNpp
 from models.published import load_reference_state_dict, reference_names
@@ -25,6 +26,7 @@ NETWORKS: dict[str, Callable[[ConfigDict, int], nn.Module]] = {
     "ncsnv2_64": partial(RefineNet.from_config, layout="64"),
     "ncsnv2_128": partial(RefineNet.from_config, layout="128"),
     "ncsnv2_256": partial(RefineNet.from_config, layout="256"),
+    "mlp": MLP.from_config,
 }
 
 

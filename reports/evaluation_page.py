@@ -56,7 +56,7 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
             except ValueError as error:
                 log.warning(f"{error}; it is not used")
     pictures = [
-        Picture(title, caption, _page_png(path))
+        Picture(title, caption, page_png(path))
         for name, (title, caption) in PICTURES.items()
         if (path := folder / f"{name}_{k}.png").exists()
     ]
@@ -99,7 +99,7 @@ def read_report(path: Path) -> dict[str, NDArray]:
     return check_arrays(path, found, spec, finite=False)
 
 
-def _page_png(path: Path) -> bytes:
+def page_png(path: Path) -> bytes:
     """The picture at `path`, made smaller where it is larger than a page shows."""
     with Image.open(path) as image:
         image.thumbnail((PAGE_PIXELS, PAGE_PIXELS))

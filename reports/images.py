@@ -26,7 +26,10 @@ def image_grid(
     """One picture (H', W', 3) of `images`, row by row, in a near-square grid or in `columns`.
 
     Images smaller than `min_size` are enlarged by a whole factor; `gap` pixels lie between them.
+    Points of the plane, images (1, 1, 2), are dots of one square picture instead.
     """
+    if images.shape[1:] == (1, 1, 2):
+        return _dots(images[:, 0, 0])
     n, height, width, _ = images.shape
     factor = max(1, math.ceil(min_size / min(height, width)))
     columns = columns or math.ceil(math.sqrt(n))
@@ -37,3 +40,10 @@ def image_grid(
     grid = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
     grid = grid.reshape(rows * height, columns * width, 3)
     return np.pad(grid, ((0, gap), (0, gap), (0, 0)), constant_values=128)
+
+
+def _dots(points: NDArray[np.uint8], side: int = 2) -> Images:
+    """The `points` (n, 2), across and up, as black squares of `side` pixels, (H', W', 3)."""
+    picture = np.full((256, 256, 3), 255, np.uint8)
+    picture[255 - points[:, 1], points[:, 0]] = 0
+    return picture.repeat(side, axis=0).repeat(side, axis=1)

@@ -46,33 +46,34 @@ def render(
     loss)]} of training, and `config` has every setting, in nested mappings.
     """
     report = reports[shown]
-    figures = []
-    for p in pictures:
-        data = base64.b64encode(p.png).decode("ascii")
-        image = f'<img alt="{escape(p.title)}" src="data:image/png;base64,{data}">'
-        figures.append(_figure(image, p.title, p.caption))
+    figures = [picture_html(p) for p in pictures]
     if loss := loss_plot(curves):
         caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
-        figures.append(_figure(loss, "Loss", caption))
+        figures.append(figure(loss, "Loss", caption))
     bits = np.asarray(report.get("bpd_images", ()))
     bits = bits[drawable(bits)]
     if len(bits):
         caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
-        figures.append(_figure(histogram(bits, "bits/dim"), "Likelihood", caption))
+        figures.append(figure(histogram(bits, "bits/dim"), "Likelihood", caption))
     numbered = "".join(f.replace("<b>", f"<b>Figure {i}. ", 1) for i, f in enumerate(figures, 1))
     body = [
         f"<header><h1>{escape(title)}</h1><dl class=facts>{_pairs(facts)}</dl></header>",
         _cards(report),
-        _section("Checkpoints", _table(reports, shown) + _trends(reports)),
-        _section("Figures", f"<div class=figures>{numbered}</div>"),
-        _section("Cost", _cost(report)),
-        _section("Settings", _settings(config)),
+        section("Checkpoints", _table(reports, shown) + _trends(reports)),
+        section("Figures", f"<div class=figures>{numbered}</div>"),
+        section("Cost", _cost(report)),
+        section("Settings", _settings(config)),
     ]
+    return document(title, "".join(body))
+
+
+def document(title: str, body: str) -> str:
+    """A page that needs no other file: `body` is HTML, the `title` is escaped."""
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>\n{STYLE}</style></head>\n"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -83,12 +84,12 @@ def _pairs(pairs: Mapping) -> str:
     )
 
 
-def _html_table(names: Sequence[str], rows: Sequence[str]) -> str:
+def html_table(names: Sequence[str], rows: Sequence[str]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>\n" if content else ""
 
 
@@ -141,7 +142,7 @@ def _table(reports: Mapping[int, Report], shown: int) -> str:
             value = number(report[key]) if key in report else ""
             cells.append(f"<td{' class=best' if best.get(key) == k else ''}>{value}</td>")
         rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
-    table = _html_table(("checkpoint", "step", "samples", *names), rows)
+    table = html_table(("checkpoint", "step", "samples", *names), rows)
     return f"<div class=wide>{table}</div>"
 
 
@@ -180,7 +181,7 @@ def _cost(report: Report) -> str:
         cells = "".join(f"<td>{number(round(float(v), 1))}</td>" for v in values)
         lines.append(f"<tr><td>{what}</td>{cells}</tr>")
     names = ("", "images", "network evaluations", "seconds")
-    table = _html_table(names, lines) if rows else ""
+    table = html_table(names, lines) if rows else ""
     seconds = number(round(float(report["seconds"]), 1))
     return (
         f"<div class=wide>{table}</div><p class=note>{seconds} seconds for this checkpoint since "
@@ -199,6 +200,13 @@ def _settings(config: Mapping) -> str:
     return "".join(lists)
 
 
-def _figure(content: str, title: str, caption: str) -> str:
+def picture_html(picture: Picture) -> str:
+    """A figure that holds the PNG itself."""
+    data = base64.b64encode(picture.png).decode("ascii")
+    image = f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
+    return figure(image, picture.title, picture.caption)
+
+
+def figure(content: str, title: str, caption: str) -> str:
     words = f"<figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption>"
     return f"<figure>{content}{words}</figure>"

@@ -17,6 +17,7 @@ LARGE, SMALL = (520, 260), (300, 190)  # width and height of a plot, in its own 
 MARGIN = (58, 14, 14, 36)  # left, right, top, bottom: where the axes' numbers are
 MOST_POINTS = 400  # of a curve; more are averaged
 MOST_COLUMNS = 40  # of a histogram
+COLOURS = 6  # classes c0, c1, ... of page.css for curves of several runs
 
 
 def number(value: float) -> str:
@@ -160,3 +161,23 @@ def histogram(values: NDArray, name: str) -> str:
     marks += f'<path class=mean d="M{x(mean):.1f},{y.start}V{y.end}"/>'
     marks += f'<text class=mean x="{x(mean) + 6:.1f}" y="{y.end + 10}">mean {number(mean)}</text>'
     return _frame(LARGE, x, y, f"histogram of {name}", marks)
+
+
+def several(curves: Sequence[tuple[int, Points]], name: str) -> str:
+    """Curves over each other, each with the number k of its colour, class c{k} of the page's style.
+
+    Of many points means of neighbours are drawn. "" where there is no point.
+    """
+    kept = [(k, [p for p in points if drawable(p[1])]) for k, points in curves]
+    every = [point for _, points in kept for point in points]
+    if not every:
+        return ""
+    values = [value for _, value in every]
+    logarithmic = min(values) > 0 and max(values) > 8 * min(values)
+    x, y = _axes(LARGE, [step for step, _ in every], values, logarithmic)
+    marks = ""
+    for k, points in kept:
+        if points:
+            places = [(x(step), y(mean)) for step, mean, *_ in _binned(points)]
+            marks += f'<path class="line c{k % COLOURS}" d="{_path(places)}"/>'
+    return _frame(LARGE, x, y, name, marks)

@@ -12,7 +12,7 @@ A new kind of data is a function `(data, split) -> Source` and an entry here: `d
 from collections.abc import Callable
 from functools import partial
 
-from sources import digits, folder, images, prepared, stylegan
+from sources import digits, folder, images, prepared, stylegan, toys
 from sources.base import Source
 
 _prepared = prepared.open_prepared
@@ -28,4 +28,5 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "celebahq_256": stylegan.open_faces,
     "ffhq": stylegan.open_faces,
     "ffhq_256": stylegan.open_faces,
+    **{toy: partial(toys.open_toy, toy=toy) for toy in toys.TOYS},
 }

@@ -33,7 +33,8 @@ FAMILY = [
     for name in ("cifar10_ddpmpp", "cifar10_ncsnpp", "ffhq64_ddpmpp")
 ]
 FAMILY += ["edm/imagenet64_adm.py"]
-EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY]
+TOYS = [f"{method}/toy_mlp.py" for method in ("pfgmpp", "poisson", "vp")]
+EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *TOYS]
 
 
 def load(path: str):

@@ -66,7 +66,7 @@ def test_source():
 def test_network(default):
     run("A network")
     config = default.get_config()
-    config.model.name = "mlp"
+    config.model.name = "two_layers"
     net, method = models.create_model(config), methods.get_method(config)
     loss = get_loss_fn(config, method)(net, torch.rand(96, 1, 8, 8))
     loss.backward()
