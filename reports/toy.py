@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 import datasets
+import experiment
 import likelihood
 from experiment import Experiment
 from methods.base import Method
@@ -32,8 +33,6 @@ from solvers import SCHEDULES
 from solvers.base import Slope
 from solvers.fixed_steps import heun
 from sources.toys import TOYS, Mixture
-from storage import run_config
-from storage.checkpoints import fit, load_checkpoint
 from storage.files import atomic_write
 
 matplotlib.use("Agg")
@@ -68,20 +67,13 @@ def load(workdir: Path) -> Run:
     """The run in `workdir`, its network with the EMA weights.
 
     Raises:
-        ValueError: there is none, or its data are no toy.
+        OSError, ValueError: there is none (see `experiment.load`), or its data are no toy.
     """
-    found = run_config.find(workdir)
-    if found is None or found[0].suffix != ".pth":
-        raise ValueError(f"there is no trained run in {workdir}")
-    path, config = found
-    if config.data.dataset not in TOYS:
-        raise ValueError(f"{workdir} is of {config.data.dataset}; known toys: {', '.join(TOYS)}")
-    run = Experiment.build(config)
-    fit(run.state.load_network, load_checkpoint(path), path)
-    with torch.no_grad():
-        torch._foreach_copy_(run.state.parameters, run.state.ema.shadow_params)
-    run.state.model.eval()
-    return Run(workdir.name, config, run)
+    trained = experiment.load(workdir)
+    name = trained.config.data.dataset
+    if name not in TOYS:
+        raise ValueError(f"{workdir} is of {name}; known toys: {', '.join(TOYS)}")
+    return Run(workdir.name, trained.config, trained.experiment)
 
 
 # --- lines ----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from known_laws import time_of
 from test_seams import REGISTRIES
 
 import datasets
@@ -140,8 +141,12 @@ def test_restorer():
     measurement = restoration.Measurement(operator, value)
     method = methods.get_method(config)
     sample = sampling.get_sampling_fn(config, method, measurement=measurement)
+
+    def net(x, label):  # whose denoised image is grey
+        return x / method.kernel(time_of(method, label))[1].view(-1, 1, 1, 1)
+
     images, _ = sample(
-        lambda x, label: 0.9 * x,
+        net,
         num=3,
         generator=torch.Generator().manual_seed(0),
         callback=seen.append,

@@ -187,4 +187,4 @@ def test_page_and_film(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*command[:1], str(tmp_path), *command[2:]])
     with pytest.raises(SystemExit):
         page.main()
-    assert "there is no trained run in" in capsys.readouterr().err
+    assert "no checkpoint in" in capsys.readouterr().err
