@@ -4,6 +4,8 @@ Each result is a file that says what it was computed from, so an evaluation that
 continues from its files, and several processes can share the work.
 """
 
+import hashlib
+import json
 import logging
 import math
 import re
@@ -26,7 +28,7 @@ from methods.restoration import RESTORE, Measurement, get_operator
 from metrics import distances
 from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, fingerprint
-from metrics.table import Comparison, compare
+from metrics.table import OF_HALVES, Comparison, compare, compare_halves
 from models.ema import rebuilding_weights
 from reports.images import Images, channels_last, image_grid, to_uint8
 from solvers.base import TooManyEvaluations
@@ -310,6 +312,7 @@ def evaluate_samples(
         "nonfinite": wanted - len(features),
         "nfe": np.mean([drawn["nfe"] for drawn in rounds if len(drawn["pool_3"])] or [math.nan]),
         "sampling_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
+        "sampling": json.dumps(config.sampling.to_dict(), sort_keys=True),
     }
     if found["nonfinite"]:
         log.warning(f"{found['nonfinite']} of {wanted} samples are not finite and do not count")
@@ -326,12 +329,26 @@ def evaluate_samples(
         _labels_of(rounds) if config.data.num_classes else None,
         statistics.labels,
     )
-    found |= compare(comparison)
+    found |= compare(comparison) | _halves(comparison, folder)
     first = np.arange(min(GRID_SAMPLES, len(features)))
     _save_grid(folder / f"ode_images_{k}.png", _samples_at(rounds, first))
     if statistics.data is not None:
+        index = torch.from_numpy(statistics.reference.index[: len(first)])
+        _save_grid(folder / f"data_images_{k}.png", channels_last(statistics.data[index]))
         _draw_nearest(comparison, statistics.data, rounds, folder / f"nearest_{k}.png")
     return found
+
+
+def _halves(comparison: Comparison, folder: Path) -> dict:
+    """What `compare_halves` finds, kept in the folder, as it is the same for every checkpoint."""
+    features = comparison.reference.features
+    if features is None or len(features) <= 2 * distances.NEIGHBOURS + 1:
+        return {}
+    origin = {"data": hashlib.sha256(features.tobytes()).hexdigest()}
+    origin |= {"samples": len(comparison.features), "entries": OF_HALVES}
+    path, spec = folder / "data_halves.npz", dict.fromkeys(OF_HALVES, ("iuf", ()))
+    found = cached(path, origin, partial(compare_halves, comparison), spec)
+    return {name: found[name] for name in OF_HALVES}
 
 
 def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> list[dict]:

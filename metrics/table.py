@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from metrics import classifier, distances
-from metrics.distances import KERNEL_BLOCK, NEIGHBOURS, OURS, Backend
+from metrics.distances import KERNEL_BLOCK, NEIGHBOURS, OURS, Backend, Gaussian
 from metrics.reference import Reference
 
 QUERIED = 5_000  # training images whose own nearest neighbours are looked for
@@ -55,7 +55,8 @@ class Metric:
 
     `compute` gives None where what it needs is missing; without it the number is not computed from
     samples, but over the split `eval.dataset`. `of_data` is the same for training images in place
-    of samples, for comparison; the report has it as {key}_data.
+    of samples, for comparison; the report has it as {key}_data. So it has what `compare_halves`
+    finds, where `halves` asks for it.
     """
 
     label: str
@@ -65,6 +66,7 @@ class Metric:
     of_data: Callable[[Comparison], float | None] | None = None
     names_space: bool = False  # whether the label is followed by the feature space
     labels: Mapping[str, str] = field(default_factory=dict)  # other names, by feature space
+    halves: bool = False  # whether it is also computed for two halves of the data
 
     def label_in(self, space: str) -> str:
         """The label where `space` is the feature space, "" where there is none."""
@@ -129,12 +131,18 @@ _NEAREST = "median distance of a training image to its nearest other one"
 # Key in report_{k}.npz -> the metric, in the order in which they are shown.
 METRICS: dict[str, Metric] = {
     "fid": Metric(
-        "Fréchet distance", -1, "of Gaussian fits to the features", _frechet, None, True, _FID
+        "Fréchet distance",
+        -1,
+        "of Gaussian fits to the features",
+        _frechet,
+        names_space=True,
+        labels=_FID,
+        halves=True,
     ),
-    "kid": Metric("Kernel distance", -1, _KID, _kernel, names_space=True),
+    "kid": Metric("Kernel distance", -1, _KID, _kernel, names_space=True, halves=True),
     "IS": Metric("Inception Score", 1, "over all samples, without splits", _inception_score),
-    "precision": Metric("Precision", 1, _PRECISION, lambda c: c.precision_recall[0]),
-    "recall": Metric("Recall", 1, _RECALL, lambda c: c.precision_recall[1]),
+    "precision": Metric("Precision", 1, _PRECISION, lambda c: c.precision_recall[0], halves=True),
+    "recall": Metric("Recall", 1, _RECALL, lambda c: c.precision_recall[1], halves=True),
     "agreement": Metric("Agreement with the labels", 1, _AGREEMENT, _agreement, _agreement_of_data),
     "bpd": Metric("Bits/dim", -1, "negative log-likelihood"),
     "loss": Metric("Loss", -1, "over the evaluated split"),
@@ -151,3 +159,23 @@ def compare(comparison: Comparison) -> dict[str, float]:
             if compute is not None and (value := compute(comparison)) is not None:
                 found[name] = value
     return found
+
+
+# What `compare_halves` gives.
+OF_HALVES = (*(f"{key}_data" for key, m in METRICS.items() if m.halves), "half_first", "half_other")
+
+
+def compare_halves(c: Comparison) -> dict[str, float]:
+    """What a perfect model would reach: images of the data compared with other ones.
+
+    A random half of the features of the reference, at most as many as there are samples, takes the
+    place of these, and the other half that of the data; each is of more than `NEIGHBOURS`. Of the
+    `OF_HALVES`, half_first and half_other are how many images were compared.
+    """
+    real = c.reference.features
+    first, other = np.array_split(real[np.random.default_rng(0).permutation(len(real))], 2)
+    first = first[: len(c.features)]
+    reference = Reference(Gaussian.fit(other), other, complete=True)
+    halves = Comparison(first, None, reference, c.backend, c.device)
+    values = {f"{key}_data": m.compute(halves) for key, m in METRICS.items() if m.halves}
+    return values | {"half_first": len(first), "half_other": len(other)}

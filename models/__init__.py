@@ -14,7 +14,13 @@ from models.ncsn import RefineNet
 from models.ncsnpp import DDPM, NCSNpp
 from models.published import load_reference_state_dict, reference_names
 
-__all__ = ["NETWORKS", "create_model", "load_reference_state_dict", "reference_names"]
+__all__ = [
+    "NETWORKS",
+    "create_model",
+    "load_reference_state_dict",
+    "paper_name",
+    "reference_names",
+]
 
 # model.name -> what builds it: (config, number of channels it gives) -> network.
 NETWORKS: dict[str, Callable[[ConfigDict, int], nn.Module]] = {
@@ -27,6 +33,17 @@ NETWORKS: dict[str, Callable[[ConfigDict, int], nn.Module]] = {
     "ncsnv2_128": partial(RefineNet.from_config, layout="128"),
     "ncsnv2_256": partial(RefineNet.from_config, layout="256"),
     "mlp": MLP.from_config,
+}
+
+# model.name -> what papers call it, without and with the filter `model.fir`, which tells two apart.
+PAPER_NAMES = {
+    "ncsnpp": ("DDPM++", "NCSN++"),
+    "edm_unet": ("DDPM++", "NCSN++"),
+    "ddpm": ("DDPM",),
+    "adm": ("ADM",),
+    "ncsn": ("NCSN",),
+    **dict.fromkeys(("ncsnv2_64", "ncsnv2_128", "ncsnv2_256"), ("NCSNv2",)),
+    "mlp": ("MLP",),
 }
 
 
@@ -57,3 +74,9 @@ def create_model(config: ConfigDict) -> nn.Module:
 
 def _field(network: nn.Module, inputs: tuple, output: Tensor) -> tuple[Tensor, Tensor]:
     return output[:, :-1], output[:, -1].mean(dim=(1, 2))
+
+
+def paper_name(config: ConfigDict) -> str:
+    """What papers call the network of `config`; its `model.name` where that is not known."""
+    names = PAPER_NAMES.get(config.model.name, (config.model.name,))
+    return names[-1 if config.model.fir else 0]

@@ -77,7 +77,7 @@ def compare_page(runs: Sequence[Run]) -> str:
     losses = []
     for tag, title in (("loss/train", "Training loss"), ("loss/test", "Held-out loss")):
         curves = [(k, run.curves.get(tag, ())) for k, group in enumerate(groups) for run in group]
-        if plot := several(curves, f"{title} over steps"):
+        if plot := several(curves, ("step", "loss")):
             losses.append(figure(plot, title, "Over steps; of many steps means of neighbours."))
     shown = [_samples(group) for group in groups if any(run.picture is not None for run in group)]
     key = "".join(f"<span>{_key(k)}{_names(group)}</span>" for k, group in enumerate(groups))

@@ -1,27 +1,43 @@
 """report.html: gathers from the files of a run what the page of an evaluation shows."""
 
 import io
+import json
 import logging
+import shlex
+import subprocess
+import sys
 import time
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from experiment import Experiment
 from metrics.reference import data_name
 from metrics.table import METRICS
+from models import paper_name
 from reports.page import Picture, render
+from reports.plots import number
 from storage.files import atomic_write, check_arrays, read_arrays
-from storage.tensorboard import read_scalars
+from storage.tensorboard import read_scalars, seconds_of_training
 
 log = logging.getLogger(__name__)
 
 PAGE_PIXELS = 1400  # side of the largest picture in report.html
+FILM_BYTES = 2**22  # of the largest film in it
+
+# Of reports whose distances are compared, what has to be the same; and the settings of sampling
+# that decide how many evaluations a sample takes.
+SAME = ("step", "ema_std", "features", "num_samples")
+COSTS = ("N", "rtol", "atol", "max_evaluations")
 
 # Below {eval_folder}/, {file}_{k}.png: title and caption on the page.
 PICTURES = {
     "ode_images": ("Samples", "The first of those drawn, none chosen."),
+    "data_images": ("Training images", "As many, at random."),
     "nearest": (
         "Nearest training images",
         "Samples, and below each the training image nearest to its features. Upper pair of rows: "
@@ -49,53 +65,157 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
     """report.html: the numbers of all checkpoints in the folder, the pictures of number k."""
     reports = {k: read_report(folder / f"report_{k}.npz")}
     for path in folder.glob("report_*.npz"):
-        number = path.stem.removeprefix("report_")
-        if number.isdecimal() and int(number) != k:
-            try:
-                reports[int(number)] = read_report(path)
-            except ValueError as error:
-                log.warning(f"{error}; it is not used")
+        other = path.stem.removeprefix("report_")
+        if other.isdecimal() and int(other) != k and (found := _readable(path)):
+            reports[int(other)] = found
     pictures = [
         Picture(title, caption, page_png(path))
         for name, (title, caption) in PICTURES.items()
         if (path := folder / f"{name}_{k}.png").exists()
     ]
-    scalars = read_scalars(workdir / "tensorboard")
+    pictures += _film(folder, workdir, run.state.step)
+    board = workdir / "tensorboard"
+    scalars, trained = read_scalars(board), seconds_of_training(board, run.state.step)
     parameters = sum(p.numel() for p in run.state.parameters)
     size, channels = config.data.image_size, config.data.num_channels
+    optim, asked, nfe = config.optim, config.sampling, reports[k].get("nfe")
     facts = {
         "method": type(run.method).__name__,
-        "network": f"{config.model.name}, {parameters:,} parameters",
+        "network": f"{paper_name(config)}, {parameters:,} parameters",
         "data": f"{data_name(config)}, {size} × {size}, {'grey' if channels == 1 else 'colour'}",
         "checkpoint": f"step {run.state.step:,}, EMA weights",
-        "sampler": f"{config.sampling.method}, {config.sampling.get('ode_solver', '')}",
+        "training time": duration(trained),
+        "learning rate": f"{optim.lr:g}, {optim.warmup:,} steps of warm-up"
+        + (f", {optim.cooldown:,} of cooldown" if optim.cooldown else ""),
+        "sampler": (asked.ode_solver if asked.method == "ode" else asked.method)
+        + ("" if nfe is None else f", {number(nfe)} evaluations"),
+        "device": _device(run.device),
+        "commit": _commit(),
         "evaluated": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(sys.orig_argv),
+    }
+    drawn = sorted(folder.glob(f"ckpt_{k}/samples_*.npz"), key=lambda path: (len(path.name), path))
+    files = {
+        "numbers of this one": [folder / f"report_{k}.npz"],
+        "samples, uint8 (n, H, W, C)": drawn,
+        "pictures, whole": [
+            path for name in PICTURES if (path := folder / f"{name}_{k}.png").exists()
+        ],
     }
     page = render(
         title=f"{workdir.resolve().name}: evaluation",
-        facts=facts,
+        facts={name: fact for name, fact in facts.items() if fact},
         reports=dict(sorted(reports.items())),
         shown=k,
         curves={name: scalars.get(f"loss/{name}", []) for name in ("train", "test")},
         pictures=pictures,
         config=config.to_dict(),
+        by_evaluations=by_evaluations(folder, k, reports[k]),
+        files={
+            what: [path.relative_to(folder).as_posix() for path in paths]
+            for what, paths in files.items()
+            if paths
+        },
     )
     with atomic_write(folder / "report.html") as file:
         file.write(page.encode())
 
 
+def _readable(path: Path) -> dict[str, NDArray] | None:
+    """The report at `path`; None, and a warning, where it is damaged."""
+    try:
+        return read_report(path)
+    except ValueError as error:
+        log.warning(f"{error}; it is not used")
+        return None
+
+
+def by_evaluations(folder: Path, k: int, shown: Mapping) -> dict[str, list[tuple[float, float]]]:
+    """{what tells samplers apart: [(evaluations, Frechet distance)]} of the weights `shown`.
+
+    From the reports on checkpoint `k` in `folder` and those beside it that have as many samples and
+    the same features. Samplers that differ in their `COSTS` only make one curve.
+    """
+    found = []
+    for path in sorted(folder.parent.glob(f"*/report_{k}.npz")):
+        report = shown if path.parent == folder else _readable(path) or {}
+        if {"fid", "sampling"} <= report.keys() and all(
+            report.get(name) == shown.get(name) for name in SAME
+        ):
+            point = float(report["nfe"]), float(report["fid"])
+            found.append((_settings(str(report["sampling"])), point))
+    curves = defaultdict(list)
+    for settings, point in found:
+        differ = [n for n, v in settings.items() if any(s.get(n) != v for s, _ in found)]
+        name = ", ".join(f"{n}={settings[n]}" for n in differ) or settings.get("ode_solver", "")
+        curves[name].append(point)
+    return {name: sorted(points) for name, points in curves.items()}
+
+
+def _settings(text: str) -> dict:
+    """Those of config.sampling but `COSTS`, from JSON; {} where it is something else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    found = found if isinstance(found, dict) else {}
+    return {name: value for name, value in found.items() if name not in COSTS}
+
+
+def _film(folder: Path, workdir: Path, step: int) -> list[Picture]:
+    """A film of this step that lies in one of the folders, if it is not too large for a page."""
+    for place in (folder, workdir, workdir / "samples" / f"step_{step}"):
+        for kind in ("webp", "gif"):
+            path = place / f"film.{kind}"
+            if path.exists() and path.stat().st_size <= FILM_BYTES:
+                caption = f"From the prior to images: {path.name}."
+                return [Picture("Film", caption, path.read_bytes(), kind)]
+    return []
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units; "" for none, or one beyond all measure."""
+    if not 0 < seconds < 1e9:
+        return ""
+    rest, words = round(seconds), []
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, rest = divmod(rest, unit)
+        words += [f"{count} {name}"] * (count > 0)
+    return " ".join(words[:2]) or "< 1 s"
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return str(device)
+
+
+def _commit() -> str:
+    """The commit of this program, marked where files differ from it; "" where it has none."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
 def read_report(path: Path) -> dict[str, NDArray]:
     """The arrays of a report that a page shows; ValueError, in one line, where they do not fit."""
-    found, number = read_arrays(path), ("iuf", ())
+    found, scalar = read_arrays(path), ("iuf", ())
     metrics = [f"{key}{what}" for key in METRICS for what in ("", "_error", "_data")]
-    spec = dict.fromkeys(metrics, number) | {"features": ("U", ())}
+    spec = dict.fromkeys(metrics, scalar) | {"features": ("U", ())}
+    spec |= dict.fromkeys(("half_first", "half_other", "ema_std"), scalar) | {"sampling": ("U", ())}
     spec = {name: kind for name, kind in spec.items() if name in found}
-    spec |= dict.fromkeys(("step", "seconds"), number)
+    spec |= dict.fromkeys(("step", "seconds"), scalar)
     if "num_samples" in found:
         needed = ("num_samples", "nonfinite", "nfe", "sampling_seconds")
-        spec |= dict.fromkeys(needed, number)
+        spec |= dict.fromkeys(needed, scalar)
     if "bpd_images" in found:
-        spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), number) | {"bpd_images": ("f", (None,))}
+        spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), scalar) | {"bpd_images": ("f", (None,))}
     return check_arrays(path, found, spec, finite=False)
 
 

@@ -1,20 +1,23 @@
-"""An evaluation on one HTML page: numbers, curves, pictures, settings.
+"""An evaluation on one HTML page: numbers, curves, pictures, downloads, settings.
 
 Data in, text out. Whatever comes from outside is escaped.
 """
 
 import base64
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from metrics.table import METRICS, Metric
-from reports.plots import Points, drawable, histogram, loss_plot, number, trend
+from reports.plots import COLOURS, SMALL, Points, drawable, histogram, loss_plot, number, several
 
 Report = Mapping[str, float | str | NDArray]
 
@@ -23,11 +26,12 @@ STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG of the page, with the words below it."""
+    """A picture of the page, in an image format called `kind`, with the words below it."""
 
     title: str
     caption: str
-    png: bytes
+    content: bytes
+    kind: str = "png"
 
 
 def render(
@@ -38,15 +42,20 @@ def render(
     curves: Mapping[str, Points],
     pictures: Sequence[Picture],
     config: Mapping,
+    by_evaluations: Mapping[str, Points],
+    files: Mapping[str, Sequence[str]],
 ) -> str:
     """The whole page, under the heading `title`.
 
     `facts` say what was evaluated. `reports` are {k: the arrays of report_{k}.npz}, by rising k;
     figures, large numbers and `pictures` are of checkpoint `shown`. `curves` are {name: [(step,
-    loss)]} of training, and `config` has every setting, in nested mappings.
+    loss)]} of training, and `config` has every setting, in nested mappings. `by_evaluations` are
+    {name: [(evaluations of a sample, Frechet distance)]}, and `files` {what they are: their paths
+    from the page's folder}.
     """
     report = reports[shown]
     figures = [picture_html(p) for p in pictures]
+    figures += _distances(by_evaluations, report)
     if loss := loss_plot(curves):
         caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
         figures.append(figure(loss, "Loss", caption))
@@ -54,7 +63,8 @@ def render(
     bits = bits[drawable(bits)]
     if len(bits):
         caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
-        figures.append(figure(histogram(bits, "bits/dim"), "Likelihood", caption))
+        plot = histogram(bits, ("bits/dim", "images"))
+        figures.append(figure(plot, "Likelihood", caption))
     numbered = "".join(f.replace("<b>", f"<b>Figure {i}. ", 1) for i, f in enumerate(figures, 1))
     body = [
         f"<header><h1>{escape(title)}</h1><dl class=facts>{_pairs(facts)}</dl></header>",
@@ -62,6 +72,7 @@ def render(
         section("Checkpoints", _table(reports, shown) + _trends(reports)),
         section("Figures", f"<div class=figures>{numbered}</div>"),
         section("Cost", _cost(report)),
+        section("Downloads", _downloads(reports, files)),
         section("Settings", _settings(config)),
     ]
     return document(title, "".join(body))
@@ -112,23 +123,32 @@ def _cards(report: Report) -> str:
         if key in report:
             error, of_data = (report.get(f"{key}_{what}") for what in ("error", "data"))
             spread = "" if error is None else f"<small> ± {float(error):.2g}</small>"
-            note = metric.note if of_data is None else f"{metric.note}: {number(of_data)}"
+            note = metric.note
+            if of_data is not None:
+                note += f"{'; data against data' if metric.halves else ''}: {number(of_data)}"
             cards.append(
                 f"<div class=card><h3>{escape(_label(metric, report))}</h3>"
                 f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span></div>"
             )
-    warning = ""
+    remarks = ""
+    if "half_first" in report:
+        remarks = (
+            "<p class=note>Data against data is the floor, dashed below: what samples without "
+            f"fault would have. {number(report['half_first'])} training images take the place of "
+            f"samples, and {number(report['half_other'])} others that of the data. More images "
+            "have smaller Fréchet distances, as their moments are more exact.</p>"
+        )
     if report.get("nonfinite", 0) > 0:
         drawn = float(report["num_samples"]) + float(report["nonfinite"])
-        warning = (
+        remarks += (
             f"<p class=warning>{number(report['nonfinite'])} of {number(drawn)} samples were not "
             "finite; they are in no number of this page.</p>"
         )
-    return f"<div class=cards>{''.join(cards)}</div>{warning}"
+    return f"<div class=cards>{''.join(cards)}</div>{remarks}"
 
 
 def _table(reports: Mapping[int, Report], shown: int) -> str:
-    """A row for each checkpoint; the best of several in bold."""
+    """A row for each checkpoint, the best of several in bold, and one for the data themselves."""
     metrics = _compared(reports)
     best = {key: _best(reports, key) for key in metrics}
     names = [
@@ -142,6 +162,10 @@ def _table(reports: Mapping[int, Report], shown: int) -> str:
             value = number(report[key]) if key in report else ""
             cells.append(f"<td{' class=best' if best.get(key) == k else ''}>{value}</td>")
         rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
+    if any(f"{key}_data" in reports[shown] for key in metrics):
+        values = (reports[shown].get(f"{key}_data") for key in metrics)
+        cells = "".join(f"<td>{'' if value is None else number(value)}</td>" for value in values)
+        rows.append(f"<tr class=data><td>data against data</td><td></td><td></td>{cells}</tr>")
     table = html_table(("checkpoint", "step", "samples", *names), rows)
     return f"<div class=wide>{table}</div>"
 
@@ -160,11 +184,53 @@ def _trends(reports: Mapping[int, Report]) -> str:
         having = [r for r in reports.values() if key in r]
         points = [(float(r["step"]), float(r[key])) for r in having if drawable(r[key])]
         if len(points) > 1:
-            label = _label(metric, having[0])
+            label, floor = _label(metric, having[0]), having[-1].get(f"{key}_data")
             arrow = "lower is better" if metric.better < 0 else "higher is better"
-            plot = trend(points, f"{label} over steps")
+            plot = several([(0, points)], ("step", metric.label), size=SMALL, floor=floor)
             plots.append(f"<div><h3>{escape(label)} <small>{arrow}</small></h3>{plot}</div>")
     return f"<div class=trends>{''.join(plots)}</div>" if plots else ""
+
+
+def _distances(curves: Mapping[str, Points], report: Report) -> list[str]:
+    """The figure of the distance against the evaluations of a sample, if there are several."""
+    if len({evaluations for points in curves.values() for evaluations, _ in points}) < 2:
+        return []
+    name, label = "evaluations of the network for a sample", _label(METRICS["fid"], report)
+    plot = several(
+        list(enumerate(curves.values())),
+        (name, label),
+        floor=report.get("fid_data"),
+        logarithmic_x=True,
+    )
+    keys = [
+        f'<span><i class="key c{k % COLOURS}"></i>{escape(n)}</span>' for k, n in enumerate(curves)
+    ]
+    legend = f"<div class=legend>{''.join(keys)}</div>"
+    caption = (
+        "The evaluations of this checkpoint in all folders of the run, with as many samples. "
+        "Dashed: data against data."
+    )
+    return [figure(plot + legend, f"{label} against evaluations", caption)]
+
+
+def _downloads(reports: Mapping[int, Report], files: Mapping[str, Sequence[str]]) -> str:
+    """Links: the numbers of all checkpoints within the page, and `files` beside it."""
+    numbers = {
+        k: {n: v for n, v in r.items() if np.ndim(v) == 0 and np.asarray(v).dtype.kind in "iuf"}
+        for k, r in reports.items()
+    }
+    names = ["checkpoint", *dict.fromkeys(name for row in numbers.values() for name in row)]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, names)
+    writer.writeheader()
+    writer.writerows({"checkpoint": k, **row} for k, row in numbers.items())
+    content = base64.b64encode(table.getvalue().encode()).decode("ascii")
+    link = f'<a download="metrics.csv" href="data:text/csv;base64,{content}">metrics.csv</a>'
+    rows = [f"<div><dt>numbers of all checkpoints</dt><dd>{link}</dd></div>"]
+    for what, paths in files.items():
+        links = " ".join(f'<a href="{quote(path)}">{escape(path)}</a>' for path in paths)
+        rows.append(f"<div><dt>{escape(what)}, beside this page</dt><dd>{links}</dd></div>")
+    return f"<dl class=files>{''.join(rows)}</dl>"
 
 
 def _cost(report: Report) -> str:
@@ -201,9 +267,10 @@ def _settings(config: Mapping) -> str:
 
 
 def picture_html(picture: Picture) -> str:
-    """A figure that holds the PNG itself."""
-    data = base64.b64encode(picture.png).decode("ascii")
-    image = f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
+    """A figure that holds the picture itself."""
+    data = base64.b64encode(picture.content).decode("ascii")
+    source = f"data:image/{picture.kind};base64,{data}"
+    image = f'<img alt="{escape(picture.title)}" src="{source}">'
     return figure(image, picture.title, picture.caption)
 
 

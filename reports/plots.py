@@ -13,11 +13,12 @@ from storage.files import LARGEST
 Points = Sequence[tuple[float, float]]
 Size = tuple[int, int]
 
-LARGE, SMALL = (520, 260), (300, 190)  # width and height of a plot, in its own units
-MARGIN = (58, 14, 14, 36)  # left, right, top, bottom: where the axes' numbers are
+LARGE, SMALL = (520, 270), (300, 210)  # width and height of a plot, in its own units
+MARGIN = (78, 14, 14, 50)  # left, right, top, bottom: where the axes' numbers and titles are
 MOST_POINTS = 400  # of a curve; more are averaged
 MOST_COLUMNS = 40  # of a histogram
-COLOURS = 6  # classes c0, c1, ... of page.css for curves of several runs
+MOST_DOTS = 20  # of a curve; the points of a longer one are not marked
+COLOURS = 6  # classes c0, c1, ... of page.css for curves over each other
 
 
 def number(value: float) -> str:
@@ -75,13 +76,22 @@ def _axis(values: Sequence[float], start: float, end: float, logarithmic: bool =
     return Axis(low, high, start, end, logarithmic)
 
 
-def _axes(size: Size, xs: Sequence[float], ys: Sequence[float], logarithmic=False) -> list[Axis]:
+def _logarithmic(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) > 8 * min(values)
+
+
+def _axes(
+    size: Size, xs: Sequence[float], ys: Sequence[float], logarithmic: tuple[bool, bool]
+) -> list[Axis]:
     (width, height), (left, right, top, bottom) = size, MARGIN
-    return [_axis(xs, left, width - right), _axis(ys, height - bottom, top, logarithmic)]
+    return [
+        _axis(xs, left, width - right, logarithmic[0]),
+        _axis(ys, height - bottom, top, logarithmic[1]),
+    ]
 
 
-def _frame(size: Size, x: Axis, y: Axis, name: str, marks: str) -> str:
-    """A plot: `marks` over the grid and numbers of its axes."""
+def _frame(size: Size, x: Axis, y: Axis, titles: tuple[str, str], marks: str) -> str:
+    """A plot: `marks` over the grid, numbers and `titles` of its axes."""
     width, height = size
     left, right, _, bottom = MARGIN
     parts = []
@@ -93,10 +103,14 @@ def _frame(size: Size, x: Axis, y: Axis, name: str, marks: str) -> str:
         parts.append(
             f'<text class=x x="{x(tick):.1f}" y="{height - bottom + 18}">{_tick(tick)}</text>'
         )
-    base = f'<path class=base d="M{left},{height - bottom}H{width - right}"/>'
+    parts.append(f'<path class=base d="M{left},{height - bottom}H{width - right}"/>')
+    of_x, of_y = map(escape, titles)
+    middle = (y.start + y.end) / 2
+    parts.append(f'<text class=x x="{(x.start + x.end) / 2}" y="{height - 8}">{of_x}</text>')
+    parts.append(f'<text class=x transform="translate(12,{middle})rotate(-90)">{of_y}</text>')
     return (
-        f'<svg viewBox="0 0 {width} {height}" role=img aria-label="{escape(name)}">'
-        f"{''.join(parts)}{marks}{base}</svg>"
+        f'<svg viewBox="0 0 {width} {height}" role=img aria-label="{of_y} over {of_x}">'
+        f"{''.join(parts)}{marks}</svg>"
     )
 
 
@@ -123,9 +137,8 @@ def loss_plot(curves: Mapping[str, Points]) -> str:
     train, test = ([p for p in curves.get(n, ()) if drawable(p[1])] for n in ("train", "test"))
     if not train and not test:
         return ""
-    values = [value for _, value in (*train, *test)]
-    logarithmic = min(values) > 0 and max(values) > 8 * min(values)
-    x, y = _axes(LARGE, [step for step, _ in (*train, *test)], values, logarithmic)
+    steps, values = zip(*train, *test, strict=True)
+    x, y = _axes(LARGE, steps, values, (False, _logarithmic(values)))
     marks = ""
     if train:
         rows = _binned(train)
@@ -134,23 +147,14 @@ def loss_plot(curves: Mapping[str, Points]) -> str:
         marks += f'<path class=line d="{_path([(x(s), y(mean)) for s, mean, *_ in rows])}"/>'
     for step, value, *_ in _binned(test) if test else ():
         marks += f'<circle class=dot cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>'
-    return _frame(LARGE, x, y, "loss over steps", marks)
+    return _frame(LARGE, x, y, ("step", "loss"), marks)
 
 
-def trend(points: Points, name: str) -> str:
-    """A small curve through a few points."""
-    x, y = _axes(SMALL, *zip(*points, strict=True))
-    places = [(x(a), y(b)) for a, b in points]
-    marks = f'<path class=line d="{_path(places)}"/>'
-    marks += "".join(f'<circle class=knot cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>' for a, b in places)
-    return _frame(SMALL, x, y, name, marks)
-
-
-def histogram(values: NDArray, name: str) -> str:
-    """Of `values` (n,), with a line at their mean."""
+def histogram(values: NDArray, titles: tuple[str, str]) -> str:
+    """Of `values` (n,), with a line at their mean; `titles` are those of its axes."""
     columns = min(MOST_COLUMNS, max(5, round(2 * math.sqrt(len(values)))))
     counts, edges = np.histogram(values, bins=columns)
-    x, y = _axes(LARGE, edges, counts)
+    x, y = _axes(LARGE, edges, counts, (False, False))
     y = y._replace(low=0.0, high=float(counts.max()) * 1.08)
     marks = ""
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
@@ -160,24 +164,42 @@ def histogram(values: NDArray, name: str) -> str:
     mean = float(np.mean(values))
     marks += f'<path class=mean d="M{x(mean):.1f},{y.start}V{y.end}"/>'
     marks += f'<text class=mean x="{x(mean) + 6:.1f}" y="{y.end + 10}">mean {number(mean)}</text>'
-    return _frame(LARGE, x, y, f"histogram of {name}", marks)
+    return _frame(LARGE, x, y, titles, marks)
 
 
-def several(curves: Sequence[tuple[int, Points]], name: str) -> str:
+def several(
+    curves: Sequence[tuple[int, Points]],
+    titles: tuple[str, str],
+    *,
+    size: Size = LARGE,
+    floor: float | None = None,
+    logarithmic_x: bool = False,
+) -> str:
     """Curves over each other, each with the number k of its colour, class c{k} of the page's style.
 
     Of many points means of neighbours are drawn. "" where there is no point.
+
+    Args:
+        titles: of the axes.
+        floor: where a line across is drawn, if anywhere.
+        logarithmic_x: whether the x axis may be logarithmic, as the y axis is for values that are
+            far apart.
     """
-    kept = [(k, [p for p in points if drawable(p[1])]) for k, points in curves]
+    kept = [(k, [p for p in points if drawable(p).all()]) for k, points in curves]
     every = [point for _, points in kept for point in points]
     if not every:
         return ""
-    values = [value for _, value in every]
-    logarithmic = min(values) > 0 and max(values) > 8 * min(values)
-    x, y = _axes(LARGE, [step for step, _ in every], values, logarithmic)
+    xs, ys = zip(*every, strict=True)
+    floor = floor if floor is not None and drawable(floor) else None
+    ys = ys if floor is None else (*ys, floor)
+    x, y = _axes(size, xs, ys, (logarithmic_x and _logarithmic(xs), _logarithmic(ys)))
     marks = ""
+    if floor is not None:
+        marks += f'<path class=floor d="M{x.start},{y(floor):.1f}H{x.end}"/>'
     for k, points in kept:
         if points:
             places = [(x(step), y(mean)) for step, mean, *_ in _binned(points)]
             marks += f'<path class="line c{k % COLOURS}" d="{_path(places)}"/>'
-    return _frame(LARGE, x, y, name, marks)
+            for a, b in places if len(points) <= MOST_DOTS else ():
+                marks += f'<circle class="knot c{k % COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>'
+    return _frame(size, x, y, titles, marks)

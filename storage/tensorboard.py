@@ -6,6 +6,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -86,18 +87,30 @@ def _event_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("events.*tfevents.*"))
 
 
+def _events(path: Path) -> Iterator[Event]:
+    try:
+        yield from map(Event.FromString, tfrecords.whole_records(path))
+    except DecodeError:
+        log.warning(f"{path} is damaged; the loss curve lacks what follows in it")
+
+
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """{tag: [(step, value)]} of TensorBoard's files, as far as they are whole."""
     curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for path in _event_files(folder):
-        try:
-            for event in map(Event.FromString, tfrecords.whole_records(path)):
-                if event.session_log.status == SessionLog.START:  # a run resumed before this step
-                    for tag, points in curves.items():
-                        curves[tag] = {s: v for s, v in points.items() if s < event.step}
-                for value in event.summary.value:
-                    if value.HasField("simple_value"):
-                        curves[value.tag][event.step] = value.simple_value
-        except DecodeError:
-            log.warning(f"{path} is damaged; the loss curve lacks what follows in it")
+    for event in chain.from_iterable(map(_events, _event_files(folder))):
+        if event.session_log.status == SessionLog.START:  # a run resumed before this step
+            for tag, points in curves.items():
+                curves[tag] = {s: v for s, v in points.items() if s < event.step}
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                curves[value.tag][event.step] = value.simple_value
     return {tag: sorted(points.items()) for tag, points in curves.items()}
+
+
+def seconds_of_training(folder: Path, step: int) -> float:
+    """How long the processes that wrote these files took, each from its start to `step` at most."""
+    total = 0.0
+    for path in _event_files(folder):
+        times = [event.wall_time for event in _events(path) if event.step <= step]
+        total += max(times, default=0.0) - min(times, default=0.0)
+    return total

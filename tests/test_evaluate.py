@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -347,6 +348,7 @@ def test_data_are_measured_once(workdir, tmp_path, monkeypatch):
         np.testing.assert_allclose(file["sigma"], np.cov(images.T), atol=1e-7)
         np.testing.assert_allclose(file["pool_3"], images[file["index"]], rtol=1e-6)
     monkeypatch.setattr(Reference, "measure", None)
+    monkeypatch.setattr(evaluation, "compare_halves", None)
     assert_same_metrics(evaluate(config, workdir), report)
 
 
@@ -462,12 +464,18 @@ def test_loss_curve_of_a_run_that_was_killed(tmp_path):
 
 def test_page_of_an_evaluation(workdir, tmp_path):
     config = tiny(tmp_path, enable_interpolate=True, enable_rescale=True)
+    Image.new("RGB", (8, 8)).save(workdir / "film.webp")
     report = evaluate(config, workdir)
     assert "seconds" in report
     origin = json.loads(str(np.load(workdir / "eval/ckpt_4/samples_0.npz")["origin"]))
     assert origin["seed"] == config.seed
     page = (workdir / "eval/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4  # grid, neighbours, two strips
+    assert page.count("data:image/png;base64,") == 5  # two grids, neighbours, two strips
+    assert page.count("data:image/webp;base64,") == 1
     for words in ("Interpolation", "Temperature", "Nearest training images", "Bits/dim"):
         assert words in page
+    for fact in ("DDPM++, ", "forward_euler, 3 evaluations", "0.001, ", "<dd>cpu</dd>"):
+        assert fact in page
+    for link in re.findall(r'<a href="(.*?)"', page):
+        assert (workdir / "eval" / link).exists()
     assert f"{report['fid']:#.4g}" in dumped(workdir / "eval/report.html", tmp_path)

@@ -1,6 +1,9 @@
 """The page of an evaluation, and how a browser without a network shows it."""
 
+import base64
+import csv
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -9,12 +12,18 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from test_configs import load
 
-from metrics.table import METRICS
+from metrics.reference import Reference
+from metrics.table import METRICS, OF_HALVES, Comparison, compare_halves
+from models import NETWORKS, paper_name
+from reports import evaluation_page
 from reports.images import image_grid
 from reports.page import Picture, render
 from reports.plots import Axis, number
 from reports.table import format_table, report_table
+from storage.files import save_npz
+from storage.tensorboard import TensorBoardWriter, seconds_of_training
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 QUIET = ["gpu", "quic", "background-networking", "component-update", "sync"]
@@ -55,6 +64,7 @@ def page():
     report |= {"bpd_nfe": 120.0, "bpd_seconds": 60.0, "sampling_seconds": 30.0, "seconds": 100.0}
     report |= {"nearest": 1.25, "nearest_data": 1.5}
     report |= {"agreement": 0.97, "agreement_data": 0.98, "accuracy": 0.9}
+    report |= {"fid_data": 0.25, "half_first": 998, "half_other": 1234}
     reports = {k: report | {"step": 500 * k, "fid": 3.0 / k} for k in (1, 2, 4)}
     return render(
         title="a <b>bold</b> run",
@@ -67,6 +77,8 @@ def page():
         },
         pictures=[Picture("Samples", 'of "red"', png((250, 0, 0)))],
         config={"seed": 42, "model": {"name": "<script>alert(1)</script>"}},
+        by_evaluations={"<heun>": [(9, 0.5), (35, 0.75)], "dpmpp": [(10, 0.3)]},
+        files={"samples": ["ckpt_4/samples_0.npz", 'a "b".npz']},
     )
 
 
@@ -92,7 +104,9 @@ def test_page_is_whole_and_needs_nothing_else(page):
     tags = Tags()
     tags.feed(page)
     assert tags.open == []  # every tag is closed in its turn
-    assert tags.links == ["data:image/png;base64," + tags.links[0].partition(",")[2]]
+    kinds = [link.partition(";base64,")[0] for link in tags.links]
+    beside = ["ckpt_4/samples_0.npz", "a%20%22b%22.npz"]
+    assert kinds == ["data:image/png", "data:text/csv", *beside]
     assert "script" not in tags.seen
     assert not re.search(r"url\(|@import|https?://", page)
     assert page.isprintable() or "\n" in page
@@ -111,6 +125,28 @@ def test_page_says_the_numbers(page):
     assert "2 of 1,000 samples were not finite" in page
     assert page.count("class=best>0.7500") == 1
     assert all(metric.label in page for key, metric in METRICS.items() if key != "loss")
+
+
+def test_page_shows_the_floor(page):
+    """Below the number, in a row of the table, and as a line of the curves."""
+    assert "of Gaussian fits to the features; data against data: 0.2500" in page
+    assert "998 training images take the place of samples, and 1,234 others" in page
+    assert re.search(r"<td>data against data</td>.*?<td>0.2500</td>", page)
+    assert page.count("class=floor") == 3  # two over steps, one over evaluations
+    curve = page[page.index("evaluations of the network for a sample") :]
+    assert [curve.count(f'class="knot c{k}"') for k in (0, 1)] == [2, 1]
+    assert "&lt;heun&gt;" in page
+
+
+def test_numbers_can_be_downloaded(page):
+    content = re.search(r"data:text/csv;base64,([^\"]*)", page)[1]
+    rows = list(csv.DictReader(io.StringIO(base64.b64decode(content).decode())))
+    assert [(row["checkpoint"], float(row["fid"])) for row in rows] == [
+        ("1", 3.0),
+        ("2", 1.5),
+        ("4", 0.75),
+    ]
+    assert not {"bpd_images", "features"} & rows[0].keys()
 
 
 def test_browser_shows_the_page_without_a_network(page, tmp_path):
@@ -163,10 +199,97 @@ def test_ticks_are_round_numbers(low, high, logarithmic, marks):
 
 def test_a_single_checkpoint_has_no_curve_over_checkpoints():
     report = {"step": 10, "loss": 1.0, "seconds": 1.0}
-    page = render("run", {}, {1: report}, 1, {"train": [(5, np.nan)]}, [], {})
+    page = render("run", {}, {1: report}, 1, {"train": [(5, np.nan)]}, [], {}, {}, {})
     assert "<svg" not in page
     assert "<figure" not in page
     assert "1" in page
+
+
+# --- what the page is made of ---------------------------------------------------------------------
+
+
+def test_halves_of_the_data():
+    """The closed form of Gaussians: a distance of halves is that of the errors of their moments."""
+    random = np.random.default_rng(0)
+    data = random.standard_normal((4000, 3))
+    reference = Reference.measure([data], 4000, 4000)
+    found = compare_halves(Comparison(np.full((500, 3), 9.0), None, reference))
+    assert tuple(found) == OF_HALVES
+    assert (found["half_first"], found["half_other"]) == (500, 2000)
+    # means err by tr(C) / n; covariances by (K^2 + K) / (4 n) where C = 1
+    expected = (3 + (9 + 3) / 4) * (1 / 500 + 1 / 2000)
+    assert 0.2 * expected < found["fid_data"] < 3 * expected
+    assert abs(found["kid_data"]) < 0.02
+    assert found["precision_data"] > 0.9
+    whole = compare_halves(Comparison(np.zeros((9000, 3)), None, reference))
+    assert (whole["half_first"], whole["half_other"]) == (2000, 2000)
+
+
+def test_networks_have_the_names_of_papers():
+    names = {
+        "poisson/cifar10_ddpmpp.py": "DDPM++",
+        "poisson/cifar10_ncsnpp.py": "NCSN++",
+        "vp/cifar10_ncsnpp.py": "NCSN++",
+        "edm/cifar10_ddpmpp.py": "DDPM++",
+        "edm/cifar10_ncsnpp.py": "NCSN++",
+        "edm/imagenet64_adm.py": "ADM",
+        "vp/ddpm/cifar10.py": "DDPM",
+    }
+    assert {path: paper_name(load(path)) for path in names} == names
+    config = load("poisson/cifar10_ddpmpp.py")
+    for config.model.name in NETWORKS:
+        assert paper_name(config) != config.model.name
+    config.model.name = "own"
+    assert paper_name(config) == "own"
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.2, "< 1 s"), (61, "1 min 1 s"), (7200, "2 h"), (90061, "1 d 1 h"), (0, ""), (np.nan, "")],
+)
+def test_durations(seconds, text):
+    assert evaluation_page.duration(seconds) == text
+
+
+def test_distances_of_one_checkpoint_are_gathered(tmp_path):
+    """By what tells the samplers apart, whatever their numbers of steps; and of equal samples."""
+    heun = {"step": 8, "seconds": 1.0, "fid": 0.5, "features": "pixels", "num_samples": 10}
+    heun |= {"nfe": 35.0, "nonfinite": 0, "sampling_seconds": 1.0}
+
+    def save(folder, changes, **settings):
+        report = heun | {"sampling": json.dumps(settings)} | changes
+        save_npz(tmp_path / folder / "report_4.npz", **report)
+        return evaluation_page.read_report(tmp_path / folder / "report_4.npz")
+
+    def gathered():
+        return evaluation_page.by_evaluations(tmp_path / "a", 4, shown)
+
+    shown = save("a", {}, ode_solver="heun", N=18)
+    assert gathered() == {"heun": [(35, 0.5)]}
+    save("b", {"nfe": 9.0, "fid": 2.0}, ode_solver="heun", N=5)
+    save("c", {"nfe": 9.0, "num_samples": 11}, ode_solver="heun", N=5)
+    save("d", {"nfe": 9.0, "step": 6}, ode_solver="heun", N=5)
+    assert gathered() == {"heun": [(9, 2), (35, 0.5)]}
+    save("e", {"nfe": 10.0}, ode_solver="dpmpp", N=10)
+    save("f", {"sampling": "[" * 10_000})
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g/report_4.npz").write_bytes(b"damaged")
+    found = gathered()
+    assert found["ode_solver=heun"] == [(9, 2), (35, 0.5)]
+    assert found["ode_solver=dpmpp"] == [(10, 0.5)]
+
+
+def test_time_of_training_over_two_starts(tmp_path, monkeypatch):
+    """The second one goes on from step 2, a day later."""
+    now = [0.0]
+    monkeypatch.setattr("storage.tensorboard.time.time", lambda: now[0])
+    for start, times in ((0, (10, 11, 15, 100)), (2, (86400, 86402, 86409))):
+        now[0] = times[0]
+        with TensorBoardWriter(tmp_path, start) as writer:
+            for step, now[0] in enumerate(times[1:], start + 1):
+                writer.add_scalar("loss", 1.0, step)
+    assert seconds_of_training(tmp_path, 2) == pytest.approx(15 - 10)
+    assert seconds_of_training(tmp_path, 4) == pytest.approx((100 - 10) + (86409 - 86400))
 
 
 # --- pictures and tables --------------------------------------------------------------------------
