@@ -65,12 +65,14 @@ def render(
         caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
         plot = histogram(bits, ("bits/dim", "images"))
         figures.append(figure(plot, "Likelihood", caption))
-    numbered = "".join(f.replace("<b>", f"<b>Figure {i}. ", 1) for i, f in enumerate(figures, 1))
+    figures = [f.replace("<b>", f"<b>Figure {i}. ", 1) for i, f in enumerate(figures, 1)]
+    pair, rest = "".join(figures[:2]), "".join(figures[2:])
+    shown_figures = f"<div class=pair>{pair}</div><div class=figures>{rest}</div>"
     body = [
         f"<header><h1>{escape(title)}</h1><dl class=facts>{_pairs(facts)}</dl></header>",
         _cards(report),
         section("Checkpoints", _table(reports, shown) + _trends(reports)),
-        section("Figures", f"<div class=figures>{numbered}</div>"),
+        section("Figures", shown_figures if figures else ""),
         section("Cost", _cost(report)),
         section("Downloads", _downloads(reports, files)),
         section("Settings", _settings(config)),
@@ -133,8 +135,8 @@ def _cards(report: Report) -> str:
     remarks = ""
     if "half_first" in report:
         remarks = (
-            "<p class=note>Data against data is the floor, dashed below: what samples without "
-            f"fault would have. {number(report['half_first'])} training images take the place of "
+            "<p class=note>Data against data is the floor, dashed in curves: what samples "
+            f"without fault have. {number(report['half_first'])} training images take the place of "
             f"samples, and {number(report['half_other'])} others that of the data. More images "
             "have smaller Fréchet distances, as their moments are more exact.</p>"
         )

@@ -89,6 +89,7 @@ def test_200_mutated_reports_are_shown_or_refused(tmp_path):
     report |= {"num_samples": 99, "nonfinite": 1, "nfe": 35.0, "sampling_seconds": 2.0}
     report |= {"bpd": 3.5, "bpd_error": 0.1, "bpd_images": np.linspace(3, 4, 50), "bpd_nfe": 9.0}
     report |= {"bpd_seconds": 3.0, "encoding_error": 0.001, "nearest": 1.5, "nearest_data": 2.5}
+    report |= {"fid_data": 0.5, "half_first": 99, "half_other": 200, "sampling": "{}"}
     report = {name: np.asarray(value) for name, value in report.items()}
     for _ in range(200):
         save_npz(path, **mutated(report, chance))
@@ -99,7 +100,8 @@ def test_200_mutated_reports_are_shown_or_refused(tmp_path):
             refused += 1
             continue
         for shown in (1, 2):
-            page = render("run", {}, {1: report, 2: found}, shown, {}, [], {})
+            points = [(float(r["nfe"]), float(r["fid"])) for r in (report, found) if "nfe" in r]
+            page = render("run", {}, {1: report, 2: found}, shown, {}, [], {}, {"": points}, {})
             drawn = re.findall("<svg.+?</svg>", page)
             assert len(drawn) == page.count("<svg")
             assert not any(word in plot for plot in drawn for word in ("nan", "inf"))
@@ -109,8 +111,10 @@ def test_200_mutated_reports_are_shown_or_refused(tmp_path):
 def test_losses_beyond_all_measure_are_drawn():
     for numbers in ([1e29, -1e29], [5e-324, 0], [1e16, 1e16 + 2], [1e-320] * 2, NUMBERS):
         curve = [(step, number) for step, number in enumerate(numbers)]
-        page = render("run", {}, {1: {"step": 1, "seconds": 1}}, 1, {"train": curve}, [], {})
-        assert "loss over steps" in page
+        page = render(
+            "run", {}, {1: {"step": 1, "seconds": 1}}, 1, {"train": curve}, [], {}, {}, {}
+        )
+        assert "loss over step" in page
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])

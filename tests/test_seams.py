@@ -134,7 +134,7 @@ def test_a_solver(trained):
     report, output, page = evaluated("solver", trained)
     assert report["nfe"] == 2 * 3
     assert re.search(r"evaluations +6\n", output)
-    assert "ode, midpoint" in page
+    assert "midpoint, 6 evaluations" in page
 
 
 def test_a_schedule(trained):
