@@ -68,11 +68,9 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
         other = path.stem.removeprefix("report_")
         if other.isdecimal() and int(other) != k and (found := _readable(path)):
             reports[int(other)] = found
-    pictures = [
-        Picture(title, caption, page_png(path))
-        for name, (title, caption) in PICTURES.items()
-        if (path := folder / f"{name}_{k}.png").exists()
-    ]
+    paths = {name: folder / f"{name}_{k}.png" for name in PICTURES}
+    paths = {name: path for name, path in paths.items() if path.exists()}
+    pictures = [Picture(*PICTURES[name], page_png(path)) for name, path in paths.items()]
     pictures += _film(folder, workdir, run.state.step)
     board = workdir / "tensorboard"
     scalars, trained = read_scalars(board), seconds_of_training(board, run.state.step)
@@ -98,9 +96,7 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
     files = {
         "numbers of this one": [folder / f"report_{k}.npz"],
         "samples, uint8 (n, H, W, C)": drawn,
-        "pictures, whole": [
-            path for name in PICTURES if (path := folder / f"{name}_{k}.png").exists()
-        ],
+        "pictures, whole": list(paths.values()),
     }
     page = render(
         title=f"{workdir.resolve().name}: evaluation",
@@ -112,9 +108,9 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
         config=config.to_dict(),
         by_evaluations=by_evaluations(folder, k, reports[k]),
         files={
-            what: [path.relative_to(folder).as_posix() for path in paths]
-            for what, paths in files.items()
-            if paths
+            what: [path.relative_to(folder).as_posix() for path in some]
+            for what, some in files.items()
+            if some
         },
     )
     with atomic_write(folder / "report.html") as file:
@@ -139,7 +135,7 @@ def by_evaluations(folder: Path, k: int, shown: Mapping) -> dict[str, list[tuple
     found = []
     for path in sorted(folder.parent.glob(f"*/report_{k}.npz")):
         report = shown if path.parent == folder else _readable(path) or {}
-        if {"fid", "sampling"} <= report.keys() and all(
+        if {"fid", "nfe", "sampling"} <= report.keys() and all(
             report.get(name) == shown.get(name) for name in SAME
         ):
             point = float(report["nfe"]), float(report["fid"])
@@ -167,7 +163,7 @@ def _film(folder: Path, workdir: Path, step: int) -> list[Picture]:
     for place in (folder, workdir, workdir / "samples" / f"step_{step}"):
         for kind in ("webp", "gif"):
             path = place / f"film.{kind}"
-            if path.exists() and path.stat().st_size <= FILM_BYTES:
+            if path.is_file() and path.stat().st_size <= FILM_BYTES:
                 caption = f"From the prior to images: {path.name}."
                 return [Picture("Film", caption, path.read_bytes(), kind)]
     return []
