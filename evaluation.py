@@ -312,7 +312,7 @@ def evaluate_samples(
         "nonfinite": wanted - len(features),
         "nfe": np.mean([drawn["nfe"] for drawn in rounds if len(drawn["pool_3"])] or [math.nan]),
         "sampling_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
-        "sampling": json.dumps(config.sampling.to_dict(), sort_keys=True),
+        "sampling": json.dumps(origin["sampling"], sort_keys=True),
     }
     if found["nonfinite"]:
         log.warning(f"{found['nonfinite']} of {wanted} samples are not finite and do not count")
