@@ -8,6 +8,7 @@ thing it saved, and while it writes a file. Prints, as JSON, how many left a fil
 Evaluation writes to the folder `killed`.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -57,6 +58,7 @@ def live(mode: str, config, workdir: Path) -> int:
     status = 1
     try:
         null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
         os.dup2(null, 2)  # the progress bar
         if mode == "train":
             run_lib.train(config, workdir)
@@ -82,7 +84,11 @@ def main(mode: str, workdir: Path, lives: int, overrides: dict) -> None:
 
     def saved() -> int:
         """Grows with everything that is saved."""
-        return sum(f.stat().st_mtime_ns for f in workdir.glob(f"{pattern}[!.]*") if f.is_file())
+        total = 0
+        for path in workdir.glob(f"{pattern}[!.]*"):
+            with contextlib.suppress(FileNotFoundError):  # renamed since it was listed
+                total += path.stat().st_mtime_ns if path.is_file() else 0
+        return total
 
     for life in range(lives):
         for leftover in half_written():

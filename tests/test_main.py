@@ -308,7 +308,7 @@ MISTAKES = {
     ),
     "precision": (
         ["--config.training.precision=fp16"],
-        "precision must be .*'bf16', not 'fp16'",
+        "precision must be .*'auto', not 'fp16'",
     ),
     "parts": (["--config.training.accumulate=7"], "96 images of a step .* into 7 shards"),
     "share": (["--config.model.dropout=2"], "model.dropout must be a number from 0 to 1, not 2"),
