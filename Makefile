@@ -1,5 +1,5 @@
 # Commands for a fresh machine:
-#   make demo   train Poisson flow on handwritten digits and evaluate it (minutes on two cores)
+#   make demo   train PFGM++ on handwritten digits and evaluate it (minutes on two cores)
 #   make toy    three methods on points of the plane, and a page on what they do (a minute)
 #   make test   lint, and the whole test suite
 #   make gpu    builds, tests and measures what needs a GPU; a table of it goes into docs/
@@ -8,7 +8,7 @@ VENV    ?= .venv
 WORKDIR ?= runs/demo
 TOY     ?= heart
 TOYS    ?= runs/toy_$(TOY)
-CONFIG  ?= configs/poisson/digits_ddpmpp.py
+CONFIG  ?= configs/pfgmpp/digits_demo.py
 # processes that run the tests, of one thread each; files in their order: the long ones come early
 WORKERS ?= 2
 PIP      = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
@@ -18,6 +18,12 @@ PIP      = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 demo: $(VENV)/.core
 	$(VENV)/bin/python main.py --config $(CONFIG) --mode train --workdir $(WORKDIR)
 	$(VENV)/bin/python main.py --config $(CONFIG) --mode eval --workdir $(WORKDIR)
+	@echo
+	@echo "Open $(WORKDIR)/eval/report.html in a browser. Next:"
+	@echo "  make toy    # what the methods do, in the plane"
+	@echo "  $(VENV)/bin/python main.py --mode sample --workdir $(WORKDIR) --config.sampling.film"
+	@echo "  $(VENV)/bin/python main.py --config configs/poisson/images32_ddpmpp.py --mode train" \
+	    "--workdir runs/mine --config.data.path=FOLDER   # your own images"
 
 # TOY=moons, swiss_roll, checkerboard, heart or eight_gaussians; one thread suits small networks best
 toy: $(VENV)/.core

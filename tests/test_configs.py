@@ -25,8 +25,9 @@ PUBLISHED = json.loads((ROOT / "tests/golden/configs.json").read_text())
 DEFECTS = {"ve/ncsnv2/bedroom.py": {"training.continuous": False}}
 
 DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("edm", "pfgmpp", "poisson", "subvp", "vp")]
-DIGITS += ["poisson/digits_ncsnpp.py", "ve/digits_ncsnpp.py"]
-IMAGES = [f"{name}/images{size}_ddpmpp.py" for name in ("poisson", "vp") for size in (32, 64)]
+DIGITS += ["pfgmpp/digits_demo.py", "poisson/digits_ncsnpp.py", "ve/digits_ncsnpp.py"]
+IMAGES = [f"{name}/images{n}_ddpmpp.py" for name in ("pfgmpp", "poisson", "vp") for n in (32, 64)]
+IMAGES += ["pfgmpp/images16_ddpmpp.py"]
 FAMILY = [
     f"{method}/{name}.py"
     for method in ("edm", "pfgmpp")
@@ -208,11 +209,13 @@ def test_any_method_by_one_override(path, sde):
 
 
 @pytest.mark.parametrize("n_iters", [1, 2, 3, 4, 5, 7, 8, 10, 11, 399, 2000, 50000])
-@pytest.mark.parametrize("path", ["poisson/digits_ddpmpp.py", "vp/images32_ddpmpp.py"])
+@pytest.mark.parametrize(
+    "path", ["poisson/digits_ddpmpp.py", "vp/images32_ddpmpp.py", "pfgmpp/digits_demo.py"]
+)
 def test_any_number_of_steps(path, n_iters):
     config = load(path)
     config.training.n_iters = n_iters
-    freq, most = config.training.snapshot_freq, 4 if "digits" in path else 10
+    freq, most = config.training.snapshot_freq, 4 if "digits_ddpmpp" in path else 10
     assert freq == math.ceil(n_iters / most)
     last = math.ceil(n_iters / freq)  # the checkpoint of the last step
     assert config.eval.begin_ckpt == config.eval.end_ckpt == last

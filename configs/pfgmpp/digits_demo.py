@@ -1,0 +1,9 @@
+"""PFGM++ with a thin DDPM++ on handwritten digits, 8 x 8: what `make demo` runs."""
+
+from configs.parts import DDPMPP, PFGMPP, ConfigDict, digits, experiment, quick
+
+
+def get_config() -> ConfigDict:
+    config = experiment(PFGMPP, DDPMPP, digits, quick)
+    config.model.ch_mult = (1, 3)
+    return config
