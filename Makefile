@@ -22,7 +22,7 @@ demo: $(VENV)/.core
 	@echo "Open $(WORKDIR)/eval/report.html in a browser. Next:"
 	@echo "  make toy    # what the methods do, in the plane"
 	@echo "  $(VENV)/bin/python main.py --mode sample --workdir $(WORKDIR) --config.sampling.film"
-	@echo "  $(VENV)/bin/python main.py --config configs/poisson/images32_ddpmpp.py --mode train" \
+	@echo "  $(VENV)/bin/python main.py --config configs/pfgmpp/images16_ddpmpp.py --mode train" \
 	    "--workdir runs/mine --config.data.path=FOLDER   # your own images"
 
 # TOY=moons, swiss_roll, checkerboard, heart or eight_gaussians; one thread suits small networks best

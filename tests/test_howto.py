@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -19,22 +20,22 @@ SMALL = (
     "--config.eval.num_samples=40"
 )
 PYTHON = f"""#!/bin/sh
-case "$*" in *"--mode train"*) set -- "$@" {SMALL};; esac
-exec {sys.executable} "$@"
+case "$*" in *"--mode train"*) script=$1; shift; set -- "$script" {SMALL} "$@";; esac
+exec {shlex.quote(sys.executable)} "$@"
 """
 LEFT = {
     "Sweep learning rates": "runs/lr.html",
     "Move a run": "elsewhere/a/checkpoints/checkpoint_2.pth",
-    "Share a model": "runs/theirs/samples/step_2/000015.png",
+    "Share a model": "runs/theirs/samples/step_1/000015.png",
     "Change the network": "runs/ddpm/checkpoints/checkpoint_2.pth",
     "Change the data": "runs/photos/checkpoints/checkpoint_2.pth",
-    "Change the metric": "runs/a/eval_more/report.html",
+    "Change the evaluation": "runs/a/eval_more/report.html",
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The project's files, a trained run and photographs of noise."""
+    """The project's files, a run that is to go on, and photographs of noise."""
     folder = tmp_path_factory.mktemp("howto")
     for path in ROOT.iterdir():
         if path.suffix == ".py" or (path / "__init__.py").exists():
@@ -49,12 +50,14 @@ def folder(tmp_path_factory):
         Image.fromarray(image).save(folder / f"photos/{i}.png")
     config = ROOT / "configs/poisson/digits_ddpmpp.py"
     train = [python, "main.py", "--config", config, "--mode", "train", "--workdir", "runs/a"]
+    train += ["--config.training.n_iters=1"]
     run_program(["sh", "-c", 'cd "$0" && exec "$@"', folder, *train])
     return folder
 
 
 @pytest.mark.parametrize("title", LEFT)
 def test_commands(folder, title):
+    assert not (folder / LEFT[title]).exists()
     done = subprocess.run(
         ["bash", "-e", "-c", COMMANDS[title]],
         cwd=folder,

@@ -5,5 +5,7 @@ from configs.parts import DDPMPP, PFGMPP, ConfigDict, digits, experiment, quick
 
 def get_config() -> ConfigDict:
     config = experiment(PFGMPP, DDPMPP, digits, quick)
+    config.training.n_iters = 1850
     config.model.ch_mult = (1, 3)
+    config.eval.bpd_num_repeats = 1
     return config
