@@ -106,7 +106,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         _check_division(min(run.loss.batch_size, len(train_data)))
     shard = distributed.rank(), distributed.world()
     plan = [
-        f"{type(run.method).__name__}, {len(train_data):,} images, "
+        f"{run.method.name}, {len(train_data):,} images, "
         f"{sum(p.numel() for p in state.parameters):,} parameters, {device}"
         + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
         datasets.describe(config, train_data, test_data),

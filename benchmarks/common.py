@@ -124,3 +124,9 @@ class Table:
             for value, kind in zip(values, self.formats, strict=True)
         ]
         print(*map(format, values, kinds))
+
+
+def name_of(config, method) -> str:
+    """The name of the `method`, and its target where that is not the image."""
+    means = config.training.target == "posterior_mean"
+    return method.name + (", posterior means" if means else "")

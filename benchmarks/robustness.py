@@ -37,7 +37,6 @@ from torch import Tensor, nn
 import datasets
 import sampling
 from experiment import Experiment, origin_of
-from methods import Method
 from methods.base import noise_like
 from metrics.reference import ReferenceStatistics
 from models.layers import NIN
@@ -159,7 +158,7 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
     folder, found = evaluation_folder(workdir, "robustness"), {}
     channels, *sides = datasets.image_shape(config)
     spec = {"samples": ("u", (None, *sides, channels))}
-    curve = name_of(config, run.method)
+    curve = common.name_of(config, run.method)
     with run.with_ema():
         origin = origin_of(config, run) | {"num": num, "at once": config.eval.batch_size}
         for setting in dict.fromkeys(s for panel in PANELS.values() for s in panel.values()):
@@ -170,16 +169,6 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
             seconds = f"{float(drawn['seconds']):.1f} s"
             print(f"{workdir} ({curve}): {name}: {d:.4f}, {seconds}", flush=True)
     return curve, found
-
-
-def name_of(config, method: Method) -> str:
-    """The method, its D where it has one, and its target where that is not the image."""
-    words = [config.training.sde]
-    if hasattr(method, "D"):
-        words.append(f"D = {method.D:g}")
-    if config.training.target != "image":
-        words.append(config.training.target)
-    return ", ".join(words)
 
 
 def over_seeds(runs: list[Distances], setting: Setting) -> tuple[float, float, float]:

@@ -99,8 +99,9 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
             run.method, net.double(), prior[:COMPARED].double(), **tight
         )
         net.float()
+        name = common.name_of(config, run.method)
         print(
-            f"\n{workdir}: {name_of(config)}, step {run.state.step}, {num} samples, "
+            f"\n{workdir}: {name}, step {run.state.step}, {num} samples, "
             f"{common.setting(run.device)}; {evaluations} evaluations for the exact solution"
         )
         columns = ("solver", "<18"), ("steps", ">5"), ("evaluations", ">11"), ("distance", ">8.4f")
@@ -130,7 +131,7 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
             table.row(
                 str(setting), n or "", evaluations, found, found / base, error, seconds, outside
             )
-    return name_of(config), results
+    return name, results
 
 
 FORMS = {
@@ -173,7 +174,8 @@ def measure_speed(workdir: Path, num: int, rounds: int, compiles: bool) -> None:
         for action in actions.values():
             action()  # compiles, and loads libraries
         seconds = common.medians(*actions.values(), rounds=rounds, device=run.device)
-    print(f"\n{workdir}: {name_of(config)}, {num} samples of heun, {common.setting(run.device)}")
+    name = common.name_of(config, run.method)
+    print(f"\n{workdir}: {name}, {num} samples of heun, {common.setting(run.device)}")
     columns = ("form", "<20"), ("seconds", ">8.2f"), ("images/s", ">9.1f"), ("/ plain", ">8.2f")
     table = common.Table(*columns, ("difference", ">11.1e"))
     for name, t in zip(actions, seconds, strict=True):
@@ -196,12 +198,6 @@ def plain_heun(method, net, x: torch.Tensor, options) -> torch.Tensor:
         x = moved
         assert x.isfinite().all()
     return alpha[-1] * x
-
-
-def name_of(config) -> str:
-    name = config.training.sde.lower()
-    name += f", D = {config.model.D:g}" if name == "pfgmpp" else ""
-    return name + (", posterior means" if config.training.target == "posterior_mean" else "")
 
 
 def plot(found: dict[str, list[Results]], asked: Steps, path: str) -> None:

@@ -116,6 +116,11 @@ class Method(abc.ABC):
     t_prior: float
     t_data: float
 
+    @property
+    def name(self) -> str:
+        """What its paper calls it, for people to read."""
+        return type(self).__name__
+
     @classmethod
     @abc.abstractmethod
     def from_config(cls, config) -> Self:

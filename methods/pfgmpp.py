@@ -65,6 +65,10 @@ class PFGMPP(Method):
         return cls(sigma_min=low, sigma_max=high, target_kind=target, **numbers)
 
     @property
+    def name(self) -> str:
+        return "EDM" if math.isinf(self.D) else f"PFGM++, D = {self.D:g}"
+
+    @property
     def uses_reference_batch(self) -> bool:
         return self.target_kind == "posterior_mean"
 

@@ -102,6 +102,7 @@ class Poisson(Method):
     upper_norm: float
     radius: float = 0.0
 
+    name = "PFGM"
     extra_channels = 1
     uses_reference_batch = True
     degrees_of_freedom = 1.0

@@ -203,6 +203,7 @@ class VESDE(SDE):
     sigma_min: float
     sigma_max: float
 
+    name = "VE SDE"
     gives_score = True
     t_data = 1e-5
 
@@ -277,6 +278,7 @@ class VPSDE(SDE):
     beta_min: float
     beta_max: float
 
+    name = "VP SDE"
     t_data = 1e-3
 
     @classmethod
@@ -344,6 +346,7 @@ class VPSDE(SDE):
 class SubVPSDE(VPSDE):
     """sub-VP: VP with less noise on the way (equation 12). It has no discrete form."""
 
+    name = "sub-VP SDE"
     predictors = ("euler_maruyama", "reverse_diffusion", "none")
 
     @classmethod

@@ -78,7 +78,7 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
     size, channels = config.data.image_size, config.data.num_channels
     optim, asked, nfe = config.optim, config.sampling, reports[k].get("nfe")
     facts = {
-        "method": type(run.method).__name__,
+        "method": run.method.name,
         "network": f"{paper_name(config)}, {parameters:,} parameters",
         "data": f"{data_name(config)}, {size} × {size}, {'grey' if channels == 1 else 'colour'}",
         "checkpoint": f"step {run.state.step:,}, EMA weights",

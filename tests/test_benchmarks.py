@@ -130,12 +130,12 @@ def test_robustness_of_two_seeds(tmp_path, robustness, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     robustness.main()
     lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if line.startswith("pfgmpp, D = 16 ")]
+    rows = [line for line in lines if line.startswith("PFGM++, D = 16 ")]
     assert len(rows) == len(robustness.PANELS) == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     curve, again = robustness.measure(seeds[0], 30)
-    assert curve == "pfgmpp, D = 16"
+    assert curve == "PFGM++, D = 16"
     assert len(again) == len(list((seeds[0] / "robustness").glob("*.npz"))) == 11
     assert len(set(again.values())) == 11  # each setting makes other samples
     fid = report_of(seeds[0], 2)["fid"]

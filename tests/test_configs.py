@@ -311,3 +311,18 @@ def test_unknown_keys_are_explained_by_the_nearest(key, expected):
     known = flatten(get_default_config())
     assert explain_unknown(key, known) == f"unknown config value {key}{expected}"
     assert "published key that nothing reads" in explain_unknown("model.z_max", known)
+
+
+NAMES = {
+    "poisson/digits_ddpmpp.py": "PFGM",
+    "pfgmpp/digits_ddpmpp.py": "PFGM++, D = 2048",
+    "edm/digits_ddpmpp.py": "EDM",
+    "ve/digits_ncsnpp.py": "VE SDE",
+    "vp/digits_ddpmpp.py": "VP SDE",
+    "subvp/digits_ddpmpp.py": "sub-VP SDE",
+}
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_methods_are_called_as_in_their_papers(path):
+    assert methods.get_method(load(path)).name == NAMES[path]
