@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
     noise = np.random.default_rng(0).integers(0, 256, (20, 20, 20, 3), dtype=np.uint8)
     for i, image in enumerate(noise):
         Image.fromarray(image).save(folder / f"photos/{i}.png")
-    config = "configs/poisson/digits_ddpmpp.py"
+    config = "configs/pfgmpp/digits_ddpmpp.py"
     train = [python, "main.py", "--config", config, "--mode", "train", "--workdir", "runs/a"]
     train += ["--config.training.n_iters=1"]
     run_program(["sh", "-c", 'cd "$0" && exec "$@"', folder, *train])
