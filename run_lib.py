@@ -499,7 +499,7 @@ def _draw_seeds(
 
 
 def _encode(run: Trained, given: dict[str, Picture], folder: Path, settings: dict) -> None:
-    """encoded.npz, latents, bits/dim and the way back of each image; encoded.png, pairs of both."""
+    """encoded.npz, latents, bits/dim and reconstruction of each image; encoded.png, pairs."""
     names, pictures = [*given], np.stack([*given.values()])
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
@@ -528,9 +528,10 @@ def _encode(run: Trained, given: dict[str, Picture], folder: Path, settings: dic
         pair = [x[start : start + columns] for x in (pictures, found["decoded"])]
         blank = np.full((columns - len(pair[0]), *pictures.shape[1:]), 128, np.uint8)
         strips.append(image_grid(np.concatenate([pair[0], blank, pair[1], blank]), columns))
-    save_png(folder / "encoded.png", np.concatenate(strips))
+    path = folder / "encoded.png"
+    save_png(path, np.concatenate(strips))
     change = np.abs(found["decoded"].astype(int) - pictures).max()
-    log.info(f"images and their way back, {change} grey levels apart: {folder / 'encoded.png'}")
+    log.info(f"images and reconstructions, {change} grey levels apart: {path}")
 
 
 def _draw_between(run: Trained, ends: dict[str, Picture], folder: Path, settings: dict) -> None:

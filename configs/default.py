@@ -390,7 +390,7 @@ KEYS = {
     "sampling.encode": Key(
         "",
         Text(),
-        "--mode sample: an image, or a folder or .zip of them: latents, bits/dim, the way back",
+        "--mode sample: an image, or a folder or .zip of them: latents, bits/dim, reconstructions",
     ),
     "sampling.between": Key(
         "", Text(), "--mode sample: two images A.png,B.png: a film that leads from one to the other"
