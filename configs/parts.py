@@ -136,7 +136,7 @@ def quick(config: ConfigDict) -> None:
     config.training.update(target="posterior_mean", batch_size=4096, small_batch_size=64)
     config.model.update(nf=16, num_res_blocks=1, dropout=0.0, ema_rate=0.98)
     config.optim.lr = 4e-3
-    share_of_steps(config, snapshots=10, cooldown=19 / 20)
+    share_of_steps(config, snapshots=12, cooldown=19 / 20)
 
 
 def share_of_steps(config: ConfigDict, snapshots: int, cooldown: float = 3 / 10) -> None:
