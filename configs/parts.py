@@ -128,7 +128,7 @@ def images(config: ConfigDict) -> None:
 def quick(config: ConfigDict) -> None:
     """PFGM++ in minutes on a CPU, after method, network and data, some of whose values it replaces.
 
-    A thin network reaches the same quality in less computing (docs/benchmarks.md, "The demo"). Its
+    A thin network comes close to a wide one in less computing (docs/benchmarks.md, "The demo"). Its
     target is the posterior mean over the batch of 4,096, which has no variance where that is all of
     the training images, and else the bias of a subset (Xu et al. 2023, arXiv 2302.00670). The
     learning rate falls from the beginning, in place of a long EMA.
