@@ -136,14 +136,14 @@ def quick(config: ConfigDict) -> None:
     config.training.update(target="posterior_mean", batch_size=4096, small_batch_size=64)
     config.model.update(nf=16, num_res_blocks=1, dropout=0.0, ema_rate=0.98)
     config.optim.lr = 4e-3
-    share_of_steps(config, snapshots=12, cooldown=19 / 20)
+    share_of_steps(config, snapshots=12, cooldown=95)
 
 
-def share_of_steps(config: ConfigDict, snapshots: int, cooldown: float = 3 / 10) -> None:
+def share_of_steps(config: ConfigDict, snapshots: int, cooldown: int = 30) -> None:
     """Makes what counts steps a share of `training.n_iters`, also where that is overridden.
 
     The run has at most `snapshots` checkpoints at equal distances; the last of these is evaluated.
-    The learning rate falls over the share `cooldown` at the end.
+    The learning rate falls over the last `cooldown` per cent.
     """
     n_iters = config.training.get_ref("n_iters")
     config.training.snapshot_freq = (n_iters + (snapshots - 1)) // snapshots
@@ -151,7 +151,7 @@ def share_of_steps(config: ConfigDict, snapshots: int, cooldown: float = 3 / 10)
     for key in ("begin_ckpt", "end_ckpt"):  # an expression each, so that either can be overridden
         config.eval[key] = (n_iters + freq - 1) // freq
     config.optim.warmup = n_iters // 40
-    config.optim.cooldown = (n_iters.to_float() * cooldown).to_int()
+    config.optim.cooldown = n_iters * cooldown // 100
 
 
 # --- methods --------------------------------------------------------------------------------------
