@@ -22,7 +22,7 @@ import datasets
 import distributed
 import likelihood
 import sampling
-from experiment import Experiment, fit_schedule, origin_of_tensors, progress_bar, solver_bar
+from experiment import Experiment, fit_solver, origin_of_tensors, progress_bar, solver_bar
 from methods.base import conditioned
 from methods.restoration import RESTORE, Measurement, get_operator
 from metrics import distances
@@ -103,11 +103,10 @@ def _origin_of(data) -> dict:
 
 
 def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Callable:
-    """`run.sample`, its schedule that of `fit_schedule` if `config` asks for it and for samples."""
-    asked = config.sampling
-    if asked.method != "ode" or asked.schedule != "fitted" or not any(map(config.eval.get, DRAWN)):
+    """`run.sample`, with what `fit_solver` gives if `config` asks for it and for samples."""
+    if not sampling.is_fitted(config) or not any(map(config.eval.get, DRAWN)):
         return run.sample
-    return partial(run.sample, schedule=fit_schedule(config, run, checkpoint, origin))
+    return partial(run.sample, fit=fit_solver(config, run, checkpoint, origin))
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:

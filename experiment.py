@@ -30,8 +30,9 @@ from configs.default import KEYS, check
 from configs.keys import explain_unknown, get, shown
 from methods.base import conditioned
 from methods.restoration import Measurement
-from solvers import Schedule, fitted
+from solvers import fitted
 from solvers.base import Watch
+from solvers.fitted import Fit
 from storage import run_config
 from storage.checkpoints import digest, find_checkpoint, fit, fitted_path, load_checkpoint
 from storage.files import cached
@@ -273,9 +274,9 @@ class Trained:
         self.at_once = 1 if sampling.couples_samples(config) else config.eval.batch_size
         self._unscaled = datasets.get_data_inverse_scaler(config)
         self._sampler = run.sample
-        if config.sampling.method == "ode" and config.sampling.schedule == sampling.FITTED:
-            schedule = fit_schedule(config, run, path, origin_of(config, run))
-            self._sampler = partial(run.sample, schedule=schedule)
+        if sampling.is_fitted(config):
+            made = fit_solver(config, run, path, origin_of(config, run))
+            self._sampler = partial(run.sample, fit=made)
 
     def sample(
         self,
@@ -598,51 +599,76 @@ def origin_of_tensors(**tensors: Tensor | None) -> dict:
     }
 
 
-def fit_schedule(config, run: Experiment, checkpoint: Path, origin: dict) -> Schedule:
-    """The schedule fitted to the weights that `run` holds (see `solvers.fitted`).
+def fit_solver(config, run: Experiment, checkpoint: Path, origin: dict) -> Fit:
+    """Schedule and steps fitted to the weights that `run` holds (see `solvers.fitted`).
 
-    What is measured of the network's trajectories is kept beside the `checkpoint`, in a file that
-    counts for these weights and this ODE; levels of any number of steps are made of it.
+    What is measured of the network's trajectories is kept beside the `checkpoint`, in files that
+    count for these weights and this ODE. Levels of any number of steps are made of the costs; the
+    steps, of `sampling.N` and `sampling.order`, are fitted only where the solver asks for them.
     """
     fine, shape = sampling.for_trajectories(config), datasets.image_shape(config)
-    follow = sampling.get_sampling_fn(fine, run.method, run.guide)
     number, size = fitted.number_of_trajectories(math.prod(shape)), fitted.at_once(math.prod(shape))
     labels = run.draw_labels(number, "fitted")
+    generator = datasets.keyed_generator(run.device, "fitted", config.seed)
+    prior = run.method.prior_sampling((number, *shape), generator, run.device)
 
-    def compute() -> dict:
+    def follow(config, part: slice, fit: Fit, callback=None) -> None:
+        sample = sampling.get_sampling_fn(config, run.method, run.guide)
+        seen = {"x": prior[part], "labels": None if labels is None else labels[part]}
+        with solver_bar(run.method) as watch:
+            try:
+                sample(run.state.model, callback=callback, watch=watch, fit=fit, **seen)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"sampling.schedule='fitted': {error}") from error
+
+    @functools.cache
+    def trajectories() -> tuple[list[tuple[Tensor, Tensor]], dict[float, Tensor]]:
+        """The sums of `fitted.euler_errors`; the states by level, and without noise at 0."""
         log.info(f"fitting the noise levels to {number} trajectories")
-        generator = datasets.keyed_generator(run.device, "fitted", config.seed)
-        x = run.method.prior_sampling((number, *shape), generator, run.device)
-        sums = []
+        sums, states = [], []
         for start in range(0, number, size):
-            part, steps = slice(start, start + size), []
-            with solver_bar(run.method) as watch:
-                try:
-                    follow(
-                        run.state.model,
-                        x=x[part],
-                        labels=None if labels is None else labels[part],
-                        callback=steps.append,
-                        watch=watch,
-                        schedule=fitted.fine_levels,
-                    )
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"sampling.schedule='fitted': {error}") from error
+            steps = []
+            follow(fine, slice(start, start + size), Fit(fitted.fine_levels), steps.append)
             sums.append(fitted.euler_errors(steps))
-        levels = np.array([step.level for step in steps])
-        cost = fitted.step_costs(*map(sum, zip(*sums, strict=True)))
-        return {"levels": levels, "cost": cost.numpy()}
+            clean = steps[-1].x - steps[-1].level * steps[-1].slope
+            states.append([x.cpu() for x in (*(step.x for step in steps), clean)])
+        levels = [*(step.level for step in steps), 0.0]
+        return sums, dict(zip(levels, map(torch.cat, zip(*states, strict=True)), strict=True))
 
-    path, k = fitted_path(checkpoint), fitted.FINE_STEPS + 1
-    spec = {"levels": ("f", (k,)), "cost": ("f", (k, k))}
+    def compute_costs() -> dict:
+        sums, states = trajectories()
+        cost = fitted.step_costs(*map(sum, zip(*sums, strict=True)))
+        return {"levels": np.array([*states][:-1]), "cost": cost.numpy()}
+
+    def compute_steps() -> dict:
+        steps = fitted.Fitting(trajectories()[1])
+        follow(asked, slice(None), Fit(schedule, steps))
+        weights = np.zeros((n, order))
+        for row, found in zip(weights, steps.weights, strict=True):
+            row[: len(found)] = found
+        offsets = torch.stack(steps.offsets).cpu().numpy()
+        return {"levels": np.array(steps.levels), "weights": weights, "offsets": offsets}
+
+    def keep(path: Path, key: dict, compute: Callable[[], dict], spec: dict) -> list[Tensor]:
+        if distributed.is_main():
+            cached(path, key, compute, spec)
+        distributed.barrier()
+        found = cached(path, key, compute, spec)
+        return [torch.from_numpy(found[name]) for name in spec]
+
+    k = fitted.FINE_STEPS + 1
     key = origin | {"sampling": _sampler_of(fine), "trajectories": number}
     key |= origin_of_tensors(labels=labels)
-    if distributed.is_main():
-        cached(path, key, compute, spec)
-    distributed.barrier()
-    found = cached(path, key, compute, spec)
-    levels, cost = (torch.from_numpy(found[name]) for name in ("levels", "cost"))
-    return partial(fitted.schedule, levels, cost)
+    spec = {"levels": ("f", (k,)), "cost": ("f", (k, k))}
+    schedule = partial(fitted.schedule, *keep(fitted_path(checkpoint), key, compute_costs, spec))
+    if config.sampling.ode_solver != sampling.FITTED:
+        return Fit(schedule)
+    asked, n = sampling.for_fitting(config), config.sampling.N
+    order = config.sampling.order or 3
+    spec = {"levels": ("f", (n,)), "weights": ("f", (n, order)), "offsets": ("f", (n, *shape))}
+    key |= {"sampling": _sampler_of(asked)}
+    levels, weights, offsets = keep(fitted_path(checkpoint, n), key, compute_steps, spec)
+    return Fit(schedule, fitted.steps_as_kept(levels, weights, offsets.to(run.device)))
 
 
 def progress_bar(**options) -> tqdm:

@@ -12,10 +12,10 @@ from datasets import get_data_inverse_scaler, get_data_scaler
 from methods.base import Method, Network, conditioned, noise_like
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring, replacement
-from solvers import SCHEDULES, SOLVERS, Schedule
+from solvers import SCHEDULES, SOLVERS, Schedule, solver_named
 from solvers.base import Callback, Counted, FiniteStates, Slope, Step, Watch
-from solvers.fitted import FINE_STEPS
-from solvers.fixed_steps import Churn, euler
+from solvers.fitted import FINE_STEPS, Fit
+from solvers.fixed_steps import Advance, Churn, euler
 from solvers.predictor_corrector import predictor_corrector
 from solvers.rk45 import rk45
 
@@ -60,6 +60,7 @@ def solve_ode(
     atol: float = 1e-4,
     max_evaluations: int = 10_000,
     order: int | None = None,
+    advance: Advance | None = None,
     churn: Churn | None = None,
     generator: torch.Generator | None = None,
     noise_removal: bool = False,
@@ -71,12 +72,13 @@ def solve_ode(
     Args:
         method, net: whose ODE.
         x: a sample of the prior.
-        solver: a name in `SOLVERS`.
+        solver: a name in `SOLVERS`, or "fitted".
         n: steps of those that have a schedule, at least 1.
         schedule: one of `SCHEDULES` or its name, or "auto" for the solver's own.
         rho: see `solvers.schedules.polynomial`.
         rtol, atol, max_evaluations: see `rk45`.
         order: of a solver that has several; None for its own choice.
+        advance: the steps of the solver "fitted".
         churn: noise that a solver which churns adds on the way; None for the ODE.
         generator: source of that noise, on the device of `x`.
         noise_removal: where the ODE stops at some noise, the last of the n steps leads from there
@@ -92,9 +94,11 @@ def solve_ode(
         FloatingPointError: the solution is not finite, or (`TooManyEvaluations`) the evaluations
             are spent; the message says where.
     """
-    solve, own_schedule = SOLVERS[solver].solve, SOLVERS[solver].schedule
+    solve, own_schedule, *_ = solver_named(solver)
     if order is not None:
         solve = partial(solve, order=order)
+    if advance is not None:
+        solve = partial(solve, advance=advance)
     if churn is not None:
         solve = partial(solve, churn=churn, noise=partial(noise_like, generator=generator))
     denoise = noise_removal and method.noisy_end
@@ -209,7 +213,7 @@ def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tenso
 
 OUTPUTS = ("seeds", "film", "film_format", "encode", "between")  # keys that change no sample
 MAX_SEEDS = 10**6  # of one command
-FITTED = "fitted"  # sampling.schedule: the levels are made for a network (`solvers.fitted`)
+FITTED = "fitted"  # sampling.schedule, .ode_solver: what is made for a network (`solvers.fitted`)
 SNAPSHOT_STEPS = 18  # as many as EDM's sampler takes: 35 evaluations of heun
 
 
@@ -235,7 +239,7 @@ def get_rk45_options(config) -> dict[str, float]:
 
 
 def _get_order(config, solver: str) -> int | None:
-    order, n, orders = config.sampling.order, config.sampling.N, SOLVERS[solver].orders
+    order, n, orders = config.sampling.order, config.sampling.N, solver_named(solver).orders
     if order is None:
         return None
     if order not in orders:
@@ -251,7 +255,7 @@ def _get_churn(config, method: Method, solver: str) -> Churn | None:
     if churn.S_churn == 0:
         return None
     asked = f"sampling.S_churn must be 0, not {churn.S_churn:g}"
-    if not SOLVERS[solver].churns:
+    if not solver_named(solver).churns:
         known = " and ".join(repr(name) for name, solver in SOLVERS.items() if solver.churns)
         raise ValueError(f"{asked}: sampling.ode_solver={solver!r} adds no noise, only {known} do")
     if not method.gaussian:
@@ -275,14 +279,19 @@ def _ode_sampler(config, method: Method, constrain: Callable[..., Tensor] | None
     if sampling.N < 1:
         raise ValueError(f"sampling.N must be at least 1, not {sampling.N}")
     _check_positive(config, "rho")
-    solver = _choose(config, "ode_solver", SOLVERS)
+    solver = _choose(config, "ode_solver", (*SOLVERS, FITTED))
     schedule = _choose(config, "schedule", ("auto", *SCHEDULES, FITTED))
-    if schedule != "auto" and SOLVERS[solver].schedule is None:
+    if schedule != "auto" and solver_named(solver).schedule is None:
         raise ValueError(
             f"sampling.ode_solver={solver!r} chooses its own steps: sampling.schedule must be "
             f"'auto', not {schedule!r}"
         )
-    if schedule == FITTED and sampling.N > FINE_STEPS:
+    if solver == FITTED and schedule not in ("auto", FITTED):
+        raise ValueError(
+            f"sampling.ode_solver='fitted' takes the steps of sampling.schedule='fitted', which "
+            f"'auto' means, not {schedule!r}"
+        )
+    if is_fitted(config) and sampling.N > FINE_STEPS:
         raise ValueError(
             f"sampling.schedule='fitted' chooses among {FINE_STEPS} steps: sampling.N can be no "
             f"more, not {sampling.N}"
@@ -297,13 +306,12 @@ def _ode_sampler(config, method: Method, constrain: Callable[..., Tensor] | None
         **get_rk45_options(config),
     }
 
-    def sample(method, net, x, generator, callback, watch, fitted):
-        seen = {"callback": callback, "watch": watch}
-        if (chosen := fitted or schedule) == FITTED:
-            raise ValueError(
-                "sampling.schedule='fitted' belongs to a network, and is to be given as `schedule`"
-            )
-        return solve_ode(method, net, x, schedule=chosen, generator=generator, **seen, **options)
+    def sample(method, net, x, generator, callback, watch, fit):
+        seen = {"callback": callback, "watch": watch, "generator": generator}
+        if fit is None and is_fitted(config):
+            raise ValueError("what is 'fitted' in sampling belongs to a network: give it as `fit`")
+        chosen, advance = fit or Fit(schedule)
+        return solve_ode(method, net, x, schedule=chosen, advance=advance, **seen, **options)
 
     return sample
 
@@ -329,7 +337,7 @@ def _pc_sampler(config, method: Method, constrain: Callable[..., Tensor] | None)
     if options["predictor"] == "ancestral_sampling" and sampling.probability_flow:
         raise ValueError("sampling.predictor='ancestral_sampling' has no probability_flow")
 
-    def sample(method, net, x, generator, callback, watch, schedule):
+    def sample(method, net, x, generator, callback, watch, fit):
         net, seen = Counted(net), {"callback": callback, "watch": watch_times(method, watch)}
         x = predictor_corrector(method, net, x, generator=generator, **seen, **options)
         return x, net.calls
@@ -388,7 +396,7 @@ def seeds_of(text: str) -> list[int]:
 def tells_times(config) -> bool:
     """Whether a callback of the configured sampler is told x at times, not y at noise levels."""
     asked = config.sampling
-    return asked.method != "ode" or SOLVERS[asked.ode_solver].schedule is None
+    return asked.method != "ode" or solver_named(asked.ode_solver).schedule is None
 
 
 def couples_samples(config) -> bool:
@@ -398,15 +406,23 @@ def couples_samples(config) -> bool:
     """
     asked = config.sampling
     if asked.method == "ode":
-        return SOLVERS[asked.ode_solver].schedule is None
+        return solver_named(asked.ode_solver).schedule is None
     return asked.corrector != "none"
 
 
+def is_fitted(config) -> bool:
+    """Whether the configured sampler has to be made for a network."""
+    asked = config.sampling
+    return asked.method == "ode" and FITTED in (asked.schedule, asked.ode_solver)
+
+
 def without_fit(config):
-    """`config` with the solver's own schedule in place of 'fitted'."""
+    """`config` with the solver's own schedule in place of 'fitted', and 'ipndm' as the solver."""
     config = config.copy_and_resolve_references()
     if config.sampling.schedule == FITTED:
         config.sampling.schedule = "auto"
+    if config.sampling.ode_solver == FITTED:
+        config.sampling.ode_solver = "ipndm"
     return config
 
 
@@ -419,7 +435,7 @@ def for_snapshots(config):
     """
     config = without_fit(config)
     sampling = config.sampling
-    if sampling.method == "ode" and SOLVERS[sampling.ode_solver].schedule is None:
+    if sampling.method == "ode" and solver_named(sampling.ode_solver).schedule is None:
         sampling.update(
             ode_solver=config.training.snapshot_solver, N=SNAPSHOT_STEPS, order=None, S_churn=0.0
         )
@@ -427,7 +443,7 @@ def for_snapshots(config):
 
 
 def for_trajectories(config):
-    """`config` whose sampler follows the trajectories to which the schedule 'fitted' is fitted.
+    """`config` whose sampler follows the trajectories that schedule and solver are fitted to.
 
     It has to be given the schedule `solvers.fitted.fine_levels`.
     """
@@ -441,6 +457,13 @@ def for_trajectories(config):
         noise_removal=False,
         precision="fp32",
     )
+    return config
+
+
+def for_fitting(config):
+    """`config` whose sampler takes the steps that are fitted; it has to be given them."""
+    config = config.copy_and_resolve_references()
+    config.sampling.update(ode_solver=FITTED, S_churn=0.0, schedule="auto", precision="fp32")
     return config
 
 
@@ -458,15 +481,15 @@ def get_sampling_fn(
 
     Returns:
         `sample(net, num=None, x=None, generator=None, callback=None, labels=None, watch=None,
-        schedule=None)`: `num` samples (default `eval.batch_size`), from a fresh prior sample or
+        fit=None)`: `num` samples (default `eval.batch_size`), from a fresh prior sample or
         from `x` (B, C, H, W) where it is given, on the generator's device (else on that of `x`,
         else the network's). The callback is called before each step (`solvers.base.Step`), `watch`
         before each network evaluation (`solvers.base.Watch`). Class `labels` (num,), int64, are -1
-        for none; by default all are `sampling.class_label`. A `schedule` takes the place of
-        `sampling.schedule`, and has to be given where that is 'fitted'. With `x`, `generator` may
-        be several, one for each sample, which draw its noise. It returns images
-        (num, C, H, W) in [0, 1] and the number of network evaluations, of which one with guidance
-        counts once.
+        for none; by default all are `sampling.class_label`. A `fit` (`solvers.fitted.Fit`) takes
+        the place of `sampling.schedule`, and has to be given where that or the solver is 'fitted'.
+        With `x`, `generator` may be several, one for each sample, which draw its noise. It returns
+        images (num, C, H, W) in [0, 1] and the number of network evaluations, of which one with
+        guidance counts once.
 
     Raises:
         ValueError: a sampler that the method does not have, a number out of range, or guidance
@@ -504,7 +527,7 @@ def get_sampling_fn(
         callback=None,
         labels=None,
         watch=None,
-        schedule=None,
+        fit=None,
     ):
         if x is None:
             device = generator.device if generator else next(net.parameters()).device
@@ -520,9 +543,7 @@ def get_sampling_fn(
             followed = Guided(method, other, *guidance)
         if measurement is not None and restorer is not None:
             followed = Restoring(followed, measurement, restorer, bounds)
-        x, evaluations = integrate_prior(
-            followed, conditional, x, generator, callback, watch, schedule
-        )
+        x, evaluations = integrate_prior(followed, conditional, x, generator, callback, watch, fit)
         if measurement is not None and measurement.noise == 0:
             x = measurement.project(x)
         return inverse_scaler(x).clamp(0, 1), evaluations

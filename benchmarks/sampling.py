@@ -29,9 +29,10 @@ from networks import plain
 
 import datasets
 import sampling
-from experiment import Experiment, fit_schedule, origin_of
+from experiment import Experiment, fit_solver, origin_of
 from metrics.distances import Gaussian, frechet_distance
-from solvers import SCHEDULES, SOLVERS
+from solvers import SCHEDULES, SOLVERS, solver_named
+from solvers.fitted import Fit
 from storage import run_config
 from storage.checkpoints import fit, load_checkpoint
 
@@ -61,6 +62,7 @@ STEPS = {
     Setting("dpmpp"): FEW,
     Setting("dpmpp", "logsnr"): FEW,
     Setting("unipc", "logsnr"): FEW,
+    Setting("fitted"): FEW,
 }
 
 
@@ -93,7 +95,16 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
 
     net, results, base = run.state.model, {}, np.nan
     with run.with_ema():
-        own = {"fitted": fit_schedule(config, run, path, origin_of(config, run))}
+        origin = origin_of(config, run)
+
+        def made(setting: Setting, n: int) -> Fit:
+            """What is fitted to the network, where the setting asks for it."""
+            schedule = solver_named(setting.solver).schedule
+            if "fitted" not in (setting.schedule, schedule):
+                return Fit(setting.schedule)
+            config.sampling.update(ode_solver=setting.solver, N=n, schedule=setting.schedule)
+            return fit_solver(config, run, path, origin)
+
         tight = {"rtol": 1e-6, "atol": 1e-6, "noise_removal": True}
         exact, evaluations = sampling.solve_ode(
             run.method, net.double(), prior[:COMPARED].double(), **tight
@@ -111,7 +122,7 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
         for setting, n in [(Setting("rk45"), 0), *cases]:
             watch = common.Stopwatch(run.device)
             timed = watch.phase("network")(net)
-            schedule = own.get(setting.schedule, setting.schedule)
+            fitting = made(setting, n)
             with watch.phase("all"):
                 samples, evaluations = sampling.solve_ode(
                     run.method,
@@ -119,7 +130,8 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
                     prior,
                     setting.solver,
                     n,
-                    schedule=schedule,
+                    schedule=fitting.schedule,
+                    advance=fitting.advance,
                     noise_removal=True,
                 )
             inside, seconds = watch.seconds["network"], watch.seconds["all"]

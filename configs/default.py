@@ -233,8 +233,9 @@ KEYS = {
     ),
     "sampling.ode_solver": Key(
         "rk45",
-        OneOf(registry="solvers.SOLVERS"),
-        "of 'ode': 'rk45' is adaptive, the others take N steps",
+        OneOf(("fitted",), "solvers.SOLVERS"),
+        "of 'ode': 'rk45' is adaptive, the others take N steps; 'fitted': steps made for the "
+        "checkpoint at hand, the best where N is 5 to 12 and many samples are drawn",
     ),
     "sampling.N": Key(
         100,
@@ -254,7 +255,8 @@ KEYS = {
     "sampling.order": Key(
         None,
         whole(1, 4),
-        "of 'multistep' and 'ipndm', 1 to 4, 'dpmpp' and 'unipc', 1 to 3, at most N; None: 3",
+        "of 'multistep', 'ipndm' and 'fitted', 1 to 4, 'dpmpp' and 'unipc', 1 to 3, at most N; "
+        "None: 3",
     ),
     "sampling.S_churn": Key(
         0.0,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from methods.base import Method
 from solvers.exponential import dpmpp, unipc
-from solvers.fixed_steps import euler, heun, ipndm, multistep
+from solvers.fixed_steps import euler, heun, ipndm, linear_multistep, multistep
 from solvers.rk45 import rk45
 from solvers.schedules import logsnr, polynomial, uniform
 
@@ -41,6 +41,15 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp": Solver(dpmpp, orders=(1, 2, 3)),
     "unipc": Solver(unipc, orders=(1, 2, 3)),
 }
+
+# Beside these there is "fitted". Its steps are made for a network, and are the option `advance`.
+FITTED = Solver(linear_multistep, schedule="fitted", orders=(1, 2, 3, 4))
+
+
+def solver_named(name: str) -> Solver:
+    """The solver that `sampling.ode_solver` means by its `name`."""
+    return FITTED if name == FITTED.schedule else SOLVERS[name]
+
 
 # (method, n, rho) -> the n + 1 noise levels (n + 1,), float64.
 Schedule = Callable[[Method, int, float], Tensor]

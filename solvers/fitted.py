@@ -1,20 +1,29 @@
-"""The schedule 'fitted': noise levels chosen for one network, by how its trajectories bend.
+"""Schedule and solver 'fitted': noise levels and steps made for one network, by its trajectories.
 
-Source: GITS (Chen et al. 2024, arXiv 2405.11326), section 4. Some samples are solved in many fine
-steps. Between any two of these levels a single step of Euler's method has a known error, and
-dynamic programming finds the n + 1 levels between which the errors have the least sum.
+Some samples are solved in many fine steps. Between any two of these levels a single step of Euler's
+method has a known error, and dynamic programming finds the n + 1 levels between which the errors
+cost least (GITS, Chen et al. 2024, arXiv 2405.11326, section 4; the costs are ours).
+
+The solver then follows the same samples along these levels. Each step adds the last slopes, as
+those of Adams and Bashforth do, with the weights that lead the samples closest to where the fine
+solutions are: a linear regression, whose errors the next steps can mend, since they start where
+this one has led.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from methods.base import Method
 from solvers.base import Step
+from solvers.fixed_steps import Advance, combine
 from solvers.schedules import polynomial
 
 FINE_STEPS = 60  # of the trajectories: the most that a fitted schedule can have
 FINE_RHO = 7.0
-MOST_TRAJECTORIES = 256
+MOST_TRAJECTORIES = 1024
 LEAST_TRAJECTORIES = 16
 
 
@@ -65,9 +74,12 @@ def step_costs(errors: Tensor, apart: Tensor) -> Tensor:
     """The cost (K, K) of a step between two of K levels, by its error and how far apart states are.
 
     On its way to the data an error shrinks as the distances between trajectories do: for the flow
-    of a Gaussian exactly, else about. GITS counts all errors alike.
+    of a Gaussian exactly, else about. Where Euler's step of length h errs by h^2, one of order 3
+    errs by h^4, and squares of errors add up: the cost is the fourth power. GITS adds Euler's
+    errors themselves, and counts all alike; the last step then comes to be so long that samples
+    shrink towards the mean of the data given a noisy image.
     """
-    return errors / apart.clamp_min(1e-6 * apart.max())
+    return (errors / apart.clamp_min(1e-6 * apart.max())) ** 4
 
 
 def schedule(levels: Tensor, cost: Tensor, method: Method, n: int, rho: float) -> Tensor:
@@ -96,3 +108,78 @@ def cheapest_path(cost: Tensor, n: int) -> list[int]:
     for origin in reversed(origins):
         path.append(origin[path[-1]])
     return path[::-1]
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    """What is made for a network: its schedule and, for the solver 'fitted', the steps."""
+
+    schedule: Callable[[Method, int, float], Tensor]
+    advance: Advance | None = None
+
+
+class Fitting:
+    """Steps that are fitted as they are taken: an `Advance` that keeps them.
+
+    Args:
+        states: level -> where the fine solutions are, (B, ...), for each level that is stepped to.
+    """
+
+    def __init__(self, states: dict[float, Tensor]):
+        self.states = states
+        self.levels: list[float] = []  # from which each step starts
+        self.weights: list[list[float]] = []
+        self.offsets: list[Tensor] = []
+
+    def __call__(
+        self, x: Tensor, slopes: list[Tensor], passed: list[float], there: float
+    ) -> Tensor:
+        weights, offset = fit_step(x, slopes, self.states[there].to(x.device))
+        self.levels.append(passed[0])
+        self.weights.append(weights)
+        self.offsets.append(offset)
+        return combine(x, [*slopes, offset], [*weights, 1.0])
+
+
+def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[list[float], Tensor]:
+    """Weights of the `slopes` (B, ...), and an offset (...), that lead `x` (B, ...) to `target`.
+
+    They minimise the squared distances, each in units of that of the target to the mean of all, so
+    that those far out count no more than others; but among the steps on the line through that one
+    and the one that leads closest to the mean they are the step after which the second moment about
+    the mean is that of the target. Least squares leave too little of it, by as much as they err,
+    and samples that are too close to the mean are what a Frechet distance sees first.
+    """
+    rows = [value.double().flatten(1) for value in (target, x, *slopes)]
+    apart = (rows[0] - rows[0].mean(0)).norm(dim=1)
+    shares = apart.clamp_min(1e-6 * apart.max()) ** -2
+    shares = shares / shares.sum()
+    means = [shares @ row for row in rows]
+    wanted, moved, *terms = (
+        ((row - mean) * shares.sqrt()[:, None]).flatten()
+        for row, mean in zip(rows, means, strict=True)
+    )
+    terms = torch.stack(terms, 1)
+    # normal equations: k <= 4 unknowns; where slopes are parallel the smallest solution of many
+    right = torch.stack([terms.T @ (wanted - moved), terms.T @ -moved], 1)
+    closest, to_mean = (torch.linalg.pinv(terms.T @ terms, hermitian=True) @ right).T
+    rest = (moved + terms @ to_mean).square().sum()
+    taken = (terms @ (closest - to_mean)).square().sum()
+    stretch = ((wanted.square().sum() - rest).clamp_min(0) / taken).sqrt() if taken > 0 else 1.0
+    weights = to_mean + stretch * (closest - to_mean)
+    offset = means[0] - means[1] - weights @ torch.stack(means[2:])
+    return weights.tolist(), offset.to(x.dtype).unflatten(0, x.shape[1:])
+
+
+def steps_as_kept(levels: Tensor, weights: Tensor, offsets: Tensor) -> Advance:
+    """The steps from n `levels`: `weights` (n, k) of up to k slopes, and `offsets` (n, ...)."""
+    kept = {level: row for row, level in enumerate(levels.tolist())}
+
+    def advance(x: Tensor, slopes: list[Tensor], passed: list[float], there: float) -> Tensor:
+        row = kept[passed[0]]
+        used = weights[row, : len(slopes)].tolist()
+        return combine(x, [*slopes, offsets[row]], [*used, 1.0])
+
+    return advance

@@ -69,8 +69,8 @@ def heun(
     return x
 
 
-# (the levels passed, newest first, and the next one) -> the weights of the slopes there.
-Weights = Callable[[list[float], float], list[float]]
+# (state, the last slopes and their levels, newest first, the next level) -> the state there.
+Advance = Callable[[Tensor, list[Tensor], list[float], float], Tensor]
 
 
 def multistep(
@@ -87,7 +87,8 @@ def multistep(
     fewer. In a method's natural variables this is rho-AB DEIS (Zhang and Chen 2023, arXiv
     2204.13902).
     """
-    return _from_last_slopes(slope, x, levels, callback, order, adams_bashforth)
+    advance = _with_weights(adams_bashforth)
+    return linear_multistep(slope, x, levels, callback, order=order, advance=advance)
 
 
 def ipndm(
@@ -104,17 +105,31 @@ def ipndm(
     them small where steps shrink fast. The error falls with the power `order` of the step where
     levels are even, else with its square at most.
     """
-    return _from_last_slopes(slope, x, levels, callback, order, even_adams_bashforth)
+    advance = _with_weights(even_adams_bashforth)
+    return linear_multistep(slope, x, levels, callback, order=order, advance=advance)
 
 
-def _from_last_slopes(slope, x, levels, callback, order: int, weights_of: Weights) -> Tensor:
+def _with_weights(weights: Callable[[list[float], float], list[float]]) -> Advance:
+    return lambda x, slopes, passed, there: combine(x, slopes, weights(passed, there))
+
+
+def linear_multistep(
+    slope: Slope,
+    x: Tensor,
+    levels: Tensor,
+    callback: Callback | None = None,
+    *,
+    order: int = 3,
+    advance: Advance,
+) -> Tensor:
+    """A method whose steps, by `advance`, use the last `order` slopes: N evaluations."""
     slopes, passed = [], []
     for i, (here, there) in enumerate(pairwise(levels.tolist())):
         slopes.insert(0, slope(x, here))
         passed.insert(0, here)
         if callback:
             callback(Step(i, here, x, slopes[0]))
-        x = combine(x, slopes, weights_of(passed, there))
+        x = advance(x, slopes, passed, there)
         del slopes[order - 1 :], passed[order - 1 :]  # before memory goes to the network
     return x
 

@@ -282,14 +282,14 @@ def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:
     dropped = written[:-keep] if keep else []
     for step in dropped:
         path = checkpoint_path(workdir, step)
-        for each in (path, fitted_path(path)):
+        for each in (path, *path.parent.glob(f"{path.stem}.fitted*.npz")):
             each.unlink(missing_ok=True)
     return written[len(dropped) :]
 
 
-def fitted_path(checkpoint: Path) -> Path:
-    """Where what the schedule 'fitted' is made of is kept, beside the `checkpoint`."""
-    return checkpoint.with_suffix(".fitted.npz")
+def fitted_path(checkpoint: Path, n: int = 0) -> Path:
+    """Where what the schedule 'fitted' is made of, or `n` fitted steps, is kept."""
+    return checkpoint.with_suffix(f".fitted-{n}.npz" if n else ".fitted.npz")
 
 
 def numbered_checkpoints(workdir: Path) -> dict[int, Path]:

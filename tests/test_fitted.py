@@ -1,4 +1,4 @@
-"""The schedule 'fitted': the levels it chooses, and the file that it keeps beside a checkpoint."""
+"""Schedule and solver 'fitted': what they choose, and the files they keep beside a checkpoint."""
 
 import itertools
 import os
@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_program
+from hypothesis import given
+from hypothesis import strategies as st
 from known_laws import FAMILY, gaussian_network
+from scipy.optimize import minimize
 
 import evaluation
 import run_lib
@@ -52,7 +56,7 @@ def test_errors_are_those_of_euler_steps():
     between = 2 * (v[0] - v[1]).norm().double() * levels.square()
     torch.testing.assert_close(apart, between, rtol=1e-5, atol=0)
     cost = fitted.step_costs(errors, apart)
-    torch.testing.assert_close(cost, errors / between, rtol=1e-5, atol=0)
+    torch.testing.assert_close(cost, (errors / between) ** 4, rtol=1e-5, atol=0)
 
 
 def test_costs_are_finite_where_all_trajectories_meet():
@@ -107,13 +111,108 @@ def test_a_callback_sees_fine_trajectories_from_prior_to_data(name):
     torch.testing.assert_close(torch.stack([s.x for s in seen]), expected, rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("dim, number", [(64, 256), (3072, 256), (12288, 85), (3 * 2**20, 16)])
+@pytest.mark.parametrize("dim, number", [(64, 1024), (3072, 341), (12288, 85), (3 * 2**20, 16)])
 def test_larger_images_need_fewer_trajectories(dim, number):
     assert fitted.number_of_trajectories(dim) == number
     assert fitted.at_once(dim) * dim <= max(2**18, 2 * dim)  # of one, no distances are known
 
 
-# --- the file beside the checkpoint ---------------------------------------------------------------
+# --- which steps ----------------------------------------------------------------------------------
+
+
+def random_step(seed, k, scatter=0.0):
+    """x, `k` slopes, target, weights and offset of a step that is exact but for `scatter`."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    x, slopes = draw(40, 2, 3), [draw(40, 2, 3) for _ in range(k)]
+    weights, offset = draw(k), draw(2, 3)
+    target = x + sum(w * s for w, s in zip(weights, slopes, strict=True)) + offset
+    return x, slopes, target + scatter * draw(40, 2, 3), weights, offset
+
+
+@given(seed=st.integers(0, 2**32), k=st.integers(1, 4))
+def test_a_step_that_the_slopes_can_take_is_found(seed, k):
+    x, slopes, target, weights, offset = random_step(seed, k)
+    found, added = fitted.fit_step(x, slopes, target)
+    assert found == pytest.approx(weights.tolist(), rel=1e-6, abs=1e-6)
+    torch.testing.assert_close(added, offset, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("scatter", [0.1, 1.0])
+def test_of_all_steps_that_keep_the_second_moment_it_errs_least(k, scatter):
+    """Beside a general solver of the constrained least squares, from several starts."""
+    x, slopes, target, *_ = random_step(k, k, scatter)
+    rows = [value.flatten(1).numpy() for value in (target, x, *slopes)]
+    shares = 1 / np.square(rows[0] - rows[0].mean(0)).sum(1)
+    shares /= shares.sum()
+    wanted, moved, *terms = (row - shares @ row for row in rows)
+
+    def led(weights):
+        return moved + sum(w * term for w, term in zip(weights, terms, strict=True))
+
+    def error(weights):
+        return shares @ np.square(led(weights) - wanted).sum(1)
+
+    def moment(weights):
+        return shares @ (np.square(led(weights)).sum(1) - np.square(wanted).sum(1))
+
+    starts = np.random.default_rng(0).normal(size=(5, k))
+    best = min(
+        (minimize(error, start, constraints={"type": "eq", "fun": moment}) for start in starts),
+        key=lambda solution: solution.fun if abs(moment(solution.x)) < 1e-6 else np.inf,
+    )
+    weights, offset = fitted.fit_step(x, slopes, target)
+    assert moment(weights) == pytest.approx(0, abs=1e-9)
+    assert weights == pytest.approx(best.x, rel=1e-3, abs=1e-3)
+    mean = shares @ (rows[1] + sum(w * row for w, row in zip(weights, rows[2:], strict=True)))
+    assert mean + offset.flatten().numpy() == pytest.approx(shares @ rows[0])
+
+
+def test_parallel_slopes_and_a_slope_of_zero_make_a_step():
+    x, (slope,), target, *_ = random_step(0, 1)
+    for slopes in ([slope, 2 * slope, -slope], [slope, torch.zeros_like(slope)]):
+        weights, offset = fitted.fit_step(x, slopes, target)
+        reached = x + sum(w * s for w, s in zip(weights, slopes, strict=True)) + offset
+        torch.testing.assert_close(reached, target)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_fitted_steps_lead_other_samples_to_the_law_of_a_gaussian(name):
+    """Its trajectories are scaled, so that three steps along the slopes can be exact."""
+    method, seen, n = FAMILY[name], [], 3
+    generator, shape = torch.Generator().manual_seed(0), (16, 1, 4, 4)
+    follow = partial(sampling.solve_ode, method, gaussian_network(method))
+    x = method.prior_sampling(shape, generator)
+    follow(x, "multistep", 61, schedule=fitted.fine_levels, callback=seen.append)
+    states = {step.level: step.x for step in seen}
+    fine = torch.tensor([*states], dtype=torch.float64)
+    levels = fine[torch.linspace(0, 60, n + 1).long()]
+    steps = fitted.Fitting(states)
+    given = {"schedule": lambda *_: levels, "noise_removal": False}
+    follow(x, "fitted", n, advance=steps, **given)
+    weights = torch.zeros(n, 3, dtype=torch.float64)
+    for row, found in zip(weights, steps.weights, strict=True):
+        row[: len(found)] = torch.tensor(found)
+    starts = torch.tensor(steps.levels, dtype=torch.float64)
+    kept = fitted.steps_as_kept(starts, weights, torch.stack(steps.offsets))
+    other = method.prior_sampling(shape, generator)
+    sample, evaluations = follow(other, "fitted", n, advance=kept, **given)
+    assert evaluations == n
+    exact, _ = follow(other, "rk45", rtol=1e-7, atol=1e-7)
+    plain, _ = follow(other, "multistep", n, **given)
+    error, beside = ((value - exact).norm() / exact.norm() for value in (sample, plain))
+    assert error < 0.02, error  # the fine solution's own
+    assert error < 0.2 * beside, (error, beside)
+
+
+# --- the files beside the checkpoint --------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def few_trajectories(request, monkeypatch):
+    if "tmp_path" in request.fixturenames:
+        monkeypatch.setattr(fitted, "MOST_TRAJECTORIES", 64)
 
 
 def tiny(tmp_path):
@@ -198,6 +297,40 @@ def test_a_fit_serves_every_number_of_steps_and_a_later_start(tmp_path, monkeypa
         fit(config, tmp_path)
 
 
+def test_fitted_steps_are_kept_for_each_number_of_them(tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    config.sampling.update(ode_solver="fitted", schedule="auto")
+    checkpoint = save(config, tmp_path, seed=1)
+    fit(config, tmp_path)
+    with np.load(fitted_path(checkpoint, 5)) as file:
+        first = {name: file[name] for name in ("levels", "weights", "offsets")}
+    shapes = {name: value.shape for name, value in first.items()}
+    assert shapes == {"levels": (5,), "weights": (5, 3), "offsets": (5, 1, 8, 8)}
+    assert first["weights"][0, 1:].tolist() == [0, 0]  # the first step has one slope
+    assert (first["weights"][2:] != 0).all()
+    picture = (tmp_path / "eval/ode_images_4.png").read_bytes()
+
+    fitting = fitted.Fitting
+
+    def fail(*arguments):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(fitted, "Fitting", fail)
+    run_lib.evaluate(config, tmp_path, "again")
+    assert (tmp_path / "again/ode_images_4.png").read_bytes() == picture
+    config.sampling.N = 6
+    with pytest.raises(AssertionError, match="fitted again"):
+        fit(config, tmp_path)
+    monkeypatch.setattr(fitted, "Fitting", fitting)
+    fit(config, tmp_path)
+    assert fitted_path(checkpoint, 6).exists() and fitted_path(checkpoint, 5).exists()
+    save(config, tmp_path, seed=2)
+    config.sampling.N = 5
+    fit(config, tmp_path)
+    with np.load(fitted_path(checkpoint, 5)) as file:
+        assert (file["weights"] != first["weights"]).any()
+
+
 def test_a_killed_evaluation_fits_once(tmp_path):
     config = tiny(tmp_path)
     kept = fitted_path(save(config, tmp_path, seed=1))
@@ -226,8 +359,9 @@ def test_a_killed_evaluation_fits_once(tmp_path):
 
 def test_a_fit_goes_with_its_checkpoint(tmp_path):
     config = tiny(tmp_path)
-    kept = fitted_path(save(config, tmp_path, seed=1))
-    kept.write_bytes(b"")
+    path = save(config, tmp_path, seed=1)
+    for kept in (fitted_path(path), fitted_path(path, 10)):
+        kept.write_bytes(b"")
     assert drop_checkpoints(tmp_path, [4, 8], keep=1) == [8]
     assert not any((tmp_path / "checkpoints").iterdir())
 
@@ -238,12 +372,18 @@ def test_a_fit_goes_with_its_checkpoint(tmp_path):
 def test_what_fitted_cannot_do_is_one_line(tmp_path):
     config = tiny(tmp_path)
     method = FAMILY["edm"]
-    with pytest.raises(ValueError, match=r"^sampling\.schedule='fitted' belongs to a network"):
+    with pytest.raises(ValueError, match=r"^what is 'fitted' in sampling belongs to a network"):
         sampling.get_sampling_fn(config, method)(lambda x, label: x, x=torch.zeros(1, 1, 8, 8))
     config.sampling.N = 61
     with pytest.raises(ValueError, match=r"chooses among 60 steps: sampling\.N can be no more"):
         sampling.get_sampling_fn(config, method)
-    config.sampling.update(N=10, ode_solver="rk45")
+    config.sampling.update(N=10, ode_solver="fitted", schedule="polynomial")
+    with pytest.raises(ValueError, match=r"takes the steps of sampling.schedule='fitted'"):
+        sampling.get_sampling_fn(config, method)
+    config.sampling.update(schedule="auto", order=5)
+    with pytest.raises(ValueError, match=r"order=5: sampling.ode_solver='fitted' has the orders"):
+        sampling.get_sampling_fn(config, method)
+    config.sampling.update(order=None, schedule="fitted", ode_solver="rk45")
     with pytest.raises(ValueError, match=r"rk45' chooses its own steps: .* 'auto', not 'fitted'"):
         sampling.get_sampling_fn(config, method)
 
