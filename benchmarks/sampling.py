@@ -102,7 +102,8 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
             schedule = solver_named(setting.solver).schedule
             if "fitted" not in (setting.schedule, schedule):
                 return Fit(setting.schedule)
-            config.sampling.update(ode_solver=setting.solver, N=n, schedule=setting.schedule)
+            config.sampling.update(ode_solver=setting.solver, schedule=setting.schedule)
+            config.sampling.update(method="ode", N=n, noise_removal=True)
             return fit_solver(config, run, path, origin)
 
         tight = {"rtol": 1e-6, "atol": 1e-6, "noise_removal": True}
