@@ -30,9 +30,10 @@ from configs.default import KEYS, check
 from configs.keys import explain_unknown, get, shown
 from methods.base import conditioned
 from methods.restoration import Measurement
-from solvers import fitted
-from solvers.base import Watch
+from solvers import FITTED, Schedule, fitted
+from solvers.base import Step, Watch
 from solvers.fitted import Fit
+from solvers.fixed_steps import Advance
 from storage import run_config
 from storage.checkpoints import digest, find_checkpoint, fit, fitted_path, load_checkpoint
 from storage.files import cached
@@ -600,75 +601,108 @@ def origin_of_tensors(**tensors: Tensor | None) -> dict:
 
 
 def fit_solver(config, run: Experiment, checkpoint: Path, origin: dict) -> Fit:
-    """Schedule and steps fitted to the weights that `run` holds (see `solvers.fitted`).
+    """Schedule and, for the solver 'fitted', steps fitted to the weights that `run` holds.
 
-    What is measured of the network's trajectories is kept beside the `checkpoint`, in files that
-    count for these weights and this ODE. Levels of any number of steps are made of the costs; the
-    steps, of `sampling.N` and `sampling.order`, are fitted only where the solver asks for them.
+    See `solvers.fitted`. What is measured is kept beside the `checkpoint`, in files that count for
+    these weights and this ODE. One serves every number of steps; the steps themselves have one for
+    each.
+
+    Raises:
+        FloatingPointError: a trajectory is not finite.
     """
-    fine, shape = sampling.for_trajectories(config), datasets.image_shape(config)
-    number, size = fitted.number_of_trajectories(math.prod(shape)), fitted.at_once(math.prod(shape))
+    fine, dim = sampling.for_trajectories(config), math.prod(datasets.image_shape(config))
+    number = fitted.number_of_trajectories(dim, fitted.MOST_FOR_LEVELS)
     labels = run.draw_labels(number, "fitted")
-    generator = datasets.keyed_generator(run.device, "fitted", config.seed)
-    prior = run.method.prior_sampling((number, *shape), generator, run.device)
 
-    def follow(config, part: slice, fit: Fit, callback=None) -> None:
-        sample = sampling.get_sampling_fn(config, run.method, run.guide)
-        seen = {"x": prior[part], "labels": None if labels is None else labels[part]}
-        with solver_bar(run.method) as watch:
-            try:
-                sample(run.state.model, callback=callback, watch=watch, fit=fit, **seen)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"sampling.schedule='fitted': {error}") from error
-
-    @functools.cache
-    def trajectories() -> tuple[list[tuple[Tensor, Tensor]], dict[float, Tensor]]:
-        """The sums of `fitted.euler_errors`; the states by level, and without noise at 0."""
-        log.info(f"fitting the noise levels to {number} trajectories")
-        sums, states = [], []
-        for start in range(0, number, size):
-            steps = []
-            follow(fine, slice(start, start + size), Fit(fitted.fine_levels), steps.append)
-            sums.append(fitted.euler_errors(steps))
-            clean = steps[-1].x - steps[-1].level * steps[-1].slope
-            states.append([x.cpu() for x in (*(step.x for step in steps), clean)])
-        levels = [*(step.level for step in steps), 0.0]
-        return sums, dict(zip(levels, map(torch.cat, zip(*states, strict=True)), strict=True))
-
-    def compute_costs() -> dict:
-        sums, states = trajectories()
-        cost = fitted.step_costs(*map(sum, zip(*sums, strict=True)))
-        return {"levels": np.array([*states][:-1]), "cost": cost.numpy()}
-
-    def compute_steps() -> dict:
-        steps = fitted.Fitting(trajectories()[1])
-        follow(asked, slice(None), Fit(schedule, steps))
-        weights = np.zeros((n, order))
-        for row, found in zip(weights, steps.weights, strict=True):
-            row[: len(found)] = found
-        offsets = torch.stack(steps.offsets).cpu().numpy()
-        return {"levels": np.array(steps.levels), "weights": weights, "offsets": offsets}
-
-    def keep(path: Path, key: dict, compute: Callable[[], dict], spec: dict) -> list[Tensor]:
-        if distributed.is_main():
-            cached(path, key, compute, spec)
-        distributed.barrier()
-        found = cached(path, key, compute, spec)
-        return [torch.from_numpy(found[name]) for name in spec]
+    def compute() -> dict:
+        parts = _trajectories(fine, run, number, labels)
+        errors, apart = map(sum, zip(*map(fitted.euler_errors, parts), strict=True))
+        return {"errors": errors.numpy(), "apart": apart.numpy()}
 
     k = fitted.FINE_STEPS + 1
-    key = origin | {"sampling": _sampler_of(fine), "trajectories": number}
-    key |= origin_of_tensors(labels=labels)
-    spec = {"levels": ("f", (k,)), "cost": ("f", (k, k))}
-    schedule = partial(fitted.schedule, *keep(fitted_path(checkpoint), key, compute_costs, spec))
-    if config.sampling.ode_solver != sampling.FITTED:
+    spec = {"errors": ("f", (k, k)), "apart": ("f", (k,))}
+    key = _fit_key(origin, fine, number, labels)
+    cost = fitted.step_costs(*_kept(fitted_path(checkpoint), key, compute, spec))
+    levels = fitted.fine_levels(run.method, k, config.sampling.rho)[:k]
+    schedule = partial(fitted.schedule, levels, cost)
+    if config.sampling.ode_solver != FITTED:
         return Fit(schedule)
-    asked, n = sampling.for_fitting(config), config.sampling.N
-    order = config.sampling.order or 3
-    spec = {"levels": ("f", (n,)), "weights": ("f", (n, order)), "offsets": ("f", (n, *shape))}
-    key |= {"sampling": _sampler_of(asked)}
-    levels, weights, offsets = keep(fitted_path(checkpoint, n), key, compute_steps, spec)
-    return Fit(schedule, fitted.steps_as_kept(levels, weights, offsets.to(run.device)))
+    return Fit(schedule, _fit_steps(config, run, checkpoint, origin, schedule))
+
+
+def _fit_steps(
+    config, run: Experiment, checkpoint: Path, origin: dict, schedule: Schedule
+) -> Advance:
+    fine, asked = sampling.for_trajectories(config), sampling.for_fitting(config)
+    options, shape = asked.sampling, datasets.image_shape(config)
+    levels = sampling.solver_levels(
+        run.method, schedule, options.N, options.rho, options.noise_removal
+    )
+    number = fitted.number_of_trajectories(math.prod(shape), fitted.MOST_FOR_STEPS)
+    labels = run.draw_labels(number, "fitted")
+
+    def compute() -> dict:
+        parts = [
+            fitted.states_at(levels[1:], steps)
+            for steps in _trajectories(fine, run, number, labels)
+        ]
+        steps = fitted.Fitting([torch.cat(states) for states in zip(*parts, strict=True)])
+        prior = _fit_prior(config, run, number)
+        _follow(asked, run, prior, labels, Fit(schedule, steps))
+        weights = [nn.functional.pad(w, (0, options.order - len(w))) for w in steps.weights]
+        offsets = torch.stack(steps.offsets).cpu()
+        return {"weights": torch.stack(weights).numpy(), "offsets": offsets.numpy()}
+
+    spec = {
+        "weights": ("f", (options.N, options.order)),
+        "offsets": ("f", (options.N, *shape)),
+    }
+    key = _fit_key(origin, asked, number, labels) | {"levels": levels.tolist()}
+    weights, offsets = _kept(fitted_path(checkpoint, options.N), key, compute, spec)
+    return fitted.steps_as_kept(levels, weights, offsets.to(run.device))
+
+
+def _fit_key(origin: dict, config, number: int, labels: Tensor | None) -> dict:
+    key = origin | {"sampling": _sampler_of(config), "trajectories": number}
+    return key | origin_of_tensors(labels=labels)
+
+
+def _fit_prior(config, run: Experiment, number: int) -> Tensor:
+    generator = datasets.keyed_generator(run.device, "fitted", config.seed)
+    shape = (number, *datasets.image_shape(config))
+    return run.method.prior_sampling(shape, generator, run.device)
+
+
+def _trajectories(
+    config, run: Experiment, number: int, labels: Tensor | None
+) -> Iterator[list[Step]]:
+    """The fine trajectories of `number` samples, as many at a time as fit in memory."""
+    log.info(f"solving {number} trajectories in fine steps, for what is 'fitted' in sampling")
+    size = fitted.at_once(math.prod(datasets.image_shape(config)))
+    prior = _fit_prior(config, run, number)
+    for start in range(0, number, size):
+        part, steps = slice(start, start + size), []
+        some = None if labels is None else labels[part]
+        _follow(config, run, prior[part], some, Fit(fitted.fine_levels), steps.append)
+        yield steps
+
+
+def _follow(config, run: Experiment, x: Tensor, labels, made: Fit, callback=None) -> None:
+    sample = sampling.get_sampling_fn(config, run.method, run.guide)
+    with solver_bar(run.method) as watch:
+        try:
+            sample(run.state.model, x=x, labels=labels, fit=made, callback=callback, watch=watch)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"what is 'fitted' in sampling: {error}") from error
+
+
+def _kept(path: Path, key: dict, compute: Callable[[], dict], spec: dict) -> list[Tensor]:
+    """The arrays that `spec` names, from `path` or computed by the main process."""
+    if distributed.is_main():
+        cached(path, key, compute, spec)
+    distributed.barrier()
+    found = cached(path, key, compute, spec)
+    return [torch.from_numpy(found[name]) for name in spec]
 
 
 def progress_bar(**options) -> tqdm:

@@ -12,7 +12,7 @@ from datasets import get_data_inverse_scaler, get_data_scaler
 from methods.base import Method, Network, conditioned, noise_like
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring, replacement
-from solvers import SCHEDULES, SOLVERS, Schedule, solver_named
+from solvers import FITTED, SCHEDULES, SOLVERS, Schedule, solver_named
 from solvers.base import Callback, Counted, FiniteStates, Slope, Step, Watch
 from solvers.fitted import FINE_STEPS, Fit
 from solvers.fixed_steps import Advance, Churn, euler
@@ -72,13 +72,13 @@ def solve_ode(
     Args:
         method, net: whose ODE.
         x: a sample of the prior.
-        solver: a name in `SOLVERS`, or "fitted".
+        solver: a name in `SOLVERS`; or "fitted", with the `schedule` and `advance` of a `Fit`.
         n: steps of those that have a schedule, at least 1.
         schedule: one of `SCHEDULES` or its name, or "auto" for the solver's own.
         rho: see `solvers.schedules.polynomial`.
         rtol, atol, max_evaluations: see `rk45`.
         order: of a solver that has several; None for its own choice.
-        advance: the steps of the solver "fitted".
+        advance: the steps of the solver "fitted"; see `solvers.fixed_steps.linear_multistep`.
         churn: noise that a solver which churns adds on the way; None for the ODE.
         generator: source of that noise, on the device of `x`.
         noise_removal: where the ODE stops at some noise, the last of the n steps leads from there
@@ -94,7 +94,7 @@ def solve_ode(
         FloatingPointError: the solution is not finite, or (`TooManyEvaluations`) the evaluations
             are spent; the message says where.
     """
-    solve, own_schedule, *_ = solver_named(solver)
+    solve, own_schedule = solver_named(solver).solve, solver_named(solver).schedule
     if order is not None:
         solve = partial(solve, order=order)
     if advance is not None:
@@ -102,21 +102,30 @@ def solve_ode(
     if churn is not None:
         solve = partial(solve, churn=churn, noise=partial(noise_like, generator=generator))
     denoise = noise_removal and method.noisy_end
-    slope, zero = Counted(partial(method.slope, net), watch), torch.zeros(1, dtype=torch.float64)
+    slope = Counted(partial(method.slope, net), watch)
     if own_schedule:
         if isinstance(schedule, str):
             schedule = SCHEDULES[own_schedule if schedule == "auto" else schedule]
-        levels = schedule(method, n - 1 if denoise else n, rho)
-        levels = torch.cat([levels, zero]) if denoise else levels
+        levels = solver_levels(method, schedule, n, rho, noise_removal)
         return integrate(method, slope, x, levels, solve, callback), slope.calls
     drift = Counted(partial(method.ode, net), watch_times(method, watch))
     times = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
     x = solve(drift, x, times, callback, rtol=rtol, atol=atol, max_evaluations=max_evaluations)
     slope.calls = drift.calls
     if denoise:
-        last = method.sigma(zero + method.t_data)
-        x = integrate(method, slope, x, torch.cat([last, zero]), euler)
+        ends = torch.tensor([method.t_data, 0], dtype=torch.float64)
+        levels = torch.stack([method.sigma(ends[0]), ends[1]])
+        x = integrate(method, slope, x, levels, euler)
     return x, slope.calls
+
+
+def solver_levels(
+    method: Method, schedule: Schedule, n: int, rho: float, noise_removal: bool
+) -> Tensor:
+    """The n + 1 noise levels of a solver with given steps; see `solve_ode`."""
+    if not (noise_removal and method.noisy_end):
+        return schedule(method, n, rho)
+    return torch.cat([schedule(method, n - 1, rho), torch.zeros(1, dtype=torch.float64)])
 
 
 def watch_times(method: Method, watch: Watch | None) -> Callable[[int, float], object] | None:
@@ -213,7 +222,6 @@ def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tenso
 
 OUTPUTS = ("seeds", "film", "film_format", "encode", "between")  # keys that change no sample
 MAX_SEEDS = 10**6  # of one command
-FITTED = "fitted"  # sampling.schedule, .ode_solver: what is made for a network (`solvers.fitted`)
 SNAPSHOT_STEPS = 18  # as many as EDM's sampler takes: 35 evaluations of heun
 
 
@@ -309,7 +317,10 @@ def _ode_sampler(config, method: Method, constrain: Callable[..., Tensor] | None
     def sample(method, net, x, generator, callback, watch, fit):
         seen = {"callback": callback, "watch": watch, "generator": generator}
         if fit is None and is_fitted(config):
-            raise ValueError("what is 'fitted' in sampling belongs to a network: give it as `fit`")
+            raise ValueError(
+                "sampling.schedule and sampling.ode_solver 'fitted' are made for a network, by "
+                "experiment.fit_solver, and are to be given as `fit`"
+            )
         chosen, advance = fit or Fit(schedule)
         return solve_ode(method, net, x, schedule=chosen, advance=advance, **seen, **options)
 
@@ -464,6 +475,7 @@ def for_fitting(config):
     """`config` whose sampler takes the steps that are fitted; it has to be given them."""
     config = config.copy_and_resolve_references()
     config.sampling.update(ode_solver=FITTED, S_churn=0.0, schedule="auto", precision="fp32")
+    config.sampling.order = min(config.sampling.order or 3, config.sampling.N)
     return config
 
 

@@ -103,7 +103,7 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
             if "fitted" not in (setting.schedule, schedule):
                 return Fit(setting.schedule)
             config.sampling.update(ode_solver=setting.solver, schedule=setting.schedule)
-            config.sampling.update(method="ode", N=n, noise_removal=True)
+            config.sampling.update(method="ode", N=n, order=None, noise_removal=True)
             return fit_solver(config, run, path, origin)
 
         tight = {"rtol": 1e-6, "atol": 1e-6, "noise_removal": True}

@@ -42,19 +42,21 @@ SOLVERS: dict[str, Solver] = {
     "unipc": Solver(unipc, orders=(1, 2, 3)),
 }
 
-# Beside these there is "fitted". Its steps are made for a network, and are the option `advance`.
-FITTED = Solver(linear_multistep, schedule="fitted", orders=(1, 2, 3, 4))
+# Beside the solvers and the schedules there is this one of both, which is made for a network. The
+# steps of the solver are its option `advance`.
+FITTED = "fitted"
+_FITTED_STEPS = Solver(linear_multistep, schedule=FITTED, orders=(1, 2, 3, 4))
 
 
 def solver_named(name: str) -> Solver:
     """The solver that `sampling.ode_solver` means by its `name`."""
-    return FITTED if name == FITTED.schedule else SOLVERS[name]
+    return _FITTED_STEPS if name == FITTED else SOLVERS[name]
 
 
 # (method, n, rho) -> the n + 1 noise levels (n + 1,), float64.
 Schedule = Callable[[Method, int, float], Tensor]
 
-# sampling.schedule -> the schedule. Beside these there is "fitted", which is made for a network.
+# sampling.schedule -> the schedule.
 SCHEDULES: dict[str, Schedule] = {
     "uniform": uniform,
     "polynomial": polynomial,

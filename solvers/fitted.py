@@ -1,13 +1,14 @@
 """Schedule and solver 'fitted': noise levels and steps made for one network, by its trajectories.
 
 Some samples are solved in many fine steps. Between any two of these levels a single step of Euler's
-method has a known error, and dynamic programming finds the n + 1 levels between which the errors
-cost least (GITS, Chen et al. 2024, arXiv 2405.11326, section 4; the costs are ours).
+method has a known error, and dynamic programming finds the n + 1 levels between which the sum of
+costs is least (GITS, Chen et al. 2024, arXiv 2405.11326, section 4; the cost is another, see
+`step_costs`).
 
-The solver then follows the same samples along these levels. Each step adds the last slopes, as
-those of Adams and Bashforth do, with the weights that lead the samples closest to where the fine
-solutions are: a linear regression, whose errors the next steps can mend, since they start where
-this one has led.
+The solver then follows the same samples along these levels. Like a step of Adams and Bashforth,
+each of its steps is a weighted sum of the last slopes, and an offset. The weights come from a
+linear regression of the fine solutions on the slopes (`fit_step`). The next step is fitted from the
+states that this one reaches, so that it can correct its errors.
 """
 
 from collections.abc import Callable
@@ -23,13 +24,14 @@ from solvers.schedules import polynomial
 
 FINE_STEPS = 60  # of the trajectories: the most that a fitted schedule can have
 FINE_RHO = 7.0
-MOST_TRAJECTORIES = 1024
+MOST_FOR_LEVELS = 256  # trajectories; an offset is the mean of an error, and needs more of them
+MOST_FOR_STEPS = 1024
 LEAST_TRAJECTORIES = 16
 
 
-def number_of_trajectories(dim: int) -> int:
+def number_of_trajectories(dim: int, most: int) -> int:
     """How many are enough for images of `dim` entries: more entries average over more."""
-    return max(LEAST_TRAJECTORIES, min(MOST_TRAJECTORIES, 2**20 // dim))
+    return max(LEAST_TRAJECTORIES, min(most, 2**20 // dim))
 
 
 def at_once(dim: int) -> int:
@@ -79,7 +81,8 @@ def step_costs(errors: Tensor, apart: Tensor) -> Tensor:
     errors themselves, and counts all alike; the last step then comes to be so long that samples
     shrink towards the mean of the data given a noisy image.
     """
-    return (errors / apart.clamp_min(1e-6 * apart.max())) ** 4
+    floor = (1e-6 * apart.max()).clamp_min(1e-30)
+    return (errors / apart.clamp_min(floor)) ** 4
 
 
 def schedule(levels: Tensor, cost: Tensor, method: Method, n: int, rho: float) -> Tensor:
@@ -116,45 +119,58 @@ def cheapest_path(cost: Tensor, n: int) -> list[int]:
 class Fit(NamedTuple):
     """What is made for a network: its schedule and, for the solver 'fitted', the steps."""
 
-    schedule: Callable[[Method, int, float], Tensor]
+    schedule: str | Callable[[Method, int, float], Tensor]
     advance: Advance | None = None
+
+
+def states_at(levels: Tensor, steps: list[Step]) -> list[Tensor]:
+    """Where fine trajectories are at some of their `levels` (n,), on the CPU, (B, ...) each.
+
+    At level 0 it is where a step of Euler's method leads from the last level.
+    """
+    last = steps[-1]
+    states = {step.level: step.x for step in steps} | {0.0: last.x - last.level * last.slope}
+    return [states[level].cpu() for level in levels.tolist()]
 
 
 class Fitting:
     """Steps that are fitted as they are taken: an `Advance` that keeps them.
 
     Args:
-        states: level -> where the fine solutions are, (B, ...), for each level that is stepped to.
+        targets: where each step should lead, (B, ...).
     """
 
-    def __init__(self, states: dict[float, Tensor]):
-        self.states = states
-        self.levels: list[float] = []  # from which each step starts
-        self.weights: list[list[float]] = []
+    def __init__(self, targets: list[Tensor]):
+        self.targets = targets
+        self.weights: list[Tensor] = []  # (k,) of each step, newest slope first
         self.offsets: list[Tensor] = []
 
     def __call__(
         self, x: Tensor, slopes: list[Tensor], passed: list[float], there: float
     ) -> Tensor:
-        weights, offset = fit_step(x, slopes, self.states[there].to(x.device))
-        self.levels.append(passed[0])
+        target = self.targets[len(self.weights)].to(x.device)
+        weights, offset = fit_step(x, slopes, target)
         self.weights.append(weights)
         self.offsets.append(offset)
-        return combine(x, [*slopes, offset], [*weights, 1.0])
+        return combine(x, [*slopes, offset], [*weights.tolist(), 1.0])
 
 
-def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[list[float], Tensor]:
-    """Weights of the `slopes` (B, ...), and an offset (...), that lead `x` (B, ...) to `target`.
+def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+    """The step from `x` (B, ...) to `target` (B, ...) by the `slopes`, each (B, ...).
 
-    They minimise the squared distances, each in units of that of the target to the mean of all, so
-    that those far out count no more than others; but among the steps on the line through that one
-    and the one that leads closest to the mean they are the step after which the second moment about
-    the mean is that of the target. Least squares leave too little of it, by as much as they err,
-    and samples that are too close to the mean are what a Frechet distance sees first.
+    It has the least sum of squared distances to the target, each divided by the squared distance of
+    that target from the mean of all, so that those far out do not dominate. Its constraint is that
+    the second moment about the mean is that of the target: least squares alone make it too small,
+    by as much as they err, and a Frechet distance is sensitive to that. By a Lagrange multiplier
+    the constrained minimum lies on the line from the step that leads closest to the mean through
+    that of least squares. Where no step has as small a moment, it is the one closest to the mean.
+
+    Returns:
+        Weights (k,) of the k slopes, float64, on the CPU, and an offset (...).
     """
     rows = [value.double().flatten(1) for value in (target, x, *slopes)]
     apart = (rows[0] - rows[0].mean(0)).norm(dim=1)
-    shares = apart.clamp_min(1e-6 * apart.max()) ** -2
+    shares = apart.clamp_min((1e-6 * apart.max()).clamp_min(1e-30)) ** -2
     shares = shares / shares.sum()
     means = [shares @ row for row in rows]
     wanted, moved, *terms = (
@@ -167,18 +183,20 @@ def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[list[floa
     closest, to_mean = (torch.linalg.pinv(terms.T @ terms, hermitian=True) @ right).T
     rest = (moved + terms @ to_mean).square().sum()
     taken = (terms @ (closest - to_mean)).square().sum()
-    stretch = ((wanted.square().sum() - rest).clamp_min(0) / taken).sqrt() if taken > 0 else 1.0
+    stretch = ((wanted.square().sum() - rest).clamp_min(0) / taken).sqrt() if taken > 0 else 0.0
     weights = to_mean + stretch * (closest - to_mean)
     offset = means[0] - means[1] - weights @ torch.stack(means[2:])
-    return weights.tolist(), offset.to(x.dtype).unflatten(0, x.shape[1:])
+    return weights.cpu(), offset.to(x.dtype).unflatten(0, x.shape[1:])
 
 
 def steps_as_kept(levels: Tensor, weights: Tensor, offsets: Tensor) -> Advance:
-    """The steps from n `levels`: `weights` (n, k) of up to k slopes, and `offsets` (n, ...)."""
-    kept = {level: row for row, level in enumerate(levels.tolist())}
+    """The steps along `levels` (n + 1,): `weights` (n, k) of up to k slopes, `offsets` (n, ...)."""
+    rows, order = {level: row for row, level in enumerate(levels[:-1].tolist())}, weights.shape[1]
 
     def advance(x: Tensor, slopes: list[Tensor], passed: list[float], there: float) -> Tensor:
-        row = kept[passed[0]]
+        row = rows[passed[0]]
+        if len(slopes) != min(row + 1, order):
+            raise ValueError(f"steps fitted with order {order} are taken with another")
         used = weights[row, : len(slopes)].tolist()
         return combine(x, [*slopes, offsets[row]], [*used, 1.0])
 

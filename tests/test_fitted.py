@@ -21,9 +21,12 @@ import evaluation
 import run_lib
 import sampling
 from configs.edm import digits_ddpmpp
+from experiment import origin_of
 from solvers import fitted
 from solvers.base import Step
-from storage.checkpoints import drop_checkpoints, fitted_path, save_checkpoint
+from solvers.fixed_steps import linear_multistep
+from storage.checkpoints import drop_checkpoints, fitted_path, load_checkpoint, save_checkpoint
+from storage.checkpoints import fit as fit_checkpoint
 
 
 def steps_along(state, slope, levels):
@@ -113,7 +116,7 @@ def test_a_callback_sees_fine_trajectories_from_prior_to_data(name):
 
 @pytest.mark.parametrize("dim, number", [(64, 1024), (3072, 341), (12288, 85), (3 * 2**20, 16)])
 def test_larger_images_need_fewer_trajectories(dim, number):
-    assert fitted.number_of_trajectories(dim) == number
+    assert fitted.number_of_trajectories(dim, 1024) == number
     assert fitted.at_once(dim) * dim <= max(2**18, 2 * dim)  # of one, no distances are known
 
 
@@ -134,7 +137,7 @@ def random_step(seed, k, scatter=0.0):
 def test_a_step_that_the_slopes_can_take_is_found(seed, k):
     x, slopes, target, weights, offset = random_step(seed, k)
     found, added = fitted.fit_step(x, slopes, target)
-    assert found == pytest.approx(weights.tolist(), rel=1e-6, abs=1e-6)
+    torch.testing.assert_close(found, weights, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(added, offset, rtol=1e-6, atol=1e-6)
 
 
@@ -162,11 +165,11 @@ def test_of_all_steps_that_keep_the_second_moment_it_errs_least(k, scatter):
         (minimize(error, start, constraints={"type": "eq", "fun": moment}) for start in starts),
         key=lambda solution: solution.fun if abs(moment(solution.x)) < 1e-6 else np.inf,
     )
-    weights, offset = fitted.fit_step(x, slopes, target)
+    weights, offset = (value.numpy() for value in fitted.fit_step(x, slopes, target))
     assert moment(weights) == pytest.approx(0, abs=1e-9)
     assert weights == pytest.approx(best.x, rel=1e-3, abs=1e-3)
     mean = shares @ (rows[1] + sum(w * row for w, row in zip(weights, rows[2:], strict=True)))
-    assert mean + offset.flatten().numpy() == pytest.approx(shares @ rows[0])
+    assert mean + offset.flatten() == pytest.approx(shares @ rows[0])
 
 
 def test_parallel_slopes_and_a_slope_of_zero_make_a_step():
@@ -177,25 +180,38 @@ def test_parallel_slopes_and_a_slope_of_zero_make_a_step():
         torch.testing.assert_close(reached, target)
 
 
+def test_a_step_to_one_point_leads_there():
+    """No step has so small a second moment, where the slopes are not those that lead there."""
+    x, slopes, target, *_ = random_step(1, 2)
+    target = target[:1].expand_as(target)
+    assert fitted.fit_step(x, [x - target], target)[0] == pytest.approx(-1)
+    weights, offset = fitted.fit_step(x, slopes, target)
+    assert weights.isfinite().all() and offset.isfinite().all()
+
+
+def test_the_state_without_noise_is_a_step_of_eulers_method_beyond_the_last():
+    v = torch.tensor([[3.0], [4.0]])
+    levels = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
+    steps = steps_along(lambda s: v * s + 1, lambda s: v, levels)
+    states = fitted.states_at(torch.tensor([1.0, 0.0], dtype=torch.float64), steps)
+    torch.testing.assert_close(torch.stack(states), torch.stack([v + 1, torch.ones_like(v)]))
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_fitted_steps_lead_other_samples_to_the_law_of_a_gaussian(name):
-    """Its trajectories are scaled, so that three steps along the slopes can be exact."""
+    """Its flow scales every state by one factor for each level, so that steps can be exact."""
     method, seen, n = FAMILY[name], [], 3
     generator, shape = torch.Generator().manual_seed(0), (16, 1, 4, 4)
     follow = partial(sampling.solve_ode, method, gaussian_network(method))
     x = method.prior_sampling(shape, generator)
     follow(x, "multistep", 61, schedule=fitted.fine_levels, callback=seen.append)
-    states = {step.level: step.x for step in seen}
-    fine = torch.tensor([*states], dtype=torch.float64)
+    fine = torch.tensor([step.level for step in seen], dtype=torch.float64)
     levels = fine[torch.linspace(0, 60, n + 1).long()]
-    steps = fitted.Fitting(states)
+    steps = fitted.Fitting(fitted.states_at(levels[1:], seen))
     given = {"schedule": lambda *_: levels, "noise_removal": False}
     follow(x, "fitted", n, advance=steps, **given)
-    weights = torch.zeros(n, 3, dtype=torch.float64)
-    for row, found in zip(weights, steps.weights, strict=True):
-        row[: len(found)] = torch.tensor(found)
-    starts = torch.tensor(steps.levels, dtype=torch.float64)
-    kept = fitted.steps_as_kept(starts, weights, torch.stack(steps.offsets))
+    weights = torch.stack([torch.nn.functional.pad(w, (0, 3 - len(w))) for w in steps.weights])
+    kept = fitted.steps_as_kept(levels, weights, torch.stack(steps.offsets))
     other = method.prior_sampling(shape, generator)
     sample, evaluations = follow(other, "fitted", n, advance=kept, **given)
     assert evaluations == n
@@ -212,7 +228,8 @@ def test_fitted_steps_lead_other_samples_to_the_law_of_a_gaussian(name):
 @pytest.fixture(autouse=True)
 def few_trajectories(request, monkeypatch):
     if "tmp_path" in request.fixturenames:
-        monkeypatch.setattr(fitted, "MOST_TRAJECTORIES", 64)
+        monkeypatch.setattr(fitted, "MOST_FOR_LEVELS", 32)
+        monkeypatch.setattr(fitted, "MOST_FOR_STEPS", 64)
 
 
 def tiny(tmp_path):
@@ -244,7 +261,7 @@ def fit(config, workdir):
     """What an evaluation keeps beside the checkpoint, but for the time that it took."""
     run_lib.evaluate(config, workdir)
     with np.load(workdir / "checkpoints/checkpoint_4.fitted.npz") as file:
-        return {name: file[name] for name in ("levels", "cost", "origin")}
+        return {name: file[name] for name in ("errors", "apart", "origin")}
 
 
 def test_two_fits_are_equal_bit_for_bit_and_one_of_other_weights_is_not(tmp_path, caplog):
@@ -252,16 +269,15 @@ def test_two_fits_are_equal_bit_for_bit_and_one_of_other_weights_is_not(tmp_path
     for folder in folders:
         save(config, folder, seed=1)
     first, second = (fit(config, folder) for folder in folders)
-    assert first["cost"][0, -1] > 0
-    for name in ("levels", "cost"):
+    assert first["errors"][0, -1] > 0
+    for name in ("errors", "apart"):
         assert first[name].tobytes() == second[name].tobytes(), name
     save(config, folders[0], seed=2)
     other = fit(config, folders[0])
-    assert (other["levels"] == first["levels"]).all()
-    assert (other["cost"] != first["cost"])[np.triu_indices(61, 1)].mean() > 0.9
+    assert (other["errors"] != first["errors"])[np.triu_indices(61, 1)].mean() > 0.9
     # another ODE of the same weights is another fit
     config.sampling.sigma_max = 40.0
-    assert fit(config, folders[0])["levels"][0] == pytest.approx(40)
+    assert (fit(config, folders[0])["errors"] != other["errors"]).any()
 
 
 def test_samples_take_the_levels_that_cost_least(tmp_path, monkeypatch):
@@ -276,9 +292,10 @@ def test_samples_take_the_levels_that_cost_least(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "draw_images", draw_and_look)
     kept = fit(config, tmp_path)
     # of N = 5 steps, the last one leads from sigma_min to 0
-    path = fitted.cheapest_path(torch.from_numpy(kept["cost"]), 4)
-    assert [step.level for step in seen] == kept["levels"][path].tolist()
-    assert kept["levels"][[0, -1]] == pytest.approx([config.sampling.sigma_max, 0.002])
+    cost = fitted.step_costs(*(torch.from_numpy(kept[name]) for name in ("errors", "apart")))
+    levels = fitted.fine_levels(run_lib.Experiment.build(config).method, 61, 7.0)[:61]
+    assert [step.level for step in seen] == levels[fitted.cheapest_path(cost, 4)].tolist()
+    assert levels[[0, -1]].tolist() == pytest.approx([config.sampling.sigma_max, 0.002])
 
 
 def test_a_fit_serves_every_number_of_steps_and_a_later_start(tmp_path, monkeypatch):
@@ -291,21 +308,22 @@ def test_a_fit_serves_every_number_of_steps_and_a_later_start(tmp_path, monkeypa
 
     monkeypatch.setattr(fitted, "euler_errors", fail)
     config.sampling.update(ode_solver="heun", N=60)
-    assert fit(config, tmp_path)["cost"].tobytes() == first["cost"].tobytes()
+    assert fit(config, tmp_path)["errors"].tobytes() == first["errors"].tobytes()
     fitted_path(tmp_path / "checkpoints/checkpoint_4.pth").write_bytes(b"damaged")
     with pytest.raises(AssertionError, match="fitted again"):
         fit(config, tmp_path)
 
 
-def test_fitted_steps_are_kept_for_each_number_of_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize("noise_removal", [True, False])
+def test_fitted_steps_are_kept_for_each_number_of_them(tmp_path, monkeypatch, noise_removal):
     config = tiny(tmp_path)
-    config.sampling.update(ode_solver="fitted", schedule="auto")
+    config.sampling.update(ode_solver="fitted", schedule="auto", noise_removal=noise_removal)
     checkpoint = save(config, tmp_path, seed=1)
     fit(config, tmp_path)
     with np.load(fitted_path(checkpoint, 5)) as file:
-        first = {name: file[name] for name in ("levels", "weights", "offsets")}
+        first = {name: file[name] for name in ("weights", "offsets")}
     shapes = {name: value.shape for name, value in first.items()}
-    assert shapes == {"levels": (5,), "weights": (5, 3), "offsets": (5, 1, 8, 8)}
+    assert shapes == {"weights": (5, 3), "offsets": (5, 1, 8, 8)}
     assert first["weights"][0, 1:].tolist() == [0, 0]  # the first step has one slope
     assert (first["weights"][2:] != 0).all()
     picture = (tmp_path / "eval/ode_images_4.png").read_bytes()
@@ -328,7 +346,40 @@ def test_fitted_steps_are_kept_for_each_number_of_them(tmp_path, monkeypatch):
     config.sampling.N = 5
     fit(config, tmp_path)
     with np.load(fitted_path(checkpoint, 5)) as file:
-        assert (file["weights"] != first["weights"]).any()
+        second = file["weights"]
+    assert (second != first["weights"]).any()
+    # other levels are other steps, whatever they come from
+    measured = evaluation.fit_solver(*fit_arguments(config, tmp_path)).schedule
+    cost = fitted.step_costs
+    monkeypatch.setattr(fitted, "step_costs", lambda *sums: cost(*sums) ** 0.1)
+    made = evaluation.fit_solver(*fit_arguments(config, tmp_path)).schedule
+    assert (made(None, 4, 7.0) != measured(None, 4, 7.0)).any()
+    with np.load(fitted_path(checkpoint, 5)) as file:
+        assert (file["weights"] != second).any()
+
+
+def fit_arguments(config, workdir):
+    """Of `experiment.fit_solver`, for the checkpoint of `workdir`."""
+    run, path = run_lib.Experiment.build(config), workdir / "checkpoints/checkpoint_4.pth"
+    fit_checkpoint(run.state.load_network, load_checkpoint(path), path)
+    return config, run, path, origin_of(config, run)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_fewer_steps_than_the_order_are_fitted(tmp_path, n):
+    config = tiny(tmp_path)
+    config.sampling.update(ode_solver="fitted", schedule="auto", N=n)
+    save(config, tmp_path, seed=1)
+    fit(config, tmp_path)
+    assert (tmp_path / "eval/ode_images_4.png").exists()
+
+
+def test_a_solve_with_another_order_than_the_fit_is_refused():
+    steps = fitted.steps_as_kept(torch.tensor([2.0, 1.0, 0.0]), torch.ones(2, 1), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="^steps fitted with order 1 are taken with another"):
+        linear_multistep(
+            lambda x, s: x, torch.ones(1, 1), torch.tensor([2.0, 1.0, 0.0]), advance=steps
+        )
 
 
 def test_a_killed_evaluation_fits_once(tmp_path):
@@ -352,7 +403,7 @@ def test_a_killed_evaluation_fits_once(tmp_path):
     assert process.wait(timeout=30) == -signal.SIGKILL
     before = kept.stat()
     output = run_program(command).stdout
-    assert "fitting the noise levels" not in output
+    assert "trajectories in fine steps" not in output
     assert kept.stat().st_mtime_ns == before.st_mtime_ns
     assert (tmp_path / "eval/report_4.npz").exists()
 
@@ -372,7 +423,7 @@ def test_a_fit_goes_with_its_checkpoint(tmp_path):
 def test_what_fitted_cannot_do_is_one_line(tmp_path):
     config = tiny(tmp_path)
     method = FAMILY["edm"]
-    with pytest.raises(ValueError, match=r"^what is 'fitted' in sampling belongs to a network"):
+    with pytest.raises(ValueError, match="are made for a network"):
         sampling.get_sampling_fn(config, method)(lambda x, label: x, x=torch.zeros(1, 1, 8, 8))
     config.sampling.N = 61
     with pytest.raises(ValueError, match=r"chooses among 60 steps: sampling\.N can be no more"):
@@ -396,12 +447,14 @@ def test_a_fit_that_diverges_is_named(tmp_path, monkeypatch):
         raise FloatingPointError("the slope is not finite")
 
     monkeypatch.setattr(sampling, "get_sampling_fn", lambda *arguments: follow)
-    with pytest.raises(FloatingPointError, match="^sampling.schedule='fitted': the slope"):
+    with pytest.raises(FloatingPointError, match="^what is 'fitted' in sampling: the slope"):
         fit(config, tmp_path)
 
 
-def test_training_draws_with_the_solvers_own_schedule(tmp_path):
+@pytest.mark.parametrize("solver", ["multistep", "fitted"])
+def test_training_draws_with_the_solvers_own_schedule(tmp_path, solver):
     config = tiny(tmp_path)
+    config.sampling.ode_solver = solver
     assert run_lib.train(config, tmp_path)
     assert (tmp_path / "samples/iter_4/sample.png").exists()
-    assert not list(tmp_path.glob("checkpoints/*.fitted.npz"))
+    assert not list(tmp_path.glob("checkpoints/*.fitted*.npz"))
