@@ -441,8 +441,8 @@ def for_snapshots(config):
     """`config` with the sampler of the pictures that training draws: one of few evaluations.
 
     `training.snapshot_solver` takes the place of a solver that chooses its own steps, since a
-    young network can make it take any number. The weights still change, so that levels fitted to
-    them would not last.
+    young network can make it take any number. The weights still change, so that levels and
+    steps fitted to them would not last.
     """
     config = without_fit(config)
     sampling = config.sampling

@@ -193,6 +193,7 @@ def test_an_evaluation_of_too_many_is_one_line_and_status_2(tmp_path, part):
         ({"ode_solver": "rk45"}, "multistep", 18),
         ({"ode_solver": "multistep", "N": 3}, "heun", 3),
         ({"ode_solver": "multistep", "N": 3, "schedule": "fitted"}, "heun", 3),
+        ({"ode_solver": "fitted", "N": 3}, "heun", 3),
     ],
 )
 def test_snapshots_take_few_evaluations(options, solver, evaluations):
