@@ -677,7 +677,7 @@ def _trajectories(
     config, run: Experiment, number: int, labels: Tensor | None
 ) -> Iterator[list[Step]]:
     """The fine trajectories of `number` samples, as many at a time as fit in memory."""
-    log.info(f"solving {number} trajectories in fine steps, for what is 'fitted' in sampling")
+    log.info(f"fitting the sampler: solving {number} trajectories in fine steps")
     size = fitted.at_once(math.prod(datasets.image_shape(config)))
     prior = _fit_prior(config, run, number)
     for start in range(0, number, size):
@@ -693,7 +693,7 @@ def _follow(config, run: Experiment, x: Tensor, labels, made: Fit, callback=None
         try:
             sample(run.state.model, x=x, labels=labels, fit=made, callback=callback, watch=watch)
         except FloatingPointError as error:
-            raise FloatingPointError(f"what is 'fitted' in sampling: {error}") from error
+            raise FloatingPointError(f"fitting the sampler: {error}") from error
 
 
 def _kept(path: Path, key: dict, compute: Callable[[], dict], spec: dict) -> list[Tensor]:

@@ -296,8 +296,8 @@ def _ode_sampler(config, method: Method, constrain: Callable[..., Tensor] | None
         )
     if solver == FITTED and schedule not in ("auto", FITTED):
         raise ValueError(
-            f"sampling.ode_solver='fitted' takes the steps of sampling.schedule='fitted', which "
-            f"'auto' means, not {schedule!r}"
+            "sampling.ode_solver='fitted' needs sampling.schedule='fitted' or 'auto', not "
+            f"{schedule!r}"
         )
     if is_fitted(config) and sampling.N > FINE_STEPS:
         raise ValueError(

@@ -235,7 +235,7 @@ KEYS = {
         "rk45",
         OneOf(("fitted",), "solvers.SOLVERS"),
         "of 'ode': 'rk45' is adaptive, the others take N steps; 'fitted': steps made for the "
-        "checkpoint at hand, the best where N is 5 to 12 and many samples are drawn",
+        "checkpoint at hand, for 5 to 10 evaluations where many samples are drawn",
     ),
     "sampling.N": Key(
         100,

@@ -42,8 +42,8 @@ SOLVERS: dict[str, Solver] = {
     "unipc": Solver(unipc, orders=(1, 2, 3)),
 }
 
-# Beside the solvers and the schedules there is this one of both, which is made for a network. The
-# steps of the solver are its option `advance`.
+# This names one more solver and one more schedule; both are made for a given network. The steps of
+# the solver are its option `advance`.
 FITTED = "fitted"
 _FITTED_STEPS = Solver(linear_multistep, schedule=FITTED, orders=(1, 2, 3, 4))
 

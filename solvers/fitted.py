@@ -24,8 +24,8 @@ from solvers.schedules import polynomial
 
 FINE_STEPS = 60  # of the trajectories: the most that a fitted schedule can have
 FINE_RHO = 7.0
-MOST_FOR_LEVELS = 256  # trajectories; an offset is the mean of an error, and needs more of them
-MOST_FOR_STEPS = 1024
+MOST_FOR_LEVELS = 256  # trajectories
+MOST_FOR_STEPS = 1024  # more, because an offset is a mean error over them
 LEAST_TRAJECTORIES = 16
 
 
@@ -196,7 +196,9 @@ def steps_as_kept(levels: Tensor, weights: Tensor, offsets: Tensor) -> Advance:
     def advance(x: Tensor, slopes: list[Tensor], passed: list[float], there: float) -> Tensor:
         row = rows[passed[0]]
         if len(slopes) != min(row + 1, order):
-            raise ValueError(f"steps fitted with order {order} are taken with another")
+            raise ValueError(
+                f"the steps were fitted with order {order}, but the solver uses another"
+            )
         used = weights[row, : len(slopes)].tolist()
         return combine(x, [*slopes, offsets[row]], [*used, 1.0])
 

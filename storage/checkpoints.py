@@ -288,7 +288,7 @@ def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:
 
 
 def fitted_path(checkpoint: Path, n: int = 0) -> Path:
-    """Beside the `checkpoint`: what fitted levels are made of or, for `n` > 0, n fitted steps."""
+    """The file beside the `checkpoint` of measured errors or, for `n` > 0, of n fitted steps."""
     return checkpoint.with_suffix(f".fitted-{n}.npz" if n else ".fitted.npz")
 
 
