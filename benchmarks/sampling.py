@@ -31,7 +31,7 @@ import datasets
 import sampling
 from experiment import Experiment, fit_solver, origin_of
 from metrics.distances import Gaussian, frechet_distance
-from solvers import SCHEDULES, SOLVERS, solver_named
+from solvers import SCHEDULES, SOLVERS
 from solvers.fitted import Fit
 from storage import run_config
 from storage.checkpoints import fit, load_checkpoint
@@ -99,11 +99,10 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
 
         def made(setting: Setting, n: int) -> Fit:
             """What is fitted to the network, where the setting asks for it."""
-            schedule = solver_named(setting.solver).schedule
-            if "fitted" not in (setting.schedule, schedule):
+            config.sampling.update(method="ode", ode_solver=setting.solver, N=n, order=None)
+            config.sampling.update(schedule=setting.schedule, noise_removal=True)
+            if not sampling.is_fitted(config):
                 return Fit(setting.schedule)
-            config.sampling.update(ode_solver=setting.solver, schedule=setting.schedule)
-            config.sampling.update(method="ode", N=n, order=None, noise_removal=True)
             return fit_solver(config, run, path, origin)
 
         tight = {"rtol": 1e-6, "atol": 1e-6, "noise_removal": True}

@@ -81,8 +81,12 @@ def step_costs(errors: Tensor, apart: Tensor) -> Tensor:
     errors themselves, and counts all alike; the last step then comes to be so long that samples
     shrink towards the mean of the data given a noisy image.
     """
-    floor = (1e-6 * apart.max()).clamp_min(1e-30)
-    return (errors / apart.clamp_min(floor)) ** 4
+    return (errors / _above_zero(apart)) ** 4
+
+
+def _above_zero(distances: Tensor) -> Tensor:
+    """The `distances`, of which none is far below the largest, to divide by."""
+    return distances.clamp_min((1e-6 * distances.max()).clamp_min(1e-30))
 
 
 def schedule(levels: Tensor, cost: Tensor, method: Method, n: int, rho: float) -> Tensor:
@@ -170,7 +174,7 @@ def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, T
     """
     rows = [value.double().flatten(1) for value in (target, x, *slopes)]
     apart = (rows[0] - rows[0].mean(0)).norm(dim=1)
-    shares = apart.clamp_min((1e-6 * apart.max()).clamp_min(1e-30)) ** -2
+    shares = _above_zero(apart) ** -2
     shares = shares / shares.sum()
     means = [shares @ row for row in rows]
     wanted, moved, *terms = (

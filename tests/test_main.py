@@ -291,7 +291,10 @@ MISTAKES = {
     ),
     "model": (["--config.model.name=unet"], "model.name must be one of 'ncsnpp', .*'unet'"),
     "sampler": (["--config.sampling.method=pc"], "has no sampling.method='pc'; it has: ode"),
-    "solver": (["--config.sampling.ode_solver=rk4"], "ode_solver must be one of 'fitted', 'rk45', .*'rk4'"),
+    "solver": (
+        ["--config.sampling.ode_solver=rk4"],
+        "ode_solver must be one of 'fitted', 'rk45', .*'rk4'",
+    ),
     "steps": (["--config.sampling.N=0"], "sampling.N must be a whole number from 1 .*, not 0"),
     "optimizer": (
         ["--config.optim.optimizer=SGD"],
