@@ -657,7 +657,8 @@ def _fit_steps(
         "weights": ("f", (options.N, options.order)),
         "offsets": ("f", (options.N, *shape)),
     }
-    key = _fit_key(origin, asked, number, labels) | {"levels": levels.tolist()}
+    key = _fit_key(origin, asked, number, labels)
+    key |= {"levels": levels.tolist(), "trajectories by": _sampler_of(fine)}
     weights, offsets = _kept(fitted_path(checkpoint, options.N), key, compute, spec)
     return fitted.steps_as_kept(levels, weights, offsets.to(run.device))
 

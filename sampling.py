@@ -460,7 +460,7 @@ def for_trajectories(config):
     """
     config = config.copy_and_resolve_references()
     config.sampling.update(
-        ode_solver="multistep",
+        ode_solver="unipc",
         N=FINE_STEPS + 1,
         order=None,
         S_churn=0.0,

@@ -182,9 +182,11 @@ def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, T
         for row, mean in zip(rows, means, strict=True)
     )
     terms = torch.stack(terms, 1)
-    # normal equations: k <= 4 unknowns; where slopes are parallel the smallest solution of many
+    # Normal equations: k <= 4 unknowns. Where slopes are parallel, as the flow of a Gaussian has
+    # them, the smallest solution of many: their float32 rounding, 1e-14 here, is no direction.
     right = torch.stack([terms.T @ (wanted - moved), terms.T @ -moved], 1)
-    closest, to_mean = (torch.linalg.pinv(terms.T @ terms, hermitian=True) @ right).T
+    inverse = torch.linalg.pinv(terms.T @ terms, rtol=1e-12, hermitian=True)
+    closest, to_mean = (inverse @ right).T
     rest = (moved + terms @ to_mean).square().sum()
     taken = (terms @ (closest - to_mean)).square().sum()
     stretch = ((wanted.square().sum() - rest).clamp_min(0) / taken).sqrt() if taken > 0 else 0.0

@@ -205,7 +205,7 @@ def test_fitted_steps_lead_other_samples_to_the_law_of_a_gaussian(name):
     generator, shape = torch.Generator().manual_seed(0), (16, 1, 4, 4)
     follow = partial(sampling.solve_ode, method, gaussian_network(method))
     x = method.prior_sampling(shape, generator)
-    follow(x, "multistep", 61, schedule=fitted.fine_levels, callback=seen.append)
+    follow(x, "unipc", 61, schedule=fitted.fine_levels, callback=seen.append)
     fine = torch.tensor([step.level for step in seen], dtype=torch.float64)
     levels = fine[torch.linspace(0, 60, n + 1).long()]
     steps = fitted.Fitting(fitted.states_at(levels[1:], seen))
@@ -219,8 +219,8 @@ def test_fitted_steps_lead_other_samples_to_the_law_of_a_gaussian(name):
     exact, _ = follow(other, "rk45", rtol=1e-7, atol=1e-7)
     plain, _ = follow(other, "multistep", n, **given)
     error, beside = ((value - exact).norm() / exact.norm() for value in (sample, plain))
-    assert error < 0.02, error  # the fine solution's own
-    assert error < 0.2 * beside, (error, beside)
+    assert error < 1e-3, error  # the fine solution's own; slopes are parallel but for rounding
+    assert beside > 0.1, beside
 
 
 # --- the files beside the checkpoint --------------------------------------------------------------
