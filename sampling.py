@@ -456,7 +456,8 @@ def for_snapshots(config):
 def for_trajectories(config):
     """`config` whose sampler follows the trajectories that schedule and solver are fitted to.
 
-    It has to be given the schedule `solvers.fitted.fine_levels`.
+    It has to be given the schedule `solvers.fitted.fine_levels`. Along these levels `unipc` errs by
+    2e-4 of the state for the flow of a Gaussian, and `multistep` by 2e-3.
     """
     config = config.copy_and_resolve_references()
     config.sampling.update(

@@ -1,6 +1,7 @@
 """Schedule and solver 'fitted': what they choose, and the files they keep beside a checkpoint."""
 
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -196,6 +197,19 @@ def test_the_state_without_noise_is_a_step_of_eulers_method_beyond_the_last():
     steps = steps_along(lambda s: v * s + 1, lambda s: v, levels)
     states = fitted.states_at(torch.tensor([1.0, 0.0], dtype=torch.float64), steps)
     torch.testing.assert_close(torch.stack(states), torch.stack([v + 1, torch.ones_like(v)]))
+
+
+def test_fine_trajectories_are_those_of_the_ode():
+    """A Gaussian's flow scales each state as its standard deviation."""
+    config, seen = sampling.for_trajectories(digits_ddpmpp.get_config()), []
+    method, std = FAMILY["edm"], 0.5
+    x = method.prior_sampling((16, 1, 8, 8), torch.Generator().manual_seed(0))
+    sample, made = sampling.get_sampling_fn(config, method), fitted.Fit(fitted.fine_levels)
+    sample(gaussian_network(method, std=std), x=x, fit=made, callback=seen.append)
+    assert len(seen) == fitted.FINE_STEPS + 1
+    for step in seen:
+        exact = x * math.hypot(std, step.level) / math.hypot(std, seen[0].level)
+        assert (step.x - exact).norm() < 3e-4 * exact.norm(), step.level
 
 
 @pytest.mark.parametrize("name", FAMILY)
