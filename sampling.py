@@ -11,7 +11,7 @@ import execution
 from datasets import get_data_inverse_scaler, get_data_scaler
 from methods.base import Method, Network, conditioned, noise_like
 from methods.guidance import Guided
-from methods.restoration import RESTORERS, Measurement, Restoring, replacement
+from methods.restoration import RESTORERS, Measurement, Replacement, Restoring
 from solvers import FITTED, SCHEDULES, SOLVERS, Schedule, solver_named
 from solvers.base import Callback, Counted, FiniteStates, Slope, Step, Watch
 from solvers.fitted import FINE_STEPS, Fit
@@ -327,7 +327,7 @@ def _ode_sampler(config, method: Method, constrain: Callable[..., Tensor] | None
     return sample
 
 
-def _pc_sampler(config, method: Method, constrain: Callable[..., Tensor] | None):
+def _pc_sampler(config, method: Method, constrain: Replacement | None):
     sampling = config.sampling
     options = {
         "predictor": _choose(config, "predictor", method.predictors),
@@ -517,7 +517,7 @@ def get_sampling_fn(
     restorer = RESTORERS[_choose(config, "restorer", RESTORERS)]
     constrain = None
     if measurement is not None and restorer is None:
-        constrain = partial(replacement, method, measurement)
+        constrain = Replacement(method, measurement)
     elif measurement is not None and config.sampling.restore_resample > 1:
         raise ValueError("sampling.restore_resample above 1 needs sampling.restorer='replacement'")
     integrate_prior = SAMPLERS[name](config, method, constrain)

@@ -172,7 +172,7 @@ def rank(operator: Operator, images: Tensor) -> float:
     return operator.forward(torch.ones_like(images[:1])).count_nonzero().item()
 
 
-# sampling.restorer -> what it adds to the denoised image; see `replacement` for None.
+# sampling.restorer -> what it adds to the denoised image; see `Replacement` for None.
 RESTORERS: dict[str, Callable[[Measurement, Denoised], Tensor] | None] = {
     "moment_matching": moment_matching,
     "pigdm": pigdm,
@@ -316,17 +316,33 @@ def _with_rate(f: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor
 # --- replacement ----------------------------------------------------------------------------------
 
 
-def replacement(
-    sde: Method, m: Measurement, generator: torch.Generator | None, x: Tensor, t: Tensor
-) -> Tensor:
-    """`x` (B, C, H, W) at time `t` (), its measured part replaced by `m` perturbed to that time.
+@dataclass(frozen=True)
+class Replacement:
+    """The measured part of a state replaced by the measurement perturbed to the state's time.
 
-    Below the noise level of the measurement, which has no more to say there, `x` is returned as it
-    is. Source: Song et al. 2021 (arXiv 2011.13456), appendix I.2.
+    Source: Song et al. 2021 (arXiv 2011.13456), appendix I.2.
     """
-    alpha, sigma = sde.alpha(t).item(), sde.sigma(t).item()
-    missing = m.operator.gram * sigma**2 - m.noise**2
-    if missing < 0:
-        return x
-    noise = m.operator.forward(noise_like(x, generator)) * math.sqrt(missing / m.operator.gram)
-    return alpha * Measurement(m.operator, m.value + noise).project(x / alpha)
+
+    sde: Method
+    measurement: Measurement
+
+    def acts(self, t: Tensor) -> bool:
+        """Whether the noise at time `t` () is at least the measurement's own.
+
+        Below it nothing is replaced, and a repeated step would forget what the measurement says.
+        """
+        return self._missing(t) >= 0
+
+    def __call__(self, generator: torch.Generator | None, x: Tensor, t: Tensor) -> Tensor:
+        """`x` (B, C, H, W) at time `t` () with its measured part replaced, where that `acts`."""
+        if not self.acts(t):
+            return x
+        m, alpha = self.measurement, self.sde.alpha(t).item()
+        std = math.sqrt(self._missing(t) / m.operator.gram)
+        noise = m.operator.forward(noise_like(x, generator)) * std
+        return alpha * Measurement(m.operator, m.value + noise).project(x / alpha)
+
+    def _missing(self, t: Tensor) -> float:
+        """The variance that the measurement lacks to be as noisy as a state at time `t`."""
+        m = self.measurement
+        return m.operator.gram * self.sde.sigma(t).item() ** 2 - m.noise**2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Network, noise_like, spread
+from methods.restoration import Replacement
 from methods.sde import SDE, reverse
 from solvers.base import Callback, Counted, FiniteStates, Step
 
@@ -87,7 +88,7 @@ def predictor_corrector(
     probability_flow: bool = False,
     noise_removal: bool = False,
     callback: Callback | None = None,
-    constrain: Callable[[torch.Generator | None, Tensor, Tensor], Tensor] | None = None,
+    constrain: Replacement | None = None,
     resample: int = 1,
     watch: Callable[[int, float], object] | None = None,
 ) -> Tensor:
@@ -103,10 +104,10 @@ def predictor_corrector(
         probability_flow: the predictor follows the ODE.
         noise_removal: leave out the noise of the last step.
         callback: called before each of the N steps; its level is the time, its slope the score.
-        constrain: (generator, x, t) -> x, applied after every step of either kind at the time
-            that it leads to.
+        constrain: applied after every step of either kind at the time that it leads to.
         resample: times that each of the N steps is taken, with a step of the SDE back between
-            them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
+            them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1), but once where
+            `constrain` does not act.
         watch: told the evaluations so far and the time, before each evaluation.
 
     Raises:
@@ -119,7 +120,8 @@ def predictor_corrector(
     mean = x
     score_at, states = Counted(partial(sde.score, net), watch), FiniteStates()
     for i, t in enumerate(times):
-        for repeat in range(resample):
+        there = times[min(i + 1, sde.N - 1)]
+        for repeat in range(resample if constrain is None or constrain.acts(there) else 1):
             if repeat:
                 a, b = (spread(c, x) for c in sde.transition(t))
                 x = a * x + b * noise_like(x, generator)
@@ -130,7 +132,7 @@ def predictor_corrector(
                 x, mean = step(sde, x, t, score, noise_like(x, generator))
                 if constrain:
                     moved = predict and k == len(steps) - 1
-                    x = constrain(generator, x, times[min(i + 1, sde.N - 1)] if moved else t)
+                    x = constrain(generator, x, there if moved else t)
         states.note(x, t)
     states.check()
     return mean if noise_removal else x

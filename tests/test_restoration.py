@@ -20,10 +20,10 @@ from methods.guidance import Guided
 from methods.restoration import (
     RESTORERS,
     Measurement,
+    Replacement,
     Restoring,
     denoise,
     get_operator,
-    replacement,
 )
 from sampling import get_sampling_fn, solve_ode
 from solvers.predictor_corrector import predictor_corrector
@@ -152,7 +152,7 @@ def errors(name, task, restorer, noise=0.0, white=False, n=4000, steps=40, resam
             "none",
             generator,
             noise_removal=True,
-            constrain=partial(replacement, method, many),
+            constrain=Replacement(method, many),
             resample=resample,
         )
     else:
@@ -257,6 +257,13 @@ def test_resampling_brings_replacement_closer():
     plain = errors("vp", "inpaint", "replacement", steps=200, n=2000)
     repeated = errors("vp", "inpaint", "replacement", steps=200, n=2000, resample=5)
     assert repeated[0] < 0.5 * plain[0]
+
+
+def test_resampling_does_not_forget_a_noisy_measurement():
+    """Below its noise, where nothing is replaced, repeated steps would lead to the prior."""
+    mean, covariance = errors("vp", "super2", "replacement", 0.2, steps=200, n=2000, resample=5)
+    assert mean < 0.06
+    assert covariance < 0.15
 
 
 # --- by the program -------------------------------------------------------------------------------
