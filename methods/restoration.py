@@ -329,7 +329,7 @@ class Replacement:
     def acts(self, t: Tensor) -> bool:
         """Whether the noise at time `t` () is at least the measurement's own.
 
-        Below it nothing is replaced, and a repeated step would forget what the measurement says.
+        Below it nothing is replaced: the state's noise is the measurement's, and less from then on.
         """
         return self._missing(t) >= 0
 

@@ -104,10 +104,10 @@ def predictor_corrector(
         probability_flow: the predictor follows the ODE.
         noise_removal: leave out the noise of the last step.
         callback: called before each of the N steps; its level is the time, its slope the score.
-        constrain: applied after every step of either kind at the time that it leads to.
+        constrain: applied after every step of either kind at the time that it leads to. Where it
+            does not act, only the predictor takes a step, once: all else leads to the prior.
         resample: times that each of the N steps is taken, with a step of the SDE back between
-            them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1), but once where
-            `constrain` does not act.
+            them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
         watch: told the evaluations so far and the time, before each evaluation.
 
     Raises:
@@ -121,18 +121,18 @@ def predictor_corrector(
     score_at, states = Counted(partial(sde.score, net), watch), FiniteStates()
     for i, t in enumerate(times):
         there = times[min(i + 1, sde.N - 1)]
-        for repeat in range(resample if constrain is None or constrain.acts(there) else 1):
+        free = predict and constrain and not constrain.acts(there)
+        for repeat in range(1 if free else resample):
             if repeat:
                 a, b = (spread(c, x) for c in sde.transition(t))
                 x = a * x + b * noise_like(x, generator)
-            for k, step in enumerate(steps):
+            for k, step in enumerate(steps[-1:] if free else steps):
                 score = score_at(x, t)
                 if callback and repeat == k == 0:
                     callback(Step(i, t.item(), x, score))
                 x, mean = step(sde, x, t, score, noise_like(x, generator))
                 if constrain:
-                    moved = predict and k == len(steps) - 1
-                    x = constrain(generator, x, there if moved else t)
+                    x = constrain(generator, x, there if predict and step is steps[-1] else t)
         states.note(x, t)
     states.check()
     return mean if noise_removal else x
