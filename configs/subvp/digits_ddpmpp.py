@@ -6,5 +6,4 @@ from configs.parts import DDPMPP, SUBVP, ConfigDict, digits, experiment
 def get_config() -> ConfigDict:
     config = experiment(SUBVP, DDPMPP, digits)
     config.training.batch_size = 96
-    config.sampling.method = "ode"
     return config

@@ -7,5 +7,4 @@ def get_config() -> ConfigDict:
     config = experiment(VE, NCSNPP, digits)
     config.training.batch_size = 96
     config.model.fourier_scale = 1.0  # smooth in the noise level: few steps have to learn it
-    config.sampling.method = "ode"
     return config
