@@ -658,7 +658,7 @@ def _fit_steps(
         "offsets": ("f", (options.N, *shape)),
     }
     key = _fit_key(origin, asked, number, labels)
-    key |= {"levels": levels.tolist(), "trajectories by": _sampler_of(fine)}
+    key |= {"levels": levels.tolist(), "trajectory sampler": _sampler_of(fine)}
     weights, offsets = _kept(fitted_path(checkpoint, options.N), key, compute, spec)
     return fitted.steps_as_kept(levels, weights, offsets.to(run.device))
 

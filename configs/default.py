@@ -376,7 +376,10 @@ KEYS = {
         "is for sampling.method='pc'",
     ),
     "sampling.restore_resample": Key(
-        1, whole(1, 1000), "of 'replacement': times each step is taken, as RePaint does"
+        1,
+        whole(1, 1000),
+        "of 'replacement': times each step is taken, as RePaint does, "
+        "while the sample is at least as noisy as the measurement",
     ),
     "sampling.seeds": Key(
         "",

@@ -76,7 +76,7 @@ def digits(config: ConfigDict) -> None:
     config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False)
     config.training.update(n_iters=2000, log_freq=20, eval_freq=200)
     config.training.snapshot_freq_for_preemption = 200
-    config.training.M = 261  # this and the next two as hyper_parameters.py measures them
+    config.training.M = 261  # M, z_max and upper_norm as hyper_parameters.py measures them
     config.sampling.update(z_max=17.9, upper_norm=179.0)
     config.sampling.update(method="ode", ode_solver="heun", N=18)  # 35 evaluations
     config.optim.lr = 1e-3

@@ -318,7 +318,7 @@ def _with_rate(f: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Replacement:
-    """The measured part of a state replaced by the measurement perturbed to the state's time.
+    """Replaces the measured part of a state by the measurement, perturbed to the state's time.
 
     Source: Song et al. 2021 (arXiv 2011.13456), appendix I.2.
     """
@@ -327,14 +327,15 @@ class Replacement:
     measurement: Measurement
 
     def acts(self, t: Tensor) -> bool:
-        """Whether the noise at time `t` () is at least the measurement's own.
+        """Whether A x / alpha at time `t` () is at least as noisy as the measurement.
 
-        Below it nothing is replaced: the state's noise is the measurement's, and less from then on.
+        Where both are equally noisy, the measurement is a sample of A x / alpha. Given x the image
+        does not depend on it any further: from then on one pass of the reverse SDE draws it.
         """
         return self._missing(t) >= 0
 
     def __call__(self, generator: torch.Generator | None, x: Tensor, t: Tensor) -> Tensor:
-        """`x` (B, C, H, W) at time `t` () with its measured part replaced, where that `acts`."""
+        """`x` (B, C, H, W) at time `t` (), its measured part replaced if `acts(t)`."""
         if not self.acts(t):
             return x
         m, alpha = self.measurement, self.sde.alpha(t).item()
@@ -343,6 +344,6 @@ class Replacement:
         return alpha * Measurement(m.operator, m.value + noise).project(x / alpha)
 
     def _missing(self, t: Tensor) -> float:
-        """The variance that the measurement lacks to be as noisy as a state at time `t`."""
+        """Variance to add to the measurement to make it as noisy as A x / alpha; or negative."""
         m = self.measurement
         return m.operator.gram * self.sde.sigma(t).item() ** 2 - m.noise**2

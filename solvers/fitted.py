@@ -182,8 +182,9 @@ def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, T
         for row, mean in zip(rows, means, strict=True)
     )
     terms = torch.stack(terms, 1)
-    # Normal equations: k <= 4 unknowns. Where slopes are parallel, as the flow of a Gaussian has
-    # them, the smallest solution of many: their float32 rounding, 1e-14 here, is no direction.
+    # Normal equations: k <= 4 unknowns. Where slopes are parallel, as for white Gaussian data, many
+    # solutions exist and the smallest is taken: rtol counts eigenvalues that come from rounding in
+    # float32, some 1e-14 of the largest, as 0.
     right = torch.stack([terms.T @ (wanted - moved), terms.T @ -moved], 1)
     inverse = torch.linalg.pinv(terms.T @ terms, rtol=1e-12, hermitian=True)
     closest, to_mean = (inverse @ right).T

@@ -104,10 +104,11 @@ def predictor_corrector(
         probability_flow: the predictor follows the ODE.
         noise_removal: leave out the noise of the last step.
         callback: called before each of the N steps; its level is the time, its slope the score.
-        constrain: applied after every step of either kind at the time that it leads to. Where it
-            does not act, only the predictor takes a step, once: all else leads to the prior.
-        resample: times that each of the N steps is taken, with a step of the SDE back between
-            them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
+        constrain: applied after every step of predictor and corrector, at the time that the step
+            leads to. Where it does not act at the end of a predictor's step, that step is taken
+            once and without a corrector: the samples would come to ignore it.
+        resample: times that each of the N steps is taken while `constrain` acts, with a step of the
+            SDE back between them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
         watch: told the evaluations so far and the time, before each evaluation.
 
     Raises:

@@ -225,6 +225,12 @@ def test_any_number_of_steps(path, most, n_iters):
     assert 0 <= config.model.ema_rate < 1
 
 
+@pytest.mark.parametrize("path", DIGITS)
+def test_digits_take_35_evaluations(path):
+    sampler = load(path).sampling
+    assert (sampler.method, sampler.ode_solver, sampler.N) == ("ode", "heun", 18)
+
+
 def test_each_share_can_be_overridden():
     config = load("poisson/digits_ddpmpp.py")
     config.eval.begin_ckpt = 2

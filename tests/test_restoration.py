@@ -271,8 +271,8 @@ def test_resampling_brings_replacement_closer():
 
 @pytest.mark.parametrize("name", ["vp", "ve"])
 @pytest.mark.parametrize("options", [{"resample": 5}, {"corrector": "langevin"}])
-def test_replacement_does_not_forget_a_noisy_measurement(name, options):
-    """Below its noise nothing is replaced: repeats and correctors would lead to the prior."""
+def test_replacement_keeps_to_a_noisy_measurement(name, options):
+    """Below its noise level repeats and correctors would give samples that ignore it."""
     mean, covariance = errors(name, "super2", "replacement", 0.2, steps=200, n=2000, **options)
     assert mean < 0.06
     assert covariance < 0.2
@@ -398,16 +398,22 @@ def test_a_mask_of_another_size(run):
         run("inpaint", restore_mask=str(run.folder / "mask.png"))
 
 
-def test_replacement_keeps_known_pixels_and_is_repeatable():
-    """With predictor, corrector and RePaint's repeats, by the sampler of a config."""
+def replacing(noise, **options):
+    """The sampler by replacement of VP in 50 steps, each with predictor and corrector, twice."""
     config = vp_digits.get_config()
     config.model.num_scales = 50
     config.sampling.update(method="pc", predictor="euler_maruyama", corrector="langevin")
     config.sampling.update(restorer="replacement", restore_resample=2)
+    config.sampling.update(**options)
     method, value = methods.get_method(config), torch.rand(4, 1, 8, 8) * 2 - 1
-    measurement = Measurement(get_operator("inpaint", KNOWN.repeat(4, 4)), value)
+    measurement = Measurement(get_operator("inpaint", KNOWN.repeat(4, 4)), value, noise)
     measurement = replace(measurement, value=measurement.operator.forward(value))
-    sample, found = get_sampling_fn(config, method, measurement=measurement), []
+    return method, value, get_sampling_fn(config, method, measurement=measurement)
+
+
+def test_replacement_keeps_known_pixels_and_is_repeatable():
+    _, value, sample = replacing(noise=0.0)
+    found = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(0)
         images, evaluations = sample(lambda x, label: x, num=4, generator=generator)
@@ -416,3 +422,22 @@ def test_replacement_keeps_known_pixels_and_is_repeatable():
     known = KNOWN.repeat(4, 4).expand_as(value)
     torch.testing.assert_close(found[0][known], ((value + 1) / 2)[known], rtol=0, atol=1e-6)
     assert torch.equal(*found)
+
+
+def test_replacement_repeats_and_corrects_down_to_the_noise_of_the_measurement():
+    method, _, sample = replacing(noise=0.3)
+    _, evaluations = sample(lambda x, label: x, num=4, generator=torch.Generator().manual_seed(0))
+    times = torch.linspace(method.t_prior, method.t_data, 50, dtype=torch.float64)
+    noisier = [method.sigma(t).item() >= 0.3 for t in times]
+    above = sum([*noisier[1:], noisier[-1]])  # steps, by the noise where they end
+    assert 30 < above < 50
+    assert evaluations == above * 2 * 2 + (50 - above)
+
+
+@pytest.mark.parametrize("options", [{"predictor": "none"}, {"probability_flow": True}])
+def test_a_noisy_measurement_needs_a_step_that_draws(options):
+    with pytest.raises(
+        ValueError, match=r"needs a predictor \(not .* and no sampling.probability_flow"
+    ):
+        replacing(noise=0.3, restore_resample=1, **options)
+    replacing(noise=0.0, restore_resample=1, **options)
