@@ -336,11 +336,11 @@ class Replacement:
 
     def __call__(self, generator: torch.Generator | None, x: Tensor, t: Tensor) -> Tensor:
         """`x` (B, C, H, W) at time `t` (), its measured part replaced if `acts(t)`."""
-        if not self.acts(t):
+        missing = self._missing(t)
+        if missing < 0:
             return x
         m, alpha = self.measurement, self.sde.alpha(t).item()
-        std = math.sqrt(self._missing(t) / m.operator.gram)
-        noise = m.operator.forward(noise_like(x, generator)) * std
+        noise = m.operator.forward(noise_like(x, generator)) * math.sqrt(missing / m.operator.gram)
         return alpha * Measurement(m.operator, m.value + noise).project(x / alpha)
 
     def _missing(self, t: Tensor) -> float:

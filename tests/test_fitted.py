@@ -96,6 +96,7 @@ def test_fine_trajectories_are_those_of_the_ode_from_prior_to_data(name):
     """For data N(0, std^2 I) the ODE scales states in proportion to sqrt(std^2 + sigma^2)."""
     method, std, seen = FAMILY[name], 0.5, []
     levels = fitted.fine_levels(method, 61, 7.0)
+    assert len(levels) == 62
     assert levels[[0, -2]].tolist() == pytest.approx([method.sigma_max, method.sigma_min])
     assert (levels.diff() < 0).all()
     sample = sampling.get_sampling_fn(sampling.for_trajectories(digits_ddpmpp.get_config()), method)
