@@ -616,11 +616,10 @@ def fit_solver(config, run: Experiment, checkpoint: Path, origin: dict) -> Fit:
 
     def compute() -> dict:
         parts = _trajectories(fine, run, number, labels)
-        errors, apart = map(sum, zip(*map(fitted.euler_errors, parts), strict=True))
-        return {"errors": errors.numpy(), "apart": apart.numpy()}
+        return {"errors": sum(map(fitted.euler_errors, parts)).numpy()}
 
     k = fitted.FINE_STEPS + 1
-    spec = {"errors": ("f", (k, k)), "apart": ("f", (k,))}
+    spec = {"errors": ("f", (k, k))}
     key = _fit_key(origin, fine, number, labels)
     cost = fitted.step_costs(*_kept(fitted_path(checkpoint), key, compute, spec))
     levels = fitted.fine_levels(run.method, k, config.sampling.rho)[:k]
@@ -649,12 +648,12 @@ def _fit_steps(
         steps = fitted.Fitting([torch.cat(states) for states in zip(*parts, strict=True)])
         prior = _fit_prior(config, run, number)
         _follow(asked, run, prior, labels, Fit(schedule, steps))
-        weights = [nn.functional.pad(w, (0, options.order - len(w))) for w in steps.weights]
+        weights = [nn.functional.pad(w, (0, 1 + options.order - len(w))) for w in steps.weights]
         offsets = torch.stack(steps.offsets).cpu()
         return {"weights": torch.stack(weights).numpy(), "offsets": offsets.numpy()}
 
     spec = {
-        "weights": ("f", (options.N, options.order)),
+        "weights": ("f", (options.N, 1 + options.order)),
         "offsets": ("f", (options.N, *shape)),
     }
     key = _fit_key(origin, asked, number, labels)
@@ -679,10 +678,11 @@ def _trajectories(
 ) -> Iterator[list[Step]]:
     """The fine trajectories of `number` samples, as many at a time as fit in memory."""
     log.info(f"fitting the sampler: solving {number} trajectories in fine steps")
-    size = fitted.at_once(math.prod(datasets.image_shape(config)))
+    parts = math.ceil(number / fitted.at_once(math.prod(datasets.image_shape(config))))
     prior = _fit_prior(config, run, number)
-    for start in range(0, number, size):
-        part, steps = slice(start, start + size), []
+    # Even parts: of a single trajectory no distances would be known.
+    for part in torch.arange(number).tensor_split(parts):
+        steps = []
         some = None if labels is None else labels[part]
         _follow(config, run, prior[part], some, Fit(fitted.fine_levels), steps.append)
         yield steps

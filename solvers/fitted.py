@@ -5,10 +5,10 @@ method has a known error, and dynamic programming finds the n + 1 levels between
 costs is least (GITS, Chen et al. 2024, arXiv 2405.11326, section 4; the cost is another, see
 `step_costs`).
 
-The solver then follows the same samples along these levels. Like a step of Adams and Bashforth,
-each of its steps is a weighted sum of the last slopes, and an offset. The weights come from a
-linear regression of the fine solutions on the slopes (`fit_step`). The next step is fitted from the
-states that this one reaches, so that it can correct its errors.
+The solver then follows the same samples along these levels. Each of its steps is a weighted sum of
+the state and of the last slopes, and an offset. The weights come from a linear regression of the
+fine solutions on them (`fit_step`). The next step is fitted from the states that this one reaches,
+so that it can correct its errors.
 """
 
 from collections.abc import Callable
@@ -48,40 +48,41 @@ def fine_levels(method: Method, n: int, rho: float) -> Tensor:
     return torch.cat([levels, 0.99 * levels[-1:]])
 
 
-def euler_errors(steps: list[Step]) -> tuple[Tensor, Tensor]:
+def euler_errors(steps: list[Step]) -> Tensor:
     """What Euler's method errs by in one step between any two levels of some trajectories.
 
+    On its way to the data an error shrinks as a trajectory's distance from the mean of all does:
+    for the flow of a Gaussian exactly, else about. Each error is counted in this distance.
+
     Args:
-        steps: their states (B, ...) and slopes at K levels, as a callback sees them.
+        steps: the states (B, ...) and slopes of B >= 2 trajectories at K levels, as a callback sees
+            them.
 
     Returns:
-        Sums over the B trajectories, float64, on the CPU. (K, K): at [i, j], i < j, the Euclidean
-        distance from where the step leads that starts on the trajectory at level i to where the
-        trajectory is at level j; else 0. (K,): the distance from each trajectory to the next one.
+        (K, K), float64, on the CPU: at [i, j], i < j, sums over the B trajectories of the Euclidean
+        distance from where the step leads that starts on the trajectory at level i to where it is
+        at level j, divided by the distance from there to the mean of all at level j; else 0.
     """
     states = torch.stack([step.x.flatten(1) for step in steps])
+    apart = _above_zero((states - states.mean(1, keepdim=True)).norm(dim=2))
     errors = torch.zeros(len(steps), len(steps), dtype=torch.float64)
     for i, step in enumerate(steps[:-1]):
         lengths = torch.tensor([other.level - step.level for other in steps[i + 1 :]])
         there = states[i] + lengths.to(states)[:, None, None] * step.slope.flatten(1)
-        errors[i, i + 1 :] = _total_norm(there - states[i + 1 :])
-    return errors, _total_norm(states - states.roll(1, dims=1))
+        distances = (there - states[i + 1 :]).norm(dim=2)
+        errors[i, i + 1 :] = (distances.double() / apart[i + 1 :]).sum(1).cpu()
+    return errors
 
 
-def _total_norm(x: Tensor) -> Tensor:
-    return x.norm(dim=2).double().sum(1).cpu()
+def step_costs(errors: Tensor) -> Tensor:
+    """The cost (K, K) of a step between two of K levels, by the error of Euler's method.
 
-
-def step_costs(errors: Tensor, apart: Tensor) -> Tensor:
-    """The cost (K, K) of a step between two of K levels, by its error and how far apart states are.
-
-    On its way to the data an error shrinks as the distances between trajectories do: for the flow
-    of a Gaussian exactly, else about. Where Euler's step of length h errs by h^2, one of order 3
-    errs by h^4, and squares of errors add up: the cost is the fourth power. GITS adds Euler's
-    errors themselves, and counts all alike; the last step then comes to be so long that samples
-    shrink towards the mean of the data given a noisy image.
+    Where Euler's step of length h errs by h^2, one of order 3 errs by h^4, and squares of errors
+    add up: the cost is the fourth power. GITS adds Euler's errors themselves, and does not count
+    that they shrink; the last step then comes to be so long that samples shrink towards the mean of
+    the data given a noisy image.
     """
-    return (errors / _above_zero(apart)) ** 4
+    return errors**4
 
 
 def _above_zero(distances: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class Fitting:
 
     def __init__(self, targets: list[Tensor]):
         self.targets = targets
-        self.weights: list[Tensor] = []  # (k,) of each step, newest slope first
+        self.weights: list[Tensor] = []  # (1 + k,) of each step: see `fit_step`
         self.offsets: list[Tensor] = []
 
     def __call__(
@@ -156,49 +157,54 @@ class Fitting:
         weights, offset = fit_step(x, slopes, target)
         self.weights.append(weights)
         self.offsets.append(offset)
-        return combine(x, [*slopes, offset], [*weights.tolist(), 1.0])
+        return _step(x, slopes, weights, offset)
+
+
+def _step(x: Tensor, slopes: list[Tensor], weights: Tensor, offset: Tensor) -> Tensor:
+    return combine(offset, [x, *slopes], weights.tolist())
 
 
 def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
     """The step from `x` (B, ...) to `target` (B, ...) by the `slopes`, each (B, ...).
 
-    It has the least sum of squared distances to the target, each divided by the squared distance of
-    that target from the mean of all, so that those far out do not dominate. Its constraint is that
-    the second moment about the mean is that of the target: least squares alone make it too small,
-    by as much as they err, and a Frechet distance is sensitive to that. By a Lagrange multiplier
-    the constrained minimum lies on the line from the step that leads closest to the mean through
-    that of least squares. Where no step has as small a moment, it is the one closest to the mean.
+    Least squares, in which each distance to the target is divided by the distance of that target
+    from the mean of all, so that those far out do not dominate. What least squares predict varies
+    too little about the mean, by as much as they err, and a Frechet distance is sensitive to that:
+    the weights are enlarged by the factor that gives it the second moment of the target. Of all
+    steps with this moment that is the one of least squares.
 
     Returns:
-        Weights (k,) of the k slopes, float64, on the CPU, and an offset (...).
+        Weights (1 + k,) of the state and the k slopes, float64, on the CPU, and an offset (...).
     """
     rows = [value.double().flatten(1) for value in (target, x, *slopes)]
     apart = (rows[0] - rows[0].mean(0)).norm(dim=1)
     shares = _above_zero(apart) ** -2
     shares = shares / shares.sum()
-    means = [shares @ row for row in rows]
-    wanted, moved, *terms = (
+    means = torch.stack([shares @ row for row in rows])
+    wanted, *terms = (
         ((row - mean) * shares.sqrt()[:, None]).flatten()
         for row, mean in zip(rows, means, strict=True)
     )
     terms = torch.stack(terms, 1)
-    # Normal equations: k <= 4 unknowns. Where slopes are parallel, as for white Gaussian data, many
-    # solutions exist and the smallest is taken: rtol counts eigenvalues that come from rounding in
-    # float32, some 1e-14 of the largest, as 0.
-    right = torch.stack([terms.T @ (wanted - moved), terms.T @ -moved], 1)
+    # Normal equations: at most 5 unknowns. Where state and slopes are parallel, as for white
+    # Gaussian data, many solutions exist and the smallest is taken: rtol counts eigenvalues that
+    # come from rounding in float32, some 1e-14 of the largest, as 0.
     inverse = torch.linalg.pinv(terms.T @ terms, rtol=1e-12, hermitian=True)
-    closest, to_mean = (inverse @ right).T
-    rest = (moved + terms @ to_mean).square().sum()
-    taken = (terms @ (closest - to_mean)).square().sum()
-    stretch = ((wanted.square().sum() - rest).clamp_min(0) / taken).sqrt() if taken > 0 else 0.0
-    weights = to_mean + stretch * (closest - to_mean)
-    offset = means[0] - means[1] - weights @ torch.stack(means[2:])
+    weights = inverse @ (terms.T @ wanted)
+    predicted = (terms @ weights).square().sum()
+    if predicted > 0:
+        weights = weights * (wanted.square().sum() / predicted).sqrt()
+    offset = means[0] - weights @ means[1:]
     return weights.cpu(), offset.to(x.dtype).unflatten(0, x.shape[1:])
 
 
 def steps_as_kept(levels: Tensor, weights: Tensor, offsets: Tensor) -> Advance:
-    """The steps along `levels` (n + 1,): `weights` (n, k) of up to k slopes, `offsets` (n, ...)."""
-    rows, order = {level: row for row, level in enumerate(levels[:-1].tolist())}, weights.shape[1]
+    """The steps along `levels` (n + 1,): `weights` (n, 1 + k), `offsets` (n, ...); see `fit_step`.
+
+    Where fewer than k slopes exist, at the first levels, the last weights are not used.
+    """
+    rows = {level: row for row, level in enumerate(levels[:-1].tolist())}
+    order = weights.shape[1] - 1
 
     def advance(x: Tensor, slopes: list[Tensor], passed: list[float], there: float) -> Tensor:
         row = rows[passed[0]]
@@ -206,7 +212,6 @@ def steps_as_kept(levels: Tensor, weights: Tensor, offsets: Tensor) -> Advance:
             raise ValueError(
                 f"the steps were fitted with order {order}, but the solver uses another"
             )
-        used = weights[row, : len(slopes)].tolist()
-        return combine(x, [*slopes, offsets[row]], [*used, 1.0])
+        return _step(x, slopes, weights[row, : 1 + len(slopes)], offsets[row])
 
     return advance

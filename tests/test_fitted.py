@@ -50,41 +50,50 @@ def test_the_cheapest_path_is_that_of_all_paths(n):
 
 
 def test_errors_are_those_of_euler_steps():
-    """Of dy/ds = 2 v s, one of them errs by |v| h^2; summed over two trajectories."""
+    """Of dy/ds = 2 v s, one of them errs by |v| h^2, counted in the distance from the mean."""
     v = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     levels = torch.tensor([4.0, 3.5, 2.0, 0.5], dtype=torch.float64)
     steps = steps_along(lambda s: v * s**2, lambda s: 2 * v * s, levels)
-    errors, apart = fitted.euler_errors(steps)
-    expected = (5 + 1) * (levels[:, None] - levels).square().triu(1)
+    errors = fitted.euler_errors(steps)
+    apart = (v[0] - v[1]).norm().double() / 2 * levels.square()
+    expected = (5 + 1) * (levels[:, None] - levels).square().triu(1) / apart
     torch.testing.assert_close(errors, expected, rtol=1e-5, atol=1e-5)
-    between = 2 * (v[0] - v[1]).norm().double() * levels.square()
-    torch.testing.assert_close(apart, between, rtol=1e-5, atol=0)
-    cost = fitted.step_costs(errors, apart)
-    torch.testing.assert_close(cost, (errors / between) ** 4, rtol=1e-5, atol=0)
+    torch.testing.assert_close(fitted.step_costs(errors), expected**4, rtol=1e-4, atol=1e-5)
+
+
+def test_trajectories_count_alike_however_far_out_they_are():
+    """Of dy/ds = 2 v s, errors are in proportion to v, as are distances from the mean 0."""
+    levels = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    v = torch.tensor([[1.0], [-1.0]])
+    near = fitted.euler_errors(steps_along(lambda s: v * s**2, lambda s: 2 * v * s, levels))
+    v = torch.tensor([[1.0], [-1.0], [100.0], [-100.0]])
+    both = fitted.euler_errors(steps_along(lambda s: v * s**2, lambda s: 2 * v * s, levels))
+    torch.testing.assert_close(both, 2 * near, rtol=1e-5, atol=1e-5)
 
 
 def test_costs_are_finite_where_all_trajectories_meet():
     levels = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
     v = torch.tensor([[1.0], [2.0]])
     steps = steps_along(lambda s: v * s**2, lambda s: 2 * v * s, levels)
-    assert fitted.step_costs(*fitted.euler_errors(steps)).isfinite().all()
+    assert fitted.step_costs(fitted.euler_errors(steps)).isfinite().all()
 
 
 def test_levels_lie_where_trajectories_bend():
-    """A trajectory is a line above level 1 and an arc of a circle below."""
+    """Two trajectories beside each other are lines above level 1 and arcs of circles below."""
     levels = torch.cat([torch.linspace(4, 1, 31), torch.linspace(1, 0, 31)[1:]]).double()
 
     def state(s):
         angle = torch.tensor(min(s, 1.0) * 3)
         point = torch.stack([angle.sin(), -angle.cos()]) / 3
-        return (point + max(s - 1, 0) * torch.stack([angle.cos(), angle.sin()]))[None]
+        x, y = point + max(s - 1, 0) * torch.stack([angle.cos(), angle.sin()])
+        return torch.stack([x, y, torch.ones(())]) * torch.tensor([[1.0, 1, 1], [1, 1, -1]])
 
     def slope(s):
         angle = torch.tensor(min(s, 1.0) * 3)
-        return torch.stack([angle.cos(), angle.sin()])[None]
+        return torch.stack([angle.cos(), angle.sin(), torch.zeros(())]).expand(2, 3)
 
-    cost, _ = fitted.euler_errors(steps_along(state, slope, levels))
-    chosen = fitted.schedule(levels, cost, None, 6, 7.0)
+    errors = fitted.euler_errors(steps_along(state, slope, levels))
+    chosen = fitted.schedule(levels, errors, None, 6, 7.0)
     # A step along the line leads on along the tangent as one from its end does: the circle is cut
     # into six equal arcs, since its curvature is the same everywhere.
     expected = torch.tensor([4, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0], dtype=torch.float64)
@@ -119,18 +128,22 @@ def test_larger_images_need_fewer_trajectories(dim, number):
 
 
 def random_step(seed, k, scatter=0.0):
-    """x, `k` slopes, target, weights and offset of a step that is exact but for `scatter`."""
+    """x, `k` slopes, target, 1 + k weights and offset of a step exact but for `scatter`."""
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     x, slopes = draw(40, 2, 3), [draw(40, 2, 3) for _ in range(k)]
-    weights, offset = draw(k), draw(2, 3)
-    target = x + sum(w * s for w, s in zip(weights, slopes, strict=True)) + offset
+    weights, offset = draw(1 + k), draw(2, 3)
+    target = led_by(weights, [x, *slopes]) + offset
     return x, slopes, target + scatter * draw(40, 2, 3), weights, offset
+
+
+def led_by(weights, terms):
+    return sum(w * term for w, term in zip(weights, terms, strict=True))
 
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32), k=st.integers(1, 4))
-def test_a_step_that_the_slopes_can_take_is_found(seed, k):
+def test_a_step_that_state_and_slopes_can_take_is_found(seed, k):
     x, slopes, target, weights, offset = random_step(seed, k)
     found, added = fitted.fit_step(x, slopes, target)
     torch.testing.assert_close(found, weights, rtol=1e-6, atol=1e-6)
@@ -145,18 +158,15 @@ def test_of_all_steps_that_keep_the_second_moment_it_errs_least(k, scatter):
     rows = [value.flatten(1).numpy() for value in (target, x, *slopes)]
     shares = 1 / np.square(rows[0] - rows[0].mean(0)).sum(1)
     shares /= shares.sum()
-    wanted, moved, *terms = (row - shares @ row for row in rows)
-
-    def led(weights):
-        return moved + sum(w * term for w, term in zip(weights, terms, strict=True))
+    wanted, *terms = (row - shares @ row for row in rows)
 
     def error(weights):
-        return shares @ np.square(led(weights) - wanted).sum(1)
+        return shares @ np.square(led_by(weights, terms) - wanted).sum(1)
 
     def moment(weights):
-        return shares @ (np.square(led(weights)).sum(1) - np.square(wanted).sum(1))
+        return shares @ (np.square(led_by(weights, terms)).sum(1) - np.square(wanted).sum(1))
 
-    starts = np.random.default_rng(0).normal(size=(5, k))
+    starts = np.random.default_rng(0).normal(size=(5, 1 + k))
     best = min(
         (minimize(error, start, constraints={"type": "eq", "fun": moment}) for start in starts),
         key=lambda solution: solution.fun if abs(moment(solution.x)) < 1e-6 else np.inf,
@@ -164,7 +174,7 @@ def test_of_all_steps_that_keep_the_second_moment_it_errs_least(k, scatter):
     weights, offset = (value.numpy() for value in fitted.fit_step(x, slopes, target))
     assert moment(weights) == pytest.approx(0, abs=1e-9)
     assert weights == pytest.approx(best.x, rel=1e-3, abs=1e-3)
-    mean = shares @ (rows[1] + sum(w * row for w, row in zip(weights, rows[2:], strict=True)))
+    mean = shares @ led_by(weights, rows[1:])
     assert mean + offset.flatten() == pytest.approx(shares @ rows[0])
 
 
@@ -172,17 +182,14 @@ def test_parallel_slopes_and_a_slope_of_zero_make_a_step():
     x, (slope,), target, *_ = random_step(0, 1)
     for slopes in ([slope, 2 * slope, -slope], [slope, torch.zeros_like(slope)]):
         weights, offset = fitted.fit_step(x, slopes, target)
-        reached = x + sum(w * s for w, s in zip(weights, slopes, strict=True)) + offset
-        torch.testing.assert_close(reached, target)
+        torch.testing.assert_close(led_by(weights, [x, *slopes]) + offset, target)
 
 
 def test_a_step_to_one_point_leads_there():
-    """No step has so small a second moment, where the slopes are not those that lead there."""
     x, slopes, target, *_ = random_step(1, 2)
     target = target[:1].expand_as(target)
-    assert fitted.fit_step(x, [x - target], target)[0] == pytest.approx(-1)
     weights, offset = fitted.fit_step(x, slopes, target)
-    assert weights.isfinite().all() and offset.isfinite().all()
+    torch.testing.assert_close(led_by(weights, [x, *slopes]) + offset, target)
 
 
 def test_the_state_without_noise_is_a_step_of_eulers_method_beyond_the_last():
@@ -206,7 +213,7 @@ def test_fitted_steps_lead_other_samples_to_the_law_of_a_gaussian(name):
     steps = fitted.Fitting(fitted.states_at(levels[1:], seen))
     given = {"schedule": lambda *_: levels, "noise_removal": False}
     follow(x, "fitted", n, advance=steps, **given)
-    weights = torch.stack([torch.nn.functional.pad(w, (0, 3 - len(w))) for w in steps.weights])
+    weights = torch.stack([torch.nn.functional.pad(w, (0, 4 - len(w))) for w in steps.weights])
     kept = fitted.steps_as_kept(levels, weights, torch.stack(steps.offsets))
     other = method.prior_sampling(shape, generator)
     sample, evaluations = follow(other, "fitted", n, advance=kept, **given)
@@ -258,7 +265,7 @@ def fit(config, workdir):
     """What an evaluation keeps beside the checkpoint, but for the time that it took."""
     run_lib.evaluate(config, workdir)
     with np.load(workdir / "checkpoints/checkpoint_4.fitted.npz") as file:
-        return {name: file[name] for name in ("errors", "apart", "origin")}
+        return {name: file[name] for name in ("errors", "origin")}
 
 
 def test_two_fits_are_equal_bit_for_bit_and_one_of_other_weights_is_not(tmp_path, caplog):
@@ -267,8 +274,7 @@ def test_two_fits_are_equal_bit_for_bit_and_one_of_other_weights_is_not(tmp_path
         save(config, folder, seed=1)
     first, second = (fit(config, folder) for folder in folders)
     assert first["errors"][0, -1] > 0
-    for name in ("errors", "apart"):
-        assert first[name].tobytes() == second[name].tobytes(), name
+    assert first["errors"].tobytes() == second["errors"].tobytes()
     save(config, folders[0], seed=2)
     other = fit(config, folders[0])
     assert (other["errors"] != first["errors"])[np.triu_indices(61, 1)].mean() > 0.9
@@ -289,7 +295,7 @@ def test_samples_take_the_levels_that_cost_least(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "draw_images", draw_and_look)
     kept = fit(config, tmp_path)
     # of N = 5 steps, the last one leads from sigma_min to 0
-    cost = fitted.step_costs(*(torch.from_numpy(kept[name]) for name in ("errors", "apart")))
+    cost = fitted.step_costs(torch.from_numpy(kept["errors"]))
     levels = fitted.fine_levels(run_lib.Experiment.build(config).method, 61, 7.0)[:61]
     assert [step.level for step in seen] == levels[fitted.cheapest_path(cost, 4)].tolist()
     assert levels[[0, -1]].tolist() == pytest.approx([config.sampling.sigma_max, 0.002])
@@ -320,8 +326,8 @@ def test_fitted_steps_are_kept_for_each_number_of_them(tmp_path, monkeypatch, no
     with np.load(fitted_path(checkpoint, 5)) as file:
         first = {name: file[name] for name in ("weights", "offsets")}
     shapes = {name: value.shape for name, value in first.items()}
-    assert shapes == {"weights": (5, 3), "offsets": (5, 1, 8, 8)}
-    assert first["weights"][0, 1:].tolist() == [0, 0]  # the first step has one slope
+    assert shapes == {"weights": (5, 4), "offsets": (5, 1, 8, 8)}
+    assert first["weights"][0, 2:].tolist() == [0, 0]  # the first step has one slope
     assert (first["weights"][2:] != 0).all()
     picture = (tmp_path / "eval/ode_images_4.png").read_bytes()
 
@@ -348,7 +354,7 @@ def test_fitted_steps_are_kept_for_each_number_of_them(tmp_path, monkeypatch, no
     # other levels are other steps, whatever they come from
     measured = evaluation.fit_solver(*fit_arguments(config, tmp_path)).schedule
     cost = fitted.step_costs
-    monkeypatch.setattr(fitted, "step_costs", lambda *sums: cost(*sums) ** 0.1)
+    monkeypatch.setattr(fitted, "step_costs", lambda errors: cost(errors) ** 0.1)
     made = evaluation.fit_solver(*fit_arguments(config, tmp_path)).schedule
     assert (made(None, 4, 7.0) != measured(None, 4, 7.0)).any()
     with np.load(fitted_path(checkpoint, 5)) as file:
@@ -372,7 +378,7 @@ def test_fewer_steps_than_the_order_are_fitted(tmp_path, n):
 
 
 def test_a_solve_with_another_order_than_the_fit_is_refused():
-    steps = fitted.steps_as_kept(torch.tensor([2.0, 1.0, 0.0]), torch.ones(2, 1), torch.zeros(2, 1))
+    steps = fitted.steps_as_kept(torch.tensor([2.0, 1.0, 0.0]), torch.ones(2, 2), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="^the steps were fitted with order 1, but"):
         linear_multistep(
             lambda x, s: x, torch.ones(1, 1), torch.tensor([2.0, 1.0, 0.0]), advance=steps
