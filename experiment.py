@@ -191,6 +191,7 @@ class Experiment:
         for key in PRECISION_KEYS:
             execution.check_precision(get(config, key), device, key)
         execution.set_float32_products(config.training.precision)
+        execution.keep_freed_memory()
         method = methods.get_method(config)
         model = models.create_model(config).to(device)
         guide = _guide(config, device) if config.sampling.guide else None

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import platform
+import resource
 import subprocess
 import sys
 import time
@@ -353,3 +355,29 @@ def test_a_network_is_one_graph_for_the_compiler_and_for_export(experiment, one_
     expected = with_gradient(model, model(x, z))
     for run in (exported.module(), graph):
         assert relative_difference(with_gradient(model, run(x, z)), expected) < 1e-5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_memory_of_freed_tensors_serves_the_next_ones():
+    """Pages that the system has to provide, counted in a process of its own.
+
+    The first tensors that are kept still enlarge the heap, some seven times before memalign of
+    older glibc finds room.
+    """
+    code = """
+import resource, torch, execution
+
+def pages():
+    first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(60):
+        torch.zeros(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first
+
+print(pages())
+execution.keep_freed_memory()
+print(pages())
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    before, after = map(int, run.stdout.split())
+    tensors = 60 * 2**26 // resource.getpagesize()
+    assert before > 0.9 * tensors and after < 0.3 * tensors
