@@ -167,11 +167,11 @@ def _step(x: Tensor, slopes: list[Tensor], weights: Tensor, offset: Tensor) -> T
 def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
     """The step from `x` (B, ...) to `target` (B, ...) by the `slopes`, each (B, ...).
 
-    Least squares, in which each distance to the target is divided by the distance of that target
-    from the mean of all, so that those far out do not dominate. What least squares predict varies
-    too little about the mean, by as much as they err, and a Frechet distance is sensitive to that:
-    the weights are enlarged by the factor that gives it the second moment of the target. Of all
-    steps with this moment that is the one of least squares.
+    Its weights are those of least squares, where each squared distance to the target is divided by
+    the squared distance of that target from the mean of all, so that those far out do not dominate.
+    What they predict varies too little about the mean, by as much as they err, and a Frechet
+    distance is sensitive to that: they are enlarged by the factor that gives the second moment of
+    the target. Of all steps with this moment it is the one that errs least.
 
     Returns:
         Weights (1 + k,) of the state and the k slopes, float64, on the CPU, and an offset (...).
