@@ -186,12 +186,15 @@ def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, T
         for row, mean in zip(rows, means, strict=True)
     )
     terms = torch.stack(terms, 1)
+    sizes = _above_zero(terms.norm(dim=0))
+    terms = terms / sizes  # the state is larger than a slope by about the noise level
     # Normal equations: at most 5 unknowns. Where state and slopes are parallel, as for white
     # Gaussian data, many solutions exist and the smallest is taken: rtol counts eigenvalues that
     # come from rounding in float32, some 1e-14 of the largest, as 0.
     inverse = torch.linalg.pinv(terms.T @ terms, rtol=1e-12, hermitian=True)
     weights = inverse @ (terms.T @ wanted)
     predicted = (terms @ weights).square().sum()
+    weights = weights / sizes
     if predicted > 0:
         weights = weights * (wanted.square().sum() / predicted).sqrt()
     offset = means[0] - weights @ means[1:]

@@ -185,6 +185,22 @@ def test_parallel_slopes_and_a_slope_of_zero_make_a_step():
         torch.testing.assert_close(led_by(weights, [x, *slopes]) + offset, target)
 
 
+def test_a_step_at_a_high_noise_level_takes_what_little_the_slope_tells():
+    """The state is noise but for 1e-4 of it: half of the noise is left, and half of the rest comes.
+
+    The slope, (x - d) / sigma, is x / sigma but for d, 5e-5 of it.
+    """
+    draw = partial(torch.randn, 256, 2, 3, generator=torch.Generator().manual_seed(0))
+    sigma, d = 1348.0, 0.1 * draw()
+    x = sigma * draw() + d
+    target = (x + d) / 2
+    slope = (x - d) / sigma
+    weights, offset = fitted.fit_step(x, [slope], target)
+    assert weights.tolist() == pytest.approx([1, -sigma / 2], rel=1e-3)
+    error = (led_by(weights, [x, slope]) + offset - target).std()
+    assert error < 0.01 * d.std()  # without the slope it is half of it
+
+
 def test_a_step_to_one_point_leads_there():
     x, slopes, target, *_ = random_step(1, 2)
     target = target[:1].expand_as(target)
