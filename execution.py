@@ -96,14 +96,17 @@ def set_float32_products(precision: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """For the whole process: the memory of freed tensors on the CPU is kept, up to 2 GiB of it.
+    """For the whole process: memory on the CPU that is freed stays with it, for its next tensors.
 
     By itself glibc gives blocks of 32 MiB and more back to the system, which then has to zero new
-    pages for every large tensor (mallopt(3)). Other C libraries are left as they are.
+    pages for every large tensor (mallopt(3)). From now on free memory goes back only above 2 GiB at
+    the top of the heap: a process may stay as large as it once was. Other C libraries are left as
+    they are, and so is glibc before 2.35, which takes no threshold above 32 MiB.
     """
     if platform.libc_ver()[0] == "glibc":
-        for threshold in _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD:
-            ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)  # the largest int
+        mallopt, largest = ctypes.CDLL(None).mallopt, 2**31 - 1
+        if mallopt(_M_MMAP_THRESHOLD, largest):
+            mallopt(_M_TRIM_THRESHOLD, largest)
 
 
 def check_precision(precision: str, device: torch.device, key: str = "training.precision") -> None:

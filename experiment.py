@@ -191,7 +191,8 @@ class Experiment:
         for key in PRECISION_KEYS:
             execution.check_precision(get(config, key), device, key)
         execution.set_float32_products(config.training.precision)
-        execution.keep_freed_memory()
+        if device.type == "cpu":
+            execution.keep_freed_memory()
         method = methods.get_method(config)
         model = models.create_model(config).to(device)
         guide = _guide(config, device) if config.sampling.guide else None
@@ -617,10 +618,10 @@ def fit_solver(config, run: Experiment, checkpoint: Path, origin: dict) -> Fit:
 
     def compute() -> dict:
         parts = _trajectories(fine, run, number, labels)
-        return {"errors": sum(map(fitted.euler_errors, parts)).numpy()}
+        return {"relative_errors": sum(map(fitted.euler_errors, parts)).numpy()}
 
     k = fitted.FINE_STEPS + 1
-    spec = {"errors": ("f", (k, k))}
+    spec = {"relative_errors": ("f", (k, k))}
     key = _fit_key(origin, fine, number, labels)
     cost = fitted.step_costs(*_kept(fitted_path(checkpoint), key, compute, spec))
     levels = fitted.fine_levels(run.method, k, config.sampling.rho)[:k]
@@ -680,12 +681,12 @@ def _trajectories(
     """The fine trajectories of `number` samples, as many at a time as fit in memory."""
     log.info(f"fitting the sampler: solving {number} trajectories in fine steps")
     parts = math.ceil(number / fitted.at_once(math.prod(datasets.image_shape(config))))
-    prior = _fit_prior(config, run, number)
-    # Even parts: of a single trajectory no distances would be known.
-    for part in torch.arange(number).tensor_split(parts):
+    # In even parts: of a single trajectory no distances would be known.
+    priors = _fit_prior(config, run, number).tensor_split(parts)
+    some_labels = [None] * parts if labels is None else labels.tensor_split(parts)
+    for prior, some in zip(priors, some_labels, strict=True):
         steps = []
-        some = None if labels is None else labels[part]
-        _follow(config, run, prior[part], some, Fit(fitted.fine_levels), steps.append)
+        _follow(config, run, prior, some, Fit(fitted.fine_levels), steps.append)
         yield steps
 
 

@@ -5,10 +5,10 @@ method has a known error, and dynamic programming finds the n + 1 levels between
 costs is least (GITS, Chen et al. 2024, arXiv 2405.11326, section 4; the cost is another, see
 `step_costs`).
 
-The solver then follows the same samples along these levels. Each of its steps is a weighted sum of
-the state and of the last slopes, and an offset. The weights come from a linear regression of the
-fine solutions on them (`fit_step`). The next step is fitted from the states that this one reaches,
-so that it can correct its errors.
+The solver then follows the same samples along these levels. Each step gives the next state as a
+weighted sum of the present state and the last slopes, plus an offset. The weights come from a
+linear regression of the fine solutions on these (`fit_step`). The next step is fitted from the
+states that this one reaches, so that it can correct its errors.
 """
 
 from collections.abc import Callable
@@ -49,19 +49,19 @@ def fine_levels(method: Method, n: int, rho: float) -> Tensor:
 
 
 def euler_errors(steps: list[Step]) -> Tensor:
-    """What Euler's method errs by in one step between any two levels of some trajectories.
+    """Relative errors of single Euler steps between any two levels, summed over trajectories.
 
     On its way to the data an error shrinks as a trajectory's distance from the mean of all does:
-    for the flow of a Gaussian exactly, else about. Each error is counted in this distance.
+    for the flow of a white Gaussian exactly, else about. Each error is divided by that distance.
 
     Args:
         steps: the states (B, ...) and slopes of B >= 2 trajectories at K levels, as a callback sees
             them.
 
     Returns:
-        (K, K), float64, on the CPU: at [i, j], i < j, sums over the B trajectories of the Euclidean
-        distance from where the step leads that starts on the trajectory at level i to where it is
-        at level j, divided by the distance from there to the mean of all at level j; else 0.
+        (K, K), float64, on the CPU. At [i, j], i < j: the distance between the end of one Euler
+        step from a trajectory's state at level i and its state at level j, divided by the distance
+        of the latter from the mean of the B states there; summed over the B trajectories. Else 0.
     """
     states = torch.stack([step.x.flatten(1) for step in steps])
     apart = _above_zero((states - states.mean(1, keepdim=True)).norm(dim=2))
@@ -75,7 +75,7 @@ def euler_errors(steps: list[Step]) -> Tensor:
 
 
 def step_costs(errors: Tensor) -> Tensor:
-    """The cost (K, K) of a step between two of K levels, by the error of Euler's method.
+    """The cost (K, K) of a step between two of K levels, by the relative `errors` of Euler's steps.
 
     Where Euler's step of length h errs by h^2, one of order 3 errs by h^4, and squares of errors
     add up: the cost is the fourth power. GITS adds Euler's errors themselves, and does not count
@@ -85,9 +85,9 @@ def step_costs(errors: Tensor) -> Tensor:
     return errors**4
 
 
-def _above_zero(distances: Tensor) -> Tensor:
-    """The `distances`, of which none is far below the largest, to divide by."""
-    return distances.clamp_min((1e-6 * distances.max()).clamp_min(1e-30))
+def _above_zero(lengths: Tensor) -> Tensor:
+    """The `lengths`, those below 1e-6 of the largest raised to that, to divide by."""
+    return lengths.clamp_min((1e-6 * lengths.max()).clamp_min(1e-30))
 
 
 def schedule(levels: Tensor, cost: Tensor, method: Method, n: int, rho: float) -> Tensor:
@@ -169,9 +169,10 @@ def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, T
 
     Its weights are those of least squares, where each squared distance to the target is divided by
     the squared distance of that target from the mean of all, so that those far out do not dominate.
-    What they predict varies too little about the mean, by as much as they err, and a Frechet
-    distance is sensitive to that: they are enlarged by the factor that gives the second moment of
-    the target. Of all steps with this moment it is the one that errs least.
+    What these weights predict varies too little about the weighted mean: the weighted second moment
+    is too small by exactly the squared error, and a Frechet distance is sensitive to that. So all
+    weights are multiplied by the factor that restores it. Of all steps with this moment the result
+    is the one that errs least.
 
     Returns:
         Weights (1 + k,) of the state and the k slopes, float64, on the CPU, and an offset (...).
@@ -187,10 +188,10 @@ def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, T
     )
     terms = torch.stack(terms, 1)
     sizes = _above_zero(terms.norm(dim=0))
-    terms = terms / sizes  # the state is larger than a slope by about the noise level
+    terms = terms / sizes  # the state is larger than a slope by a factor of about the noise level
     # Normal equations: at most 5 unknowns. Where state and slopes are parallel, as for white
     # Gaussian data, many solutions exist and the smallest is taken: rtol counts eigenvalues that
-    # come from rounding in float32, some 1e-14 of the largest, as 0.
+    # come from storing the terms in float32, some 1e-14 of the largest, as 0.
     inverse = torch.linalg.pinv(terms.T @ terms, rtol=1e-12, hermitian=True)
     weights = inverse @ (terms.T @ wanted)
     predicted = (terms @ weights).square().sum()
