@@ -157,13 +157,14 @@ def pigdm(m: Measurement, d: Denoised) -> Tensor:
 def dps(m: Measurement, d: Denoised) -> Tensor:
     """variance dlog p(m | y)/dy with p(m | y) = p(m | x = D(y)).
 
-    Its gradient has no bound as the noise vanishes; as published, the step is divided by the norm
-    of the residual instead, here relative to the noise level: the variance of m is taken as noise^2
-    plus sigma times the root mean square of m - A D. Source: Chung et al. 2023 (arXiv 2209.14687).
+    That is exact where the noise of m is much larger than what y leaves open of x. Its gradient has
+    no bound as the noise vanishes; as published, the step is then divided by the norm of the
+    residual, here relative to the noise level: the variance of m is taken as noise^2, and at least
+    as sigma times the root mean square of m - A D. Source: Chung et al. 2023 (arXiv 2209.14687).
     """
     residual = m.residual(d.image)
     size = residual.flatten(1).norm(dim=1) / math.sqrt(rank(m.operator, d.image))
-    covariance = m.noise**2 + spread(d.sigma * size, residual)
+    covariance = spread(d.sigma * size, residual).clamp(min=m.noise**2)
     return d.variance * d.covariance(m.operator.adjoint(residual / covariance.clamp(min=1e-30)))
 
 

@@ -200,6 +200,13 @@ def test_moment_matching_is_exact_for_gaussian_noise(name, task, noise):
     assert covariance < 0.05  # 40 steps of Heun; 80 leave a quarter of it
 
 
+@pytest.mark.parametrize("name", GAUSSIAN)
+def test_dps_is_close_where_the_measurement_is_noisier_than_the_data_vary(name):
+    mean, covariance = errors(name, "denoise", "dps", noise=3.0, n=1000)
+    assert mean < 0.05
+    assert covariance < 0.04
+
+
 @pytest.mark.parametrize(
     ("name", "of_mean", "of_covariance"),
     [("pfgmpp2048", 0.01, 0.03), ("pfgmpp", 0.06, 0.15), ("poisson", 0.1, 0.05)],
