@@ -15,8 +15,8 @@ import distributed
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 GAIN = 1.1  # times as fast as float32 that bfloat16 has to be, to be worth its rounding
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def for_training(config, model: nn.Module) -> nn.Module:

@@ -164,8 +164,8 @@ def dps(m: Measurement, d: Denoised) -> Tensor:
     """
     residual = m.residual(d.image)
     size = residual.flatten(1).norm(dim=1) / math.sqrt(rank(m.operator, d.image))
-    covariance = spread(d.sigma * size, residual).clamp(min=m.noise**2)
-    return d.variance * d.covariance(m.operator.adjoint(residual / covariance.clamp(min=1e-30)))
+    covariance = spread(d.sigma * size, residual).clamp(min=max(m.noise**2, 1e-30))
+    return d.variance * d.covariance(m.operator.adjoint(residual / covariance))
 
 
 def rank(operator: Operator, images: Tensor) -> float:
