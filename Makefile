@@ -25,14 +25,18 @@ demo: $(VENV)/.core
 	@echo "  $(VENV)/bin/python main.py --config configs/pfgmpp/images16_ddpmpp.py --mode train" \
 	    "--workdir runs/mine --config.data.path=FOLDER   # your own images"
 
-# TOY=moons, swiss_roll, checkerboard, heart or eight_gaussians; one thread suits small networks best
+# TOY=moons, swiss_roll, checkerboard, heart or eight_gaussians; the three at once, a thread each
 toy: $(VENV)/.core
-	for run in PFGM:poisson PFGM++:pfgmpp VP:vp; do \
-	    OMP_NUM_THREADS=1 $(VENV)/bin/python main.py --mode train --workdir $(TOYS)/$${run%:*} \
-	        --config configs/$${run#*:}/toy_mlp.py --config.data.dataset=$(TOY) || exit; \
-	done
+	$(MAKE) --jobs=3 toy-PFGM toy-PFGM++ toy-VP
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m reports.toy $(TOYS)/PFGM $(TOYS)/PFGM++ $(TOYS)/VP \
 	    --out $(TOYS)/page.png --film $(TOYS)/film.webp
+
+toy-PFGM: folder = poisson
+toy-PFGM++: folder = pfgmpp
+toy-VP: folder = vp
+toy-%: $(VENV)/.core
+	OMP_NUM_THREADS=1 $(VENV)/bin/python main.py --mode train --workdir $(TOYS)/$* \
+	    --config configs/$(folder)/toy_mlp.py --config.data.dataset=$(TOY)
 
 test: $(VENV)/.all
 	$(VENV)/bin/ruff check .

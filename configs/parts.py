@@ -93,7 +93,7 @@ def digits(config: ConfigDict) -> None:
 def toy(config: ConfigDict) -> None:
     """Points of the plane, after method and network: seconds on a CPU; a `data.dataset` of TOYS."""
     config.data.update(dataset="heart", image_size=1, num_channels=2, random_flip=False)
-    config.training.update(batch_size=256, n_iters=800, log_freq=25, eval_freq=200, gamma=0.1)
+    config.training.update(batch_size=512, n_iters=600, log_freq=25, eval_freq=200, gamma=0.1)
     config.training.M = 260  # perturbations reach far, so that all of the data is a point there
     config.sampling.update(z_max=17.0, z_min=2e-3, z_exp=0.02, upper_norm=500.0)
     config.sampling.radius = math.sqrt(2)  # in the plane many field lines are nearly flat
@@ -101,6 +101,7 @@ def toy(config: ConfigDict) -> None:
     config.model.update(nf=128, num_res_blocks=3, ema_rate=0.99)
     config.model.sigma_max = 2.0  # the largest distance of two points
     config.model.sigma_data = 0.4  # standard deviation of the coordinates
+    config.model.beta_max = 8.0  # VP: noise of up to 7.5, where all of the data is a point
     config.eval.update(batch_size=1000, num_samples=2000, features="pixels")
     config.eval.update(enable_loss=True, enable_bpd=True, enable_sampling=True)
     config.eval.update(bpd_num_repeats=1, divergence="exact")

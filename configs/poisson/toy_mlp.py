@@ -5,5 +5,5 @@ from configs.parts import MLP, POISSON, ConfigDict, experiment, toy
 
 def get_config() -> ConfigDict:
     config = experiment(POISSON, MLP, toy)
-    config.training.update(batch_size=512, small_batch_size=256)
+    config.training.small_batch_size = 256
     return config
