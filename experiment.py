@@ -188,8 +188,7 @@ class Experiment:
         check(config)
         device = _device(config.device)
         torch.manual_seed(config.seed)
-        for key in PRECISION_KEYS:
-            execution.check_precision(get(config, key), device, key)
+        execution.check_precision(config.sampling.precision, device, "sampling.precision")
         execution.set_float32_products(config.training.precision)
         if device.type == "cpu":
             execution.keep_freed_memory()

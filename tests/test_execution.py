@@ -108,6 +108,22 @@ def no(device):
     return False
 
 
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_only_training_needs_its_precision(small, tmp_path, monkeypatch, precision):
+    """What a GPU has trained is sampled from, evaluated and shared on any machine."""
+    monkeypatch.setattr(execution, "_has_bfloat16", no)
+    config = tiny("poisson/digits_ddpmpp.py", tmp_path)
+    config.training.snapshot_sampling = False
+    assert run_lib.train(config, tmp_path)
+    config.training.precision = precision
+    samples = experiment.load(tmp_path, config=config).sample(seeds=[1])
+    assert samples.shape == (1, 1, 8, 8) and samples.isfinite().all()
+    run_lib.evaluate(config, tmp_path)
+    assert [*tmp_path.glob("eval/report_*.npz")]
+    with pytest.raises(ValueError, match=rf"training\.precision='{precision}': cpu has no .*"):
+        run_lib.train(config, tmp_path)
+
+
 @pytest.mark.parametrize("precision, allowed", [("fp32", False), ("tf32", True), ("bf16", False)])
 def test_tf32_is_used_where_it_is_asked_for_only(precision, allowed):
     try:
@@ -210,9 +226,11 @@ def test_a_resumed_run_keeps_the_precision_that_it_measured(tmp_path, deciding, 
 def test_nothing_is_measured_where_nothing_is_open(small, tmp_path):
     config, _ = small
     assert experiment.decide_precisions(config, tmp_path) == (config, [])
-    config.training.precision = "auto"
-    with pytest.raises(ValueError, match=r"training\.precision='auto' is open"):
+    config.sampling.precision = config.training.precision = "auto"
+    with pytest.raises(ValueError, match=r"sampling\.precision='auto' is open"):
         experiment.Experiment.build(config)
+    with pytest.raises(ValueError, match=r"training\.precision='auto' is open"):
+        execution.for_training(config, small[1])
 
 
 # --- sampling -------------------------------------------------------------------------------------
