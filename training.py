@@ -11,8 +11,11 @@ import distributed
 from losses import RegressionLoss
 from models import load_reference_state_dict
 from models.ema import ExponentialMovingAverage, rise_of_edm, rise_of_power
+from models.muon import Muon, is_matrix
 from sources.batch import Batch
 from storage.checkpoints import check_keys, check_like
+
+OPTIMIZERS = {"Adam": torch.optim.Adam, "Muon": Muon}
 
 
 def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int = 0) -> float:
@@ -35,8 +38,9 @@ class TrainState:
     def __init__(self, config, model: nn.Module):
         """Builds the optimiser and the EMA that `config.optim` and `config.model` ask for."""
         optim, training = config.optim, config.training
-        if optim.optimizer != "Adam":
-            raise ValueError(f"optim.optimizer must be 'Adam', not {optim.optimizer!r}")
+        if optim.optimizer not in OPTIMIZERS:
+            known = ", ".join(map(repr, OPTIMIZERS))
+            raise ValueError(f"optim.optimizer must be one of {known}, not {optim.optimizer!r}")
         hyper = {
             "betas": (optim.beta1, 0.999),
             "eps": optim.eps,
@@ -58,7 +62,7 @@ class TrainState:
             std: ExponentialMovingAverage(self.parameters, 1.0, rise_of_power(std))
             for std in config.model.ema_stds
         }
-        self.hyper_parameters = hyper
+        self.make_optimizer, self.hyper_parameters = OPTIMIZERS[optim.optimizer], hyper
         self.step = 0
         self.learning_rate = optim.lr
         self.schedule = {
@@ -76,15 +80,18 @@ class TrainState:
 
         Its moments are there from the start, also of parameters that never get a gradient.
         """
-        adam = torch.optim.Adam(self.parameters, lr=self.learning_rate, **self.hyper_parameters)
-        moments = ["exp_avg", "exp_avg_sq"]
-        moments += ["max_exp_avg_sq"] if self.hyper_parameters["amsgrad"] else []
+        options = {"lr": self.learning_rate, **self.hyper_parameters}
+        optimizer = self.make_optimizer(self.parameters, **options)
+        squares = ["exp_avg_sq", *["max_exp_avg_sq"] * options["amsgrad"]]
         for parameter in self.parameters:
-            adam.state[parameter] = {
+            names = ["exp_avg"]
+            if not (isinstance(optimizer, Muon) and is_matrix(parameter)):
+                names += squares
+            optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
-                **{name: torch.zeros_like(parameter) for name in moments},
+                **{name: torch.zeros_like(parameter) for name in names},
             }
-        return adam
+        return optimizer
 
     def state_dict(self) -> dict:
         averages = [

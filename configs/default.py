@@ -120,7 +120,11 @@ KEYS = {
     ),
     "training.M": Key(None, whole(1), "Poisson; None: measured from the data"),
     "training.restrict_M": Key(True, Flag(), "Poisson: a smaller M close to the data"),
-    "optim.optimizer": Key("Adam", OneOf(("Adam",)), "the only one"),
+    "optim.optimizer": Key(
+        "Adam",
+        OneOf(("Adam", "Muon")),
+        "'Muon': matrices move along their orthogonalised momentum, all else as by Adam",
+    ),
     "optim.lr": Key(2e-4, Number(0, 10), "learning rate"),
     "optim.beta1": Key(0.9, Number(0, 0.999999), "Adam's decay of the first moment"),
     "optim.eps": Key(

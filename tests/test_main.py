@@ -298,7 +298,7 @@ MISTAKES = {
     "steps": (["--config.sampling.N=0"], "sampling.N must be a whole number from 1 .*, not 0"),
     "optimizer": (
         ["--config.optim.optimizer=SGD"],
-        "optim.optimizer must be .* 'Adam', not 'SGD'",
+        "optim.optimizer must be one of 'Adam', 'Muon', not 'SGD'",
     ),
     "split": (["--config.eval.dataset=val"], "eval.dataset must be one of 'train', 'test', not"),
     "device": (

@@ -228,7 +228,9 @@ def test_ruined_weights_are_noticed():
 def test_unknown_optimizer_names_the_known():
     config = cifar10_ddpmpp.get_config()
     config.optim.optimizer = "SGD"
-    with pytest.raises(ValueError, match=r"optim\.optimizer must be 'Adam', not 'SGD'"):
+    with pytest.raises(
+        ValueError, match=r"optim\.optimizer must be one of 'Adam', 'Muon', not 'SGD'"
+    ):
         training.TrainState(config, Line())
 
 
