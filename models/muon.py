@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SMALLEST = 8  # rows and columns from which a weight counts as a matrix: no map to a few channels
 MOMENTUM = 0.95
@@ -17,20 +17,32 @@ def is_matrix(weight: Tensor) -> bool:
     return min(rows, weight.numel() // max(rows, 1)) >= SMALLEST
 
 
-def orthogonalise(x: Tensor) -> Tensor:
-    """Matrices `x` (k, rows, columns) with singular values brought to about 1, by Newton-Schulz.
+def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
+    """`matrices` (rows, columns) with singular values brought to about 1, by Newton-Schulz.
 
-    A singular value s becomes a s + b s^3 + c s^5, `STEPS` times, of x / |x|: between 0.68 and 1.14
-    in the end for those above a hundredth of |x|, and less for smaller ones.
+    A singular value s of x / |x| becomes a s + b s^3 + c s^5, `STEPS` times: between 0.68 and 1.14
+    in the end for those above a hundredth, and less for most smaller ones. Each step multiplies x
+    by a polynomial of x x^T. The product of these is gathered first, of all matrices with the same
+    smaller side at once, so that the larger side costs two products and not ten.
     """
+    wide = [x if len(x) <= x.shape[1] else x.mT for x in matrices]
+    tiny = torch.finfo(wide[0].dtype).tiny if wide else 0.0
+    wide = [x / x.norm().clamp(min=tiny) for x in wide]
+    alike = defaultdict(list)
+    for k, x in enumerate(wide):
+        alike[len(x)].append(k)
+    found = list(wide)
     a, b, c = COEFFICIENTS
-    wide = x if x.shape[1] <= x.shape[2] else x.mT
-    norm = torch.linalg.matrix_norm(wide, keepdim=True)
-    wide = wide / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-    for _ in range(STEPS):
-        square = wide @ wide.mT
-        wide = a * wide + (b * square + c * square @ square) @ wide
-    return wide if x.shape[1] <= x.shape[2] else wide.mT
+    for side, places in alike.items():
+        gram = torch.stack([wide[k] @ wide[k].mT for k in places])
+        one = torch.eye(side, dtype=gram.dtype, device=gram.device)
+        product = one.expand_as(gram)
+        for _ in range(STEPS):
+            factor = torch.baddbmm(a * one + b * gram, gram, gram, alpha=c)
+            product, gram = factor @ product, factor @ gram @ factor
+        for k, p in zip(places, product, strict=True):
+            found[k] = p @ wide[k]
+    return [y if len(x) <= x.shape[1] else y.mT for x, y in zip(matrices, found, strict=True)]
 
 
 class Muon(torch.optim.Adam):
@@ -51,24 +63,23 @@ class Muon(torch.optim.Adam):
         for p in matrices:  # Adam leaves what has no gradient as it is
             p.grad = None
         super().step(closure)
-        same_shape = defaultdict(list)
         for p, gradient in zip(matrices, gradients, strict=True):
             p.grad = gradient
-            same_shape[len(p), p.numel() // len(p)].append(p)
-        for alike in same_shape.values():
-            self._move(alike, group["lr"], group["weight_decay"])
+        if matrices:
+            self._move(matrices, gradients, group["lr"], group["weight_decay"])
 
-    def _move(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """Muon's step of `weights` of one shape, as a batch of matrices."""
-        averages = [self.state[p]["exp_avg"] for p in weights]
-        gradient = torch.stack([p.grad.flatten(1) for p in weights])
+    def _move(
+        self, matrices: list[Tensor], gradients: list[Tensor], lr: float, weight_decay: float
+    ) -> None:
+        averages = [self.state[p]["exp_avg"] for p in matrices]
         if weight_decay:
-            gradient = gradient + weight_decay * torch.stack([p.flatten(1) for p in weights])
-        momentum = torch.stack([average.flatten(1) for average in averages])
-        momentum = momentum.lerp(gradient, 1 - MOMENTUM)
-        step = orthogonalise(gradient.lerp(momentum, MOMENTUM))  # Nesterov's
-        size = 0.2 * math.sqrt(max(step.shape[1:])) * lr
-        moves = torch.as_tensor(1.0 - getattr(self, "found_inf", 0.0), device=step.device) > 0
-        for p, average, m, o in zip(weights, averages, momentum, step, strict=True):
-            average.copy_(torch.where(moves, m.view(p.shape), average))
-            p.sub_(torch.where(moves, size * o.view(p.shape), 0.0))
+            gradients = torch._foreach_add(gradients, matrices, alpha=weight_decay)
+        skipped = torch.as_tensor(getattr(self, "found_inf", 0.0), device=matrices[0].device) > 0
+        gradients = [
+            torch.where(skipped, m, g) for m, g in zip(averages, gradients, strict=True)
+        ]  # an average of itself and itself stays
+        torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
+        steps = torch._foreach_lerp(gradients, averages, MOMENTUM)  # Nesterov's
+        lr = lr * ~skipped
+        for p, step in zip(matrices, orthogonalise([s.flatten(1) for s in steps]), strict=True):
+            p.sub_(step.view(p.shape) * (0.2 * math.sqrt(max(step.shape)) * lr))
