@@ -1,11 +1,12 @@
 """How a network is run: precision, compiler, memory. What it computes stays the same."""
 
+import contextlib
 import ctypes
 import functools
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,17 @@ def set_float32_products(precision: str) -> None:
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Within the `with` block float32 matrix products are that, also where TF32 is allowed."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def keep_freed_memory() -> None:

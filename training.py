@@ -11,7 +11,7 @@ import distributed
 from losses import RegressionLoss
 from models import load_reference_state_dict
 from models.ema import ExponentialMovingAverage, rise_of_edm, rise_of_power
-from models.muon import Muon, is_matrix
+from models.muon import Muon, matrices_of
 from sources.batch import Batch
 from storage.checkpoints import check_keys, check_like
 
@@ -82,11 +82,12 @@ class TrainState:
         """
         options = {"lr": self.learning_rate, **self.hyper_parameters}
         optimizer = self.make_optimizer(self.parameters, **options)
-        squares = ["exp_avg_sq", *["max_exp_avg_sq"] * options["amsgrad"]]
+        moments = ["exp_avg", "exp_avg_sq"]
+        moments += ["max_exp_avg_sq"] if options["amsgrad"] else []
+        matrices = matrices_of(self.model) if isinstance(optimizer, Muon) else []
+        alone = {id(matrix) for matrix in matrices}
         for parameter in self.parameters:
-            names = ["exp_avg"]
-            if not (isinstance(optimizer, Muon) and is_matrix(parameter)):
-                names += squares
+            names = moments[:1] if id(parameter) in alone else moments
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 **{name: torch.zeros_like(parameter) for name in names},

@@ -4,13 +4,12 @@ Sources: Xu et al. 2022 (arXiv 2209.11178) and, for any number of augmenting dim
 (arXiv 2302.04265).
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from execution import full_float32
 from sources.batch import Batch
 
 # Data that are converted to float64 at a time: bounds memory to this many rows.
@@ -155,14 +154,3 @@ def leading_bits(x: Tensor) -> Tensor:
     power_of_two = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
     unit = power_of_two * 2.0 ** (1 - SPLIT_BITS)
     return (x / unit).round_() * unit
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Within the `with` block float32 matrix products are that, also where TF32 is allowed."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

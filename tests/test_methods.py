@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from known_laws import FAMILY, SDES, gaussian_network
 from scipy import stats
 
+import execution
 import losses
 import methods
 from configs.poisson import cifar10_ddpmpp
@@ -166,7 +167,7 @@ def test_slow_double_is_told_from_fast(monkeypatch):
 def test_full_float32_gives_back_what_it_found():
     torch.set_float32_matmul_precision("high")
     try:
-        with field_module.full_float32():
+        with execution.full_float32():
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "high"
     finally:

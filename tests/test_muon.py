@@ -6,15 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_configs import load
 from test_small_runs import tiny
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import run_lib
-from configs.poisson import digits_ddpmpp
-from models.muon import COEFFICIENTS, MOMENTUM, STEPS, Muon, is_matrix, orthogonalise
+from models import create_model
+from models.muon import COEFFICIENTS, MOMENTUM, STEPS, Muon, matrices_of, orthogonalise
 from storage.checkpoints import load_checkpoint
-from training import TrainState
 
-sides = st.integers(1, 40)
+sides, decay = st.integers(1, 40), st.floats(0, 3)
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
 
 
@@ -31,8 +33,9 @@ def defined(matrix):
 def optimizer_of(*weights, kind=Muon, **options):
     """An optimiser of `weights` whose moments are zero, as `TrainState` makes it."""
     optimizer = kind(weights, **OPTIONS | options)
+    matrices = matrices_of(nn.ParameterList(weights))
     for w in weights:
-        alone = kind is Muon and is_matrix(w)
+        alone = kind is Muon and any(w.data_ptr() == matrix.data_ptr() for matrix in matrices)
         names = ["exp_avg"] if alone else ["exp_avg", "exp_avg_sq"]
         optimizer.state[w] = {"step": torch.zeros(()), **{n: torch.zeros_like(w) for n in names}}
     return optimizer
@@ -42,13 +45,44 @@ def draw(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def with_spectrum(seed, rows, columns, decay):
+    """A matrix with singular values 1, 2^-decay, 3^-decay, ..."""
+    u, s, vh = torch.linalg.svd(draw(seed, rows, columns).double(), full_matrices=False)
+    return ((u * torch.arange(1, len(s) + 1).double() ** -decay) @ vh).float()
+
+
 @settings(deadline=None)
-@given(st.lists(st.tuples(sides, sides, st.integers(-12, 12)), min_size=1, max_size=4))
+@given(st.lists(st.tuples(sides, sides, decay, st.integers(-12, 12)), min_size=1, max_size=4))
 def test_orthogonalise_is_the_polynomial_of_singular_values(shapes):
-    given = [draw(k, rows, columns) for k, (rows, columns, _) in enumerate(shapes)]
-    ours = orthogonalise([x * 10.0**power for x, (*_, power) in zip(given, shapes, strict=True)])
-    for x, found in zip(given, ours, strict=True):
+    """Matrices of any size and scale, whose singular values fall as a power of their number."""
+    drawn = [with_spectrum(k, *shape) for k, (*shape, _) in enumerate(shapes)]
+    ours = orthogonalise([x * 10.0**power for x, (*_, power) in zip(drawn, shapes, strict=True)])
+    for x, found in zip(drawn, ours, strict=True):
         torch.testing.assert_close(found.double(), defined(x), rtol=0, atol=2e-3)
+
+
+def test_vanishing_matrices_stay_finite_and_tf32_is_left_out():
+    x = draw(0, 9, 9)
+    for power in (-45, -30, -24, -20):
+        (found,) = orthogonalise([x * 10.0**power])
+        assert found.isfinite().all() and found.norm() < 4
+    found, seen = orthogonalise([torch.zeros(3, 9)])[0], []
+    assert torch.equal(found, torch.zeros(3, 9))
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.baddbmm):
+                seen.append(torch.get_float32_matmul_precision())
+            return function(*args, **kwargs or {})
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Seeing():
+            orthogonalise([x])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(seen) > 10 and set(seen) == {"highest"}
 
 
 def test_singular_values_come_near_one():
@@ -59,28 +93,34 @@ def test_singular_values_come_near_one():
     assert found.min() > 0.68 and found.max() < 1.14
 
 
-def test_a_zero_gradient_moves_nothing():
+def test_a_zero_gradient_moves_nothing_at_first():
     w = torch.ones(9, 9, requires_grad=True)
     w.grad = torch.zeros_like(w)
     optimizer_of(w).step()
     assert torch.equal(w.detach(), torch.ones(9, 9))
 
 
-@pytest.mark.parametrize("shape", [(16, 10), (8, 12, 3, 3), (40, 8)])
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "shape, channels_last",
+    [
+        ((16, 10), False),
+        ((40, 8), False),
+        ((40, 1, 3, 3), False),
+        ((8, 12, 3, 3), False),
+        ((8, 12, 3, 3), True),
+    ],
+)
 def test_a_matrix_moves_along_its_orthogonalised_momentum(shape, channels_last):
     """Two steps, by the definition: m <- 0.95 m + 0.05 g; Nesterov's g + 0.95 (m - g)."""
     start, gradients = draw(2, *shape), [draw(3, *shape), draw(4, *shape)]
-    w = start.clone()
-    if channels_last and w.ndim == 4:
-        w = w.to(memory_format=torch.channels_last)
-    w.requires_grad_()
+    laid_out = {"memory_format": torch.channels_last} if channels_last else {}
+    w = start.clone().to(**laid_out).requires_grad_()
     other = draw(5, *shape).requires_grad_()  # of the same shape, without a gradient
     optimizer = optimizer_of(w, other)
     expected, m = start.double().flatten(1), torch.zeros_like(start).double()
     rows, columns = expected.shape
     for g in gradients:
-        w.grad = g.clone()
+        w.grad = g.clone().to(**laid_out)
         optimizer.step()
         assert torch.equal(w.grad, g)
         m = MOMENTUM * m + (1 - MOMENTUM) * g.double()
@@ -132,7 +172,7 @@ def test_a_step_that_is_not_applied_changes_nothing(bad):
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-def test_a_network_learns_and_a_resumed_run_goes_on_as_it_would_have(tmp_path):
+def test_a_resumed_run_goes_on_as_it_would_have(tmp_path):
     config = tiny("poisson/digits_ddpmpp.py", tmp_path, optim__optimizer="Muon")
     config.training.update(n_iters=4, snapshot_sampling=False)
     config.optim.warmup = 0
@@ -155,12 +195,21 @@ def test_a_network_learns_and_a_resumed_run_goes_on_as_it_would_have(tmp_path):
         run_lib.train(config, tmp_path / "twice")
 
 
-def test_what_counts_as_a_matrix_in_a_network():
-    """Hidden layers do; the maps from and to grey images, biases and norms do not."""
-    config = digits_ddpmpp.get_config()
-    config.optim.optimizer = "Muon"
-    state = TrainState(config, run_lib.Experiment.build(config).state.model)
-    names = {name for name, p in state.model.named_parameters() if is_matrix(p)}
-    assert "head.weight" not in names and not any(name.endswith("bias") for name in names)
-    hidden = sum(p.numel() for n, p in state.model.named_parameters() if n in names)
-    assert hidden > 0.95 * sum(p.numel() for p in state.parameters)
+@pytest.mark.parametrize(
+    "experiment, last, has_tables",
+    [("poisson/digits_ddpmpp.py", "head.conv", False), ("ve/ncsn/cifar10.py", "end_conv", True)],
+)
+def test_what_counts_as_a_matrix_in_a_network(experiment, last, has_tables):
+    """Nearly all weights, and not those of the last layer, of embeddings, biases and norms."""
+    config = load(experiment)
+    config.model.nf = 16
+    model = create_model(config)
+    moved = {id(p) for p in matrices_of(model)}
+    names = {name for name, p in model.named_parameters() if id(p) in moved}
+    tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    assert bool(tables) == has_tables
+    assert f"{last}.weight" in dict(model.named_parameters())
+    assert f"{last}.weight" not in names and not tables & names
+    assert not any(name.endswith("bias") for name in names)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name not in tables}
+    assert sum(sizes[name] for name in names) > 0.95 * sum(sizes.values())

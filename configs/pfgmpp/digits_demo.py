@@ -5,7 +5,8 @@ from configs.parts import DDPMPP, PFGMPP, ConfigDict, digits, experiment, quick
 
 def get_config() -> ConfigDict:
     config = experiment(PFGMPP, DDPMPP, digits, quick)
-    config.training.n_iters = 1850
+    config.training.update(n_iters=1500, precision="auto")
+    config.optim.optimizer = "Muon"
     config.model.ch_mult = (1, 3)
     config.eval.bpd_num_repeats = 1
     return config
