@@ -98,7 +98,7 @@ def set_float32_products(precision: str) -> None:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Within the `with` block float32 matrix products are that, also where TF32 is allowed."""
+    """Within the `with` block float32 matrix products are in full, also where TF32 is allowed."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

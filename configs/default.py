@@ -123,7 +123,8 @@ KEYS = {
     "optim.optimizer": Key(
         "Adam",
         OneOf(("Adam", "Muon")),
-        "'Muon': matrices move along their orthogonalised momentum, all else as by Adam",
+        "'Muon': weight matrices and convolutions are updated along their orthogonalised "
+        "momentum, all else by Adam",
     ),
     "optim.lr": Key(2e-4, Number(0, 10), "learning rate"),
     "optim.beta1": Key(0.9, Number(0, 0.999999), "Adam's decay of the first moment"),

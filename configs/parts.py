@@ -101,7 +101,7 @@ def toy(config: ConfigDict) -> None:
     config.model.update(nf=128, num_res_blocks=3, ema_rate=0.99)
     config.model.sigma_max = 2.0  # the largest distance of two points
     config.model.sigma_data = 0.4  # standard deviation of the coordinates
-    config.model.beta_max = 8.0  # VP: noise of up to 7.5, where all of the data is a point
+    config.model.beta_max = 8.0  # VP: sigma / alpha of up to 7.5, 19 times sigma_data
     config.eval.update(batch_size=1000, num_samples=2000, features="pixels")
     config.eval.update(enable_loss=True, enable_bpd=True, enable_sampling=True)
     config.eval.update(bpd_num_repeats=1, divergence="exact")

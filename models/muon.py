@@ -1,4 +1,4 @@
-"""Muon: matrices of a network move along their orthogonalised momentum, the rest as by Adam."""
+"""Muon: weight matrices are updated along their orthogonalised momentum, all else by Adam."""
 
 import math
 from collections import defaultdict
@@ -11,14 +11,14 @@ from execution import full_float32
 SMALLEST = 8  # rows and columns from which a weight counts as a matrix
 MOMENTUM = 0.95
 STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-VANISHING = 1e-18  # norm below which a matrix counts as zero: squares of float32 end at 1e-38
+SMALLEST_NORM = 1e-18  # that is divided by: squares of entries below 1e-19 underflow in float32
 
 
 def matrices_of(model: nn.Module) -> list[nn.Parameter]:
     """The weights that Muon moves: (rows, ...), all axes but the first taken as columns.
 
-    They have `SMALLEST` rows and columns or more, which the map to the channels of an image has
-    not, and belong to no `nn.Embedding`.
+    Each has at least `SMALLEST` rows and `SMALLEST` columns, which excludes the last layer, whose
+    rows are the channels of an image, and is not the table of an `nn.Embedding`.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return [
@@ -31,15 +31,16 @@ def matrices_of(model: nn.Module) -> list[nn.Parameter]:
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     """`matrices` (rows, columns) with singular values brought to about 1, by Newton-Schulz.
 
-    A singular value s of x / |x|, in the Frobenius norm, becomes a s + b s^3 + c s^5, `STEPS`
-    times: between 0.68 and 1.21 in the end for those above 0.0015, about 485 s for smaller ones.
+    A singular value s of x / |x|, in the Frobenius norm, is replaced `STEPS` times by
+    a s + b s^3 + c s^5, with (a, b, c) = `COEFFICIENTS`. The result lies between 0.68 and 1.21
+    where s is above 0.0015, and is about 485 times s below.
 
-    Each step multiplies x by a polynomial of x x^T. The product of these polynomials is gathered
+    Each step multiplies x by a polynomial of x x^T. The product of these polynomials is computed
     first, for all matrices of the same smaller side at once, so that the larger side takes part in
     two products and not in ten.
     """
     wide = [x if len(x) <= x.shape[1] else x.mT for x in matrices]
-    wide = [x / x.norm().clamp(min=VANISHING) for x in wide]
+    wide = [x / x.norm().clamp(min=SMALLEST_NORM) for x in wide]
     same_side = defaultdict(list)
     for k, x in enumerate(wide):
         same_side[len(x)].append(k)
@@ -67,11 +68,11 @@ class Muon(torch.optim.Adam):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, Adam for the rest.
 
     A matrix, here, is a weight whose state has no `exp_avg_sq`; `TrainState` makes the state, for
-    `matrices_of` a network. Convolutions are matrices (outputs, inputs x height x width). A matrix
-    moves by lr times 0.2 sqrt(max(rows, columns)), so that entries move about as far as by Adam and
-    one learning rate fits both (Liu et al. 2025, arXiv 2502.16982). It heeds Adam's `weight_decay`,
-    which is added to the gradient, and no other option. As in Adam's fused step, nothing changes
-    where `found_inf` is 1.
+    `matrices_of` a network. Convolutions are matrices (outputs, inputs x height x width). The
+    update of a matrix is lr x 0.2 sqrt(max(rows, columns)) x the orthogonalised momentum, so that
+    its entries change about as much as by Adam and one learning rate fits both (Liu et al. 2025,
+    arXiv 2502.16982). Of Adam's options, matrices use `lr`, and `weight_decay`, which is added to
+    the gradient. As in Adam's fused step, nothing changes where `found_inf` is 1.
     """
 
     @torch.no_grad()
@@ -97,7 +98,7 @@ class Muon(torch.optim.Adam):
         skipped = torch.as_tensor(getattr(self, "found_inf", 0.0), device=matrices[0].device) > 0
         gradients = [
             torch.where(skipped, m, g) for m, g in zip(averages, gradients, strict=True)
-        ]  # an average of itself and itself stays
+        ]  # averaged with itself, the momentum stays
         torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
         steps = torch._foreach_lerp(gradients, averages, MOMENTUM)  # Nesterov's
         lr = lr * ~skipped

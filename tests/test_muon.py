@@ -54,7 +54,7 @@ def with_spectrum(seed, rows, columns, decay):
 @settings(deadline=None)
 @given(st.lists(st.tuples(sides, sides, decay, st.integers(-12, 12)), min_size=1, max_size=4))
 def test_orthogonalise_is_the_polynomial_of_singular_values(shapes):
-    """Matrices of any size and scale, whose singular values fall as a power of their number."""
+    """Matrices of any size and scale, whose singular values fall as a power of their index."""
     drawn = [with_spectrum(k, *shape) for k, (*shape, _) in enumerate(shapes)]
     ours = orthogonalise([x * 10.0**power for x, (*_, power) in zip(drawn, shapes, strict=True)])
     for x, found in zip(drawn, ours, strict=True):
