@@ -339,10 +339,10 @@ def test_only_a_reference_batch_is_larger_than_the_examples():
 @pytest.mark.cuda
 @pytest.mark.parametrize("experiment", [digits_ddpmpp, pfgmpp_digits, vp_digits, ve_digits])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("turns", [1, 2])
-def test_a_step_never_waits_for_the_gpu(experiment, precision, turns):
+@pytest.mark.parametrize("turns, optimizer", [(1, "Adam"), (2, "Adam"), (1, "Muon")])
+def test_a_step_never_waits_for_the_gpu(experiment, precision, turns, optimizer):
     config = experiment.get_config()
-    config.training.precision = precision
+    config.training.precision, config.optim.optimizer = precision, optimizer
     config.training.accumulate = turns
     model = create_model(config).cuda()
     state = training.TrainState(config, model)
