@@ -136,6 +136,16 @@ def test_tf32_is_used_where_it_is_asked_for_only(precision, allowed):
         execution.set_float32_products("fp32")
 
 
+def test_full_float32_gives_back_what_it_found():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with execution.full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_an_unknown_precision_names_the_known(small):
     config, model = small
     config.training.precision = "fp16"

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from known_laws import FAMILY, SDES, gaussian_network
 from scipy import stats
 
-import execution
 import losses
 import methods
 from configs.poisson import cifar10_ddpmpp
@@ -162,16 +161,6 @@ def test_slow_double_is_told_from_fast(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert field_module.has_fast_double(torch.device("cuda")) == fast
     assert field_module.has_fast_double(torch.device("cpu"))
-
-
-def test_full_float32_gives_back_what_it_found():
-    torch.set_float32_matmul_precision("high")
-    try:
-        with execution.full_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.cuda
