@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import datasets
 import distributed
 import likelihood
 import sampling
-from experiment import Experiment, fit_solver, origin_of_tensors, progress_bar, solver_bar
+from experiment import Experiment
 from methods.base import conditioned
 from methods.restoration import RESTORE, Measurement, get_operator
 from metrics import distances
@@ -31,13 +31,16 @@ from metrics.reference import ReferenceStatistics, fingerprint
 from metrics.table import OF_HALVES, Comparison, compare, compare_halves
 from models.ema import rebuilding_weights
 from reports.images import Images, channels_last, image_grid, to_uint8
+from reports.progress import progress_bar, solver_bar
 from solvers.base import TooManyEvaluations
 from sources.batch import Batch
 from sources.folder import read_images
 from sources.images import cropped_then_resized
 from storage.checkpoints import load_checkpoint, written_steps
+from storage.digests import digests
 from storage.files import cached, check_arrays, read_arrays, save_png
 from storage.workdir import checkpoint_path
+from training import checked_averages
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +58,10 @@ LARGEST_EMA_ERROR = 0.15  # of the profile; EMA weights err by about a tenth of 
 PAIRS = 10  # samples in a row of the picture of nearest training images
 
 
-def rebuild_ema(config, run: Experiment, workdir: Path, checkpoint: Path, content: dict) -> str:
-    """Puts the EMA of relative width `eval.ema_std` in place of the EMA weights that `run` holds.
+def rebuild_ema(
+    network: nn.Module, std: float, workdir: Path, checkpoint: Path, content: dict
+) -> str:
+    """Put the EMA of relative width `std` in place of the weights of a network.
 
     It is that of the step of `checkpoint`, with this `content`, made of the power-function averages
     in it and in the numbered checkpoints that the run wrote before (see `models.ema`).
@@ -67,16 +72,17 @@ def rebuild_ema(config, run: Experiment, workdir: Path, checkpoint: Path, conten
     Raises:
         ValueError: there are no averages, or too few.
     """
-    state, std = run.state, config.eval.ema_std
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    step = content["step"]
     try:
-        stds = [*state.checked_averages(content)]
+        stds = [*checked_averages(content, parameters)]
     except ValueError as error:
         raise ValueError(f"eval.ema_std={std}: {checkpoint}: {error}") from error
-    paths = {step: checkpoint_path(workdir, step) for step in written_steps(content, checkpoint)}
-    paths = {s: p for s, p in paths.items() if s < state.step and p.exists()}
-    paths[state.step] = checkpoint
-    made_of = [(step, each) for step in paths for each in stds]
-    weights, error = rebuilding_weights(*zip(*made_of, strict=True), state.step, std)
+    paths = {s: checkpoint_path(workdir, s) for s in written_steps(content, checkpoint)}
+    paths = {s: p for s, p in paths.items() if s < step and p.exists()}
+    paths[step] = checkpoint
+    made_of = [(s, each) for s in paths for each in stds]
+    weights, error = rebuilding_weights(*zip(*made_of, strict=True), step, std)
     line = (
         f"the EMA of relative width {std:g} from {len(made_of)} averages of {len(paths)} "
         f"checkpoints: its profile errs by {100 * error:.2g} %"
@@ -87,26 +93,21 @@ def rebuild_ema(config, run: Experiment, workdir: Path, checkpoint: Path, conten
             f"{' or '.join(f'{each:g}' for each in stds)} needs fewer checkpoints, and a smaller "
             "training.snapshot_freq makes more"
         )
-    rebuilt = [torch.zeros_like(p) for p in state.ema.shadow_params]
+    rebuilt = [torch.zeros_like(p) for p in parameters]
     for path, each in zip(paths.values(), weights.reshape(-1, len(stds)), strict=True):
-        averages = state.checked_averages(content if path == checkpoint else load_checkpoint(path))
+        state = content if path == checkpoint else load_checkpoint(path)
+        averages = checked_averages(state, parameters)
         for width, weight in zip(stds, each.tolist(), strict=True):
-            found = [p.to(run.device) for p in averages[width]]
-            torch._foreach_add_(rebuilt, found, alpha=weight)
-    torch._foreach_copy_(state.ema.shadow_params, rebuilt)
+            average = [p.to(rebuilt[0].device) for p in averages[width]]
+            torch._foreach_add_(rebuilt, average, alpha=weight)
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, rebuilt)
     return line
 
 
 def _origin_of(data) -> dict:
-    """The same of the split that a part is computed on, and of its class labels."""
-    return {"data": fingerprint(data)} | origin_of_tensors(labels=getattr(data, "labels", None))
-
-
-def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Callable:
-    """`run.sample`, with what `fit_solver` gives if `config` asks for it and for samples."""
-    if not sampling.is_fitted(config) or not any(map(config.eval.get, DRAWN)):
-        return run.sample
-    return partial(run.sample, fit=fit_solver(config, run, checkpoint, origin))
+    """Digests of the split that a part is computed on, and of its class labels."""
+    return {"data": fingerprint(data)} | digests(labels=getattr(data, "labels", None))
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
@@ -169,14 +170,14 @@ def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: d
 
     def compute() -> dict:
         generator = datasets.keyed_generator(run.device, "loss", config.seed)
-        net, total = run.state.model, 0.0
+        net, total = run.network, 0.0
         with progress_bar(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
             for batch in datasets.in_order(data, config.training.batch_size):
-                images = run.scaler(datasets.to_unit_interval(batch.images.to(run.device)))
+                images = run.codec.encode(datasets.to_unit_interval(batch.images.to(run.device)))
                 reference = replace(batch.to(run.device), images=images)
                 for some in reference.split(config.eval.batch_size):
                     examples = run.method.draw(some, generator)
-                    total += run.loss.error(net, examples, reference).item() * len(some)
+                    total += run.objective.loss(net, examples, reference).item() * len(some)
                     progress.update(len(some))
         return {"loss": total / len(data)}
 
@@ -200,7 +201,7 @@ def evaluate_bpd(
     Returns the report's entries `bpd...` and `encoding_error` (docs/architecture.md), in the main
     process only. Raises FloatingPointError where the ODE cannot be solved.
     """
-    split, size, net = config.eval.dataset, config.eval.batch_size, run.state.model
+    split, size, net = config.eval.dataset, config.eval.batch_size, run.network
     passes = config.eval.bpd_num_repeats if split == "test" else 1
     origin = origin | _origin_of(data) | {"divergence": config.eval.divergence}
 
@@ -211,15 +212,16 @@ def evaluate_bpd(
         images = datasets.to_unit_interval(batch.images, generator, dequantize=True)
         with solver_bar(run.method) as watch:
             bits, latents, nfe = bits_per_dim(
-                net, run.scaler(images), generator, batch.labels, watch=watch
+                net, run.codec.encode(images), generator, batch.labels, watch=watch
             )
         found = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
         if i == 0:
-            options = sampling.get_rk45_options(config)
             conditional = conditioned(net, batch.conditions)
             with solver_bar(run.method) as watch:
-                x, _ = sampling.solve_ode(run.method, conditional, latents, watch=watch, **options)
-            change = datasets.get_data_inverse_scaler(config)(x) - images
+                x, _ = sampling.solve_ode(
+                    run.method, conditional, latents, watch=watch, **run.limits
+                )
+            change = run.codec.unclamped(x) - images
             found["encoding_error"] = change.square().mean().sqrt().item()
         return found
 
@@ -255,7 +257,7 @@ def evaluate_classification(
     """
     split, size, classes = config.eval.dataset, config.eval.batch_size, config.data.num_classes
     prior = datasets.get_labels(config, "train").bincount(minlength=classes).double()
-    dim = math.prod(datasets.image_shape(config))
+    dim = math.prod(run.codec.shape)
     origin = origin | _origin_of(data) | {"divergence": config.eval.divergence}
     origin |= {"labels of the training images": prior.tolist()}
 
@@ -266,14 +268,14 @@ def evaluate_classification(
     def compute(i: int, start: int) -> dict:
         images = datasets.batch_at(data, slice(start, start + size)).images.to(run.device)
         images = datasets.to_unit_interval(images, generator(2 * i), dequantize=True)
-        scaled, bits = run.scaler(images), []
+        scaled, bits = run.codec.encode(images), []
         for label in range(classes):
             given, probe = (
                 torch.full((len(images),), label, device=run.device),
                 generator(2 * i + 1),
             )
             with solver_bar(run.method) as watch:
-                found, *_ = bits_per_dim(run.state.model, scaled, probe, given, watch=watch)
+                found, *_ = bits_per_dim(run.network, scaled, probe, given, watch=watch)
             bits.append(found.double().cpu())
         return {"log_p": likelihood.log_posterior(torch.stack(bits, 1), dim, prior).numpy()}
 
@@ -361,13 +363,13 @@ def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> 
     measured = [folder / f"statistics_{r}.npz" for r in range(len(numbers))]
     _remove_others(folder.glob("*.npz"), [*drawn, *measured])
 
-    channels, *sides = datasets.image_shape(config)
+    channels, *sides = run.codec.shape
     spec = {"samples": ("u", (None, *sides, channels)), "nfe": ("iuf", ())}
     spec |= {"labels": ("i", (None,))} if config.data.num_classes else {}
 
     def compute(r: int, number: int) -> dict:
         key = origin | {"round": r, "number": number}
-        key |= origin_of_tensors(labels=run.draw_labels(number, "samples", r))
+        key |= digests(labels=run.draw_labels(number, "samples", r))
         samples = cached(drawn[r], key, partial(_draw_round, config, run, r, number), spec)
         key |= {"features": space.name}
         images = samples["samples"]
@@ -394,14 +396,14 @@ def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
     labels = run.draw_labels(number, "samples", r)
     try:
         with solver_bar(run.method) as watch:
-            samples, nfe = run.sample(
-                run.state.model, number, generator=generator, labels=labels, watch=watch
+            samples, nfe = run.sampler(
+                run.network, number, generator=generator, labels=labels, watch=watch
             )
     except TooManyEvaluations:
         raise
     except FloatingPointError as error:
         log.warning(f"round {r}: none of its {number} samples counts: {error}")
-        samples, nfe = torch.empty(0, *datasets.image_shape(config)), 0
+        samples, nfe = torch.empty(0, *run.codec.shape), 0
         labels = None if labels is None else labels[:0]
     finite = samples.flatten(1).isfinite().all(1)
     drawn = {"samples": to_uint8(samples[finite]), "nfe": nfe}
@@ -483,8 +485,8 @@ def read_restoration(config, run: Experiment) -> ToRestore:
         channels, size = 1 if name == "colour" else channels, size // factor
     batch = _batch_to_restore(config, channels, size).to(run.device)
     images = datasets.to_unit_interval(batch.images)
-    ends = run.scaler(torch.tensor([0.0, 1.0]))
-    noise, value = asked.restore_noise * (ends[1] - ends[0]).item(), run.scaler(images)
+    low, high = run.codec.bounds
+    noise, value = asked.restore_noise * (high - low), run.codec.encode(images)
     if whole:
         generator = datasets.keyed_generator(run.device, "measurement", config.seed)
         added = operator.forward(value)
@@ -493,14 +495,13 @@ def read_restoration(config, run: Experiment) -> ToRestore:
     if name == "inpaint":
         value = operator.forward(value)  # nothing is known of the other pixels, noise or not
     measurement = Measurement(operator, value, noise)
-    _restorer(config, run, measurement)  # raises what it must
+    _restorer(run, measurement)  # raises what it must
     return ToRestore(measurement, batch.labels, images if whole else None)
 
 
-def _restorer(config, run: Experiment, measurement: Measurement) -> Callable:
+def _restorer(run: Experiment, measurement: Measurement) -> sampling.Sampler:
     """The sampler of restorations; its trajectories are not those that levels are fitted to."""
-    own = sampling.without_fit(config)
-    return sampling.get_sampling_fn(own, run.method, run.guide, measurement)
+    return replace(run.sampler.without_fit(), measurement=measurement)
 
 
 def _batch_to_restore(config, channels: int, size: int) -> Batch:
@@ -565,9 +566,9 @@ def evaluate_restoration(
     Raises FloatingPointError where the solver diverges.
     """
     value, labels = asked.measurement.value, asked.labels
-    known = asked.measurement.operator.forward(torch.ones(1, *datasets.image_shape(config)))
-    origin = origin | origin_of_tensors(measurements=value, labels=labels, known=known)
-    channels, *sides = datasets.image_shape(config)
+    known = asked.measurement.operator.forward(torch.ones(1, *run.codec.shape))
+    origin = origin | digests(measurements=value, labels=labels, known=known)
+    channels, *sides = run.codec.shape
     size = RESTORATIONS * max(1, config.eval.batch_size // RESTORATIONS)
     repeated = value.repeat_interleave(RESTORATIONS, 0)
     labels = None if labels is None else labels.repeat_interleave(RESTORATIONS)
@@ -575,11 +576,11 @@ def evaluate_restoration(
     def compute(i: int, start: int) -> dict:
         part = slice(start, start + size)
         some = repeated[part]
-        sample = _restorer(config, run, replace(asked.measurement, value=some))
+        sample = _restorer(run, replace(asked.measurement, value=some))
         generator = datasets.keyed_generator(run.device, "restoration", config.seed, i)
         with solver_bar(run.method) as watch:
             images, nfe = sample(
-                run.state.model,
+                run.network,
                 len(some),
                 generator=generator,
                 labels=None if labels is None else labels[part],
@@ -597,9 +598,8 @@ def evaluate_restoration(
         return {}
     restored = np.concatenate([drawn["restored"] for drawn in rounds])
     restored = restored.reshape(len(value), RESTORATIONS, *sides, channels)
-    unscaled = datasets.get_data_inverse_scaler(config)
     measured = asked.measurement.operator.adjoint(value) / asked.measurement.operator.gram
-    measured = to_uint8(unscaled(measured).clamp(0, 1))
+    measured = to_uint8(run.codec.decode(measured))
     found = {
         "restore_images": len(value),
         "restore_spread": np.sqrt((restored / 255).var(1, ddof=1).mean()),
@@ -612,7 +612,7 @@ def evaluate_restoration(
         columns = [truth, *columns]
         found["restore_psnr"] = _psnr(restored, truth)
         found["restore_psnr_mean"] = _psnr(restored.mean(1, keepdims=True), truth)
-        plain = to_uint8(unscaled(_plain_restoration(config, run, asked.measurement)).clamp(0, 1))
+        plain = to_uint8(run.codec.decode(_plain_restoration(config, run, asked.measurement)))
         found["restore_psnr_plain"] = _psnr(plain[:, None], truth)
     shown = np.concatenate(columns, axis=1)[:RESTORED]
     path = folder / f"restoration_{k}.png"
@@ -626,17 +626,17 @@ def _plain_restoration(config, run: Experiment, measurement: Measurement) -> Ten
     Small images are enlarged by cubic interpolation; else it is the mean training image, changed so
     that it agrees with the measurement.
     """
-    value, (channels, height, width) = measurement.value, datasets.image_shape(config)
+    value, (channels, height, width) = measurement.value, run.codec.shape
     if value.shape[2:] != (height, width):
         return torch.nn.functional.interpolate(value, (height, width), mode="bicubic")
     try:
         data = datasets.get_dataset(config, "train", labels=False)
     except (OSError, ValueError) as error:  # published networks restore without their data
         log.warning(f"the plain restorations start from grey, not the mean image: {error}")
-        mean = run.scaler(torch.tensor(0.5)).expand(channels, height, width)
+        mean = run.codec.encode(torch.tensor(0.5)).expand(channels, height, width)
     else:
         batch = datasets.batch_at(data, slice(AVERAGED))
-        mean = run.scaler(datasets.to_unit_interval(batch.images)).mean(0)
+        mean = run.codec.encode(datasets.to_unit_interval(batch.images)).mean(0)
     return measurement.project(mean.to(value).expand(len(value), -1, -1, -1))
 
 
@@ -678,7 +678,7 @@ def draw_images(config, run: Experiment, folder: Path, k: int) -> None:
 
 def draw_interpolation(config, run: Experiment, folder: Path, k: int) -> None:
     """Each row, of one class, goes from one prior sample to another along the arc between them."""
-    shape = 2 * ROWS, *datasets.image_shape(config)
+    shape = 2 * ROWS, *run.codec.shape
     generator = datasets.keyed_generator(run.device, "interpolation", config.seed)
     ends = run.method.prior_sampling(shape, generator, run.device)
     shares = torch.linspace(0, 1, COLUMNS, device=run.device)
@@ -693,7 +693,7 @@ def draw_classes(config, run: Experiment, folder: Path, k: int) -> None:
     """
     if not config.data.num_classes or config.sampling.class_label >= 0:
         return
-    rows, shape = min(config.data.num_classes, CLASS_ROWS), datasets.image_shape(config)
+    rows, shape = min(config.data.num_classes, CLASS_ROWS), run.codec.shape
     generator = datasets.keyed_generator(run.device, "classes", config.seed)
     x = run.method.prior_sampling((COLUMNS, *shape), generator, run.device).repeat(rows, 1, 1, 1)
     labels = torch.arange(rows, device=run.device)
@@ -702,7 +702,7 @@ def draw_classes(config, run: Experiment, folder: Path, k: int) -> None:
 
 def draw_rescaling(config, run: Experiment, folder: Path, k: int) -> None:
     """Each row keeps the direction of one prior sample and raises its norm (the temperature)."""
-    shape = datasets.image_shape(config)
+    shape = run.codec.shape
     generator = datasets.keyed_generator(run.device, "rescaling", config.seed)
     x = run.method.prior_sampling((ROWS, *shape), generator, run.device)
     low, high = config.eval.rescale_norms or run.method.prior_norms(math.prod(shape))
@@ -725,8 +725,8 @@ def _draw_strips(
     labels = None if labels is None else labels.repeat_interleave(COLUMNS)
     try:
         with solver_bar(run.method) as watch:
-            samples, _ = run.sample(
-                run.state.model, x=x, generator=generator, labels=labels, watch=watch
+            samples, _ = run.sampler(
+                run.network, x=x, generator=generator, labels=labels, watch=watch
             )
     except FloatingPointError as error:
         log.warning(f"{path} is not drawn: {error}")

@@ -20,21 +20,28 @@ GAIN = 1.1  # times as fast as float32 that bfloat16 has to be, to be worth its 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def for_training(config, model: nn.Module) -> nn.Module:
-    """`model` as the training step calls it, as `config.training` asks; the weights are shared.
+def for_training(
+    model: nn.Module,
+    precision: str = "fp32",
+    channels_last: bool = False,
+    compiles: bool = False,
+    some_unused: bool = False,
+) -> nn.Module:
+    """`model` as the training step calls it; the weights are shared.
+
+    `some_unused` says that its output does not depend on all of its parameters.
 
     Raises:
         ValueError: an unknown precision, or one that the device of `model` does not have.
     """
-    training, device = config.training, next(model.parameters()).device
-    check_precision(training.precision, device)
-    if training.channels_last:
+    device = next(model.parameters()).device
+    check_precision(precision, device)
+    if channels_last:
         model.to(memory_format=torch.channels_last)
-    network = BFloat16(model) if training.precision == "bf16" else model
-    some_unused = not config.model.conditional  # published: layers without a use
+    network = BFloat16(model) if precision == "bf16" else model
     network = distributed.averaging_gradients(network, some_unused)
     # around the averaging, so that the compiler leaves room for it between stages of backward
-    return compiled(network, device) if training.compile else network
+    return compiled(network, device) if compiles else network
 
 
 def for_sampling(
@@ -105,6 +112,28 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
+def float32_products() -> Iterator[None]:
+    """Within the `with` block float32 products are in full, of matrices and in convolutions."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with full_float32():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def prepare_process(precision: str, device: torch.device) -> None:
+    """Set what holds for the whole process of a program, not of a caller of the library.
+
+    `precision` is that of `training.precision`; see `set_float32_products`, `keep_freed_memory`.
+    """
+    set_float32_products(precision)
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

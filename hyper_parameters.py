@@ -47,12 +47,13 @@ def main(argv: list[str]) -> None:
 
 def _of_config(config) -> dict:
     import datasets
+    from sources.codec import get_codec
 
     if config.data.num_channels == 0:
         config.data.num_channels = datasets.measure_channels(config)
     data = datasets.get_dataset(config, "train", labels=False)
     return {
-        "data_norm": datasets.mean_norm(data, datasets.get_data_scaler(config)),
+        "data_norm": datasets.mean_norm(data, get_codec(config).encode),
         "data_dim": data[:1].numel(),
         "sigma": config.model.sigma_end,
         "tau": config.training.tau,

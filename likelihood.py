@@ -1,16 +1,20 @@
 """Likelihood of data under a method's ODE, by the instantaneous change of variables."""
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from configs.keys import named
+from configs.schema import Key, OneOf
 from methods.base import Method, Network, conditioned, noise_like
-from sampling import get_rk45_options, watch_times
+from sampling import check_positive
 from solvers.base import Counted, Watch
 from solvers.rk45 import rk45
+from solvers.solve import watch_times
+from sources.codec import Codec, get_codec
 
 
 def rademacher(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -97,36 +101,74 @@ def log_posterior(bits: Tensor, dim: int, prior: Tensor) -> Tensor:
     return (prior.log() - bits * dim * math.log(2)).log_softmax(1)
 
 
-def get_likelihood_fn(config, method: Method) -> Callable[..., tuple[Tensor, Tensor, int]]:
-    """Bits per dimension of images.
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Bits per dimension of data under a method's ODE.
 
-    Returns:
-        `likelihood_fn(net, data, generator=None, labels=None, watch=None)` for scaled, uniformly
-        dequantised `data` (B, C, H, W), given their class `labels` (B,), int64, if there are any:
-        bits/dim (B,) of the 8-bit images they came from, latents (B, C, H, W) and the number of
-        evaluations. `generator` draws the probe; for `watch` see `solvers.base.Watch`.
-
-    Raises:
-        ValueError: the network was trained at discrete noise levels only, or an unknown
-            `eval.divergence`, or a tolerance or limit that is not positive.
+    Attributes:
+        method: whose ODE.
+        codec: what stored data are to the method.
+        divergence: a name in `DIVERGENCES`.
+        rtol, atol, max_evaluations: see `log_likelihood`.
     """
-    if not config.training.continuous:
-        raise ValueError(
-            "a network trained at discrete noise levels (training.continuous=False) has no "
-            "likelihood: its ODE is not known between them"
-        )
-    make_probes = named(DIVERGENCES, "eval.divergence", config.eval.divergence)
-    options = get_rk45_options(config)
-    # 256 grey levels span the interval that the data scaler maps to: log2(256 / its length).
-    offset = 7.0 if config.data.centered else 8.0
 
-    def likelihood_fn(net, data, generator=None, labels=None, watch=None):
-        net = conditioned(net, {"class_labels": labels})
-        probes = make_probes(data, generator)
-        log_p, latent, evaluations = log_likelihood(
-            method, net, data, probes, watch=watch, **options
+    method: Method
+    codec: Codec
+    divergence: str = "rademacher"
+    rtol: float = 1e-4
+    atol: float = 1e-4
+    max_evaluations: int = 10_000
+
+    keys = {
+        "eval.divergence": Key(
+            "rademacher",
+            OneOf(registry="likelihood.DIVERGENCES"),
+            "probes of it: one of random signs, one 'gaussian', or 'exact', C * H * W of them",
         )
+    }
+
+    def __post_init__(self):
+        named(DIVERGENCES, "eval.divergence", self.divergence)
+        check_positive(self, "rtol", "atol", "max_evaluations")
+        self.method.check_likelihood()
+
+    @classmethod
+    def from_config(cls, config, method: Method, codec: Codec) -> Self:
+        """Raises ValueError where the method has no likelihood, or a number is out of range."""
+        limits = {name: config.sampling[name] for name in ("rtol", "atol", "max_evaluations")}
+        return cls(method=method, codec=codec, divergence=config.eval.divergence, **limits)
+
+    def __call__(
+        self,
+        net: Network,
+        data: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+        watch: Watch | None = None,
+    ) -> tuple[Tensor, Tensor, int]:
+        """Bits/dim (B,), latents (B, C, H, W) and the number of evaluations.
+
+        Args:
+            net: the network.
+            data: encoded, uniformly dequantised data (B, C, H, W).
+            generator: draws the probe.
+            labels: class labels (B,), int64, if there are any.
+            watch: see `solvers.base.Watch`.
+        """
+        net = conditioned(net, {"class_labels": labels})
+        probes = named(DIVERGENCES, "eval.divergence", self.divergence)(data, generator)
+        limits = {name: getattr(self, name) for name in ("rtol", "atol", "max_evaluations")}
+        log_p, latent, evaluations = log_likelihood(
+            self.method, net, data, probes, watch=watch, **limits
+        )
+        offset = math.log2(self.codec.levels) - self.codec.log_volume / math.log(2)
         bits = -log_p / (data[0].numel() * math.log(2)) + offset
         return bits, latent, evaluations
 
-    return likelihood_fn
+
+def get_likelihood_fn(config, method: Method) -> Likelihood:
+    """Bits per dimension of `method`, to be called as `Likelihood.__call__` says.
+
+    Raises ValueError as `Likelihood.from_config` does.
+    """
+    return Likelihood.from_config(config, method, get_codec(config))

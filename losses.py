@@ -1,31 +1,54 @@
-"""What a training step minimises: the squared error between a method's prediction and target."""
+"""Objectives: what a training step minimises. A further one is a class and a line of `OBJECTIVES`.
 
+An objective draws examples from a batch (`draw`), and gives their loss (`loss`). It may own
+parameters, which are optimised and saved with the network's, and follow a schedule over the steps.
+"""
+
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from configs.schema import SHARE, Flag, Key, OneOf, whole
 from methods.base import Method, Network
 from methods.field import poisson_field, posterior_mean
 from sources.batch import Batch
 
-__all__ = ["RegressionLoss", "get_loss_fn", "poisson_field", "posterior_mean"]
+__all__ = ["OBJECTIVES", "Regression", "get_loss_fn", "poisson_field", "posterior_mean"]
+
+KEYS = {
+    "training.objective": Key("regression", OneOf(registry="losses.OBJECTIVES"), "what is learned"),
+    "training.batch_size": Key(128, whole(1), "images of a step; they are the reference batch"),
+    "training.small_batch_size": Key(
+        0, whole(0), "examples of a step, out of the batch; 0: all of the batch"
+    ),
+    "training.reduce_mean": Key(
+        False, Flag(), "mean over the entries of an image in the loss, not half the sum"
+    ),
+    "training.label_dropout": Key(
+        0.1, SHARE, "share of the examples without their class labels, as guidance needs it"
+    ),
+}
 
 
-class RegressionLoss:
-    """The loss of a method; called with a batch, or in steps: `draw` examples, then their `error`.
+class Regression(nn.Module):
+    """The squared error between a method's prediction and its target.
 
-    Half the sum over the entries of an example, or with `reduce_mean` their mean, of the squared
-    error, weighted by the method, averaged over the examples.
+    Half the sum over the entries of an example, or with `reduce_mean` their mean, weighted by the
+    method, averaged over the examples.
 
     Attributes:
-        method: whose loss.
+        method: whose prediction.
         reduce_mean: see above.
         batch_size: images that a training step takes from the data.
         examples: of these, how many are perturbed; all of them are the reference batch.
         label_dropout: share of the examples that lose their class label, which becomes -1.
     """
+
+    keys: ClassVar[Mapping[str, Key]] = {}
 
     def __init__(
         self,
@@ -35,20 +58,37 @@ class RegressionLoss:
         examples: int,
         label_dropout: float = 0.0,
     ):
-        self.method, self.reduce_mean, self.examples = method, reduce_mean, examples
+        super().__init__()
+        if not 0 <= examples <= batch_size:
+            raise ValueError(
+                f"training.small_batch_size must be between 0 and training.batch_size "
+                f"({batch_size}), not {examples}"
+            )
+        self.method, self.reduce_mean, self.examples = method, reduce_mean, examples or batch_size
         self.label_dropout = label_dropout
-        self.batch_size = batch_size if method.uses_reference_batch else examples
+        self.batch_size = batch_size if method.uses_reference_batch else self.examples
 
-    def __call__(
-        self, net: Network, batch: Batch | Tensor, generator: torch.Generator | None = None
+    @classmethod
+    def from_config(cls, config, method: Method) -> Self:
+        """The objective of `config`; ValueError where its numbers contradict each other."""
+        training = config.training
+        sizes = training.batch_size, training.small_batch_size
+        return cls(method, training.reduce_mean, *sizes, training.label_dropout)
+
+    def forward(
+        self,
+        net: Network,
+        batch: Batch | Tensor,
+        generator: torch.Generator | None = None,
+        step: int = 0,
     ) -> Tensor:
         """The loss, a scalar, of scaled images (B, C, H, W) or a batch of them."""
         batch = batch if isinstance(batch, Batch) else Batch(batch)
-        return self.error(net, self.draw(batch, generator), batch)
+        return self.loss(net, self.draw(batch, step, generator), batch)
 
     @torch.no_grad()
-    def draw(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
-        """The perturbed examples of a training step on `batch`; see `Method.draw`."""
+    def draw(self, batch: Batch, step: int = 0, generator: torch.Generator | None = None) -> Batch:
+        """The perturbed examples of training step number `step` on `batch`; see `Method.draw`."""
         batch = batch[: self.examples]
         examples = self.method.draw(batch, generator)
         examples = replace(examples, augment_labels=batch.augment_labels)
@@ -58,30 +98,29 @@ class RegressionLoss:
         uniform = torch.rand(len(labels), generator=generator, device=labels.device)
         return replace(examples, labels=labels.masked_fill(uniform < self.label_dropout, -1))
 
-    def error(self, net: Network, examples: Batch, reference: Batch) -> Tensor:
+    def loss(self, net: Network, examples: Batch, reference: Batch) -> Tensor:
         """The loss, a scalar, of `examples`, with the targets that `reference` makes."""
+        squared = self.squared_errors(net, examples, reference)
+        return squared.mean() if self.reduce_mean else 0.5 * squared.sum(1).mean()
+
+    def squared_errors(self, net: Network, examples: Batch, reference: Batch) -> Tensor:
+        """The weighted squared errors (B, K) of the entries; for the arguments see `loss`."""
         with torch.no_grad():
             target = self.method.target(examples, reference)
             weight = self.method.weight(examples)
         prediction = self.method.predict(partial(net, **examples.conditions), examples)
         squared = (prediction - target).square()
-        if weight is not None:
-            squared = weight.to(squared)[:, None] * squared
-        return squared.mean() if self.reduce_mean else 0.5 * squared.sum(1).mean()
+        return squared if weight is None else weight.to(squared)[:, None] * squared
 
 
-def get_loss_fn(config, method: Method) -> RegressionLoss:
-    """The loss of `method`: `loss_fn(net, batch, generator=None)`, a scalar.
+# training.objective -> the objective.
+OBJECTIVES: dict[str, type[Regression]] = {"regression": Regression}
+
+
+def get_loss_fn(config, method: Method) -> Regression:
+    """The objective of `config`: `loss_fn(net, batch, generator=None, step=0)`, a scalar.
 
     Raises:
         ValueError: `training.small_batch_size` is larger than the batch.
     """
-    training = config.training
-    if not 0 <= training.small_batch_size <= training.batch_size:
-        raise ValueError(
-            f"training.small_batch_size must be between 0 and training.batch_size "
-            f"({training.batch_size}), not {training.small_batch_size}"
-        )
-    examples = training.small_batch_size or training.batch_size
-    sizes = training.batch_size, examples
-    return RegressionLoss(method, training.reduce_mean, *sizes, training.label_dropout)
+    return OBJECTIVES[config.training.objective].from_config(config, method)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +20,16 @@ import datasets
 import distributed
 import evaluation
 import execution
-import likelihood
 import sampling
 from configs.keys import flatten
-from experiment import (
-    Experiment,
-    Trained,
-    complete,
-    decide_precisions,
-    load,
-    origin_of,
-    origin_of_tensors,
-    progress_bar,
-    solver_bar,
-)
+from experiment import Experiment, complete, decide_precisions, load
+from library.trained import Trained
 from metrics.reference import ReferenceStatistics
+from models.weights import load_ema
 from reports.evaluation_page import save_page
 from reports.films import check_writer, save_film
 from reports.images import image_grid, to_uint8
+from reports.progress import progress_bar, solver_bar
 from reports.table import report_table
 from sources.base import Picture
 from sources.folder import read_images
@@ -53,6 +46,7 @@ from storage.checkpoints import (
     save_to_resume,
     written_steps,
 )
+from storage.digests import digests
 from storage.files import cached, save_npz, save_png
 from storage.tensorboard import TensorBoardWriter
 from storage.workdir import (
@@ -91,19 +85,26 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     config, decided = complete(config, workdir)
     config, precisions = decide_precisions(config, workdir)
     training, seed = config.training, config.seed
-    run = Experiment.build(config)
-    run.sample = sampling.get_sampling_fn(sampling.for_snapshots(config), run.method, run.guide)
-    state, device, main = run.state, run.device, distributed.is_main()
-    state.network = execution.for_training(config, state.model)
+    run, main = Experiment.build(config), distributed.is_main()
+    state, device = TrainState.from_config(config, run.network, run.objective), run.device
+    run.sampler = sampling.for_snapshots(run.sampler, training.snapshot_solver)
+    execution.prepare_process(training.precision, device)
+    state.network = execution.for_training(
+        run.network,
+        training.precision,
+        training.channels_last,
+        training.compile,
+        some_unused=not config.model.conditional,  # published: layers without a use
+    )
     prepare = datasets.get_preparation(config, shared=run.method.uses_reference_batch)
     train_data = datasets.get_dataset(config, "train").to(device)
     test_data = datasets.get_dataset(config, "test")
-    images_per_step = min(run.loss.examples, len(train_data))
+    images_per_step = min(run.objective.examples, len(train_data))
     draws = main and training.snapshot_sampling
     on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
     _check_division(images_per_step, training.accumulate)
     if on_disk:
-        _check_division(min(run.loss.batch_size, len(train_data)))
+        _check_division(min(run.objective.batch_size, len(train_data)))
     shard = distributed.rank(), distributed.world()
     plan = [
         f"{run.method.name}, {len(train_data):,} images, "
@@ -116,7 +117,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     if dry_run:
         found = newest_checkpoint(workdir, set_aside=False)
         if found:
-            fit(state.load_network, found[1], found[0], run_config.changes(*found, config))
+            fit(state.load_state_dict, found[1], found[0], run_config.changes(*found, config))
         log.info(
             f"would train from step {state.step} to {training.n_iters} in {workdir}: {plan[0]}"
         )
@@ -134,7 +135,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             log.info(line)
         first = state.step + 1
         batches = datasets.shuffled_batches(
-            train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)
+            train_data, run.objective.batch_size, seed, state.step, shard if on_disk else (0, 1)
         )
         watch = _Watch(training.max_bad_steps, config.optim.nonfinite)
         logged, logged_at = state.step, time.perf_counter()
@@ -150,7 +151,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             # a run that was stopped between saving and drawing lacks its last picture
             picture = workdir / f"samples/iter_{state.step}/sample.png"
             if draws and state.step and due(training.snapshot_freq) and not picture.exists():
-                _draw_snapshot(run, writer, workdir, seed, images_per_step, stop)
+                _draw_snapshot(run, state, writer, workdir, seed, images_per_step, stop)
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
                 generator = datasets.keyed_generator(device, "training", seed, state.step)
                 # dropout knows no other generator than the global one
@@ -159,7 +160,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 if on_disk:
                     batch = batch.map(distributed.gather)
                 batch = prepare(batch, generator)
-                loss = train_step(state, run.loss, batch, generator, shard)
+                loss = train_step(state, batch, generator, shard)
                 watch.add(state.step - 1, loss)
                 progress.update()
 
@@ -173,7 +174,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 if state.step == first:  # processes that go apart do so in their first step
                     distributed.check_agreement(state.step, state.parameters)
                 if due(training.eval_freq):
-                    held_out = _held_out_loss(run, test_data, seed)
+                    held_out = _held_out_loss(run, state, test_data, seed)
                     writer.add_scalar("loss/test", held_out, state.step)
                     log.info(f"step {state.step}: held-out loss {held_out:.5g}")
                 numbered = due(training.snapshot_freq)
@@ -181,7 +182,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                     writer.flush()
                     written = _save(config, workdir, state, written, numbered)
                 if draws and numbered and not stop():
-                    _draw_snapshot(run, writer, workdir, seed, images_per_step, stop)
+                    _draw_snapshot(run, state, writer, workdir, seed, images_per_step, stop)
 
             if state.step < training.n_iters:
                 _save(config, workdir, state, written)
@@ -213,6 +214,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     # the training's is that of the run; how fast sampling is belongs to this machine
     config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
     run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
+    execution.prepare_process(config.training.precision, run.device)
+    sampler = run.sampler
     if not any(asked[what] for what in evaluation.PARTS) and not config.sampling.restore:
         raise ValueError(
             f"nothing is asked for: set one of {', '.join(f'eval.{w}' for w in evaluation.PARTS)}, "
@@ -221,11 +224,17 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     if asked.enable_classification and not config.data.num_classes:
         raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
     folder = evaluation_folder(workdir, eval_folder)
-    checkpoints = checkpoints_to_evaluate(config, workdir)
+    checkpoints = checkpoints_to_evaluate(
+        workdir,
+        asked.begin_ckpt,
+        asked.end_ckpt,
+        config.training.snapshot_freq,
+        config.training.n_iters,
+    )
     if asked.enable_loss or asked.enable_bpd or asked.enable_classification:
         data = datasets.get_dataset(config, asked.dataset)
     if asked.enable_bpd or asked.enable_classification:
-        bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
+        bits_per_dim = run.likelihood
     if any(map(asked.get, evaluation.DRAWN)):
         run.draw_labels(1, "check")  # raises where there is no label to sample with
     if asked.enable_sampling:
@@ -250,53 +259,53 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         for k, path in checkpoints.items():
             content = load_checkpoint(path)
             changes = run_config.changes(path, content, config)
-            fit(run.state.load_network, content, path, changes)
+            step = fit(partial(load_ema, run.network), content, path, changes)
+            run.network.eval()
             for change in [] if said == changes else changes:
                 log.info(f"the config differs from that of the run: {change}")
             said = changes
             if asked.ema_std:
-                rebuilt = evaluation.rebuild_ema(config, run, workdir, path, content)
+                rebuilt = evaluation.rebuild_ema(run.network, asked.ema_std, workdir, path, content)
                 log.info(f"{path.name}: {rebuilt}")
             log.info(f"evaluating {path} on {run.device}")
             if main:
                 evaluation.remove_results(folder, k)
             start = time.perf_counter()
-            report = {"step": run.state.step}
+            report = {"step": step}
             report |= {"ema_std": asked.ema_std} if asked.ema_std else {}
-            with run.with_ema():
-                origin = origin_of(config, run)
-                run.sample = evaluation.fit_sampler(config, run, path, origin)
-                if asked.enable_bpd:
-                    report |= evaluation.evaluate_bpd(
-                        config, run, bits_per_dim, data, folder, k, origin
-                    )
-                if asked.enable_classification:
-                    report |= evaluation.evaluate_classification(
-                        config, run, bits_per_dim, data, folder, k, origin
-                    )
-                if asked.enable_sampling:
-                    report |= evaluation.evaluate_samples(
-                        config, run, statistics, folder, k, origin
-                    )
-                if config.sampling.restore:
-                    report |= evaluation.evaluate_restoration(
-                        config, run, to_restore, folder, k, origin
-                    )
-                if not main:
-                    continue
-                if asked.enable_loss:
-                    report |= evaluation.evaluate_loss(config, run, data, folder, k, origin)
-                if asked.save_images and not asked.enable_sampling:
-                    evaluation.draw_images(config, run, folder, k)
-                if asked.enable_sampling or asked.save_images:
-                    evaluation.draw_classes(config, run, folder, k)
-                if asked.enable_interpolate:
-                    evaluation.draw_interpolation(config, run, folder, k)
-                if asked.enable_rescale:
-                    evaluation.draw_rescaling(config, run, folder, k)
+            origin = run.origin()
+            run.sampler = sampler
+            if any(map(asked.get, evaluation.DRAWN)):
+                run.sampler = run.fitted_sampler(path)
+            if asked.enable_bpd:
+                report |= evaluation.evaluate_bpd(
+                    config, run, bits_per_dim, data, folder, k, origin
+                )
+            if asked.enable_classification:
+                report |= evaluation.evaluate_classification(
+                    config, run, bits_per_dim, data, folder, k, origin
+                )
+            if asked.enable_sampling:
+                report |= evaluation.evaluate_samples(config, run, statistics, folder, k, origin)
+            if config.sampling.restore:
+                report |= evaluation.evaluate_restoration(
+                    config, run, to_restore, folder, k, origin
+                )
+            if not main:
+                continue
+            if asked.enable_loss:
+                report |= evaluation.evaluate_loss(config, run, data, folder, k, origin)
+            if asked.save_images and not asked.enable_sampling:
+                evaluation.draw_images(config, run, folder, k)
+            if asked.enable_sampling or asked.save_images:
+                evaluation.draw_classes(config, run, folder, k)
+            if asked.enable_interpolate:
+                evaluation.draw_interpolation(config, run, folder, k)
+            if asked.enable_rescale:
+                evaluation.draw_rescaling(config, run, folder, k)
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
-            save_page(config, run, workdir, folder, k)
+            save_page(config, run, workdir, folder, k, step)
             title = f"{path.name}, EMA weights of step {report['step']}"
             log.info(report_table(report, asked.dataset, title))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
@@ -337,8 +346,8 @@ def sample(
     ends = _read_given(config, "sampling.between", pair)
     if ends and len(ends) != 2:
         raise ValueError(f"sampling.between={asked.between} must be two images, A.png,B.png")
-    own = sampling.without_fit(config) if dry_run else config  # a fit takes time, and is stored
-    run = load(checkpoint or workdir, config=own)
+    run = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time
+    execution.prepare_process(config.training.precision, run.experiment.device)
     restored = evaluation.read_restoration(config, run.experiment) if asked.restore else None
     folder = outdir.absolute() if outdir else workdir / "samples" / f"step_{run.step}"
     if folder.exists() and not folder.is_dir():
@@ -385,12 +394,12 @@ def export(
         OSError: there is no checkpoint, or the file cannot be written.
     """
     config, _ = complete(config, workdir)
-    run = load(checkpoint or workdir, config=sampling.without_fit(config))
+    run = load(checkpoint or workdir, config=config, fits=False)
     path = (outdir or workdir) / f"model{SHARED}"
     if dry_run:
         log.info(f"would export the EMA weights of step {run.step}, {run.path}, to {path}")
     elif distributed.is_main():
-        weights = run.experiment.state.model.state_dict()
+        weights = run.experiment.network.state_dict()
         save_shared(path, weights, run_config.flatten(config), run.step)
         size = path.stat().st_size / 2**20
         log.info(f"EMA weights of step {run.step}, {run.path}: {path} ({size:.3g} MiB)")
@@ -406,11 +415,11 @@ def _count(folder: Path, seeds: list[int]) -> int:
 
 def _settings(config, run: Trained, restored: evaluation.ToRestore | None) -> dict:
     """What the samples of a folder have in common, as a flat dictionary."""
-    origin = origin_of(config, run.experiment)
+    origin = run.experiment.origin()
     del origin["seed"]  # of the training
     if restored:
         known = restored.measurement.operator.forward(torch.ones(1, *run.shape))
-        origin |= origin_of_tensors(
+        origin |= digests(
             measurements=restored.measurement.value, labels=restored.labels, known=known
         )
     return flatten(ConfigDict(origin))
@@ -418,7 +427,7 @@ def _settings(config, run: Trained, restored: evaluation.ToRestore | None) -> di
 
 def _read_given(config, key: str, names: list[str]) -> dict[str, Picture]:
     """The images of files and folders by name, (H, W, C); ValueError for another size."""
-    channels, *size = datasets.image_shape(config)
+    channels, *size = (config.data.num_channels, config.data.image_size, config.data.image_size)
     found: dict[str, Picture] = {}
     for name in names:
         for file, picture in read_images(key, name.strip(), channels).items():
@@ -450,7 +459,7 @@ def _draw_seeds(
             "class_label": None if labels is None else labels[rows],
         }
 
-    if run.config.sampling.film:
+    if run.experiment.config.sampling.film:
         some = seeds[:FILM_SAMPLES]
         if distributed.is_main():
 
@@ -463,7 +472,7 @@ def _draw_seeds(
             for seed, image in zip(some, frames[-1], strict=True):
                 if not _png(folder, seed).exists():
                     save_png(_png(folder, seed), image)
-            path = folder / f"film.{run.config.sampling.film_format}"
+            path = folder / f"film.{run.experiment.config.sampling.film_format}"
             save_film(path, [image_grid(frame) for frame in frames])
             log.info(f"film: {path}")
         distributed.barrier()
@@ -485,7 +494,9 @@ def _draw_seeds(
     if not distributed.is_main():
         return
     try:
-        found = _read_given(run.config, "--outdir", [str(_png(folder, seed)) for seed in seeds])
+        found = _read_given(
+            run.experiment.config, "--outdir", [str(_png(folder, seed)) for seed in seeds]
+        )
     except ValueError as error:
         raise ValueError(f"{error}: remove it, and it is drawn again") from error
     images = np.stack([*found.values()])
@@ -517,8 +528,8 @@ def _encode(run: Trained, given: dict[str, Picture], folder: Path, settings: dic
 
     spec = {"latents": ("f", (len(names), *run.shape)), "bpd": ("f", (len(names),))}
     spec |= {"decoded": ("u", pictures.shape), "names": ("U", (len(names),))}
-    origin = settings | origin_of_tensors(encoded=images) | {"names": names}
-    origin |= {"divergence": run.config.eval.divergence}
+    origin = settings | digests(encoded=images) | {"names": names}
+    origin |= {"divergence": run.experiment.config.eval.divergence}
     found = cached(folder / "encoded.npz", origin, encode, spec)
     for name, bits in zip(names, found["bpd"], strict=True):
         log.info(f"{name}: {bits:.4g} bits/dim")
@@ -545,10 +556,10 @@ def _draw_between(run: Trained, ends: dict[str, Picture], folder: Path, settings
         return {"frames": to_uint8(run.decode(arc))}
 
     channels, *sides = run.shape
-    origin = settings | origin_of_tensors(between=images)
+    origin = settings | digests(between=images)
     spec = {"frames": ("u", (FRAMES, *sides, channels))}
     frames = cached(folder / "between.npz", origin, draw, spec)["frames"]
-    path = folder / f"between.{run.config.sampling.film_format}"
+    path = folder / f"between.{run.experiment.config.sampling.film_format}"
     save_film(path, [image_grid(frame[None], min_size=FILM_PIXELS) for frame in frames])
     log.info(f"film between {' and '.join(ends)}: {path}")
 
@@ -598,14 +609,14 @@ def _save(
     return written
 
 
-def _held_out_loss(run: Experiment, data, seed: int) -> float:
+def _held_out_loss(run: Experiment, state: TrainState, data, seed: int) -> float:
     """The loss of the EMA weights on the first batch of `data`, with the same noise every time."""
-    batch = datasets.batch_at(data, slice(run.loss.batch_size)).to(run.device)
-    batch = replace(batch, images=run.scaler(datasets.to_unit_interval(batch.images)))
+    batch = datasets.batch_at(data, slice(run.objective.batch_size)).to(run.device)
+    batch = replace(batch, images=run.codec.encode(datasets.to_unit_interval(batch.images)))
     generator = datasets.keyed_generator(run.device, "held out", seed)
     shard = distributed.rank(), distributed.world()
-    with run.with_ema():
-        return held_out_loss(run.state, run.loss, batch, generator, shard).item()
+    with state.with_ema():
+        return held_out_loss(state, batch, generator, shard).item()
 
 
 class _Stopped(Exception):
@@ -614,6 +625,7 @@ class _Stopped(Exception):
 
 def _draw_snapshot(
     run: Experiment,
+    state: TrainState,
     writer: TensorBoardWriter,
     workdir: Path,
     seed: int,
@@ -624,12 +636,12 @@ def _draw_snapshot(
 
     None where `stop` gives a signal's name before an evaluation of the network.
     """
-    step = run.state.step
+    step = state.step
     folder = workdir / "samples" / f"iter_{step}"
     generator = datasets.keyed_generator(run.device, "snapshot", seed)
     number = min(SNAPSHOT_SAMPLES, number)
     try:
-        with run.with_ema(), solver_bar(run.method) as show:
+        with state.with_ema(), solver_bar(run.method) as show:
 
             def watch(evaluations: int, sigma: float) -> None:
                 show(evaluations, sigma)
@@ -637,8 +649,8 @@ def _draw_snapshot(
                     raise _Stopped
 
             labels = run.draw_labels(number, "snapshot")
-            samples, nfe = run.sample(
-                run.state.model, number, generator=generator, labels=labels, watch=watch
+            samples, nfe = run.sampler(
+                run.network, number, generator=generator, labels=labels, watch=watch
             )
     except _Stopped:
         log.info(f"step {step}: no samples drawn: {stop()}; the next start draws them")

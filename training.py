@@ -1,21 +1,53 @@
-"""The training state and the step: optimiser, learning rate, clipping, EMA."""
+"""The training state and the step: learning rate, clipping, EMA."""
 
 import contextlib
 import math
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 import distributed
-from losses import RegressionLoss
-from models import load_reference_state_dict
+from configs.keys import named
+from configs.schema import SHARE, Key, Number, Numbers, OneOf, whole
+from losses import Regression
 from models.ema import ExponentialMovingAverage, rise_of_edm, rise_of_power
-from models.muon import Muon, matrices_of
+from models.weights import load_model
+from optimizers import OPTIMIZERS, NamedParameters
 from sources.batch import Batch
-from storage.checkpoints import check_keys, check_like
+from storage.checks import check_keys, check_like
 
-OPTIMIZERS = {"Adam": torch.optim.Adam, "Muon": Muon}
+KEYS = {
+    "training.n_iters": Key(1300001, whole(1), "steps"),
+    "training.accumulate": Key(1, whole(1), "micro-batches that a step's examples are split into"),
+    "training.max_bad_steps": Key(
+        20, whole(1, 10**6), "batches in a row without a finite gradient that end the run"
+    ),
+    "optim.warmup": Key(
+        5000, whole(0), "steps over which the learning rate rises linearly from zero"
+    ),
+    "optim.cooldown": Key(0, whole(0), "steps at the end over which it falls linearly to zero"),
+    "optim.grad_clip": Key(
+        1.0, Number(-1, 10**6), "largest global norm of the gradient; negative: no clipping"
+    ),
+    "optim.nonfinite": Key(
+        "skip",
+        OneOf(("skip", "replace")),
+        "of a gradient: 'skip' the step, or 'replace' the entries, as EDM does: nan by 0, inf by "
+        "100,000 of its sign",
+    ),
+    "model.ema_rate": Key(0.9999, SHARE, "decay of the EMA weights per step"),
+    "model.ema_half_life": Key(
+        0.0, Number(0, 10**12), "in images, with EDM's ramp-up, instead of ema_rate; 0: ema_rate"
+    ),
+    "model.ema_stds": Key(
+        (),
+        Numbers(Number(0.01, 0.25), (0, 2), rising=True),
+        "relative widths of two power-function averages that checkpoints have too, published as "
+        "(0.05, 0.1), from which eval.ema_std rebuilds an EMA of any length; (): none",
+    ),
+}
 
 
 def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int = 0) -> float:
@@ -30,185 +62,196 @@ def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int
 
 
 class TrainState:
-    """Everything that training changes: network, EMA weights, optimiser, step count.
+    """Everything that training changes: network, objective, EMA weights, optimiser, step count.
 
-    `averages` are the power-function averages of `model.ema_stds`, by relative width.
+    Args:
+        model: the network.
+        objective: what is minimised, whose own parameters are optimised too.
+        optimizer: makes the optimiser of named parameters; see `optimizers`.
+        ema: of the network's parameters.
+        ema_stds: relative widths of power-function averages that are kept beside it.
+        n_iters, warmup, cooldown: see `learning_rate_factor`.
+        grad_clip: largest global norm of the gradient; negative for no clipping.
+        replaces_nonfinite: entries of a gradient that are not finite are replaced; see
+            `train_step`.
+        accumulate: micro-batches of a step.
+
+    Attributes:
+        network: what a step calls: `model`, or what `execution` makes of it.
+        parameters: those of the network that are trained.
+        averages: the power-function averages, by relative width.
     """
 
-    def __init__(self, config, model: nn.Module):
-        """Builds the optimiser and the EMA that `config.optim` and `config.model` ask for."""
-        optim, training = config.optim, config.training
-        if optim.optimizer not in OPTIMIZERS:
-            known = ", ".join(map(repr, OPTIMIZERS))
-            raise ValueError(f"optim.optimizer must be one of {known}, not {optim.optimizer!r}")
-        hyper = {
-            "betas": (optim.beta1, 0.999),
-            "eps": optim.eps,
-            "weight_decay": optim.weight_decay,
-            "amsgrad": optim.amsgrad,
-            "fused": True,
-        }
-        self.model = model
-        self.network = model  # what a step calls: `model`, or what `execution` makes of it
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Regression,
+        optimizer: Callable[[NamedParameters], torch.optim.Optimizer],
+        ema: ExponentialMovingAverage,
+        *,
+        ema_stds: Sequence[float] = (),
+        n_iters: int = 1,
+        warmup: int = 0,
+        cooldown: int = 0,
+        grad_clip: float = -1.0,
+        replaces_nonfinite: bool = False,
+        accumulate: int = 1,
+    ):
+        self.model = self.network = model
+        self.objective, self.ema, self.make_optimizer = objective, ema, optimizer
+        named_parameters = [*model.named_parameters(), *objective.named_parameters("objective")]
+        self.named_parameters = [(name, p) for name, p in named_parameters if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if (half_life := config.model.ema_half_life) < 0:
-            raise ValueError(f"model.ema_half_life must be at least 0, not {half_life}")
-        if half_life:
-            decay = 0.5 ** ((training.small_batch_size or training.batch_size) / half_life)
-            self.ema = ExponentialMovingAverage(self.parameters, decay, rise_of_edm)
-        else:
-            self.ema = ExponentialMovingAverage(self.parameters, config.model.ema_rate)
         self.averages = {
             std: ExponentialMovingAverage(self.parameters, 1.0, rise_of_power(std))
-            for std in config.model.ema_stds
+            for std in ema_stds
         }
-        self.make_optimizer, self.hyper_parameters = OPTIMIZERS[optim.optimizer], hyper
-        self.step = 0
-        self.learning_rate = optim.lr
-        self.schedule = {
-            "n_iters": training.n_iters,
-            "warmup": optim.warmup,
-            "cooldown": optim.cooldown,
-        }
-        self.grad_clip = optim.grad_clip
-        self.replaces_nonfinite = optim.nonfinite == "replace"
-        self.accumulate = training.accumulate
+        self.optimizer = optimizer(self.named_parameters)
+        self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.schedule = {"n_iters": n_iters, "warmup": warmup, "cooldown": cooldown}
+        self.grad_clip, self.replaces_nonfinite = grad_clip, replaces_nonfinite
+        self.accumulate, self.step = accumulate, 0
 
-    @cached_property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Made when it is first asked for: evaluation does without, and it imports for a second.
+    @classmethod
+    def from_config(cls, config, model: nn.Module, objective: Regression) -> Self:
+        """The state of a new run; ValueError where a number of `config` is out of range."""
+        optim, training = config.optim, config.training
+        build = named(OPTIMIZERS, "optim.optimizer", optim.optimizer)
+        options, half_life = optim.to_dict(), config.model.ema_half_life
+        if half_life < 0:
+            raise ValueError(f"model.ema_half_life must be at least 0, not {half_life}")
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if half_life:
+            decay = 0.5 ** ((training.small_batch_size or training.batch_size) / half_life)
+            ema = ExponentialMovingAverage(parameters, decay, rise_of_edm)
+        else:
+            ema = ExponentialMovingAverage(parameters, config.model.ema_rate)
+        return cls(
+            model,
+            objective,
+            lambda named_parameters: build(named_parameters, options),
+            ema,
+            ema_stds=config.model.ema_stds,
+            n_iters=training.n_iters,
+            warmup=optim.warmup,
+            cooldown=optim.cooldown,
+            grad_clip=optim.grad_clip,
+            replaces_nonfinite=optim.nonfinite == "replace",
+            accumulate=training.accumulate,
+        )
 
-        Its moments are there from the start, also of parameters that never get a gradient.
-        """
-        options = {"lr": self.learning_rate, **self.hyper_parameters}
-        optimizer = self.make_optimizer(self.parameters, **options)
-        moments = ["exp_avg", "exp_avg_sq"]
-        moments += ["max_exp_avg_sq"] if options["amsgrad"] else []
-        matrices = matrices_of(self.model) if isinstance(optimizer, Muon) else []
-        alone = {id(matrix) for matrix in matrices}
-        for parameter in self.parameters:
-            names = moments[:1] if id(parameter) in alone else moments
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                **{name: torch.zeros_like(parameter) for name in names},
-            }
-        return optimizer
+    def with_ema(self):
+        """Within the `with` block the network holds its EMA weights and evaluates."""
+        self.model.eval()
+        return self.ema.swapped_into(self.parameters)
 
     def state_dict(self) -> dict:
         averages = [
             {"std": std, "shadow_params": average.shadow_params}
             for std, average in self.averages.items()
         ]
+        objective = self.objective.state_dict()
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             **({"averages": averages} if averages else {}),
+            **({"objective": dict(objective)} if objective else {}),
         }
-
-    @torch.no_grad()
-    def load_network(self, state: dict) -> None:
-        """What evaluation needs: the network, its EMA weights and the step count.
-
-        `state` is a `state_dict()` on the CPU, or a checkpoint of the published implementations,
-        known by the names of its weights. One without `ema` has EMA weights only. Nothing is
-        changed before all of it is checked.
-
-        Raises:
-            ValueError: `state` does not fit; the message names the entry.
-        """
-        if "ema" in state:
-            check_like(state["ema"], self.ema.state_dict(), "ema")
-        check_like(state["step"], self.step, "step")
-        if not isinstance(state["model"], dict):
-            raise ValueError(f"model is no dictionary but of type {type(state['model']).__name__}")
-        own = self.model.state_dict()
-        if state["model"].keys() == own.keys():
-            check_like(state["model"], own, "model")
-            self.model.load_state_dict(state["model"])
-        else:  # published EMA weights have no names, but the same order
-            load_reference_state_dict(self.model, state["model"])
-        self.step = state["step"]
-        if "ema" in state:
-            self.ema.num_updates = state["ema"]["num_updates"]  # the decay is the config's
-            torch._foreach_copy_(self.ema.shadow_params, state["ema"]["shadow_params"])
-        else:
-            torch._foreach_copy_(self.ema.shadow_params, self.parameters)
-
-    @torch.no_grad()
-    def keep_ema(self) -> nn.Module:
-        """From here on the network, which is returned, has its EMA weights and only evaluates."""
-        torch._foreach_copy_(self.parameters, self.ema.shadow_params)
-        return self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Everything, to go on training; the optimiser's options stay those of the config.
 
-        Raises as `load_network` does.
+        `state` is a `state_dict()` on the CPU, or a checkpoint of the published implementations,
+        known by the names of its weights. Nothing is changed before all of it is checked.
+
+        Raises:
+            ValueError: `state` does not fit; the message names the entry.
         """
         moments = self._checked_moments(state["optimizer"], state["step"])
-        averages = self.checked_averages(state) if self.averages else {}
+        averages = checked_averages(state, self.parameters) if self.averages else {}
         if averages.keys() != self.averages.keys():
             widths = ", ".join(f"{std:g}" for std in averages)
             raise ValueError(f"averages are of the widths {widths}: keep model.ema_stds")
-        self.load_network(state)
+        objective = state.get("objective", {})
+        check_like(objective, dict(self.objective.state_dict()), "objective")
+        check_like(state["ema"], self.ema.state_dict(), "ema")
+        load_model(self.model, state["model"])
+        self.objective.load_state_dict(objective)
+        self.step, self.ema.num_updates = state["step"], state["ema"]["num_updates"]
+        torch._foreach_copy_(self.ema.shadow_params, state["ema"]["shadow_params"])
         for std, average in self.averages.items():
             average.num_updates = state["step"]
             torch._foreach_copy_(average.shadow_params, averages[std])
-        for parameter, loaded in zip(self.parameters, moments, strict=True):
-            own = self.optimizer.state[parameter]
-            torch._foreach_copy_([*own.values()], [loaded[name] for name in own])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
-    def checked_averages(self, state: dict) -> dict[float, list[Tensor]]:
-        """The power-function averages in the `state` of a run of this network, by relative width.
-
-        Raises:
-            ValueError: it has none, or those of other weights.
-        """
-        found = state.get("averages", [])
-        if type(found) is not list or not found:
-            raise ValueError("it has no power-function averages (model.ema_stds)")
-        check_like(
-            found, [{"std": 0.1, "shadow_params": self.ema.shadow_params}] * len(found), "averages"
-        )
-        if any(not 0 < average["std"] <= 0.25 for average in found):
-            raise ValueError("averages have widths outside 0 to 0.25")
-        return {average["std"]: average["shadow_params"] for average in found}
-
-    def _checked_moments(self, optimizer: dict, steps: int) -> list[dict[str, Tensor]]:
-        """The moments of each parameter in the state of an `optimizer` after so many `steps`."""
-        ours = self.optimizer.state_dict()["state"]
+    def _checked_moments(self, optimizer: dict, steps: int) -> dict[int, dict]:
+        """The state of each parameter in that of an `optimizer` after so many `steps`."""
+        template, complete = self._template()
+        groups = self.optimizer.state_dict()["param_groups"]
         check_keys(optimizer, ("state", "param_groups"), "optimizer")
-        groups, found = optimizer["param_groups"], optimizer["state"]
-        if type(groups) is not list or len(groups) != 1 or type(groups[0]) is not dict:
-            raise ValueError("optimizer.param_groups is not a list of one group")
-        order = groups[0].get("params")  # of what a file may hold, only numbers can be compared
-        if type(order) is not list or any(type(n) is not int for n in order) or order != [*ours]:
-            raise ValueError("optimizer.param_groups has the parameters in another order")
-        check_keys(found, ours, "optimizer.state")
-        moments = []
-        for number, own in ours.items():
-            given, name = found[number], f"optimizer.state.{number}"
-            if type(given) is dict and type(given.get("step")) is int:  # before PyTorch 1.12
-                given = given | {"step": torch.tensor(float(given["step"]))}
-            check_like(given, own, name)
-            if not (0 <= given["step"] <= steps and given["step"] % 1 == 0):
-                raise ValueError(f"{name}.step is not a number of steps: {given['step']}")
-            if any((given[key] < 0).any() for key in own if key.endswith("_sq")):
+        stored, state = optimizer["param_groups"], optimizer["state"]
+        dictionaries = type(stored) is list and all(type(group) is dict for group in stored)
+        if not dictionaries or len(stored) != len(groups):
+            number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
+            raise ValueError(f"optimizer.param_groups is not a list of {number}")
+        for group, expected in zip(stored, groups, strict=True):
+            order = group.get("params")  # of what a file may hold, only numbers can be compared
+            numbers = type(order) is list and all(type(n) is int for n in order)
+            if not numbers or order != expected["params"]:
+                raise ValueError("optimizer.param_groups has the parameters in another order")
+        if complete or type(state) is not dict:
+            check_keys(state, template, "optimizer.state")
+        else:  # a parameter that never gets a gradient has none
+            check_keys(state, [n for n in template if n in state], "optimizer.state")
+        moments = {}
+        for number in (n for n in template if n in state):
+            entry, name = state[number], f"optimizer.state.{number}"
+            if type(entry) is dict and type(entry.get("step")) is int:  # before PyTorch 1.12
+                entry = entry | {"step": torch.tensor(float(entry["step"]))}
+            check_like(entry, template[number], name)
+            if "step" in entry and not (0 <= entry["step"] <= steps and entry["step"] % 1 == 0):
+                raise ValueError(f"{name}.step is not a number of steps: {entry['step']}")
+            if any((entry[key] < 0).any() for key in entry if key.endswith("_sq")):
                 raise ValueError(f"{name} has a negative mean of squares")
-            moments.append(given)
+            moments[number] = entry
         return moments
+
+    def _template(self) -> tuple[dict[int, dict], bool]:
+        """The form of the optimiser's state, and whether each parameter has one from the start.
+
+        Where it is made in the first step, it is that of a step of copies by gradients of 0.
+        """
+        if state := self.optimizer.state_dict()["state"]:
+            return state, True
+        copies = [(name, nn.Parameter(torch.zeros_like(p))) for name, p in self.named_parameters]
+        for _, p in copies:
+            p.grad = torch.zeros_like(p)
+        with torch.enable_grad():
+            trial = self.make_optimizer(copies)
+            trial.step()
+        return trial.state_dict()["state"], False
+
+    def set_learning_rate(self) -> None:
+        """Sets that of the next step."""
+        factor = learning_rate_factor(self.step, **self.schedule)
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = rate * factor
 
     def apply_gradient(self, finite: Tensor) -> None:
         """Moves weights and EMA where `finite` (0-d bool, on their device) holds.
 
-        Elsewhere they stay as they are, and the optimiser too. No tensor is read by the host, so
-        that it need not wait for the device.
+        Elsewhere they stay as they are, and the optimiser too. With a fused optimiser no tensor is
+        read by the host, so that it need not wait for the device.
         """
-        self.optimizer.found_inf = 1.0 - finite.float()  # the fused step heeds it
-        self.optimizer.step()
+        if all(group.get("fused") for group in self.optimizer.param_groups):
+            self.optimizer.found_inf = 1.0 - finite.float()  # the fused step heeds it
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
         self.step += 1
         self.ema.update(self.parameters, finite.float())
         for average in self.averages.values():  # of the weights at every step, moved or not
@@ -216,13 +259,28 @@ class TrainState:
 
     def is_finite(self) -> bool:
         """Whether every trained parameter is."""
-        norms = torch.stack(torch._foreach_norm(self.parameters))
+        norms = torch.stack(torch._foreach_norm([p for _, p in self.named_parameters]))
         return bool(norms.isfinite().all())
+
+
+def checked_averages(state: dict, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:
+    """The power-function averages of `parameters` in the `state` of a run, by relative width.
+
+    Raises:
+        ValueError: it has none, or those of other weights.
+    """
+    averages = state.get("averages", [])
+    if type(averages) is not list or not averages:
+        raise ValueError("it has no power-function averages (model.ema_stds)")
+    expected = [{"std": 0.1, "shadow_params": [p.detach() for p in parameters]}] * len(averages)
+    check_like(averages, expected, "averages")
+    if any(not 0 < average["std"] <= 0.25 for average in averages):
+        raise ValueError("averages have widths outside 0 to 0.25")
+    return {average["std"]: average["shadow_params"] for average in averages}
 
 
 def train_step(
     state: TrainState,
-    loss: RegressionLoss,
     batch: Batch,
     generator: torch.Generator | None = None,
     shard: tuple[int, int] = (0, 1),
@@ -236,7 +294,6 @@ def train_step(
 
     Args:
         state: what is updated.
-        loss: what is minimised.
         batch: scaled images (B, C, H, W).
         generator: source of every random draw but dropout's.
         shard: what this process takes of the examples, (k, n) for the k-th of n equal shards; each
@@ -247,22 +304,21 @@ def train_step(
     """
     state.model.train()
     state.optimizer.zero_grad()
-    value = accumulate_gradient(state, loss, batch, generator, shard)
-    for group in state.optimizer.param_groups:
-        group["lr"] = state.learning_rate * learning_rate_factor(state.step, **state.schedule)
+    value = accumulate_gradient(state, batch, generator, shard)
+    state.set_learning_rate()
+    trained = [p for _, p in state.named_parameters]
     if state.replaces_nonfinite:
-        for parameter in state.parameters:
+        for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
     limit = state.grad_clip if state.grad_clip >= 0 else math.inf
-    finite = nn.utils.clip_grad_norm_(state.parameters, limit).isfinite()
+    finite = nn.utils.clip_grad_norm_(trained, limit).isfinite()
     state.apply_gradient(finite)
     return torch.where(finite, value, math.nan)
 
 
 def accumulate_gradient(
     state: TrainState,
-    loss: RegressionLoss,
     batch: Batch,
     generator: torch.Generator | None = None,
     shard: tuple[int, int] = (0, 1),
@@ -275,23 +331,26 @@ def accumulate_gradient(
     that is not finite is nan. For the arguments see `train_step`.
     """
     (rank, world), accumulate = shard, state.accumulate
-    examples = loss.draw(batch, generator)
+    objective = state.objective
+    examples = objective.draw(batch, state.step, generator)
     values = []
     for i in range(accumulate):
         micro_batch = examples.shard(rank * accumulate + i, world * accumulate)
         # the processes' gradients are averaged once, with the last micro-batch
         alone = i < accumulate - 1 and distributed.world() > 1
         with state.network.no_sync() if alone else contextlib.nullcontext():
-            value = loss.error(state.network, micro_batch, batch)
+            value = objective.loss(state.network, micro_batch, batch)
             value.backward((1 + 0 * value.detach()) / accumulate)
         values.append(value.detach())
+    for parameter in objective.parameters():  # those of the network are averaged in backward
+        if parameter.grad is not None:
+            parameter.grad = distributed.mean(parameter.grad)
     return torch.stack(values).mean()
 
 
 @torch.no_grad()
 def held_out_loss(
     state: TrainState,
-    loss: RegressionLoss,
     batch: Batch,
     generator: torch.Generator,
     shard: tuple[int, int] = (0, 1),
@@ -301,12 +360,15 @@ def held_out_loss(
     It is computed in the micro-batches of a training step where these can be equal. For the
     arguments see `train_step`.
     """
-    examples = loss.draw(batch, generator)
+    objective = state.objective
+    examples = objective.draw(batch, state.step, generator)
     (rank, world), accumulate = shard, state.accumulate
     if len(examples) % (accumulate * world):
         (rank, world), accumulate = (0, 1), 1  # too few to be shared equally
     values = [
-        loss.error(state.model, examples.shard(rank * accumulate + i, world * accumulate), batch)
+        objective.loss(
+            state.model, examples.shard(rank * accumulate + i, world * accumulate), batch
+        )
         for i in range(accumulate)
     ]
     return distributed.mean(torch.stack(values).mean())

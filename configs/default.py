@@ -8,14 +8,20 @@ import math
 
 from ml_collections import ConfigDict, config_dict
 
+import likelihood
+import losses
+import optimizers
+import training
 from configs.keys import get, shown
-from configs.schema import Flag, Key, Number, Numbers, OneOf, Text, whole
-
-# Numbers are bounded so that what the program makes of them, squares and their sums over an image
-# among it, stays finite in the float32 or float64 that it is computed in.
-SHARE = Number(0, 1)
-NOISE_LEVEL = Number(1e-6, 10**6)
-LENGTH = Number(1e-9, 10**9)  # of a Poisson flow: heights and norms
+from configs.schema import LENGTH, SHARE, Flag, Key, Number, Numbers, OneOf, Text, whole
+from losses import OBJECTIVES
+from methods import METHODS
+from models import NETWORKS
+from optimizers import OPTIMIZERS
+from sampling import SAMPLERS
+from solvers import SCHEDULES, SOLVERS
+from sources import SOURCES, codec
+from sources.codec import CODECS
 
 KEYS = {
     "seed": Key(42, whole(0, 2**63 - 1), "of weights, noise and the order of the data"),
@@ -53,11 +59,6 @@ KEYS = {
         -1, whole(-1, 1024), "processes that decode larger data; -1: as many as processors, up to 8"
     ),
     "training.sde": Key("", OneOf(registry="methods.METHODS"), "the method"),
-    "training.batch_size": Key(128, whole(1), "images of a step; they are the reference batch"),
-    "training.small_batch_size": Key(
-        0, whole(0), "examples of a step, out of the batch; 0: all of the batch"
-    ),
-    "training.n_iters": Key(1300001, whole(1), "steps"),
     "training.snapshot_freq": Key(50000, whole(1), "steps between numbered checkpoints"),
     "training.snapshot_freq_for_preemption": Key(
         10000, whole(1), "steps between overwritten checkpoints, for resuming"
@@ -74,10 +75,6 @@ KEYS = {
     ),
     "training.log_freq": Key(50, whole(1), "steps between losses on the training data"),
     "training.eval_freq": Key(100, whole(1), "steps between losses on the test split"),
-    "training.max_bad_steps": Key(
-        20, whole(1, 10**6), "batches in a row without a finite gradient that end the run"
-    ),
-    "training.accumulate": Key(1, whole(1), "micro-batches that a step's examples are split into"),
     "training.precision": Key(
         "fp32",
         OneOf(("fp32", "tf32", "bf16", "auto")),
@@ -88,77 +85,13 @@ KEYS = {
         False, Flag(), "torch.compile the network of training; needs a compiler, and minutes"
     ),
     "training.channels_last": Key(False, Flag(), "memory format of the network, for tensor cores"),
-    "training.reduce_mean": Key(
-        False, Flag(), "mean over the entries of an image in the loss, not half the sum"
-    ),
-    "training.continuous": Key(
-        True, Flag(), "SDEs: noise levels are continuous; False: SMLD and DDPM"
-    ),
-    "training.likelihood_weighting": Key(False, Flag(), "SDEs: weigh the loss by g(t)^2"),
-    "training.target": Key(
-        "image",
-        OneOf(registry="methods.pfgmpp.TARGETS"),
-        "PFGM++ and EDM: what the denoiser learns, the clean image or its posterior mean over the "
-        "reference batch",
-    ),
     "training.augment": Key(
         0.0,
         SHARE,
         "EDM's augmentation: probability of each transformation but mirroring, which half of the "
         "images are; 0: none; needs model.augment_dim=9 and takes the place of data.random_flip",
     ),
-    "training.gamma": Key(
-        5.0, Number(0, 10**6), "Poisson: added to the field's norm before it divides"
-    ),
-    "training.label_dropout": Key(
-        0.1, SHARE, "share of the examples without their class labels, as guidance needs it"
-    ),
-    "training.tau": Key(
-        0.03,
-        Number(1e-6, 10),
-        "Poisson: perturbed points lie about sigma_end * (1 + tau)^m away, m <= M",
-    ),
-    "training.M": Key(None, whole(1), "Poisson; None: measured from the data"),
-    "training.restrict_M": Key(True, Flag(), "Poisson: a smaller M close to the data"),
-    "optim.optimizer": Key(
-        "Adam",
-        OneOf(("Adam", "Muon")),
-        "'Muon': weight matrices and convolutions are updated along their orthogonalised "
-        "momentum, all else by Adam",
-    ),
-    "optim.lr": Key(2e-4, Number(0, 10), "learning rate"),
-    "optim.beta1": Key(0.9, Number(0, 0.999999), "Adam's decay of the first moment"),
-    "optim.eps": Key(
-        1e-8, Number(1e-16, 1), "added to the root of Adam's second moment before it divides"
-    ),
-    "optim.weight_decay": Key(
-        0.0, Number(0, 1000), "added to the gradient as a multiple of the weights"
-    ),
-    "optim.amsgrad": Key(False, Flag(), "Adam's variant of this name"),
-    "optim.warmup": Key(
-        5000, whole(0), "steps over which the learning rate rises linearly from zero"
-    ),
-    "optim.cooldown": Key(0, whole(0), "steps at the end over which it falls linearly to zero"),
-    "optim.grad_clip": Key(
-        1.0, Number(-1, 10**6), "largest global norm of the gradient; negative: no clipping"
-    ),
-    "optim.nonfinite": Key(
-        "skip",
-        OneOf(("skip", "replace")),
-        "of a gradient: 'skip' the step, or 'replace' the entries, as EDM does: nan by 0, inf by "
-        "100,000 of its sign",
-    ),
     "model.name": Key("", OneOf(registry="models.NETWORKS"), "the network"),
-    "model.ema_rate": Key(0.9999, SHARE, "decay of the EMA weights per step"),
-    "model.ema_half_life": Key(
-        0.0, Number(0, 10**12), "in images, with EDM's ramp-up, instead of ema_rate; 0: ema_rate"
-    ),
-    "model.ema_stds": Key(
-        (),
-        Numbers(Number(0.01, 0.25), (0, 2), rising=True),
-        "relative widths of two power-function averages that checkpoints have too, published as "
-        "(0.05, 0.1), from which eval.ema_std rebuilds an EMA of any length; (): none",
-    ),
     "model.checkpoint_activations": Key(
         False, Flag(), "less memory, a third more time; for 256 px and more"
     ),
@@ -167,9 +100,6 @@ KEYS = {
         "swish", OneOf(registry="models.layers.ACTIVATIONS"), "between the layers"
     ),
     "model.scale_by_sigma": Key(False, Flag(), "VE SDE: divide the output by the noise level"),
-    "model.num_scales": Key(
-        1000, whole(2, 10**6), "noise levels, or time steps of an SDE's discretisation"
-    ),
     # Of the U-Nets:
     "model.ch_mult": Key(
         (1, 2, 2, 2),
@@ -218,19 +148,6 @@ KEYS = {
         0.0, Number(0, 10**6), "of the weights that end a branch; 0 stands for 1e-10"
     ),
     # Of the methods:
-    "model.sigma_min": Key(0.01, NOISE_LEVEL, "VE SDE: smallest noise level"),
-    "model.sigma_max": Key(50.0, NOISE_LEVEL, "VE SDE: largest noise level"),
-    "model.beta_min": Key(0.1, Number(1e-6, 100), "VP and sub-VP SDE: beta at the data"),
-    "model.beta_max": Key(20.0, Number(1e-6, 100), "VP and sub-VP SDE: beta at the prior"),
-    "model.D": Key(
-        2048.0, Number(0.5, 10**12, or_inf=True), "PFGM++: augmenting dimensions; inf is EDM"
-    ),
-    "model.sigma_data": Key(
-        0.5, Number(0.001, 1000), "PFGM++ and EDM: standard deviation of the scaled images' entries"
-    ),
-    "model.P_mean": Key(-1.2, Number(-10, 10), "PFGM++ and EDM: mean of ln sigma in training"),
-    "model.P_std": Key(1.2, Number(0.001, 4), "PFGM++ and EDM: its standard deviation"),
-    "model.sigma_end": Key(0.01, NOISE_LEVEL, "Poisson: perturbation of points next to the data"),
     "sampling.method": Key(
         "ode",
         OneOf(registry="sampling.SAMPLERS"),
@@ -300,32 +217,6 @@ KEYS = {
     ),
     "sampling.n_steps_each": Key(1, whole(1, 10**5), "corrector steps per noise level"),
     "sampling.snr": Key(0.16, Number(1e-6, 1000), "signal-to-noise ratio of the corrector"),
-    "sampling.sigma_min": Key(
-        0.002, NOISE_LEVEL, "PFGM++ and EDM: last noise level before 0, below sigma_max"
-    ),
-    "sampling.sigma_max": Key(80.0, NOISE_LEVEL, "PFGM++ and EDM: first noise level"),
-    "sampling.z_max": Key(
-        None,
-        LENGTH,
-        "Poisson: the prior's plane, where the ODE starts; None: measured from the data",
-    ),
-    "sampling.z_min": Key(1e-3, LENGTH, "Poisson: where the ODE ends, below z_max"),
-    "sampling.z_exp": Key(
-        5.0,
-        Number(0, 10**9),
-        "Poisson: below it, z itself gives the field's z entry, not the network",
-    ),
-    "sampling.upper_norm": Key(
-        None,
-        LENGTH,
-        "Poisson: the prior sample's norm is clipped to it; None: measured from the data",
-    ),
-    "sampling.radius": Key(
-        0.0,
-        Number(0, 10**9),
-        "Poisson: no image, scaled, is farther from 0, which bounds how flat a field line can be; "
-        "for data of few dimensions; 0: no bound",
-    ),
     "sampling.class_label": Key(
         -1,
         whole(-1, 10**6),
@@ -437,11 +328,6 @@ KEYS = {
     "eval.bpd_num_repeats": Key(
         5, whole(1, 10**4), "passes over the test split, each with new noise"
     ),
-    "eval.divergence": Key(
-        "rademacher",
-        OneOf(registry="likelihood.DIVERGENCES"),
-        "probes of it: one of random signs, one 'gaussian', or 'exact', C * H * W of them",
-    ),
     "eval.enable_sampling": Key(False, Flag(), "samples, and how far they are from the data"),
     "eval.num_samples": Key(50000, whole(4, 10**7), "samples"),
     "eval.features": Key(
@@ -474,10 +360,23 @@ KEYS = {
 }
 
 
+def all_keys() -> dict[str, Key]:
+    """Every key with its default: those of the loops, and those that the parts declare.
+
+    A part that is registered from outside brings its own, as its attribute `keys`.
+    """
+    tables = [likelihood.Likelihood, *METHODS.values(), *OBJECTIVES.values(), *CODECS.values()]
+    tables += [*NETWORKS.values(), *OPTIMIZERS.values(), *SAMPLERS.values()]
+    tables += [*SOLVERS.values(), *SCHEDULES.values(), *SOURCES.values()]
+    modules = [losses, training, optimizers, codec]
+    keys = KEYS | {name: key for module in modules for name, key in module.KEYS.items()}
+    return keys | {name: key for part in tables for name, key in getattr(part, "keys", {}).items()}
+
+
 def get_default_config() -> ConfigDict:
     """Returns a new, locked config; the experiment sets data set, method and network."""
     config = ConfigDict()
-    for name, key in KEYS.items():
+    for name, key in all_keys().items():
         section, _, last = name.rpartition(".")
         if section and section not in config:
             config[section] = ConfigDict()
@@ -491,6 +390,6 @@ def get_default_config() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raises a ValueError for the first value that its key does not allow, whatever is used."""
-    for name, key in KEYS.items():
+    for name, key in all_keys().items():
         if not key.accepts(value := get(config, name)):
             raise ValueError(f"{name} must be {key.allowed}, not {shown(value)}")

@@ -35,6 +35,13 @@ def whole(low: int, high: int = EXACT) -> Number:
     return Number(low, high, kind=int)
 
 
+# Numbers are bounded so that what the program makes of them, squares and their sums over an image
+# among it, stays finite in the float32 or float64 that it is computed in.
+SHARE = Number(0, 1)
+NOISE_LEVEL = Number(1e-6, 10**6)
+LENGTH = Number(1e-9, 10**9)  # of a Poisson flow: heights and norms
+
+
 @dataclass(frozen=True)
 class Numbers:
     """Several numbers, as many as one of `lengths`; `rising`: each larger than the one before."""

@@ -28,16 +28,4 @@ def get_method(config) -> Method:
     Raises:
         ValueError: the method is unknown, or its numbers contradict each other.
     """
-    method, model = method_class(config), config.model
-    if model.scale_by_sigma and not method.gives_score:
-        raise ValueError(
-            "model.scale_by_sigma makes the network's output a score, which "
-            f"training.sde={config.training.sde!r} does not take: set model.scale_by_sigma=False"
-        )
-    embedding = model.embedding_type.lower()
-    if model.name.lower() == "ncsnpp" and embedding == "fourier" and not method.positive_labels:
-        raise ValueError(
-            "model.embedding_type='fourier' takes the log of noise labels, which are negative too "
-            f"with training.sde={config.training.sde!r}: set model.embedding_type='positional'"
-        )
-    return method.from_config(config)
+    return named(METHODS, "training.sde", config.training.sde).from_config(config)

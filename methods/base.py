@@ -1,8 +1,13 @@
-"""What a generative method tells the training loop, the samplers and the likelihood."""
+"""What a generative method tells the training loop, the samplers and the likelihood.
+
+A method is a path (`alpha`, `sigma`, `time`, the two ends, the law of its noise), what its network
+predicts (`precondition`), the times of training (`draw_times`) and the weight of the loss
+(`weight`). Everything else follows from these here.
+"""
 
 import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -10,6 +15,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from configs.keys import get
+from configs.schema import Key
+from methods import student_t
 from sources.batch import Batch
 
 # (x (B, C, H, W), noise_label (B,)) -> a tensor, or the Poisson field. Further conditions, such as
@@ -25,6 +33,13 @@ def spread(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
 
 
+def scaled(c: Tensor | None, x: Tensor) -> Tensor:
+    """`x` (B, ...) times a coefficient () or (B,); `x` itself where that is 1, or None."""
+    if c is None or c.dim() == 0 and c.device.type == "cpu" and c.item() == 1:
+        return x
+    return spread(c, x) * x
+
+
 def noise_like(
     x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
 ) -> Tensor:
@@ -34,7 +49,7 @@ def noise_like(
     """
     if isinstance(generator, Sequence):
         rows = zip(x.split(1), generator, strict=True)
-        return torch.cat([noise_like(row, own) for row, own in rows])
+        return torch.cat([noise_like(row, each) for row, each in rows])
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
@@ -43,55 +58,70 @@ def conditioned(net: Network, conditions: dict[str, Tensor | None]) -> Network:
     return partial(net, **{name: value for name, value in conditions.items() if value is not None})
 
 
-def rising(config, low: str, high: str, equal: bool = False) -> tuple[float, float]:
-    """The values of two keys, such as "model.sigma_min", that must be positive and rise.
+def with_rate(f: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+    """f(t) and df/dt."""
+    return torch.func.jvp(f, (t,), (torch.ones_like(t),))
 
-    Raises:
-        ValueError: they do not; with `equal` they may also be the same.
-    """
-    first, last = (config[section][name] for section, name in (low.split("."), high.split(".")))
-    if not (0 < first < last or equal and 0 < first == last):
-        raise ValueError(f"{low} must lie between 0 and {high}: {first} and {last} do not")
-    return first, last
+
+Coefficient = Callable[[Tensor], Tensor]  # of a time (), or of times (B,): a tensor of that shape
+
+# What a network can be made to predict of x = alpha y + std n: the noise n, the clean image y, the
+# velocity dx/dt = alpha' y + std' n, or the score -n / std.
+PREDICTIONS = ("noise", "image", "velocity", "score")
 
 
 @dataclass(frozen=True)
 class Preconditioning:
     """What stands between a method and its network F: c_skip x + c_out F(c_in x, c_noise).
 
-    Each coefficient is a function of the method's time or noise level `t`, () or (B,), that gives a
-    tensor of the same shape. Without c_skip there is no first term; c_in and c_out left out are 1,
-    and then the output of F may be of any kind. (Karras et al. 2022, arXiv 2206.00364, equation 7
-    and table 1.)
+    Each coefficient is a function of the method's time `t`, () or (B,), that gives a tensor of the
+    same shape. Without c_skip there is no first term; c_in and c_out left out are 1, and then the
+    output of F may be of any kind. (Karras et al. 2022, arXiv 2206.00364, equation 7 and table 1.)
     """
 
-    c_noise: Callable[[Tensor], Tensor]
-    c_in: Callable[[Tensor], Tensor] | None = None
-    c_out: Callable[[Tensor], Tensor] | None = None
-    c_skip: Callable[[Tensor], Tensor] | None = None
+    c_noise: Coefficient
+    c_in: Coefficient | None = None
+    c_out: Coefficient | None = None
+    c_skip: Coefficient | None = None
 
-    def __call__(self, net: Network, x: Tensor, t: Tensor):
-        """The preconditioned output of `net` at `x` (B, C, H, W) and `t`."""
+    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The arguments of F: c_in x, and a noise label for each image (B,)."""
         label = self.c_noise(t)
         dtype = x.dtype if label.is_floating_point() else label.dtype
         label = label.to(x.device, dtype, non_blocking=True).expand(len(x))
-        out = net(x if self.c_in is None else spread(self.c_in(t), x) * x, label)
-        if self.c_out is not None:
-            out = spread(self.c_out(t), x) * out
+        return scaled(self.c_in and self.c_in(t), x), label
+
+    def __call__(self, net: Network, x: Tensor, t: Tensor):
+        """The preconditioned output of `net` at `x` (B, C, H, W) and `t`."""
+        out = scaled(self.c_out and self.c_out(t), net(*self.inputs(x, t)))
         return out if self.c_skip is None else spread(self.c_skip(t), x) * x + out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples(Batch):
+    """Images perturbed to the times `t` (B,): x = alpha `clean` + std `noise`, (B, C, H, W)."""
+
+    t: Tensor
+    clean: Tensor
+    noise: Tensor
 
 
 class Method(abc.ABC):
     """A way to generate: how data are perturbed, what the network learns, and how it samples.
 
-    Training asks for `draw`, `target` and `predict`. Sampling follows the ODE `dx/dt` from
-    `t_prior` to `t_data`. Solvers with given steps see it in natural variables, in which its
-    solutions are straightest: x = alpha(t) y over the noise level sigma(t), with slope dy/dsigma
-    and denoised image y - sigma dy/dsigma.
+    At time t an image y has become x = alpha(t) y + std(t) n, where the noise n is a Student t.
+    Sampling follows the ODE dx/dt from `t_prior` to `t_data`. Solvers with given steps see it in
+    natural variables, in which its solutions are straightest: x / alpha over the noise level
+    sigma = std / alpha, with slope (x / alpha - E[y | x]) / sigma.
 
-    Times and noise levels are tensors of any shape, float64 where accuracy matters.
+    A subclass gives `sigma`, `time` and `precondition`, and `alpha` where it is not 1; its numbers
+    are dataclass fields, which `options` connects with keys. Times and noise levels are tensors of
+    any shape, float64 where accuracy matters.
 
     Attributes:
+        keys: the keys that the method declares, for `configs.default`.
+        options: {field: the key that it is read from}.
+        predicts: one of `PREDICTIONS`: what `precondition` makes of the network's output.
         extra_channels: channels that the network gives beyond those of the image.
         uses_reference_batch: `target` depends on the reference batch.
         t_prior, t_data: where sampling starts and ends.
@@ -104,17 +134,21 @@ class Method(abc.ABC):
         predictors, correctors: those that `sampling.method='pc'` can take; none without an SDE.
     """
 
+    keys: ClassVar[Mapping[str, Key]] = {}
+    options: ClassVar[Mapping[str, str]] = {}
+    predicts: str = "noise"
     extra_channels: ClassVar[int] = 0
     uses_reference_batch: bool = False
     gives_score: ClassVar[bool] = False
     positive_labels: ClassVar[bool] = True
-    gaussian: ClassVar[bool] = False
+    gaussian: bool = False
     degrees_of_freedom: float = math.inf
-    noisy_end: ClassVar[bool] = False
-    predictors: ClassVar[tuple[str, ...]] = ()
-    correctors: ClassVar[tuple[str, ...]] = ()
+    noisy_end: bool = True
+    predictors: tuple[str, ...] = ()
+    correctors: tuple[str, ...] = ()
     t_prior: float
     t_data: float
+    precondition: Preconditioning
 
     @property
     def name(self) -> str:
@@ -122,50 +156,34 @@ class Method(abc.ABC):
         return type(self).__name__
 
     @classmethod
-    @abc.abstractmethod
     def from_config(cls, config) -> Self:
         """The method with the numbers of `config`; ValueError where they contradict each other."""
+        return cls(**{field: get(config, key) for field, key in cls.options.items()})
 
     @classmethod
-    def measure(cls, config, mean_norm: Callable[[], float]) -> dict[str, Any]:
-        """Values, by config key, of what `config` leaves open and the data decide.
+    def measure(
+        cls, values: Mapping[str, Any], dim: int, mean_norm: Callable[[], float]
+    ) -> dict[str, Any]:
+        """Values, by config key, of what a config leaves open and the data decide.
 
-        `mean_norm()` measures the mean Euclidean norm of the scaled training images.
+        Args:
+            values: the config, flat.
+            dim: entries of an image.
+            mean_norm: measures the mean Euclidean norm of the scaled training images.
         """
         return {}
 
-    # --- training ---
+    def check_rising(self, low: str, high: str, equal: bool = False) -> None:
+        """Raises ValueError unless the fields `low` and `high` are positive and rise.
 
-    @abc.abstractmethod
-    def draw(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
-        """The examples of a training step: scaled images, perturbed at random noise levels.
-
-        Returns:
-            As many rows as `batch` has: perturbed images, labels, and what else `target` and
-            `predict` need of each example.
+        With `equal` they may also be the same.
         """
+        first, last = getattr(self, low), getattr(self, high)
+        if not (0 < first < last or equal and 0 < first == last):
+            low, high = self.options[low], self.options[high]
+            raise ValueError(f"{low} must lie between 0 and {high}: {first} and {last} do not")
 
-    @abc.abstractmethod
-    def target(self, examples: Batch, reference: Batch) -> Tensor:
-        """What the network should predict for `examples`, (B, K).
-
-        `reference` is the batch of clean images that makes targets which depend on other images;
-        with labels, those of the example's class (`methods.field.own_class`).
-        """
-
-    @abc.abstractmethod
-    def predict(self, net: Network, examples: Batch) -> Tensor:
-        """What `net` predicts for `examples`, (B, K); it has been given their conditions."""
-
-    def weight(self, examples: Batch) -> Tensor | None:
-        """The weight (B,) of each example's squared error in the loss; None for 1."""
-        return None
-
-    # --- sampling ---
-
-    @abc.abstractmethod
-    def ode(self, net: Network, x: Tensor, t: float | Tensor) -> Tensor:
-        """The sampling ODE's dx/dt (B, C, H, W) at `x` and time `t` (a float or 0-d tensor)."""
+    # --- the path ---
 
     def alpha(self, t: Tensor) -> Tensor:
         """The factor of the data in x at time `t`, of the shape of `t`."""
@@ -173,15 +191,137 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """The noise level of y = x / alpha at time `t`."""
+        """The noise level of x / alpha at time `t`."""
 
     @abc.abstractmethod
     def time(self, sigma: Tensor) -> Tensor:
         """The time of noise level `sigma`, the inverse of `sigma(t)`."""
 
-    @abc.abstractmethod
+    def std(self, t: Tensor) -> Tensor:
+        """The scale of the noise in x at time `t`."""
+        return self.alpha(t) * self.sigma(t)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of x and of the slope in dx/dt at `t`: alpha'/alpha, and alpha sigma'."""
+        alpha, alpha_rate = with_rate(self.alpha, t)
+        return alpha_rate / alpha, alpha * with_rate(self.sigma, t)[1]
+
+    def noise(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """A draw of n of the shape of `x`: normal noise, and the factor (B,) that makes it n."""
+        normal, draw = noise_like(x, generator), {"generator": generator, "device": x.device}
+        return normal, student_t.inverse_root_gamma(len(x), self.degrees_of_freedom, **draw)
+
+    def perturb_at(
+        self, images: Tensor, t: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """A sample x (B, C, H, W) at times `t`, () or (B,), of what `images` become there."""
+        t = torch.as_tensor(t, dtype=torch.float64, device=images.device)
+        normal, wider = self.noise(images, generator)
+        return scaled(self.alpha(t), images) + scaled(self.std(t) * wider, normal)
+
+    def kernel(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and std at time `t` that the network is trained with."""
+        return self.alpha(t), self.std(t)
+
+    def check_likelihood(self) -> None:
+        """Raises ValueError where the ODE is not known at all times."""
+        return
+
+    # --- training ---
+
+    def draw_times(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Times (n,), float64, of a training step: here uniform from `t_data` to `t_prior`."""
+        t = torch.rand(n, dtype=torch.float64, generator=generator, device=device)
+        return self.t_data + (self.t_prior - self.t_data) * t
+
+    def draw(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
+        """The examples of a training step: scaled images, perturbed at random noise levels.
+
+        Returns:
+            As many rows as `batch` has: perturbed images, labels, and what else `target` and
+            `predict` need of each example.
+        """
+        y = batch.images
+        t = self.draw_times(len(y), generator, y.device)
+        normal, wider = self.noise(y, generator)
+        alpha, std = self.kernel(t)
+        x = scaled(alpha, y) + scaled(std * wider, normal)
+        noise = scaled(wider, normal)
+        return Examples(images=x, labels=batch.labels, t=t, clean=y, noise=noise)
+
+    def target(self, examples: Batch, reference: Batch) -> Tensor:
+        """What the network should predict for `examples`, (B, K): by `predicts`.
+
+        `reference` is the batch of clean images that makes targets which depend on other images;
+        with labels, those of the example's class (`methods.field.own_class`).
+        """
+        if self.predicts == "noise":
+            return examples.noise.flatten(1)
+        if self.predicts == "image":
+            return examples.clean.flatten(1)
+        if self.predicts == "score":
+            return (-examples.noise / spread(self.std(examples.t), examples.noise)).flatten(1)
+        _, alpha_rate = with_rate(self.alpha, examples.t)
+        _, std_rate = with_rate(self.std, examples.t)
+        return (scaled(alpha_rate, examples.clean) + scaled(std_rate, examples.noise)).flatten(1)
+
+    def predict(self, net: Network, examples: Batch) -> Tensor:
+        """What `net` predicts for `examples`, (B, K); it has been given their conditions."""
+        return self.precondition(net, examples.images, examples.t).flatten(1)
+
+    def weight(self, examples: Batch) -> Tensor | None:
+        """The weight (B,) of each example's squared error in the loss; None for 1."""
+        return None
+
+    # --- sampling ---
+
+    def slope_factors(self, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The factors of y = x / alpha and of F in the slope at time `t` (); None is 0 and 1.
+
+        The slope is the noise n that the network predicts.
+        """
+        p, alpha, sigma = self.precondition, self.alpha(t), self.sigma(t)
+        out = None if p.c_out is None else p.c_out(t)
+        skip = None if p.c_skip is None else alpha * p.c_skip(t)
+        if self.predicts == "noise":
+            return skip, out
+        if self.predicts == "image":
+            rest = 1 / sigma if skip is None else (1 - skip) / sigma
+            return rest, -1 / sigma if out is None else -out / sigma
+        if self.predicts == "score":
+            scale = -alpha * sigma
+            return skip and scale * skip, scale if out is None else scale * out
+        # x' = alpha' y + std' n, and x = alpha y + std n
+        alpha_rate, sigma_rate = self.rates(t)
+        return (
+            (-alpha * alpha_rate + (0 if skip is None else skip)) / sigma_rate,
+            (1 if out is None else out) / sigma_rate,
+        )
+
     def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """dy/dsigma (B, C, H, W) at `y` and noise level `sigma` (a float or 0-d tensor)."""
+        """dy/dsigma (B, C, H, W) at y = x / alpha and noise level `sigma` (a float or 0-d tensor).
+
+        It is the predicted noise (Karras et al. 2022, arXiv 2206.00364).
+        """
+        t = self.time(torch.as_tensor(sigma, dtype=torch.float64))
+        of_state, of_output = self.slope_factors(t)
+        output = net(*self.precondition.inputs(scaled(self.alpha(t), y), t))
+        slope = scaled(of_output, output)
+        return slope if of_state is None else spread(of_state, y) * y + slope
+
+    def ode(self, net: Network, x: Tensor, t: float | Tensor) -> Tensor:
+        """The sampling ODE's dx/dt (B, C, H, W) at `x` and time `t` (a float or 0-d tensor)."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        of_state, of_slope = self.rates(t)
+        slope = self.slope(net, x / spread(self.alpha(t), x), self.sigma(t))
+        return spread(of_state, x) * x + spread(of_slope, x) * slope
+
+    def score(self, net: Network, x: Tensor, t: Tensor) -> Tensor:
+        """The predicted score, the gradient of log p_t at `x` (B, C, H, W) and a time `t` ()."""
+        slope = self.slope(net, x / spread(self.alpha(t), x), self.sigma(t))
+        return -slope / spread(self.std(t), x)
 
     def denoise(
         self, net: Network, y: Tensor, sigma: float | Tensor, **conditions: Tensor | None
@@ -192,13 +332,13 @@ class Method(abc.ABC):
         """
         return y - sigma * self.slope(conditioned(net, conditions), y, sigma)
 
-    @abc.abstractmethod
-    def perturb_at(
-        self, images: Tensor, t: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """A sample x (B, C, H, W) at times `t`, () or (B,), of what `images` become there."""
+    # --- the prior ---
 
-    @abc.abstractmethod
+    @property
+    def prior_scale(self) -> float:
+        """The scale of the prior, which is the noise at `t_prior`."""
+        return self.std(torch.tensor(self.t_prior, dtype=torch.float64)).item()
+
     def prior_sampling(
         self,
         shape: tuple[int, ...],
@@ -206,11 +346,64 @@ class Method(abc.ABC):
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Samples of `shape` (B, C, H, W) from the distribution at `t_prior`."""
+        normal, wider = self.noise(torch.empty(shape, device=device), generator)
+        return scaled(self.prior_scale * wider, normal)
 
-    @abc.abstractmethod
     def prior_norms(self, dim: int) -> tuple[float, float]:
-        """From where to where rescaling a prior sample of `dim` entries changes its image."""
+        """From where to where rescaling a prior sample of `dim` entries changes its image.
 
-    @abc.abstractmethod
+        Up to where almost all samples of a Gaussian prior lie; for small D many lie beyond.
+        """
+        typical = self.prior_scale * math.sqrt(dim)
+        return typical / 2, typical
+
     def prior_logp(self, x: Tensor) -> Tensor:
         """Log density (B,), in nats, of `x` (B, C, H, W) under the distribution at `t_prior`."""
+        return student_t.log_density(x, self.prior_scale, self.degrees_of_freedom)
+
+
+class WithSlope(Method):
+    """A method with another slope, which a subclass gives; path, noise and prior stay.
+
+    What is derived from the slope, `ode`, `score` and `denoise`, is that of the new one.
+    """
+
+    def __init__(self, method: Method):
+        self.method = method
+        self.t_prior, self.t_data = method.t_prior, method.t_data
+        self.degrees_of_freedom, self.gaussian = method.degrees_of_freedom, method.gaussian
+        self.noisy_end = method.noisy_end
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    @abc.abstractmethod
+    def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor: ...
+
+    def alpha(self, t):
+        return self.method.alpha(t)
+
+    def sigma(self, t):
+        return self.method.sigma(t)
+
+    def time(self, sigma):
+        return self.method.time(sigma)
+
+    def std(self, t):
+        return self.method.std(t)
+
+    def rates(self, t):
+        return self.method.rates(t)
+
+    def perturb_at(self, images, t, generator=None):
+        return self.method.perturb_at(images, t, generator)
+
+    def prior_sampling(self, shape, generator=None, device="cpu"):
+        return self.method.prior_sampling(shape, generator, device)
+
+    def prior_norms(self, dim):
+        return self.method.prior_norms(dim)
+
+    def prior_logp(self, x):
+        return self.method.prior_logp(x)

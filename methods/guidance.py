@@ -3,19 +3,20 @@
 import torch
 from torch import Tensor
 
-from methods.base import Method, Network
+from methods.base import Method, Network, WithSlope
 
 
-class Guided:
-    """`method` as a sampler sees it under guidance, u + weight (c - u): the rest is the method's.
+class Guided(WithSlope):
+    """A method under guidance: its slope is u + weight (c - u).
 
     c is what the network that samples gives, and u what `other` gives: the same network without
     class labels (classifier-free guidance; Ho and Salimans 2022, arXiv 2207.12598), or a weaker one
-    (autoguidance; Karras et al. 2024, arXiv 2406.02507). Mixed are slopes, and dx/dt and scores,
-    which are linear in them at a given x; a Poisson flow's slope is not linear in its field.
+    (autoguidance; Karras et al. 2024, arXiv 2406.02507). At a given x the sampling ODE and the
+    score are linear in the slope, so that they are mixed alike; a Poisson flow's slope is not
+    linear in its field.
 
     Args:
-        method: whose slope, ODE and score are mixed.
+        method: whose slope is mixed.
         other: takes (x, noise_label), its conditions bound.
         weight: 1 gives c, 0 gives u.
         interval: noise levels sigma, low < sigma <= high, where there is guidance; elsewhere c
@@ -25,29 +26,13 @@ class Guided:
     def __init__(
         self, method: Method, other: Network, weight: float, interval: tuple[float, float]
     ):
-        self.method, self.other, self.weight, self.interval = method, other, weight, interval
-
-    def __getattr__(self, name: str):
-        return getattr(self.method, name)
-
-    denoise = Method.denoise
+        super().__init__(method)
+        self.other, self.weight, self.interval = other, weight, interval
 
     def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
-        return self._mix(self.method.slope, net, y, sigma, sigma)
-
-    def ode(self, net: Network, x: Tensor, t: float | Tensor) -> Tensor:
-        return self._mix(self.method.ode, net, x, t, self._sigma(t))
-
-    def score(self, net: Network, x: Tensor, t: Tensor) -> Tensor:
-        """Of an SDE; `t` ()."""
-        return self._mix(self.method.score, net, x, t, self._sigma(t))
-
-    def _sigma(self, t: float | Tensor) -> Tensor:
-        return self.method.sigma(torch.as_tensor(t, dtype=torch.float64))
-
-    def _mix(self, function, net, x, t, sigma) -> Tensor:
-        c, (low, high) = function(net, x, t), self.interval
+        """dy/dsigma (B, C, H, W) at `y` and noise level `sigma` (a float or 0-d tensor)."""
+        c, (low, high) = self.method.slope(net, y, sigma), self.interval
         if not low < torch.as_tensor(sigma).max().item() <= high:
             return c
-        u = function(self.other, x, t)
+        u = self.method.slope(self.other, y, sigma)
         return u + self.weight * (c - u)

@@ -1,26 +1,37 @@
 """PFGM++ (Xu et al. 2023, arXiv 2302.04265) and EDM (Karras et al. 2022, arXiv 2206.00364)."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from methods import student_t
-from methods.base import Method, Preconditioning, conditioned, rising, spread
+from configs.schema import NOISE_LEVEL, Key, Number, OneOf
+from methods.base import Method, Preconditioning, conditioned
 from methods.field import own_class, posterior_mean
-from sources.batch import Batch
 
 TARGETS = ("image", "posterior_mean")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Examples(Batch):
-    """Images perturbed to the noise levels `sigma` (B,), and the `clean` ones (B, C, H, W)."""
-
-    sigma: Tensor
-    clean: Tensor
+KEYS = {
+    "training.target": Key(
+        "image",
+        OneOf(TARGETS),
+        "PFGM++ and EDM: what the denoiser learns, the clean image or its posterior mean over the "
+        "reference batch",
+    ),
+    "sampling.sigma_min": Key(
+        0.002, NOISE_LEVEL, "PFGM++ and EDM: last noise level before 0, below sigma_max"
+    ),
+    "sampling.sigma_max": Key(80.0, NOISE_LEVEL, "PFGM++ and EDM: first noise level"),
+    "model.D": Key(
+        2048.0, Number(0.5, 10**12, or_inf=True), "PFGM++: augmenting dimensions; inf is EDM"
+    ),
+    "model.sigma_data": Key(
+        0.5, Number(0.001, 1000), "PFGM++ and EDM: standard deviation of the scaled images' entries"
+    ),
+    "model.P_mean": Key(-1.2, Number(-10, 10), "PFGM++ and EDM: mean of ln sigma in training"),
+    "model.P_std": Key(1.2, Number(0.001, 4), "PFGM++ and EDM: its standard deviation"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +59,24 @@ class PFGMPP(Method):
     P_std: float
     target_kind: str = "image"
 
+    keys = KEYS
+    options = {
+        **{name: f"model.{name}" for name in ("D", "sigma_data", "P_mean", "P_std")},
+        **{name: f"sampling.{name}" for name in ("sigma_min", "sigma_max")},
+        "target_kind": "training.target",
+    }
+    predicts = "image"
     positive_labels = False
     gaussian = True  # exactly for D = inf; for a finite D as published
-    noisy_end = True
 
-    @classmethod
-    def from_config(cls, config):
-        model, target = config.model, config.training.target
-        low, high = rising(config, "sampling.sigma_min", "sampling.sigma_max")
-        if target not in TARGETS:
-            raise ValueError(f"unknown training.target={target!r}; known: {', '.join(TARGETS)}")
-        for key in ("D", "sigma_data", "P_std"):
-            if not model[key] > 0:
-                raise ValueError(f"model.{key} must be positive, not {model[key]}")
-        numbers = {key: model[key] for key in ("D", "sigma_data", "P_mean", "P_std")}
-        return cls(sigma_min=low, sigma_max=high, target_kind=target, **numbers)
+    def __post_init__(self):
+        self.check_rising("sigma_min", "sigma_max")
+        if self.target_kind not in TARGETS:
+            known = ", ".join(TARGETS)
+            raise ValueError(f"unknown training.target={self.target_kind!r}; known: {known}")
+        for name in ("D", "sigma_data", "P_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.{name} must be positive, not {getattr(self, name)}")
 
     @property
     def name(self) -> str:
@@ -87,41 +101,7 @@ class PFGMPP(Method):
             c_skip=lambda sigma: sd**2 / (sigma**2 + sd**2),
         )
 
-    @cached_property
-    def precondition_slope(self) -> Preconditioning:
-        """Its output as (x - denoised) / sigma, without the difference, which would round."""
-        sd = self.sigma_data
-        return replace(
-            self.precondition,
-            c_out=lambda sigma: -sd * (sigma**2 + sd**2).rsqrt(),
-            c_skip=lambda sigma: sigma / (sigma**2 + sd**2),
-        )
-
-    # --- training ---
-
-    def draw(self, batch, generator=None):
-        y = batch.images
-        draw = {"generator": generator, "device": y.device, "dtype": torch.float64}
-        sigma = (self.P_mean + self.P_std * torch.randn(len(y), **draw)).exp()
-        x = self.perturb_at(y, sigma, generator)
-        return Examples(images=x, labels=batch.labels, sigma=sigma, clean=y)
-
-    def target(self, examples, reference):
-        if self.target_kind == "image":
-            return examples.clean.flatten(1)
-        x, sigma = examples.images, examples.sigma
-        among = own_class(examples, reference)
-        return posterior_mean(x, reference.images, sigma, self.D, among).flatten(1)
-
-    def predict(self, net, examples):
-        return self.precondition(net, examples.images, examples.sigma).flatten(1)
-
-    def weight(self, examples):
-        """1 / c_out^2, so that the error of the network's own output has the weight 1."""
-        sigma, sd = examples.sigma, self.sigma_data
-        return (sigma**2 + sd**2) / (sigma * sd) ** 2
-
-    # --- sampling ---
+    # --- the path ---
 
     @property
     def t_prior(self) -> float:
@@ -137,8 +117,24 @@ class PFGMPP(Method):
     def time(self, sigma):
         return sigma
 
-    def slope(self, net, y, sigma):
-        return self.precondition_slope(net, y, torch.as_tensor(sigma, dtype=torch.float64))
+    # --- training ---
+
+    def draw_times(self, n, generator=None, device="cpu"):
+        draw = {"generator": generator, "device": device, "dtype": torch.float64}
+        return (self.P_mean + self.P_std * torch.randn(n, **draw)).exp()
+
+    def target(self, examples, reference):
+        if self.target_kind == "image":
+            return super().target(examples, reference)
+        x, among = examples.images, own_class(examples, reference)
+        return posterior_mean(x, reference.images, examples.t, self.D, among).flatten(1)
+
+    def weight(self, examples):
+        """1 / c_out^2, so that the error of the network's own output has the weight 1."""
+        sigma, sd = examples.t, self.sigma_data
+        return (sigma**2 + sd**2) / (sigma * sd) ** 2
+
+    # --- sampling ---
 
     def ode(self, net, x, t):
         return self.slope(net, x, t)
@@ -147,28 +143,10 @@ class PFGMPP(Method):
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
         return self.precondition(conditioned(net, conditions), y, sigma)
 
-    def perturb_at(self, images, t, generator=None):
-        draw = {"generator": generator, "device": images.device}
-        noise = torch.randn(images.shape, dtype=images.dtype, **draw)
-        wider = student_t.inverse_root_gamma(len(images), self.D, **draw)
-        sigma = torch.as_tensor(t, dtype=torch.float64, device=images.device)
-        return images + spread(sigma * wider, images) * noise
-
-    def prior_sampling(self, shape, generator=None, device="cpu"):
-        return self.perturb_at(torch.zeros(shape, device=device), self.sigma_max, generator)
-
-    def prior_norms(self, dim):
-        """Up to that of Gaussian prior samples; for small D many have larger ones."""
-        typical = self.sigma_max * math.sqrt(dim)
-        return typical / 2, typical
-
-    def prior_logp(self, x):
-        return student_t.log_density(x, self.sigma_max, self.D)
-
 
 class EDM(PFGMPP):
     """PFGM++ with D = inf, whatever `model.D` is."""
 
-    @classmethod
-    def from_config(cls, config):
-        return replace(super().from_config(config), D=math.inf)
+    def __post_init__(self):
+        object.__setattr__(self, "D", math.inf)
+        super().__post_init__()

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from methods import student_t
-from methods.base import Method, Network, Preconditioning, rising, spread
+from configs.schema import LENGTH, NOISE_LEVEL, Flag, Key, Number, whole
+from methods.base import Method, Network, Preconditioning, spread
 from methods.field import own_class, poisson_field
 from sources.batch import Batch
 
@@ -74,11 +74,50 @@ class Examples(Batch):
     z: Tensor
 
 
+KEYS = {
+    "training.gamma": Key(
+        5.0, Number(0, 10**6), "Poisson: added to the field's norm before it divides"
+    ),
+    "training.tau": Key(
+        0.03,
+        Number(1e-6, 10),
+        "Poisson: perturbed points lie about sigma_end * (1 + tau)^m away, m <= M",
+    ),
+    "training.M": Key(None, whole(1), "Poisson; None: measured from the data"),
+    "training.restrict_M": Key(True, Flag(), "Poisson: a smaller M close to the data"),
+    "model.sigma_end": Key(0.01, NOISE_LEVEL, "Poisson: perturbation of points next to the data"),
+    "sampling.z_max": Key(
+        None,
+        LENGTH,
+        "Poisson: the prior's plane, where the ODE starts; None: measured from the data",
+    ),
+    "sampling.z_min": Key(1e-3, LENGTH, "Poisson: where the ODE ends, below z_max"),
+    "sampling.z_exp": Key(
+        5.0,
+        Number(0, 10**9),
+        "Poisson: below it, z itself gives the field's z entry, not the network",
+    ),
+    "sampling.upper_norm": Key(
+        None,
+        LENGTH,
+        "Poisson: the prior sample's norm is clipped to it; None: measured from the data",
+    ),
+    "sampling.radius": Key(
+        0.0,
+        Number(0, 10**9),
+        "Poisson: no image, scaled, is farther from 0, which bounds how flat a field line can be; "
+        "for data of few dimensions; 0: no bound",
+    ),
+}
+OPEN = ("training.M", "sampling.z_max", "sampling.upper_norm")  # measured where they are None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Poisson(Method):
     """Poisson flow: data are charges on the plane z = 0, samples follow field lines back to it.
 
-    The network gives one channel more than the image has; the field's z entry is its spatial mean.
+    Time is log z. The network gives one channel more than the image has; the field's z entry is its
+    spatial mean.
 
     Attributes:
         sigma_end: scale of the smallest perturbation.
@@ -102,41 +141,35 @@ class Poisson(Method):
     upper_norm: float
     radius: float = 0.0
 
+    keys = KEYS
+    options = {key.partition(".")[2]: key for key in KEYS}
     name = "PFGM"
     extra_channels = 1
     uses_reference_batch = True
     degrees_of_freedom = 1.0
+    noisy_end = False
 
-    @classmethod
-    def from_config(cls, config):
-        training, sampling = config.training, config.sampling
-        numbers = {k: training[k] for k in ("tau", "M", "restrict_M", "gamma")}
-        numbers |= {k: sampling[k] for k in ("z_max", "z_min", "z_exp", "upper_norm", "radius")}
-        if None in numbers.values():
+    def __post_init__(self):
+        if None in (self.M, self.z_max, self.upper_norm):
             raise ValueError(
-                "training.M, sampling.z_max and sampling.upper_norm are not all set: training "
-                "measures them at its first start; python3 hyper_parameters.py --config FILE "
-                "prints them"
+                f"{', '.join(OPEN[:2])} and {OPEN[2]} are not all set: training measures them at "
+                "its first start; python3 hyper_parameters.py --config FILE prints them"
             )
-        rising(config, "sampling.z_min", "sampling.z_max")
-        range_of(training.M, 1, config.model.sigma_end, training.tau)  # raises what it must
-        if training.gamma < 0:
-            raise ValueError(f"training.gamma must be at least 0, not {training.gamma}")
-        return cls(sigma_end=config.model.sigma_end, **numbers)
+        self.check_rising("z_min", "z_max")
+        range_of(self.M, 1, self.sigma_end, self.tau)  # raises what it must
+        if self.gamma < 0:
+            raise ValueError(f"training.gamma must be at least 0, not {self.gamma}")
 
     @classmethod
-    def measure(cls, config, mean_norm):
-        data, training, sampling = config.data, config.training, config.sampling
-        given = {"training.M": training.M}
-        given |= {f"sampling.{key}": sampling[key] for key in ("z_max", "upper_norm")}
-        if None not in given.values():
+    def measure(cls, values, dim, mean_norm):
+        if None not in (values[key] for key in OPEN):
             return {}
-        dim, scales = data.num_channels * data.image_size**2, (config.model.sigma_end, training.tau)
-        if training.M is None:
-            found = poisson_range(mean_norm(), dim, *scales)
+        scales = values["model.sigma_end"], values["training.tau"]
+        if values["training.M"] is None:
+            measured = poisson_range(mean_norm(), dim, *scales)
         else:
-            found = range_of(training.M, dim, *scales)
-        return {k: v for (k, old), v in zip(given.items(), found, strict=True) if old is None}
+            measured = range_of(values["training.M"], dim, *scales)
+        return {k: v for k, v in zip(OPEN, measured, strict=True) if values[k] is None}
 
     # --- training ---
 
@@ -229,12 +262,6 @@ class Poisson(Method):
     def time(self, sigma):
         return sigma.log()
 
-    def perturb_at(self, images, t, generator=None):
-        """Where field lines of a charge at each image cross the height z = exp(t)."""
-        draw = {"generator": generator, "device": images.device, "dtype": images.dtype}
-        noise, radius = torch.randn(images.shape, **draw), torch.randn(len(images), **draw)
-        return images + spread(self.sigma(t) / radius.abs(), images) * noise
-
     def prior_sampling(self, shape, generator=None, device="cpu"):
         """Where field lines of a far point charge cross z = z_max: a D-variate Cauchy distribution.
 
@@ -250,7 +277,3 @@ class Poisson(Method):
     def prior_norms(self, dim):
         """Up to the largest; with larger ones the network has not been trained."""
         return self.upper_norm / 4, self.upper_norm
-
-    def prior_logp(self, x):
-        """log of z_max Gamma((D+1)/2) / pi^((D+1)/2) (||x||^2 + z_max^2)^(-(D+1)/2)."""
-        return student_t.log_density(x, self.z_max, 1.0)

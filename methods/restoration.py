@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.base import Method, Network, noise_like, spread
+from methods.base import Method, Network, WithSlope, noise_like, spread
 
 GREY = (0.299, 0.587, 0.114)  # of R, G and B (ITU-R BT.601), as image files are turned to grey
 
@@ -266,14 +266,13 @@ def denoise(
     return Denoised(clamped, covariance, sigma, variance)
 
 
-class Restoring:
+class Restoring(WithSlope):
     """A method whose ODE, and SDE where it has one, lead to images that agree with `measurement`.
 
-    Everything but slope, ODE and score is that of `method`. A restorer gives the denoised image of
-    y as E[x | y] + change, so that the slope is (y - E[x | y, m]) / sigma; where the noise is
-    Gaussian, change = sigma^2 dlog p(m | y)/dy. Both means lie within the `bounds` of the images,
-    and are clamped to them: far from the data a small relative error of the slope puts the denoised
-    image far outside.
+    A restorer gives the denoised image of y as E[x | y] + change, so that the slope is
+    (y - E[x | y, m]) / sigma; where the noise is Gaussian, change = sigma^2 dlog p(m | y)/dy. Both
+    means lie within the `bounds` of the images, and are clamped to them: far from the data a small
+    relative error of the slope puts the denoised image far outside.
     """
 
     def __init__(
@@ -283,35 +282,14 @@ class Restoring:
         restorer: Callable[[Measurement, Denoised], Tensor],
         bounds: tuple[float, float] = (-math.inf, math.inf),
     ):
-        self.method, self.measurement, self.restorer = method, measurement, restorer
-        self.bounds = bounds
-
-    def __getattr__(self, name: str):
-        return getattr(self.method, name)
+        super().__init__(method)
+        self.measurement, self.restorer, self.bounds = measurement, restorer, bounds
 
     def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
         """dy/dsigma (B, C, H, W) at `y` and noise level `sigma` > 0 (a float or 0-d tensor)."""
         denoised = denoise(self.method, net, y, float(sigma), self.bounds)
         image = denoised.image + self.restorer(self.measurement, denoised)
         return (y - image.clamp(*self.bounds)) / sigma
-
-    def ode(self, net: Network, x: Tensor, t: float | Tensor) -> Tensor:
-        """dx/dt of x = alpha y: alpha'/alpha x + alpha sigma' dy/dsigma."""
-        t = torch.as_tensor(t, dtype=torch.float64)
-        alpha, alpha_rate = _with_rate(self.method.alpha, t)
-        sigma, sigma_rate = _with_rate(self.method.sigma, t)
-        slope = self.slope(net, x / alpha.item(), sigma.item())
-        return (alpha_rate / alpha).item() * x + (alpha * sigma_rate).item() * slope
-
-    def score(self, net: Network, x: Tensor, t: Tensor) -> Tensor:
-        """The gradient of log p_t given the measurement, at `x` (B, C, H, W) and a time `t` ()."""
-        alpha, sigma = self.method.alpha(t).item(), self.method.sigma(t).item()
-        return -self.slope(net, x / alpha, sigma) / (alpha * sigma)
-
-
-def _with_rate(f: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    """f(t) and df/dt."""
-    return torch.func.jvp(f, (t,), (torch.ones_like(t),))
 
 
 # --- replacement ----------------------------------------------------------------------------------

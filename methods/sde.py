@@ -8,17 +8,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from methods import student_t
-from methods.base import Method, Network, Preconditioning, noise_like, rising, spread
-from sources.batch import Batch
+from configs.schema import NOISE_LEVEL, Flag, Key, Number, whole
+from methods.base import Method, Network, Preconditioning, spread
 
-
-@dataclass(frozen=True, kw_only=True)
-class Examples(Batch):
-    """Perturbed images at times `t` (B,), and the `noise` (B, C, H, W) of variance 1 in them."""
-
-    t: Tensor
-    noise: Tensor
+KEYS = {
+    "training.continuous": Key(
+        True, Flag(), "SDEs: noise levels are continuous; False: SMLD and DDPM"
+    ),
+    "training.likelihood_weighting": Key(False, Flag(), "SDEs: weigh the loss by g(t)^2"),
+    "model.num_scales": Key(
+        1000, whole(2, 10**6), "noise levels, or time steps of an SDE's discretisation"
+    ),
+}
 
 
 def reverse(
@@ -57,34 +58,26 @@ class SDE(Method):
     continuous: bool
     likelihood_weighting: bool
 
+    keys = KEYS
+    options = {
+        "N": "model.num_scales",
+        "continuous": "training.continuous",
+        "likelihood_weighting": "training.likelihood_weighting",
+    }
     t_prior = 1.0
     gaussian = True
-    noisy_end = True
-    prior_std = 1.0
+    prior_scale = 1.0
     predictors = ("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "none")
     correctors = ("langevin", "ald", "none")
 
-    @classmethod
-    def from_config(cls, config):
-        training, model = config.training, config.model
-        if model.num_scales < 2:
-            raise ValueError(f"model.num_scales must be at least 2, not {model.num_scales}")
-        if training.likelihood_weighting and not training.continuous:
+    def __post_init__(self):
+        if self.N < 2:
+            raise ValueError(f"model.num_scales must be at least 2, not {self.N}")
+        if self.likelihood_weighting and not self.continuous:
             raise ValueError(
                 "training.likelihood_weighting needs training.continuous: the losses of SMLD and "
                 "DDPM have no such weighting"
             )
-        return cls(
-            N=model.num_scales,
-            continuous=training.continuous,
-            likelihood_weighting=training.likelihood_weighting,
-            **cls.range_from_config(config),
-        )
-
-    @classmethod
-    @abc.abstractmethod
-    def range_from_config(cls, config) -> dict[str, float]:
-        """The remaining attributes, from where to where the noise grows."""
 
     @abc.abstractmethod
     def std(self, t: Tensor) -> Tensor:
@@ -94,21 +87,22 @@ class SDE(Method):
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """c and g of the SDE at time `t`, each of its shape."""
 
-    @property
-    @abc.abstractmethod
-    def precondition(self) -> Preconditioning:
-        """What the network is told, and how its output becomes the noise in x it predicts."""
-
     def transition(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """a and b of the Markov chain's step to time `t`, x <- a x + b noise: here Euler's."""
         c, g = self.coefficients(t)
         return 1 + c / self.N, g / math.sqrt(self.N)
 
-    def kernel(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and std at time `t` that the network is trained with."""
-        return self.alpha(t), self.std(t)
+    def check_chain(self) -> None:
+        """Raises ValueError where the SDE cannot be taken in steps, as 'pc' does."""
 
     # What follows is the same for every SDE.
+
+    def check_likelihood(self):
+        if not self.continuous:
+            raise ValueError(
+                "a network trained at discrete noise levels (training.continuous=False) has no "
+                "likelihood: its ODE is not known between them"
+            )
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Drift (B, C, H, W) and diffusion (B,) at `x` and times `t` (B,)."""
@@ -135,32 +129,13 @@ class SDE(Method):
     def sigma(self, t):
         return self.std(t) / self.alpha(t)
 
-    def slope(self, net, y, sigma):
-        """dy/dsigma = -std score, the predicted noise (Karras et al. 2022, arXiv 2206.00364)."""
-        t = self.time(torch.as_tensor(sigma, dtype=torch.float64))
-        return -spread(self.std(t), y) * self.score(net, spread(self.alpha(t), y) * y, t)
-
-    def perturb_at(self, images, t, generator=None):
-        mean, std = self.marginal_prob(images, t)
-        return mean + spread(std, images) * noise_like(images, generator)
-
-    def draw(self, batch, generator=None):
-        x = batch.images
-        t = self.draw_times(len(x), generator, x.device)
-        noise = noise_like(x, generator)
-        alpha, std = (spread(c, x) for c in self.kernel(t))
-        return Examples(images=alpha * x + std * noise, labels=batch.labels, t=t, noise=noise)
-
-    def target(self, examples, reference):
-        """The noise: denoising score matching with the weight std^2 (equation 7).
-
-        At the noise levels of a discretely trained network this is the loss of SMLD (equation 1) or
-        DDPM (equation 3).
-        """
-        return examples.noise.flatten(1)
-
-    def predict(self, net, examples):
-        return self.precondition(net, examples.images, examples.t).flatten(1)
+    def slope_factors(self, t):
+        """As the noise of the network's own levels, where these are those of a Markov chain."""
+        of_state, of_output = super().slope_factors(t)
+        if self.continuous:
+            return of_state, of_output
+        ratio = self.std(t) / self.kernel(t)[1]
+        return of_state, ratio if of_output is None else ratio * of_output
 
     def weight(self, examples):
         """1, or with `likelihood_weighting` g^2 / std^2, which gives the score's error g^2."""
@@ -168,28 +143,17 @@ class SDE(Method):
             return None
         return (self.coefficients(examples.t)[1] / self.kernel(examples.t)[1]).square()
 
-    def draw_times(self, n: int, generator=None, device: torch.device | str = "cpu") -> Tensor:
-        """Times (n,) of a training step: uniform in [t_data, 1], or one of the N levels'."""
-        draw = {"generator": generator, "device": device}
+    def draw_times(self, n, generator=None, device="cpu"):
+        """Uniform in [t_data, 1], or those of the N levels."""
         if self.continuous:
-            t = torch.rand(n, dtype=torch.float64, **draw)
-            return self.t_data + (self.t_prior - self.t_data) * t
-        return torch.randint(self.N, (n,), **draw).double() / (self.N - 1)
+            return super().draw_times(n, generator, device)
+        return torch.randint(self.N, (n,), generator=generator, device=device).double() / (
+            self.N - 1
+        )
 
     def index(self, t: Tensor) -> Tensor:
         """The last k (int64) of 0 .. N-1 whose time k / (N-1) is not after `t` but for rounding."""
         return (t.double() * (self.N - 1) + 5e-4).long()
-
-    def prior_sampling(self, shape, generator=None, device="cpu"):
-        return self.prior_std * torch.randn(shape, generator=generator, device=device)
-
-    def prior_norms(self, dim):
-        """Up to where almost all prior samples lie."""
-        typical = self.prior_std * math.sqrt(dim)
-        return typical / 2, typical
-
-    def prior_logp(self, x):
-        return student_t.log_density(x, self.prior_std, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,20 +171,18 @@ class VESDE(SDE):
     gives_score = True
     t_data = 1e-5
 
-    @classmethod
-    def range_from_config(cls, config):
-        model = config.model
-        numbered = model.name.lower() == "ddpm" or model.embedding_type.lower() == "positional"
-        if model.scale_by_sigma and numbered and config.training.continuous:
-            raise ValueError(
-                "model.scale_by_sigma with a 'positional' embedding takes numbered noise levels: "
-                "set training.continuous=False, or model.embedding_type='fourier'"
-            )
-        low, high = rising(config, "model.sigma_min", "model.sigma_max")
-        return {"sigma_min": low, "sigma_max": high}
+    keys = SDE.keys | {
+        "model.sigma_min": Key(0.01, NOISE_LEVEL, "VE SDE: smallest noise level"),
+        "model.sigma_max": Key(50.0, NOISE_LEVEL, "VE SDE: largest noise level"),
+    }
+    options = SDE.options | {name: f"model.{name}" for name in ("sigma_min", "sigma_max")}
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_rising("sigma_min", "sigma_max")
 
     @property
-    def prior_std(self) -> float:
+    def prior_scale(self) -> float:
         return self.sigma_max
 
     @property
@@ -281,16 +243,24 @@ class VPSDE(SDE):
     name = "VP SDE"
     t_data = 1e-3
 
-    @classmethod
-    def range_from_config(cls, config):
-        low, high = rising(config, "model.beta_min", "model.beta_max", equal=True)
-        by_chain = config.sampling.method == "pc" or not config.training.continuous
-        if by_chain and high >= config.model.num_scales:
+    keys = SDE.keys | {
+        "model.beta_min": Key(0.1, Number(1e-6, 100), "VP and sub-VP SDE: beta at the data"),
+        "model.beta_max": Key(20.0, Number(1e-6, 100), "VP and sub-VP SDE: beta at the prior"),
+    }
+    options = SDE.options | {name: f"model.{name}" for name in ("beta_min", "beta_max")}
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_rising("beta_min", "beta_max", equal=True)
+        if not self.continuous:
+            self.check_chain()
+
+    def check_chain(self):
+        if self.beta_max >= self.N:
             raise ValueError(
-                f"model.beta_max={high:g} must be below model.num_scales={config.model.num_scales} "
-                "where the SDE is taken in steps, whose variance is beta / num_scales"
+                f"model.beta_max={self.beta_max:g} must be below model.num_scales={self.N} where "
+                "the SDE is taken in steps, whose variance is beta / num_scales"
             )
-        return {"beta_min": low, "beta_max": high}
 
     def beta(self, t: Tensor) -> Tensor:
         return self.beta_min + t * (self.beta_max - self.beta_min)
@@ -349,11 +319,10 @@ class SubVPSDE(VPSDE):
     name = "sub-VP SDE"
     predictors = ("euler_maruyama", "reverse_diffusion", "none")
 
-    @classmethod
-    def from_config(cls, config):
-        if not config.training.continuous:
+    def __post_init__(self):
+        if not self.continuous:
             raise ValueError("subvpsde has no discrete form: training.continuous must be True")
-        return super().from_config(config)
+        super().__post_init__()
 
     def std(self, t):
         return -torch.expm1(-self.decay(t))

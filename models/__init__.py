@@ -7,12 +7,13 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from configs.keys import named
-from methods import method_class
+from methods import Method, method_class
 from models.edm import ADM, EDMUNet
 from models.mlp import MLP
 from models.ncsn import RefineNet
 from models.ncsnpp import DDPM, NCSNpp
 from models.published import load_reference_state_dict, reference_names
+from sources.codec import Shape, get_codec
 
 __all__ = [
     "NETWORKS",
@@ -22,8 +23,8 @@ __all__ = [
     "reference_names",
 ]
 
-# model.name -> what builds it: (config, number of channels it gives) -> network.
-NETWORKS: dict[str, Callable[[ConfigDict, int], nn.Module]] = {
+# model.name -> what builds it: (config, (C, H, W) that it takes, channels it gives) -> network.
+NETWORKS: dict[str, Callable[[ConfigDict, Shape, int], nn.Module]] = {
     "ncsnpp": NCSNpp.from_config,
     "ddpm": partial(NCSNpp.from_config, **DDPM),
     "edm_unet": EDMUNet.from_config,
@@ -60,16 +61,39 @@ def create_model(config: ConfigDict) -> nn.Module:
         ValueError: an option has an unknown value, two options do not go together, or the levels
             do not divide the image size.
     """
-    if config.data.num_channels < 1:
-        raise ValueError("data.num_channels is open: training measures it at its first start")
+    shape = get_codec(config).shape
     if config.data.num_classes < 0:
         raise ValueError("data.num_classes is open: training measures it at its first start")
-    extra = method_class(config).extra_channels
+    method = method_class(config)
+    _check_labels(config, method)
+    extra = method.extra_channels
     build = named(NETWORKS, "model.name", config.model.name)
-    network = build(config, config.data.num_channels + extra)
+    network = build(config, shape, shape[0] + extra)
     if extra:  # a hook, and no wrapper, which would rename the weights
         network.register_forward_hook(_field)
     return network
+
+
+def _check_labels(config: ConfigDict, method: type[Method]) -> None:
+    """Raises ValueError where the network cannot take the method's noise labels, or scales them."""
+    model, sde = config.model, config.training.sde
+    if model.scale_by_sigma and not method.gives_score:
+        raise ValueError(
+            "model.scale_by_sigma makes the network's output a score, which "
+            f"training.sde={sde!r} does not take: set model.scale_by_sigma=False"
+        )
+    embedding = model.embedding_type.lower()
+    if model.name.lower() == "ncsnpp" and embedding == "fourier" and not method.positive_labels:
+        raise ValueError(
+            "model.embedding_type='fourier' takes the log of noise labels, which are negative too "
+            f"with training.sde={sde!r}: set model.embedding_type='positional'"
+        )
+    numbered = model.name.lower() == "ddpm" or embedding == "positional"
+    if model.scale_by_sigma and numbered and config.training.continuous:
+        raise ValueError(
+            "model.scale_by_sigma with a 'positional' embedding takes numbered noise levels: set "
+            "training.continuous=False, or model.embedding_type='fourier'"
+        )
 
 
 def _field(network: nn.Module, inputs: tuple, output: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import ACTIVATIONS, PositionalFeatures, check_whole, one_of, refuse
+from sources.codec import Shape
 
 OCTAVES = 4  # frequencies at which a coordinate is given beside itself
 
@@ -40,11 +41,10 @@ class MLP(nn.Module):
     """
 
     @classmethod
-    def from_config(cls, config, out_channels: int) -> Self:
+    def from_config(cls, config, shape: Shape, out_channels: int) -> Self:
         """The network that the config describes; ValueError for a number that is not positive."""
-        data, model = config.data, config.model
+        model = config.model
         check_whole(model, "nf", "num_res_blocks")
-        shape = (data.num_channels, data.image_size, data.image_size)
         nonlinearity = model.nonlinearity.lower()
         return cls(shape, out_channels, model.nf, model.num_res_blocks, nonlinearity)
 

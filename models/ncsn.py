@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import ACTIVATIONS, check_size, check_whole, geometric_sigmas, one_of, refuse
+from sources.codec import Shape
 
 Norm = Callable[[int], nn.Module]
 
@@ -245,13 +246,13 @@ class RefineNet(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config, out_channels: int, *, layout: str, conditional: bool = False
+        cls, config, shape: Shape, out_channels: int, *, layout: str, conditional: bool = False
     ) -> Self:
         """The network that `config.model` describes; see `NETWORKS`."""
         data, model = config.data, config.model
         check_whole(model, "nf", "num_scales")
         for problem, found in (
-            ("gives the channels of the image and no more", out_channels != data.num_channels),
+            ("gives the channels of the image and no more", out_channels != shape[0]),
             ("needs training.continuous = False", config.training.continuous),
             ("needs model.checkpoint_activations = False", model.checkpoint_activations),
             ("takes no class or augmentation labels", data.num_classes or model.augment_dim),
@@ -263,10 +264,10 @@ class RefineNet(nn.Module):
                 )
         return cls(
             layout=layout,
-            image_size=data.image_size,
+            image_size=shape[1],
             conditional=conditional,
             sigmas=geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
-            channels=data.num_channels,
+            channels=shape[0],
             nf=model.nf,
             nonlinearity=model.nonlinearity.lower(),
             centered=data.centered,

@@ -32,6 +32,7 @@ from models.layers import (
     refuse,
     residual_sum,
 )
+from sources.codec import Shape
 
 
 class Stage(nn.Module):
@@ -144,7 +145,7 @@ class NCSNpp(nn.Module):
     """
 
     @classmethod
-    def from_config(cls, config, out_channels: int, **fixed) -> Self:
+    def from_config(cls, config, shape: Shape, out_channels: int, **fixed) -> Self:
         """The network that the config describes, except for the arguments in `fixed`."""
         data, model = config.data, config.model
         check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
@@ -156,8 +157,8 @@ class NCSNpp(nn.Module):
         options = {
             **{name: model[name].lower() for name in words},
             **{name: model[name] for name in as_they_are},
-            "image_size": data.image_size,
-            "channels": data.num_channels,
+            "image_size": shape[1],
+            "channels": shape[0],
             "num_classes": data.num_classes,
             "out_channels": out_channels,
             "centered": data.centered,

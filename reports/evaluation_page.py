@@ -61,7 +61,7 @@ PICTURES = {
 }
 
 
-def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> None:
+def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int, step: int) -> None:
     """report.html: the numbers of all checkpoints in the folder, the pictures of number k."""
     reports = {k: read_report(folder / f"report_{k}.npz")}
     for path in folder.glob("report_*.npz"):
@@ -71,17 +71,17 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
     paths = {name: folder / f"{name}_{k}.png" for name in PICTURES}
     paths = {name: path for name, path in paths.items() if path.exists()}
     pictures = [Picture(*PICTURES[name], page_png(path)) for name, path in paths.items()]
-    pictures += _film(folder, workdir, run.state.step)
+    pictures += _film(folder, workdir, step)
     board = workdir / "tensorboard"
-    scalars, trained = read_scalars(board), seconds_of_training(board, run.state.step)
-    parameters = sum(p.numel() for p in run.state.parameters)
+    scalars, trained = read_scalars(board), seconds_of_training(board, step)
+    parameters = sum(p.numel() for p in run.network.parameters())
     size, channels = config.data.image_size, config.data.num_channels
     optim, asked, nfe = config.optim, config.sampling, reports[k].get("nfe")
     facts = {
         "method": run.method.name,
         "network": f"{paper_name(config)}, {parameters:,} parameters",
         "data": f"{data_name(config)}, {size} × {size}, {'grey' if channels == 1 else 'colour'}",
-        "checkpoint": f"step {run.state.step:,}, EMA weights",
+        "checkpoint": f"step {step:,}, EMA weights",
         "training time": duration(trained),
         "learning rate": f"{optim.lr:g}, {optim.warmup:,} steps of warm-up"
         + (f", {optim.cooldown:,} of cooldown" if optim.cooldown else ""),

@@ -143,7 +143,7 @@ def learned_bits(run: Run, points: Tensor) -> float:
     generator = datasets.keyed_generator("cpu", "bits/dim", run.config.seed)
     bits_per_dim = likelihood.get_likelihood_fn(run.config, run.experiment.method)
     images = datasets.to_unit_interval(points, generator, dequantize=True)
-    scaled = run.experiment.scaler(images)
+    scaled = run.experiment.codec.encode(images)
     return bits_per_dim(run.experiment.state.model, scaled, generator)[0].mean().item()
 
 
@@ -207,7 +207,7 @@ def draw_page(runs: list[Run], data: Tensor, bits: dict[str, float], path: Path)
         _plane(sampled, toy, run.name, f"learned: {bits[run.name]:.2f} bits/dim", faint=True)
         generator = datasets.keyed_generator("cpu", "samples", run.config.seed, 0)
         drawn = run.experiment.sample(net, SAMPLES, generator=generator)[0]
-        sampled.plot(*run.experiment.scaler(drawn)[:, :, 0, 0].T, ",", color=INK, alpha=0.8)
+        sampled.plot(*run.experiment.codec.encode(drawn)[:, :, 0, 0].T, ",", color=INK, alpha=0.8)
         _plane(followed, toy, "", "learned and exact lines", faint=True)
         y, levels = _starts(method, TRAJECTORIES)
         exact = exact_slope(charges.double(), method.degrees_of_freedom)
@@ -310,7 +310,7 @@ def main() -> None:
     rows = [(name, f"{value:.3f}") for name, value in bits.items()]
     rows.append(("entropy of the data", f"{toy.bits_per_dim():.3f}"))
     print(format_table(rows, f"bits/dim of {TESTED} test points, {config.data.dataset}"))
-    scaled = runs[0].experiment.scaler(datasets.to_unit_interval(train[:]))
+    scaled = runs[0].experiment.codec.encode(datasets.to_unit_interval(train[:]))
     draw_page(runs, scaled, bits, options.out)
     print(f"page: {options.out}")
     if options.film:

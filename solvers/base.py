@@ -29,28 +29,6 @@ class TooManyEvaluations(FloatingPointError):
     """A solver that chooses its own steps is not at the end after as many as it may take."""
 
 
-class Counted:
-    """A slope that counts its calls: the number of function evaluations of a solver.
-
-    Args:
-        function: of x and the level, as a solver calls it.
-        watch: told the calls so far and the level, before each call.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        watch: Callable[[int, float], object] | None = None,
-    ):
-        self.function, self.watch, self.calls = function, watch, 0
-
-    def __call__(self, x: Tensor, level: float | Tensor, **conditions) -> Tensor:
-        if self.watch:
-            self.watch(self.calls, level)
-        self.calls += 1
-        return self.function(x, level, **conditions)
-
-
 class FiniteStates:
     """Notes on their device whether states are finite; the host asks once, so no step waits."""
 
@@ -69,3 +47,29 @@ class FiniteStates:
         if not all(finite):
             level = self.levels[finite.index(False)]
             raise FloatingPointError(f"the state is not finite after the step to {level:.6g}")
+
+
+class Counted:
+    """A slope that counts its calls: the number of function evaluations of a solver.
+
+    Args:
+        function: of x and the level, as a solver calls it.
+        watch: told the calls so far and the level, before each call.
+        states: notes whether each x is finite.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        watch: Callable[[int, float], object] | None = None,
+        states: FiniteStates | None = None,
+    ):
+        self.function, self.watch, self.states, self.calls = function, watch, states, 0
+
+    def __call__(self, x: Tensor, level: float | Tensor) -> Tensor:
+        if self.states:
+            self.states.note(x, level)
+        if self.watch:
+            self.watch(self.calls, level)
+        self.calls += 1
+        return self.function(x, level)

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from methods.base import Network, noise_like, spread
+from methods.base import noise_like, spread
 from methods.restoration import Replacement
 from methods.sde import SDE, reverse
-from solvers.base import Callback, Counted, FiniteStates, Step
+from solvers.base import Callback, FiniteStates, Step
 
 
 def euler_maruyama(
@@ -77,7 +77,7 @@ CORRECTORS = {"langevin": langevin, "ald": ald, "none": None}
 
 def predictor_corrector(
     sde: SDE,
-    net: Network,
+    score: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     predictor: str = "reverse_diffusion",
     corrector: str = "langevin",
@@ -90,12 +90,12 @@ def predictor_corrector(
     callback: Callback | None = None,
     constrain: Replacement | None = None,
     resample: int = 1,
-    watch: Callable[[int, float], object] | None = None,
 ) -> Tensor:
-    """Integrates `x` (B, C, H, W) from the prior to the data in the SDE's N steps (algorithm 1).
+    """Integrate `x` (B, C, H, W) from the prior to the data in the SDE's N steps (algorithm 1).
 
     Args:
-        sde, net: whose reverse.
+        sde: whose reverse.
+        score: (x (B, C, H, W), a time ()) -> the score there, of the shape of x.
         x: a sample of the prior.
         predictor, corrector: names in `sde.predictors` and `sde.correctors`.
         generator: source of the noise, on the device of `x`.
@@ -109,7 +109,6 @@ def predictor_corrector(
             once and without a corrector: the samples would come to ignore it.
         resample: times that each of the N steps is taken while `constrain` acts, with a step of the
             SDE back between them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
-        watch: told the evaluations so far and the time, before each evaluation.
 
     Raises:
         FloatingPointError: the sample is not finite; the message says from when on.
@@ -119,7 +118,7 @@ def predictor_corrector(
     steps += [partial(predict, probability_flow=probability_flow)] if predict else []
     times = torch.linspace(sde.t_prior, sde.t_data, sde.N, dtype=torch.float64)
     mean = x
-    score_at, states = Counted(partial(sde.score, net), watch), FiniteStates()
+    states = FiniteStates()
     for i, t in enumerate(times):
         there = times[min(i + 1, sde.N - 1)]
         free = predict and constrain and not constrain.acts(there)
@@ -128,10 +127,10 @@ def predictor_corrector(
                 a, b = (spread(c, x) for c in sde.transition(t))
                 x = a * x + b * noise_like(x, generator)
             for k, step in enumerate(steps[-1:] if free else steps):
-                score = score_at(x, t)
+                slope = score(x, t)
                 if callback and repeat == k == 0:
-                    callback(Step(i, t.item(), x, score))
-                x, mean = step(sde, x, t, score, noise_like(x, generator))
+                    callback(Step(i, t.item(), x, slope))
+                x, mean = step(sde, x, t, slope, noise_like(x, generator))
                 if constrain:
                     x = constrain(generator, x, there if predict and step is steps[-1] else t)
         states.note(x, t)

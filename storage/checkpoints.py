@@ -9,22 +9,25 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
 from configs.keys import flatten, shown
-from configs.schema import EXACT
 from storage import safetensors
+from storage.checks import check_like
+from storage.digests import digest
 from storage.edm_snapshots import complete_config, read_snapshot
 from storage.files import atomic_write, naming, one_line
 from storage.torch_files import read_state
 from storage.workdir import checkpoint_path, resume_paths
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step")
 SHARED = ".safetensors"  # what `--mode export` writes
@@ -107,15 +110,6 @@ def save_shared(path: Path, weights: dict[str, Tensor], config: dict, step: int)
         safetensors.write(file, weights, metadata)
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the names and bytes of `tensors`."""
-    weights = hashlib.sha256()
-    for name, tensor in tensors.items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return weights.hexdigest()
-
-
 def _checksum(weights: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """SHA-256 of all that a shared file says: damage is found, an author's lie is not."""
     words = [digest(dict(sorted(weights.items()))), *map("=".join, sorted(metadata.items()))]
@@ -160,53 +154,6 @@ def _check_records(file: BinaryIO) -> None:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of the record {damaged} differs")
-
-
-def check_keys(given: Any, keys: Collection[str | int], name: str) -> None:
-    """Raises ValueError unless `given`, the entry `name` of a state, has these `keys`, no others.
-
-    Files may be untrusted, so nothing in them is used before it is looked at.
-    """
-    if not isinstance(given, dict):
-        raise ValueError(f"{name} is no dictionary but of type {type(given).__name__}")
-    if missing := [key for key in keys if key not in given]:
-        raise ValueError(f"{name} has no {missing[0]}")
-    if len(given) > len(keys):
-        other = next(key for key in given if key not in keys)
-        raise ValueError(f"{name} has the unknown entry {shown(other)}")
-
-
-def check_like(given: Any, like: Any, name: str) -> None:
-    """Raises ValueError unless `given`, the entry `name` of a state, is one in place of `like`.
-
-    That is: a dictionary of the same keys or a list of the same length, of such entries; a finite
-    tensor on the CPU of the same shape and dtype; a finite number; a whole one from 0 to 2^53.
-    """
-    if isinstance(like, dict):
-        check_keys(given, like.keys(), name)
-        for key, entry in like.items():
-            check_like(given[key], entry, f"{name}.{key}")
-    elif isinstance(like, list):
-        if type(given) is not list or len(given) != len(like):
-            raise ValueError(f"{name} is not a list of {len(like)} entries")
-        for number, (each, entry) in enumerate(zip(given, like, strict=True)):
-            check_like(each, entry, f"{name}.{number}")
-    elif isinstance(like, Tensor):
-        check_tensor(given, name, like.shape, like.dtype)
-    elif type(given) is not type(like) or not 0 <= given < EXACT:
-        raise ValueError(f"{name} is not a number from 0 to 2^53: {shown(given)}")
-
-
-def check_tensor(given: Any, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
-    """Raises ValueError unless `given` is a finite, dense tensor of this shape and dtype."""
-    if not isinstance(given, Tensor) or given.layout != torch.strided or given.device.type != "cpu":
-        raise ValueError(f"{name} is no dense tensor but of type {type(given).__name__}")
-    if given.shape != shape:
-        raise ValueError(f"{name} has the shape {tuple(given.shape)}, not {tuple(shape)}")
-    if given.dtype != dtype:
-        raise ValueError(f"{name} is of {given.dtype}, not {dtype}")
-    if given.numel() and not all(map(math.isfinite, torch.aminmax(given.detach()))):
-        raise ValueError(f"{name} is not finite")
 
 
 # --- of a run ------------------------------------------------------------------------------------
@@ -325,11 +272,13 @@ def _snapshot_number(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
-    """{k: path} of those from `eval.begin_ckpt` to `eval.end_ckpt` that exist.
+def checkpoints_to_evaluate(
+    workdir: Path, first: int, end: int, freq: int, n_iters: int
+) -> dict[int, Path]:
+    """{k: path} of the checkpoints number `first` to `end` that exist.
 
-    Number k is that of step k * snapshot_freq, and the last number of a run is that of step
-    n_iters, also where snapshot_freq does not divide it. Some published programs name files by k
+    Number k is that of step k * `freq`, and the last number of a run is that of step `n_iters`,
+    also where `freq` does not divide it. Some published programs name files by k
     itself; such a file is taken where the step it holds agrees. A number beyond the last one whose
     file does not exist means the last one. Where there are none but `snapshots`, it is all of them.
 
@@ -337,16 +286,15 @@ def checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
         FileNotFoundError: none of them exists.
         ValueError: the first number is larger than the last, or two snapshots have the same.
     """
-    first, end, training = config.eval.begin_ckpt, config.eval.end_ckpt, config.training
     if first > end:
         raise ValueError(f"eval.begin_ckpt={first} lies after eval.end_ckpt={end}")
     published = snapshots(workdir)
     if published and not numbered_checkpoints(workdir):
         return published
-    freq, last = training.snapshot_freq, math.ceil(training.n_iters / training.snapshot_freq)
+    last = math.ceil(n_iters / freq)
 
     def step_of(k: int) -> int:
-        return training.n_iters if k == last else k * freq
+        return n_iters if k == last else k * freq
 
     def find(k: int) -> Path | None:
         path, by_number = checkpoint_path(workdir, step_of(k)), checkpoint_path(workdir, k)
@@ -361,7 +309,7 @@ def checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
     if beyond := [k for k in found if k > last and found[k] is None]:
         log.info(
             f"eval.begin_ckpt={first} to eval.end_ckpt={end}: the last checkpoint of "
-            f"training.n_iters={training.n_iters} steps is number {last}"
+            f"training.n_iters={n_iters} steps is number {last}"
         )
         asked = {k: path for k, path in found.items() if k not in beyond}
         found = dict(sorted(({last: find(last)} | asked).items()))
@@ -384,14 +332,14 @@ def checkpoints_to_evaluate(config, workdir: Path) -> dict[int, Path]:
     return found
 
 
-def fit(load: Callable[[dict], None], state: dict, path: Path, changes: list[str] = ()) -> None:
+def fit(load: Callable[[dict], T], state: dict, path: Path, changes: list[str] = ()) -> T:
     """`load(state)`, the content of `path`; where it does not fit, a ValueError says why.
 
     Args:
         changes: what the config changes of the run's own, to be named then.
     """
     try:
-        load(state)
+        return load(state)
     except ValueError as error:
         reason = " ".join(str(error).split())
         since = f"; the run's own config differs: {', '.join(changes)}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.default import KEYS, get_default_config
+from configs.default import all_keys, get_default_config
 from configs.keys import explain_unknown, flatten, shown, shown_key
 from configs.published import UNREAD
 from storage.checkpoints import load_checkpoint, numbered_checkpoints, snapshots
@@ -106,7 +106,7 @@ def restore(flat: Any) -> ConfigDict:
             unknown keys, or a value that its key does not allow.
     """
     config = get_default_config()
-    known = flatten(config)
+    known, keys = flatten(config), all_keys()
     _check_content(flat)
     removed = sorted(flat.keys() & REMOVED)
     if removed:
@@ -118,9 +118,9 @@ def restore(flat: Any) -> ConfigDict:
         section, _, name = key.rpartition(".")
         owner, value = config[section] if section else config, flat[key]
         value = tuple(value) if type(value) is list else value
-        if not KEYS[key].accepts(value):
+        if not keys[key].accepts(value):
             raise ValueError(
-                f"the stored value of {key} must be {KEYS[key].allowed}, not {shown(value)}"
+                f"the stored value of {key} must be {keys[key].allowed}, not {shown(value)}"
             )
         owner[name] = value
     return config

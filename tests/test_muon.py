@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models.muon import COEFFICIENTS, MOMENTUM, STEPS, Muon, matrices_of, orthogonalise
 from test_configs import load
 from test_small_runs import tiny
 from torch import nn
@@ -13,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 import run_lib
 from models import create_model
-from models.muon import COEFFICIENTS, MOMENTUM, STEPS, Muon, matrices_of, orthogonalise
 from storage.checkpoints import load_checkpoint
 
 sides, decay = st.integers(1, 40), st.floats(0, 3)

@@ -14,18 +14,15 @@ STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-18  # that is divided by: squares of entries below 1e-19 underflow in float32
 
 
-def matrices_of(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that Muon moves: (rows, ...), all axes but the first taken as columns.
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon moves a weight (rows, ...), all axes but the first taken as columns.
 
-    Each has at least `SMALLEST` rows and `SMALLEST` columns, which excludes the last layer, whose
-    rows are the channels of an image, and is not the table of an `nn.Embedding`.
+    It has at least `SMALLEST` rows and `SMALLEST` columns, which excludes the last layer, whose
+    rows are the channels of an image, and is not a table of embeddings, by its `name`.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return [
-        p
-        for p in model.parameters()
-        if p.ndim > 1 and min(len(p), p[0].numel()) >= SMALLEST and id(p) not in tables
-    ]
+    if parameter.ndim < 2 or "embed" in name:
+        return False
+    return min(len(parameter), parameter[0].numel()) >= SMALLEST
 
 
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
@@ -67,8 +64,8 @@ def _polynomial(gram: Tensor) -> Tensor:
 class Muon(torch.optim.Adam):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, Adam for the rest.
 
-    A matrix, here, is a weight whose state has no `exp_avg_sq`; `TrainState` makes the state, for
-    `matrices_of` a network. Convolutions are matrices (outputs, inputs x height x width). The
+    A matrix, here, is a weight whose state has no `exp_avg_sq`; `optimizers.muon` makes the state.
+    Convolutions are matrices (outputs, inputs x height x width). The
     update of a matrix is lr x 0.2 sqrt(max(rows, columns)) x the orthogonalised momentum, so that
     its entries change about as much as by Adam and one learning rate fits both (Liu et al. 2025,
     arXiv 2502.16982). Of Adam's options, matrices use `lr`, and `weight_decay`, which is added to

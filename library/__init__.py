@@ -1,0 +1,1 @@
+"""The library: a trained network, and samplers fitted to it."""

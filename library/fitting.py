@@ -1,0 +1,158 @@
+"""Schedules and solver steps fitted to a network, and kept beside its checkpoint."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import distributed
+import sampling
+from datasets import keyed_generator
+from reports.progress import solver_bar
+from sampling import ODESampler
+from solvers import FITTED, Schedule, fitted
+from solvers.base import Callback, Step
+from solvers.fitted import Fit
+from solvers.fixed_steps import Advance
+from solvers.solve import solver_levels
+from storage.checkpoints import fitted_path
+from storage.digests import digests
+from storage.files import Spec, cached
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What fits a sampler to the weights of a network.
+
+    Measured errors and fitted steps are kept in files beside the checkpoint, which count for these
+    weights and this ODE. The errors serve every number of steps; the steps have a file for each.
+
+    Attributes:
+        sampler: one with a schedule or solver to be fitted.
+        network: its weights are those of `checkpoint`.
+        device: of the network.
+        checkpoint: beside which the files are.
+        origin: what tells weights, method and sampler apart.
+        seed: of the prior draws.
+        draw_labels: class labels to sample with; see `experiment.Experiment`.
+    """
+
+    sampler: ODESampler
+    network: nn.Module
+    device: torch.device
+    checkpoint: Path
+    origin: dict
+    seed: int
+    draw_labels: Callable[..., Tensor | None]
+
+    def fitted(self) -> ODESampler:
+        """The sampler with its fitted schedule and, for the solver 'fitted', steps.
+
+        Raises:
+            FloatingPointError: a trajectory is not finite.
+        """
+        schedule = self._schedule()
+        steps = self._steps(schedule) if self.sampler.solver == FITTED else None
+        return replace(self.sampler, fit=Fit(schedule, steps))
+
+    @property
+    def _dim(self) -> int:
+        return math.prod(self.sampler.codec.shape)
+
+    def _schedule(self) -> Schedule:
+        fine = sampling.for_trajectories(self.sampler)
+        number = fitted.number_of_trajectories(self._dim, fitted.MOST_FOR_LEVELS)
+        labels = self.draw_labels(number, "fitted")
+
+        def compute() -> dict:
+            parts = self._trajectories(fine, number, labels)
+            return {"relative_errors": sum(map(fitted.euler_errors, parts)).numpy()}
+
+        k = fitted.FINE_STEPS + 1
+        key, spec = self._key(fine, number, labels), {"relative_errors": ("f", (k, k))}
+        cost = fitted.step_costs(*cached_arrays(fitted_path(self.checkpoint), key, compute, spec))
+        levels = fitted.fine_levels(self.sampler.method, k, self.sampler.rho)[:k]
+        return partial(fitted.schedule, levels, cost)
+
+    def _steps(self, schedule: Schedule) -> Advance:
+        fine, taken = sampling.for_trajectories(self.sampler), sampling.for_fitting(self.sampler)
+        n, order = taken.n, taken.order
+        levels = solver_levels(taken.method, schedule, n, taken.rho, taken.noise_removal)
+        number = fitted.number_of_trajectories(self._dim, fitted.MOST_FOR_STEPS)
+        labels = self.draw_labels(number, "fitted")
+
+        def compute() -> dict:
+            parts = [
+                fitted.states_at(levels[1:], steps)
+                for steps in self._trajectories(fine, number, labels)
+            ]
+            steps = fitted.Fitting([torch.cat(states) for states in zip(*parts, strict=True)])
+            self._follow(taken, self._prior(number), labels, Fit(schedule, steps))
+            weights = [nn.functional.pad(w, (0, 1 + order - len(w))) for w in steps.weights]
+            offsets = torch.stack(steps.offsets).cpu()
+            return {"weights": torch.stack(weights).numpy(), "offsets": offsets.numpy()}
+
+        spec = {
+            "weights": ("f", (n, 1 + order)),
+            "offsets": ("f", (n, *self.sampler.codec.shape)),
+        }
+        key = self._key(taken, number, labels)
+        key |= {"levels": levels.tolist(), "trajectory sampler": fine.settings}
+        path = fitted_path(self.checkpoint, n)
+        weights, offsets = cached_arrays(path, key, compute, spec)
+        return fitted.steps_as_kept(levels, weights, offsets.to(self.device))
+
+    def _key(self, sampler: ODESampler, number: int, labels: Tensor | None) -> dict:
+        key = self.origin | {"sampling": sampler.settings, "trajectories": number}
+        return key | digests(labels=labels)
+
+    def _prior(self, number: int) -> Tensor:
+        generator = keyed_generator(self.device, "fitted", self.seed)
+        shape = (number, *self.sampler.codec.shape)
+        return self.sampler.method.prior_sampling(shape, generator, self.device)
+
+    def _trajectories(
+        self, sampler: ODESampler, number: int, labels: Tensor | None
+    ) -> Iterator[list[Step]]:
+        """The fine trajectories of `number` samples, as many at a time as fit in memory."""
+        log.info(f"fitting the sampler: solving {number} trajectories in fine steps")
+        parts = math.ceil(number / fitted.at_once(self._dim))
+        # In even parts: of a single trajectory no distances would be known.
+        priors = self._prior(number).tensor_split(parts)
+        label_parts = [None] * parts if labels is None else labels.tensor_split(parts)
+        for prior, part in zip(priors, label_parts, strict=True):
+            steps: list[Step] = []
+            self._follow(sampler, prior, part, Fit(fitted.fine_levels), steps.append)
+            yield steps
+
+    def _follow(
+        self,
+        sampler: ODESampler,
+        x: Tensor,
+        labels: Tensor | None,
+        fit: Fit,
+        callback: Callback | None = None,
+    ) -> None:
+        with solver_bar(sampler.method) as watch:
+            try:
+                replace(sampler, fit=fit)(
+                    self.network, x=x, labels=labels, callback=callback, watch=watch
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"fitting the sampler: {error}") from error
+
+
+def cached_arrays(path: Path, key: dict, compute: Callable[[], dict], spec: Spec) -> list[Tensor]:
+    """The arrays that `spec` names, from `path` or computed by the main process."""
+    if distributed.is_main():
+        cached(path, key, compute, spec)
+    distributed.barrier()
+    arrays = cached(path, key, compute, spec)
+    return [torch.from_numpy(arrays[name]) for name in spec]

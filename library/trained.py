@@ -1,0 +1,297 @@
+"""A trained network and what can be done with it: what `experiment.load` gives."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import execution
+from configs.keys import shown
+from datasets import keyed_generator
+from methods.base import Network, conditioned
+from methods.restoration import Measurement
+from reports.progress import solver_bar
+from solvers.base import Watch
+from solvers.solve import encode, solve_ode
+from solvers.states import States
+
+if TYPE_CHECKING:
+    from experiment import Experiment
+    from sampling import Sampler
+
+LOWEST_SHOWN = 0.03  # noise level, as the network sees it, whose noise hardly shows in a film
+
+ClassLabel = int | Sequence[int] | Tensor | None
+
+
+class Trained:
+    """A trained network and what can be done with it.
+
+    Images are float tensors (n, C, H, W) in [0, 1], and noise levels are in the same unit: at 0.1
+    the noise is a tenth of the way from black to white. Latents are those of the method's prior.
+    What is given may be on any device; what is returned is on that of the network. An image may be
+    given a class label, or each its own (n,); -1 is none.
+
+    Attributes:
+        experiment: config, method, network and all other parts, for what is not here.
+        path: the file that it comes from.
+        step: after how many steps of training.
+        shape: (C, H, W) of an image.
+    """
+
+    def __init__(self, experiment: "Experiment", path: Path, step: int):
+        self.experiment, self.path, self.step = experiment, path, step
+        self.shape = experiment.codec.data_shape
+        self.batch_size = experiment.sampler.batch_size
+
+    @property
+    def at_once(self) -> int:
+        """Samples that are drawn together."""
+        return 1 if self.experiment.sampler.couples_samples else self.batch_size
+
+    def sample(
+        self,
+        seeds: Iterable[int],
+        class_label: ClassLabel = None,
+        *,
+        measurement: Measurement | None = None,
+    ) -> Tensor:
+        """An image (n, C, H, W) in [0, 1] for each of n `seeds`, which it depends on alone.
+
+        It does not depend, but for rounding, on what is drawn with it, so samples are drawn
+        `eval.batch_size` at once, or one by one where the sampler would make one step size for all
+        (`Sampler.couples_samples`).
+
+        Args:
+            seeds: whole numbers from 0 to 2^63 - 1.
+            class_label: None for `sampling.class_label`; where that is -1, each class is as likely.
+            measurement: what is known of each image, (n, ...); `sampling.restorer` draws images
+                that agree with it.
+
+        Raises:
+            ValueError: a seed or class label is none.
+            FloatingPointError: the solution is not finite, or takes more evaluations than
+                `sampling.max_evaluations`.
+        """
+        images = [torch.empty(0, *self.shape, device=self.experiment.device)]
+        for sampler, start in self._batches(seeds, class_label, measurement):
+            with self._solving(start.pop("seeds")) as watch:
+                drawn, _ = sampler(self.experiment.network, watch=watch, **start)
+            images.append(drawn)
+        return torch.cat(images)
+
+    def film(
+        self,
+        seeds: Iterable[int],
+        class_label: ClassLabel = None,
+        *,
+        measurement: Measurement | None = None,
+        frames: int = 48,
+    ) -> Tensor:
+        """The way of `sample` from the prior to the image: uint8 (frames, n, C, H, W), on the CPU.
+
+        The noise levels of the frames fall geometrically, and the last frame is the image. A state
+        whose root mean square is beyond that of black and white is divided by it, to be seen.
+        """
+        method, codec = self.experiment.method, self.experiment.codec
+        ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
+        high, low = method.sigma(ends).tolist()
+        ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
+        levels = high * (max(low, LOWEST_SHOWN) / high) ** ratio
+        films = []
+        for sampler, start in self._batches(seeds, class_label, measurement):
+            states = States(method, levels, sampler.tells_times, codec.show)
+            with self._solving(start.pop("seeds")) as watch:
+                images, _ = sampler(self.experiment.network, watch=watch, callback=states, **start)
+            films.append(states.end(codec.encode(images)))
+        return torch.cat(films, 1)
+
+    def encode(self, x: Tensor, class_label: ClassLabel = None) -> Tensor:
+        """Latents (n, C, H, W) of images `x` (n, C, H, W) in [0, 1]; `decode` leads back.
+
+        A tenth of `sampling.rtol` and `atol` bounds a step's error, since latents can be hundreds
+        of times as large as images; the images of a call share their steps. A `class_label` of
+        None is `sampling.class_label`, which is -1 for none. There is no guidance.
+
+        Raises:
+            ValueError: the images have another shape or lie outside [0, 1], or as of `sample`.
+            FloatingPointError: as of `sample`.
+        """
+        method, limits = self.experiment.method, self._fine_limits()
+
+        def latents(net: Network, part: Tensor, watch: Watch) -> Tensor:
+            return encode(method, net, part, watch=watch, **limits)[0]
+
+        return self._in_batches(latents, self._encoded(x), class_label)
+
+    def decode(self, z: Tensor, class_label: ClassLabel = None) -> Tensor:
+        """The images (n, C, H, W) in [0, 1] of latents `z` (n, C, H, W); see `encode`."""
+        method, codec = self.experiment.method, self.experiment.codec
+        check_shape(z, codec.shape, "latents")
+        limits = self._fine_limits()
+
+        def images(net: Network, part: Tensor, watch: Watch) -> Tensor:
+            return codec.decode(solve_ode(method, net, part, watch=watch, **limits)[0])
+
+        return self._in_batches(images, z.to(self.experiment.device, torch.float32), class_label)
+
+    def log_likelihood(self, x: Tensor, class_label: ClassLabel = None, seed: int = 0) -> Tensor:
+        """Log density (n,), in nats, of images `x` (n, C, H, W) under the flow, over [0, 1]^D.
+
+        The bits/dim of 8-bit images u are -log p / (D ln 2) + 8 at x = (u + noise) / 256, the noise
+        uniform in [0, 1] (Theis et al. 2016). The divergence is that of `eval.divergence`, its
+        probe drawn by `seed`.
+
+        Raises as `encode`, and ValueError for a network trained at discrete noise levels.
+        """
+        likelihood, codec = self.experiment.likelihood, self.experiment.codec
+        probes = keyed_generator(self.experiment.device, "probe", *checked_seeds([seed]))
+
+        def bits(net: Network, part: Tensor, watch: Watch) -> Tensor:
+            return likelihood(net, part, probes, watch=watch)[0]
+
+        bits_per_dim = self._in_batches(bits, self._encoded(x), class_label)
+        per_entry = (math.log2(codec.levels) - bits_per_dim) * math.log(2)
+        return per_entry * math.prod(codec.shape)
+
+    def denoise(self, x: Tensor, sigma: float, class_label: ClassLabel = None) -> Tensor:
+        """E[image | x] (n, C, H, W) for `x` (n, C, H, W), images with noise of the level `sigma`.
+
+        The noise has the standard deviation sigma where it is Gaussian; where it is a Student t, of
+        PFGM++ and Poisson flow, sigma is its scale. There is no guidance, and nothing is clamped.
+
+        Raises:
+            ValueError: another shape, or `sigma` is not one of the method's noise levels.
+        """
+        check_shape(x, self.shape, "noisy images")
+        method, codec = self.experiment.method, self.experiment.codec
+        unit = codec.bounds[1] - codec.bounds[0]  # between black and white, as the network sees it
+        ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
+        low, high = (method.sigma(ends) / unit).tolist()
+        if not 0.999999 * low <= sigma <= 1.000001 * high:
+            raise ValueError(
+                f"sigma must be a noise level from {low:.6g} to {high:.6g}, not {sigma}"
+            )
+        level = torch.tensor(sigma * unit, dtype=torch.float64)
+        noisy = codec.encode(x.to(self.experiment.device, torch.float32))
+
+        def denoised(net: Network, part: Tensor, watch: Watch) -> Tensor:
+            return codec.unclamped(method.denoise(net, part, level))
+
+        return self._in_batches(denoised, noisy, class_label)
+
+    def labels(
+        self, class_label: ClassLabel, n: int, seeds: Sequence[int] | None = None
+    ) -> Tensor | None:
+        """Class labels (n,) of n images: those given, else the config's or drawn by `seeds`.
+
+        None where the network has no classes. Raises ValueError for a label that is none of them.
+        """
+        classes, default = self.experiment.classes, self.experiment.sampler.class_label
+        if class_label is None and not classes:
+            return None
+        if class_label is None:
+            class_label = default
+            if default < 0 and seeds is not None:
+                draws = (keyed_generator("cpu", "class", seed) for seed in seeds)
+                class_label = [torch.randint(classes, (), generator=g).item() for g in draws]
+        labels = torch.as_tensor(class_label, device=self.experiment.device)
+        if labels.dtype != torch.int64 or labels.shape not in ((), (n,)):
+            raise ValueError(f"class_label must be a whole number or {n} of them")
+        least = -1 if classes and self.experiment.objective.label_dropout else 0
+        if ((labels < least) | (labels >= classes)).any():
+            has = f"those from {least} to {classes - 1}" if classes else "none (data.num_classes=0)"
+            raise ValueError(
+                f"class_label={shown(class_label)} is no class of the network: it has {has}"
+            )
+        return labels.expand(n)
+
+    # --- parts ---
+
+    def _fine_limits(self) -> dict[str, float]:
+        limits = self.experiment.limits
+        return limits | {name: limits[name] / 10 for name in ("rtol", "atol")}
+
+    def _batches(
+        self, seeds: Iterable[int], class_label: ClassLabel, measurement: Measurement | None
+    ) -> Iterator[tuple["Sampler", dict]]:
+        """The sampler of each batch of seeds, and its prior draws, generators, labels and seeds."""
+        seeds, run = checked_seeds(seeds), self.experiment
+        labels = self.labels(class_label, len(seeds), seeds)
+        for start in range(0, len(seeds), self.at_once):
+            part = slice(start, start + self.at_once)
+            generators = [keyed_generator(run.device, "sample", s) for s in seeds[part]]
+            shape = (1, *run.codec.shape)
+            x = [run.method.prior_sampling(shape, g, run.device) for g in generators]
+            sampler = run.sampler
+            if measurement is not None:
+                each = replace(measurement, value=measurement.value[part])
+                sampler = replace(sampler.without_fit(), measurement=each)
+            yield (
+                sampler,
+                {
+                    "x": torch.cat(x),
+                    "generator": generators,
+                    "labels": None if labels is None else labels[part],
+                    "seeds": seeds[part],
+                },
+            )
+
+    @contextlib.contextmanager
+    def _solving(self, seeds: Sequence[int] = ()) -> Iterator[Watch]:
+        """Float32 in full, a progress bar, and the seeds in an error's message."""
+        try:
+            with execution.float32_products(), solver_bar(self.experiment.method) as watch:
+                yield watch
+        except FloatingPointError as error:
+            if not seeds:
+                raise
+            others = " and others" * (len(seeds) > 1)
+            raise type(error)(f"seed {seeds[0]}{others}: {error}") from error
+
+    @torch.no_grad()
+    def _in_batches(
+        self,
+        compute: Callable[[Network, Tensor, Watch], Tensor],
+        x: Tensor,
+        class_label: ClassLabel,
+    ) -> Tensor:
+        """`compute(network, part, watch)` of the parts of `x`, one tensor."""
+        labels, parts = self.labels(class_label, len(x)), []
+        for start in range(0, len(x), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            conditions = {"class_labels": None if labels is None else labels[part]}
+            net = conditioned(self.experiment.network, conditions)
+            with self._solving() as watch:
+                parts.append(compute(net, x[part], watch))
+        if not parts:
+            raise ValueError("there are no images")
+        return torch.cat(parts)
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        check_shape(x, self.shape, "images")
+        if not (x.is_floating_point() and ((x >= 0) & (x <= 1)).all()):
+            raise ValueError("images must be floats in [0, 1]; divide those of 8 bits by 255")
+        return self.experiment.codec.encode(x.to(self.experiment.device, torch.float32))
+
+
+def check_shape(x: Tensor, shape: tuple[int, int, int], name: str) -> None:
+    """Raises ValueError unless `x` is a tensor (n, *shape)."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1:] != shape:
+        form = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor (n, {str(shape)[1:]}, not {form}")
+
+
+def checked_seeds(seeds: Iterable[int]) -> list[int]:
+    """The seeds as a list; ValueError for what is no whole number from 0 to 2^63 - 1."""
+    seeds = [*seeds]
+    for seed in seeds:
+        if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+            raise ValueError(f"a seed must be a whole number from 0 to 2^63 - 1, not {shown(seed)}")
+    return [int(seed) for seed in seeds]

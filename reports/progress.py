@@ -1,0 +1,38 @@
+"""Progress bars of long work."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import torch
+from tqdm import tqdm
+
+import distributed
+from methods.base import Method
+from solvers.base import Watch
+
+
+def progress_bar(**options) -> tqdm:
+    """A progress bar that redraws often on a terminal and seldom in a file."""
+    interactive = sys.stderr.isatty()
+    options |= {"disable": not distributed.is_main()}
+    return tqdm(mininterval=0.2 if interactive else 10, dynamic_ncols=interactive, **options)
+
+
+@contextlib.contextmanager
+def solver_bar(method: Method) -> Iterator[Watch]:
+    """Show what the yielded `watch` is told in a bar, if the block takes over a second.
+
+    The bar has the evaluations so far, and the noise level between those of prior and data.
+    """
+    ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
+    low, high = method.sigma(ends).tolist()
+    with progress_bar(desc="solver", unit=" evaluations", leave=False, delay=1) as progress:
+
+        def watch(evaluations: int, sigma: float) -> None:
+            progress.set_postfix_str(
+                f"noise level {sigma:.3g} of {low:.3g} to {high:.3g}", refresh=False
+            )
+            progress.update(evaluations - progress.n)
+
+        yield watch

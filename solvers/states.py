@@ -1,0 +1,52 @@
+"""The states that a solution passes at chosen noise levels, for films."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from methods.base import Method
+from solvers.base import Step
+
+
+class States:
+    """A callback of solvers that keeps what a solution passes at falling noise `levels` (k,).
+
+    Between two steps y = x / alpha is taken to be linear in the noise level, as by Euler's method.
+
+    Args:
+        method: whose ODE or SDE is solved.
+        levels: the noise levels, all above 0.
+        timed: the solver tells x at times, and not y at noise levels; see `sampling.Sampler`.
+        keep: what is kept of a state y (B, C, H, W).
+    """
+
+    def __init__(
+        self, method: Method, levels: Tensor, timed: bool, keep: Callable[[Tensor], Tensor]
+    ):
+        self.method, self.levels, self.timed, self.keep = method, levels.tolist(), timed, keep
+        self.kept: list[Tensor] = []
+        self.before: tuple[float, Tensor] | None = None
+
+    def __call__(self, step: Step) -> None:
+        level, y = step.level, step.x
+        if self.timed:
+            t = torch.tensor(level, dtype=torch.float64)
+            level, y = self.method.sigma(t).item(), y / self.method.alpha(t).item()
+        self._reach(level, y)
+
+    def end(self, x: Tensor) -> Tensor:
+        """All that was kept, (k + 1, B, ...), the last one of the solution's end `x`."""
+        self._reach(0.0, x)
+        return torch.stack([*self.kept, self.keep(x)])
+
+    def _reach(self, level: float, y: Tensor) -> None:
+        while len(self.kept) < len(self.levels) and self.levels[len(self.kept)] >= level:
+            if self.before is None:
+                state = y
+            else:
+                above, start = self.before
+                share = (above - self.levels[len(self.kept)]) / (above - level)
+                state = start.lerp(y, share)
+            self.kept.append(self.keep(state))
+        self.before = level, y

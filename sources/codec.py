@@ -1,0 +1,126 @@
+"""What lies between stored data and what a method sees.
+
+Data have units of their own, [0, 1] for images; a codec leads from there to the tensors x of the
+method, and back. A further one is a class and a line of `CODECS`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from configs.keys import get
+from configs.schema import Flag, Key, OneOf
+
+Shape = tuple[int, int, int]
+
+
+class Codec(Protocol):
+    """Between data (B, ...) in their units and x (B, C, H, W).
+
+    Attributes:
+        keys: the keys that the codec declares, for `configs.default`.
+        data_shape: (C, H, W) of the data.
+        shape: (C, H, W) of x.
+        bounds: between which the entries of x lie that stand for data; infinite where unknown.
+        levels: grey levels that a unit of the data has in store.
+        log_volume: ln of the volume of x, for each entry, that a unit of the data becomes.
+            Bits/dim are log2(levels) - (ln p(x) / D + log_volume) / ln 2.
+    """
+
+    keys: ClassVar[Mapping[str, Key]]
+    data_shape: Shape
+    shape: Shape
+    bounds: tuple[float, float]
+    levels: int
+    log_volume: float
+
+    @classmethod
+    def from_config(cls, config) -> Self: ...
+
+    def encode(self, data: Tensor) -> Tensor: ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Data that `x` stands for; what no data can be is brought to the closest that can."""
+        ...
+
+    def unclamped(self, x: Tensor) -> Tensor:
+        """The inverse of `encode`, also of what no data can be."""
+        ...
+
+    def show(self, x: Tensor) -> Tensor:
+        """Pictures of `x`, noisy or not, uint8 (B, C, H, W) on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class EightBitImages:
+    """Images in [0, 1], stored in 256 grey levels: x is in [-1, 1], or in [0, 1] if not `centered`.
+
+    Attributes:
+        data_shape: (C, H, W).
+        centered: see above.
+    """
+
+    data_shape: Shape
+    centered: bool = True
+
+    levels = 256
+    keys = {"data.centered": Key(True, Flag(), "the network sees [-1, 1], else [0, 1]")}
+
+    @classmethod
+    def from_config(cls, config) -> Self:
+        """Raises ValueError where `data.num_channels` is open."""
+        data = config.data
+        if data.num_channels < 1:
+            raise ValueError("data.num_channels is open: training measures it at its first start")
+        return cls((data.num_channels, data.image_size, data.image_size), data.centered)
+
+    @property
+    def shape(self) -> Shape:
+        return self.data_shape
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return (-1.0, 1.0) if self.centered else (0.0, 1.0)
+
+    @property
+    def log_volume(self) -> float:
+        low, high = self.bounds
+        return math.log(high - low)
+
+    def encode(self, data: Tensor) -> Tensor:
+        return 2 * data - 1 if self.centered else data
+
+    def unclamped(self, x: Tensor) -> Tensor:
+        return (x + 1) / 2 if self.centered else x
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.unclamped(x).clamp(0, 1)
+
+    def show(self, x: Tensor) -> Tensor:
+        """A state whose root mean square is beyond that of black and white is divided by it."""
+        contrast = 2 * self.unclamped(x) - 1
+        rms = contrast.flatten(1).square().mean(1).sqrt().clamp(min=1)
+        image = (contrast / rms.view(-1, 1, 1, 1) + 1) / 2
+        return (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+# data.codec -> the codec.
+CODECS: dict[str, type[Codec]] = {"": EightBitImages}
+
+KEYS = {
+    "data.codec": Key(
+        "",
+        OneOf(registry="sources.codec.CODECS"),
+        "between the data and what the network sees; '': grey levels are scaled",
+    )
+}
+
+
+def get_codec(config) -> Codec:
+    """The codec that `config.data.codec` names; ValueError where it does not fit the data."""
+    return CODECS[get(config, "data.codec")].from_config(config)

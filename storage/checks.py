@@ -1,0 +1,61 @@
+"""Entries of a state, as files may have them, checked before they are used."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.keys import shown
+from configs.schema import EXACT
+
+
+def check_keys(given: Any, keys: Collection[str | int], name: str) -> None:
+    """Raises ValueError unless `given`, the entry `name` of a state, has these `keys`, no others.
+
+    Files may be untrusted, so nothing in them is used before it is looked at.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} is no dictionary but of type {type(given).__name__}")
+    if missing := [key for key in keys if key not in given]:
+        raise ValueError(f"{name} has no {missing[0]}")
+    if len(given) > len(keys):
+        other = next(key for key in given if key not in keys)
+        raise ValueError(f"{name} has the unknown entry {shown(other)}")
+
+
+def check_like(given: Any, like: Any, name: str) -> None:
+    """Raises ValueError unless `given`, the entry `name` of a state, is one in place of `like`.
+
+    That is: a dictionary of the same keys or a list of the same length, of such entries; a finite
+    tensor on the CPU of the same shape and dtype; a finite number; a whole one from 0 to 2^53.
+    """
+    if isinstance(like, dict):
+        check_keys(given, like.keys(), name)
+        for key, entry in like.items():
+            check_like(given[key], entry, f"{name}.{key}")
+    elif isinstance(like, list):
+        if type(given) is not list or len(given) != len(like):
+            raise ValueError(f"{name} is not a list of {len(like)} entries")
+        for number, (each, entry) in enumerate(zip(given, like, strict=True)):
+            check_like(each, entry, f"{name}.{number}")
+    elif isinstance(like, Tensor):
+        check_tensor(given, name, like.shape, like.dtype)
+    elif like is None:
+        if given is not None:
+            raise ValueError(f"{name} is not None: {shown(given)}")
+    elif type(given) is not type(like) or not 0 <= given < EXACT:
+        raise ValueError(f"{name} is not a number from 0 to 2^53: {shown(given)}")
+
+
+def check_tensor(given: Any, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Raises ValueError unless `given` is a finite, dense tensor of this shape and dtype."""
+    if not isinstance(given, Tensor) or given.layout != torch.strided or given.device.type != "cpu":
+        raise ValueError(f"{name} is no dense tensor but of type {type(given).__name__}")
+    if given.shape != shape:
+        raise ValueError(f"{name} has the shape {tuple(given.shape)}, not {tuple(shape)}")
+    if given.dtype != dtype:
+        raise ValueError(f"{name} is of {given.dtype}, not {dtype}")
+    if given.numel() and not all(map(math.isfinite, torch.aminmax(given.detach()))):
+        raise ValueError(f"{name} is not finite")
