@@ -189,7 +189,7 @@ class TrainState:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _checked_moments(self, optimizer: dict, steps: int) -> dict[int, dict]:
-        """The state of each parameter in that of an `optimizer` after so many `steps`."""
+        """Copies of each parameter's state in that of an `optimizer` after so many `steps`."""
         template, complete = self._template()
         groups = self.optimizer.state_dict()["param_groups"]
         check_keys(optimizer, ("state", "param_groups"), "optimizer")
@@ -217,7 +217,7 @@ class TrainState:
                 raise ValueError(f"{name}.step is not a number of steps: {entry['step']}")
             if any((entry[key] < 0).any() for key in entry if key.endswith("_sq")):
                 raise ValueError(f"{name} has a negative mean of squares")
-            moments[number] = entry
+            moments[number] = {key: _laid_out(entry[key], template[number][key]) for key in entry}
         return moments
 
     def _template(self) -> tuple[dict[int, dict], bool]:
@@ -261,6 +261,14 @@ class TrainState:
         """Whether every trained parameter is."""
         norms = torch.stack(torch._foreach_norm([p for _, p in self.named_parameters]))
         return bool(norms.isfinite().all())
+
+
+def _laid_out(stored: object, like: object) -> object:
+    """A copy of a `stored` tensor with the memory format and device of `like`.
+
+    The fused optimisers pair the memory of weights and moments, not their indices.
+    """
+    return torch.empty_like(like).copy_(stored) if isinstance(stored, Tensor) else stored
 
 
 def checked_averages(state: dict, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:

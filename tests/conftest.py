@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import losses
 import methods
 from methods.field import poisson_field
+from models import create_model
+from training import TrainState
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,6 +41,18 @@ def run_program(command, expect=0):
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done
+
+
+def objective_of(config):
+    """The objective that `config` names, of the method that it names."""
+    return losses.get_loss_fn(config, methods.get_method(config))
+
+
+def train_state(config, model=None, objective=None):
+    """A new training state; network and objective are the config's where none is given."""
+    model = create_model(config) if model is None else model
+    objective = objective_of(config) if objective is None else objective
+    return TrainState.from_config(config, model, objective)
 
 
 @pytest.fixture

@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
+from conftest import objective_of, train_state
 from torch import nn
 
 import execution
-import losses
-import methods
 import training
 from configs.pfgmpp import digits_ddpmpp as pfgmpp_digits
 from configs.poisson import cifar10_ddpmpp, digits_ddpmpp
@@ -17,13 +16,15 @@ from configs.ve import digits_ncsnpp as ve_digits
 from configs.vp import digits_ddpmpp as vp_digits
 from datasets import keyed_generator
 from models import create_model
+from models.ema import ExponentialMovingAverage
+from models.weights import load_ema
 from sources.batch import Batch
 
 
 def test_ema_matches_published_trace(golden):
     """The EMA of (i, sin i, 2), step by step, from zero."""
     parameter = nn.Parameter(torch.zeros(3))
-    ema = training.ExponentialMovingAverage([parameter], golden["ema/decay"])
+    ema = ExponentialMovingAverage([parameter], golden["ema/decay"])
     for i, expected in enumerate(golden["ema/trace"]):
         value = torch.tensor(float(i))
         parameter.data = torch.stack([value, value.sin(), torch.tensor(2.0)])
@@ -32,11 +33,11 @@ def test_ema_matches_published_trace(golden):
 
 
 def test_ema_of_another_shape_is_refused():
-    state = training.TrainState(cifar10_ddpmpp.get_config(), Line())
+    state = train_state(cifar10_ddpmpp.get_config(), Line())
     saved = state.state_dict()
     saved["ema"] = saved["ema"] | {"shadow_params": [torch.ones(3)]}
     with pytest.raises(ValueError, match=r"ema\.shadow_params\.0 has the shape \(3,\)"):
-        state.load_network(saved)
+        load_ema(state.model, saved)
 
 
 def test_ema_with_a_half_life_in_images():
@@ -44,7 +45,7 @@ def test_ema_with_a_half_life_in_images():
     config = pfgmpp_digits.get_config()
     config.training.batch_size, config.model.ema_half_life = 50, 1000.0
     model = Line()
-    state = training.TrainState(config, model)
+    state = train_state(config, model)
     expected, seen = state.parameters[0].detach().clone(), 0
     for step in range(700):  # 5 % of the images are 1000 from step 400 on
         with torch.no_grad():
@@ -56,12 +57,12 @@ def test_ema_with_a_half_life_in_images():
         torch.testing.assert_close(state.ema.shadow_params[0], expected, rtol=1e-4, atol=1e-5)
     config.model.ema_half_life = -1.0
     with pytest.raises(ValueError, match=r"model\.ema_half_life must be at least 0, not -1"):
-        training.TrainState(config, model)
+        train_state(config, model)
 
 
 def test_ema_swaps_in_and_out_even_after_an_error():
     parameter = nn.Parameter(torch.zeros(2))
-    ema = training.ExponentialMovingAverage([parameter], 0.5)
+    ema = ExponentialMovingAverage([parameter], 0.5)
     parameter.data.fill_(1.0)
     with pytest.raises(RuntimeError), ema.swapped_into([parameter]):
         assert parameter.tolist() == [0.0, 0.0]
@@ -83,17 +84,24 @@ def test_learning_rate_rises_and_falls():
 IMAGES = Batch(torch.zeros(1, 1, 1, 1))
 
 
-class LossOf:
-    """A loss that is a given function of the network."""
+class LossOf(nn.Module):
+    """An objective that is a given function of the network."""
 
     def __init__(self, function):
+        super().__init__()
         self.function = function
 
-    def draw(self, batch, generator=None):
+    def draw(self, batch, step, generator=None):
         return batch
 
-    def error(self, net, examples, reference):
+    def loss(self, net, examples, reference):
         return self.function(net)
+
+
+def step_of(state, function):
+    """A step of `state` whose loss is a function of the network."""
+    state.objective = LossOf(function)
+    return training.train_step(state, IMAGES)
 
 
 class Line(nn.Module):
@@ -108,13 +116,11 @@ def test_step_clips_the_gradient_by_its_norm_and_warms_up():
     config = cifar10_ddpmpp.get_config()
     config.optim.warmup = 4
     config.optim.grad_clip = 0.5
-    state = training.TrainState(config, Line())
+    state = train_state(config, Line())
     seen = []
 
-    loss = LossOf(lambda net: 100 * net.weight.sum())
-
     for _ in range(3):
-        training.train_step(state, loss, IMAGES)
+        step_of(state, lambda net: 100 * net.weight.sum())
         seen.append(state.model.weight.grad.item())
         assert state.optimizer.param_groups[0]["lr"] == config.optim.lr * (state.step - 1) / 4
     assert seen == pytest.approx([0.5] * 3, rel=1e-4)
@@ -137,11 +143,11 @@ def test_step_clips_the_gradient_by_its_norm_and_warms_up():
 def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts(spoilt, first, grad_clip):
     config = cifar10_ddpmpp.get_config()
     config.optim.update(grad_clip=grad_clip, warmup=0, weight_decay=0.1)
-    state = training.TrainState(config, Line())
+    state = train_state(config, Line())
     if not first:
-        training.train_step(state, LossOf(lambda net: net.weight.square().sum()), IMAGES)
+        step_of(state, lambda net: net.weight.square().sum())
     before = copy.deepcopy(state.state_dict())
-    loss = training.train_step(state, LossOf(lambda net: spoilt(net.weight)), IMAGES)
+    loss = step_of(state, lambda net: spoilt(net.weight))
     assert loss.isnan()
     after = state.state_dict()
     assert after["step"] == before["step"] + 1
@@ -158,13 +164,13 @@ def test_a_skipped_step_leaves_the_next_ones_as_they_would_be():
     config = cifar10_ddpmpp.get_config()
     config.optim.warmup = 0
     good, bad = (
-        LossOf(lambda net: net.weight.square().sum()),
-        LossOf(lambda net: net.weight.sum() / 0),
+        lambda net: net.weight.square().sum(),
+        lambda net: net.weight.sum() / 0,
     )
-    states = [training.TrainState(config, Line()) for _ in range(2)]
+    states = [train_state(config, Line()) for _ in range(2)]
     for state, steps in zip(states, ((good, bad, good), (good, good)), strict=True):
         for loss in steps:
-            training.train_step(state, loss, IMAGES)
+            step_of(state, loss)
     assert torch.equal(*(state.model.weight for state in states))
     assert not torch.equal(states[0].model.weight, torch.ones(1))
 
@@ -182,10 +188,10 @@ def test_a_gradient_is_sanitised_as_edm_publishes():
     """nan -> 0 and +-inf -> +-1e5 before the step, which is applied; other entries stay."""
     config = cifar10_ddpmpp.get_config()
     config.optim.update(nonfinite="replace", grad_clip=-1.0, warmup=0, eps=1e-8)
-    state = training.TrainState(config, Points())
+    state = train_state(config, Points())
     gradient = torch.tensor([math.nan, math.inf, -math.inf, 0.25])
     state.model.weight.register_hook(lambda grad: gradient.clone())
-    loss = training.train_step(state, LossOf(lambda net: net.weight.sum()), IMAGES)
+    loss = step_of(state, lambda net: net.weight.sum())
     assert state.model.weight.grad.tolist() == [0.0, 1e5, -1e5, 0.25]
     # Adam's first step is the learning rate against the sign of the gradient
     moved = state.model.weight.detach() / config.optim.lr
@@ -193,25 +199,25 @@ def test_a_gradient_is_sanitised_as_edm_publishes():
     assert loss == 0 and state.step == 1
     assert state.model.unused == 1
     state.optimizer.zero_grad()
-    loss = training.train_step(state, LossOf(lambda net: net.weight.sum() * math.inf), IMAGES)
+    loss = step_of(state, lambda net: net.weight.sum() * math.inf)
     assert not loss.isfinite()  # so that many of them end the run
 
 
 def test_negative_grad_clip_means_none():
     config = cifar10_ddpmpp.get_config()
     config.optim.grad_clip = -1.0
-    state = training.TrainState(config, Line())
-    training.train_step(state, LossOf(lambda net: 100 * net.weight.sum()), IMAGES)
+    state = train_state(config, Line())
+    step_of(state, lambda net: 100 * net.weight.sum())
     assert state.model.weight.grad.item() == 100
 
 
 def test_a_resumed_run_follows_the_config(tmp_path):
     config = cifar10_ddpmpp.get_config()
-    saved = training.TrainState(config, Line()).state_dict()
+    saved = train_state(config, Line()).state_dict()
     config.optim.weight_decay = 0.25
     config.optim.beta1 = 0.5
     config.model.ema_rate = 0.75
-    state = training.TrainState(config, Line())
+    state = train_state(config, Line())
     state.load_state_dict(saved)
     (group,) = state.optimizer.param_groups
     assert (group["weight_decay"], group["betas"]) == (0.25, (0.5, 0.999))
@@ -219,7 +225,7 @@ def test_a_resumed_run_follows_the_config(tmp_path):
 
 
 def test_ruined_weights_are_noticed():
-    state = training.TrainState(cifar10_ddpmpp.get_config(), Line())
+    state = train_state(cifar10_ddpmpp.get_config(), Line())
     assert state.is_finite()
     state.model.weight.data.fill_(torch.nan)
     assert not state.is_finite()
@@ -229,9 +235,11 @@ def test_unknown_optimizer_names_the_known():
     config = cifar10_ddpmpp.get_config()
     config.optim.optimizer = "SGD"
     with pytest.raises(
-        ValueError, match=r"optim\.optimizer must be one of 'Adam', 'Muon', not 'SGD'"
+        ValueError, match=r"optim\.optimizer must be one of 'adam', 'muon', not 'SGD'"
     ):
-        training.TrainState(config, Line())
+        train_state(config, Line())
+    for config.optim.optimizer in ("adam", "ADAM"):
+        assert type(train_state(config, Line()).optimizer) is torch.optim.Adam
 
 
 @pytest.mark.parametrize("experiment", [digits_ddpmpp, pfgmpp_digits, vp_digits, ve_digits])
@@ -244,17 +252,16 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(experiment, turns):
     if config.training.small_batch_size:
         config.training.small_batch_size = 12
     torch.manual_seed(0)
-    state = training.TrainState(config, create_model(config).double())
+    state = train_state(config, create_model(config).double())
     with torch.no_grad():  # last layers that start near zero would hide a difference
         for parameter in state.parameters:
             parameter.add_(0.05 * torch.randn_like(parameter))
-    loss_fn = losses.get_loss_fn(config, methods.get_method(config))
     images = Batch(torch.rand(24, 1, 8, 8, dtype=torch.float64))
     results = {}
     for state.accumulate in (1, turns):
         state.optimizer.zero_grad()
         generator = torch.Generator().manual_seed(3)
-        loss = training.accumulate_gradient(state, loss_fn, images, generator)
+        loss = training.accumulate_gradient(state, images, generator)
         gradients = [p.grad for p in state.parameters if p.grad is not None]
         results[state.accumulate] = loss, [g.clone() for g in gradients]
     (loss, whole), (loss_in_turns, in_turns) = results[1], results[turns]
@@ -272,11 +279,11 @@ def test_gradient_in_bfloat16_is_near_and_float32(experiment):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    loss_fn = losses.get_loss_fn(config, methods.get_method(config))
+    loss_fn = objective_of(config)
     images, gradients = Batch(torch.rand(64, 1, 8, 8)), {}
-    for config.training.precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16"):
         try:
-            net = execution.for_training(config, model)
+            net = execution.for_training(model, precision)
         except ValueError:
             pytest.skip("this CPU has no bfloat16")
         model.zero_grad()
@@ -284,7 +291,7 @@ def test_gradient_in_bfloat16_is_near_and_float32(experiment):
         loss.backward()
         assert loss.dtype == torch.float32
         gradient = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        gradients[config.training.precision] = torch.cat(gradient)
+        gradients[precision] = torch.cat(gradient)
     assert gradients["bf16"].dtype == torch.float32
     error = (gradients["bf16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()
     assert 1e-5 < error < 3e-2  # 8 bits: 4e-3 for every rounding
@@ -293,10 +300,9 @@ def test_gradient_in_bfloat16_is_near_and_float32(experiment):
 def test_examples_that_cannot_be_shared_are_refused():
     config = vp_digits.get_config()
     config.training.accumulate = 5
-    state = training.TrainState(config, Line())
-    loss = losses.get_loss_fn(config, methods.get_method(config))
+    state = train_state(config, Line())
     with pytest.raises(ValueError, match="96 rows cannot be split evenly into 5 shards"):
-        training.train_step(state, loss, Batch(torch.zeros(96, 1, 8, 8)))
+        training.train_step(state, Batch(torch.zeros(96, 1, 8, 8)))
 
 
 class Labelled(nn.Module):
@@ -310,11 +316,11 @@ class Labelled(nn.Module):
 def test_labels_travel_with_their_examples():
     config = vp_digits.get_config()
     config.training.label_dropout = 0.0
-    loss = losses.get_loss_fn(config, methods.get_method(config))
+    loss = objective_of(config)
     batch = Batch(torch.rand(96, 1, 8, 8), torch.arange(96))
-    examples = loss.draw(batch, torch.Generator().manual_seed(0))
+    examples = loss.draw(batch, 0, torch.Generator().manual_seed(0))
     net = Labelled()
-    loss.error(net, examples.shard(1, 4), batch)
+    loss.loss(net, examples.shard(1, 4), batch)
     assert net.class_labels.tolist() == list(range(24, 48))
     assert batch.to("cpu")[torch.tensor([5, 3])].labels.tolist() == [5, 3]
     assert [len(piece) for piece in batch.split(40)] == [40, 40, 16]
@@ -325,14 +331,14 @@ def test_examples_are_part_of_the_batch(small, message):
     config = vp_digits.get_config()
     config.training.small_batch_size = small
     with pytest.raises(ValueError, match=message):
-        losses.get_loss_fn(config, methods.get_method(config))
+        objective_of(config)
 
 
 def test_only_a_reference_batch_is_larger_than_the_examples():
     for experiment, images in ((digits_ddpmpp, 4096), (vp_digits, 96)):
         config = experiment.get_config()
         config.training.update(batch_size=4096, small_batch_size=96)
-        loss = losses.get_loss_fn(config, methods.get_method(config))
+        loss = objective_of(config)
         assert (loss.batch_size, loss.examples) == (images, 96)
 
 
@@ -342,19 +348,17 @@ def test_only_a_reference_batch_is_larger_than_the_examples():
 @pytest.mark.parametrize("turns, optimizer", [(1, "Adam"), (2, "Adam"), (1, "Muon")])
 def test_a_step_never_waits_for_the_gpu(experiment, precision, turns, optimizer):
     config = experiment.get_config()
-    config.training.precision, config.optim.optimizer = precision, optimizer
-    config.training.accumulate = turns
-    model = create_model(config).cuda()
-    state = training.TrainState(config, model)
-    state.network = execution.for_training(config, model)
-    loss_fn = losses.get_loss_fn(config, methods.get_method(config))
+    config.optim.optimizer, config.training.accumulate = optimizer, turns
+    model, objective = create_model(config).cuda(), objective_of(config).cuda()
+    state = train_state(config, model, objective)
+    state.network = execution.for_training(model, precision)
     images = Batch(torch.rand(96, 1, 8, 8, device="cuda"))
-    training.train_step(state, loss_fn, images, keyed_generator("cuda", "test", 0))
+    training.train_step(state, images, keyed_generator("cuda", "test", 0))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(2):
-            training.train_step(state, loss_fn, images, keyed_generator("cuda", "test", step))
+            training.train_step(state, images, keyed_generator("cuda", "test", step))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -364,18 +368,17 @@ def test_resumed_moments_have_the_layout_of_the_weights():
     config = ve_digits.get_config()
     config.model.nf = 8
     images = Batch(torch.rand(96, 1, 8, 8))
-    loss_fn = losses.get_loss_fn(config, methods.get_method(config))
     weights = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
-        state = training.TrainState(config, create_model(config))
+        state = train_state(config, create_model(config))
         for second in (False, True):
             if second:
                 saved = copy.deepcopy(state.state_dict())
                 model = create_model(config).to(memory_format=layout)
-                state = training.TrainState(config, model)
+                state = train_state(config, model)
                 state.load_state_dict(saved)
             state.step = 100  # warmed up
-            training.train_step(state, loss_fn, images, torch.Generator().manual_seed(1))
+            training.train_step(state, images, torch.Generator().manual_seed(1))
         weights.append([p.detach().contiguous() for p in state.parameters])
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
