@@ -18,9 +18,10 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon moves a weight (rows, ...), all axes but the first taken as columns.
 
     It has at least `SMALLEST` rows and `SMALLEST` columns, which excludes the last layer, whose
-    rows are the channels of an image, and is not a table of embeddings, by its `name`.
+    rows are the channels of an image, and is not the table of an `nn.Embedding`, which the networks
+    call `embed`. (Their `label_embedding` and `augment_embedding` are linear layers.)
     """
-    if parameter.ndim < 2 or "embed" in name:
+    if parameter.ndim < 2 or name.endswith("embed.weight"):
         return False
     return min(len(parameter), parameter[0].numel()) >= SMALLEST
 

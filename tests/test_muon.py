@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.muon import COEFFICIENTS, MOMENTUM, STEPS, Muon, matrices_of, orthogonalise
 from test_configs import load
 from test_small_runs import tiny
 from torch import nn
@@ -14,10 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 import run_lib
 from models import create_model
+from optimizers import OPTIMIZERS
+from optimizers.muon import COEFFICIENTS, MOMENTUM, STEPS, is_matrix, orthogonalise
 from storage.checkpoints import load_checkpoint
 
 sides, decay = st.integers(1, 40), st.floats(0, 3)
-OPTIONS = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
+OPTIONS = {"lr": 0.1, "beta1": 0.9, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
 
 
 def defined(matrix):
@@ -30,15 +31,9 @@ def defined(matrix):
     return (u * s) @ vh
 
 
-def optimizer_of(*weights, kind=Muon, **options):
-    """An optimiser of `weights` whose moments are zero, as `TrainState` makes it."""
-    optimizer = kind(weights, **OPTIONS | options)
-    matrices = matrices_of(nn.ParameterList(weights))
-    for w in weights:
-        alone = kind is Muon and any(w.data_ptr() == matrix.data_ptr() for matrix in matrices)
-        names = ["exp_avg"] if alone else ["exp_avg", "exp_avg_sq"]
-        optimizer.state[w] = {"step": torch.zeros(()), **{n: torch.zeros_like(w) for n in names}}
-    return optimizer
+def optimizer_of(*weights, kind="muon", **options):
+    """An optimiser of `weights`, as `TrainState` makes it."""
+    return OPTIMIZERS[kind]([(f"{i}.weight", w) for i, w in enumerate(weights)], OPTIONS | options)
 
 
 def draw(seed, *shape):
@@ -146,7 +141,7 @@ def test_weight_decay_is_added_to_the_gradient():
 @pytest.mark.parametrize("shape", [(), (30,), (3, 40), (40, 7), (1, 16, 3, 3)])
 def test_all_else_moves_as_adam_moves_it(shape):
     found = []
-    for kind in (Muon, torch.optim.Adam):
+    for kind in ("muon", "adam"):
         w, matrix = draw(0, *shape).requires_grad_(), draw(1, 9, 9).requires_grad_()
         optimizer = optimizer_of(w, matrix, kind=kind)
         for seed in range(3):
@@ -197,17 +192,25 @@ def test_a_resumed_run_goes_on_as_it_would_have(tmp_path):
 
 @pytest.mark.parametrize(
     "experiment, last, has_tables",
-    [("poisson/digits_ddpmpp.py", "head.conv", False), ("ve/ncsn/cifar10.py", "end_conv", True)],
+    [
+        ("poisson/digits_ddpmpp.py", "head.conv", False),
+        ("ve/ncsn/cifar10.py", "end_conv", True),
+        ("edm/digits_ddpmpp.py", "head.conv", False),
+        ("pfgmpp/toy_mlp.py", "head.1", False),
+    ],
 )
 def test_what_counts_as_a_matrix_in_a_network(experiment, last, has_tables):
     """Nearly all weights, and not those of the last layer, of embeddings, biases and norms."""
     config = load(experiment)
     config.model.nf = 16
+    if config.model.name == "edm_unet":  # linear layers named as embeddings
+        config.data.num_classes, config.model.augment_dim = 10, 9
     model = create_model(config)
-    moved = {id(p) for p in matrices_of(model)}
-    names = {name for name, p in model.named_parameters() if id(p) in moved}
+    names = {name for name, p in model.named_parameters() if is_matrix(name, p)}
     tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     assert bool(tables) == has_tables
+    linear = {f"{n}.weight" for n, m in model.named_modules() if type(m) is nn.Linear}
+    assert {n for n in linear if min(model.get_parameter(n).shape) >= 8} <= names
     assert f"{last}.weight" in dict(model.named_parameters())
     assert f"{last}.weight" not in names and not tables & names
     assert not any(name.endswith("bias") for name in names)
