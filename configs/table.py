@@ -1,6 +1,8 @@
 """The keys of a config as a page: `python3 -m configs.table > docs/config.md`."""
 
-from configs.default import KEYS
+from configs.default import all_keys
+
+SECTIONS = ("config", "data", "training", "optim", "model", "sampling", "eval")
 
 HEAD = """# The keys of a config
 
@@ -12,18 +14,19 @@ network or source that is added to its registry can be named at once.
 
 def page() -> str:
     """The page, in Markdown: a table for each section of the config."""
-    lines, last = [HEAD], None
-    for name, key in KEYS.items():
-        section = name.rpartition(".")[0] or "config"
-        if section != last:
-            lines += [
-                f"\n## `{section}`\n",
-                "| Key | Default | May be | Meaning |",
-                "|---|---|---|---|",
-            ]
-            last = section
+    rows = {section: [] for section in SECTIONS}
+    for name, key in all_keys().items():
         cells = (f"`{name}`", f"`{key.default!r}`", str(key.allowed), key.meaning)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        row = "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        rows.setdefault(name.rpartition(".")[0] or "config", []).append(row)
+    lines = [HEAD]
+    for section, table in rows.items():
+        lines += [
+            f"\n## `{section}`\n",
+            "| Key | Default | May be | Meaning |",
+            "|---|---|---|---|",
+        ]
+        lines += table
     return "\n".join(lines) + "\n"
 
 

@@ -45,8 +45,8 @@ class SDE(Method):
     """Noise is added by dx = c(t) x dt + g(t) dw, t in [0, 1], and removed by the learned score.
 
     An SDE is its marginal (`alpha`, `std`), its coefficients (`coefficients`), its prior
-    N(0, prior_std^2 I) and the preconditioning that makes the network's output the predicted noise;
-    everything else, and what runs backwards, is derived from these here.
+    N(0, prior_scale^2 I) and the preconditioning that makes the network's output the predicted
+    noise; everything else, and what runs backwards, is derived from these here.
 
     Attributes:
         N: steps of the discretisation, or noise levels of a discretely trained network; >= 2.

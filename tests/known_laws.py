@@ -3,7 +3,7 @@
 import math
 
 import methods
-from methods.base import spread
+from methods.base import WithSlope, spread
 
 _PUBLISHED = {"N": 1000, "continuous": True, "likelihood_weighting": False}
 VE = methods.VESDE(sigma_min=0.01, sigma_max=50.0, **_PUBLISHED)
@@ -23,6 +23,17 @@ def pfgmpp(D=math.inf, sigma_min=0.002, sigma_max=80.0, target_kind="image"):
         P_std=1.2,
         target_kind=target_kind,
     )
+
+
+class WithFunction(WithSlope):
+    """A method whose slope is a function of y and the noise level, whatever the network."""
+
+    def __init__(self, method, function):
+        super().__init__(method)
+        self.function = function
+
+    def slope(self, net, y, sigma):
+        return self.function(y, sigma)
 
 
 FAMILY = {"edm": pfgmpp(), "pfgmpp": pfgmpp(4.0)}

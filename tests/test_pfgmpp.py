@@ -12,6 +12,7 @@ from scipy import stats
 from test_edm_networks import CASES, case_inputs, case_model
 
 import methods
+import models
 from configs.edm import digits_ddpmpp as edm_config
 from configs.pfgmpp import digits_ddpmpp as pfgmpp_config
 from likelihood import get_likelihood_fn, log_likelihood, unit_vectors
@@ -467,4 +468,4 @@ def test_negative_noise_labels_need_a_positional_embedding():
     config = config_of(8.0)
     config.model.embedding_type = "fourier"
     with pytest.raises(ValueError, match=r"set model\.embedding_type='positional'"):
-        methods.get_method(config)
+        models.create_model(config)

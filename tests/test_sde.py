@@ -199,9 +199,9 @@ def test_ddpm_kernel_is_the_law_of_its_chain():
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_prior_density_is_normalised_and_normal(name, dim):
     sde = SDES[name]
-    law = stats.norm(0, sde.prior_std)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(20)  # in units of sqrt(2) prior_std
-    scale = math.sqrt(2) * sde.prior_std
+    law = stats.norm(0, sde.prior_scale)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(20)  # in units of sqrt(2) prior_scale
+    scale = math.sqrt(2) * sde.prior_scale
     grid = np.stack(np.meshgrid(*[scale * nodes] * dim), axis=-1).reshape(-1, dim)
     weight = np.stack(np.meshgrid(*[weights * np.exp(nodes**2 / 2)] * dim), -1).reshape(-1, dim)
     logp = sde.prior_logp(torch.from_numpy(grid).view(-1, dim, 1, 1)).numpy()
@@ -222,7 +222,7 @@ def test_rescaling_ends_at_the_norm_of_prior_samples(name):
 @pytest.mark.parametrize("name", SDES)
 def test_prior_is_where_the_sde_ends(name):
     one = torch.ones(1, dtype=torch.float64)
-    assert SDES[name].std(one).item() == pytest.approx(SDES[name].prior_std, rel=1e-4)
+    assert SDES[name].std(one).item() == pytest.approx(SDES[name].prior_scale, rel=1e-4)
     assert SDES[name].sigma(one) > 49
 
 
@@ -321,8 +321,8 @@ def test_loss_reads_reduce_mean_and_ignores_the_reference_batch(reduce_mean):
     loss = loss_fn(net, batch, torch.Generator().manual_seed(0))
     half_sum = loss_of(VP, net, batch)[0].mean()
     assert loss.item() == pytest.approx((half_sum * (2 / 48 if reduce_mean else 1)).item())
-    examples = loss_fn.draw(Batch(batch), torch.Generator().manual_seed(0))
-    assert loss == loss_fn.error(net, examples, Batch(batch[:2]))
+    examples = loss_fn.draw(Batch(batch), generator=torch.Generator().manual_seed(0))
+    assert loss == loss_fn.loss(net, examples, Batch(batch[:2]))
 
 
 # --- configs --------------------------------------------------------------------------------------
@@ -336,7 +336,8 @@ def test_every_experiment_has_a_method_and_a_sampler(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    if config.training.M is None:  # training measures it
+    if config.training.M is None:  # training measures these
+        config.data.num_channels = 3
         config.training.M, config.sampling.z_max, config.sampling.upper_norm = 291, 40.0, 3000.0
     method = get_method(config)
     assert path.split("/")[0] == config.training.sde.removesuffix("sde")
@@ -359,7 +360,7 @@ def test_numbers_out_of_range_are_named(make, key, value, message):
     config = make.get_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
-        get_method(config)
+        get_sampling_fn(config, get_method(config))
 
 
 def test_discrete_losses_have_no_likelihood_weighting():

@@ -7,10 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from known_laws import FAMILY, SDES, gaussian_network
+from known_laws import FAMILY, SDES, WithFunction, gaussian_network
 from scipy import integrate, interpolate, stats
 
-import sampling
 from configs.edm import digits_ddpmpp as edm_config
 from configs.pfgmpp import digits_ddpmpp as pfgmpp_config
 from configs.poisson import cifar10_ddpmpp as poisson_config
@@ -212,9 +211,8 @@ def test_a_step_is_one_evaluation_and_keeps_four_states(name, order):
 def test_fixed_steps_say_where_they_diverge(name):
     slope = lambda x, sigma: x * (math.inf if sigma < 0.6 else 1)  # noqa: E731
     with pytest.raises(FloatingPointError, match=r"not finite after the step to 0\.25"):
-        sampling.integrate(
-            FAMILY["edm"], slope, torch.ones(1), even(1.0, 0.0, 4), SOLVERS[name].solve
-        )
+        method, levels = WithFunction(FAMILY["edm"], slope), even(1.0, 0.0, 4)
+        solve_ode(method, None, torch.ones(1, 1, 1, 1), name, 4, schedule=lambda *_: levels)
 
 
 # --- churn ----------------------------------------------------------------------------------------
@@ -319,7 +317,7 @@ def test_config_chooses_order_and_churn():
             {"ode_solver": "unipc", "S_churn": 1.0},
             "only 'improved_euler' and 'heun' do",
         ),
-        (poisson_config, {"ode_solver": "heun", "S_churn": 1.0}, "poisson has no Gaussian noise"),
+        (poisson_config, {"ode_solver": "heun", "S_churn": 1.0}, "PFGM has no Gaussian noise"),
         (
             edm_config,
             {"ode_solver": "heun", "S_churn": 1.0, "S_min": 2.0, "S_max": 1.0},
