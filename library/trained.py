@@ -5,29 +5,43 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import execution
 from configs.keys import shown
 from datasets import keyed_generator
-from methods.base import Network, conditioned
+from likelihood import Likelihood
+from losses import Regression
+from methods.base import Method, Network, conditioned
 from methods.restoration import Measurement
 from reports.progress import solver_bar
+from sampling import Sampler
 from solvers.base import Watch
 from solvers.solve import encode, solve_ode
 from solvers.states import States
-
-if TYPE_CHECKING:
-    from experiment import Experiment
-    from sampling import Sampler
+from sources.codec import Codec
 
 LOWEST_SHOWN = 0.03  # noise level, as the network sees it, whose noise hardly shows in a film
 
 ClassLabel = int | Sequence[int] | Tensor | None
+
+
+class Parts(Protocol):
+    """Those of an `experiment.Experiment` that a trained network is used with."""
+
+    device: torch.device
+    method: Method
+    codec: Codec
+    network: nn.Module
+    objective: Regression
+    sampler: Sampler
+    likelihood: Likelihood
+    limits: dict[str, float]
+    classes: int
 
 
 class Trained:
@@ -39,13 +53,13 @@ class Trained:
     given a class label, or each its own (n,); -1 is none.
 
     Attributes:
-        experiment: config, method, network and all other parts, for what is not here.
+        experiment: the config's `experiment.Experiment`, for what is not here.
         path: the file that it comes from.
         step: after how many steps of training.
         shape: (C, H, W) of an image.
     """
 
-    def __init__(self, experiment: "Experiment", path: Path, step: int):
+    def __init__(self, experiment: Parts, path: Path, step: int):
         self.experiment, self.path, self.step = experiment, path, step
         self.shape = experiment.codec.data_shape
         self.batch_size = experiment.sampler.batch_size
@@ -220,7 +234,7 @@ class Trained:
 
     def _batches(
         self, seeds: Iterable[int], class_label: ClassLabel, measurement: Measurement | None
-    ) -> Iterator[tuple["Sampler", dict]]:
+    ) -> Iterator[tuple[Sampler, dict]]:
         """The sampler of each batch of seeds, and its prior draws, generators, labels and seeds."""
         seeds, run = checked_seeds(seeds), self.experiment
         labels = self.labels(class_label, len(seeds), seeds)
