@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import LENGTH, NOISE_LEVEL, Flag, Key, Number, whole
-from methods.base import Method, Network, Preconditioning, spread
+from methods.base import Method, spread
 from methods.field import own_class, poisson_field
 from sources.batch import Batch
 
@@ -211,14 +211,10 @@ class Poisson(Method):
         return poisson_field(points, reference.images, self.gamma, among)
 
     def predict(self, net, examples):
-        x, z = self.field(net, examples.images, examples.z)
+        x, z = net(examples.images, examples.z.clamp(min=1e-10))
         return torch.cat([x.flatten(1), z[:, None]], dim=1)
 
     # --- sampling ---
-
-    def field(self, net: Network, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The predicted field, (B, C, H, W) and (B,), at `x` (B, C, H, W) and heights `z` (B,)."""
-        return Preconditioning(c_noise=lambda z: z.clamp(min=1e-10))(net, x, z)
 
     def slope(self, net, y, sigma):
         """dx/dz = v_x / v_z (B, C, H, W) along the field line at (y, z = sigma) (equation 6).
@@ -231,7 +227,7 @@ class Poisson(Method):
         nearly flat, the predicted v_z would otherwise change its sign.
         """
         z = torch.as_tensor(sigma, dtype=y.dtype).to(y.device, non_blocking=True)
-        v_x, v_z = self.field(net, y, z.expand(len(y)))
+        v_x, v_z = net(y, z.expand(len(y)).clamp(min=1e-10))
         sqrt_dim = math.sqrt(y[0].numel())
         a = (v_x.flatten(1).norm(dim=1) / sqrt_dim).clamp(max=1 - 1e-5)
         rho = torch.hypot(self.gamma * a / (1 - a), z)
