@@ -363,14 +363,18 @@ KEYS = {
 def all_keys() -> dict[str, Key]:
     """Every key with its default: those of the loops, and those that the parts declare.
 
-    A part that is registered from outside brings its own, as its attribute `keys`.
+    A part that is registered from outside brings its own, as its attribute `keys`; a method that
+    builds one, such as `from_config`, as that of its class.
     """
     tables = [likelihood.Likelihood, *METHODS.values(), *OBJECTIVES.values(), *CODECS.values()]
     tables += [*NETWORKS.values(), *OPTIMIZERS.values(), *SAMPLERS.values()]
     tables += [*SOLVERS.values(), *SCHEDULES.values(), *SOURCES.values()]
     modules = [losses, training, optimizers, codec]
     keys = KEYS | {name: key for module in modules for name, key in module.KEYS.items()}
-    return keys | {name: key for part in tables for name, key in getattr(part, "keys", {}).items()}
+    for part in tables:
+        builder = getattr(part, "func", part)  # of a partial
+        keys |= getattr(getattr(builder, "__self__", builder), "keys", {})
+    return keys
 
 
 def get_default_config() -> ConfigDict:
