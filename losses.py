@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from configs.keys import get, named
 from configs.schema import SHARE, Flag, Key, OneOf, whole
 from methods.base import Method, Network
 from methods.field import poisson_field, posterior_mean
@@ -41,6 +42,8 @@ class Regression(nn.Module):
     method, averaged over the examples.
 
     Attributes:
+        keys: the keys that the objective declares, for `configs.default`.
+        options: {argument of the constructor: the key that it is read from}.
         method: whose prediction.
         reduce_mean: see above.
         batch_size: images that a training step takes from the data.
@@ -49,6 +52,12 @@ class Regression(nn.Module):
     """
 
     keys: ClassVar[Mapping[str, Key]] = {}
+    options: ClassVar[Mapping[str, str]] = {
+        "reduce_mean": "training.reduce_mean",
+        "batch_size": "training.batch_size",
+        "examples": "training.small_batch_size",
+        "label_dropout": "training.label_dropout",
+    }
 
     def __init__(
         self,
@@ -71,9 +80,7 @@ class Regression(nn.Module):
     @classmethod
     def from_config(cls, config, method: Method) -> Self:
         """The objective of `config`; ValueError where its numbers contradict each other."""
-        training = config.training
-        sizes = training.batch_size, training.small_batch_size
-        return cls(method, training.reduce_mean, *sizes, training.label_dropout)
+        return cls(method, **{name: get(config, key) for name, key in cls.options.items()})
 
     def forward(
         self,
@@ -123,4 +130,5 @@ def get_loss_fn(config, method: Method) -> Regression:
     Raises:
         ValueError: `training.small_batch_size` is larger than the batch.
     """
-    return OBJECTIVES[config.training.objective].from_config(config, method)
+    objective = named(OBJECTIVES, "training.objective", config.training.objective)
+    return objective.from_config(config, method)

@@ -155,6 +155,11 @@ class Method(abc.ABC):
         """What its paper calls it, for people to read."""
         return type(self).__name__
 
+    def __repr__(self) -> str:
+        """Class and numbers, by which results of one method are told from those of another."""
+        numbers = ", ".join(f"{field}={getattr(self, field)!r}" for field in self.options)
+        return f"{type(self).__name__}({numbers})"
+
     @classmethod
     def from_config(cls, config) -> Self:
         """The method with the numbers of `config`; ValueError where they contradict each other."""
