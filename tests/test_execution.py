@@ -67,16 +67,15 @@ def relative_difference(ours, theirs):
 
 
 def test_by_default_the_network_itself_is_trained(small):
-    config, model = small
-    assert execution.for_training(config, model) is model
+    _, model = small
+    assert execution.for_training(model) is model
 
 
 def test_bfloat16_is_near_and_keeps_weights_and_outputs_float32(small):
-    config, model = small
+    _, model = small
     truth = outputs(model)
-    config.training.precision = "bf16"
     try:
-        network = execution.for_training(config, model)
+        network = execution.for_training(model, "bf16")
     except ValueError:
         pytest.skip("this CPU has no bfloat16")
     ours = outputs(network)
@@ -87,21 +86,19 @@ def test_bfloat16_is_near_and_keeps_weights_and_outputs_float32(small):
 
 
 def test_channels_last_changes_nothing_but_rounding(small):
-    config, model = small
+    _, model = small
     truth = outputs(model)
-    config.training.channels_last = True
-    network = execution.for_training(config, model)
+    network = execution.for_training(model, channels_last=True)
     assert network.stem.weight.is_contiguous(memory_format=torch.channels_last)
     assert relative_difference(outputs(network), truth) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_a_precision_that_the_device_lacks_is_one_line(small, monkeypatch, precision):
-    config, model = small
-    config.training.precision = precision
+    _, model = small
     monkeypatch.setattr(execution, f"_has_{'bfloat16' if precision == 'bf16' else precision}", no)
     with pytest.raises(ValueError, match=rf"training\.precision='{precision}': cpu has no .*"):
-        execution.for_training(config, model)
+        execution.for_training(model, precision)
 
 
 def no(device):
@@ -127,6 +124,24 @@ def test_only_training_needs_its_precision(tmp_path, monkeypatch, precision):
     assert [*tmp_path.glob("eval/report_*.npz")]
 
 
+def test_loading_changes_nothing_of_the_callers_process(tmp_path, monkeypatch):
+    config = tiny("poisson/digits_ddpmpp.py", tmp_path)
+    config.training.snapshot_sampling = False
+    assert run_lib.train(config, tmp_path)
+    monkeypatch.setattr(execution, "keep_freed_memory", pytest.fail)  # mallopt tells no values
+    before = torch.random.get_rng_state()
+    try:
+        for precision, allowed in (("high", True), ("highest", False)):
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = allowed
+            experiment.load(tmp_path).sample(seeds=[1])
+            assert torch.get_float32_matmul_precision() == precision
+            assert torch.backends.cudnn.allow_tf32 is allowed
+    finally:
+        execution.set_float32_products("fp32")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("precision, allowed", [("fp32", False), ("tf32", True), ("bf16", False)])
 def test_tf32_is_used_where_it_is_asked_for_only(precision, allowed):
     try:
@@ -147,10 +162,9 @@ def test_full_float32_gives_back_what_it_found():
 
 
 def test_an_unknown_precision_names_the_known(small):
-    config, model = small
-    config.training.precision = "fp16"
+    _, model = small
     with pytest.raises(ValueError, match="precision='fp16'; known: fp32, tf32, bf16"):
-        execution.for_training(config, model)
+        execution.for_training(model, "fp16")
 
 
 # --- what 'auto' takes ----------------------------------------------------------------------------
@@ -243,7 +257,7 @@ def test_nothing_is_measured_where_nothing_is_open(small, tmp_path):
     with pytest.raises(ValueError, match=r"sampling\.precision='auto' is open"):
         experiment.Experiment.build(config)
     with pytest.raises(ValueError, match=r"training\.precision='auto' is open"):
-        execution.for_training(config, small[1])
+        execution.for_training(small[1], "auto")
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -302,10 +316,10 @@ def test_old_gpus_have_neither_bfloat16_nor_tf32(monkeypatch):
 
 def test_without_a_compiler_one_warning_and_the_network_as_it_is(small, no_compiler, caplog):
     config, model = small
-    config.training.compile = config.sampling.compile = True
+    config.sampling.compile = True
     config.sampling.ode_solver, config.sampling.N = "forward_euler", 2
     with caplog.at_level(logging.WARNING):
-        assert execution.for_training(config, model) is model
+        assert execution.for_training(model, compiles=True) is model
         sample = sampling.get_sampling_fn(config, get_method(config))
         samples, _ = sample(model.eval(), 2)
     assert samples.shape == (2, 1, 8, 8)
@@ -349,10 +363,9 @@ def test_a_compiled_network_computes_the_same_and_is_compiled_once():
         pytest.skip("no C++ compiler")
     config = digits_ddpmpp.get_config()
     config.model.update(nf=8, ch_mult=(1,), attn_resolutions=(), init_scale=1.0)
-    config.training.compile = True
     config.sampling.ode_solver, config.sampling.N = "forward_euler", 3
     model, method = create_model(config), get_method(config)
-    network = execution.for_training(config, model)
+    network = execution.for_training(model, compiles=True)
     assert network is not model
     torch._dynamo.utils.counters.clear()
     results = [with_gradient(model, outputs(run)) for run in (model, network)]

@@ -202,7 +202,7 @@ def test_a_resumed_run_goes_on_as_it_would_have(tmp_path):
 def test_what_counts_as_a_matrix_in_a_network(experiment, last, has_tables):
     """Nearly all weights, and not those of the last layer, of embeddings, biases and norms."""
     config = load(experiment)
-    config.model.nf = 16
+    config.model.nf = 64 if config.model.name == "mlp" else 16
     if config.model.name == "edm_unet":  # linear layers named as embeddings
         config.data.num_classes, config.model.augment_dim = 10, 9
     model = create_model(config)
