@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import run_program
 
-from configs.poisson import digits_ddpmpp
 from storage.checkpoints import checkpoints_to_evaluate, load_checkpoint, save_checkpoint
 from storage.files import atomic_write
 
@@ -113,7 +112,8 @@ def test_nothing_that_a_state_does_not_hold_is_made(tmp_path, call):
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from storage.checkpoints import check_like, load_checkpoint, written_steps
+from storage.checkpoints import load_checkpoint, written_steps
+from storage.checks import check_like
 
 resource.setrlimit(resource.RLIMIT_AS, 2 * (resource.RLIM_INFINITY,))
 used = 4096 * int(Path("/proc/self/statm").read_text().split()[0])
@@ -146,22 +146,15 @@ def test_messages_name_a_value_whose_text_no_memory_holds(tmp_path, entry):
 # --- which to evaluate ----------------------------------------------------------------------------
 
 
-def config_of(n_iters, freq, first, last):
-    config = digits_ddpmpp.get_config()
-    config.training.update(n_iters=n_iters, snapshot_freq=freq)
-    config.eval.update(begin_ckpt=first, end_ckpt=last)
-    return config
-
-
 def write_steps(workdir, *steps, name=lambda step: step):
     for step in steps:
         path = workdir / f"checkpoints/checkpoint_{name(step)}.pth"
         save_checkpoint(path, {**state(), "step": step})
 
 
-def found(config, workdir):
+def found(workdir, n_iters, freq, first, end):
     """{k: step in the file's name}."""
-    paths = checkpoints_to_evaluate(config, workdir)
+    paths = checkpoints_to_evaluate(workdir, first, end, freq, n_iters)
     return {k: int(path.stem.removeprefix("checkpoint_")) for k, path in paths.items()}
 
 
@@ -173,25 +166,25 @@ def test_every_number_of_steps_has_a_last_checkpoint(n_iters, freq, tmp_path, ca
     write_steps(tmp_path, *{*range(freq, n_iters + 1, freq), n_iters})
     last = -(-n_iters // freq)
     k = min(4, last)
-    assert found(config_of(n_iters, freq, 4, 4), tmp_path) == {k: min(k * freq, n_iters)}
+    assert found(tmp_path, n_iters, freq, 4, 4) == {k: min(k * freq, n_iters)}
     said = f"the last checkpoint of training.n_iters={n_iters} steps is number {last}"
     assert caplog.text.count(said) == (last < 4)
     every = {k: min(k * freq, n_iters) for k in range(1, last + 1)}
-    assert found(config_of(n_iters, freq, 1, 99), tmp_path) == every
+    assert found(tmp_path, n_iters, freq, 1, 99) == every
 
 
 def test_published_files_are_found_by_their_number(tmp_path, caplog):
     """Also those beyond the configured number of steps, and the last of an uneven number."""
     write_steps(tmp_path, 15, 20, 21, 30, name=lambda step: -(-step // 5))
-    assert found(config_of(21, 5, 3, 9), tmp_path) == {3: 3, 4: 4, 5: 5, 6: 6}
-    assert found(config_of(21, 5, 6, 6), tmp_path) == {6: 6}
+    assert found(tmp_path, 21, 5, 3, 9) == {3: 3, 4: 4, 5: 5, 6: 6}
+    assert found(tmp_path, 21, 5, 6, 6) == {6: 6}
     with pytest.raises(FileNotFoundError, match=r"checkpoint_10\.pth to checkpoint_10\.pth"):
-        found(config_of(21, 5, 2, 2), tmp_path)
+        found(tmp_path, 21, 5, 2, 2)
 
 
 def test_missing_checkpoints_are_named(tmp_path, caplog):
     write_steps(tmp_path, 4, 8)
-    assert found(config_of(8, 2, 2, 4), tmp_path) == {2: 4, 4: 8}
+    assert found(tmp_path, 8, 2, 2, 4) == {2: 4, 4: 8}
     assert "checkpoint_6.pth does not exist; passed over" in caplog.text
     with pytest.raises(FileNotFoundError, match=r"for checkpoint_9\.pth to checkpoint_9\.pth"):
-        found(config_of(9, 2, 7, 8), tmp_path)
+        found(tmp_path, 9, 2, 7, 8)

@@ -9,6 +9,7 @@ from test_small_runs import report_of, tiny
 from torch import nn
 
 import run_lib
+from models import create_model
 from models.ema import (
     ExponentialMovingAverage,
     exponent_of,
@@ -16,6 +17,7 @@ from models.ema import (
     rebuilding_weights,
     rise_of_power,
 )
+from models.weights import load_ema
 from storage.checkpoints import load_checkpoint
 
 STDS = (0.05, 0.10)
@@ -183,11 +185,11 @@ def test_the_rebuilt_weights_are_those_of_the_checkpoints(tmp_path):
     config = run_of(tmp_path, training__n_iters=6, model__ema_stds=STDS)
     assert run_lib.train(config, tmp_path)
     config.eval.update(begin_ckpt=3, end_ckpt=3, ema_std=0.08)
-    run = run_lib.Experiment.build(config)
+    model = create_model(config)
     path = tmp_path / "checkpoints/checkpoint_6.pth"
     content = load_checkpoint(path)
-    run.state.load_network(content)
-    run_lib.evaluation.rebuild_ema(config, run, tmp_path, path, content)
+    load_ema(model, content)
+    run_lib.evaluation.rebuild_ema(model, 0.08, tmp_path, path, content)
     made_of = [
         (step, average["std"], average["shadow_params"][0])
         for step in (2, 4, 6)
@@ -196,4 +198,4 @@ def test_the_rebuilt_weights_are_those_of_the_checkpoints(tmp_path):
     steps, stds, kept = zip(*made_of, strict=True)
     weights, _ = rebuilding_weights(steps, stds, 6, 0.08)
     expected = sum(w * k for w, k in zip(weights, kept, strict=True))
-    torch.testing.assert_close(run.state.ema.shadow_params[0], expected)
+    torch.testing.assert_close(next(model.parameters()).detach(), expected)

@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import train_state
 from many_lives import small_config
 
 import run_lib
-from experiment import Experiment
 from storage import run_config
 from storage.checkpoints import fit, load_checkpoint, save_checkpoint, written_steps
 
@@ -121,29 +121,29 @@ def sound(state):
 def test_500_mutated_states_are_loaded_or_refused(trained, tmp_path):
     config, chance, refused = small_config(**{"training.n_iters": 3}), random.Random(5), 0
     original, path = load_checkpoint(newest(trained)), tmp_path / "mutated.pth"
-    run = Experiment.build(config)
+    resumed = train_state(config)
     for number in range(500):
-        run.state.load_state_dict(original)
+        resumed.load_state_dict(original)
         state = copy.deepcopy(original)
         mutate(state, chance)
         torch.save(state, path)
-        before = [tensor.clone() for tensor in tensors(run.state)]
+        before = [tensor.clone() for tensor in tensors(resumed)]
         try:
             loaded = load_checkpoint(path)
             run_config.changes(path, loaded, config)
             written_steps(loaded, path)
-            fit(run.state.load_state_dict, loaded, path)
+            fit(resumed.load_state_dict, loaded, path)
         except ValueError as error:
             assert str(error).isprintable(), number
             assert str(path) in str(error), number
-            assert all(map(torch.equal, before, tensors(run.state))), number
+            assert all(map(torch.equal, before, tensors(resumed))), number
             refused += 1
             continue
-        assert sound(run.state), number
-        for parameter in run.state.parameters:
+        assert sound(resumed), number
+        for parameter in resumed.parameters:
             parameter.grad = torch.ones_like(parameter)
-        run.state.apply_gradient(torch.tensor(True))
-        assert sound(run.state), number
+        resumed.apply_gradient(torch.tensor(True))
+        assert sound(resumed), number
     assert 250 < refused < 500
 
 
