@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +28,10 @@ from methods.base import conditioned
 from methods.restoration import RESTORE, Measurement, get_operator
 from metrics import distances
 from metrics.features import FeatureSpace
-from metrics.reference import ReferenceStatistics, fingerprint
+from metrics.reference import ReferenceStatistics, data_name, fingerprint
 from metrics.table import OF_HALVES, Comparison, compare, compare_halves
 from models.ema import rebuilding_weights
+from reports import settings
 from reports.images import Images, channels_last, image_grid, to_uint8
 from solvers.base import TooManyEvaluations
 from sources.batch import Batch
@@ -52,6 +54,7 @@ RESTORATIONS = 5  # of each image
 AVERAGED = 2_000  # training images whose mean is a plain restoration
 RESTORED = 10  # images that the picture of restorations shows
 LARGEST_EMA_ERROR = 0.15  # of the profile; EMA weights err by about a tenth of it
+DIGITS = 12  # of a digest among the settings of a report
 PAIRS = 10  # samples in a row of the picture of nearest training images
 
 
@@ -100,6 +103,59 @@ def rebuild_ema(config, run: Experiment, workdir: Path, checkpoint: Path, conten
 def _origin_of(data) -> dict:
     """The same of the split that a part is computed on, and of its class labels."""
     return {"data": fingerprint(data)} | origin_of_tensors(labels=getattr(data, "labels", None))
+
+
+def settings_of(
+    config,
+    run: Experiment,
+    origin: dict,
+    data,
+    statistics: ReferenceStatistics | None,
+    to_restore: "ToRestore | None",
+) -> dict[str, Any]:
+    """The settings that make a report, flat; those of a part only where it is asked for.
+
+    Args:
+        origin: see `experiment.origin_of`.
+        data: the split that loss and likelihood are computed on; None without these.
+        statistics: those that samples are compared with; None without samples.
+        to_restore: None without restoration.
+    """
+    asked = config.eval
+    made_by = {"step": run.state.step, "weights": origin["weights"][:DIGITS]}
+    made_by |= {"seed": origin["seed"], "eval.ema_std": asked.ema_std}
+    made_by |= {"data.centered": origin["centered"], "training.precision": origin["precision"]}
+    made_by |= {"eval.batch_size": asked.batch_size, **settings.of_method(run.method)}
+    made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
+    made_by |= settings.of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
+    if data is not None:
+        made_by |= {"eval.dataset": asked.dataset, "split.data": data_name(config)}
+        made_by |= {"split.images": len(data), "split.digest": fingerprint(data)}
+    if asked.enable_loss:
+        made_by["loss.reduce_mean"] = config.training.reduce_mean
+        if run.method.uses_reference_batch:
+            made_by["loss.reference_batch"] = config.training.batch_size
+    if asked.enable_bpd or asked.enable_classification:
+        made_by["eval.divergence"] = asked.divergence
+    if asked.enable_bpd:
+        made_by["eval.bpd_num_repeats"] = _passes(config)
+    if asked.enable_classification:
+        digest = origin_of_tensors(labels=data.labels)["labels"]
+        made_by |= {"classes.number": config.data.num_classes, "classes.labels": digest[:DIGITS]}
+    if statistics is not None:
+        made_by |= {"eval.num_samples": asked.num_samples, "eval.features": statistics.space.name}
+        made_by |= {f"reference.{name}": value for name, value in statistics.origin.items()}
+    if to_restore is not None:
+        digests = origin_of_tensors(
+            measurements=to_restore.measurement.value, labels=to_restore.labels
+        )
+        made_by |= {f"restoration.{name}": digest[:DIGITS] for name, digest in digests.items()}
+    return made_by
+
+
+def _passes(config) -> int:
+    """Passes of bits/dim over the split."""
+    return config.eval.bpd_num_repeats if config.eval.dataset == "test" else 1
 
 
 def fit_sampler(config, run: Experiment, checkpoint: Path, origin: dict) -> Callable:
@@ -201,7 +257,7 @@ def evaluate_bpd(
     process only. Raises FloatingPointError where the ODE cannot be solved.
     """
     split, size, net = config.eval.dataset, config.eval.batch_size, run.state.model
-    passes = config.eval.bpd_num_repeats if split == "test" else 1
+    passes = _passes(config)
     origin = origin | _origin_of(data) | {"divergence": config.eval.divergence}
 
     @torch.no_grad()

@@ -37,6 +37,7 @@ from metrics.reference import ReferenceStatistics
 from reports.evaluation_page import save_page
 from reports.films import check_writer, save_film
 from reports.images import image_grid, to_uint8
+from reports.settings import to_json
 from reports.table import report_table
 from sources.base import Picture
 from sources.folder import read_images
@@ -222,6 +223,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
     folder = evaluation_folder(workdir, eval_folder)
     checkpoints = checkpoints_to_evaluate(config, workdir)
+    data = statistics = to_restore = None
     if asked.enable_loss or asked.enable_bpd or asked.enable_classification:
         data = datasets.get_dataset(config, asked.dataset)
     if asked.enable_bpd or asked.enable_classification:
@@ -265,6 +267,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             report |= {"ema_std": asked.ema_std} if asked.ema_std else {}
             with run.with_ema():
                 origin = origin_of(config, run)
+                made_by = evaluation.settings_of(config, run, origin, data, statistics, to_restore)
+                report["settings"] = to_json(made_by)
                 run.sample = evaluation.fit_sampler(config, run, path, origin)
                 if asked.enable_bpd:
                     report |= evaluation.evaluate_bpd(
@@ -297,7 +301,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
             save_page(config, run, workdir, folder, k)
-            title = f"{path.name}, EMA weights of step {report['step']}"
+            width = f" of width {asked.ema_std:g}" if asked.ema_std else ""
+            title = f"{path.name}, EMA weights{width} of step {report['step']}"
             log.info(report_table(report, asked.dataset, title))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
 

@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +67,16 @@ class ReferenceStatistics:
     """What samples are compared with, in which space, and where it is kept.
 
     `data` is the training split, and `path` where its statistics are kept; both are None where
-    published statistics stand for it. `reference` is None until the data are measured.
+    published statistics stand for it. `reference` is None until the data are measured. `origin`
+    says which data they are: `data`, `split`, number of `images` and `digest`; of published
+    statistics the name of their file and its digest.
     """
 
     space: FeatureSpace
     reference: Reference | None
     data: Tensor | datasets.Labelled | datasets.Stream | None = None
     path: Path | None = None
+    origin: Mapping[str, str | int] = field(default_factory=dict)
 
     @classmethod
     def build(cls, config, device: torch.device) -> "ReferenceStatistics":
@@ -89,17 +92,21 @@ class ReferenceStatistics:
         for published in (folder / f"{name}_{size}_stats.npz", folder / f"{name}_stats.npz"):
             if published.exists():
                 log.info(f"statistics of the data: {published}, which names no training images")
-                return cls(space, replace(_read_statistics(published, space), index=None))
+                digest = hashlib.sha256(published.read_bytes()).hexdigest()[:8]
+                origin = {"data": published.name, "split": "published", "digest": digest}
+                reference = replace(_read_statistics(published, space), index=None)
+                return cls(space, reference, origin=origin)
         try:
             data = datasets.get_dataset(config, "train")
         except ValueError:  # a network with class labels can be sampled without those of the data
             data = datasets.get_dataset(config, "train", labels=False)
         shape = f"{size}x{size}x{config.data.num_channels}"
-        path = folder / f"{name}_train_{shape}_{space.name}_{fingerprint(data)}.npz"
+        origin = {"data": name, "split": "train", "images": len(data), "digest": fingerprint(data)}
+        path = folder / f"{name}_train_{shape}_{space.name}_{origin['digest']}.npz"
         reference = _read_statistics(path, space) if path.exists() else None
         if reference and not reference.names_images_of(data):
             raise ValueError(f"{path} does not say which images its features are of; delete it")
-        return cls(space, reference, data, path)
+        return cls(space, reference, data, path, origin)
 
     @property
     def labels(self) -> NDArray | None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from metrics.table import METRICS
+from reports.settings import of_report, sampler_words
 
 RESTORED = {
     "restore_psnr": "PSNR, dB",
@@ -34,6 +35,8 @@ def report_table(report: Mapping, split: str, title: str) -> str:
         if report["nonfinite"]:
             rows.append(("  not finite", str(report["nonfinite"])))
         rows.append(("  evaluations", f"{report['nfe']:.0f}"))
+        if "settings" in report:
+            rows.append(("  sampler", sampler_words(of_report(report))))
     if "restore_images" in report:
         rows.append(("images restored", str(report["restore_images"])))
         for key, what in RESTORED.items():
