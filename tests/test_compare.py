@@ -5,13 +5,18 @@ import io
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_configs import load
 from test_report import Tags, dumped
+from test_small_runs import tiny
 
+import run_lib
+import sampling
 from configs.keys import flatten
 from reports import compare, settings
 from reports.compare import Run, compare_page, differing, grouped, read_run
@@ -31,7 +36,7 @@ def dotted(changes):
 
 
 def report(of, values, **changes):
-    """A report on the weights of seed `of`; `changes` of its settings have __ in place of the dot."""
+    """A report on the weights of seed `of`, with `changes` of its settings, __ for the dot."""
     made_by = SETTINGS | {"seed": of, "weights": f"of {of}", "step": 10} | dotted(changes)
     values = {"step": made_by["step"], **OLD, **values}
     return values | {"settings": settings.to_json(made_by)}
@@ -261,3 +266,124 @@ def test_from_workdirs_to_a_page(tmp_path, monkeypatch, capsys):
         compare.main()
     assert "none carries a config" in capsys.readouterr().err
     assert "2 runs side by side" in dumped(out, tmp_path)
+
+
+# --- evaluations as they are ----------------------------------------------------------------------
+
+SAMPLES_ONLY = {"eval.enable_loss": False, "eval.num_samples": 12, "eval.batch_size": 12}
+
+
+class Scaled(torch.nn.Module):
+    """Features are the mean of each channel, by a weight."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return self.weight * x.float().mean((2, 3)) + x[:, :, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A function that evaluates a copy of one small run, and reads it: (name, **overrides)."""
+    folder = tmp_path_factory.mktemp("runs")
+    averages = {"model__ema_stds": (0.05, 0.1), "training__snapshot_freq": 2}
+    config = tiny("edm/digits_ddpmpp.py", folder, training__n_iters=8, **averages)
+    config.update_from_flattened_dict(SAMPLES_ONLY | {"training.snapshot_sampling": False})
+    config.eval.update(begin_ckpt=4, end_ckpt=4)
+    assert run_lib.train(config, folder / "run")
+
+    def evaluate(name, **overrides):
+        shutil.copytree(folder / "run", folder / name)
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(dotted(overrides))
+        run_lib.evaluate(changed, folder / name)
+        return read_run(folder / name, name, "eval")
+
+    evaluate.folder = folder
+    return evaluate
+
+
+def test_evaluations_of_a_copied_run(evaluated):
+    """Each setting that is changed is the one that differs, and nothing is averaged."""
+    folder = evaluated.folder
+    first, copy = evaluated("first"), evaluated("copy", sampling__seeds="0-9")
+    assert [len(group) for group in grouped([first, copy])] == [2]
+    page = compare_page([first, copy])
+    assert "first, copy: the same weights, with equal settings" in page
+    assert "seed" not in "".join(re.findall("<h2>Settings.*?</p>", page))
+
+    for weight in (1, 2):
+        torch.jit.script(Scaled(weight)).save(str(folder / f"{weight}.pt"))
+    published = folder / "published/digits_stats.npz"
+    save_npz(published, mu=np.zeros(64), sigma=np.eye(64))
+    script = {"eval__features": "torchscript", "eval__inception_path": str(folder / "1.pt")}
+    guide = str(folder / "run/checkpoints/checkpoint_2.pth")
+    runs = {
+        "steps": ("sampling.N", {"sampling__N": 3}),
+        "number": ("eval.num_samples", {"eval__num_samples": 14}),
+        "batches": ("eval.batch_size", {"eval__batch_size": 10}),
+        "ema": ("eval.ema_std", {"eval__ema_std": 0.075}),
+        "space": ("eval.features", script),
+        "data": ("reference.", {"eval__stats_dir": str(published.parent)}),
+        "guidance": ("sampling.guid", {"sampling__guidance": 2.0, "sampling__guide": guide}),
+        "seed": ("seed", {"seed": 7}),
+    }
+    evaluations = {name: evaluated(name, **overrides) for name, (_, overrides) in runs.items()}
+    for name, (setting, _) in runs.items():
+        pair = [first, evaluations[name]]
+        assert [len(group) for group in grouped(pair)] == [1, 1]
+        assert all(key.startswith(f"evaluation: {setting}") for key in differing(grouped(pair)))
+        page = compare_page(pair)
+        ranked = name not in ("number", "space", "data")
+        assert ("class=best" in page, "No best" in page) == (ranked, not ranked), name
+    script["eval__inception_path"] = str(folder / "2.pt")
+    pair = [evaluations["space"], evaluated("other space", **script)]
+    assert [*differing(grouped(pair))] == ["evaluation: eval.features"]
+    assert len(grouped([first, *evaluations.values()])) == 1 + len(runs)
+
+
+def test_a_workdir_named_twice_is_shown_once(evaluated, tmp_path, monkeypatch, capsys):
+    evaluated("named")
+    (tmp_path / "link").symlink_to(evaluated.folder / "named")
+    workdirs = [evaluated.folder / "named", tmp_path / "link"]
+    out = tmp_path / "page.html"
+    monkeypatch.setattr("sys.argv", ["compare", *map(str, workdirs), "--out", str(out)])
+    compare.main()
+    assert "named is named more than once, and shown once" in capsys.readouterr().out
+    assert "1 run side by side" in out.read_text()
+    assert "named is named more than once" in out.read_text()
+
+
+def test_a_report_has_all_that_made_it(evaluated):
+    """Flat, readable without unpickling, and with what `auto` and None stand for."""
+    run = evaluated("whole", sampling__ode_solver="unipc", eval__enable_loss=True)
+    text = str(np.load(evaluated.folder / "whole/eval/report_4.npz")["settings"])
+    made_by = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    expected = {
+        "step": 8,
+        "seed": run.config["seed"],
+        "eval.ema_std": 0.0,
+        "eval.num_samples": 12,
+        "eval.features": "pixels",
+        "eval.dataset": "test",
+        "split.data": "digits",
+        "split.images": 180,
+        "reference.data": "digits",
+        "reference.split": "train",
+        "reference.images": 1617,
+        "sampling.N": 2,
+        "sampling.schedule": "polynomial",
+        "sampling.order": 3,
+        "sampling.guidance": 1.0,
+        "method": "EDM",
+        "method.D": "inf",
+        "loss.reduce_mean": False,
+    }
+    assert {name: made_by.get(name) for name in expected} == expected
+    assert "eval.divergence" not in made_by  # no likelihood was asked for
+    sampler = {key for key in run.config if key.startswith("sampling.")}
+    unread = {f"sampling.{key}" for key in sampling.OUTPUTS}
+    unread |= {key for key in sampler if key.startswith("sampling.restore")}
+    assert sampler - made_by.keys() == unread
