@@ -51,9 +51,10 @@ OF_LOSS = (
     *("training.M", "training.restrict_M", "model.D", "model.sigma_", "model.beta_", "model.P_"),
 )
 OF_EVALUATIONS = ("sampling.", "eval.")  # settings of a run that an evaluation may change
+THE_RUNS = "the run's"  # the seed of an evaluation that has that of its run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What a page needs of a run; an empty report or no picture where there is none yet."""
 
@@ -66,14 +67,23 @@ class Run:
 
     @cached_property
     def made_by(self) -> Settings:
-        """The settings of the evaluation; the seed only where it is not the run's."""
-        made_by = of_report(self.report)
-        same = made_by.values.get("seed") == self.config["seed"]
-        return made_by.without("seed") if same else made_by
+        """The settings of its evaluation."""
+        return of_report(self.report)
 
     @property
     def weights(self) -> str | None:
         return self.made_by.values.get("weights")
+
+    @property
+    def comparable(self) -> Settings:
+        """The settings of its evaluation that are compared as they are."""
+        return self.made_by.without("weights", "seed")
+
+    @property
+    def seeds(self) -> set[str]:
+        """Words that are true of the seed of its evaluation."""
+        seed = self.made_by.text("seed")
+        return {seed, THE_RUNS} if seed == str(self.config["seed"]) else {seed}
 
 
 def read_run(workdir: Path, name: str, eval_folder: str) -> Run:
@@ -104,14 +114,32 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
     Neither their configs nor the settings of their evaluations differ. An older report that does
     not tell its sampler is alone, and so are runs without a report among those with one.
     """
-    groups: dict[str, list[Run]] = {}
+    alike: dict[str, list[Run]] = {}
     for run in runs:
-        made_by = run.made_by.without("weights")
-        told = made_by.complete or "sampling.N" in made_by.values
+        told = run.made_by.complete or "sampling.N" in run.made_by.values
         alone = run.name if run.report and not told else ""
-        key = [run.config | {"seed": None}, made_by.values, made_by.complete, bool(run.report)]
-        groups.setdefault(json.dumps([*key, alone], sort_keys=True), []).append(run)
-    return list(groups.values())
+        key = [run.config | {"seed": None}, run.comparable.values, run.made_by.complete]
+        key = json.dumps([*key, bool(run.report), alone], sort_keys=True)
+        alike.setdefault(key, []).append(run)
+    groups: list[list[Run]] = []
+    for members in alike.values():
+        if common_seeds(members):
+            groups.append(members)
+            continue
+        of_seed: dict[str, list[Run]] = {}
+        for run in members:
+            of_seed.setdefault(_preferred(run.seeds), []).append(run)
+        groups += of_seed.values()
+    return sorted(groups, key=lambda group: runs.index(group[0]))
+
+
+def common_seeds(runs: Iterable[Run]) -> set[str]:
+    """Words that are true of the seeds of all their evaluations: one number, or `THE_RUNS`."""
+    return set.intersection(*(run.seeds for run in runs))
+
+
+def _preferred(words: set[str]) -> str:
+    return THE_RUNS if THE_RUNS in words else min(words)
 
 
 def by_seed(group: Sequence[Run]) -> list[list[Run]]:
@@ -140,7 +168,11 @@ def differing(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
     rows = {key: [str(run.config.get(key)) for run in firsts] for key in keys}
     rows = {key: texts for key, texts in rows.items() if len(set(texts)) > 1}
     evaluated = [k for k, run in enumerate(firsts) if run.report]
-    made_by = settings.differing([firsts[k].made_by.without("weights") for k in evaluated])
+    made_by = settings.differing([firsts[k].comparable for k in evaluated])
+    of_groups = [common_seeds(groups[k]) for k in evaluated]
+    told = [words for words in of_groups if settings.UNKNOWN not in words]
+    if told and not set.intersection(*told):
+        made_by["seed"] = [*map(_preferred, of_groups)]
 
     def of_evaluated(key: str) -> tuple[str, list[str]]:
         return key.rpartition(".")[2], [rows[key][k] for k in evaluated]
@@ -156,7 +188,6 @@ def differing(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
     if 0 < len(evaluated) < len(firsts):
         rows["evaluated"] = ["yes" if run.report else "no" for run in firsts]
     for name, texts in more.items():
-        texts = ["the run's" if name == "seed" and t == settings.ABSENT else t for t in texts]
         of_group = dict(zip(evaluated, texts, strict=True))
         rows[f"evaluation: {name}"] = [of_group.get(k, "") for k in range(len(firsts))]
     return rows

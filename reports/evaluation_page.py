@@ -76,7 +76,8 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
     scalars, trained = read_scalars(board), seconds_of_training(board, run.state.step)
     parameters = sum(p.numel() for p in run.state.parameters)
     size, channels = config.data.image_size, config.data.num_channels
-    optim, nfe, made_by = config.optim, reports[k].get("nfe"), of_report(reports[k])
+    optim = config.optim
+    cost = [f"{number(reports[k]['nfe'])} evaluations"] if "nfe" in reports[k] else []
     ema = "EMA weights" + (f" of width {config.eval.ema_std:g}" if config.eval.ema_std else "")
     facts = {
         "method": run.method.name,
@@ -86,7 +87,7 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
         "training time": duration(trained),
         "learning rate": f"{optim.lr:g}, {optim.warmup:,} steps of warm-up"
         + (f", {optim.cooldown:,} of cooldown" if optim.cooldown else ""),
-        "sampler": sampler_words(made_by) + ("" if nfe is None else f", {number(nfe)} evaluations"),
+        "sampler": sampler_words(of_report(reports[k]), *cost),
         "device": _device(run.device),
         "commit": _commit(),
         "evaluated": time.strftime("%Y-%m-%d"),

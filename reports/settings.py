@@ -147,26 +147,26 @@ def obstacle(metric: str, reports: Sequence[Mapping]) -> str:
     of_samples = METRICS[metric].compute is not None
     needed = OF_SAMPLES if of_samples else OF_SPLIT + OF_SPLIT_TOO.get(metric, ())
     settings, reasons = [of_report(report) for report in reports], []
-    numbers = dict.fromkeys(str(_whole(report.get("num_samples", 0))) for report in reports)
-    if of_samples and len(numbers) > 1:
-        reasons.append(f"the numbers of finite samples differ ({'; '.join(numbers)})")
+    differ = {k: texts for k, texts in differing(settings).items() if k.startswith(needed)}
+    finite = [str(_whole(report.get("num_samples", 0))) for report in reports]
+    if of_samples and len(set(finite)) > 1:
+        differ.setdefault("eval.num_samples", [f"{number} finite" for number in finite])
     if not all(one.complete for one in settings):
         reasons.append(f"the data that an older report compares with are {UNKNOWN}")
-    for name, texts in differing(settings).items():
-        if name.startswith(needed):
-            reasons.append(f"{name} differs ({'; '.join(dict.fromkeys(texts))})")
+    for name, texts in differ.items():
+        reasons.append(f"{name} differs ({'; '.join(dict.fromkeys(texts))})")
     return ", ".join(reasons)
 
 
-def sampler_words(settings: Settings) -> str:
-    """Solver, steps, noise and guidance of a sampler in a few words."""
+def sampler_words(settings: Settings, *cost: str) -> str:
+    """Solver, its `cost`, steps, noise and guidance of a sampler, in a few words."""
     at = {key.removeprefix("sampling."): value for key, value in settings.values.items()}
     if at.get("method") != "ode":
-        words = [f"{at.get('predictor')} and {at.get('corrector')}"]
+        words = [f"{at.get('predictor')} and {at.get('corrector')}", *cost]
     elif at.get("schedule") == "its own":
-        words = [f"{at.get('ode_solver')} to rtol {at.get('rtol')}, atol {at.get('atol')}"]
+        words = [at.get("ode_solver"), *cost, f"rtol {at.get('rtol')}, atol {at.get('atol')}"]
     else:
-        words = [f"{at.get('ode_solver')}, {at.get('N')} steps"]
+        words = [at.get("ode_solver"), *cost, f"{at.get('N')} steps"]
     if at.get("S_churn"):
         words.append(f"churn {at['S_churn']}")
     if at.get("class_label", -1) != -1:

@@ -35,9 +35,10 @@ def dotted(changes):
     return {key.replace("__", "."): value for key, value in changes.items()}
 
 
-def report(of, values, **changes):
-    """A report on the weights of seed `of`, with `changes` of its settings, __ for the dot."""
-    made_by = SETTINGS | {"seed": of, "weights": f"of {of}", "step": 10} | dotted(changes)
+def report(weights_of, values, **changes):
+    """A report on the weights of a seed, with `changes` of its settings, __ for the dot."""
+    own = {"seed": weights_of, "weights": f"of {weights_of}", "step": 10}
+    made_by = SETTINGS | own | dotted(changes)
     values = {"step": made_by["step"], **OLD, **values}
     return values | {"settings": settings.to_json(made_by)}
 
@@ -178,6 +179,25 @@ def test_one_seed_counts_once(runs):
     assert cells == [("1, 3", False)]
     renamed = run("c", report(1, {"fid": 1.0}, seed=5), seed=5)  # a copy, told another seed
     assert "seeds" not in compare_page([runs[0], renamed])
+
+
+def test_seeds_of_evaluations():
+    """Each that of its run, or all the same: seeds of one column; else what differs."""
+
+    def of(*pairs):
+        return [
+            run(f"{k}", report(seed, {"fid": 1.0}, seed=own), seed=seed)
+            for k, (seed, own) in enumerate(pairs)
+        ]
+
+    assert len(grouped(of((1, 1), (2, 2), (3, 3)))) == 1
+    assert len(grouped(of((1, 2), (2, 2), (3, 2)))) == 1  # evaluated with one --config
+    runs = of((1, 1), (2, 7), (3, 3), (1, 7))
+    assert [[r.name for r in group] for group in grouped(runs)] == [["0", "2"], ["1", "3"]]
+    assert differing(grouped(runs)) == {"evaluation: seed": ["the run's", "7"]}
+    runs = of((2, 2)) + of((1, 2), (3, 2))  # two settings of a sweep, of other seeds
+    runs[0] = dataclasses.replace(runs[0], config=runs[0].config | {"optim.lr": 0.5})
+    assert [*differing(grouped(runs))] == ["optim.lr"]
 
 
 def test_equal_values_have_no_best(runs):

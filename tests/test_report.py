@@ -230,7 +230,7 @@ def test_finite_samples_of_other_numbers_are_not_ranked():
         for k in (1, 2)
     }
     page = page_of(reports)
-    assert "class=best" not in page and "finite samples differ (10; 20)" in page
+    assert "class=best" not in page and "eval.num_samples differs (10 finite; 20 finite)" in page
 
 
 # --- parts ----------------------------------------------------------------------------------------
