@@ -327,8 +327,6 @@ def sample(
     config, decided = complete(config, workdir)
     config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
     asked, main = config.sampling, distributed.is_main()
-    if config.data.num_channels not in (1, 3):
-        raise ValueError(f"PNG files have 1 or 3 channels, not {config.data.num_channels}")
     if asked.film or asked.between:
         check_writer(asked.film_format)
     seeds = sampling.seeds_of(asked.seeds or ("" if asked.encode or asked.between else "0-63"))
@@ -421,7 +419,7 @@ def _read_given(config, key: str, names: list[str]) -> dict[str, Picture]:
     channels, *size = datasets.image_shape(config)
     found: dict[str, Picture] = {}
     for name in names:
-        for file, picture in read_images(key, name.strip(), channels).items():
+        for file, picture in read_images(key, name.strip(), channels, config.data.scale).items():
             if picture.shape[:2] != tuple(size):
                 has, needs = (" x ".join(map(str, s)) for s in (picture.shape[:2], size))
                 raise ValueError(f"{key}: {file} has {has} pixels, the network's images {needs}")

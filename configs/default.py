@@ -37,6 +37,12 @@ KEYS = {
     "data.num_channels": Key(
         3, whole(0, 1024), "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as the data have"
     ),
+    "data.scale": Key(
+        (),
+        Numbers(Number(-1e9, 1e9), (0, 2), rising=True),
+        "of 16-bit image files: the values (low, high) that become black and white; (): measured, "
+        "0 and the most that the bits of the largest value hold",
+    ),
     "data.num_classes": Key(
         0,
         whole(-1, 10**6),

@@ -108,6 +108,7 @@ def restore(flat: Any) -> ConfigDict:
     config = get_default_config()
     known = flatten(config)
     _check_content(flat)
+    flat = _before(flat) | flat
     removed = sorted(flat.keys() & REMOVED)
     if removed:
         log.info(f"values of the stored config that nothing reads: {', '.join(removed)}")
@@ -150,9 +151,17 @@ def differences(old: Any, new: dict[str, Any]) -> list[str]:
         ValueError: `old` is no dictionary of numbers, strings, None and lists of these.
     """
     _check_content(old)
-    old = flatten(get_default_config()) | {k: v for k, v in old.items() if k not in REMOVED}
+    old = _before(old) | {k: v for k, v in old.items() if k not in REMOVED}
+    old = flatten(get_default_config()) | old
     changed = (k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
     return [f"{shown_key(k)}: {shown(old.get(k))} -> {shown(new.get(k))}" for k in changed]
+
+
+def _before(flat: dict[str, Any]) -> dict[str, Any]:
+    """What stood in place of keys that a run older than these lacks, where defaults differ."""
+    path = str(flat.get("data.path", ""))
+    files = flat.get("data.dataset") == "folder" and path and not path.endswith((".npy", ".npz"))
+    return {"data.scale": [0, 65535]} if files else {}
 
 
 def _check_content(flat: Any) -> None:
