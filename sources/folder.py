@@ -311,7 +311,7 @@ def _array(path: Path, split: str, channels: int, limit: int) -> tuple[Source, N
         raise
     except Exception as error:  # a damaged file makes numpy fail in any way
         raise ValueError(f"data.path={path} cannot be read: {one_line(error)}") from error
-    expected = f"C), C = {channels} as data.num_channels says" if channels else "C)"
+    expected = f"{channels}), as data.num_channels says" if channels else "C)"
     if images.dtype != np.uint8 or images.ndim != 4 or channels not in (0, images.shape[3]):
         raise ValueError(
             f"data.path={path} must hold uint8 images (n, H, W, {expected}, not {images.dtype} "

@@ -68,8 +68,8 @@ def open_image(file: IO[bytes]) -> Image.Image:
         try:
             return Image.open(file, formats=FORMATS)
         except UnidentifiedImageError as error:
-            kinds = "PNG, JPEG, WebP, BMP, TIFF or GIF"
-            raise ValueError(f"no {kinds} file, or one of a rare kind: save it as PNG") from error
+            kinds = "no PNG, JPEG or WebP file, nor a BMP, TIFF or GIF of a usual kind"
+            raise ValueError(f"{kinds}: save it as PNG") from error
 
 
 def decode_image(data: bytes, channels: int, scale: Range | tuple[()] = ()) -> Picture:

@@ -8,6 +8,7 @@ other order.
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -109,8 +110,7 @@ def read(open_image: Callable[[], Image.Image]) -> SixteenBits | None:
         raise ValueError("its channels lie one after another in 16 bits: save it as PNG")
     transparent = image.info.get("transparency")  # PNG's tRNS: a value that means no colour
     if grey:
-        own = image.mode  # Pillow shortens it, as it does with the letters of planes
-        values, alpha = _decoded(image, lambda raw: own if raw == "I" else raw)[..., None], None
+        values, alpha = _decoded(image, partial(_raw_grey, image))[..., None], None
     elif _raw_mode(image.tile[0]) == "LA;16B":
         both = _decoded(image, lambda mode: "RGBA").view(">u2")  # four bytes of a pixel, as stored
         values, alpha = both[..., :1], _scaled(both[..., 1], WHOLE)
@@ -119,6 +119,15 @@ def read(open_image: Callable[[], Image.Image]) -> SixteenBits | None:
     if transparent is not None:
         alpha = np.where((values == transparent).all(-1), 0, 255).astype(np.uint8)
     return SixteenBits(values, alpha, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
+
+
+def _raw_grey(image: Image.Image, raw: str) -> str:
+    """The mode of grey values, of which Pillow forgets how those of planes and of libtiff lie."""
+    if raw == "I":
+        return image.mode
+    if raw == "I;16BS" and image.tile[0].codec_name == "libtiff":
+        return {"L": "I;16S", "B": raw}[NATIVE]
+    return raw
 
 
 def _from_halves(
