@@ -268,13 +268,11 @@ def measure_channels(config) -> int:
     return max(channels)
 
 
-def measure_scale(config) -> Measured | None:
+def measure_scale(config) -> Measured:
     """The `data.scale` of 16-bit images, if any of train and test split are; see `sixteen_bits`.
 
-    None where no image files are there. Raises ValueError and OSError as `get_dataset`.
+    () where no image files are there. Raises ValueError and OSError as `get_dataset`.
     """
-    if not takes_scale(config):
-        return None
     options = {"delay": 1, "disable": not distributed.is_main()}
     watch = partial(tqdm, desc="range of 16-bit images", unit="image", **options)
     return folder.measure_scale(config.data, watch)

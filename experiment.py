@@ -89,11 +89,13 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
         decisive = {*DECISIVE, *({"data.scale"} - left_open)}
         if all(own[key] == flat[key] for key in decisive):
             found = {key: own[key] for key in left_open if own[key]}
-    config.data.scale = tuple(found.pop("data.scale", config.data.scale))
+            config.data.scale = tuple(own["data.scale"])  # of images of 8 bits ()
+            left_open.discard("data.scale")
+    found.pop("data.scale", None)
     config.update_from_flattened_dict(found)
-    if "data.scale" in left_open and not config.data.scale:
-        scale, line = datasets.measure_scale(config) or ((), None)
-        config.data.scale, lines = scale, [line] * bool(line)
+    if "data.scale" in left_open:
+        config.data.scale, line = datasets.measure_scale(config)
+        lines += [line] * bool(line)
     if config.data.num_channels == 0:
         found["data.num_channels"] = config.data.num_channels = datasets.measure_channels(config)
     if config.data.num_classes == -1:

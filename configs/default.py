@@ -361,8 +361,8 @@ KEYS = {
     "sampling.restore_path": Key(
         "",
         Text(),
-        "of restore: an image, or a folder or .zip of them; '': with restore_degrade the first of "
-        "the split eval.dataset, a fifth of eval.num_samples at most",
+        "of restore: an image, or a folder, .zip, .npy or .npz of them; '': with restore_degrade "
+        "the first of the split eval.dataset, a fifth of eval.num_samples at most",
     ),
     "sampling.restore_degrade": Key(
         False,
@@ -406,7 +406,8 @@ KEYS = {
     "sampling.encode": Key(
         "",
         Text(),
-        "--mode sample: an image, or a folder or .zip of them: latents, bits/dim, reconstructions",
+        "--mode sample: an image, or a folder, .zip, .npy or .npz of them: latents, bits/dim, "
+        "reconstructions",
     ),
     "sampling.between": Key(
         "", Text(), "--mode sample: two images A.png,B.png: a film that leads from one to the other"

@@ -57,14 +57,14 @@ def open_folder(data, split: str) -> Source:
     return View(images, partial(cropped_then_resized, size=data.image_size), index, classes)
 
 
-def measure_scale(data, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured | None:
-    """The `data.scale` of the image files at `data.path`; None where nothing is there.
+def measure_scale(data, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
+    """The `data.scale` of the image files at `data.path`; () where nothing is there.
 
     `watch` shows the progress. Raises ValueError and OSError as `open_folder`.
     """
     path = Path(data.path).expanduser()
     if not path.exists():
-        return None
+        return Measured(())
     listed = _list(path)
     return Files(path, listed.names, listed.open, 0).measured(watch)
 

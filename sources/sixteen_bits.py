@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 Range = tuple[float, float]  # what becomes black, and what becomes white
 
 WHOLE: Range = (0, 2**16 - 1)
+AT_ONCE = 2**20  # values that are turned into bytes
 LOOKED_AT = 64  # images of a set whose headers tell whether any have 16 bits
 
 NATIVE = "L" if sys.byteorder == "little" else "B"  # the order of bytes, as Pillow names it
@@ -72,7 +73,10 @@ def _scaled(values: NDArray, scale: Range) -> NDArray[np.uint8]:
     (low, high), first = scale, int(values.min())
     table = np.arange(first, int(values.max()) + 1)
     table = np.clip((table - low) * 255 / (high - low), 0, 255).round().astype(np.uint8)
-    return table[values.astype(np.int32) - first]
+    pixels, rows = np.empty(values.shape, np.uint8), max(1, AT_ONCE // values[:1].size)
+    for top in range(0, len(values), rows):  # since an index takes eight bytes
+        pixels[top : top + rows] = table[values[top : top + rows].astype(np.int32) - first]
+    return pixels
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -147,7 +151,9 @@ def _from_halves(
         _decoded(each, read_as(letter))
         for each, letter in ((image, order), (again, {"L": "B", "B": "L"}[order]))
     )
-    values = high.astype(np.uint16) << 8 | low
+    values = high.astype(np.uint16)
+    values <<= 8
+    values |= low
     if values.shape[2] == 3:
         return values, None
     colours, alpha = values[..., :3], values[..., 3:]
@@ -179,7 +185,7 @@ def _decoded(image: Image.Image, mode: Callable[[str], str]) -> NDArray:
 class Measured(NamedTuple):
     """The `scale` of a set of images and, where some have 16 bits, a line on it."""
 
-    scale: Range
+    scale: Range | tuple[()]
     line: str | None = None
 
 
@@ -189,7 +195,7 @@ def measure(
     extent: Callable[[int], tuple[int, int] | None],
     watch: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Measured:
-    """`range_of_bits` of the largest value in n images; `WHOLE` where none has 16 bits.
+    """`range_of_bits` of the largest value in n images; () where none has 16 bits.
 
     Up to `LOOKED_AT` of them, spread evenly, are asked first whether they have, so that others cost
     nothing more. No more is read once a value needs all bits.
@@ -204,7 +210,7 @@ def measure(
     """
     first = np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int).tolist()
     if not any(map(has_16_bits, first)):
-        return Measured(WHOLE)
+        return Measured(())
     rest = sorted(set(range(n)) - set(first))
     smallest = largest = 0
     for i in watch([*first, *rest]):

@@ -213,7 +213,7 @@ def test_images_of_8_bits_cost_their_headers(tmp_path, monkeypatch):
 
     monkeypatch.setattr("sources.folder.open_image", look)
     monkeypatch.setattr(Files, "_read", None)
-    assert files.measured() == ((0, 65535), None)
+    assert files.measured() == ((), None)
     assert len(set(looked_at)) == len(looked_at) == sixteen_bits.LOOKED_AT
 
 
@@ -347,6 +347,27 @@ def test_a_run_of_before_keeps_what_it_read(run, scans):
     ]
     assert run_config.restore(old | {"data.dataset": "digits"}).data.scale == ()
     assert run_config.restore(old | {"data.path": "x.npy"}).data.scale == ()
+
+
+def test_a_run_of_8_bits_is_not_measured_again(tmp_path, monkeypatch):
+    write_tree(tmp_path / "x", pictures(12, channels=1)[..., 0])
+    config, line = experiment.complete(config_of_run(tmp_path / "x"), tmp_path)
+    assert config.data.scale == ()
+    assert "16-bit" not in line
+    assert run_lib.train(config_of_run(tmp_path / "x"), tmp_path / "run")
+    monkeypatch.setattr(datasets, "measure_scale", None)
+    assert experiment.complete(config_of_run(tmp_path / "x"), tmp_path / "run")[0].data.scale == ()
+    own = run_config.load(tmp_path / "run")
+    assert experiment.complete(own, tmp_path / "run")[0].data.scale == ()
+    restored = encoded(random_values(12, (8, 8, 1))[..., 0])
+    (tmp_path / "scan.png").write_bytes(restored)
+    (scan,) = read_images("x", str(tmp_path / "scan.png"), 1, own.data.scale).values()
+    assert scan.max() == 255  # as the run has no scale
+
+
+def test_data_that_are_gone_are_not_looked_for(scans, tmp_path):
+    config = config_of_run(tmp_path / "gone", **{"data.num_channels": 1, "training.M": 9})
+    assert experiment.complete(config, tmp_path)[0].data.scale == ()
 
 
 def test_other_data_have_no_scale(tmp_path):
