@@ -99,7 +99,7 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
 def restore(flat: Any) -> ConfigDict:
     """The complete, locked config with the values of `flat`; keys it lacks keep their defaults.
 
-    Keys that are removed from the configs are left out, and the log says so.
+    Where the program did otherwise before it had a key, that counts (`_before`). Keys that are removed from the configs are left out, and the log says so.
 
     Raises:
         ValueError: `flat` is no dictionary of numbers, strings, None and lists of these, it has
@@ -159,9 +159,9 @@ def differences(old: Any, new: dict[str, Any]) -> list[str]:
 
 def _before(flat: dict[str, Any]) -> dict[str, Any]:
     """What stood in place of keys that a run older than these lacks, where defaults differ."""
-    path = str(flat.get("data.path", ""))
-    files = flat.get("data.dataset") == "folder" and path and not path.endswith((".npy", ".npz"))
-    return {"data.scale": [0, 65535]} if files else {}
+    dataset, path = (str(flat.get(f"data.{key}", "")).lower() for key in ("dataset", "path"))
+    files = dataset == "folder" and path and not path.endswith((".npy", ".npz"))
+    return {"data.scale": [0, 65535]} if files else {}  # 16 bits were divided by 256
 
 
 def _check_content(flat: Any) -> None:
