@@ -18,6 +18,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from configs import keys
 from sources import augmentation, folder
 from sources.base import Classes, Source, Unreadable
 from sources.batch import Batch
+from sources.sixteen_bits import Measured
 from storage.files import one_line
 
 log = logging.getLogger(__name__)
@@ -225,7 +227,8 @@ def get_dataset(config, split: str, labels: bool = True) -> Tensor | Labelled | 
 
     It has class labels where `data.num_classes` is not 0, unless `labels` is False. What takes at
     most `data.resident_bytes` when decoded is decoded at once, without the images that cannot be
-    read; what takes more stays on disk. `data.num_channels` of 0 is measured.
+    read; what takes more stays on disk. A `data.num_channels` of 0 and a `data.scale` of () are
+    measured.
 
     Raises ValueError for an unknown data set or split, no image that can be read, images of another
     shape than configured, or class labels that are missing or out of range; OSError where the data
@@ -249,8 +252,8 @@ def get_dataset(config, split: str, labels: bool = True) -> Tensor | Labelled | 
 def measure_channels(config) -> int:
     """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
 
-    They are spread over the split, and grey where R = G = B in every pixel. Where the channels are
-    stored, as in an .npy, they count. Raises ValueError and OSError as `get_dataset`.
+    They are spread over the split, and grey where R = G = B in every pixel. Arrays have as many as
+    are stored. Raises ValueError and OSError as `get_dataset`.
     """
     source = _source(_with_channels(config.data, 0), "train")
     channels, last = [], None
@@ -263,6 +266,21 @@ def measure_channels(config) -> int:
         tried = min(len(source), MEASURED)
         raise ValueError(f"none of {tried} images can be used; the last: {last}")
     return max(channels)
+
+
+def measure_scale(config) -> Measured:
+    """The `data.scale` of 16-bit images, if any of train and test split are; see `sixteen_bits`.
+
+    () where no image files are there. Raises ValueError and OSError as `get_dataset`.
+    """
+    options = {"delay": 1, "disable": not distributed.is_main()}
+    watch = partial(tqdm, desc="range of 16-bit images", unit="image", **options)
+    return folder.measure_scale(config.data, watch)
+
+
+def takes_scale(config) -> bool:
+    """Whether `data.scale` means anything: the data are image files."""
+    return config.data.dataset.lower() == "folder" and folder.names_files(config.data.path)
 
 
 def measure_classes(config) -> int:

@@ -563,7 +563,8 @@ def _batch_to_restore(config, channels: int, size: int) -> Batch:
     """uint8 images (n, channels, size, size), and class labels where the network is given any."""
     asked, classes = config.sampling, config.data.num_classes
     if asked.restore_path:
-        pictures = read_images("sampling.restore_path", asked.restore_path, channels)
+        scale = config.data.scale
+        pictures = read_images("sampling.restore_path", asked.restore_path, channels, scale)
         pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
         batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     else:

@@ -74,19 +74,28 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     config = config.copy_and_resolve_references()
     method, flat = methods.method_class(config), run_config.flatten(config)
     left_open = {key for key in MEASURED if flat[key] is None}
+    if datasets.takes_scale(config) and not config.data.scale:
+        left_open.add("data.scale")
     if config.data.num_channels == 0:
         left_open.add("data.num_channels")
     if config.data.num_classes == -1:
         left_open.add("data.num_classes")
     if not left_open:
         return config, None
-    found = {}
+    found, lines = {}, []
     stored = run_config.find(workdir)
     if stored and stored[0].suffix == ".pth":  # config.json may be of a start that saved nothing
         own = run_config.flatten(stored[1])
-        if all(own[key] == flat[key] for key in DECISIVE):
+        decisive = {*DECISIVE, *({"data.scale"} - left_open)}
+        if all(own[key] == flat[key] for key in decisive):
             found = {key: own[key] for key in left_open if own[key]}
+            config.data.scale = tuple(own["data.scale"])  # of images of 8 bits ()
+            left_open.discard("data.scale")
+    found.pop("data.scale", None)
     config.update_from_flattened_dict(found)
+    if "data.scale" in left_open:
+        config.data.scale, line = datasets.measure_scale(config)
+        lines += [line] * bool(line)
     if config.data.num_channels == 0:
         found["data.num_channels"] = config.data.num_channels = datasets.measure_channels(config)
     if config.data.num_classes == -1:
@@ -96,7 +105,8 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     measured = method.measure(config, lambda: _mean_norm(config))
     config.update_from_flattened_dict(measured)
     values = ", ".join(f"{key} = {value:.6g}" for key, value in sorted((found | measured).items()))
-    return config, f"the training images decide: {values}" if values else None
+    lines += [f"the training images decide: {values}"] * bool(values)
+    return config, "; ".join(lines) or None
 
 
 def _mean_norm(config) -> float:

@@ -37,6 +37,7 @@ from metrics.reference import ReferenceStatistics
 from reports.evaluation_page import save_page
 from reports.films import check_writer, save_film
 from reports.images import image_grid, to_uint8
+from reports.samples import SampleFiles
 from reports.settings import to_json
 from reports.table import report_table
 from sources.base import Picture
@@ -332,8 +333,6 @@ def sample(
     config, decided = complete(config, workdir)
     config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
     asked, main = config.sampling, distributed.is_main()
-    if config.data.num_channels not in (1, 3):
-        raise ValueError(f"PNG files have 1 or 3 channels, not {config.data.num_channels}")
     if asked.film or asked.between:
         check_writer(asked.film_format)
     seeds = sampling.seeds_of(asked.seeds or ("" if asked.encode or asked.between else "0-63"))
@@ -351,7 +350,8 @@ def sample(
     settings = _settings(config, run, restored)
     known = check_settings(folder, settings)
     if dry_run:
-        parts = [f"{len(seeds)} samples, {_count(folder, seeds)} of which are there"] * bool(seeds)
+        there = len(seeds) - len(_sample_files(run, folder).missing(seeds))
+        parts = [f"{len(seeds)} samples, {there} of which are there"] * bool(seeds)
         parts += [f"a film of {min(len(seeds), FILM_SAMPLES)}"] * bool(seeds and asked.film)
         parts += [f"{len(given)} images encoded"] * bool(given)
         parts += [f"a film between {' and '.join(ends)}"] * bool(ends)
@@ -401,12 +401,9 @@ def export(
         log.info(f"EMA weights of step {run.step}, {run.path}: {path} ({size:.3g} MiB)")
 
 
-def _png(folder: Path, seed: int) -> Path:
-    return folder / f"{seed:06d}.png"
-
-
-def _count(folder: Path, seeds: list[int]) -> int:
-    return sum(_png(folder, seed).exists() for seed in seeds)
+def _sample_files(run: Trained, folder: Path) -> SampleFiles:
+    channels, *sides = run.shape
+    return SampleFiles(folder, (*sides, channels))
 
 
 def _settings(config, run: Trained, restored: evaluation.ToRestore | None) -> dict:
@@ -426,7 +423,7 @@ def _read_given(config, key: str, names: list[str]) -> dict[str, Picture]:
     channels, *size = datasets.image_shape(config)
     found: dict[str, Picture] = {}
     for name in names:
-        for file, picture in read_images(key, name.strip(), channels).items():
+        for file, picture in read_images(key, name.strip(), channels, config.data.scale).items():
             if picture.shape[:2] != tuple(size):
                 has, needs = (" x ".join(map(str, s)) for s in (picture.shape[:2], size))
                 raise ValueError(f"{key}: {file} has {has} pixels, the network's images {needs}")
@@ -441,8 +438,9 @@ def _draw_seeds(
     settings: dict,
     restored: evaluation.ToRestore | None,
 ) -> None:
-    """{seed}.png, samples.npz, grid.png and, if asked for, the film."""
-    (channels, *sides), there = run.shape, _count(folder, seeds)
+    """The files of the seeds, samples.npz, grid.png and, if asked for, the film."""
+    files = _sample_files(run, folder)
+    there = len(seeds) - len(files.missing(seeds))
     distributed.barrier()  # nobody writes before all have counted
 
     def options(some: list[int]) -> dict:
@@ -463,17 +461,16 @@ def _draw_seeds(
                 frames = run.film(some, **options(some))
                 return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
 
-            spec = {"frames": ("u", (None, len(some), *sides, channels))}
+            spec = {"frames": ("u", (None, len(some), *files.shape))}
             frames = cached(folder / "film.npz", settings | {"film": some}, draw, spec)["frames"]
-            for seed, image in zip(some, frames[-1], strict=True):
-                if not _png(folder, seed).exists():
-                    save_png(_png(folder, seed), image)
+            for seed in files.missing(some):
+                files.save(seed, frames[-1][some.index(seed)])
             path = folder / f"film.{run.config.sampling.film_format}"
             save_film(path, [image_grid(frame) for frame in frames])
             log.info(f"film: {path}")
         distributed.barrier()
     mine = seeds[distributed.rank() :: distributed.world()]
-    missing = [seed for seed in mine if not _png(folder, seed).exists()]
+    missing = files.missing(mine)
     if run.at_once == 1 and len(missing) > 1:
         log.info(
             "this sampler has one step size for all it draws, so each sample is drawn alone; "
@@ -484,16 +481,12 @@ def _draw_seeds(
             some = missing[start : start + run.at_once]
             images = to_uint8(run.sample(some, **options(some)))
             for seed, image in zip(some, images, strict=True):
-                save_png(_png(folder, seed), image)
+                files.save(seed, image)
             progress.update(len(some))
     distributed.barrier()
     if not distributed.is_main():
         return
-    try:
-        found = _read_given(run.config, "--outdir", [str(_png(folder, seed)) for seed in seeds])
-    except ValueError as error:
-        raise ValueError(f"{error}: remove it, and it is drawn again") from error
-    images = np.stack([*found.values()])
+    images = files.read(seeds)
     labels = options(seeds).get("class_label")
     labels = run.labels(labels, len(seeds), seeds)
     arrays = {} if labels is None else {"labels": labels.cpu().numpy()}

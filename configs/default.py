@@ -37,6 +37,12 @@ KEYS = {
     "data.num_channels": Key(
         3, whole(0, 1024), "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as the data have"
     ),
+    "data.scale": Key(
+        (),
+        Numbers(Number(-1e9, 1e9), (0, 2), rising=True),
+        "of 16-bit image files: the values (low, high) that become black and white; (): measured, "
+        "0 and the most that the bits of the largest value hold",
+    ),
     "data.num_classes": Key(
         0,
         whole(-1, 10**6),
@@ -355,8 +361,8 @@ KEYS = {
     "sampling.restore_path": Key(
         "",
         Text(),
-        "of restore: an image, or a folder or .zip of them; '': with restore_degrade the first of "
-        "the split eval.dataset, a fifth of eval.num_samples at most",
+        "of restore: an image, or a folder, .zip, .npy or .npz of them; '': with restore_degrade "
+        "the first of the split eval.dataset, a fifth of eval.num_samples at most",
     ),
     "sampling.restore_degrade": Key(
         False,
@@ -400,7 +406,8 @@ KEYS = {
     "sampling.encode": Key(
         "",
         Text(),
-        "--mode sample: an image, or a folder or .zip of them: latents, bits/dim, reconstructions",
+        "--mode sample: an image, or a folder, .zip, .npy or .npz of them: latents, bits/dim, "
+        "reconstructions",
     ),
     "sampling.between": Key(
         "", Text(), "--mode sample: two images A.png,B.png: a film that leads from one to the other"

@@ -18,6 +18,7 @@ from experiment import Experiment
 from metrics.reference import data_name
 from metrics.table import METRICS
 from models import paper_name
+from reports.images import SIDE_BY_SIDE
 from reports.page import Picture, render
 from reports.plots import number
 from reports.settings import Settings, differing, obstacle, of_report, sampler_words
@@ -82,7 +83,7 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
     facts = {
         "method": run.method.name,
         "network": f"{paper_name(config)}, {parameters:,} parameters",
-        "data": f"{data_name(config)}, {size} × {size}, {'grey' if channels == 1 else 'colour'}",
+        "data": f"{data_name(config)}, {size} × {size}, {_colours(size, channels)}",
         "checkpoint": f"step {run.state.step:,}, {ema}",
         "training time": duration(trained),
         "learning rate": f"{optim.lr:g}, {optim.warmup:,} steps of warm-up"
@@ -116,6 +117,15 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int) -> N
     )
     with atomic_write(folder / "report.html") as file:
         file.write(page.encode())
+
+
+def _colours(size: int, channels: int) -> str:
+    if channels in (1, 3):
+        return "grey" if channels == 1 else "colour"
+    if (size, channels) == (1, 2):
+        return "points of the plane"
+    first = f"the first {SIDE_BY_SIDE} " if channels > SIDE_BY_SIDE else ""
+    return f"{channels} channels, {first}side by side in pictures"
 
 
 def _readable(path: Path) -> dict[str, NDArray] | None:

@@ -4,17 +4,20 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View, held_out
-from sources.images import cropped_then_resized, decode_image
+from sources.images import cropped_then_resized, decode_image, extent_of_16_bits, open_image
+from sources.sixteen_bits import Measured, Range, may_have_16_bits, measure
 from storage.files import one_line, open_entry, read_entry_array
+
+T = TypeVar("T")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_FILE_BYTES = 2**28  # of one image, as it is read or unpacked; Pillow bounds the pixels
@@ -49,9 +52,26 @@ def open_folder(data, split: str) -> Source:
             names = [name for name, top in zip(names, tops, strict=True) if top.lower() in kept]
         else:
             index = held_out(len(names), split)
-        images = Files(path, listed.names, listed.open, data.num_channels)
+        images = Files(path, listed.names, listed.open, data.num_channels).scaled(data.scale)
         classes = partial(_file_classes, path, listed, names, below_split=bool(given))
     return View(images, partial(cropped_then_resized, size=data.image_size), index, classes)
+
+
+def measure_scale(data, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
+    """The `data.scale` of the image files at `data.path`; () where nothing is there.
+
+    `watch` shows the progress. Raises ValueError and OSError as `open_folder`.
+    """
+    path = Path(data.path).expanduser()
+    if not path.exists():
+        return Measured(())
+    listed = _list(path)
+    return Files(path, listed.names, listed.open, 0).measured(watch)
+
+
+def names_files(path: str) -> bool:
+    """Whether `data.path` is that of image files, a folder or zip, and not of arrays."""
+    return bool(path) and not _is_array(Path(path))
 
 
 def splits_of(data) -> dict[str, str]:
@@ -83,20 +103,30 @@ def _path(data) -> Path:
     return path
 
 
-def read_images(key: str, name: str, channels: int) -> dict[str, Picture]:
-    """The images of a file, a folder or a .zip by their names, in the order of these.
+def read_images(
+    key: str, name: str, channels: int, scale: Range | tuple[()] = ()
+) -> dict[str, Picture]:
+    """The images of a file, a folder, a .zip or an array file by their names, in their order.
 
-    `key` is what `name` comes from; `channels` as of `decode_image`. Raises FileNotFoundError where
+    `key` is what `name` comes from; `channels` and `scale` as of `decode_image`, but that a scale
+    of () is measured on all of them. An .npy, or an .npz with one array or `samples`, holds images
+    of any number of channels, uint8 (n, H, W, C) or one (H, W, C). Raises FileNotFoundError where
     there is nothing, ValueError where an image cannot be read.
     """
     path = Path(name).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{key}={name} does not exist")
+    if path.is_file() and _is_array(path):
+        return _read_array(key, path, channels)
+    if channels not in (0, 1, 3):
+        says = f"an .npy or .npz, uint8 (n, H, W, {channels})"
+        raise ValueError(f"{key}={name}: images of {channels} channels are given as {says}")
     if path.is_file() and _is_image(path.name):
         files = Files(path.parent, [path.name], partial(open_below, path.parent), channels)
     else:
         listed = _list(path, key)
         files = Files(path, listed.names, listed.open, channels)
+    files = files.scaled(scale)
     return {name: files[i] for i, name in enumerate(files.names)}
 
 
@@ -105,25 +135,57 @@ def read_images(key: str, name: str, channels: int) -> dict[str, Picture]:
 
 @dataclass(frozen=True)
 class Files:
-    """Encoded images by name, each of which `open` opens; nothing is extracted to disk."""
+    """Encoded images by name, each of which `open` opens; nothing is extracted to disk.
+
+    `channels` and `scale` are those of `decode_image`.
+    """
 
     where: Path
     names: list[str]
     open: Callable[[str], IO[bytes]]
     channels: int
+    scale: Range | tuple[()] = ()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Picture:
+        return self._read(i, partial(decode_image, channels=self.channels, scale=self.scale))
+
+    def _read(self, i: int, decode: Callable[[bytes], T]) -> T:
         try:
             with self.open(self.names[i]) as file:
                 data = file.read(MAX_FILE_BYTES + 1)
             if len(data) > MAX_FILE_BYTES:
                 raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-            return decode_image(data, self.channels)
+            return decode(data)
         except Exception as error:  # a damaged file makes the decoder fail in any way
             raise Unreadable(f"{self.where}/{self.names[i]}: {one_line(error)}") from error
+
+    def scaled(self, scale: Range | tuple[()]) -> "Files":
+        """These with `scale`, or where it is () with that which is `measured`."""
+        return replace(self, scale=tuple(scale) or self.measured().scale)
+
+    def measured(self, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
+        """The scale of 16-bit images among them; see `sixteen_bits.measure`."""
+
+        def has_16_bits(i: int) -> bool:
+            try:
+                with self.open(self.names[i]) as file:
+                    return may_have_16_bits(open_image(file))
+            except Exception:  # it is named when its pixels are read
+                return False
+
+        def extent(i: int) -> tuple[int, int] | None:
+            try:
+                return self._read(i, extent_of_16_bits)
+            except Unreadable:  # likewise
+                return None
+
+        try:
+            return measure(len(self), has_16_bits, extent, watch)
+        except ValueError as error:
+            raise ValueError(f"the images of {self.where}: {error}") from error
 
 
 def open_below(folder: Path, name: str) -> IO[bytes]:
@@ -249,11 +311,16 @@ def _array(path: Path, split: str, channels: int, limit: int) -> tuple[Source, N
         raise
     except Exception as error:  # a damaged file makes numpy fail in any way
         raise ValueError(f"data.path={path} cannot be read: {one_line(error)}") from error
-    known, says = ((channels,), ", as data.num_channels says") if channels else ((1, 3), "")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in known:
-        expected = f"uint8 images (n, H, W, {' or '.join(map(str, known))}){says}"
+    expected = f"{channels}), as data.num_channels says" if channels else "C)"
+    if images.dtype != np.uint8 or images.ndim != 4 or channels not in (0, images.shape[3]):
         raise ValueError(
-            f"data.path={path} must hold {expected}, not {images.dtype} {images.shape}"
+            f"data.path={path} must hold uint8 images (n, H, W, {expected}, not {images.dtype} "
+            f"{images.shape}"
+        )
+    if not channels and images.shape[1] < 5 <= min(images.shape[2:]):
+        raise ValueError(
+            f"data.path={path} is {images.shape}, which looks like (n, C, H, W): transpose it to "
+            f"(n, H, W, C), or say data.num_channels={images.shape[3]} if the channels are last"
         )
     if not images.size:
         raise ValueError(f"data.path={path} holds no images: its shape is {images.shape}")
@@ -276,6 +343,31 @@ def _read_bounded(file, name: str, limit: int) -> NDArray:
         beyond = f"more than data.resident_bytes={limit:,}; an .npy is read from disk"
         raise ValueError(f"{name} unpacks to {size:,} bytes, {beyond}")
     return read_entry_array(file.zip, name)
+
+
+def _read_array(key: str, path: Path, channels: int) -> dict[str, Picture]:
+    """The images of an .npy or .npz, for `read_images`, by the file's name and their number."""
+    try:
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(content, np.lib.npyio.NpzFile):
+            with content as file:
+                name = "samples" if "samples" in file.files else file.files[0]
+                if name != "samples" and len(file.files) > 1:
+                    raise ValueError(f"it needs one array, or samples; it has {file.files}")
+                content = _read_bounded(file, name, MAX_FILE_BYTES)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes numpy fail in any way
+        raise ValueError(f"{key}={path} cannot be read: {one_line(error)}") from error
+    images = content[None] if content.ndim == 3 else content
+    if images.dtype != np.uint8 or images.ndim != 4 or channels not in (0, images.shape[3]):
+        expected = f"uint8 images (n, H, W, {channels or 'C'})"
+        raise ValueError(f"{key}={path} must hold {expected}, not {content.dtype} {content.shape}")
+    if not images.size:
+        raise ValueError(f"{key}={path} holds no images: its shape is {content.shape}")
+    if len(images) == 1:
+        return {path.name: np.array(images[0])}
+    return {f"{path.name}:{i}": np.array(image) for i, image in enumerate(images)}
 
 
 def _array_classes(path: Path, split: str, n: int, limit: int) -> Classes:

@@ -99,7 +99,7 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
 def restore(flat: Any) -> ConfigDict:
     """The complete, locked config with the values of `flat`; keys it lacks keep their defaults.
 
-    Keys that are removed from the configs are left out, and the log says so.
+    Where the program did otherwise before it had a key, that counts (`_before`). Keys that are removed from the configs are left out, and the log says so.
 
     Raises:
         ValueError: `flat` is no dictionary of numbers, strings, None and lists of these, it has
@@ -108,6 +108,7 @@ def restore(flat: Any) -> ConfigDict:
     config = get_default_config()
     known = flatten(config)
     _check_content(flat)
+    flat = _before(flat) | flat
     removed = sorted(flat.keys() & REMOVED)
     if removed:
         log.info(f"values of the stored config that nothing reads: {', '.join(removed)}")
@@ -150,9 +151,17 @@ def differences(old: Any, new: dict[str, Any]) -> list[str]:
         ValueError: `old` is no dictionary of numbers, strings, None and lists of these.
     """
     _check_content(old)
-    old = flatten(get_default_config()) | {k: v for k, v in old.items() if k not in REMOVED}
+    old = _before(old) | {k: v for k, v in old.items() if k not in REMOVED}
+    old = flatten(get_default_config()) | old
     changed = (k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
     return [f"{shown_key(k)}: {shown(old.get(k))} -> {shown(new.get(k))}" for k in changed]
+
+
+def _before(flat: dict[str, Any]) -> dict[str, Any]:
+    """What stood in place of keys that a run older than these lacks, where defaults differ."""
+    dataset, path = (str(flat.get(f"data.{key}", "")).lower() for key in ("dataset", "path"))
+    files = dataset == "folder" and path and not path.endswith((".npy", ".npz"))
+    return {"data.scale": [0, 65535]} if files else {}  # 16 bits were divided by 256
 
 
 def _check_content(flat: Any) -> None:

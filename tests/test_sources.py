@@ -1,5 +1,7 @@
 """What is read from disk against what was written there, by other programs where there are any."""
 
+import io
+import itertools
 import json
 import os
 import pickle
@@ -158,9 +160,83 @@ def test_too_many_pixels_are_refused(monkeypatch):
         decode_image(encoded(pictures(1)[0]), 3)
 
 
-def test_other_formats_are_refused():
-    with pytest.raises(Exception, match="no PNG, JPEG or WebP file"):
-        decode_image(encoded(pictures(1)[0], "TIFF"), 3)
+FORMATS_AND_MODES = set(
+    itertools.product(("BMP", "TIFF", "GIF", "PNG", "WEBP"), ("RGB", "L", "1", "P", "RGBA", "LA"))
+) - {("BMP", "LA")}
+
+
+@pytest.mark.parametrize(("format", "mode"), sorted(FORMATS_AND_MODES))
+def test_formats_and_modes(format, mode):
+    """Against the image that Pillow reads back, laid over white: formats lose what they lose."""
+    (rgba,) = pictures(1, 8, 11, 4)
+    rgba[..., 3] = np.where(rgba[..., 3] < 128, 0, 255)
+    stored = Image.fromarray(rgba if "A" in mode else rgba[..., :3]).convert(mode)
+    options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+    file = io.BytesIO()
+    stored.save(file, format, **options)
+    back = Image.open(file).convert("RGBA")
+    white = Image.new("RGBA", back.size, "white")
+    expected = np.asarray(Image.alpha_composite(white, back).convert("RGB"))
+    assert (decode_image(file.getvalue(), 3) == expected).all()
+    grey = np.asarray(Image.fromarray(expected).convert("L"))[..., None]
+    assert np.abs(decode_image(file.getvalue(), 1).astype(int) - grey).max() <= 1
+    assert decode_image(file.getvalue(), 0).shape[2] == (1 if mode in ("L", "1", "LA") else 3)
+
+
+def test_the_first_page_and_the_first_frame():
+    first, second = (Image.fromarray(x).quantize(64) for x in pictures(2))
+    expected = np.asarray(first.convert("RGB"))
+    for format in ("TIFF", "GIF"):
+        file = io.BytesIO()
+        first.save(file, format, save_all=True, append_images=[second])
+        assert (decode_image(file.getvalue(), 3) == expected).all()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_inks_become_colours(format):
+    """Flat patches, which JPEG keeps: cyan has no red, and so on; black ink darkens them all."""
+    inks = np.array([[255, 0, 0, 0], [0, 255, 0, 0], [0, 0, 255, 0], [0, 0, 0, 128]], np.uint8)
+    patches = Image.fromarray(inks.repeat(16, 0)[:, None].repeat(16, 1), "CMYK")
+    file = io.BytesIO()
+    patches.save(file, format)
+    rgb = decode_image(file.getvalue(), 3)[8::16, 8].astype(int)
+    expected = [[0, 255, 255], [255, 0, 255], [255, 255, 0], [127, 127, 127]]
+    assert np.abs(rgb - expected).max() <= 3
+    assert decode_image(file.getvalue(), 1).shape == (64, 16, 1)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_scans_are_upright(orientation, bits):
+    """As of EXIF's table: what row 0 and column 0 of the file are in the image."""
+    stored = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)
+    upright = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.T,
+        6: stored[::-1].T,
+        7: stored[::-1, ::-1].T,
+        8: stored.T[::-1],
+    }[orientation]
+    values = stored if bits == 8 else stored * np.uint16(257)
+    data = encoded(values, "TIFF", tiffinfo={0x0112: orientation})
+    assert np.array_equal(decode_image(data, 1, (0, 65535))[..., 0], upright)
+
+
+@pytest.mark.parametrize("format", ["EPS", "ICO", "PPM", "TGA", "PCX"])
+def test_other_formats_are_refused(format):
+    with pytest.raises(ValueError, match="no PNG, JPEG or WebP file, nor a BMP, TIFF or GIF"):
+        decode_image(encoded(pictures(1)[0], format), 3)
+
+
+@pytest.mark.parametrize("format", ["TIFF", "BMP", "GIF"])
+def test_too_many_pixels_of_any_format(monkeypatch, format):
+    stored = encoded(pictures(1)[0], format)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)
+    with pytest.raises(Image.DecompressionBombWarning):
+        decode_image(stored, 3)
 
 
 def test_trees_and_zips_hold_the_same(tmp_path):
@@ -277,7 +353,7 @@ def test_files_are_measured_whatever_the_config_says(tmp_path):
         assert datasets.measure_channels(config) == 3
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", ["x.npy", "x.npz"])
 def test_arrays_have_the_channels_of_their_last_axis(tmp_path, name, channels):
     images = np.full((10, 8, 8, channels), 7, np.uint8)  # grey, but that is not what counts
@@ -298,12 +374,12 @@ def test_damaged_images_are_not_measured(tmp_path):
     images = [image[..., 0] for image in pictures(12, channels=1)]
     write_tree(tmp_path / "some", [*images[:6], b"damaged", *images[6:]])
     write_tree(tmp_path / "all", 12 * [b"damaged"])
-    np.save(tmp_path / "four.npy", pictures(12, channels=4))
+    np.save(tmp_path / "first.npy", pictures(12, 3, 8, 8))
     config = config_of("folder", channels=0, path=str(tmp_path / "some"))
     assert datasets.measure_channels(config) == 1
     for name, message in (
         ("all", r"none of 11 images can be used; the last: .*all/\d+\.png: no PNG"),
-        ("four.npy", r"uint8 images \(n, H, W, 1 or 3\), not uint8 \(12, 8, 8, 4\)"),
+        ("first.npy", r"is \(12, 3, 8, 8\), which looks like \(n, C, H, W\): transpose it"),
         ("nowhere", "nowhere does not exist"),
     ):
         config = config_of("folder", channels=0, path=str(tmp_path / name))
