@@ -26,6 +26,7 @@ import losses
 import methods
 import models
 import sampling
+import sources
 from configs.default import KEYS, check
 from configs.keys import explain_unknown, get, shown
 from methods.base import conditioned
@@ -46,6 +47,11 @@ MEASURED = ("training.M", "sampling.z_max", "sampling.upper_norm")
 
 PRECISION_KEYS = ("training.precision", "sampling.precision")
 MEASURED_PIXELS = 2**14  # of the images that a precision is measured with on a CPU
+
+EARLIER_RULES = (
+    "data.rules={}: the run began before the present rules on what is data; it reads and holds "
+    "out what it did then"
+)
 
 # What these depend on besides the images themselves.
 DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end", "training.tau")
@@ -78,14 +84,21 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
         left_open.add("data.num_channels")
     if config.data.num_classes == -1:
         left_open.add("data.num_classes")
+    newest = sources.NEWEST_RULES.get(config.data.dataset.lower(), 1)
+    lines, own, found = [], {}, {}
+    if left_open or (newest > 1 and not config.data.rules):
+        stored = run_config.find(workdir)
+        if stored and stored[0].suffix == ".pth":  # config.json may be of a start without a state
+            own = run_config.flatten(stored[1])
+    if not config.data.rules:
+        of_same = str(own.get("data.dataset")).lower() == config.data.dataset.lower()
+        config.data.rules = (of_same and own["data.rules"]) or newest
+    if config.data.rules < newest:
+        lines.append(EARLIER_RULES.format(config.data.rules))
     if not left_open:
-        return config, None
-    found = {}
-    stored = run_config.find(workdir)
-    if stored and stored[0].suffix == ".pth":  # config.json may be of a start that saved nothing
-        own = run_config.flatten(stored[1])
-        if all(own[key] == flat[key] for key in DECISIVE):
-            found = {key: own[key] for key in left_open if own[key]}
+        return config, "; ".join(lines) or None
+    if own and all(own[key] == flat[key] for key in DECISIVE):
+        found = {key: own[key] for key in left_open if own[key]}
     config.update_from_flattened_dict(found)
     if config.data.num_channels == 0:
         found["data.num_channels"] = config.data.num_channels = datasets.measure_channels(config)
@@ -96,7 +109,8 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     measured = method.measure(config, lambda: _mean_norm(config))
     config.update_from_flattened_dict(measured)
     values = ", ".join(f"{key} = {value:.6g}" for key, value in sorted((found | measured).items()))
-    return config, f"the training images decide: {values}" if values else None
+    lines = [f"the training images decide: {values}"] * bool(values) + lines
+    return config, "; ".join(lines) or None
 
 
 def _mean_norm(config) -> float:

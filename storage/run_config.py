@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.default import KEYS, get_default_config
+from configs.default import BEFORE, KEYS, get_default_config
 from configs.keys import explain_unknown, flatten, shown, shown_key
 from configs.published import UNREAD
 from storage.checkpoints import load_checkpoint, numbered_checkpoints, snapshots
@@ -97,8 +97,9 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
 
 
 def restore(flat: Any) -> ConfigDict:
-    """The complete, locked config with the values of `flat`; keys it lacks keep their defaults.
+    """The complete, locked config with the values of `flat`.
 
+    Keys it lacks have the values of `BEFORE`, else their defaults.
     Keys that are removed from the configs are left out, and the log says so.
 
     Raises:
@@ -108,6 +109,7 @@ def restore(flat: Any) -> ConfigDict:
     config = get_default_config()
     known = flatten(config)
     _check_content(flat)
+    flat = BEFORE | flat
     removed = sorted(flat.keys() & REMOVED)
     if removed:
         log.info(f"values of the stored config that nothing reads: {', '.join(removed)}")
@@ -144,13 +146,14 @@ def changes(path: Path, checkpoint: dict, config: ConfigDict) -> list[str]:
 def differences(old: Any, new: dict[str, Any]) -> list[str]:
     """What the flat config `new` changes of the stored one, as "key: old -> new" each.
 
-    A key that `old` lacks counts as the default, and one that is removed does not count.
+    A key that `old` lacks counts as in `restore`, and one that is removed does not count.
 
     Raises:
         ValueError: `old` is no dictionary of numbers, strings, None and lists of these.
     """
     _check_content(old)
-    old = flatten(get_default_config()) | {k: v for k, v in old.items() if k not in REMOVED}
+    old = BEFORE | {k: v for k, v in old.items() if k not in REMOVED}
+    old = flatten(get_default_config()) | old
     changed = (k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
     return [f"{shown_key(k)}: {shown(old.get(k))} -> {shown(new.get(k))}" for k in changed]
 
