@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 from storage.workdir import TRAININGS_OWN, is_workdir, own_pictures
 
-SUFFIXES = (*(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"),)
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif"),
+    *(".webp", ".bmp", ".tif", ".tiff", ".gif"),
+)
 METADATA = "dataset.json"  # of EDM's dataset_tool.py: the class labels of images by their names
 # Folders, in lower case, in which systems keep thumbnails, deleted files and their own.
 SYSTEM_FOLDERS = {
@@ -94,14 +97,14 @@ def in_words(left_out: LeftOut) -> str:
     for (kind, example), number in left_out.items():
         numbers[kind] += number
         examples.setdefault(kind, []).extend([_printable(example)] * bool(example))
-    words = []
-    for kind, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0])):
-        names = list(dict.fromkeys(sorted(examples[kind])))
-        shown = names[:MAX_EXAMPLES] + ["..."] * (len(names) > MAX_EXAMPLES)
+    kinds, words = sorted(numbers, key=lambda kind: (-numbers[kind], kind)), []
+    for kind in kinds[:MAX_KINDS]:
+        number, names = numbers[kind], sorted(set(examples[kind]))
+        named = names[:MAX_EXAMPLES] + ["..."] * (len(names) > MAX_EXAMPLES)
         kind = kind.replace("{s}", "s" * (number > 1))
-        words.append(f"{number:,} {kind}" + f" ({', '.join(shown)})" * bool(names))
-    if len(words) > MAX_KINDS:
-        words[MAX_KINDS:] = [f"{len(words) - MAX_KINDS} other kinds of files"]
+        words.append(f"{number:,} {kind}" + f" ({', '.join(named)})" * bool(names))
+    if others := sum(numbers[kind] for kind in kinds[MAX_KINDS:]):
+        words.append(f"{others:,} of other kinds")
     return ", ".join(words)
 
 
@@ -110,7 +113,7 @@ def kind_of_file(path: str) -> str:
     name = path.rpartition("/")[2]
     if name.startswith("."):
         return "hidden file{s}"
-    suffix = re.search(r"\.\w{1,12}$", name.lower())
+    suffix = re.search(r"\.\w{1,12}\Z", name.lower())
     return suffix[0] if suffix else "file{s} without a suffix"
 
 
@@ -192,7 +195,7 @@ def _kind_of_entry(entry: os.DirEntry) -> str:
         if entry.is_symlink():
             return "broken link{s}"
         raise
-    return "pipe{s} or devices"
+    return "pipe{s} or device{s}"
 
 
 def _kind_of_folder(name: str) -> str | None:

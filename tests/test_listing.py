@@ -80,6 +80,16 @@ def test_kinds_are_counted(tmp_path):
     assert words == "30 .txt, 2 .csv, 2 hidden folders (.a, .b)"
 
 
+def test_many_kinds_are_one_line():
+    listed = listing.list_names(["0.png", *(f"a.{i:03d}\n" for i in range(99)), "\x1b/.b\n/1.png"])
+    words = listing.in_words(listed.left_out)
+    assert words == "99 files without a suffix, 1 hidden folder (.b?)"
+    listed = listing.list_names(["0.png", *(f"a.{i:03d}" for i in range(99))])
+    words = listing.in_words(listed.left_out)
+    assert words.startswith("1 .000, 1 .001, ")
+    assert words.endswith(", 1 .011, 87 of other kinds")
+
+
 @pytest.mark.parametrize(
     "suffix", ["png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "tif", "tiff", "gif"]
 )
@@ -158,7 +168,7 @@ def test_links_to_files_are_followed(tmp_path):
     os.mkfifo(tmp_path / "x/2.png")
     listed = listing.list_folder(tmp_path / "x")
     assert [*listed.files] == ["0.png", "1.png"]
-    assert listing.in_words(listed.left_out) == "1 pipe or devices"
+    assert listing.in_words(listed.left_out) == "1 pipe or device"
 
 
 def test_links_into_a_hidden_folder_are_followed(tmp_path):
