@@ -320,13 +320,14 @@ def _classes(source: Source, data, split: str) -> Classes:
 
 def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled | Stream) -> str:
     """A line for the log on the data of a run: where they are, and what is made of them."""
-    data, held_out, (channels, height, width) = config.data, "", train[:1].shape[1:]
+    data, held_out, left_out = config.data, "", ""
+    channels, height, width = train[:1].shape[1:]
     changed = f"{'mirrored at random' if data.random_flip else 'not mirrored'} (data.random_flip)"
     if augment := config.training.augment:
         changed = f"transformed at random (training.augment={augment:g})"
     name = data.dataset.lower()
     if name == "folder":
-        name, given = str(data.path), folder.splits_of(data)
+        name, (given, left_out) = str(data.path), folder.account(data)
         held_out = " ({train} and {test})" if given else " (a random tenth is held out)"
         held_out = held_out.format(**given)
     return (
@@ -334,6 +335,7 @@ def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled 
         f"{height} x {width}, {channels} channel{'s' * (channels > 1)}, "
         f"{changed}"
         + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
+        + (f"; left out: {left_out}" if left_out else "")
     )
 
 

@@ -26,6 +26,7 @@ import losses
 import methods
 import models
 import sampling
+import sources
 from configs.default import KEYS, check
 from configs.keys import explain_unknown, get, shown
 from methods.base import conditioned
@@ -46,6 +47,11 @@ MEASURED = ("training.M", "sampling.z_max", "sampling.upper_norm")
 
 PRECISION_KEYS = ("training.precision", "sampling.precision")
 MEASURED_PIXELS = 2**14  # of the images that a precision is measured with on a CPU
+
+EARLIER_RULES = (
+    "data.rules={}: the run began before the present rules on what is data; it reads and holds "
+    "out what it did then"
+)
 
 # What these depend on besides the images themselves.
 DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end", "training.tau")
@@ -80,17 +86,24 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
         left_open.add("data.num_channels")
     if config.data.num_classes == -1:
         left_open.add("data.num_classes")
+    newest = sources.NEWEST_RULES.get(config.data.dataset.lower(), 1)
+    lines, own, found = [], {}, {}
+    if left_open or (newest > 1 and not config.data.rules):
+        stored = run_config.find(workdir)
+        if stored and stored[0].suffix == ".pth":  # config.json may be of a start without a state
+            own = run_config.flatten(stored[1])
+    if not config.data.rules:
+        of_same = str(own.get("data.dataset")).lower() == config.data.dataset.lower()
+        config.data.rules = (of_same and own["data.rules"]) or newest
+    if config.data.rules < newest:
+        lines.append(EARLIER_RULES.format(config.data.rules))
     if not left_open:
-        return config, None
-    found, lines = {}, []
-    stored = run_config.find(workdir)
-    if stored and stored[0].suffix == ".pth":  # config.json may be of a start that saved nothing
-        own = run_config.flatten(stored[1])
-        decisive = {*DECISIVE, *({"data.scale"} - left_open)}
-        if all(own[key] == flat[key] for key in decisive):
-            found = {key: own[key] for key in left_open if own[key]}
-            config.data.scale = tuple(own["data.scale"])  # of images of 8 bits ()
-            left_open.discard("data.scale")
+        return config, "; ".join(lines) or None
+    decisive = {*DECISIVE, *({"data.scale"} - left_open)}
+    if own and all(own[key] == flat[key] for key in decisive):
+        found = {key: own[key] for key in left_open if own[key]}
+        config.data.scale = tuple(own["data.scale"])  # of images of 8 bits ()
+        left_open.discard("data.scale")
     found.pop("data.scale", None)
     config.update_from_flattened_dict(found)
     if "data.scale" in left_open:
@@ -105,7 +118,7 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     measured = method.measure(config, lambda: _mean_norm(config))
     config.update_from_flattened_dict(measured)
     values = ", ".join(f"{key} = {value:.6g}" for key, value in sorted((found | measured).items()))
-    lines += [f"the training images decide: {values}"] * bool(values)
+    lines = [f"the training images decide: {values}"] * bool(values) + lines
     return config, "; ".join(lines) or None
 
 

@@ -33,6 +33,14 @@ KEYS = {
     "data.data_dir": Key(
         "", Text(), "where other data lie; '' for the default folder of the data set"
     ),
+    "data.rules": Key(
+        0,
+        whole(0, 2),
+        "of 'folder': what counts as data, and how a tenth is held out; 1: as runs did that began "
+        "before there was a choice; 2: as docs/architecture.md says; 0: the newest, which a run "
+        "keeps",
+        before=1,
+    ),
     "data.image_size": Key(32, whole(1, 4096), "height and width; larger images are resized"),
     "data.num_channels": Key(
         3, whole(0, 1024), "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as the data have"
@@ -479,6 +487,9 @@ KEYS = {
         "from and to which norm; () for the method's own range",
     ),
 }
+
+# What configs that were stored before there were these keys stand for, where not for the default.
+BEFORE = {name: key.before for name, key in KEYS.items() if key.before is not None}
 
 
 def get_default_config() -> ConfigDict:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.default import KEYS, get_default_config
+from configs.default import BEFORE, KEYS, get_default_config
 from configs.keys import explain_unknown, flatten, shown, shown_key
 from configs.published import UNREAD
 from storage.checkpoints import load_checkpoint, numbered_checkpoints, snapshots
@@ -97,9 +97,10 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
 
 
 def restore(flat: Any) -> ConfigDict:
-    """The complete, locked config with the values of `flat`; keys it lacks keep their defaults.
+    """The complete, locked config with the values of `flat`.
 
-    Where the program did otherwise before it had a key, that counts (`_before`). Keys that are removed from the configs are left out, and the log says so.
+    Keys it lacks have the values that the program had before them (`_before`), else their defaults.
+    Keys that are removed from the configs are left out, and the log says so.
 
     Raises:
         ValueError: `flat` is no dictionary of numbers, strings, None and lists of these, it has
@@ -145,7 +146,7 @@ def changes(path: Path, checkpoint: dict, config: ConfigDict) -> list[str]:
 def differences(old: Any, new: dict[str, Any]) -> list[str]:
     """What the flat config `new` changes of the stored one, as "key: old -> new" each.
 
-    A key that `old` lacks counts as the default, and one that is removed does not count.
+    A key that `old` lacks counts as in `restore`, and one that is removed does not count.
 
     Raises:
         ValueError: `old` is no dictionary of numbers, strings, None and lists of these.
@@ -161,7 +162,7 @@ def _before(flat: dict[str, Any]) -> dict[str, Any]:
     """What stood in place of keys that a run older than these lacks, where defaults differ."""
     dataset, path = (str(flat.get(f"data.{key}", "")).lower() for key in ("dataset", "path"))
     files = dataset == "folder" and path and not path.endswith((".npy", ".npz"))
-    return {"data.scale": [0, 65535]} if files else {}  # 16 bits were divided by 256
+    return BEFORE | ({"data.scale": [0, 65535]} if files else {})  # 16 bits, divided by 256
 
 
 def _check_content(flat: Any) -> None:

@@ -91,11 +91,11 @@ def write_tree(root: Path, images, pattern: str = "{i:03d}.png") -> None:
         path.write_bytes(image if isinstance(image, bytes) else encoded(image))
 
 
-def write_zip(path: Path, root: Path) -> None:
-    """The tree at `root`, with its own name as the top folder, as desktops zip it."""
+def write_zip(path: Path, root: Path, top: bool = True) -> None:
+    """The tree at `root`, by default with its own name as the top folder, as desktops zip it."""
     with zipfile.ZipFile(path, "w") as file:
         for member in sorted(root.rglob("*")):
-            file.write(member, member.relative_to(root.parent).as_posix())
+            file.write(member, member.relative_to(root.parent if top else root).as_posix())
 
 
 def crc32c(data: bytes) -> int:
