@@ -87,7 +87,7 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     if config.data.num_classes == -1:
         left_open.add("data.num_classes")
     newest = sources.NEWEST_RULES.get(config.data.dataset.lower(), 1)
-    lines, own, found = [], {}, {}
+    lines, scale_lines, own, found = [], [], {}, {}
     if left_open or (newest > 1 and not config.data.rules):
         stored = run_config.find(workdir)
         if stored and stored[0].suffix == ".pth":  # config.json may be of a start without a state
@@ -108,7 +108,7 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     config.update_from_flattened_dict(found)
     if "data.scale" in left_open:
         config.data.scale, line = datasets.measure_scale(config)
-        lines += [line] * bool(line)
+        scale_lines += [line] * bool(line)
     if config.data.num_channels == 0:
         found["data.num_channels"] = config.data.num_channels = datasets.measure_channels(config)
     if config.data.num_classes == -1:
@@ -118,8 +118,8 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     measured = method.measure(config, lambda: _mean_norm(config))
     config.update_from_flattened_dict(measured)
     values = ", ".join(f"{key} = {value:.6g}" for key, value in sorted((found | measured).items()))
-    lines = [f"the training images decide: {values}"] * bool(values) + lines
-    return config, "; ".join(lines) or None
+    decided = [f"the training images decide: {values}"] * bool(values)
+    return config, "; ".join(scale_lines + decided + lines) or None
 
 
 def _mean_norm(config) -> float:
