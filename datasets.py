@@ -31,6 +31,7 @@ from configs import keys
 from sources import augmentation, folder
 from sources.base import Classes, Source, Unreadable
 from sources.batch import Batch
+from sources.sizes import made_of
 from storage.files import one_line
 
 log = logging.getLogger(__name__)
@@ -306,8 +307,9 @@ def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled 
     changed = f"{'mirrored at random' if data.random_flip else 'not mirrored'} (data.random_flip)"
     if augment := config.training.augment:
         changed = f"transformed at random (training.augment={augment:g})"
-    name = data.dataset.lower()
+    name, sizes = data.dataset.lower(), ""
     if name == "folder":
+        sizes = made_of(_source(data, "train"), data.image_size)
         name, given = str(data.path), folder.splits_of(data)
         held_out = " ({train} and {test})" if given else " (a random tenth is held out)"
         held_out = held_out.format(**given)
@@ -316,6 +318,7 @@ def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled 
         f"{height} x {width}, {channels} channel{'s' * (channels > 1)}, "
         f"{changed}"
         + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
+        + (f"; {sizes}" if sizes else "")
     )
 
 

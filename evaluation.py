@@ -35,6 +35,7 @@ from solvers.base import TooManyEvaluations
 from sources.batch import Batch
 from sources.folder import read_images
 from sources.images import cropped_then_resized
+from sources.sizes import changes, extent
 from storage.checkpoints import load_checkpoint, written_steps
 from storage.files import cached, check_arrays, read_arrays, save_png
 from storage.workdir import checkpoint_path
@@ -478,10 +479,11 @@ def read_restoration(config, run: Experiment) -> ToRestore:
         raise ValueError(f"sampling.restore='colour' needs colour images; these have {channels}")
     if name == "denoise" and not asked.restore_noise:
         raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
-    operator = get_operator(name, _known_pixels(config) if name == "inpaint" else None)
     if not whole:
         channels, size = 1 if name == "colour" else channels, size // factor
     batch = _batch_to_restore(config, channels, size).to(run.device)
+    mask = _known_pixels(config, len(batch)).to(run.device) if name == "inpaint" else None
+    operator = get_operator(name, mask)
     images = datasets.to_unit_interval(batch.images)
     ends = run.scaler(torch.tensor([0.0, 1.0]))
     noise, value = asked.restore_noise * (ends[1] - ends[0]).item(), run.scaler(images)
@@ -508,6 +510,9 @@ def _batch_to_restore(config, channels: int, size: int) -> Batch:
     asked, classes = config.sampling, config.data.num_classes
     if asked.restore_path:
         pictures = read_images("sampling.restore_path", asked.restore_path, channels)
+        sizes = [picture.shape[:2] for picture in pictures.values()]
+        for change in changes(sizes, size):
+            log.info(f"sampling.restore_path, images of {extent(sizes)} pixels: {change}")
         pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
         batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     else:
@@ -527,33 +532,45 @@ def _batch_to_restore(config, channels: int, size: int) -> Batch:
     return replace(batch, labels=torch.full((len(batch),), -1))
 
 
-def _known_pixels(config) -> Tensor:
-    """Those that `sampling.restore_mask` leaves, bool (H, W)."""
+def _known_pixels(config, n: int) -> Tensor:
+    """The pixels that `sampling.restore_mask` leaves of `n` images, bool.
+
+    They are (H, W), the same for all images, or (n, 1, H, W) where there are n masks.
+    """
     name, size = config.sampling.restore_mask, config.data.image_size
     if not name:
         raise ValueError(
             "sampling.restore='inpaint' needs sampling.restore_mask, an image that is white where "
-            "pixels are missing, or top,left,height,width of a rectangle"
+            "pixels are missing, or a folder of n of them for n images, or top,left,height,width "
+            "of a rectangle"
         )
-    known = torch.ones(size, size, dtype=torch.bool)
     if re.fullmatch(r"\d{1,9}( *, *\d{1,9}){3}", name):
         top, left, height, width = map(int, name.split(","))
         if top + height > size or left + width > size:
             raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
-        known[top : top + height, left : left + width] = False
+        rectangle = torch.zeros(size, size, dtype=torch.bool)
+        rectangle[top : top + height, left : left + width] = True
+        masks = {name: rectangle}
     else:
-        first, *_ = read_images("sampling.restore_mask", name, 1).values()
-        mask = torch.from_numpy(first[..., 0] >= 128)
-        if mask.shape != known.shape:
-            found = " x ".join(map(str, mask.shape))
+        pictures = read_images("sampling.restore_mask", name, 1)
+        if len(pictures) not in (1, n):
             raise ValueError(
-                f"sampling.restore_mask={name} has {found} pixels; the images have {size} x {size}"
+                f"sampling.restore_mask={name} holds {len(pictures)} masks for {n} images: it "
+                "takes one for each, in the order of their names, or one for all"
             )
-        known = ~mask
-    if known.all() or not known.any():
-        share = "no pixel" if known.all() else "all pixels"
-        raise ValueError(f"sampling.restore_mask={name} marks {share} as missing")
-    return known
+        masks = {file: torch.from_numpy(image[..., 0] >= 128) for file, image in pictures.items()}
+    for file, missing in masks.items():
+        which = f"sampling.restore_mask={name}" + (f": {file}" if len(masks) > 1 else "")
+        if missing.shape != (size, size):
+            pixels = " x ".join(map(str, missing.shape))
+            raise ValueError(f"{which} has {pixels} pixels; the images have {size} x {size}")
+        if missing.all() or not missing.any():
+            share = "all pixels" if missing.all() else "no pixel"
+            raise ValueError(f"{which} marks {share} as missing")
+    if len(masks) == 1:
+        return ~next(iter(masks.values()))
+    log.info(f"sampling.restore_mask: {n} masks, one for each image, in the order of their names")
+    return ~torch.stack([*masks.values()])[:, None]
 
 
 def evaluate_restoration(
@@ -569,18 +586,16 @@ def evaluate_restoration(
     origin = origin | origin_of_tensors(measurements=value, labels=labels, known=known)
     channels, *sides = datasets.image_shape(config)
     size = RESTORATIONS * max(1, config.eval.batch_size // RESTORATIONS)
-    repeated = value.repeat_interleave(RESTORATIONS, 0)
-    labels = None if labels is None else labels.repeat_interleave(RESTORATIONS)
+    rows = torch.arange(len(value), device=value.device).repeat_interleave(RESTORATIONS)
 
     def compute(i: int, start: int) -> dict:
-        part = slice(start, start + size)
-        some = repeated[part]
-        sample = _restorer(config, run, replace(asked.measurement, value=some))
+        part = rows[start : start + size]
+        sample = _restorer(config, run, asked.measurement[part])
         generator = datasets.keyed_generator(run.device, "restoration", config.seed, i)
         with solver_bar(run.method) as watch:
             images, nfe = sample(
                 run.state.model,
-                len(some),
+                len(part),
                 generator=generator,
                 labels=None if labels is None else labels[part],
                 watch=watch,
@@ -590,7 +605,7 @@ def evaluate_restoration(
     def spec(i: int, number: int) -> dict:
         return {"restored": ("u", (number, *sides, channels)), "nfe": ("iuf", ())}
 
-    total, files = len(repeated), folder / f"ckpt_{k}_restored"
+    total, files = len(rows), folder / f"ckpt_{k}_restored"
     starts = range(0, total, size)
     rounds = _in_batches("restoration", files, starts, size, total, origin, compute, spec)
     if not rounds:

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -441,9 +441,8 @@ class Trained:
             x = [run.method.prior_sampling((1, *self.shape), g, run.device) for g in generators]
             sample, passed = self._sampler, states and states()
             if measurement is not None:
-                known = replace(measurement, value=measurement.value[part])
                 own = sampling.without_fit(self.config)
-                sample = sampling.get_sampling_fn(own, run.method, run.guide, known)
+                sample = sampling.get_sampling_fn(own, run.method, run.guide, measurement[part])
             try:
                 with solver_bar(run.method) as watch:
                     images, _ = sample(

@@ -446,7 +446,7 @@ def _draw_seeds(
         measurement, labels = restored.measurement, restored.labels
         rows = torch.tensor(some, device=measurement.value.device) % len(measurement.value)
         return {
-            "measurement": replace(measurement, value=measurement.value[rows]),
+            "measurement": measurement[rows],
             "class_label": None if labels is None else labels[rows],
         }
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View, held_out
 from sources.images import cropped_then_resized, decode_image
+from sources.sizes import HEADER_BYTES, Size, size_in_header
 from storage.files import one_line, open_entry, read_entry_array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -124,6 +125,14 @@ class Files:
             return decode_image(data, self.channels)
         except Exception as error:  # a damaged file makes the decoder fail in any way
             raise Unreadable(f"{self.where}/{self.names[i]}: {one_line(error)}") from error
+
+    def size(self, i: int) -> Size:
+        """Height and width of image i as it is stored; `Unreadable` where it cannot be read."""
+        try:
+            with self.open(self.names[i]) as file:
+                return size_in_header(file.read(HEADER_BYTES))
+        except Exception:  # a header may stand at the end of its file, as of a TIFF
+            return self[i].shape[:2]
 
 
 def open_below(folder: Path, name: str) -> IO[bytes]:
