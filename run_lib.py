@@ -110,6 +110,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         f"{sum(p.numel() for p in state.parameters):,} parameters, {device}"
         + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
         datasets.describe(config, train_data, test_data),
+        *getattr(state.model, "remarks", ()),
         *[decided] * bool(decided),
         *precisions,
     ]
