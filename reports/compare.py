@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metrics.table import METRICS, Metric
+from metrics.table import METRICS, Metric, remarks
 from reports.evaluation_page import page_png, read_report
 from reports.page import Picture, Report, document, figure, html_table, picture_html, section
 from reports.plots import COLOURS, Points, number, several
@@ -129,7 +129,13 @@ def _metrics(groups: Sequence[Sequence[Run]], differ: Mapping[str, list[str]]) -
             rows.append(_row(label, map(_over_seeds, values), best))
     if not any(reports):
         return "<p class=note>No run is evaluated yet.</p>"
-    return f"<div class='wide lines'>{html_table(['', *map(_short, groups)], rows)}</div>"
+    notes = "".join(
+        f"<p class=note>{escape(run.name)}: {escape(remark)}.</p>"
+        for group in groups
+        for run in group
+        for remark in remarks(run.report)
+    )
+    return f"<div class='wide lines'>{html_table(['', *map(_short, groups)], rows)}</div>{notes}"
 
 
 def _row(label: str, cells: Iterable[Sequence[str]], best: int | None = None) -> str:

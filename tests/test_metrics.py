@@ -242,7 +242,9 @@ def test_few_samples_are_compared_with_much_data():
     """Blocks of the kernel distance keep two samples each."""
     random = np.random.RandomState(0)
     real = random.standard_normal((3000, 2))
-    scores = compare(Comparison(real[:4], None, Reference.measure([real], 3000, 3000)))
+    few = random.standard_normal((4, 2))
+    scores = compare(Comparison(few, None, Reference.measure([real], 3000, 3000)))
+    scores.pop("nearest_remark", None)
     assert scores.keys() == {"fid", "kid", "precision", "recall", "nearest", "nearest_data"}
     assert all(np.isfinite(list(scores.values())))
 
