@@ -56,9 +56,9 @@ class Metric:
     """One number of a report, under the key that it has in `METRICS`.
 
     `compute` gives None where what it needs is missing, and raises `TooFew`; without it the number
-    is not computed from samples, but over the split `eval.dataset`. `of_data` is the same for training images in place
-    of samples, for comparison; the report has it as {key}_data. So it has what `compare_halves`
-    finds, where `halves` asks for it.
+    is not computed from samples, but over the split `eval.dataset`. `of_data` is the same for
+    training images in place of samples, for comparison; the report has it as {key}_data. So it has
+    what `compare_halves` finds, where `halves` asks for it.
     """
 
     label: str
