@@ -101,7 +101,12 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
 
 def _mean_norm(config) -> float:
     data = datasets.get_dataset(config, "train", labels=False)
-    return datasets.mean_norm(data, datasets.get_data_scaler(config))
+    if norm := datasets.mean_norm(data, datasets.get_data_scaler(config)):
+        return norm
+    raise ValueError(
+        f"all training images are black, of norm 0, which no {', '.join(MEASURED)} can be measured "
+        "from: set data.centered=True, or these"
+    )
 
 
 def decide_precisions(

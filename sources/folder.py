@@ -200,8 +200,10 @@ def _file_classes(path: Path, listed: Listed, names: list[str], below_split: boo
         numbers, folder = _read_metadata(path, listed), listed.metadata.removesuffix(METADATA)
         found, classes = [numbers.get(n.removeprefix(folder)) for n in listed.names], ()
     else:
-        level = below_split + (len({name.split("/", 1)[0] for name in listed.names}) == 1)
-        folders = {name: _folder_at(name, level) for name in listed.names}
+        one_top = len({name.split("/", 1)[0] for name in listed.names}) == 1
+        folders = {name: _folder_at(name, below_split + one_top) for name in listed.names}
+        if one_top and not below_split and not any(folders.values()):  # a single class
+            folders = {name: _folder_at(name, 0) for name in listed.names}
         classes = tuple(sorted({folders[name] for name in names} - {None}))
         numbers = {name: i for i, name in enumerate(classes)}
         found = [numbers.get(folders[name]) for name in listed.names]
