@@ -27,6 +27,7 @@ import methods
 import models
 import sampling
 from configs.default import KEYS, check
+from configs.effects import without_effect
 from configs.keys import explain_unknown, get, shown
 from methods.base import conditioned
 from methods.restoration import Measurement
@@ -246,6 +247,8 @@ def load(
         if not KEYS[key].accepts(value):
             raise ValueError(f"{key} must be {KEYS[key].allowed}, not {shown(value)}")
         config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
+    for line in without_effect(config, overrides or {}):
+        log.info(line)
     config, _ = decide_precisions(config, None)
     # the weights a network starts with are drawn; the caller's generators stay as they are
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
