@@ -33,6 +33,7 @@ from sources import augmentation, folder
 from sources.base import Classes, Source, Unreadable
 from sources.batch import Batch
 from sources.sixteen_bits import Measured
+from sources.sizes import made_of
 from storage.files import one_line
 
 log = logging.getLogger(__name__)
@@ -325,9 +326,10 @@ def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled 
     changed = f"{'mirrored at random' if data.random_flip else 'not mirrored'} (data.random_flip)"
     if augment := config.training.augment:
         changed = f"transformed at random (training.augment={augment:g})"
-    name = data.dataset.lower()
+    name, sizes = data.dataset.lower(), ""
     if name == "folder":
         name, (given, left_out) = str(data.path), folder.account(data)
+        sizes = made_of(_source(data, "train"), data.image_size)
         held_out = " ({train} and {test})" if given else " (a random tenth is held out)"
         held_out = held_out.format(**given)
     return (
@@ -335,6 +337,7 @@ def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled 
         f"{height} x {width}, {channels} channel{'s' * (channels > 1)}, "
         f"{changed}"
         + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
+        + (f"; {sizes}" if sizes else "")
         + (f"; left out: {left_out}" if left_out else "")
     )
 

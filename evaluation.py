@@ -26,7 +26,7 @@ import sampling
 from experiment import Experiment, fit_solver, origin_of_tensors, progress_bar, solver_bar
 from methods.base import conditioned
 from methods.restoration import RESTORE, Measurement, get_operator
-from metrics import distances
+from metrics.distances import TooFew
 from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics, data_name, fingerprint
 from metrics.table import OF_HALVES, Comparison, compare, compare_halves
@@ -37,6 +37,7 @@ from solvers.base import TooManyEvaluations
 from sources.batch import Batch
 from sources.folder import read_images
 from sources.images import cropped_then_resized
+from sources.sizes import changes, extent
 from storage.checkpoints import load_checkpoint, written_steps
 from storage.files import cached, check_arrays, read_arrays, save_png
 from storage.workdir import checkpoint_path
@@ -288,9 +289,12 @@ def evaluate_bpd(
     if not batches:
         return {}
     bpd = np.concatenate([batch["bpd"] for batch in batches]).reshape(passes, len(data)).mean(0)
+    error = {"bpd_error_remark": "left out: standard error of bits/dim: it needs 2 images, not 1"}
+    if len(bpd) > 1:
+        error = {"bpd_error": bpd.std(ddof=1) / math.sqrt(len(bpd))}
     return {
         "bpd": bpd.mean(),
-        "bpd_error": bpd.std(ddof=1) / math.sqrt(len(bpd)),
+        **error,
         "bpd_nfe": np.mean([batch["nfe"] for batch in batches]),
         "bpd_seconds": np.sum([batch["seconds"] for batch in batches]),
         "bpd_images": bpd,
@@ -314,6 +318,7 @@ def evaluate_classification(
     dim = math.prod(datasets.image_shape(config))
     origin = origin | _origin_of(data) | {"divergence": config.eval.divergence}
     origin |= {"labels of the training images": prior.tolist()}
+    shares = prior.clamp(min=1e-30)  # finite logarithms also of a class without training images
 
     def generator(i: int) -> torch.Generator:
         return datasets.keyed_generator(run.device, "classification", config.seed, i)
@@ -331,7 +336,7 @@ def evaluate_classification(
             with solver_bar(run.method) as watch:
                 found, *_ = bits_per_dim(run.state.model, scaled, probe, given, watch=watch)
             bits.append(found.double().cpu())
-        return {"log_p": likelihood.log_posterior(torch.stack(bits, 1), dim, prior).numpy()}
+        return {"log_p": likelihood.log_posterior(torch.stack(bits, 1), dim, shares).numpy()}
 
     def spec(i: int, number: int) -> dict:
         return {"log_p": ("f", (number, classes))}
@@ -365,15 +370,15 @@ def evaluate_samples(
         "features": config.eval.features,
         "num_samples": len(features),
         "nonfinite": wanted - len(features),
-        "nfe": np.mean([drawn["nfe"] for drawn in rounds if len(drawn["pool_3"])] or [math.nan]),
         "sampling_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
         "sampling": json.dumps(origin["sampling"], sort_keys=True),
     }
     if found["nonfinite"]:
         log.warning(f"{found['nonfinite']} of {wanted} samples are not finite and do not count")
-    if len(features) <= distances.NEIGHBOURS:
-        log.warning(f"{len(features)} finite samples are too few to be compared with the data")
+    if not len(features):
+        log.warning("no sample is finite: there is nothing to compare with the data")
         return found
+    found["nfe"] = np.mean([drawn["nfe"] for drawn in rounds if len(drawn["pool_3"])])
     log.info(f"comparing {len(features):,} samples with the data")
     comparison = Comparison(
         features,
@@ -397,12 +402,15 @@ def evaluate_samples(
 def _halves(comparison: Comparison, folder: Path) -> dict:
     """What `compare_halves` finds, kept in the folder, as it is the same for every checkpoint."""
     features = comparison.reference.features
-    if features is None or len(features) <= 2 * distances.NEIGHBOURS + 1:
+    if features is None:
         return {}
     origin = {"data": hashlib.sha256(features.tobytes()).hexdigest()}
     origin |= {"samples": len(comparison.features), "entries": OF_HALVES}
     path, spec = folder / "data_halves.npz", dict.fromkeys(OF_HALVES, ("iuf", ()))
-    found = cached(path, origin, partial(compare_halves, comparison), spec)
+    try:
+        found = cached(path, origin, partial(compare_halves, comparison), spec)
+    except TooFew as error:
+        return {"half_first_remark": f"left out: data against data: {error}"}
     return {name: found[name] for name in OF_HALVES}
 
 
@@ -534,10 +542,11 @@ def read_restoration(config, run: Experiment) -> ToRestore:
         raise ValueError(f"sampling.restore='colour' needs colour images; these have {channels}")
     if name == "denoise" and not asked.restore_noise:
         raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
-    operator = get_operator(name, _known_pixels(config) if name == "inpaint" else None)
     if not whole:
         channels, size = 1 if name == "colour" else channels, size // factor
     batch = _batch_to_restore(config, channels, size).to(run.device)
+    mask = _known_pixels(config, len(batch)).to(run.device) if name == "inpaint" else None
+    operator = get_operator(name, mask)
     images = datasets.to_unit_interval(batch.images)
     ends = run.scaler(torch.tensor([0.0, 1.0]))
     noise, value = asked.restore_noise * (ends[1] - ends[0]).item(), run.scaler(images)
@@ -565,6 +574,9 @@ def _batch_to_restore(config, channels: int, size: int) -> Batch:
     if asked.restore_path:
         scale = config.data.scale
         pictures = read_images("sampling.restore_path", asked.restore_path, channels, scale)
+        sizes = [picture.shape[:2] for picture in pictures.values()]
+        for change in changes(sizes, size):
+            log.info(f"sampling.restore_path, images of {extent(sizes)} pixels: {change}")
         pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
         batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     else:
@@ -584,33 +596,45 @@ def _batch_to_restore(config, channels: int, size: int) -> Batch:
     return replace(batch, labels=torch.full((len(batch),), -1))
 
 
-def _known_pixels(config) -> Tensor:
-    """Those that `sampling.restore_mask` leaves, bool (H, W)."""
+def _known_pixels(config, n: int) -> Tensor:
+    """The pixels that `sampling.restore_mask` leaves of `n` images, bool.
+
+    They are (H, W), the same for all images, or (n, 1, H, W) where there are n masks.
+    """
     name, size = config.sampling.restore_mask, config.data.image_size
     if not name:
         raise ValueError(
             "sampling.restore='inpaint' needs sampling.restore_mask, an image that is white where "
-            "pixels are missing, or top,left,height,width of a rectangle"
+            "pixels are missing, or a folder of n of them for n images, or top,left,height,width "
+            "of a rectangle"
         )
-    known = torch.ones(size, size, dtype=torch.bool)
     if re.fullmatch(r"\d{1,9}( *, *\d{1,9}){3}", name):
         top, left, height, width = map(int, name.split(","))
         if top + height > size or left + width > size:
             raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
-        known[top : top + height, left : left + width] = False
+        rectangle = torch.zeros(size, size, dtype=torch.bool)
+        rectangle[top : top + height, left : left + width] = True
+        masks = {name: rectangle}
     else:
-        first, *_ = read_images("sampling.restore_mask", name, 1).values()
-        mask = torch.from_numpy(first[..., 0] >= 128)
-        if mask.shape != known.shape:
-            found = " x ".join(map(str, mask.shape))
+        pictures = read_images("sampling.restore_mask", name, 1)
+        if len(pictures) not in (1, n):
             raise ValueError(
-                f"sampling.restore_mask={name} has {found} pixels; the images have {size} x {size}"
+                f"sampling.restore_mask={name} holds {len(pictures)} masks for {n} images: it "
+                "takes one for each, in the order of their names, or one for all"
             )
-        known = ~mask
-    if known.all() or not known.any():
-        share = "no pixel" if known.all() else "all pixels"
-        raise ValueError(f"sampling.restore_mask={name} marks {share} as missing")
-    return known
+        masks = {file: torch.from_numpy(image[..., 0] >= 128) for file, image in pictures.items()}
+    for file, missing in masks.items():
+        which = f"sampling.restore_mask={name}" + (f": {file}" if len(masks) > 1 else "")
+        if missing.shape != (size, size):
+            pixels = " x ".join(map(str, missing.shape))
+            raise ValueError(f"{which} has {pixels} pixels; the images have {size} x {size}")
+        if missing.all() or not missing.any():
+            share = "all pixels" if missing.all() else "no pixel"
+            raise ValueError(f"{which} marks {share} as missing")
+    if len(masks) == 1:
+        return ~next(iter(masks.values()))
+    log.info(f"sampling.restore_mask: {n} masks, one for each image, in the order of their names")
+    return ~torch.stack([*masks.values()])[:, None]
 
 
 def evaluate_restoration(
@@ -626,18 +650,16 @@ def evaluate_restoration(
     origin = origin | origin_of_tensors(measurements=value, labels=labels, known=known)
     channels, *sides = datasets.image_shape(config)
     size = RESTORATIONS * max(1, config.eval.batch_size // RESTORATIONS)
-    repeated = value.repeat_interleave(RESTORATIONS, 0)
-    labels = None if labels is None else labels.repeat_interleave(RESTORATIONS)
+    rows = torch.arange(len(value), device=value.device).repeat_interleave(RESTORATIONS)
 
     def compute(i: int, start: int) -> dict:
-        part = slice(start, start + size)
-        some = repeated[part]
-        sample = _restorer(config, run, replace(asked.measurement, value=some))
+        part = rows[start : start + size]
+        sample = _restorer(config, run, asked.measurement[part])
         generator = datasets.keyed_generator(run.device, "restoration", config.seed, i)
         with solver_bar(run.method) as watch:
             images, nfe = sample(
                 run.state.model,
-                len(some),
+                len(part),
                 generator=generator,
                 labels=None if labels is None else labels[part],
                 watch=watch,
@@ -647,7 +669,7 @@ def evaluate_restoration(
     def spec(i: int, number: int) -> dict:
         return {"restored": ("u", (number, *sides, channels)), "nfe": ("iuf", ())}
 
-    total, files = len(repeated), folder / f"ckpt_{k}_restored"
+    total, files = len(rows), folder / f"ckpt_{k}_restored"
     starts = range(0, total, size)
     rounds = _in_batches("restoration", files, starts, size, total, origin, compute, spec)
     if not rounds:

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import models
 import sampling
 import sources
 from configs.default import KEYS, check
+from configs.effects import without_effect
 from configs.keys import explain_unknown, get, shown
 from methods.base import conditioned
 from methods.restoration import Measurement
@@ -124,7 +125,12 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
 
 def _mean_norm(config) -> float:
     data = datasets.get_dataset(config, "train", labels=False)
-    return datasets.mean_norm(data, datasets.get_data_scaler(config))
+    if norm := datasets.mean_norm(data, datasets.get_data_scaler(config)):
+        return norm
+    raise ValueError(
+        f"all training images are black, of norm 0, which no {', '.join(MEASURED)} can be measured "
+        "from: set data.centered=True, or these"
+    )
 
 
 def decide_precisions(
@@ -264,6 +270,8 @@ def load(
         if not KEYS[key].accepts(value):
             raise ValueError(f"{key} must be {KEYS[key].allowed}, not {shown(value)}")
         config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
+    for line in without_effect(config, overrides or {}):
+        log.info(line)
     config, _ = decide_precisions(config, None)
     # the weights a network starts with are drawn; the caller's generators stay as they are
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
@@ -464,9 +472,8 @@ class Trained:
             x = [run.method.prior_sampling((1, *self.shape), g, run.device) for g in generators]
             sample, passed = self._sampler, states and states()
             if measurement is not None:
-                known = replace(measurement, value=measurement.value[part])
                 own = sampling.without_fit(self.config)
-                sample = sampling.get_sampling_fn(own, run.method, run.guide, known)
+                sample = sampling.get_sampling_fn(own, run.method, run.guide, measurement[part])
             try:
                 with solver_bar(run.method) as watch:
                     images, _ = sample(

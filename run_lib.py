@@ -112,6 +112,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         f"{sum(p.numel() for p in state.parameters):,} parameters, {device}"
         + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
         datasets.describe(config, train_data, test_data),
+        *getattr(state.model, "remarks", ()),
         *[decided] * bool(decided),
         *precisions,
     ]
@@ -449,7 +450,7 @@ def _draw_seeds(
         measurement, labels = restored.measurement, restored.labels
         rows = torch.tensor(some, device=measurement.value.device) % len(measurement.value)
         return {
-            "measurement": replace(measurement, value=measurement.value[rows]),
+            "measurement": measurement[rows],
             "class_label": None if labels is None else labels[rows],
         }
 

@@ -380,8 +380,8 @@ KEYS = {
     "sampling.restore_mask": Key(
         "",
         Text(),
-        "of 'inpaint': what is missing, an image file, white there, or a rectangle "
-        "'top,left,height,width'",
+        "of 'inpaint': what is missing, an image file, white there, a folder or .zip of one for "
+        "each image, or a rectangle 'top,left,height,width'",
     ),
     "sampling.restore_noise": Key(
         0.0,

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from metrics.table import METRICS, Metric
+from metrics.table import remarks as remarks_of
 from reports import settings
 from reports.evaluation_page import page_png, read_report
 from reports.page import (
@@ -284,8 +285,14 @@ def _metrics(groups: Sequence[Sequence[Run]]) -> str:
             rows.append(_row(label, map(_over_seeds, values), None if reason else best))
     if not any(reports):
         return "<p class=note>No run is evaluated yet.</p>"
+    lines = [
+        f"{run.name}: {remark}."
+        for group in groups
+        for run in group
+        for remark in remarks_of(run.report)
+    ]
     table = html_table(["", *map(_short, groups)], rows)
-    return f"<div class='wide lines'>{table}</div>{notes(not_ranked(obstacles))}"
+    return f"<div class='wide lines'>{table}</div>{notes([*not_ranked(obstacles), *lines])}"
 
 
 def _values(group: Sequence[Run], key: str) -> list[list[float]]:

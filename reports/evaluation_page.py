@@ -217,10 +217,11 @@ def read_report(path: Path) -> dict[str, NDArray]:
     spec = dict.fromkeys(metrics, scalar) | {"features": ("U", ())}
     spec |= dict.fromkeys(("half_first", "half_other", "ema_std"), scalar) | {"sampling": ("U", ())}
     spec["settings"] = "U", ()
+    spec |= dict.fromkeys((name for name in found if name.endswith("_remark")), ("U", ()))
     spec = {name: kind for name, kind in spec.items() if name in found}
     spec |= dict.fromkeys(("step", "seconds"), scalar)
     if "num_samples" in found:
-        needed = ("num_samples", "nonfinite", "nfe", "sampling_seconds")
+        needed = ("num_samples", "nonfinite", "sampling_seconds", *({"nfe"} & found.keys()))
         spec |= dict.fromkeys(needed, scalar)
     if "bpd_images" in found:
         spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), scalar) | {"bpd_images": ("f", (None,))}

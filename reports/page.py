@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metrics.table import METRICS, Metric
+from metrics.table import remarks as remarks_of
 from reports.plots import COLOURS, SMALL, Points, drawable, histogram, loss_plot, number, several
 from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
 
@@ -133,9 +134,9 @@ def _cards(report: Report) -> str:
                 f"<div class=card><h3>{escape(_label(metric, report))}</h3>"
                 f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span></div>"
             )
-    remarks = ""
+    remarks = "".join(f"<p class=warning>{escape(each)}.</p>" for each in remarks_of(report))
     if "half_first" in report:
-        remarks = (
+        remarks += (
             "<p class=note>Data against data is the floor, dashed in curves: what samples "
             f"without fault have. {number(report['half_first'])} training images take the place of "
             f"samples, and {number(report['half_other'])} others that of the data. More images "
@@ -291,7 +292,7 @@ def _cost(report: Report) -> str:
     rows = {}
     if "num_samples" in report:
         drawn = report["num_samples"] + report["nonfinite"]
-        rows["samples"] = (drawn, report["nfe"], report["sampling_seconds"])
+        rows["samples"] = (drawn, report.get("nfe", math.nan), report["sampling_seconds"])
     if "bpd_images" in report:
         images = len(report["bpd_images"])
         rows["likelihoods"] = (images, report["bpd_nfe"], report["bpd_seconds"])

@@ -98,7 +98,10 @@ def held_out(n: int, split: str) -> NDArray[np.int64]:
     Raises ValueError where there are fewer than two.
     """
     if n < 2:
-        raise ValueError(f"{n} image(s) cannot be split into data to train and to test on")
+        raise ValueError(
+            f"{n} image(s) cannot be split into data to train and to test on: add images, or make "
+            "the splits yourself, train and test, which may hold the same image"
+        )
     order = np.random.RandomState(0).permutation(n)
     tenth = max(1, round(n / 10))
     return order[tenth:] if split == "train" else order[:tenth]

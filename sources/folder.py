@@ -18,6 +18,7 @@ from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View,
 from sources.images import cropped_then_resized, decode_image, extent_of_16_bits, open_image
 from sources.listing import LeftOut, Listed
 from sources.sixteen_bits import Measured, Range, may_have_16_bits, measure
+from sources.sizes import HEADER_BYTES, Size, size_in_header
 from storage.files import one_line, open_entry, read_entry_array
 
 log = logging.getLogger(__name__)
@@ -227,6 +228,14 @@ class Files:
             return decode(_read(self.open, self.names[i]))
         except Exception as error:  # a damaged file makes the decoder fail in any way
             raise Unreadable(f"{self.where}/{self.names[i]}: {one_line(error)}") from error
+
+    def size(self, i: int) -> Size:
+        """Height and width of image i as it is stored; `Unreadable` where it cannot be read."""
+        try:
+            with self.open(self.names[i]) as file:
+                return size_in_header(file.read(HEADER_BYTES))
+        except Exception:  # a header may stand at the end of its file, as of a TIFF
+            return self[i].shape[:2]
 
     def scaled(self, scale: Range | tuple[()]) -> "Files":
         """These with `scale`, or where it is () with that which is `measured`."""
