@@ -1,6 +1,5 @@
 """Statistics of the data with which samples are compared: measured once, and kept."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import datasets
+import distributed
 from metrics.distances import Gaussian
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_features
+from sources import digests
 from storage.files import check_arrays, read_arrays, save_npz
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,13 @@ class ReferenceStatistics:
     path: Path | None = None
 
     @classmethod
-    def build(cls, config, device: torch.device) -> "ReferenceStatistics":
-        """Raises ValueError, in one line, for what cannot be loaded or does not fit."""
+    def build(
+        cls, config, device: torch.device, source: datasets.Data | None = None
+    ) -> "ReferenceStatistics":
+        """Raises ValueError, in one line, for what cannot be loaded or does not fit.
+
+        `source` gives the data; None: those that `config` names.
+        """
         space, folder = get_features(config, device), Path(config.eval.stats_dir)
         needed, number = space.width + 1, config.eval.num_samples
         if number < needed:
@@ -90,10 +96,11 @@ class ReferenceStatistics:
             if published.exists():
                 log.info(f"statistics of the data: {published}, which names no training images")
                 return cls(space, replace(_read_statistics(published, space), index=None))
+        source = source or datasets.Data(config)
         try:
-            data = datasets.get_dataset(config, "train")
+            data = source.get("train")
         except ValueError:  # a network with class labels can be sampled without those of the data
-            data = datasets.get_dataset(config, "train", labels=False)
+            data = source.get("train", labels=False)
         shape = f"{size}x{size}x{config.data.num_channels}"
         path = folder / f"{name}_train_{shape}_{space.name}_{fingerprint(data)}.npz"
         reference = _read_statistics(path, space) if path.exists() else None
@@ -132,12 +139,22 @@ def data_name(config) -> str:
     return config.data.dataset.lower() + (f"_{category}" if category else "")
 
 
-def fingerprint(data) -> str:
-    """Eight hexadecimal digits of a data set: of its length and 64 of its images."""
-    digest = hashlib.sha256(str(len(data)).encode())
-    for i in np.linspace(0, len(data) - 1, 64).astype(int):
-        digest.update(data[int(i) : int(i) + 1].cpu().numpy().tobytes())
-    return digest.hexdigest()[:8]
+def fingerprint(data: Tensor | datasets.Labelled | datasets.Stream) -> str:
+    """32 hexadecimal digits of all images of a data set in their order, the main process's.
+
+    Those in memory count with all their bytes. Images on disk count with the digest of their source
+    and, since what is made of them counts too, with 64 of them decoded.
+    """
+
+    def words() -> str:
+        if isinstance(data, datasets.Stream):
+            index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
+            some = data[torch.from_numpy(index)].numpy()
+            return digests.joined(digests.of_source(data.source), digests.of_array(some))
+        images = data.images if isinstance(data, datasets.Labelled) else data
+        return digests.of_array(images.cpu().contiguous().numpy(), whole=True)
+
+    return distributed.from_main(words)[:32]
 
 
 def _read_statistics(path: Path, space: FeatureSpace) -> Reference:

@@ -12,6 +12,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sources import digests
 from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View, held_out
 from sources.images import cropped_then_resized, decode_image
 from storage.files import one_line, open_entry, read_entry_array
@@ -37,6 +38,7 @@ def open_folder(data, split: str) -> Source:
     path = _path(data)
     if _is_array(path):
         images, index = _array(path, split, data.num_channels, data.resident_bytes)
+        digest = partial(digests.of_zip, path) if isinstance(images, np.ndarray) else None
         classes = partial(_array_classes, path, split, len(images), data.resident_bytes)
     else:
         if data.num_channels not in (0, 1, 3):
@@ -51,7 +53,11 @@ def open_folder(data, split: str) -> Source:
             index = held_out(len(names), split)
         images = Files(path, listed.names, listed.open, data.num_channels)
         classes = partial(_file_classes, path, listed, names, below_split=bool(given))
-    return View(images, partial(cropped_then_resized, size=data.image_size), index, classes)
+        labels = [listed.metadata] if listed.metadata and data.num_classes else []
+        content = data.digest == "content"
+        digest = partial(digests.of_files, path, listed.archive, listed.names, labels, content)
+    prepare = partial(cropped_then_resized, size=data.image_size)
+    return View(images, prepare, index, classes, digest)
 
 
 def splits_of(data) -> dict[str, str]:
@@ -139,14 +145,19 @@ def _open_in(archive: PerProcess, name: str) -> IO[bytes]:
 
 
 class Listed(NamedTuple):
-    """The image files of a folder or zip, what opens one by its name, and the `dataset.json`."""
+    """The image files of a folder or zip, what opens one by its name, and the `dataset.json`.
+
+    `archive` gives the zip file, in each process; it is None for a folder.
+    """
 
     names: list[str]
     open: Callable[[str], IO[bytes]]
     metadata: str | None
+    archive: PerProcess | None
 
 
 def _list(path: Path, key: str = "data.path") -> Listed:
+    archive = None
     if path.is_file():
         archive = PerProcess(partial(zipfile.ZipFile, path))
         try:
@@ -160,7 +171,8 @@ def _list(path: Path, key: str = "data.path") -> Listed:
     if not images:
         raise ValueError(f"{key}={path} holds no images ({', '.join(SUFFIXES)})")
     top = f"{images[0].partition('/')[0]}/{METADATA}"  # of a zip that holds one folder
-    return Listed(images, open_one, next((n for n in (METADATA, top) if n in names), None))
+    metadata = next((n for n in (METADATA, top) if n in names), None)
+    return Listed(images, open_one, metadata, archive)
 
 
 def _files_below(root: Path) -> Iterator[str]:
