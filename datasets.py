@@ -294,10 +294,12 @@ class Data:
             return
         changes, lines = self.stored.changes(self.identity), []
         if changes and self.config.data.changed != "allow":
-            ways = ["restore them", "start a new workdir"]
-            if not self.stored.new_classes(self.identity.classes):
-                ways.append("go on with these: --config.data.changed=allow")
-            raise ValueError(f"the data are not those of the run ({changes}): {', or '.join(ways)}")
+            new = self.stored.new_classes(self.identity.classes)  # which have no number
+            allow = "" if new else ", or go on with these: --config.data.changed=allow"
+            raise ValueError(
+                f"the data are not those of the run ({changes}): restore them, or start a new "
+                f"workdir{allow}"
+            )
         if changes:
             lines.append(f"the data are not those of the run ({changes}): data.changed='allow'")
         if not self.stored.comparable(self.identity):

@@ -105,16 +105,28 @@ def _mean_norm(config) -> float:
     return datasets.mean_norm(data, datasets.get_data_scaler(config))
 
 
-def identity_of(workdir: Path) -> Identity | None:
+def identity_of(workdir: Path, evaluated: ConfigDict | None = None) -> Identity | None:
     """The identity of the data of the run in `workdir`, from the newest checkpoint that it has.
 
-    None where there is no run, or it began with a program that did not keep it.
+    None where there is no run, or it began with a program that did not keep it; and where the
+    config of an evaluation, `evaluated`, names another data set on purpose (see `_identity_in`).
 
     Raises:
         ValueError: the checkpoint has something else in its place.
     """
     found = peek(workdir)
-    return None if found is None else Identity.read(*found)
+    return None if found is None else _identity_in(*found, evaluated)
+
+
+def _identity_in(path: Path, content: dict, evaluated: ConfigDict | None) -> Identity | None:
+    """The identity in a checkpoint; None where `evaluated` has another `data.dataset` than its.
+
+    The lines on what the config changes tell of such a data set.
+    """
+    own = content.get("config")
+    name = own.get("data.dataset") if type(own) is dict else None
+    same = evaluated is None or str(name).lower() in ("none", evaluated.data.dataset.lower())
+    return Identity.read(path, content) if same else None
 
 
 def decide_precisions(
@@ -264,7 +276,7 @@ def load(
     # the weights a network starts with are drawn; the caller's generators stay as they are
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(used):
-        run = Experiment.build(config, Identity.read(path, content))
+        run = Experiment.build(config, _identity_in(path, content, config))
     changes = run_config.changes(path, content, config)
     fit(run.state.load_network, content, path, changes)
     for change in changes:

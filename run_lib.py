@@ -138,8 +138,11 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         for line in plan[1:]:
             log.info(line)
         run.data.report()
-        if state.step and run.data.stored is None:
-            log.info("the run did not know its data; from here on it keeps their number and digest")
+        if main and state.step and run.data.stored is None:
+            log.info(
+                "the run does not say what its data were; from here on they are these, digest "
+                f"{data['digest']}"
+            )
         first = state.step + 1
         batches = datasets.shuffled_batches(
             train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)
@@ -220,7 +223,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     config, decided = complete(config, workdir)
     # the training's is that of the run; how fast sampling is belongs to this machine
     config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
-    run = Experiment.build(config, identity_of(workdir))
+    run = Experiment.build(config, identity_of(workdir, config))
     asked, main = config.eval, distributed.is_main()
     if not any(asked[what] for what in evaluation.PARTS) and not config.sampling.restore:
         raise ValueError(

@@ -29,10 +29,10 @@ LARGEST = 2**28  # bytes of a file that are hashed; no image that is read is lar
 PIECE = 2**20  # bytes read at once
 THREADS, CHUNK = 16, 64  # that read files, and how many files each reads at once
 MANY, MUCH = 1000, 2**24  # files, or bytes of them, whose checksums are worth a cache
-ROW, KEY = 20, 16  # bytes of an entry of the cache and of its key; a CRC-32 follows
+KEY = 8  # bytes of the hash of a file's name, size and times in the cache
 FRESH = 10**8  # ns in which a file may be written twice with one time
 
-Check = tuple[int, int]  # size and CRC-32 of a file
+Numbers = NDArray[np.int64]
 
 
 def joined(*parts: str | bytes | NDArray[np.uint8]) -> str:
@@ -90,12 +90,12 @@ def of_array(array: NDArray, whole: bool = False) -> str:
     return joined(array.dtype.str, str(array.shape), *blocks)
 
 
-def of_words(*words: object, index: NDArray[np.int64]) -> str:
+def of_words(*words: object, index: Numbers) -> str:
     """The digest of the images `index` of data that `words` describe well enough."""
     return joined(*map(str, words), index.tobytes())
 
 
-def of_zip(path: Path, index: NDArray[np.int64]) -> str:
+def of_zip(path: Path, index: Numbers) -> str:
     """The digest of the images `index` of arrays in a zip file, by the CRCs in its directory."""
     with zipfile.ZipFile(path) as archive:
         entries = sorted((e.filename, e.file_size, e.CRC) for e in archive.infolist())
@@ -108,7 +108,7 @@ def of_files(
     names: list[str],
     beside: Sequence[str],
     content: bool,
-    index: NDArray[np.int64],
+    index: Numbers,
 ) -> str:
     """The digest of the files number `index` of `names`, and of those `beside` them.
 
@@ -118,47 +118,49 @@ def of_files(
     """
     some = [*(names[i] for i in index), *beside]
     if archive is not None:
-        entries = map(archive().getinfo, some)
-        checks = [(entry.file_size, entry.CRC) for entry in entries]
+        entries = [archive().getinfo(name) for name in some]
+        sizes = np.array([entry.file_size for entry in entries], np.int64)
+        crcs = np.array([entry.CRC for entry in entries], np.int64)
     else:
-        checks = _checks(where, some, content)
-    lines = (f"{name}\0{size}\0{crc}\0" for name, (size, crc) in zip(some, checks, strict=True))
-    return joined(unicodedata.normalize("NFC", "".join(lines)))
+        sizes, crcs = _checks(where, some, content, 4 * len(names))
+    words = unicodedata.normalize("NFC", "\0".join(some))
+    return joined(words, sizes.tobytes(), crcs.tobytes())
 
 
 # --- files of a folder ----------------------------------------------------------------------------
 
 
-def _checks(where: Path, names: list[str], content: bool) -> list[Check]:
-    """Size and CRC-32 of the files `names` below `where`; 0 for a CRC that is not computed.
+def _checks(where: Path, names: list[str], content: bool, most: int) -> tuple[Numbers, Numbers]:
+    """Size and CRC-32 (n,) of the n files `names` below `where`; 0 for a CRC that is not computed.
 
-    Checksums of files that have not changed since, by size and times, come from a cache. A file
-    that is none, or cannot be read, has the size -1.
+    Checksums of files that have not changed since, by size and times, come from a cache; one of
+    `most` entries is begun anew. A file that is none, or cannot be read, has the size -1.
     """
     stats = [_stat(f"{where}/{name}") for name in names]
+    sizes = np.array([-1 if s is None else s.st_size for s in stats], np.int64)
+    crcs = np.zeros(len(names), np.int64)
     if not content:
-        return [(-1 if s is None else s.st_size, 0) for s in stats]
-    path = _cache_path(where)
-    cache = _read_cache(path)
-    keys = [_key(name, s) for name, s in zip(names, stats, strict=True)]
-    missing = [i for i, key in enumerate(keys) if key is not None and key not in cache]
-    checks = [
-        (-1, 0) if s is None else (s.st_size, cache.get(key, 0))
-        for key, s in zip(keys, stats, strict=True)
-    ]
-    now, size = time.time_ns(), 0
-    entries: dict[bytes, int] = {}
+        return sizes, crcs
+    cache, path = _read_cache(where), _cache_path(where)
+    keys = np.frombuffer(b"".join(map(_key, names, stats)), np.int64)
+    at = np.searchsorted(cache[:, 0], keys).clip(max=len(cache) - 1)
+    hit = cache[at, 0] == keys
+    crcs[hit] = cache[at[hit], 1]
+    missing, now = np.flatnonzero(~hit & (sizes >= 0)), time.time_ns()
+    amount, entries = sizes[missing].sum(), []
     try:
         for i, crc in zip(missing, _crcs(where, [names[i] for i in missing]), strict=True):
-            checks[i] = (-1, 0) if crc is None else (stats[i].st_size, crc)
-            size += stats[i].st_size
-            if crc is not None and now - max(stats[i].st_mtime_ns, stats[i].st_ctime_ns) > FRESH:
-                entries[keys[i]] = crc
+            if crc is None:
+                sizes[i] = -1
+                continue
+            crcs[i] = crc
+            if now - max(stats[i].st_mtime_ns, stats[i].st_ctime_ns) > FRESH:
+                entries.append((keys[i], crc))
     finally:  # also where an interrupt ends the reading of many files
-        if len(entries) >= MANY or size >= MUCH:
-            old = cache if len(cache) < 4 * len(names) else {}  # mostly of files that are no more
-            _write_cache(path, old | entries)
-    return checks
+        if entries and (len(missing) >= MANY or amount >= MUCH):
+            old = cache if len(cache) < most else cache[:1]  # others are of files of the past
+            _write_cache(path, np.concatenate([old, entries]))
+    return sizes, crcs
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -169,9 +171,9 @@ def _stat(path: str) -> os.stat_result | None:
     return found if stat.S_ISREG(found.st_mode) else None
 
 
-def _key(name: str, found: os.stat_result | None) -> bytes | None:
+def _key(name: str, found: os.stat_result | None) -> bytes:
     if found is None:
-        return None
+        return bytes(KEY)
     words = f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}"
     return hashlib.blake2b(words.encode(errors="surrogatepass"), digest_size=KEY).digest()
 
@@ -215,31 +217,28 @@ def _cache_path(where: Path) -> Path:
     return Path(base) / "pfgm" / f"digests-{joined(str(where.resolve()))[:16]}.npy"
 
 
-def _read_cache(path: Path) -> dict[bytes, int]:
-    """CRC-32 by key; empty where there is no cache, or a damaged one, which is written anew."""
+def _read_cache(where: Path) -> Numbers:
+    """Keys and CRC-32 (n, 2) by rising keys; of none, or of a damaged cache, the row (0, 0)."""
+    path, empty = _cache_path(where), np.zeros((1, 2), np.int64)
     try:
         if not path.is_file():
-            return {}
-        rows = np.load(path, allow_pickle=False)
-        if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != ROW:
-            raise ValueError(f"it is {rows.dtype} {rows.shape}")
+            return empty
+        cache = np.load(path, allow_pickle=False)
+        if cache.dtype != np.int64 or cache.ndim != 2 or cache.shape[1] != 2 or not len(cache):
+            raise ValueError(f"it is {cache.dtype} {cache.shape}")
     except (OSError, ValueError, EOFError) as error:
         log.warning(f"{path} is not used: {one_line(error)}")
-        return {}
-    keys = np.ascontiguousarray(rows[:, :KEY]).tobytes()
-    crcs = np.ascontiguousarray(rows[:, KEY:]).view("<u4").ravel().tolist()
-    return {keys[i * KEY : (i + 1) * KEY]: crc for i, crc in enumerate(crcs)}
+        return empty
+    return cache
 
 
-def _write_cache(path: Path, cache: dict[bytes, int]) -> None:
-    rows = b"".join(key + crc.to_bytes(4, "little") for key, crc in cache.items())
-    # runs on the same data may start at the same time
-    mine = path.with_suffix(f".{os.getpid()}.npy")
+def _write_cache(path: Path, cache: Numbers) -> None:
+    mine = path.with_suffix(f".{os.getpid()}.npy")  # runs on the same data may start together
     try:
         if not path.is_absolute():
             raise FileNotFoundError("there is no home folder")
         with atomic_write(mine) as file:
-            np.save(file, np.frombuffer(rows, np.uint8).reshape(-1, ROW))
+            np.save(file, cache[np.argsort(cache[:, 0], kind="stable")])
         mine.replace(path)
     except OSError as error:
         log.warning(f"the checksums of the data are not kept for the next start: {error}")
