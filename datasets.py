@@ -227,7 +227,7 @@ class Data:
     """The data that `config.data` names, each split opened when it is first needed.
 
     Those of a run have to be the data that it began with, whose identity is `stored`: others are
-    refused or, with `data.changed='allow'`, noted for `report`; a class has the number that the run
+    refused or, with `data.changed='allow'`, noted for `close`; a class has the number that the run
     gave its name. Of several processes the main one compares.
 
     Methods that read raise ValueError where data are refused or not as they should be, and OSError
@@ -255,7 +255,7 @@ class Data:
         stream = Stream(source, shape, workers, classes)
         stream.read([0])  # so that data of which none can be used are refused here
         size = len(stream) * math.prod(shape)
-        del self._sources[split]  # it may hold as much memory as the images
+        del self._sources[split]  # see `close`
         if size > data.resident_bytes:
             return stream
         return _decoded(stream if size > SMALL else Stream(source, shape, 0, classes))
@@ -284,8 +284,9 @@ class Data:
         """The identity for a run to keep: of these data, with the class numbers of the run."""
         return replace(self.identity, classes=self.class_names or self.identity.classes)
 
-    def report(self) -> None:
-        """Logs, once, how the data differ from those of the run, where that is allowed."""
+    def close(self) -> None:
+        """Lets go of the opened sources, and logs, once, how the data differ from the run's."""
+        self._sources.clear()  # they may hold as much memory as the images
         while self._lines:
             log.warning(self._lines.pop(0))
 

@@ -284,7 +284,7 @@ def load(
             log.info(f"the config differs from that of the run: {change}")
     run.state.keep_ema()
     trained = Trained(config, run, path)
-    run.data.report()
+    run.data.close()
     return trained
 
 

@@ -97,6 +97,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     state, device, main = run.state, run.device, distributed.is_main()
     state.network = execution.for_training(config, state.model)
     prepare = datasets.get_preparation(config, shared=run.method.uses_reference_batch)
+    data = run.data.identity_of_run().entry() if main and not dry_run else {}
     train_data, test_data = run.data.get("train").to(device), run.data.get("test")
     names = getattr(train_data, "names", ())
     distributed.check_same("data", f"{len(train_data)} and {len(test_data)} images {names}")
@@ -124,10 +125,9 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         )
         for line in plan[1:]:
             log.info(line)
-        run.data.report()
+        run.data.close()
         return True
     config.data.changed = "refuse"  # allowed for this start; a checkpoint would allow it for ever
-    data = run.data.identity_of_run().entry() if main else {}
     with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
         distributed.check_agreement(state.step, state.parameters)
@@ -137,7 +137,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         )
         for line in plan[1:]:
             log.info(line)
-        run.data.report()
+        run.data.close()
         if main and state.step and run.data.stored is None:
             log.info(
                 "the run does not say what its data were; from here on they are these, digest "
@@ -255,7 +255,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         distributed.barrier()  # nobody writes before the main process holds the lock
         for line in [decided] * bool(decided) + precisions:
             log.info(line)
-        run.data.report()
+        run.data.close()
         origin_of_data = {} if data is None else evaluation.origin_of_data(data)
         if main and asked.enable_sampling and statistics.reference is None:
             with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
@@ -310,7 +310,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                     evaluation.draw_interpolation(config, run, folder, k)
                 if asked.enable_rescale:
                     evaluation.draw_rescaling(config, run, folder, k)
-            run.data.report()
+            run.data.close()
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
             save_page(config, run, workdir, folder, k)

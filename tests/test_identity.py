@@ -316,7 +316,7 @@ def test_what_is_allowed_is_said_once(tmp_path, caplog):
     shutil.rmtree(tmp_path / "ant")
     data = run(changed="allow")
     data.get("train"), data.labels("test")
-    data.report(), data.report()
+    data.close(), data.close()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert re.fullmatch(r"the data .*27 to .*18 to.*gone: class 'ant'\): .*", record.getMessage())
@@ -327,7 +327,7 @@ def test_digests_of_two_kinds_are_not_compared(tmp_path, caplog):
     stored = identity(tmp_path)
     data = datasets.Data(config_of(tmp_path, digest="names"), stored)
     data.get("train")
-    data.report()
+    data.close()
     assert "are not compared" in caplog.text
     write_tree(tmp_path, grey(1, 1), "x.png")
     with pytest.raises(ValueError, match="19 to train"):
