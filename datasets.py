@@ -7,6 +7,8 @@ the batches can start anywhere and do not depend on which process decodes them.
 """
 
 import collections
+import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -29,9 +31,10 @@ from tqdm import tqdm
 import distributed
 import sources
 from configs import keys
-from sources import augmentation, folder
+from sources import augmentation, digests, folder
 from sources.base import Classes, Source, Unreadable
 from sources.batch import Batch
+from sources.identity import Identity
 from sources.sixteen_bits import Measured
 from sources.sizes import made_of
 from storage.files import one_line
@@ -223,6 +226,125 @@ def _follow_parent(worker: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+class Data:
+    """The data that `config.data` names, each split opened when it is first needed.
+
+    Those of a run have to be the data that it began with, whose identity is `stored`: others are
+    refused or, with `data.changed='allow'`, noted for `close`; a class has the number that the run
+    gave its name. Of several processes the main one compares.
+
+    Methods that read raise ValueError where data are refused or not as they should be, and OSError
+    where they are not there; see `get_dataset`.
+    """
+
+    def __init__(self, config, stored: Identity | None = None):
+        self.config, self.stored = config, stored
+        self._sources: dict[str, Source] = {}
+        self._classes: dict[str, Classes] = {}
+        self._lines: list[str] | None = None  # None: not compared yet
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the run's classes in the order of their numbers, where it has any."""
+        return self.stored.classes if self.stored else ()
+
+    def get(self, split: str, labels: bool = True) -> Tensor | Labelled | Stream:
+        """The images of `split`, with class labels as of `get_dataset`."""
+        self._compare()
+        data, source = self._options, self._source(split)
+        workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, _processors())
+        shape = (data.num_channels, data.image_size, data.image_size)
+        classes = self._numbered(split) if labels and data.num_classes else None
+        stream = Stream(source, shape, workers, classes)
+        stream.read([0])  # so that data of which none can be used are refused here
+        size = len(stream) * math.prod(shape)
+        del self._sources[split]  # see `close`
+        if size > data.resident_bytes:
+            return stream
+        return _decoded(stream if size > SMALL else Stream(source, shape, 0, classes))
+
+    def labels(self, split: str) -> Tensor:
+        """The class labels (n,), int64, of a split, of which no image is decoded."""
+        self._compare()
+        labels = torch.from_numpy(self._numbered(split).labels)
+        return labels[labels >= 0]
+
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """The identity of both splits as they are now, with their own class numbers.
+
+        Each file of a folder is read once, unless `data.digest` is 'names' (`digests.of_files`).
+        """
+        names, kind = (), self.config.data.digest
+        sources = [self._source(split) for split in SPLITS]
+        if self.config.data.num_classes:
+            with contextlib.suppress(ValueError):  # there are no labels: `get` says so
+                names = self._read_classes("train").names
+        digest = digests.joined(*map(digests.of_source, sources), *names)
+        return Identity(*map(len, sources), names, f"{kind}:{digest}")
+
+    def identity_of_run(self) -> Identity:
+        """The identity for a run to keep: of these data, with the class numbers of the run."""
+        return replace(self.identity, classes=self.class_names or self.identity.classes)
+
+    def close(self) -> None:
+        """Lets go of the opened sources, and logs, once, how the data differ from the run's."""
+        self._sources.clear()  # they may hold as much memory as the images
+        while self._lines:
+            log.warning(self._lines.pop(0))
+
+    def _compare(self) -> None:
+        if self.stored is None or self._lines is not None or not distributed.is_main():
+            return
+        changes, lines = self.stored.changes(self.identity), []
+        if changes and self.config.data.changed != "allow":
+            new = self.stored.new_classes(self.identity.classes)  # which have no number
+            allow = "" if new else ", or go on with these: --config.data.changed=allow"
+            raise ValueError(
+                f"the data are not those of the run ({changes}): restore them, or start a new "
+                f"workdir{allow}"
+            )
+        if changes:
+            lines.append(f"the data are not those of the run ({changes}): data.changed='allow'")
+        if not self.stored.comparable(self.identity):
+            lines.append(
+                "the contents of the data are not compared with those of the run, whose digest is "
+                f"{self.stored.digest.partition(':')[0]!r} (data.digest)"
+            )
+        self._lines = lines
+
+    @functools.cached_property
+    def _options(self):
+        data = self.config.data
+        if data.num_channels:
+            return data
+        return _with_channels(data, measure_channels(self.config))
+
+    def _source(self, split: str) -> Source:
+        if split not in self._sources:
+            self._sources[split] = _source(self._options, split)
+        return self._sources[split]
+
+    def _read_classes(self, split: str) -> Classes:
+        if split not in self._classes:
+            self._classes[split] = _classes(self._source(split), self.config.data, split)
+        return self._classes[split]
+
+    def _numbered(self, split: str) -> Classes:
+        """The classes of `split` with the run's numbers, which are in range."""
+        data, classes = self.config.data, self._read_classes(split)
+        if self.stored:
+            classes = self.stored.renumbered(classes)
+        largest = int(classes.labels.max())
+        if 0 <= data.num_classes <= largest:
+            raise ValueError(
+                f"a class label of {data.dataset}, {split} split, is {largest}, but with "
+                f"data.num_classes={data.num_classes} they are numbered from 0 to "
+                f"{data.num_classes - 1}"
+            )
+        return classes
+
+
 def get_dataset(config, split: str, labels: bool = True) -> Tensor | Labelled | Stream:
     """The data of a split, "train" or "test", that `config.data` names; see the module.
 
@@ -235,19 +357,7 @@ def get_dataset(config, split: str, labels: bool = True) -> Tensor | Labelled | 
     shape than configured, or class labels that are missing or out of range; OSError where the data
     are not where they should be.
     """
-    data = config.data
-    if not data.num_channels:
-        data = _with_channels(data, measure_channels(config))
-    source = _source(data, split)
-    workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, _processors())
-    shape = (data.num_channels, data.image_size, data.image_size)
-    classes = _classes(source, data, split) if labels and data.num_classes else None
-    stream = Stream(source, shape, workers, classes)
-    stream.read([0])  # so that data of which none can be used are refused here
-    size = len(stream) * math.prod(shape)
-    if size > data.resident_bytes:
-        return stream
-    return _decoded(stream if size > SMALL else Stream(source, shape, 0, classes))
+    return Data(config).get(split, labels)
 
 
 def measure_channels(config) -> int:
@@ -298,8 +408,7 @@ def get_labels(config, split: str) -> Tensor:
 
     Raises ValueError and OSError as `get_dataset`.
     """
-    labels = torch.from_numpy(_classes(_source(config.data, split), config.data, split).labels)
-    return labels[labels >= 0]
+    return Data(config).labels(split)
 
 
 def _classes(source: Source, data, split: str) -> Classes:
@@ -309,13 +418,6 @@ def _classes(source: Source, data, split: str) -> Classes:
         raise ValueError(f"{NO_LABELS.format(data.dataset, split)}: {error}") from error
     if classes is None:
         raise ValueError(f"{NO_LABELS.format(data.dataset, split)}")
-    largest = int(classes.labels.max())
-    if 0 <= data.num_classes <= largest:
-        raise ValueError(
-            f"a class label of {data.dataset}, {split} split, is {largest}, but with "
-            f"data.num_classes={data.num_classes} they are numbered from 0 to "
-            f"{data.num_classes - 1}"
-        )
     return classes
 
 

@@ -101,8 +101,8 @@ def rebuild_ema(config, run: Experiment, workdir: Path, checkpoint: Path, conten
     return line
 
 
-def _origin_of(data) -> dict:
-    """The same of the split that a part is computed on, and of its class labels."""
+def origin_of_data(data) -> dict:
+    """What the results on a split depend on: its images and their class labels."""
     return {"data": fingerprint(data)} | origin_of_tensors(labels=getattr(data, "labels", None))
 
 
@@ -239,7 +239,7 @@ def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: d
 
     sizes = {"batch": config.training.batch_size, "at once": config.eval.batch_size}
     training = config.training.to_dict()
-    origin = origin | _origin_of(data) | {"sizes": sizes, "training": training}
+    origin = origin | {"sizes": sizes, "training": training}
     path, spec = folder / f"ckpt_{k}_loss.npz", {"loss": ("f", ())}
     return {"loss": cached(path, origin, compute, spec)["loss"]}
 
@@ -259,7 +259,7 @@ def evaluate_bpd(
     """
     split, size, net = config.eval.dataset, config.eval.batch_size, run.state.model
     passes = _passes(config)
-    origin = origin | _origin_of(data) | {"divergence": config.eval.divergence}
+    origin = origin | {"divergence": config.eval.divergence}
 
     @torch.no_grad()
     def compute(i: int, start: int) -> dict:
@@ -314,9 +314,9 @@ def evaluate_classification(
     process only. Raises FloatingPointError where the ODE cannot be solved.
     """
     split, size, classes = config.eval.dataset, config.eval.batch_size, config.data.num_classes
-    prior = datasets.get_labels(config, "train").bincount(minlength=classes).double()
+    prior = run.data.labels("train").bincount(minlength=classes).double()
     dim = math.prod(datasets.image_shape(config))
-    origin = origin | _origin_of(data) | {"divergence": config.eval.divergence}
+    origin = origin | {"divergence": config.eval.divergence}
     origin |= {"labels of the training images": prior.tolist()}
     shares = prior.clamp(min=1e-30)  # finite logarithms also of a class without training images
 
@@ -544,7 +544,7 @@ def read_restoration(config, run: Experiment) -> ToRestore:
         raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
     if not whole:
         channels, size = 1 if name == "colour" else channels, size // factor
-    batch = _batch_to_restore(config, channels, size).to(run.device)
+    batch = _batch_to_restore(config, run.data, channels, size).to(run.device)
     mask = _known_pixels(config, len(batch)).to(run.device) if name == "inpaint" else None
     operator = get_operator(name, mask)
     images = datasets.to_unit_interval(batch.images)
@@ -568,7 +568,7 @@ def _restorer(config, run: Experiment, measurement: Measurement) -> Callable:
     return sampling.get_sampling_fn(own, run.method, run.guide, measurement)
 
 
-def _batch_to_restore(config, channels: int, size: int) -> Batch:
+def _batch_to_restore(config, source: datasets.Data, channels: int, size: int) -> Batch:
     """uint8 images (n, channels, size, size), and class labels where the network is given any."""
     asked, classes = config.sampling, config.data.num_classes
     if asked.restore_path:
@@ -580,7 +580,7 @@ def _batch_to_restore(config, channels: int, size: int) -> Batch:
         pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
         batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     else:
-        data = datasets.get_dataset(config, config.eval.dataset)
+        data = source.get(config.eval.dataset)
         batch = datasets.batch_at(data, slice(max(1, config.eval.num_samples // RESTORATIONS)))
     if not classes:
         return batch
@@ -709,7 +709,7 @@ def _plain_restoration(config, run: Experiment, measurement: Measurement) -> Ten
     if value.shape[2:] != (height, width):
         return torch.nn.functional.interpolate(value, (height, width), mode="bicubic")
     try:
-        data = datasets.get_dataset(config, "train", labels=False)
+        data = run.data.get("train", labels=False)
     except (OSError, ValueError) as error:  # published networks restore without their data
         log.warning(f"the plain restorations start from grey, not the mean image: {error}")
         mean = run.scaler(torch.tensor(0.5)).expand(channels, height, width)

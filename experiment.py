@@ -36,8 +36,9 @@ from solvers import FITTED, Schedule, fitted
 from solvers.base import Step, Watch
 from solvers.fitted import Fit
 from solvers.fixed_steps import Advance
+from sources.identity import Identity
 from storage import run_config
-from storage.checkpoints import digest, find_checkpoint, fit, fitted_path, load_checkpoint
+from storage.checkpoints import digest, find_checkpoint, fit, fitted_path, load_checkpoint, peek
 from storage.files import cached
 from training import TrainState
 
@@ -133,6 +134,30 @@ def _mean_norm(config) -> float:
     )
 
 
+def identity_of(workdir: Path, evaluated: ConfigDict | None = None) -> Identity | None:
+    """The identity of the data of the run in `workdir`, from the newest checkpoint that it has.
+
+    None where there is no run, or it began with a program that did not keep it; and where the
+    config of an evaluation, `evaluated`, names another data set on purpose (see `_identity_in`).
+
+    Raises:
+        ValueError: the checkpoint has something else in its place.
+    """
+    found = peek(workdir)
+    return None if found is None else _identity_in(*found, evaluated)
+
+
+def _identity_in(path: Path, content: dict, evaluated: ConfigDict | None) -> Identity | None:
+    """The identity in a checkpoint; None where `evaluated` has another `data.dataset` than its.
+
+    The lines on what the config changes tell of such a data set.
+    """
+    own = content.get("config")
+    name = own.get("data.dataset") if type(own) is dict else None
+    same = evaluated is None or str(name).lower() in ("none", evaluated.data.dataset.lower())
+    return Identity.read(path, content) if same else None
+
+
 def decide_precisions(
     config: ConfigDict, workdir: Path | None, kept: Collection[str] = PRECISION_KEYS
 ) -> tuple[ConfigDict, list[str]]:
@@ -198,8 +223,8 @@ class Experiment:
 
     `state` holds the network, on `device`; `scaler` leads from images in [0, 1] to what it sees.
     `draw_labels(number, purpose, *key)` gives class labels (number,) to sample with, keyed as
-    `datasets.keyed_generator`, or None where there are no classes. `guide` is the network of
-    `sampling.guide`.
+    `datasets.keyed_generator`, or None where there are no classes. `data` are read when they are
+    first needed. `guide` is the network of `sampling.guide`.
     """
 
     device: torch.device
@@ -209,11 +234,15 @@ class Experiment:
     sample: Callable[..., tuple[Tensor, int]]
     scaler: Callable[[Tensor], Tensor]
     draw_labels: Callable[..., Tensor | None]
+    data: datasets.Data
     guide: nn.Module | None = None
 
     @classmethod
-    def build(cls, config) -> "Experiment":
-        """Raises ValueError, in one line, for what the config gets wrong."""
+    def build(cls, config, identity: Identity | None = None) -> "Experiment":
+        """Raises ValueError, in one line, for what the config gets wrong.
+
+        `identity` is that of the data of the run, if it is known (`identity_of`).
+        """
         check(config)
         device = _device(config.device)
         torch.manual_seed(config.seed)
@@ -224,6 +253,7 @@ class Experiment:
         method = methods.get_method(config)
         model = models.create_model(config).to(device)
         guide = _guide(config, device) if config.sampling.guide else None
+        data = datasets.Data(config, identity)
         return cls(
             device=device,
             method=method,
@@ -231,7 +261,8 @@ class Experiment:
             loss=losses.get_loss_fn(config, method),
             sample=sampling.get_sampling_fn(config, method, guide),
             scaler=datasets.get_data_scaler(config),
-            draw_labels=_label_drawer(config, device),
+            draw_labels=_label_drawer(config, device, data),
+            data=data,
             guide=guide,
         )
 
@@ -276,14 +307,16 @@ def load(
     # the weights a network starts with are drawn; the caller's generators stay as they are
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(used):
-        run = Experiment.build(config)
+        run = Experiment.build(config, _identity_in(path, content, config))
     changes = run_config.changes(path, content, config)
     fit(run.state.load_network, content, path, changes)
     for change in changes:
         if change.partition(":")[0] not in [f"sampling.{key}" for key in sampling.OUTPUTS]:
             log.info(f"the config differs from that of the run: {change}")
     run.state.keep_ema()
-    return Trained(config, run, path)
+    trained = Trained(config, run, path)
+    run.data.close()
+    return trained
 
 
 class Trained:
@@ -299,11 +332,12 @@ class Trained:
         experiment: method and network, for what is not here.
         path: the file that it comes from.
         step: after how many steps of training.
+        class_names: of the classes in the order of their numbers; empty where none are known.
     """
 
     def __init__(self, config: ConfigDict, run: Experiment, path: Path):
         self.config, self.experiment, self.path, self.step = config, run, path, run.state.step
-        self.shape = datasets.image_shape(config)
+        self.class_names, self.shape = run.data.class_names, datasets.image_shape(config)
         self.at_once = 1 if sampling.couples_samples(config) else config.eval.batch_size
         self._unscaled = datasets.get_data_inverse_scaler(config)
         self._sampler = run.sample
@@ -552,10 +586,13 @@ def _checked(seeds: Iterable[int]) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
-def _label_drawer(config, device: torch.device) -> Callable[..., Tensor | None]:
+def _label_drawer(
+    config, device: torch.device, data: datasets.Data | None = None
+) -> Callable[..., Tensor | None]:
     """See `Experiment`; the labels of the training images are read when they are first needed."""
+    data = data or datasets.Data(config)
     seed, classes, fixed = config.seed, config.data.num_classes, config.sampling.class_label
-    known = functools.cache(lambda: datasets.get_labels(config, "train"))
+    known = functools.cache(lambda: data.labels("train"))
 
     def draw(number: int, purpose: str, *key: int) -> Tensor | None:
         if not classes:

@@ -27,6 +27,7 @@ from experiment import (
     Trained,
     complete,
     decide_precisions,
+    identity_of,
     load,
     origin_of,
     origin_of_tensors,
@@ -93,13 +94,15 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     config, decided = complete(config, workdir)
     config, precisions = decide_precisions(config, workdir)
     training, seed = config.training, config.seed
-    run = Experiment.build(config)
+    run = Experiment.build(config, identity_of(workdir))
     run.sample = sampling.get_sampling_fn(sampling.for_snapshots(config), run.method, run.guide)
     state, device, main = run.state, run.device, distributed.is_main()
     state.network = execution.for_training(config, state.model)
     prepare = datasets.get_preparation(config, shared=run.method.uses_reference_batch)
-    train_data = datasets.get_dataset(config, "train").to(device)
-    test_data = datasets.get_dataset(config, "test")
+    data = run.data.identity_of_run().entry() if main and not dry_run else {}
+    train_data, test_data = run.data.get("train").to(device), run.data.get("test")
+    names = getattr(train_data, "names", ())
+    distributed.check_same("data", f"{len(train_data)} and {len(test_data)} images {names}")
     images_per_step = min(run.loss.examples, len(train_data))
     draws = main and training.snapshot_sampling
     on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
@@ -125,7 +128,9 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         )
         for line in plan[1:]:
             log.info(line)
+        run.data.close()
         return True
+    config.data.changed = "refuse"  # allowed for this start; a checkpoint would allow it for ever
     with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
         distributed.check_agreement(state.step, state.parameters)
@@ -135,6 +140,12 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         )
         for line in plan[1:]:
             log.info(line)
+        run.data.close()
+        if main and state.step and run.data.stored is None:
+            log.info(
+                "the run does not say what its data were; from here on they are these, digest "
+                f"{data['digest']}"
+            )
         first = state.step + 1
         batches = datasets.shuffled_batches(
             train_data, run.loss.batch_size, seed, state.step, shard if on_disk else (0, 1)
@@ -182,12 +193,12 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 numbered = due(training.snapshot_freq)
                 if numbered or due(training.snapshot_freq_for_preemption):
                     writer.flush()
-                    written = _save(config, workdir, state, written, numbered)
+                    written = _save(config, data, workdir, state, written, numbered)
                 if draws and numbered and not stop():
                     _draw_snapshot(run, writer, workdir, seed, images_per_step, stop)
 
             if state.step < training.n_iters:
-                _save(config, workdir, state, written)
+                _save(config, data, workdir, state, written)
                 watch.look()
                 log.info(f"stopped by {stop() or 'a signal'} at step {state.step}, which is saved")
                 return False
@@ -215,7 +226,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     config, decided = complete(config, workdir)
     # the training's is that of the run; how fast sampling is belongs to this machine
     config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
-    run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
+    run = Experiment.build(config, identity_of(workdir, config))
+    asked, main = config.eval, distributed.is_main()
     if not any(asked[what] for what in evaluation.PARTS) and not config.sampling.restore:
         raise ValueError(
             f"nothing is asked for: set one of {', '.join(f'eval.{w}' for w in evaluation.PARTS)}, "
@@ -227,13 +239,13 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     checkpoints = checkpoints_to_evaluate(config, workdir)
     data = statistics = to_restore = None
     if asked.enable_loss or asked.enable_bpd or asked.enable_classification:
-        data = datasets.get_dataset(config, asked.dataset)
+        data = run.data.get(asked.dataset)
     if asked.enable_bpd or asked.enable_classification:
         bits_per_dim = likelihood.get_likelihood_fn(config, run.method)
     if any(map(asked.get, evaluation.DRAWN)):
         run.draw_labels(1, "check")  # raises where there is no label to sample with
     if asked.enable_sampling:
-        statistics = ReferenceStatistics.build(config, run.device)
+        statistics = ReferenceStatistics.build(config, run.device, run.data)
     if config.sampling.restore:
         to_restore = evaluation.read_restoration(config, run)
     if dry_run:
@@ -247,6 +259,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         distributed.barrier()  # nobody writes before the main process holds the lock
         for line in [decided] * bool(decided) + precisions:
             log.info(line)
+        run.data.close()
+        origin_of_data = {} if data is None else evaluation.origin_of_data(data)
         if main and asked.enable_sampling and statistics.reference is None:
             with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
                 statistics.measure(progress.update)
@@ -274,11 +288,11 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                 run.sample = evaluation.fit_sampler(config, run, path, origin)
                 if asked.enable_bpd:
                     report |= evaluation.evaluate_bpd(
-                        config, run, bits_per_dim, data, folder, k, origin
+                        config, run, bits_per_dim, data, folder, k, origin | origin_of_data
                     )
                 if asked.enable_classification:
                     report |= evaluation.evaluate_classification(
-                        config, run, bits_per_dim, data, folder, k, origin
+                        config, run, bits_per_dim, data, folder, k, origin | origin_of_data
                     )
                 if asked.enable_sampling:
                     report |= evaluation.evaluate_samples(
@@ -291,7 +305,9 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                 if not main:
                     continue
                 if asked.enable_loss:
-                    report |= evaluation.evaluate_loss(config, run, data, folder, k, origin)
+                    report |= evaluation.evaluate_loss(
+                        config, run, data, folder, k, origin | origin_of_data
+                    )
                 if asked.save_images and not asked.enable_sampling:
                     evaluation.draw_images(config, run, folder, k)
                 if asked.enable_sampling or asked.save_images:
@@ -300,6 +316,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                     evaluation.draw_interpolation(config, run, folder, k)
                 if asked.enable_rescale:
                     evaluation.draw_rescaling(config, run, folder, k)
+            run.data.close()
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
             save_page(config, run, workdir, folder, k)
@@ -397,7 +414,9 @@ def export(
         log.info(f"would export the EMA weights of step {run.step}, {run.path}, to {path}")
     elif distributed.is_main():
         weights = run.experiment.state.model.state_dict()
-        save_shared(path, weights, run_config.flatten(config), run.step)
+        identity = run.experiment.data.stored
+        data = identity.entry() if identity else None
+        save_shared(path, weights, run_config.flatten(config), run.step, data)
         size = path.stat().st_size / 2**20
         log.info(f"EMA weights of step {run.step}, {run.path}: {path} ({size:.3g} MiB)")
 
@@ -578,17 +597,24 @@ def _resume(config, workdir: Path, state: TrainState) -> list[int]:
 
 
 def _save(
-    config, workdir: Path, state: TrainState, written: list[int], numbered: bool = False
+    config,
+    data: dict,
+    workdir: Path,
+    state: TrainState,
+    written: list[int],
+    numbered: bool = False,
 ) -> list[int]:
     """Saves `state` to resume from and, where `numbered`, to evaluate; returns the steps `written`.
 
-    Ruined weights are not saved, as they would cost the good ones before.
+    `data` is the entry of the data's identity (`Identity.entry`). Ruined weights are not saved, as
+    they would cost the good ones before.
     """
     distributed.check_agreement(state.step, state.parameters)
     if not state.is_finite():
         raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
     written = written + [state.step] * numbered
-    content = state.state_dict() | {"written": written, "config": run_config.flatten(config)}
+    content = state.state_dict() | {"written": written, "data": data}
+    content["config"] = run_config.flatten(config)
     if distributed.is_main() and numbered:
         save_checkpoint(checkpoint_path(workdir, state.step), content)
         written = drop_checkpoints(workdir, written, config.training.keep_checkpoints)

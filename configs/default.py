@@ -66,6 +66,18 @@ KEYS = {
     "data.num_workers": Key(
         -1, whole(-1, 1024), "processes that decode larger data; -1: as many as processors, up to 8"
     ),
+    "data.changed": Key(
+        "refuse",
+        OneOf(("refuse", "allow")),
+        "where the data are not those that the run began with: 'refuse' to start, or 'allow' it, "
+        "once; classes keep their numbers",
+    ),
+    "data.digest": Key(
+        "content",
+        OneOf(("content", "names")),
+        "by which a run knows its data: 'content' reads each file of a folder once, 'names' only "
+        "names and sizes, for network disks",
+    ),
     "training.sde": Key("", OneOf(registry="methods.METHODS"), "the method"),
     "training.batch_size": Key(128, whole(1), "images of a step; they are the reference batch"),
     "training.small_batch_size": Key(

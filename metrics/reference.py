@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import datasets
+import distributed
 from metrics.distances import Gaussian, TooFew
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_features
+from sources import digests
 from storage.files import check_arrays, read_arrays, save_npz
 
 log = logging.getLogger(__name__)
@@ -85,8 +87,13 @@ class ReferenceStatistics:
     origin: Mapping[str, str | int] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, config, device: torch.device) -> "ReferenceStatistics":
-        """Raises ValueError, in one line, for what cannot be loaded or does not fit."""
+    def build(
+        cls, config, device: torch.device, source: datasets.Data | None = None
+    ) -> "ReferenceStatistics":
+        """Raises ValueError, in one line, for what cannot be loaded or does not fit.
+
+        `source` gives the data; None: those that `config` names.
+        """
         space, folder = get_features(config, device), Path(config.eval.stats_dir)
         needed, number = space.width + 1, config.eval.num_samples
         if number < needed:
@@ -94,6 +101,7 @@ class ReferenceStatistics:
                 f"eval.num_samples={number} is too few for a covariance of {space.width} features, "
                 f"which needs {needed}: the Frechet distance is biased, and not one to quote"
             )
+        source = source or datasets.Data(config)
         size, name = config.data.image_size, data_name(config)
         identity = {"space": space.name, "shape": f"{size}x{size}x{config.data.num_channels}"}
         names = f"{name}_{size}_stats.npz", f"{name}_stats.npz"
@@ -101,7 +109,7 @@ class ReferenceStatistics:
             if published.exists():
                 arrays = read_arrays(published)
                 reference, unsaid = _statistics(published, arrays, space, identity)
-                unsaid += _check_data(published, arrays, config)
+                unsaid += _check_data(published, arrays, source)
                 doubt = f", nor its {', '.join(unsaid)}" if unsaid else ""
                 log.info(
                     f"statistics of the data: {published}, which names no training images{doubt}"
@@ -109,7 +117,7 @@ class ReferenceStatistics:
                 digest = hashlib.sha256(published.read_bytes()).hexdigest()[:8]
                 origin = {"data": published.name, "split": "published", "digest": digest}
                 return cls(space, replace(reference, index=None), origin=origin)
-        data = _training_data(config)
+        data = _training_data(source)
         identity["data"] = fingerprint(data)
         origin = {"data": name, "split": "train", "images": len(data), "digest": identity["data"]}
         path = folder / f"{name}_train_{identity['shape']}_{space.name}_{identity['data']}.npz"
@@ -157,25 +165,35 @@ def data_name(config) -> str:
     return config.data.dataset.lower() + (f"_{category}" if category else "")
 
 
-def fingerprint(data) -> str:
-    """Eight hexadecimal digits of a data set: of its length and 64 of its images."""
-    digest = hashlib.sha256(str(len(data)).encode())
-    for i in np.linspace(0, len(data) - 1, 64).astype(int):
-        digest.update(data[int(i) : int(i) + 1].cpu().numpy().tobytes())
-    return digest.hexdigest()[:8]
+def fingerprint(data: Tensor | datasets.Labelled | datasets.Stream) -> str:
+    """32 hexadecimal digits of all images of a data set in their order, the main process's.
+
+    Those in memory count with all their bytes. Images on disk count with the digest of their source
+    and, since what is made of them counts too, with 64 of them decoded.
+    """
+
+    def words() -> str:
+        if isinstance(data, datasets.Stream):
+            index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
+            some = data[torch.from_numpy(index)].numpy()
+            return digests.joined(digests.of_source(data.source), digests.of_array(some))
+        images = data.images if isinstance(data, datasets.Labelled) else data
+        return digests.of_array(images.cpu().contiguous().numpy(), whole=True)
+
+    return distributed.from_main(words)[:32]
 
 
-def _training_data(config) -> Tensor | datasets.Labelled | datasets.Stream:
+def _training_data(source: datasets.Data) -> Tensor | datasets.Labelled | datasets.Stream:
     try:
-        return datasets.get_dataset(config, "train")
+        return source.get("train")
     except ValueError:  # a network with class labels can be sampled without those of the data
-        return datasets.get_dataset(config, "train", labels=False)
+        return source.get("train", labels=False)
 
 
 SAID = {"data": "digest", "space": "feature space", "shape": "image size"}
 
 
-def _check_data(path: Path, arrays: dict, config) -> list[str]:
+def _check_data(path: Path, arrays: dict, source: datasets.Data) -> list[str]:
     """Raises ValueError where the `arrays` from `path` say that they are of other data.
 
     Gives what is open, to be said: their digest where they do not say, or the data are not here.
@@ -183,7 +201,7 @@ def _check_data(path: Path, arrays: dict, config) -> list[str]:
     if "data" not in arrays:
         return [SAID["data"]]
     try:
-        data = _training_data(config)
+        data = _training_data(source)
     except (OSError, ValueError) as error:
         log.info(f"{path} cannot be compared with the training images: {error}")
         return [SAID["data"]]

@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sources import before, labels, listing, splits
+from sources import before, digests, labels, listing, splits
 from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View, held_out
 from sources.images import cropped_then_resized, decode_image, extent_of_16_bits, open_image
 from sources.listing import LeftOut, Listed
@@ -83,6 +83,7 @@ def open_folder(data, split: str) -> Source:
     path, rules = _path(data), _rules(data)
     if _is_array(path):
         images, index = _array(path, split, data.num_channels, data.resident_bytes, rules)
+        digest = partial(digests.of_zip, path) if isinstance(images, np.ndarray) else None
         classes = partial(_array_classes, path, split, len(images), data.resident_bytes, rules)
     else:
         if data.num_channels not in (0, 1, 3):
@@ -98,10 +99,15 @@ def open_folder(data, split: str) -> Source:
             index, in_split = rules.held_out(names, split), names
             if unknown := splits.unknown_splits(tops):
                 _warn_of_splits(path, *unknown)
-        images = Files(path, [*opened.listed.files.values()], opened.open, data.num_channels)
-        images = images.scaled(data.scale)
+        stored = [*opened.listed.files.values()]
+        images = Files(path, stored, opened.open, data.num_channels).scaled(data.scale)
         classes = partial(_file_classes, path, opened, names, in_split, bool(folders), rules)
-    return View(images, partial(cropped_then_resized, size=data.image_size), index, classes)
+        metadata = opened.listed.metadata
+        beside = [metadata[1]] if metadata and data.num_classes else []
+        content = data.digest == "content"
+        digest = partial(digests.of_files, path, opened.archive, stored, beside, content)
+    prepare = partial(cropped_then_resized, size=data.image_size)
+    return View(images, prepare, index, classes, digest)
 
 
 def measure_scale(data, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
@@ -284,10 +290,14 @@ def _open_in(archive: PerProcess, name: str) -> IO[bytes]:
 
 
 class Opened(NamedTuple):
-    """The image files of a folder or zip, and what opens one by the name it is stored under."""
+    """The image files of a folder or zip, and what opens one by the name it is stored under.
+
+    `archive` gives the zip file, in each process; it is None for a folder.
+    """
 
     listed: Listed
     open: Callable[[str], IO[bytes]]
+    archive: PerProcess | None = None
 
 
 def _list(path: Path, rules: Rules, key: str = "data.path") -> Opened:
@@ -298,7 +308,7 @@ def _list(path: Path, rules: Rules, key: str = "data.path") -> Opened:
         except Exception as error:  # a damaged directory makes it fail in any way
             says = f"is no folder, .npy, .npz or zip file: {one_line(error)}"
             raise ValueError(f"{key}={path} {says}") from error
-        opened = Opened(rules.list_names(names), partial(_open_in, archive))
+        opened = Opened(rules.list_names(names), partial(_open_in, archive), archive)
     else:
         opened = Opened(rules.list_folder(path), partial(open_below, path))
     if not opened.listed.files:
