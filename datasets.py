@@ -7,6 +7,8 @@ the batches can start anywhere and do not depend on which process decodes them.
 """
 
 import collections
+import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -18,6 +20,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,9 +31,12 @@ from tqdm import tqdm
 import distributed
 import sources
 from configs import keys
-from sources import augmentation, folder
+from sources import augmentation, digests, folder
 from sources.base import Classes, Source, Unreadable
 from sources.batch import Batch
+from sources.identity import Identity
+from sources.sixteen_bits import Measured
+from sources.sizes import made_of
 from storage.files import one_line
 
 log = logging.getLogger(__name__)
@@ -220,37 +226,145 @@ def _follow_parent(worker: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+class Data:
+    """The data that `config.data` names, each split opened when it is first needed.
+
+    Those of a run have to be the data that it began with, whose identity is `stored`: others are
+    refused or, with `data.changed='allow'`, noted for `close`; a class has the number that the run
+    gave its name. Of several processes the main one compares.
+
+    Methods that read raise ValueError where data are refused or not as they should be, and OSError
+    where they are not there; see `get_dataset`.
+    """
+
+    def __init__(self, config, stored: Identity | None = None):
+        self.config, self.stored = config, stored
+        self._sources: dict[str, Source] = {}
+        self._classes: dict[str, Classes] = {}
+        self._lines: list[str] | None = None  # None: not compared yet
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the run's classes in the order of their numbers, where it has any."""
+        return self.stored.classes if self.stored else ()
+
+    def get(self, split: str, labels: bool = True) -> Tensor | Labelled | Stream:
+        """The images of `split`, with class labels as of `get_dataset`."""
+        self._compare()
+        data, source = self._options, self._source(split)
+        workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, _processors())
+        shape = (data.num_channels, data.image_size, data.image_size)
+        classes = self._numbered(split) if labels and data.num_classes else None
+        stream = Stream(source, shape, workers, classes)
+        stream.read([0])  # so that data of which none can be used are refused here
+        size = len(stream) * math.prod(shape)
+        del self._sources[split]  # see `close`
+        if size > data.resident_bytes:
+            return stream
+        return _decoded(stream if size > SMALL else Stream(source, shape, 0, classes))
+
+    def labels(self, split: str) -> Tensor:
+        """The class labels (n,), int64, of a split, of which no image is decoded."""
+        self._compare()
+        labels = torch.from_numpy(self._numbered(split).labels)
+        return labels[labels >= 0]
+
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """The identity of both splits as they are now, with their own class numbers.
+
+        Each file of a folder is read once, unless `data.digest` is 'names' (`digests.of_files`).
+        """
+        names, kind = (), self.config.data.digest
+        sources = [self._source(split) for split in SPLITS]
+        if self.config.data.num_classes:
+            with contextlib.suppress(ValueError):  # there are no labels: `get` says so
+                names = self._read_classes("train").names
+        digest = digests.joined(*map(digests.of_source, sources), *names)
+        return Identity(*map(len, sources), names, f"{kind}:{digest}")
+
+    def identity_of_run(self) -> Identity:
+        """The identity for a run to keep: of these data, with the class numbers of the run."""
+        return replace(self.identity, classes=self.class_names or self.identity.classes)
+
+    def close(self) -> None:
+        """Lets go of the opened sources, and logs, once, how the data differ from the run's."""
+        self._sources.clear()  # they may hold as much memory as the images
+        while self._lines:
+            log.warning(self._lines.pop(0))
+
+    def _compare(self) -> None:
+        if self.stored is None or self._lines is not None or not distributed.is_main():
+            return
+        changes, lines = self.stored.changes(self.identity), []
+        if changes and self.config.data.changed != "allow":
+            new = self.stored.new_classes(self.identity.classes)  # which have no number
+            allow = "" if new else ", or go on with these: --config.data.changed=allow"
+            raise ValueError(
+                f"the data are not those of the run ({changes}): restore them, or start a new "
+                f"workdir{allow}"
+            )
+        if changes:
+            lines.append(f"the data are not those of the run ({changes}): data.changed='allow'")
+        if not self.stored.comparable(self.identity):
+            lines.append(
+                "the contents of the data are not compared with those of the run, whose digest is "
+                f"{self.stored.digest.partition(':')[0]!r} (data.digest)"
+            )
+        self._lines = lines
+
+    @functools.cached_property
+    def _options(self):
+        data = self.config.data
+        if data.num_channels:
+            return data
+        return _with_channels(data, measure_channels(self.config))
+
+    def _source(self, split: str) -> Source:
+        if split not in self._sources:
+            self._sources[split] = _source(self._options, split)
+        return self._sources[split]
+
+    def _read_classes(self, split: str) -> Classes:
+        if split not in self._classes:
+            self._classes[split] = _classes(self._source(split), self.config.data, split)
+        return self._classes[split]
+
+    def _numbered(self, split: str) -> Classes:
+        """The classes of `split` with the run's numbers, which are in range."""
+        data, classes = self.config.data, self._read_classes(split)
+        if self.stored:
+            classes = self.stored.renumbered(classes)
+        largest = int(classes.labels.max())
+        if 0 <= data.num_classes <= largest:
+            raise ValueError(
+                f"a class label of {data.dataset}, {split} split, is {largest}, but with "
+                f"data.num_classes={data.num_classes} they are numbered from 0 to "
+                f"{data.num_classes - 1}"
+            )
+        return classes
+
+
 def get_dataset(config, split: str, labels: bool = True) -> Tensor | Labelled | Stream:
     """The data of a split, "train" or "test", that `config.data` names; see the module.
 
     It has class labels where `data.num_classes` is not 0, unless `labels` is False. What takes at
     most `data.resident_bytes` when decoded is decoded at once, without the images that cannot be
-    read; what takes more stays on disk. `data.num_channels` of 0 is measured.
+    read; what takes more stays on disk. A `data.num_channels` of 0 and a `data.scale` of () are
+    measured.
 
     Raises ValueError for an unknown data set or split, no image that can be read, images of another
     shape than configured, or class labels that are missing or out of range; OSError where the data
     are not where they should be.
     """
-    data = config.data
-    if not data.num_channels:
-        data = _with_channels(data, measure_channels(config))
-    source = _source(data, split)
-    workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, _processors())
-    shape = (data.num_channels, data.image_size, data.image_size)
-    classes = _classes(source, data, split) if labels and data.num_classes else None
-    stream = Stream(source, shape, workers, classes)
-    stream.read([0])  # so that data of which none can be used are refused here
-    size = len(stream) * math.prod(shape)
-    if size > data.resident_bytes:
-        return stream
-    return _decoded(stream if size > SMALL else Stream(source, shape, 0, classes))
+    return Data(config).get(split, labels)
 
 
 def measure_channels(config) -> int:
     """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
 
-    They are spread over the split, and grey where R = G = B in every pixel. Where the channels are
-    stored, as in an .npy, they count. Raises ValueError and OSError as `get_dataset`.
+    They are spread over the split, and grey where R = G = B in every pixel. Arrays have as many as
+    are stored. Raises ValueError and OSError as `get_dataset`.
     """
     source = _source(_with_channels(config.data, 0), "train")
     channels, last = [], None
@@ -263,6 +377,21 @@ def measure_channels(config) -> int:
         tried = min(len(source), MEASURED)
         raise ValueError(f"none of {tried} images can be used; the last: {last}")
     return max(channels)
+
+
+def measure_scale(config) -> Measured:
+    """The `data.scale` of 16-bit images, if any of train and test split are; see `sixteen_bits`.
+
+    () where no image files are there. Raises ValueError and OSError as `get_dataset`.
+    """
+    options = {"delay": 1, "disable": not distributed.is_main()}
+    watch = partial(tqdm, desc="range of 16-bit images", unit="image", **options)
+    return folder.measure_scale(config.data, watch)
+
+
+def takes_scale(config) -> bool:
+    """Whether `data.scale` means anything: the data are image files."""
+    return config.data.dataset.lower() == "folder" and folder.names_files(config.data.path)
 
 
 def measure_classes(config) -> int:
@@ -279,8 +408,7 @@ def get_labels(config, split: str) -> Tensor:
 
     Raises ValueError and OSError as `get_dataset`.
     """
-    labels = torch.from_numpy(_classes(_source(config.data, split), config.data, split).labels)
-    return labels[labels >= 0]
+    return Data(config).labels(split)
 
 
 def _classes(source: Source, data, split: str) -> Classes:
@@ -290,25 +418,20 @@ def _classes(source: Source, data, split: str) -> Classes:
         raise ValueError(f"{NO_LABELS.format(data.dataset, split)}: {error}") from error
     if classes is None:
         raise ValueError(f"{NO_LABELS.format(data.dataset, split)}")
-    largest = int(classes.labels.max())
-    if 0 <= data.num_classes <= largest:
-        raise ValueError(
-            f"a class label of {data.dataset}, {split} split, is {largest}, but with "
-            f"data.num_classes={data.num_classes} they are numbered from 0 to "
-            f"{data.num_classes - 1}"
-        )
     return classes
 
 
 def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled | Stream) -> str:
     """A line for the log on the data of a run: where they are, and what is made of them."""
-    data, held_out, (channels, height, width) = config.data, "", train[:1].shape[1:]
+    data, held_out, left_out = config.data, "", ""
+    channels, height, width = train[:1].shape[1:]
     changed = f"{'mirrored at random' if data.random_flip else 'not mirrored'} (data.random_flip)"
     if augment := config.training.augment:
         changed = f"transformed at random (training.augment={augment:g})"
-    name = data.dataset.lower()
+    name, sizes = data.dataset.lower(), ""
     if name == "folder":
-        name, given = str(data.path), folder.splits_of(data)
+        name, (given, left_out) = str(data.path), folder.account(data)
+        sizes = made_of(_source(data, "train"), data.image_size)
         held_out = " ({train} and {test})" if given else " (a random tenth is held out)"
         held_out = held_out.format(**given)
     return (
@@ -316,6 +439,8 @@ def describe(config, train: Tensor | Labelled | Stream, test: Tensor | Labelled 
         f"{height} x {width}, {channels} channel{'s' * (channels > 1)}, "
         f"{changed}"
         + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
+        + (f"; {sizes}" if sizes else "")
+        + (f"; left out: {left_out}" if left_out else "")
     )
 
 

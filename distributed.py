@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -150,6 +150,26 @@ def gather(rows: Tensor) -> Tensor:
     everyone = [torch.empty_like(rows) for _ in range(world())]
     dist.all_gather(everyone, rows.contiguous())
     return torch.cat(everyone)
+
+
+def from_main(text: Callable[[], str]) -> str:
+    """The string that `text()` gives in the main process, in all of them."""
+    if world() == 1:
+        return text()
+    content = torch.tensor([*(text() if is_main() else "").encode()], dtype=torch.uint8)
+    size = torch.tensor(len(content))
+    dist.broadcast(size, 0)
+    content = content if is_main() else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(content, 0)
+    return bytes(content.tolist()).decode()
+
+
+def check_same(name: str, words: str) -> None:
+    """Raises ValueError where `words`, which describe what `name` says, are not the main one's."""
+    if (main := from_main(lambda: words)) != words:
+        raise ValueError(
+            f"rank {rank()} has other {name} than rank 0: {words:.200}, not {main:.200}"
+        )
 
 
 def check_agreement(step: int, weights: Iterable[Tensor]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,17 +26,19 @@ import sampling
 from experiment import Experiment
 from methods.base import conditioned
 from methods.restoration import RESTORE, Measurement, get_operator
-from metrics import distances
+from metrics.distances import TooFew
 from metrics.features import FeatureSpace
-from metrics.reference import ReferenceStatistics, fingerprint
+from metrics.reference import ReferenceStatistics, data_name, fingerprint
 from metrics.table import OF_HALVES, Comparison, compare, compare_halves
 from models.ema import rebuilding_weights
+from reports import settings
 from reports.images import Images, channels_last, image_grid, to_uint8
 from reports.progress import progress_bar, solver_bar
 from solvers.base import TooManyEvaluations
 from sources.batch import Batch
 from sources.folder import read_images
 from sources.images import cropped_then_resized
+from sources.sizes import changes, extent
 from storage.checkpoints import load_checkpoint, written_steps
 from storage.digests import digests
 from storage.files import cached, check_arrays, read_arrays, save_png
@@ -55,6 +58,7 @@ RESTORATIONS = 5  # of each image
 AVERAGED = 2_000  # training images whose mean is a plain restoration
 RESTORED = 10  # images that the picture of restorations shows
 LARGEST_EMA_ERROR = 0.15  # of the profile; EMA weights err by about a tenth of it
+DIGITS = 12  # of a digest among the settings of a report
 PAIRS = 10  # samples in a row of the picture of nearest training images
 
 
@@ -105,9 +109,62 @@ def rebuild_ema(
     return line
 
 
-def _origin_of(data) -> dict:
-    """Digests of the split that a part is computed on, and of its class labels."""
+def origin_of_data(data) -> dict:
+    """What the results on a split depend on: its images and their class labels."""
     return {"data": fingerprint(data)} | digests(labels=getattr(data, "labels", None))
+
+
+def settings_of(
+    config,
+    run: Experiment,
+    step: int,
+    origin: dict,
+    data,
+    statistics: ReferenceStatistics | None,
+    to_restore: "ToRestore | None",
+) -> dict[str, Any]:
+    """The settings that make a report, flat; those of a part only where it is asked for.
+
+    Args:
+        origin: see `Experiment.origin`.
+        data: the split that loss and likelihood are computed on; None without these.
+        statistics: those that samples are compared with; None without samples.
+        to_restore: None without restoration.
+    """
+    asked = config.eval
+    made_by = {"step": step, "weights": origin["weights"][:DIGITS]}
+    made_by |= {"seed": origin["seed"], "eval.ema_std": asked.ema_std}
+    made_by |= {"data.centered": origin["centered"], "training.precision": origin["precision"]}
+    made_by |= {"eval.batch_size": asked.batch_size, **settings.of_method(run.method)}
+    made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
+    made_by |= settings.of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
+    if data is not None:
+        made_by |= {"eval.dataset": asked.dataset, "split.data": data_name(config)}
+        made_by |= {"split.images": len(data), "split.digest": fingerprint(data)}
+    if asked.enable_loss:
+        made_by["loss.reduce_mean"] = config.training.reduce_mean
+        if run.method.uses_reference_batch:
+            made_by["loss.reference_batch"] = config.training.batch_size
+    if asked.enable_bpd or asked.enable_classification:
+        made_by["eval.divergence"] = asked.divergence
+    if asked.enable_bpd:
+        made_by["eval.bpd_num_repeats"] = _passes(config)
+    if asked.enable_classification:
+        digest = digests(labels=data.labels)["labels"]
+        made_by |= {"classes.number": config.data.num_classes, "classes.labels": digest[:DIGITS]}
+    if statistics is not None:
+        made_by |= {"eval.num_samples": asked.num_samples, "eval.features": statistics.space.name}
+        made_by |= {f"reference.{name}": value for name, value in statistics.origin.items()}
+    if to_restore is not None:
+        value, labels = to_restore.measurement.value, to_restore.labels
+        measured = digests(measurements=value, labels=labels)
+        made_by |= {f"restoration.{name}": digest[:DIGITS] for name, digest in measured.items()}
+    return made_by
+
+
+def _passes(config) -> int:
+    """Passes of bits/dim over the split."""
+    return config.eval.bpd_num_repeats if config.eval.dataset == "test" else 1
 
 
 def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
@@ -183,7 +240,7 @@ def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: d
 
     sizes = {"batch": config.training.batch_size, "at once": config.eval.batch_size}
     training = config.training.to_dict()
-    origin = origin | _origin_of(data) | {"sizes": sizes, "training": training}
+    origin = origin | {"sizes": sizes, "training": training}
     path, spec = folder / f"ckpt_{k}_loss.npz", {"loss": ("f", ())}
     return {"loss": cached(path, origin, compute, spec)["loss"]}
 
@@ -202,8 +259,8 @@ def evaluate_bpd(
     process only. Raises FloatingPointError where the ODE cannot be solved.
     """
     split, size, net = config.eval.dataset, config.eval.batch_size, run.network
-    passes = config.eval.bpd_num_repeats if split == "test" else 1
-    origin = origin | _origin_of(data) | {"divergence": config.eval.divergence}
+    passes = _passes(config)
+    origin = origin | {"divergence": config.eval.divergence}
 
     @torch.no_grad()
     def compute(i: int, start: int) -> dict:
@@ -234,9 +291,12 @@ def evaluate_bpd(
     if not batches:
         return {}
     bpd = np.concatenate([batch["bpd"] for batch in batches]).reshape(passes, len(data)).mean(0)
+    error = {"bpd_error_remark": "left out: standard error of bits/dim: it needs 2 images, not 1"}
+    if len(bpd) > 1:
+        error = {"bpd_error": bpd.std(ddof=1) / math.sqrt(len(bpd))}
     return {
         "bpd": bpd.mean(),
-        "bpd_error": bpd.std(ddof=1) / math.sqrt(len(bpd)),
+        **error,
         "bpd_nfe": np.mean([batch["nfe"] for batch in batches]),
         "bpd_seconds": np.sum([batch["seconds"] for batch in batches]),
         "bpd_images": bpd,
@@ -256,10 +316,11 @@ def evaluate_classification(
     process only. Raises FloatingPointError where the ODE cannot be solved.
     """
     split, size, classes = config.eval.dataset, config.eval.batch_size, config.data.num_classes
-    prior = datasets.get_labels(config, "train").bincount(minlength=classes).double()
+    prior = run.data.labels("train").bincount(minlength=classes).double()
     dim = math.prod(run.codec.shape)
-    origin = origin | _origin_of(data) | {"divergence": config.eval.divergence}
+    origin = origin | {"divergence": config.eval.divergence}
     origin |= {"labels of the training images": prior.tolist()}
+    shares = prior.clamp(min=1e-30)  # finite logarithms also of a class without training images
 
     def generator(i: int) -> torch.Generator:
         return datasets.keyed_generator(run.device, "classification", config.seed, i)
@@ -277,7 +338,7 @@ def evaluate_classification(
             with solver_bar(run.method) as watch:
                 found, *_ = bits_per_dim(run.network, scaled, probe, given, watch=watch)
             bits.append(found.double().cpu())
-        return {"log_p": likelihood.log_posterior(torch.stack(bits, 1), dim, prior).numpy()}
+        return {"log_p": likelihood.log_posterior(torch.stack(bits, 1), dim, shares).numpy()}
 
     def spec(i: int, number: int) -> dict:
         return {"log_p": ("f", (number, classes))}
@@ -311,15 +372,15 @@ def evaluate_samples(
         "features": config.eval.features,
         "num_samples": len(features),
         "nonfinite": wanted - len(features),
-        "nfe": np.mean([drawn["nfe"] for drawn in rounds if len(drawn["pool_3"])] or [math.nan]),
         "sampling_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
         "sampling": json.dumps(origin["sampling"], sort_keys=True),
     }
     if found["nonfinite"]:
         log.warning(f"{found['nonfinite']} of {wanted} samples are not finite and do not count")
-    if len(features) <= distances.NEIGHBOURS:
-        log.warning(f"{len(features)} finite samples are too few to be compared with the data")
+    if not len(features):
+        log.warning("no sample is finite: there is nothing to compare with the data")
         return found
+    found["nfe"] = np.mean([drawn["nfe"] for drawn in rounds if len(drawn["pool_3"])])
     log.info(f"comparing {len(features):,} samples with the data")
     comparison = Comparison(
         features,
@@ -343,12 +404,15 @@ def evaluate_samples(
 def _halves(comparison: Comparison, folder: Path) -> dict:
     """What `compare_halves` finds, kept in the folder, as it is the same for every checkpoint."""
     features = comparison.reference.features
-    if features is None or len(features) <= 2 * distances.NEIGHBOURS + 1:
+    if features is None:
         return {}
     origin = {"data": hashlib.sha256(features.tobytes()).hexdigest()}
     origin |= {"samples": len(comparison.features), "entries": OF_HALVES}
     path, spec = folder / "data_halves.npz", dict.fromkeys(OF_HALVES, ("iuf", ()))
-    found = cached(path, origin, partial(compare_halves, comparison), spec)
+    try:
+        found = cached(path, origin, partial(compare_halves, comparison), spec)
+    except TooFew as error:
+        return {"half_first_remark": f"left out: data against data: {error}"}
     return {name: found[name] for name in OF_HALVES}
 
 
@@ -480,10 +544,11 @@ def read_restoration(config, run: Experiment) -> ToRestore:
         raise ValueError(f"sampling.restore='colour' needs colour images; these have {channels}")
     if name == "denoise" and not asked.restore_noise:
         raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
-    operator = get_operator(name, _known_pixels(config) if name == "inpaint" else None)
     if not whole:
         channels, size = 1 if name == "colour" else channels, size // factor
-    batch = _batch_to_restore(config, channels, size).to(run.device)
+    batch = _batch_to_restore(config, run.data, channels, size).to(run.device)
+    mask = _known_pixels(config, len(batch)).to(run.device) if name == "inpaint" else None
+    operator = get_operator(name, mask)
     images = datasets.to_unit_interval(batch.images)
     low, high = run.codec.bounds
     noise, value = asked.restore_noise * (high - low), run.codec.encode(images)
@@ -504,15 +569,19 @@ def _restorer(run: Experiment, measurement: Measurement) -> sampling.Sampler:
     return replace(run.sampler.without_fit(), measurement=measurement)
 
 
-def _batch_to_restore(config, channels: int, size: int) -> Batch:
+def _batch_to_restore(config, source: datasets.Data, channels: int, size: int) -> Batch:
     """uint8 images (n, channels, size, size), and class labels where the network is given any."""
     asked, classes = config.sampling, config.data.num_classes
     if asked.restore_path:
-        pictures = read_images("sampling.restore_path", asked.restore_path, channels)
+        scale = config.data.scale
+        pictures = read_images("sampling.restore_path", asked.restore_path, channels, scale)
+        sizes = [picture.shape[:2] for picture in pictures.values()]
+        for change in changes(sizes, size):
+            log.info(f"sampling.restore_path, images of {extent(sizes)} pixels: {change}")
         pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
         batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     else:
-        data = datasets.get_dataset(config, config.eval.dataset)
+        data = source.get(config.eval.dataset)
         batch = datasets.batch_at(data, slice(max(1, config.eval.num_samples // RESTORATIONS)))
     if not classes:
         return batch
@@ -528,33 +597,45 @@ def _batch_to_restore(config, channels: int, size: int) -> Batch:
     return replace(batch, labels=torch.full((len(batch),), -1))
 
 
-def _known_pixels(config) -> Tensor:
-    """Those that `sampling.restore_mask` leaves, bool (H, W)."""
+def _known_pixels(config, n: int) -> Tensor:
+    """The pixels that `sampling.restore_mask` leaves of `n` images, bool.
+
+    They are (H, W), the same for all images, or (n, 1, H, W) where there are n masks.
+    """
     name, size = config.sampling.restore_mask, config.data.image_size
     if not name:
         raise ValueError(
             "sampling.restore='inpaint' needs sampling.restore_mask, an image that is white where "
-            "pixels are missing, or top,left,height,width of a rectangle"
+            "pixels are missing, or a folder of n of them for n images, or top,left,height,width "
+            "of a rectangle"
         )
-    known = torch.ones(size, size, dtype=torch.bool)
     if re.fullmatch(r"\d{1,9}( *, *\d{1,9}){3}", name):
         top, left, height, width = map(int, name.split(","))
         if top + height > size or left + width > size:
             raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
-        known[top : top + height, left : left + width] = False
+        rectangle = torch.zeros(size, size, dtype=torch.bool)
+        rectangle[top : top + height, left : left + width] = True
+        masks = {name: rectangle}
     else:
-        first, *_ = read_images("sampling.restore_mask", name, 1).values()
-        mask = torch.from_numpy(first[..., 0] >= 128)
-        if mask.shape != known.shape:
-            found = " x ".join(map(str, mask.shape))
+        pictures = read_images("sampling.restore_mask", name, 1)
+        if len(pictures) not in (1, n):
             raise ValueError(
-                f"sampling.restore_mask={name} has {found} pixels; the images have {size} x {size}"
+                f"sampling.restore_mask={name} holds {len(pictures)} masks for {n} images: it "
+                "takes one for each, in the order of their names, or one for all"
             )
-        known = ~mask
-    if known.all() or not known.any():
-        share = "no pixel" if known.all() else "all pixels"
-        raise ValueError(f"sampling.restore_mask={name} marks {share} as missing")
-    return known
+        masks = {file: torch.from_numpy(image[..., 0] >= 128) for file, image in pictures.items()}
+    for file, missing in masks.items():
+        which = f"sampling.restore_mask={name}" + (f": {file}" if len(masks) > 1 else "")
+        if missing.shape != (size, size):
+            pixels = " x ".join(map(str, missing.shape))
+            raise ValueError(f"{which} has {pixels} pixels; the images have {size} x {size}")
+        if missing.all() or not missing.any():
+            share = "all pixels" if missing.all() else "no pixel"
+            raise ValueError(f"{which} marks {share} as missing")
+    if len(masks) == 1:
+        return ~next(iter(masks.values()))
+    log.info(f"sampling.restore_mask: {n} masks, one for each image, in the order of their names")
+    return ~torch.stack([*masks.values()])[:, None]
 
 
 def evaluate_restoration(
@@ -570,18 +651,16 @@ def evaluate_restoration(
     origin = origin | digests(measurements=value, labels=labels, known=known)
     channels, *sides = run.codec.shape
     size = RESTORATIONS * max(1, config.eval.batch_size // RESTORATIONS)
-    repeated = value.repeat_interleave(RESTORATIONS, 0)
-    labels = None if labels is None else labels.repeat_interleave(RESTORATIONS)
+    rows = torch.arange(len(value), device=value.device).repeat_interleave(RESTORATIONS)
 
     def compute(i: int, start: int) -> dict:
-        part = slice(start, start + size)
-        some = repeated[part]
-        sample = _restorer(run, replace(asked.measurement, value=some))
+        part = rows[start : start + size]
+        sample = _restorer(run, asked.measurement[part])
         generator = datasets.keyed_generator(run.device, "restoration", config.seed, i)
         with solver_bar(run.method) as watch:
             images, nfe = sample(
                 run.network,
-                len(some),
+                len(part),
                 generator=generator,
                 labels=None if labels is None else labels[part],
                 watch=watch,
@@ -591,7 +670,7 @@ def evaluate_restoration(
     def spec(i: int, number: int) -> dict:
         return {"restored": ("u", (number, *sides, channels)), "nfe": ("iuf", ())}
 
-    total, files = len(repeated), folder / f"ckpt_{k}_restored"
+    total, files = len(rows), folder / f"ckpt_{k}_restored"
     starts = range(0, total, size)
     rounds = _in_batches("restoration", files, starts, size, total, origin, compute, spec)
     if not rounds:
@@ -630,7 +709,7 @@ def _plain_restoration(config, run: Experiment, measurement: Measurement) -> Ten
     if value.shape[2:] != (height, width):
         return torch.nn.functional.interpolate(value, (height, width), mode="bicubic")
     try:
-        data = datasets.get_dataset(config, "train", labels=False)
+        data = run.data.get("train", labels=False)
     except (OSError, ValueError) as error:  # published networks restore without their data
         log.warning(f"the plain restorations start from grey, not the mean image: {error}")
         mean = run.codec.encode(torch.tensor(0.5)).expand(channels, height, width)

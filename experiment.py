@@ -20,15 +20,18 @@ import losses
 import methods
 import models
 import sampling
+import sources
 from configs.default import all_keys, check
+from configs.effects import without_effect
 from configs.keys import explain_unknown, get, shown
 from library.fitting import Fitting
 from library.trained import Trained
 from likelihood import Likelihood, get_likelihood_fn
 from models.weights import load_ema
 from sources.codec import Codec, get_codec
+from sources.identity import Identity
 from storage import run_config
-from storage.checkpoints import find_checkpoint, fit, load_checkpoint
+from storage.checkpoints import find_checkpoint, fit, load_checkpoint, peek
 from storage.digests import digest
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,11 @@ MEASURED = ("training.M", "sampling.z_max", "sampling.upper_norm")
 
 PRECISION_KEYS = ("training.precision", "sampling.precision")
 MEASURED_PIXELS = 2**14  # of the images that a precision is measured with on a CPU
+
+EARLIER_RULES = (
+    "data.rules={}: the run began before the present rules on what is data; it reads and holds "
+    "out what it did then"
+)
 
 # What these depend on besides the images themselves.
 DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end", "training.tau")
@@ -63,19 +71,35 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     config = config.copy_and_resolve_references()
     method, flat = methods.method_class(config), run_config.flatten(config)
     left_open = {key for key in MEASURED if flat[key] is None}
+    if datasets.takes_scale(config) and not config.data.scale:
+        left_open.add("data.scale")
     if config.data.num_channels == 0:
         left_open.add("data.num_channels")
     if config.data.num_classes == -1:
         left_open.add("data.num_classes")
+    newest = sources.NEWEST_RULES.get(config.data.dataset.lower(), 1)
+    lines, scale_lines, own, found = [], [], {}, {}
+    if left_open or (newest > 1 and not config.data.rules):
+        stored = run_config.find(workdir)
+        if stored and stored[0].suffix == ".pth":  # config.json may be of a start without a state
+            own = run_config.flatten(stored[1])
+    if not config.data.rules:
+        of_same = str(own.get("data.dataset")).lower() == config.data.dataset.lower()
+        config.data.rules = (of_same and own["data.rules"]) or newest
+    if config.data.rules < newest:
+        lines.append(EARLIER_RULES.format(config.data.rules))
     if not left_open:
-        return config, None
-    found = {}
-    stored = run_config.find(workdir)
-    if stored and stored[0].suffix == ".pth":  # config.json may be of a start that saved nothing
-        own = run_config.flatten(stored[1])
-        if all(own[key] == flat[key] for key in DECISIVE):
-            found = {key: own[key] for key in left_open if own[key]}
+        return config, "; ".join(lines) or None
+    decisive = {*DECISIVE, *({"data.scale"} - left_open)}
+    if own and all(own[key] == flat[key] for key in decisive):
+        found = {key: own[key] for key in left_open if own[key]}
+        config.data.scale = tuple(own["data.scale"])  # of images of 8 bits ()
+        left_open.discard("data.scale")
+    found.pop("data.scale", None)
     config.update_from_flattened_dict(found)
+    if "data.scale" in left_open:
+        config.data.scale, line = datasets.measure_scale(config)
+        scale_lines += [line] * bool(line)
     if config.data.num_channels == 0:
         found["data.num_channels"] = config.data.num_channels = datasets.measure_channels(config)
     if config.data.num_classes == -1:
@@ -86,12 +110,42 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     measured = method.measure(run_config.flatten(config), dim, lambda: _mean_norm(config))
     config.update_from_flattened_dict(measured)
     values = ", ".join(f"{key} = {value:.6g}" for key, value in sorted((found | measured).items()))
-    return config, f"the training images decide: {values}" if values else None
+    decided = [f"the training images decide: {values}"] * bool(values)
+    return config, "; ".join(scale_lines + decided + lines) or None
 
 
 def _mean_norm(config) -> float:
     data = datasets.get_dataset(config, "train", labels=False)
-    return datasets.mean_norm(data, get_codec(config).encode)
+    if norm := datasets.mean_norm(data, get_codec(config).encode):
+        return norm
+    raise ValueError(
+        f"all training images are black, of norm 0, which no {', '.join(MEASURED)} can be measured "
+        "from: set data.centered=True, or these"
+    )
+
+
+def identity_of(workdir: Path, evaluated: ConfigDict | None = None) -> Identity | None:
+    """The identity of the data of the run in `workdir`, from the newest checkpoint that it has.
+
+    None where there is no run, or it began with a program that did not keep it; and where the
+    config of an evaluation, `evaluated`, names another data set on purpose (see `_identity_in`).
+
+    Raises:
+        ValueError: the checkpoint has something else in its place.
+    """
+    found = peek(workdir)
+    return None if found is None else _identity_in(*found, evaluated)
+
+
+def _identity_in(path: Path, content: dict, evaluated: ConfigDict | None) -> Identity | None:
+    """The identity in a checkpoint; None where `evaluated` has another `data.dataset` than its.
+
+    The lines on what the config changes tell of such a data set.
+    """
+    own = content.get("config")
+    name = own.get("data.dataset") if type(own) is dict else None
+    same = evaluated is None or str(name).lower() in ("none", evaluated.data.dataset.lower())
+    return Identity.read(path, content) if same else None
 
 
 def decide_precisions(
@@ -158,7 +212,8 @@ class Experiment:
     """The parts that a config names, each built once.
 
     `draw_labels(number, purpose, *key)` gives class labels (number,) to sample with, keyed as
-    `datasets.keyed_generator`, or None where there are no classes.
+    `datasets.keyed_generator`, or None where there are no classes. `data` are read when they are
+    first needed.
     """
 
     config: ConfigDict
@@ -169,10 +224,14 @@ class Experiment:
     objective: losses.Regression
     sampler: sampling.Sampler
     draw_labels: Callable[..., Tensor | None]
+    data: datasets.Data
 
     @classmethod
-    def build(cls, config) -> "Experiment":
-        """Raises ValueError, in one line, for what the config gets wrong."""
+    def build(cls, config, identity: Identity | None = None) -> "Experiment":
+        """Raises ValueError, in one line, for what the config gets wrong.
+
+        `identity` is that of the data of the run, if it is known (`identity_of`).
+        """
         check(config)
         device = _device(config.device)
         torch.manual_seed(config.seed)
@@ -180,6 +239,7 @@ class Experiment:
         method = methods.get_method(config)
         network = models.create_model(config).to(device)
         guide = _guide(config, device) if config.sampling.guide else None
+        data = datasets.Data(config, identity)
         return cls(
             config=config,
             device=device,
@@ -188,7 +248,8 @@ class Experiment:
             network=network,
             objective=losses.get_loss_fn(config, method).to(device),
             sampler=sampling.get_sampling_fn(config, method, guide),
-            draw_labels=_label_drawer(config, device),
+            draw_labels=_label_drawer(config, device, data),
+            data=data,
         )
 
     @functools.cached_property
@@ -274,11 +335,13 @@ def load(
         if not keys[key].accepts(value):
             raise ValueError(f"{key} must be {keys[key].allowed}, not {shown(value)}")
         config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
+    for line in without_effect(config, overrides or {}):
+        log.info(line)
     config, _ = decide_precisions(config, None)
     # the weights a network starts with are drawn; the caller's generators stay as they are
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(used):
-        run = Experiment.build(config)
+        run = Experiment.build(config, _identity_in(path, content, config))
     changes = run_config.changes(path, content, config)
     step = fit(partial(load_ema, run.network), content, path, changes)
     for change in changes:
@@ -286,13 +349,17 @@ def load(
             log.info(f"the config differs from that of the run: {change}")
     run.network.eval().requires_grad_(False)
     run.sampler = run.fitted_sampler(path) if fits else run.sampler.without_fit()
+    run.data.close()
     return Trained(run, path, step)
 
 
-def _label_drawer(config, device: torch.device) -> Callable[..., Tensor | None]:
+def _label_drawer(
+    config, device: torch.device, data: datasets.Data | None = None
+) -> Callable[..., Tensor | None]:
     """See `Experiment`; the labels of the training images are read when they are first needed."""
+    data = data or datasets.Data(config)
     seed, classes, fixed = config.seed, config.data.num_classes, config.sampling.class_label
-    known = functools.cache(lambda: datasets.get_labels(config, "train"))
+    known = functools.cache(lambda: data.labels("train"))
 
     def draw(number: int, purpose: str, *key: int) -> Tensor | None:
         if not classes:

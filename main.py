@@ -18,6 +18,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs import command_line
+from configs.effects import without_effect
 
 FLAGS = flags.FLAGS
 STORED = ("eval", "sample", "export")  # modes that take the run's own config without --config
@@ -54,6 +55,11 @@ def main(argv: list[str]) -> None:
 
     _log_to_stdout()
     workdir, several = Path(FLAGS.workdir), "TORCHELASTIC_RUN_ID" in os.environ
+    given = command_line.overridden(sys.argv[1:])
+    if FLAGS.mode == "train":  # which evaluation the run will have is open
+        given = [key for key in given if not key.startswith("eval.")]
+    for line in without_effect(FLAGS.config, given):
+        logging.info(line)
     try:
         signal.signal(signal.SIGINT, INTERRUPT)
         if FLAGS.mode == "eval":

@@ -22,7 +22,7 @@ import evaluation
 import execution
 import sampling
 from configs.keys import flatten
-from experiment import Experiment, complete, decide_precisions, load
+from experiment import Experiment, complete, decide_precisions, identity_of, load
 from library.trained import Trained
 from metrics.reference import ReferenceStatistics
 from models.weights import load_ema
@@ -30,6 +30,8 @@ from reports.evaluation_page import save_page
 from reports.films import check_writer, save_film
 from reports.images import image_grid, to_uint8
 from reports.progress import progress_bar, solver_bar
+from reports.samples import SampleFiles
+from reports.settings import to_json
 from reports.table import report_table
 from sources.base import Picture
 from sources.folder import read_images
@@ -85,7 +87,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     config, decided = complete(config, workdir)
     config, precisions = decide_precisions(config, workdir)
     training, seed = config.training, config.seed
-    run, main = Experiment.build(config), distributed.is_main()
+    run, main = Experiment.build(config, identity_of(workdir)), distributed.is_main()
     state, device = TrainState.from_config(config, run.network, run.objective), run.device
     run.sampler = sampling.for_snapshots(run.sampler, training.snapshot_solver)
     execution.prepare_process(training.precision, device)
@@ -97,8 +99,10 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         some_unused=not config.model.conditional,  # published: layers without a use
     )
     prepare = datasets.get_preparation(config, shared=run.method.uses_reference_batch)
-    train_data = datasets.get_dataset(config, "train").to(device)
-    test_data = datasets.get_dataset(config, "test")
+    data = run.data.identity_of_run().entry() if main and not dry_run else {}
+    train_data, test_data = run.data.get("train").to(device), run.data.get("test")
+    names = getattr(train_data, "names", ())
+    distributed.check_same("data", f"{len(train_data)} and {len(test_data)} images {names}")
     images_per_step = min(run.objective.examples, len(train_data))
     draws = main and training.snapshot_sampling
     on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
@@ -111,6 +115,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         f"{sum(p.numel() for p in state.parameters):,} parameters, {device}"
         + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
         datasets.describe(config, train_data, test_data),
+        *getattr(state.model, "remarks", ()),
         *[decided] * bool(decided),
         *precisions,
     ]
@@ -123,7 +128,9 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         )
         for line in plan[1:]:
             log.info(line)
+        run.data.close()
         return True
+    config.data.changed = "refuse"  # allowed for this start; a checkpoint would allow it for ever
     with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
         distributed.check_agreement(state.step, state.parameters)
@@ -133,6 +140,12 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         )
         for line in plan[1:]:
             log.info(line)
+        run.data.close()
+        if main and state.step and run.data.stored is None:
+            log.info(
+                "the run does not say what its data were; from here on they are these, digest "
+                f"{data['digest']}"
+            )
         first = state.step + 1
         batches = datasets.shuffled_batches(
             train_data, run.objective.batch_size, seed, state.step, shard if on_disk else (0, 1)
@@ -180,12 +193,12 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 numbered = due(training.snapshot_freq)
                 if numbered or due(training.snapshot_freq_for_preemption):
                     writer.flush()
-                    written = _save(config, workdir, state, written, numbered)
+                    written = _save(config, data, workdir, state, written, numbered)
                 if draws and numbered and not stop():
                     _draw_snapshot(run, state, writer, workdir, seed, images_per_step, stop)
 
             if state.step < training.n_iters:
-                _save(config, workdir, state, written)
+                _save(config, data, workdir, state, written)
                 watch.look()
                 log.info(f"stopped by {stop() or 'a signal'} at step {state.step}, which is saved")
                 return False
@@ -213,9 +226,9 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     config, decided = complete(config, workdir)
     # the training's is that of the run; how fast sampling is belongs to this machine
     config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
-    run, asked, main = Experiment.build(config), config.eval, distributed.is_main()
+    run = Experiment.build(config, identity_of(workdir, config))
+    asked, main, sampler = config.eval, distributed.is_main(), run.sampler
     execution.prepare_process(config.training.precision, run.device)
-    sampler = run.sampler
     if not any(asked[what] for what in evaluation.PARTS) and not config.sampling.restore:
         raise ValueError(
             f"nothing is asked for: set one of {', '.join(f'eval.{w}' for w in evaluation.PARTS)}, "
@@ -231,14 +244,15 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         config.training.snapshot_freq,
         config.training.n_iters,
     )
+    data = statistics = to_restore = None
     if asked.enable_loss or asked.enable_bpd or asked.enable_classification:
-        data = datasets.get_dataset(config, asked.dataset)
+        data = run.data.get(asked.dataset)
     if asked.enable_bpd or asked.enable_classification:
         bits_per_dim = run.likelihood
     if any(map(asked.get, evaluation.DRAWN)):
         run.draw_labels(1, "check")  # raises where there is no label to sample with
     if asked.enable_sampling:
-        statistics = ReferenceStatistics.build(config, run.device)
+        statistics = ReferenceStatistics.build(config, run.device, run.data)
     if config.sampling.restore:
         to_restore = evaluation.read_restoration(config, run)
     if dry_run:
@@ -252,6 +266,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         distributed.barrier()  # nobody writes before the main process holds the lock
         for line in [decided] * bool(decided) + precisions:
             log.info(line)
+        run.data.close()
+        origin_of_data = {} if data is None else evaluation.origin_of_data(data)
         if main and asked.enable_sampling and statistics.reference is None:
             with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
                 statistics.measure(progress.update)
@@ -274,16 +290,20 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             report = {"step": step}
             report |= {"ema_std": asked.ema_std} if asked.ema_std else {}
             origin = run.origin()
+            made_by = evaluation.settings_of(
+                config, run, step, origin, data, statistics, to_restore
+            )
+            report["settings"] = to_json(made_by)
             run.sampler = sampler
             if any(map(asked.get, evaluation.DRAWN)):
                 run.sampler = run.fitted_sampler(path)
             if asked.enable_bpd:
                 report |= evaluation.evaluate_bpd(
-                    config, run, bits_per_dim, data, folder, k, origin
+                    config, run, bits_per_dim, data, folder, k, origin | origin_of_data
                 )
             if asked.enable_classification:
                 report |= evaluation.evaluate_classification(
-                    config, run, bits_per_dim, data, folder, k, origin
+                    config, run, bits_per_dim, data, folder, k, origin | origin_of_data
                 )
             if asked.enable_sampling:
                 report |= evaluation.evaluate_samples(config, run, statistics, folder, k, origin)
@@ -294,7 +314,9 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             if not main:
                 continue
             if asked.enable_loss:
-                report |= evaluation.evaluate_loss(config, run, data, folder, k, origin)
+                report |= evaluation.evaluate_loss(
+                    config, run, data, folder, k, origin | origin_of_data
+                )
             if asked.save_images and not asked.enable_sampling:
                 evaluation.draw_images(config, run, folder, k)
             if asked.enable_sampling or asked.save_images:
@@ -303,10 +325,12 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                 evaluation.draw_interpolation(config, run, folder, k)
             if asked.enable_rescale:
                 evaluation.draw_rescaling(config, run, folder, k)
+            run.data.close()
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
             save_page(config, run, workdir, folder, k, step)
-            title = f"{path.name}, EMA weights of step {report['step']}"
+            width = f" of width {asked.ema_std:g}" if asked.ema_std else ""
+            title = f"{path.name}, EMA weights{width} of step {report['step']}"
             log.info(report_table(report, asked.dataset, title))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
 
@@ -336,8 +360,6 @@ def sample(
     config, decided = complete(config, workdir)
     config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
     asked, main = config.sampling, distributed.is_main()
-    if config.data.num_channels not in (1, 3):
-        raise ValueError(f"PNG files have 1 or 3 channels, not {config.data.num_channels}")
     if asked.film or asked.between:
         check_writer(asked.film_format)
     seeds = sampling.seeds_of(asked.seeds or ("" if asked.encode or asked.between else "0-63"))
@@ -355,7 +377,8 @@ def sample(
     settings = _settings(config, run, restored)
     known = check_settings(folder, settings)
     if dry_run:
-        parts = [f"{len(seeds)} samples, {_count(folder, seeds)} of which are there"] * bool(seeds)
+        there = len(seeds) - len(_sample_files(run, folder).missing(seeds))
+        parts = [f"{len(seeds)} samples, {there} of which are there"] * bool(seeds)
         parts += [f"a film of {min(len(seeds), FILM_SAMPLES)}"] * bool(seeds and asked.film)
         parts += [f"{len(given)} images encoded"] * bool(given)
         parts += [f"a film between {' and '.join(ends)}"] * bool(ends)
@@ -400,17 +423,16 @@ def export(
         log.info(f"would export the EMA weights of step {run.step}, {run.path}, to {path}")
     elif distributed.is_main():
         weights = run.experiment.network.state_dict()
-        save_shared(path, weights, run_config.flatten(config), run.step)
+        identity = run.experiment.data.stored
+        data = identity.entry() if identity else None
+        save_shared(path, weights, run_config.flatten(config), run.step, data)
         size = path.stat().st_size / 2**20
         log.info(f"EMA weights of step {run.step}, {run.path}: {path} ({size:.3g} MiB)")
 
 
-def _png(folder: Path, seed: int) -> Path:
-    return folder / f"{seed:06d}.png"
-
-
-def _count(folder: Path, seeds: list[int]) -> int:
-    return sum(_png(folder, seed).exists() for seed in seeds)
+def _sample_files(run: Trained, folder: Path) -> SampleFiles:
+    channels, *sides = run.shape
+    return SampleFiles(folder, (*sides, channels))
 
 
 def _settings(config, run: Trained, restored: evaluation.ToRestore | None) -> dict:
@@ -430,7 +452,7 @@ def _read_given(config, key: str, names: list[str]) -> dict[str, Picture]:
     channels, *size = (config.data.num_channels, config.data.image_size, config.data.image_size)
     found: dict[str, Picture] = {}
     for name in names:
-        for file, picture in read_images(key, name.strip(), channels).items():
+        for file, picture in read_images(key, name.strip(), channels, config.data.scale).items():
             if picture.shape[:2] != tuple(size):
                 has, needs = (" x ".join(map(str, s)) for s in (picture.shape[:2], size))
                 raise ValueError(f"{key}: {file} has {has} pixels, the network's images {needs}")
@@ -445,8 +467,9 @@ def _draw_seeds(
     settings: dict,
     restored: evaluation.ToRestore | None,
 ) -> None:
-    """{seed}.png, samples.npz, grid.png and, if asked for, the film."""
-    (channels, *sides), there = run.shape, _count(folder, seeds)
+    """The files of the seeds, samples.npz, grid.png and, if asked for, the film."""
+    files = _sample_files(run, folder)
+    there = len(seeds) - len(files.missing(seeds))
     distributed.barrier()  # nobody writes before all have counted
 
     def options(some: list[int]) -> dict:
@@ -455,7 +478,7 @@ def _draw_seeds(
         measurement, labels = restored.measurement, restored.labels
         rows = torch.tensor(some, device=measurement.value.device) % len(measurement.value)
         return {
-            "measurement": replace(measurement, value=measurement.value[rows]),
+            "measurement": measurement[rows],
             "class_label": None if labels is None else labels[rows],
         }
 
@@ -467,17 +490,16 @@ def _draw_seeds(
                 frames = run.film(some, **options(some))
                 return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
 
-            spec = {"frames": ("u", (None, len(some), *sides, channels))}
+            spec = {"frames": ("u", (None, len(some), *files.shape))}
             frames = cached(folder / "film.npz", settings | {"film": some}, draw, spec)["frames"]
-            for seed, image in zip(some, frames[-1], strict=True):
-                if not _png(folder, seed).exists():
-                    save_png(_png(folder, seed), image)
+            for seed in files.missing(some):
+                files.save(seed, frames[-1][some.index(seed)])
             path = folder / f"film.{run.experiment.config.sampling.film_format}"
             save_film(path, [image_grid(frame) for frame in frames])
             log.info(f"film: {path}")
         distributed.barrier()
     mine = seeds[distributed.rank() :: distributed.world()]
-    missing = [seed for seed in mine if not _png(folder, seed).exists()]
+    missing = files.missing(mine)
     if run.at_once == 1 and len(missing) > 1:
         log.info(
             "this sampler has one step size for all it draws, so each sample is drawn alone; "
@@ -488,18 +510,12 @@ def _draw_seeds(
             some = missing[start : start + run.at_once]
             images = to_uint8(run.sample(some, **options(some)))
             for seed, image in zip(some, images, strict=True):
-                save_png(_png(folder, seed), image)
+                files.save(seed, image)
             progress.update(len(some))
     distributed.barrier()
     if not distributed.is_main():
         return
-    try:
-        found = _read_given(
-            run.experiment.config, "--outdir", [str(_png(folder, seed)) for seed in seeds]
-        )
-    except ValueError as error:
-        raise ValueError(f"{error}: remove it, and it is drawn again") from error
-    images = np.stack([*found.values()])
+    images = files.read(seeds)
     labels = options(seeds).get("class_label")
     labels = run.labels(labels, len(seeds), seeds)
     arrays = {} if labels is None else {"labels": labels.cpu().numpy()}
@@ -590,17 +606,24 @@ def _resume(config, workdir: Path, state: TrainState) -> list[int]:
 
 
 def _save(
-    config, workdir: Path, state: TrainState, written: list[int], numbered: bool = False
+    config,
+    data: dict,
+    workdir: Path,
+    state: TrainState,
+    written: list[int],
+    numbered: bool = False,
 ) -> list[int]:
     """Saves `state` to resume from and, where `numbered`, to evaluate; returns the steps `written`.
 
-    Ruined weights are not saved, as they would cost the good ones before.
+    `data` is the entry of the data's identity (`Identity.entry`). Ruined weights are not saved, as
+    they would cost the good ones before.
     """
     distributed.check_agreement(state.step, state.parameters)
     if not state.is_finite():
         raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
     written = written + [state.step] * numbered
-    content = state.state_dict() | {"written": written, "config": run_config.flatten(config)}
+    content = state.state_dict() | {"written": written, "data": data}
+    content["config"] = run_config.flatten(config)
     if distributed.is_main() and numbered:
         save_checkpoint(checkpoint_path(workdir, state.step), content)
         written = drop_checkpoints(workdir, written, config.training.keep_checkpoints)

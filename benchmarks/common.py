@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +16,10 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import methods
+from storage import run_config
+from storage.checkpoints import load_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -124,6 +128,34 @@ class Table:
             for value, kind in zip(values, self.formats, strict=True)
         ]
         print(*map(format, values, kinds))
+
+
+def curves(workdirs: Sequence[Path]) -> dict[Path, str]:
+    """The curve that each run belongs to; runs of one curve differ in their seeds and nothing else.
+
+    It is called as `name_of` says, and by the settings that differ between runs of that name.
+
+    Raises:
+        ValueError: there is no run in a workdir, or two of a curve have one seed.
+    """
+    names, settings = {}, {}
+    for workdir in workdirs:
+        if (stored := run_config.find(workdir)) is None:
+            raise ValueError(f"there is no run in {workdir}")
+        path, config = stored
+        step = load_checkpoint(path)["step"] if path.suffix == ".pth" else 0
+        names[workdir] = name_of(config, methods.get_method(config))
+        settings[workdir] = run_config.flatten(config) | {"step": step}
+    found: dict[Path, str] = {}
+    for workdir, name in names.items():
+        beside = [settings[other] for other in names if names[other] == name]
+        keys = [k for k in beside[0] if k != "seed" and any(s[k] != beside[0][k] for s in beside)]
+        found[workdir] = ", ".join([name, *(f"{k} = {settings[workdir][k]}" for k in keys)])
+        seed = settings[workdir]["seed"]
+        for other in list(found)[:-1]:
+            if (found[other], settings[other]["seed"]) == (found[workdir], seed):
+                raise ValueError(f"{other} and {workdir} are one seed, {seed}, and count once")
+    return found
 
 
 def name_of(config, method) -> str:

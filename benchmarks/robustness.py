@@ -14,8 +14,8 @@ training images is measured
    shifts the grid, so that it ends at a tensor's least and largest weight);
 3. with fewer and more steps of Heun's.
 
-All settings start from the prior samples that `--mode eval` takes. Workdirs of the same method, D
-and target are seeds of one curve, of which mean and range are shown. Samples are kept in the folder
+All settings start from the prior samples that `--mode eval` takes. Workdirs that differ in their
+seeds only are one curve, of which mean and range are shown. Samples are kept in the folder
 `robustness` of the workdir, so that what is killed goes on where it stopped.
 """
 
@@ -215,12 +215,11 @@ def plot(curves: dict[str, list[Distances]], path: str) -> None:
 def main() -> None:
     options = common.options(__doc__, "workdirs", num=1000, out=None)
     curves = defaultdict(list)
-    for workdir in options.workdirs:
-        try:
-            curve, found = measure(workdir, options.num)
-        except (ValueError, OSError) as error:
-            sys.exit(str(error))
-        curves[curve].append(found)
+    try:
+        for workdir, curve in common.curves(options.workdirs).items():
+            curves[curve].append(measure(workdir, options.num)[1])
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
     print(f"\n{options.num} samples, {common.setting()}")
     print_tables(curves)
     if options.out:

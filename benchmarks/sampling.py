@@ -6,8 +6,8 @@
 All solvers, or those named, start from the same prior samples. The distance is Frechet's between
 pixels and those of the training images; the error is the root mean square, over pixels in [0, 1] of
 the first 100 samples, of the difference from the solution of rk45 with tolerances of 1e-6 in
-float64. The last column is the share of the time that is spent outside the network. Workdirs of the
-same method, D and target are seeds of one curve, of which mean and range are shown.
+float64. The last column is the share of the time that is spent outside the network. Workdirs that
+differ in their seeds only are one curve, of which mean and range are shown.
 
 With --speed it is the time instead, the median of so many rounds in turn, of 18 steps of heun as
 `sampling.precision`, `channels_last` and, with --compile 1, `compile` run the network, beside a
@@ -78,8 +78,8 @@ Results = dict[tuple[str, int], Measured]  # (setting, evaluations) -> what it g
 
 
 @torch.no_grad()
-def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
-    """Prints the table of a run, and gives its name among methods and its results."""
+def measure(workdir: Path, num: int, asked: Steps) -> Results:
+    """Prints the table of a run, and gives its results."""
     path, config = run_config.find(workdir)
     run = Experiment.build(config)
     fit(run.state.load_network, load_checkpoint(path), path)
@@ -143,7 +143,7 @@ def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
             table.row(
                 str(setting), n or "", evaluations, found, found / base, error, seconds, outside
             )
-    return name, results
+    return results
 
 
 FORMS = {
@@ -262,9 +262,12 @@ def main() -> None:
         raise SystemExit(f"--solvers must be among {', '.join(sorted(known))}")
     asked = {one: steps for one, steps in STEPS.items() if one.solver in named}
     found: dict[str, list[Results]] = defaultdict(list)
-    for workdir in options.workdirs:
-        name, results = measure(workdir, options.num, asked)
-        found[name].append(results)
+    try:
+        curves = common.curves(options.workdirs)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    for workdir, curve in curves.items():
+        found[curve].append(measure(workdir, options.num, asked))
     for name, seeds in found.items():
         print(f"\n{name}: mean (range) of {len(seeds)} seeds")
         columns = ("solver", "<18"), ("evaluations", ">11"), ("distance / rk45", "<21")

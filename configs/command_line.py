@@ -75,12 +75,17 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def overridden(argv: list[str]) -> list[str]:
+    """The keys of the config whose values `argv` gives."""
+    matches = (re.match(r"--?(?:no)?config\.([^=\[]*)", argument) for argument in argv)
+    return [match[1] for match in matches if match]
+
+
 def _check_overrides(argv: list[str], known: dict) -> None:
     allowed = known.keys() | {key.partition(".")[0] for key in known}
-    for argument in argv:
-        override = re.match(r"--?(?:no)?config\.([^=\[]*)", argument)
-        if override and override[1] not in allowed:
-            raise ValueError(explain_unknown(override[1], known))
+    for key in overridden(argv):
+        if key not in allowed:
+            raise ValueError(explain_unknown(key, known))
 
 
 def _check_file(path: str, known: dict) -> None:

@@ -39,9 +39,23 @@ KEYS = {
     "data.data_dir": Key(
         "", Text(), "where other data lie; '' for the default folder of the data set"
     ),
+    "data.rules": Key(
+        0,
+        whole(0, 2),
+        "of 'folder': what counts as data, and how a tenth is held out; 1: as runs did that began "
+        "before there was a choice; 2: as docs/architecture.md says; 0: the newest, which a run "
+        "keeps",
+        before=1,
+    ),
     "data.image_size": Key(32, whole(1, 4096), "height and width; larger images are resized"),
     "data.num_channels": Key(
         3, whole(0, 1024), "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as the data have"
+    ),
+    "data.scale": Key(
+        (),
+        Numbers(Number(-1e9, 1e9), (0, 2), rising=True),
+        "of 16-bit image files: the values (low, high) that become black and white; (): measured, "
+        "0 and the most that the bits of the largest value hold",
     ),
     "data.num_classes": Key(
         0,
@@ -57,6 +71,18 @@ KEYS = {
     ),
     "data.num_workers": Key(
         -1, whole(-1, 1024), "processes that decode larger data; -1: as many as processors, up to 8"
+    ),
+    "data.changed": Key(
+        "refuse",
+        OneOf(("refuse", "allow")),
+        "where the data are not those that the run began with: 'refuse' to start, or 'allow' it, "
+        "once; classes keep their numbers",
+    ),
+    "data.digest": Key(
+        "content",
+        OneOf(("content", "names")),
+        "by which a run knows its data: 'content' reads each file of a folder once, 'names' only "
+        "names and sizes, for network disks",
     ),
     "training.sde": Key("", OneOf(registry="methods.METHODS"), "the method"),
     "training.snapshot_freq": Key(50000, whole(1), "steps between numbered checkpoints"),
@@ -246,8 +272,8 @@ KEYS = {
     "sampling.restore_path": Key(
         "",
         Text(),
-        "of restore: an image, or a folder or .zip of them; '': with restore_degrade the first of "
-        "the split eval.dataset, a fifth of eval.num_samples at most",
+        "of restore: an image, or a folder, .zip, .npy or .npz of them; '': with restore_degrade "
+        "the first of the split eval.dataset, a fifth of eval.num_samples at most",
     ),
     "sampling.restore_degrade": Key(
         False,
@@ -257,8 +283,8 @@ KEYS = {
     "sampling.restore_mask": Key(
         "",
         Text(),
-        "of 'inpaint': what is missing, an image file, white there, or a rectangle "
-        "'top,left,height,width'",
+        "of 'inpaint': what is missing, an image file, white there, a folder or .zip of one for "
+        "each image, or a rectangle 'top,left,height,width'",
     ),
     "sampling.restore_noise": Key(
         0.0,
@@ -291,7 +317,8 @@ KEYS = {
     "sampling.encode": Key(
         "",
         Text(),
-        "--mode sample: an image, or a folder or .zip of them: latents, bits/dim, reconstructions",
+        "--mode sample: an image, or a folder, .zip, .npy or .npz of them: latents, bits/dim, "
+        "reconstructions",
     ),
     "sampling.between": Key(
         "", Text(), "--mode sample: two images A.png,B.png: a film that leads from one to the other"
@@ -358,6 +385,9 @@ KEYS = {
         "from and to which norm; () for the method's own range",
     ),
 }
+
+# What configs that were stored before there were these keys stand for, where not for the default.
+BEFORE = {name: key.before for name, key in KEYS.items() if key.before is not None}
 
 
 def all_keys() -> dict[str, Key]:

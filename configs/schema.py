@@ -119,11 +119,16 @@ class Flag:
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a config: its default (None: to be measured), what it may be, what it means."""
+    """A key of a config: its default (None: to be measured), what it may be, what it means.
+
+    Configs that were stored before there was the key stand for its value `before`; None: for the
+    default.
+    """
 
     default: Any
     allowed: Number | Numbers | OneOf | Text | Flag
     meaning: str
+    before: Any = None
 
     def accepts(self, value: Any) -> bool:
         return value is self.default is None or self.allowed.accepts(value)

@@ -57,11 +57,13 @@ class Trained:
         path: the file that it comes from.
         step: after how many steps of training.
         shape: (C, H, W) of an image.
+        class_names: of the classes in the order of their numbers; empty where none are known.
     """
 
     def __init__(self, experiment: Parts, path: Path, step: int):
         self.experiment, self.path, self.step = experiment, path, step
         self.shape = experiment.codec.data_shape
+        self.class_names = experiment.data.class_names
         self.batch_size = experiment.sampler.batch_size
 
     @property
@@ -245,8 +247,7 @@ class Trained:
             x = [run.method.prior_sampling(shape, g, run.device) for g in generators]
             sampler = run.sampler
             if measurement is not None:
-                each = replace(measurement, value=measurement.value[part])
-                sampler = replace(sampler.without_fit(), measurement=each)
+                sampler = replace(sampler.without_fit(), measurement=measurement[part])
             yield (
                 sampler,
                 {

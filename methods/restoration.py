@@ -20,6 +20,8 @@ GREY = (0.299, 0.587, 0.114)  # of R, G and B (ITU-R BT.601), as image files are
 # levels the true V / variance is smaller than a network's error, and its inverse without a bound.
 DAMPING = 1e-4
 
+Rows = slice | Tensor  # of a batch
+
 
 # --- measurements ---------------------------------------------------------------------------------
 
@@ -28,21 +30,31 @@ DAMPING = 1e-4
 class Operator:
     """A linear map A of images, and its transpose.
 
-    A A^T is `gram` times the identity, for inpainting on images that are 0 where A gives 0.
+    A A^T is `gram` times the identity, for inpainting on images that are 0 where A gives 0. `rows`
+    gives the operator of some of the images; None where it is the same for each of them.
     """
 
     forward: Callable[[Tensor], Tensor]
     adjoint: Callable[[Tensor], Tensor]
     gram: float = 1.0
+    rows: Callable[[Rows], "Operator"] | None = None
+
+    def __getitem__(self, rows: Rows) -> "Operator":
+        """The operator of the images `rows`."""
+        return self if self.rows is None else self.rows(rows)
 
 
 def inpainting(known: Tensor) -> Operator:
-    """Keeps the pixels where `known` (H, W), bool, and sets the others to 0."""
+    """Keeps the pixels where `known` and sets the others to 0.
+
+    `known`, bool, is (H, W) for all images, or (n, 1, H, W) with one mask for each of n images.
+    """
 
     def keep(x: Tensor) -> Tensor:
         return torch.where(known.to(x.device), x, 0.0)
 
-    return Operator(keep, keep)
+    of_rows = (lambda rows: inpainting(known[rows])) if known.dim() == 4 else None
+    return Operator(keep, keep, rows=of_rows)
 
 
 def colouring() -> Operator:
@@ -77,7 +89,7 @@ RESTORE = {"inpaint": 1, "colour": 1, "super2": 2, "super4": 4, "super8": 8, "de
 
 
 def get_operator(name: str, known: Tensor | None = None) -> Operator:
-    """The A that `name`, one of `RESTORE`, stands for; "inpaint" takes `known`, bool (H, W)."""
+    """The A that `name`, one of `RESTORE`, stands for; "inpaint" takes `known`, as `inpainting`."""
     if name == "inpaint":
         return inpainting(known)
     if name.startswith("super"):
@@ -95,6 +107,10 @@ class Measurement:
     operator: Operator
     value: Tensor
     noise: float = 0.0
+
+    def __getitem__(self, rows: Rows) -> "Measurement":
+        """The measurement of the images `rows` alone."""
+        return Measurement(self.operator[rows], self.value[rows], self.noise)
 
     def residual(self, x: Tensor) -> Tensor:
         """m - A x, of the shape of `value`."""
@@ -163,14 +179,14 @@ def dps(m: Measurement, d: Denoised) -> Tensor:
     as sigma times the root mean square of m - A D. Source: Chung et al. 2023 (arXiv 2209.14687).
     """
     residual = m.residual(d.image)
-    size = residual.flatten(1).norm(dim=1) / math.sqrt(rank(m.operator, d.image))
+    size = residual.flatten(1).norm(dim=1) / rank(m.operator, d.image).to(residual).sqrt()
     covariance = spread(d.sigma * size, residual).clamp(min=max(m.noise**2, 1e-30))
     return d.variance * d.covariance(m.operator.adjoint(residual / covariance))
 
 
-def rank(operator: Operator, images: Tensor) -> float:
-    """Of how many independent numbers the measurement of one of `images` consists."""
-    return operator.forward(torch.ones_like(images[:1])).count_nonzero().item()
+def rank(operator: Operator, images: Tensor) -> Tensor:
+    """Of how many independent numbers the measurement of each of `images` consists, (B,)."""
+    return operator.forward(torch.ones_like(images)).flatten(1).count_nonzero(1)
 
 
 # sampling.restorer -> what it adds to the denoised image; see `Replacement` for None.

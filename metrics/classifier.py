@@ -3,15 +3,17 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from metrics.distances import TooFew
 
-def accuracy(features: NDArray, labels: NDArray, asked: NDArray, expected: NDArray) -> float | None:
+
+def accuracy(features: NDArray, labels: NDArray, asked: NDArray, expected: NDArray) -> float:
     """The share of `asked` (n, K) to which a classifier gives the class labels `expected` (n,).
 
     scikit-learn's support vector classifier with a Gaussian kernel, fitted to `features` (m, K) of
-    the class `labels` (m,). None where these are of one class only, or nothing is asked.
+    the class `labels` (m,). `TooFew` where these are of one class only, or nothing is asked.
     """
     from sklearn.svm import SVC
 
     if len(np.unique(labels)) < 2 or not len(asked):
-        return None
+        raise TooFew("a classifier needs training images of 2 classes, and images to classify")
     return float(np.mean(SVC(C=10.0).fit(features, labels).predict(asked) == expected))

@@ -12,7 +12,12 @@ from torch import Tensor
 
 KERNEL_BLOCK = 1024  # largest block of the kernel distance, tensorflow-gan's
 NEIGHBOURS = 3  # k of precision and recall, the paper's
+ROUNDING = 1e-6  # relative errors of covariances that were computed or kept in float32
 CHUNK_NUMBERS = 2**25  # entries of a distance matrix that are in memory at a time: 256 MiB
+
+
+class TooFew(ValueError):
+    """A number cannot be computed from so few samples; the message says how many it needs."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Gaussian:
 
     @classmethod
     def fit(cls, features: NDArray) -> "Gaussian":
-        """The moments of `features` (n, K), in float64; ValueError where n < 2."""
+        """The moments of `features` (n, K), in float64; `TooFew` where n < 2."""
         return cls.fit_blocks([features])
 
     @classmethod
@@ -44,21 +49,45 @@ class Gaussian:
             mean = mean + shift * (len(block) / total)
             count = total
         if count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, not {count}")
+            raise TooFew(f"a covariance needs at least 2 samples, not {count}")
         return cls(mean, scatter / (count - 1))
+
+    def check(self) -> None:
+        """Raises ValueError where the covariance is none: not symmetric, or not positive.
+
+        Both count up to `ROUNDING` of its largest variance, as of numbers kept in float32.
+        """
+        covariance = self.covariance
+        rounding = ROUNDING * np.abs(np.diag(covariance)).max(initial=1e-20)
+        if (apart := np.abs(covariance - covariance.T).max(initial=0)) > rounding:
+            raise ValueError(f"no covariance: it is not symmetric, by {apart:.3g}")
+        shifted = covariance + len(covariance) * rounding * np.eye(len(covariance))
+        try:
+            np.linalg.cholesky(shifted)  # in a fifth of the time that eigenvalues take
+        except np.linalg.LinAlgError:
+            least = np.linalg.eigvalsh(covariance).min()
+            raise ValueError(f"no covariance: it has the eigenvalue {least:.3g}") from None
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500).
 
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The last trace is the sum of the square roots
-    of the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2), which has those of C_a C_b.
+    of the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2), which has those of C_a C_b. What
+    rounding leaves below 0 is cut off; ValueError where it is more, as of what is no covariance.
     """
     values, vectors = np.linalg.eigh(a.covariance)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     cross = np.linalg.eigvalsh(root @ b.covariance @ root).clip(0)
     shift = np.square(a.mean - b.mean).sum()
-    return float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross).sum())
+    traces = np.trace(a.covariance) + np.trace(b.covariance)
+    distance = float(shift + traces - 2 * np.sqrt(cross).sum())
+    if (
+        distance
+        < -math.sqrt(ROUNDING) * np.abs(np.diag(a.covariance) + np.diag(b.covariance)).sum()
+    ):
+        raise ValueError(f"a Frechet distance of {distance:.4g}: a covariance is not positive")
+    return max(distance, 0.0)
 
 
 def inception_score(logits: NDArray) -> float:
@@ -79,13 +108,13 @@ def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> 
 
     The kernel Inception distance (Binkowski et al. 2018, arXiv 1801.01401) of features (n, K) and
     (m, K), averaged over blocks of at most `block` samples as in tensorflow-gan. Its blocks take
-    samples in order, which should therefore be random. Raises ValueError where one would have fewer
+    samples in order, which should therefore be random. Raises `TooFew` where one would have fewer
     than 2 samples of either.
     """
     blocks = math.ceil(max(len(real), len(fake)) / block)
     if (fewer := min(len(real), len(fake))) < 2 * blocks:
         needed = f"a kernel distance over {blocks} blocks needs at least {2 * blocks} samples"
-        raise ValueError(f"{needed}, not {fewer}")
+        raise TooFew(f"{needed}, not {fewer}")
     pairs = zip(_split(real, blocks), _split(fake, blocks), strict=True)
     return float(np.mean([_block_discrepancy(x, y) for x, y in pairs]))
 
@@ -139,10 +168,10 @@ def precision_recall(
 
     A manifold is the union of balls around its samples, each reaching to the sample's k-th nearest
     neighbour. Precision is the share of `fake` (m, K) in the manifold of `real` (n, K), recall the
-    share of `real` in that of `fake`. Raises ValueError unless n and m are greater than k.
+    share of `real` in that of `fake`. Raises `TooFew` unless n and m are greater than k.
     """
     if (fewer := min(len(real), len(fake))) <= k:
-        raise ValueError(f"precision and recall need more than {k} samples, not {fewer}")
+        raise TooFew(f"precision and recall need more than {k} samples, not {fewer}")
 
     def share_within(queries: NDArray, points: NDArray) -> float:
         reach = nearest(points, points, k + 1, device)[0][:, k]  # the nearest is the point itself

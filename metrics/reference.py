@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import datasets
-from metrics.distances import Gaussian
+import distributed
+from metrics.distances import Gaussian, TooFew
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_features
+from sources import digests
 from storage.files import check_arrays, read_arrays, save_npz
 
 log = logging.getLogger(__name__)
@@ -26,12 +28,13 @@ FEATURES_KEPT = 50_000  # of the data's images, for what needs more than their m
 class Reference:
     """The features of the data that samples are compared with.
 
-    `gaussian` is that of all of them. `features` (m, K) are kept for at most so many images, in
-    random order, and `index` (m,) says which images they are of; statistics that were published
-    may lack either. `complete` says that `features` are those of all images.
+    `gaussian` is that of all of them; of a single image there is none. `features` (m, K) are kept
+    for at most so many images, in random order, and `index` (m,) says which images they are of;
+    statistics that were published may lack either. `complete` says that `features` are those of
+    all images.
     """
 
-    gaussian: Gaussian
+    gaussian: Gaussian | None
     features: NDArray | None = None
     index: NDArray | None = None
     complete: bool = False
@@ -57,7 +60,10 @@ class Reference:
                 start += len(block)
                 yield block
 
-        gaussian = Gaussian.fit_blocks(keeping())
+        try:
+            gaussian = Gaussian.fit_blocks(keeping())
+        except TooFew:
+            gaussian = None
         features = np.concatenate(kept)[np.argsort(np.argsort(index))]  # from the data's order
         return cls(gaussian, features, index, complete=len(index) == count)
 
@@ -67,17 +73,27 @@ class ReferenceStatistics:
     """What samples are compared with, in which space, and where it is kept.
 
     `data` is the training split, and `path` where its statistics are kept; both are None where
-    published statistics stand for it. `reference` is None until the data are measured.
+    published statistics stand for it. `reference` is None until the data are measured. `identity`
+    is what the file at `path` says of itself: the data's fingerprint, the space, the images' shape.
+    `origin` says which data they are: `data`, `split`, number of `images` and `digest`; of
+    published statistics the name of their file and its digest.
     """
 
     space: FeatureSpace
     reference: Reference | None
     data: Tensor | datasets.Labelled | datasets.Stream | None = None
     path: Path | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str | int] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, config, device: torch.device) -> "ReferenceStatistics":
-        """Raises ValueError, in one line, for what cannot be loaded or does not fit."""
+    def build(
+        cls, config, device: torch.device, source: datasets.Data | None = None
+    ) -> "ReferenceStatistics":
+        """Raises ValueError, in one line, for what cannot be loaded or does not fit.
+
+        `source` gives the data; None: those that `config` names.
+        """
         space, folder = get_features(config, device), Path(config.eval.stats_dir)
         needed, number = space.width + 1, config.eval.num_samples
         if number < needed:
@@ -85,21 +101,37 @@ class ReferenceStatistics:
                 f"eval.num_samples={number} is too few for a covariance of {space.width} features, "
                 f"which needs {needed}: the Frechet distance is biased, and not one to quote"
             )
+        source = source or datasets.Data(config)
         size, name = config.data.image_size, data_name(config)
-        for published in (folder / f"{name}_{size}_stats.npz", folder / f"{name}_stats.npz"):
+        identity = {"space": space.name, "shape": f"{size}x{size}x{config.data.num_channels}"}
+        names = f"{name}_{size}_stats.npz", f"{name}_stats.npz"
+        for published in (folder / each for each in names):
             if published.exists():
-                log.info(f"statistics of the data: {published}, which names no training images")
-                return cls(space, replace(_read_statistics(published, space), index=None))
-        try:
-            data = datasets.get_dataset(config, "train")
-        except ValueError:  # a network with class labels can be sampled without those of the data
-            data = datasets.get_dataset(config, "train", labels=False)
-        shape = f"{size}x{size}x{config.data.num_channels}"
-        path = folder / f"{name}_train_{shape}_{space.name}_{fingerprint(data)}.npz"
-        reference = _read_statistics(path, space) if path.exists() else None
+                arrays = read_arrays(published)
+                reference, unsaid = _statistics(published, arrays, space, identity)
+                unsaid += _check_data(published, arrays, source)
+                doubt = f", nor its {', '.join(unsaid)}" if unsaid else ""
+                log.info(
+                    f"statistics of the data: {published}, which names no training images{doubt}"
+                )
+                digest = hashlib.sha256(published.read_bytes()).hexdigest()[:8]
+                origin = {"data": published.name, "split": "published", "digest": digest}
+                return cls(space, replace(reference, index=None), origin=origin)
+        data = _training_data(source)
+        identity["data"] = fingerprint(data)
+        origin = {"data": name, "split": "train", "images": len(data), "digest": identity["data"]}
+        path = folder / f"{name}_train_{identity['shape']}_{space.name}_{identity['data']}.npz"
+        there = path.exists()
+        log.info(
+            f"statistics of the data: {path}, {'kept' if there else 'to be measured'}, as there is "
+            f"no {' or '.join(names)}"
+        )
+        reference = None
+        if there:
+            reference, _ = _statistics(path, read_arrays(path), space, identity)
         if reference and not reference.names_images_of(data):
             raise ValueError(f"{path} does not say which images its features are of; delete it")
-        return cls(space, reference, data, path)
+        return cls(space, reference, data, path, identity, origin)
 
     @property
     def labels(self) -> NDArray | None:
@@ -117,11 +149,12 @@ class ReferenceStatistics:
 
         count = len(self.data)
         self.reference = found = Reference.measure(blocks(), count, FEATURES_KEPT)
-        gaussian = {"mu": found.gaussian.mean, "sigma": found.gaussian.covariance}
+        arrays = {"pool_3": found.features, "index": found.index, "count": count, **self.identity}
+        if gaussian := found.gaussian:
+            arrays |= {"mu": gaussian.mean, "sigma": gaussian.covariance}
         # evaluations of two workdirs may measure the same data at the same time
         own = self.path.with_suffix(f".{os.getpid()}.npz")
-        kept = {"pool_3": found.features, "index": found.index, "count": count}
-        save_npz(own, **gaussian, **kept)
+        save_npz(own, **arrays)
         own.replace(self.path)
         log.info(f"statistics of the data: {self.path}")
 
@@ -132,34 +165,94 @@ def data_name(config) -> str:
     return config.data.dataset.lower() + (f"_{category}" if category else "")
 
 
-def fingerprint(data) -> str:
-    """Eight hexadecimal digits of a data set: of its length and 64 of its images."""
-    digest = hashlib.sha256(str(len(data)).encode())
-    for i in np.linspace(0, len(data) - 1, 64).astype(int):
-        digest.update(data[int(i) : int(i) + 1].cpu().numpy().tobytes())
-    return digest.hexdigest()[:8]
+def fingerprint(data: Tensor | datasets.Labelled | datasets.Stream) -> str:
+    """32 hexadecimal digits of all images of a data set in their order, the main process's.
+
+    Those in memory count with all their bytes. Images on disk count with the digest of their source
+    and, since what is made of them counts too, with 64 of them decoded.
+    """
+
+    def words() -> str:
+        if isinstance(data, datasets.Stream):
+            index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
+            some = data[torch.from_numpy(index)].numpy()
+            return digests.joined(digests.of_source(data.source), digests.of_array(some))
+        images = data.images if isinstance(data, datasets.Labelled) else data
+        return digests.of_array(images.cpu().contiguous().numpy(), whole=True)
+
+    return distributed.from_main(words)[:32]
 
 
-def _read_statistics(path: Path, space: FeatureSpace) -> Reference:
-    """From `mu` and `sigma`, or `pool_3`, features; ValueError where they do not fit."""
-    found = read_arrays(path)
-    features = found.get("pool_3")
-    if not {"mu", "sigma"} <= found.keys() and features is None:
+def _training_data(source: datasets.Data) -> Tensor | datasets.Labelled | datasets.Stream:
+    try:
+        return source.get("train")
+    except ValueError:  # a network with class labels can be sampled without those of the data
+        return source.get("train", labels=False)
+
+
+SAID = {"data": "digest", "space": "feature space", "shape": "image size"}
+
+
+def _check_data(path: Path, arrays: dict, source: datasets.Data) -> list[str]:
+    """Raises ValueError where the `arrays` from `path` say that they are of other data.
+
+    Gives what is open, to be said: their digest where they do not say, or the data are not here.
+    """
+    if "data" not in arrays:
+        return [SAID["data"]]
+    try:
+        data = _training_data(source)
+    except (OSError, ValueError) as error:
+        log.info(f"{path} cannot be compared with the training images: {error}")
+        return [SAID["data"]]
+    _check_identity(path, arrays, {"data": fingerprint(data)})
+    return []
+
+
+def _check_identity(path: Path, arrays: dict, identity: Mapping[str, str]) -> list[str]:
+    """What `arrays` do not say of `identity`; ValueError where they say something else."""
+    for name in (says := identity.keys() & arrays.keys()):
+        if (value := str(check_arrays(path, arrays, {name: ("U", ())})[name])) != identity[name]:
+            raise ValueError(
+                f"{path} holds statistics of other data: their {SAID[name]} is {value:.80}, not "
+                f"{identity[name]}; remove it, or name another folder in eval.stats_dir"
+            )
+    return [SAID[name] for name in identity if name not in says]
+
+
+def _statistics(
+    path: Path, arrays: dict, space: FeatureSpace, identity: Mapping[str, str]
+) -> tuple[Reference, list[str]]:
+    """From `mu` and `sigma`, or `pool_3`, features; and what `arrays` do not say of `identity`.
+
+    Raises ValueError where they do not fit, or are no statistics.
+    """
+    features, moments = arrays.get("pool_3"), {"mu", "sigma"} <= arrays.keys()
+    if not moments and features is None:
         raise ValueError(f"{path} holds no statistics: neither mu and sigma nor pool_3")
-    width = np.atleast_1d(found.get("mu", features)).shape[-1]
+    width = np.atleast_1d(arrays.get("mu", features)).shape[-1]
     if width != space.width:
         raise ValueError(
             f"{path} holds statistics of {width} features, but eval.features={space.name!r} has "
             f"{space.width}: name another folder in eval.stats_dir, or the network they are of"
         )
+    unsaid = _check_identity(path, arrays, identity)
     spec = {"mu": ("f", (width,)), "sigma": ("f", (width, width)), "count": ("iu", ())}
     spec |= {"pool_3": ("f", (None, width))}
-    check_arrays(path, found, {name: kind for name, kind in spec.items() if name in found})
-    if features is not None and len(features) < 2:
-        raise ValueError(f"{path}: pool_3 are features of {len(features)} images, too few")
-    if {"mu", "sigma"} <= found.keys():
-        gaussian = Gaussian(np.float64(found["mu"]), np.float64(found["sigma"]))
-    else:
+    check_arrays(path, arrays, {name: kind for name, kind in spec.items() if name in arrays})
+    number = 0 if features is None else len(features)
+    count, gaussian = int(arrays.get("count", max(number, 2))), None
+    if features is not None and number < min(2, count):
+        raise ValueError(f"{path}: pool_3 are features of {number} images, too few")
+    if count < max(number, 1):
+        raise ValueError(f"{path}: pool_3 are features of {number} images, but count is {count}")
+    if moments:
+        gaussian = Gaussian(np.float64(arrays["mu"]), np.float64(arrays["sigma"]))
+        try:
+            gaussian.check()
+        except ValueError as error:
+            raise ValueError(f"{path}: sigma is {error}") from error
+    elif number > 1:
         gaussian = Gaussian.fit(features)
-    complete = features is not None and len(features) == found.get("count", len(features))
-    return Reference(gaussian, features, found.get("index"), complete)
+    complete = features is not None and number == count
+    return Reference(gaussian, features, arrays.get("index"), complete), unsaid

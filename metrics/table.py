@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from metrics import classifier, distances
-from metrics.distances import KERNEL_BLOCK, NEIGHBOURS, OURS, Backend, Gaussian
+from metrics.distances import KERNEL_BLOCK, NEIGHBOURS, OURS, Backend, Gaussian, TooFew
 from metrics.reference import Reference
 
 QUERIED = 5_000  # training images whose own nearest neighbours are looked for
@@ -20,7 +20,7 @@ CLASSIFIED = 5_000  # training images that a classifier is fitted to, whose time
 class Comparison:
     """Samples and data in one feature space: what a metric is computed from."""
 
-    features: NDArray  # of the samples, (n, K), n > `NEIGHBOURS`
+    features: NDArray  # of the samples, (n, K), n > 0
     logits: NDArray | None  # of the samples, (n, L), where the space has any
     reference: Reference
     backend: Backend = OURS
@@ -30,10 +30,12 @@ class Comparison:
 
     @cached_property
     def precision_recall(self) -> tuple[float | None, float | None]:
-        """Two times None where too few features of the data are known."""
+        """Two times None where no features of the data are known."""
         real = self.reference.features
-        if real is None or len(real) <= NEIGHBOURS:
+        if real is None:
             return None, None
+        if len(real) <= NEIGHBOURS:
+            raise TooFew(f"they need more than {NEIGHBOURS} training images, not {len(real)}")
         return distances.precision_recall(real, self.features, device=self.device)
 
     @cached_property
@@ -53,10 +55,10 @@ class Comparison:
 class Metric:
     """One number of a report, under the key that it has in `METRICS`.
 
-    `compute` gives None where what it needs is missing; without it the number is not computed from
-    samples, but over the split `eval.dataset`. `of_data` is the same for training images in place
-    of samples, for comparison; the report has it as {key}_data. So it has what `compare_halves`
-    finds, where `halves` asks for it.
+    `compute` gives None where what it needs is missing, and raises `TooFew`; without it the number
+    is not computed from samples, but over the split `eval.dataset`. `of_data` is the same for
+    training images in place of samples, for comparison; the report has it as {key}_data. So it has
+    what `compare_halves` finds, where `halves` asks for it.
     """
 
     label: str
@@ -76,15 +78,19 @@ class Metric:
 
 
 def _frechet(c: Comparison) -> float:
+    if c.reference.gaussian is None or len(c.features) < 2:
+        raise TooFew("covariances need at least 2 training images and 2 samples")
     every = c.reference.features if c.reference.complete else None
     return c.backend.frechet_distance(c.features, c.reference.gaussian, every)
 
 
 def _kernel(c: Comparison) -> float | None:
-    if c.reference.features is None:
+    if (real := c.reference.features) is None:
         return None
-    two_in_every_block = KERNEL_BLOCK * (len(c.features) // 2)
-    return c.backend.kernel_distance(c.reference.features[:two_in_every_block], c.features)
+    if (fewer := min(len(real), len(c.features))) < 2:
+        raise TooFew("it needs at least 2 training images and 2 samples")
+    two_in_every_block = KERNEL_BLOCK * (fewer // 2)
+    return c.backend.kernel_distance(real[:two_in_every_block], c.features[:two_in_every_block])
 
 
 def _inception_score(c: Comparison) -> float | None:
@@ -97,6 +103,8 @@ def _nearest(c: Comparison) -> float | None:
 
 def _nearest_of_data(c: Comparison) -> float | None:
     real = c.reference.features
+    if c.nearest and len(real) < 2:
+        raise TooFew("it needs at least 2 training images")
     return c.nearest and np.median(distances.nearest(real[:QUERIED], real, 2, c.device)[0][:, 1])
 
 
@@ -151,14 +159,43 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def compare(comparison: Comparison) -> dict[str, float]:
-    """The metrics of `METRICS` that can be computed, by their keys."""
-    found = {}
+def compare(comparison: Comparison) -> dict[str, float | str]:
+    """The metrics of `METRICS` that can be computed, by their keys.
+
+    What cannot, of too few images, is said in an entry {key}_remark; see `remarks`.
+    """
+    values, left_out = {}, {}
     for key, metric in METRICS.items():
         for name, compute in ((key, metric.compute), (f"{key}_data", metric.of_data)):
-            if compute is not None and (value := compute(comparison)) is not None:
-                found[name] = value
-    return found
+            try:
+                if compute is not None and (value := compute(comparison)) is not None:
+                    values[name] = value
+            except TooFew as error:
+                label = metric.label + (" of the data" if name != key else "")
+                left_out.setdefault(str(error), {})[name] = label
+    for reason, labels in left_out.items():
+        values[f"{min(labels)}_remark"] = f"left out: {', '.join(labels.values())}: {reason}"
+    if "nearest_data" in values:
+        values |= _memorised(values["nearest"], values["nearest_data"])
+    return values
+
+
+def _memorised(nearest: float, nearest_data: float) -> dict[str, str]:
+    """The remark where samples lie nearer to training images than these to each other."""
+    if nearest > 0 and nearest >= nearest_data:
+        return {}
+    if nearest == 0:
+        return {"nearest_remark": "half of the samples or more equal a training image: copies"}
+    return {
+        "nearest_remark": "samples lie nearer to training images than training images do to each "
+        f"other: the median distances are {nearest:.4g} and {nearest_data:.4g}. Copies do "
+        "(memorisation), and smooth images a little: look at the nearest training images"
+    }
+
+
+def remarks(report: Mapping) -> list[str]:
+    """What a report says in words, of what is left out or conspicuous: its entries {key}_remark."""
+    return [str(value) for name, value in report.items() if name.endswith("_remark")]
 
 
 # What `compare_halves` gives.
@@ -169,12 +206,16 @@ def compare_halves(c: Comparison) -> dict[str, float]:
     """What a perfect model would reach: images of the data compared with other ones.
 
     A random half of the features of the reference, at most as many as there are samples, takes the
-    place of these, and the other half that of the data; each is of more than `NEIGHBOURS`. Of the
+    place of these, and the other half that of the data; `TooFew` unless each is of more than
+    `NEIGHBOURS`. Of the
     `OF_HALVES`, half_first and half_other are how many images were compared.
     """
     real = c.reference.features
     first, other = np.array_split(real[np.random.default_rng(0).permutation(len(real))], 2)
     first = first[: len(c.features)]
+    if len(first) <= NEIGHBOURS or len(other) <= NEIGHBOURS:
+        needed = f"{2 * NEIGHBOURS + 2} training images and {NEIGHBOURS + 1} samples"
+        raise TooFew(f"it needs {needed}, not {len(real)} and {len(c.features)}")
     reference = Reference(Gaussian.fit(other), other, complete=True)
     halves = Comparison(first, None, reference, c.backend, c.device)
     values = {f"{key}_data": m.compute(halves) for key, m in METRICS.items() if m.halves}

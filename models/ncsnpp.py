@@ -140,6 +140,9 @@ class NCSNpp(nn.Module):
         checkpoint_activations: keep only the inputs of each block, its attention included, for
             backward, which runs it again: less memory for a third more time (arXiv 1604.06174).
 
+    Attributes:
+        remarks: lines on attention that is asked for, but has no effect in this network.
+
     Raises:
         ValueError: an option's value is unknown, or the levels do not divide the image size.
     """
@@ -273,7 +276,8 @@ class NCSNpp(nn.Module):
         width = nf if stem_width is None else stem_width
         self.stem = conv(channels, width)
 
-        levels = [(nf * m, image_size // 2**i in attn_resolutions) for i, m in enumerate(ch_mult)]
+        sizes = [image_size // 2**i for i in range(len(ch_mult))]
+        levels = [(nf * m, s in attn_resolutions) for m, s in zip(ch_mult, sizes, strict=True)]
         coarsest = len(levels) - 1
 
         # What a level does not have is None: the coarsest has no `down`, the finest no `up`.
@@ -327,6 +331,27 @@ class NCSNpp(nn.Module):
         self.head = None
         if progressive != "output_skip":
             self.head = head(width, out_channels, init_scale=init_scale)
+        self.remarks = self._remarks(sizes, attn_resolutions)
+
+    def _remarks(self, sizes: list[int], attn_resolutions: Sequence[int]) -> list[str]:
+        """Lines on attention that is asked for where there is none; `sizes` are the levels'."""
+
+        def attends(module: nn.Module | None) -> bool:
+            return not isinstance(module, nn.Identity | None)
+
+        firsts = [level["stages"][0].attention for level in self.encoder]
+        there = {size: attends(first) for size, first in zip(sizes, firsts, strict=True)}
+        absent = [size for size in attn_resolutions if size and size not in there]
+        narrow = [size for size in attn_resolutions if not there.get(size, True)]
+        rest = "" if attends(self.middle_attention) else ", nor in the middle"
+        return [
+            f"model.attn_resolutions: there is no attention at {', '.join(map(str, places))}{why}"
+            for places, why in (
+                (absent, f": the levels of the network are {', '.join(map(str, sizes))} wide"),
+                (narrow, f"{rest}: too few channels for a head (model.nf, model.ch_mult)"),
+            )
+            if places
+        ]
 
     def embed(
         self, features: Tensor, classes: Tensor | None, augment_labels: Tensor | None

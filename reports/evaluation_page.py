@@ -1,7 +1,6 @@
 """report.html: gathers from the files of a run what the page of an evaluation shows."""
 
 import io
-import json
 import logging
 import shlex
 import subprocess
@@ -19,8 +18,10 @@ from experiment import Experiment
 from metrics.reference import data_name
 from metrics.table import METRICS
 from models import paper_name
+from reports.images import SIDE_BY_SIDE
 from reports.page import Picture, render
 from reports.plots import number
+from reports.settings import Settings, differing, obstacle, of_report, sampler_words
 from storage.files import atomic_write, check_arrays, read_arrays
 from storage.tensorboard import read_scalars, seconds_of_training
 
@@ -29,10 +30,10 @@ log = logging.getLogger(__name__)
 PAGE_PIXELS = 1400  # side of the largest picture in report.html
 FILM_BYTES = 2**22  # of the largest film in it
 
-# Of reports whose distances are compared, what has to be the same; and the settings of sampling
-# that decide how many evaluations a sample takes.
-SAME = ("step", "ema_std", "features", "num_samples")
-COSTS = ("N", "rtol", "atol", "max_evaluations")
+# Of reports whose distances are compared, what has to be the same besides samples and data; and the
+# settings of sampling that decide how many evaluations a sample takes.
+SAME = ("step", "weights", "eval.ema_std")
+COSTS = tuple(f"sampling.{name}" for name in ("N", "rtol", "atol", "max_evaluations"))
 
 # Below {eval_folder}/, {file}_{k}.png: title and caption on the page.
 PICTURES = {
@@ -76,17 +77,18 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int, step
     scalars, trained = read_scalars(board), seconds_of_training(board, step)
     parameters = sum(p.numel() for p in run.network.parameters())
     size, channels = config.data.image_size, config.data.num_channels
-    optim, asked, nfe = config.optim, config.sampling, reports[k].get("nfe")
+    optim = config.optim
+    cost = [f"{number(reports[k]['nfe'])} evaluations"] if "nfe" in reports[k] else []
+    ema = "EMA weights" + (f" of width {config.eval.ema_std:g}" if config.eval.ema_std else "")
     facts = {
         "method": run.method.name,
         "network": f"{paper_name(config)}, {parameters:,} parameters",
-        "data": f"{data_name(config)}, {size} × {size}, {'grey' if channels == 1 else 'colour'}",
-        "checkpoint": f"step {step:,}, EMA weights",
+        "data": f"{data_name(config)}, {size} × {size}, {_colours(size, channels)}",
+        "checkpoint": f"step {step:,}, {ema}",
         "training time": duration(trained),
         "learning rate": f"{optim.lr:g}, {optim.warmup:,} steps of warm-up"
         + (f", {optim.cooldown:,} of cooldown" if optim.cooldown else ""),
-        "sampler": (asked.ode_solver if asked.method == "ode" else asked.method)
-        + ("" if nfe is None else f", {number(nfe)} evaluations"),
+        "sampler": sampler_words(of_report(reports[k]), *cost),
         "device": _device(run.device),
         "commit": _commit(),
         "evaluated": time.strftime("%Y-%m-%d"),
@@ -117,6 +119,15 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int, step
         file.write(page.encode())
 
 
+def _colours(size: int, channels: int) -> str:
+    if channels in (1, 3):
+        return "grey" if channels == 1 else "colour"
+    if (size, channels) == (1, 2):
+        return "points of the plane"
+    first = f"the first {SIDE_BY_SIDE} " if channels > SIDE_BY_SIDE else ""
+    return f"{channels} channels, {first}side by side in pictures"
+
+
 def _readable(path: Path) -> dict[str, NDArray] | None:
     """The report at `path`; None, and a warning, where it is damaged."""
     try:
@@ -129,33 +140,33 @@ def _readable(path: Path) -> dict[str, NDArray] | None:
 def by_evaluations(folder: Path, k: int, shown: Mapping) -> dict[str, list[tuple[float, float]]]:
     """{what tells samplers apart: [(evaluations, Frechet distance)]} of the weights `shown`.
 
-    From the reports on checkpoint `k` in `folder` and those beside it that have as many samples and
-    the same features. Samplers that differ in their `COSTS` only make one curve.
+    From the reports on checkpoint `k` in `folder` and those beside it that have as many samples,
+    compared with the same data in the same feature space; the log names the others. Samplers that
+    differ in their `COSTS` only make one curve.
     """
-    found = []
+    points: list[tuple[Settings, tuple[float, float]]] = []
     for path in sorted(folder.parent.glob(f"*/report_{k}.npz")):
         report = shown if path.parent == folder else _readable(path) or {}
-        if {"fid", "nfe", "sampling"} <= report.keys() and all(
-            report.get(name) == shown.get(name) for name in SAME
-        ):
-            point = float(report["nfe"]), float(report["fid"])
-            found.append((_settings(str(report["sampling"])), point))
+        if not {"fid", "nfe"} <= report.keys():
+            continue
+        reason = obstacle("fid", [shown, report]) or _of_other_weights(shown, report)
+        if reason:
+            log.info(f"{path} is not among the distances by evaluations: {reason}")
+        else:
+            of_sampler = of_report(report).without(*COSTS)
+            points.append((of_sampler, (float(report["nfe"]), float(report["fid"]))))
+    names = differing([of_sampler for of_sampler, _ in points])
     curves = defaultdict(list)
-    for settings, point in found:
-        differ = [n for n, v in settings.items() if any(s.get(n) != v for s, _ in found)]
-        name = ", ".join(f"{n}={settings[n]}" for n in differ) or settings.get("ode_solver", "")
-        curves[name].append(point)
+    for of_sampler, point in points:
+        words = (f"{name.removeprefix('sampling.')}={of_sampler.text(name)}" for name in names)
+        curves[", ".join(words) or of_sampler.text("sampling.ode_solver")].append(point)
     return {name: sorted(points) for name, points in curves.items()}
 
 
-def _settings(text: str) -> dict:
-    """Those of config.sampling but `COSTS`, from JSON; {} where it is something else."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    found = found if isinstance(found, dict) else {}
-    return {name: value for name, value in found.items() if name not in COSTS}
+def _of_other_weights(shown: Mapping, report: Mapping) -> str:
+    """Why two reports are not on the same weights; "" where they are."""
+    differ = differing([of_report(shown), of_report(report)])
+    return ", ".join(f"{name} is {differ[name][1]}" for name in SAME if name in differ)
 
 
 def _film(folder: Path, workdir: Path, step: int) -> list[Picture]:
@@ -205,14 +216,21 @@ def read_report(path: Path) -> dict[str, NDArray]:
     metrics = [f"{key}{what}" for key in METRICS for what in ("", "_error", "_data")]
     spec = dict.fromkeys(metrics, scalar) | {"features": ("U", ())}
     spec |= dict.fromkeys(("half_first", "half_other", "ema_std"), scalar) | {"sampling": ("U", ())}
+    spec["settings"] = "U", ()
+    spec |= dict.fromkeys((name for name in found if name.endswith("_remark")), ("U", ()))
     spec = {name: kind for name, kind in spec.items() if name in found}
     spec |= dict.fromkeys(("step", "seconds"), scalar)
     if "num_samples" in found:
-        needed = ("num_samples", "nonfinite", "nfe", "sampling_seconds")
+        needed = ("num_samples", "nonfinite", "sampling_seconds", *({"nfe"} & found.keys()))
         spec |= dict.fromkeys(needed, scalar)
     if "bpd_images" in found:
         spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), scalar) | {"bpd_images": ("f", (None,))}
-    return check_arrays(path, found, spec, finite=False)
+    report = check_arrays(path, found, spec, finite=False)
+    try:
+        of_report(report)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return report
 
 
 def page_png(path: Path) -> bytes:

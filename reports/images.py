@@ -7,6 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sources.images import resize
+
+SIDE_BY_SIDE = 4  # channels of an image that a picture shows, where they are no colours
+LARGEST = 9216  # side of a picture: WebP holds no more than 16,383, and Pillow reads 89 megapixels
+
 Images = NDArray[np.uint8]  # (n, H, W, C)
 
 
@@ -20,20 +25,40 @@ def channels_last(images: Tensor) -> NDArray:
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def visible(images: Images) -> Images:
+    """Pictures (n, H, W', 1 or 3) of `images` (n, H, W, C), as they are where C is 1 or 3.
+
+    Of other channels, which are no colours, the first `SIDE_BY_SIDE` lie side by side in grey.
+    """
+    n, height, width, channels = images.shape
+    if channels in (1, 3):
+        return images
+    planes = images[..., :SIDE_BY_SIDE].transpose(0, 1, 3, 2)
+    return planes.reshape(n, height, -1, 1)
+
+
 def image_grid(
     images: Images, columns: int | None = None, min_size: int = 48, gap: int = 2
 ) -> Images:
     """One picture (H', W', 3) of `images`, row by row, in a near-square grid or in `columns`.
 
     Images smaller than `min_size` are enlarged by a whole factor; `gap` pixels lie between them.
-    Points of the plane, images (1, 1, 2), are dots of one square picture instead.
+    What would be more than `LARGEST` pixels wide or high is made smaller. Images of other than 1 or
+    3 channels are shown as of `visible`. Points of the plane, images (1, 1, 2), are dots of one
+    square picture instead.
     """
     if images.shape[1:] == (1, 1, 2):
         return _dots(images[:, 0, 0])
+    factor = max(1, math.ceil(min_size / min(images.shape[1:3])))
+    images = visible(images)
     n, height, width, _ = images.shape
-    factor = max(1, math.ceil(min_size / min(height, width)))
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
+    room = min(((LARGEST - gap) / k - gap) / side for k, side in ((rows, height), (columns, width)))
+    if room < 1:
+        height, width = (max(1, math.floor(side * room)) for side in (height, width))
+        images = np.stack([resize(image, height, width) for image in images])
+    factor = max(1, min(factor, math.floor(room)))
     height, width = height * factor + gap, width * factor + gap  # with the gap before each
     cells = np.full((rows * columns, height, width, 3), 128, dtype=np.uint8)
     cells[:n, gap:, gap:] = images.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metrics.table import METRICS, Metric
+from metrics.table import remarks as remarks_of
 from reports.plots import COLOURS, SMALL, Points, drawable, histogram, loss_plot, number, several
+from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
 
 Report = Mapping[str, float | str | NDArray]
 
@@ -71,7 +73,7 @@ def render(
     body = [
         f"<header><h1>{escape(title)}</h1><dl class=facts>{_pairs(facts)}</dl></header>",
         _cards(report),
-        section("Checkpoints", _table(reports, shown) + _trends(reports)),
+        section("Checkpoints", _table(reports, shown) + _trends(reports, shown)),
         section("Figures", shown_figures if figures else ""),
         section("Cost", _cost(report)),
         section("Downloads", _downloads(reports, files)),
@@ -132,9 +134,9 @@ def _cards(report: Report) -> str:
                 f"<div class=card><h3>{escape(_label(metric, report))}</h3>"
                 f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span></div>"
             )
-    remarks = ""
+    remarks = "".join(f"<p class=warning>{escape(each)}.</p>" for each in remarks_of(report))
     if "half_first" in report:
-        remarks = (
+        remarks += (
             "<p class=note>Data against data is the floor, dashed in curves: what samples "
             f"without fault have. {number(report['half_first'])} training images take the place of "
             f"samples, and {number(report['half_other'])} others that of the data. More images "
@@ -150,38 +152,85 @@ def _cards(report: Report) -> str:
 
 
 def _table(reports: Mapping[int, Report], shown: int) -> str:
-    """A row for each checkpoint, the best of several in bold, and one for the data themselves."""
+    """A row for each checkpoint, the best of several in bold, and one for the data themselves.
+
+    Settings in which their evaluations differ are columns, and where they forbid to rank the values
+    of a metric none is in bold; a line says why.
+    """
     metrics = _compared(reports)
+    differ = _differing(reports)
     best = {key: _best(reports, key) for key in metrics}
     names = [
         f"{_label(m, reports[shown])}\u00a0{'↓' if m.better < 0 else '↑'}" for m in metrics.values()
     ]
     rows = []
-    for k, report in reports.items():
+    for i, (k, report) in enumerate(reports.items()):
         mark = " class=shown" if k == shown and len(reports) > 1 else ""
         cells = [f"<td>{k}</td>"]
         for key in ("step", "num_samples", *metrics):
             value = number(report[key]) if key in report else ""
             cells.append(f"<td{' class=best' if best.get(key) == k else ''}>{value}</td>")
+        cells += [f"<td>{escape(texts[i])}</td>" for texts in differ.values()]
         rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
     if any(f"{key}_data" in reports[shown] for key in metrics):
         values = (reports[shown].get(f"{key}_data") for key in metrics)
         cells = "".join(f"<td>{'' if value is None else number(value)}</td>" for value in values)
-        rows.append(f"<tr class=data><td>data against data</td><td></td><td></td>{cells}</tr>")
-    table = html_table(("checkpoint", "step", "samples", *names), rows)
-    return f"<div class=wide>{table}</div>"
+        rows.append(
+            f"<tr class=data><td>data against data</td><td></td><td></td>{cells}"
+            f"{'<td></td>' * len(differ)}</tr>"
+        )
+    table = html_table(("checkpoint", "step", "samples", *names, *differ), rows)
+    return f"<div class=wide>{table}</div>{_remarks(reports, shown, differ)}"
+
+
+def _remarks(reports: Mapping[int, Report], shown: int, differ: Mapping) -> str:
+    """Lines on settings in which evaluations of checkpoints differ, and metrics without a best."""
+    obstacles, lines = {}, []
+    if differ:
+        lines.append(
+            f"These checkpoints were not evaluated alike ({', '.join(differ)}): curves are of "
+            f"those evaluated as checkpoint {shown}."
+        )
+    for key, metric in _compared(reports).items():
+        having = [report for report in reports.values() if key in report]
+        if len(having) > 1 and (reason := obstacle(key, having)):
+            obstacles.setdefault(reason, []).append(metric.label)
+    lines += not_ranked(obstacles)
+    return notes(lines)
+
+
+def not_ranked(obstacles: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each reason why values are not ranked; {reason: the labels of metrics}."""
+    return [f"No best {', '.join(labels)}: {reason}." for reason, labels in obstacles.items()]
+
+
+def notes(lines: Sequence[str]) -> str:
+    return "".join(f"<p class=note>{escape(line)}</p>" for line in lines)
+
+
+def _differing(reports: Mapping[int, Report]) -> dict[str, list[str]]:
+    """{name: its text in each of several `reports`} of settings that they do not share."""
+    return differing([_of_checkpoint(r) for r in reports.values()]) if len(reports) > 1 else {}
+
+
+def _of_checkpoint(report: Report) -> Settings:
+    """The settings of an evaluation without those in which checkpoints of a run differ."""
+    return of_report(report).without(*OF_CHECKPOINT)
 
 
 def _best(reports: Mapping[int, Report], key: str) -> int | None:
-    """The checkpoint with the best value, if several have one."""
+    """The checkpoint with the best value, if several have one and nothing forbids to rank them."""
     values = {k: float(r[key]) for k, r in reports.items() if key in r}
+    if obstacle(key, [reports[k] for k in values]):
+        return None
     values = {k: METRICS[key].better * v for k, v in values.items() if math.isfinite(v)}
     return max(values, key=values.get) if len(values) > 1 else None
 
 
-def _trends(reports: Mapping[int, Report]) -> str:
-    """A small curve over the checkpoints for each metric that several of them have."""
-    plots = []
+def _trends(reports: Mapping[int, Report], shown: int) -> str:
+    """A small curve for each metric over the checkpoints that were evaluated as `shown` was."""
+    made_by, plots = _of_checkpoint(reports[shown]), []
+    reports = {k: r for k, r in reports.items() if not differing([made_by, _of_checkpoint(r)])}
     for key, metric in _compared(reports).items():
         having = [r for r in reports.values() if key in r]
         points = [(float(r["step"]), float(r[key])) for r in having if drawable(r[key])]
@@ -209,8 +258,8 @@ def _distances(curves: Mapping[str, Points], report: Report) -> list[str]:
     ]
     legend = f"<div class=legend>{''.join(keys)}</div>"
     caption = (
-        "The evaluations of this checkpoint in all folders of the run, with as many samples. "
-        "Dashed: data against data."
+        "The evaluations of this checkpoint in all folders of the run, with as many samples, "
+        "compared with the same data. Dashed: data against data."
     )
     return [figure(plot + legend, f"{label} against evaluations", caption)]
 
@@ -221,6 +270,9 @@ def _downloads(reports: Mapping[int, Report], files: Mapping[str, Sequence[str]]
         k: {n: v for n, v in r.items() if np.ndim(v) == 0 and np.asarray(v).dtype.kind in "iuf"}
         for k, r in reports.items()
     }
+    for name, texts in _differing(reports).items():
+        for row, text in zip(numbers.values(), texts, strict=True):
+            row[name] = text
     names = ["checkpoint", *dict.fromkeys(name for row in numbers.values() for name in row)]
     table = io.StringIO()
     writer = csv.DictWriter(table, names)
@@ -240,7 +292,7 @@ def _cost(report: Report) -> str:
     rows = {}
     if "num_samples" in report:
         drawn = report["num_samples"] + report["nonfinite"]
-        rows["samples"] = (drawn, report["nfe"], report["sampling_seconds"])
+        rows["samples"] = (drawn, report.get("nfe", math.nan), report["sampling_seconds"])
     if "bpd_images" in report:
         images = len(report["bpd_images"])
         rows["likelihoods"] = (images, report["bpd_nfe"], report["bpd_seconds"])

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from metrics.table import METRICS
+from metrics.table import METRICS, remarks
+from reports.settings import of_report, sampler_words
 
 RESTORED = {
     "restore_psnr": "PSNR, dB",
@@ -33,14 +34,17 @@ def report_table(report: Mapping, split: str, title: str) -> str:
         rows.append(("samples", str(report["num_samples"])))
         if report["nonfinite"]:
             rows.append(("  not finite", str(report["nonfinite"])))
-        rows.append(("  evaluations", f"{report['nfe']:.0f}"))
+        if "nfe" in report:
+            rows.append(("  evaluations", f"{report['nfe']:.0f}"))
+        if "settings" in report:
+            rows.append(("  sampler", sampler_words(of_report(report))))
     if "restore_images" in report:
         rows.append(("images restored", str(report["restore_images"])))
         for key, what in RESTORED.items():
             if key in report:
                 rows.append((f"  {what}", f"{float(report[key]):.4g}"))
     rows.append(("seconds", f"{report['seconds']:.1f}"))
-    return format_table(rows, title)
+    return "\n  ".join([format_table(rows, title), *remarks(report)])
 
 
 def format_table(rows: list[tuple[str, str]], title: str) -> str:

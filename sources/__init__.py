@@ -30,3 +30,6 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "ffhq_256": stylegan.open_faces,
     **{toy: partial(toys.open_toy, toy=toy) for toy in toys.TOYS},
 }
+
+# The newest rules on what is data (`data.rules`) of kinds that have had others before.
+NEWEST_RULES = {"folder": folder.NEWEST}

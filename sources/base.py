@@ -29,6 +29,10 @@ class Classes:
 class Source(Protocol):
     """A sequence of images, of which each is read when it is indexed.
 
+    One may have `digest()`, a string by which these images in this order are known again without
+    decoding them all; of a source without, the number and 64 of the images count
+    (`digests.of_source`).
+
     One with class labels also has `classes()`, which reads them (`Classes`), and raises ValueError
     where one is missing. It is called only where `data.num_classes` asks for labels.
     """
@@ -70,13 +74,15 @@ class PerProcess:
 class View:
     """The images `index` of a source, each of them as `prepare` makes it.
 
-    `classes_of_all` reads the classes of all images of the source, where it has any.
+    `classes_of_all` reads the classes of all images of the source, where it has any. `digest_of`
+    gives the digest of the images of given numbers (`digests.of_source`).
     """
 
     source: Source
     prepare: Callable[[Picture], Picture]
     index: NDArray[np.int64]
     classes_of_all: Callable[[], Classes] | None = None
+    digest_of: Callable[[NDArray[np.int64]], str] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -98,7 +104,10 @@ def held_out(n: int, split: str) -> NDArray[np.int64]:
     Raises ValueError where there are fewer than two.
     """
     if n < 2:
-        raise ValueError(f"{n} image(s) cannot be split into data to train and to test on")
+        raise ValueError(
+            f"{n} image(s) cannot be split into data to train and to test on: add images, or make "
+            "the splits yourself, train and test, which may hold the same image"
+        )
     order = np.random.RandomState(0).permutation(n)
     tenth = max(1, round(n / 10))
     return order[tenth:] if split == "train" else order[:tenth]

@@ -1,5 +1,7 @@
 """scikit-learn's scanned digits, which come with the package."""
 
+from functools import cache
+
 import numpy as np
 
 from sources.base import Classes, Source, View, held_out
@@ -7,13 +9,16 @@ from sources.base import Classes, Source, View, held_out
 
 def open_digits(data, split: str) -> Source:
     """1,797 images, 8 x 8 grey: 1,617 to train, 180 to test on. The class of a digit is itself."""
-    from sklearn.datasets import load_digits
-
-    images = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
+    images = np.round(_digits().images * (255 / 16)).astype(np.uint8)[..., None]
     return View(images, np.asarray, held_out(len(images), split), _classes)
 
 
 def _classes() -> Classes:
+    return Classes(_digits().target.astype(np.int64), tuple("0123456789"))
+
+
+@cache
+def _digits():
     from sklearn.datasets import load_digits
 
-    return Classes(load_digits().target.astype(np.int64), tuple("0123456789"))
+    return load_digits()

@@ -1,76 +1,169 @@
 """The user's own images: a folder or zip of image files, an .npy or an .npz."""
 
-import json
-import os
+import functools
+import logging
+import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sources import before, digests, labels, listing, splits
 from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View, held_out
-from sources.images import cropped_then_resized, decode_image
+from sources.images import cropped_then_resized, decode_image, extent_of_16_bits, open_image
+from sources.listing import LeftOut, Listed
+from sources.sixteen_bits import Measured, Range, may_have_16_bits, measure
+from sources.sizes import HEADER_BYTES, Size, size_in_header
 from storage.files import one_line, open_entry, read_entry_array
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 MAX_FILE_BYTES = 2**28  # of one image, as it is read or unpacked; Pillow bounds the pixels
 LABELS = "labels"  # of an .npz: the array, or the end of its name
-METADATA = "dataset.json"  # of EDM's dataset_tool.py: the class labels of images by their names
-TEST_NAMES = ("test", "validation", "valid", "val")  # of the split to test on; the first counts
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What of a folder or zip is data, and how it is split and numbered: `data.rules`.
+
+    A run keeps the rules that it began with, since others would change its data.
+    """
+
+    suffixes: Sequence[str]
+    list_folder: Callable[[Path], Listed]
+    list_names: Callable[[Iterable[str]], Listed]  # of a zip
+    clean: Callable[[str], str]  # the name of an image from its path in a `dataset.json`
+    given_splits: Callable[[Iterable[str]], dict[str, str]]
+    held_out: Callable[[Sequence[str], str], NDArray[np.int64]]
+    class_order: Callable[[str], Any]
+
+
+NEWEST = 2
+RULES = {
+    1: Rules(
+        before.SUFFIXES,
+        before.list_folder,
+        before.list_names,
+        str,
+        before.given_splits,
+        before.held_out_by_number,
+        str,
+    ),
+    2: Rules(
+        listing.SUFFIXES,
+        listing.list_folder,
+        listing.list_names,
+        listing.clean,
+        splits.given_splits,
+        splits.held_out_by_name,
+        labels.natural,
+    ),
+}
 
 
 def open_folder(data, split: str) -> Source:
     """The images at `data.path`: files of a folder or a zip, or arrays of an .npy or an .npz.
 
-    Files of all sub-folders count, in the order of their names; links to files are followed, links
-    to folders are not. The splits are those that `given_splits` finds among the sub-folders or the
-    arrays of an .npz, else a fixed random tenth is held out to test on. Where `data.num_channels`
-    is 0, a file gives as many as it needs (see `decode_image`), an array those it has. Class labels
-    are those of a `dataset.json`, else the folders below those of the splits, numbered in the order
-    of their names; of an .npz the array `labels`, or `train_labels` and `test_labels`.
+    `sources.listing` says which files count, in the order of their names, and `sources.splits`
+    which folders on top, or arrays of an .npz, are the splits; without them about a tenth of the
+    files, or a random tenth of an array, is held out to test on. `data.rules` may ask for those of
+    before (`sources.before`). Where `data.num_channels` is 0, a file gives as many as it needs (see
+    `decode_image`), an array those it has. Class labels are those of a `dataset.json`, else the
+    folders below those of the splits (`sources.labels`); of an .npz the array `labels`, or
+    `train_labels` and `test_labels`.
     Raises ValueError or OSError where there is nothing to read, or not what it should be.
     """
-    path = _path(data)
+    path, rules = _path(data), _rules(data)
     if _is_array(path):
-        images, index = _array(path, split, data.num_channels, data.resident_bytes)
-        classes = partial(_array_classes, path, split, len(images), data.resident_bytes)
+        images, index = _array(path, split, data.num_channels, data.resident_bytes, rules)
+        digest = partial(digests.of_zip, path) if isinstance(images, np.ndarray) else None
+        classes = partial(_array_classes, path, split, len(images), data.resident_bytes, rules)
     else:
         if data.num_channels not in (0, 1, 3):
             raise ValueError(f"data.num_channels must be 1 or 3, not {data.num_channels}")
-        listed = _list(path)
-        tops, names = _tops(listed.names), listed.names
-        if given := given_splits(tops):
-            index = np.flatnonzero([top.lower() == given[split].lower() for top in tops])
-            kept = {name.lower() for name in given.values()}
-            names = [name for name, top in zip(names, tops, strict=True) if top.lower() in kept]
+        opened = _list(path, rules)
+        names = [*opened.listed.files]
+        tops = _tops(names)
+        if folders := rules.given_splits(tops):
+            index = np.flatnonzero([top.lower() == folders[split].lower() for top in tops])
+            used = {name.lower() for name in folders.values()}
+            in_split = [name for name, top in zip(names, tops, strict=True) if top.lower() in used]
         else:
-            index = held_out(len(names), split)
-        images = Files(path, listed.names, listed.open, data.num_channels)
-        classes = partial(_file_classes, path, listed, names, below_split=bool(given))
-    return View(images, partial(cropped_then_resized, size=data.image_size), index, classes)
+            index, in_split = rules.held_out(names, split), names
+            if unknown := splits.unknown_splits(tops):
+                _warn_of_splits(path, *unknown)
+        stored = [*opened.listed.files.values()]
+        images = Files(path, stored, opened.open, data.num_channels).scaled(data.scale)
+        classes = partial(_file_classes, path, opened, names, in_split, bool(folders), rules)
+        metadata = opened.listed.metadata
+        beside = [metadata[1]] if metadata and data.num_classes else []
+        content = data.digest == "content"
+        digest = partial(digests.of_files, path, opened.archive, stored, beside, content)
+    prepare = partial(cropped_then_resized, size=data.image_size)
+    return View(images, prepare, index, classes, digest)
+
+
+def measure_scale(data, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
+    """The `data.scale` of the image files at `data.path`; () where nothing is there.
+
+    `watch` shows the progress. Raises ValueError and OSError as `open_folder`.
+    """
+    path = Path(data.path).expanduser()
+    if not path.exists():
+        return Measured(())
+    opened = _list(path, _rules(data))
+    return Files(path, [*opened.listed.files.values()], opened.open, 0).measured(watch)
+
+
+def names_files(path: str) -> bool:
+    """Whether `data.path` is that of image files, a folder or zip, and not of arrays."""
+    return bool(path) and not _is_array(Path(path))
 
 
 def splits_of(data) -> dict[str, str]:
-    """What holds the splits of the images at `data.path`; see `given_splits`."""
-    path = _path(data)
-    if not _is_array(path):
-        return given_splits(_tops(_list(path).names))
-    content = np.load(path, mmap_mode="r", allow_pickle=False)
-    return given_splits(getattr(content, "files", ()))  # those of an .npz; an .npy has none
+    """Folders or arrays that hold the splits of the images at `data.path`; {} without any."""
+    return account(data)[0]
 
 
-def given_splits(names: Iterable[str]) -> dict[str, str]:
-    """Which of `names` are those of the splits "train" and "test", in any case.
+def left_out(data) -> str:
+    """What is left out at `data.path`, such as "30 .txt, 2 hidden folders (.git, .trash)"."""
+    return account(data)[1]
 
-    Beside `train` there has to be one of `TEST_NAMES`, else the result is empty.
-    """
-    found = {name.lower(): name for name in sorted(set(names))}
-    held = [found[name] for name in TEST_NAMES if name in found]
-    return {"train": found["train"], "test": held[0]} if "train" in found and held else {}
+
+def account(data) -> tuple[dict[str, str], str]:
+    """What `splits_of` and `left_out` give, at once."""
+    path, rules = _path(data), _rules(data)
+    if _is_array(path):
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        names = _image_arrays(getattr(content, "files", ()))  # those of an .npz; an .npy has none
+        parts, omitted, kind = names, LeftOut(), "array{s}"
+    else:
+        listed = _list(path, rules).listed
+        parts, omitted, kind = _tops([*listed.files]), listed.left_out, "image{s}"
+    if split_names := rules.given_splits(parts):
+        kind += " beside " + " and ".join(split_names.values())
+        used = {name.lower() for name in split_names.values()}
+        omitted = omitted + LeftOut((kind, part) for part in parts if part.lower() not in used)
+    return split_names, listing.in_words(omitted)
+
+
+@functools.cache  # once for each place
+def _warn_of_splits(path: Path, *names: str) -> None:
+    log.warning(
+        f"data.path={path}: {' and '.join(names)} look like a split but are not known as one, "
+        "so images of both are trained and tested on; folders 'train' and 'test' are a split"
+    )
+
+
+def _rules(data) -> Rules:
+    return RULES[data.rules or NEWEST]
 
 
 def _path(data) -> Path:
@@ -83,21 +176,35 @@ def _path(data) -> Path:
     return path
 
 
-def read_images(key: str, name: str, channels: int) -> dict[str, Picture]:
-    """The images of a file, a folder or a .zip by their names, in the order of these.
+def read_images(
+    key: str, name: str, channels: int, scale: Range | tuple[()] = ()
+) -> dict[str, Picture]:
+    """The images of a file, a folder, a .zip or an array file by their names, in their order.
 
-    `key` is what `name` comes from; `channels` as of `decode_image`. Raises FileNotFoundError where
-    there is nothing, ValueError where an image cannot be read.
+    `key` is what `name` comes from; `channels` and `scale` as of `decode_image`, but that a scale
+    of () is measured on all of them. Files count as in the data, and the log says what is left out.
+    An .npy, or an .npz with one array or `samples`, holds images of any number of channels, uint8
+    (n, H, W, C) or one (H, W, C). Raises FileNotFoundError where there is nothing, ValueError where
+    an image cannot be read.
     """
     path = Path(name).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{key}={name} does not exist")
-    if path.is_file() and _is_image(path.name):
-        files = Files(path.parent, [path.name], partial(open_below, path.parent), channels)
+    if path.is_file() and _is_array(path):
+        return _read_array(key, path, channels)
+    if channels not in (0, 1, 3):
+        says = f"an .npy or .npz, uint8 (n, H, W, {channels})"
+        raise ValueError(f"{key}={name}: images of {channels} channels are given as {says}")
+    if path.is_file() and listing.is_image(path.name):
+        names, folder = {path.name: path.name}, path.parent
+        opener = partial(open_below, folder)
     else:
-        listed = _list(path, key)
-        files = Files(path, listed.names, listed.open, channels)
-    return {name: files[i] for i, name in enumerate(files.names)}
+        opened = _list(path, RULES[NEWEST], key)
+        names, folder, opener = opened.listed.files, path, opened.open
+        if words := listing.in_words(opened.listed.left_out):
+            log.info(f"{key}={name}: left out: {words}")
+    files = Files(folder, [*names.values()], opener, channels).scaled(scale)
+    return {name: files[i] for i, name in enumerate(names)}
 
 
 # --- image files ----------------------------------------------------------------------------------
@@ -105,25 +212,69 @@ def read_images(key: str, name: str, channels: int) -> dict[str, Picture]:
 
 @dataclass(frozen=True)
 class Files:
-    """Encoded images by name, each of which `open` opens; nothing is extracted to disk."""
+    """Encoded images by name, each of which `open` opens; nothing is extracted to disk.
+
+    `channels` and `scale` are those of `decode_image`.
+    """
 
     where: Path
     names: list[str]
     open: Callable[[str], IO[bytes]]
     channels: int
+    scale: Range | tuple[()] = ()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Picture:
+        return self._read(i, partial(decode_image, channels=self.channels, scale=self.scale))
+
+    def _read(self, i: int, decode: Callable[[bytes], T]) -> T:
         try:
-            with self.open(self.names[i]) as file:
-                data = file.read(MAX_FILE_BYTES + 1)
-            if len(data) > MAX_FILE_BYTES:
-                raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-            return decode_image(data, self.channels)
+            return decode(_read(self.open, self.names[i]))
         except Exception as error:  # a damaged file makes the decoder fail in any way
             raise Unreadable(f"{self.where}/{self.names[i]}: {one_line(error)}") from error
+
+    def size(self, i: int) -> Size:
+        """Height and width of image i as it is stored; `Unreadable` where it cannot be read."""
+        try:
+            with self.open(self.names[i]) as file:
+                return size_in_header(file.read(HEADER_BYTES))
+        except Exception:  # a header may stand at the end of its file, as of a TIFF
+            return self[i].shape[:2]
+
+    def scaled(self, scale: Range | tuple[()]) -> "Files":
+        """These with `scale`, or where it is () with that which is `measured`."""
+        return replace(self, scale=tuple(scale) or self.measured().scale)
+
+    def measured(self, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
+        """The scale of 16-bit images among them; see `sixteen_bits.measure`."""
+
+        def has_16_bits(i: int) -> bool:
+            try:
+                with self.open(self.names[i]) as file:
+                    return may_have_16_bits(open_image(file))
+            except Exception:  # it is named when its pixels are read
+                return False
+
+        def extent(i: int) -> tuple[int, int] | None:
+            try:
+                return self._read(i, extent_of_16_bits)
+            except Unreadable:  # likewise
+                return None
+
+        try:
+            return measure(len(self), has_16_bits, extent, watch)
+        except ValueError as error:
+            raise ValueError(f"the images of {self.where}: {error}") from error
+
+
+def _read(open: Callable[[str], IO[bytes]], name: str) -> bytes:
+    with open(name) as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    return data
 
 
 def open_below(folder: Path, name: str) -> IO[bytes]:
@@ -138,96 +289,64 @@ def _open_in(archive: PerProcess, name: str) -> IO[bytes]:
     return open_entry(archive(), name)
 
 
-class Listed(NamedTuple):
-    """The image files of a folder or zip, what opens one by its name, and the `dataset.json`."""
+class Opened(NamedTuple):
+    """The image files of a folder or zip, and what opens one by the name it is stored under.
 
-    names: list[str]
+    `archive` gives the zip file, in each process; it is None for a folder.
+    """
+
+    listed: Listed
     open: Callable[[str], IO[bytes]]
-    metadata: str | None
+    archive: PerProcess | None = None
 
 
-def _list(path: Path, key: str = "data.path") -> Listed:
+def _list(path: Path, rules: Rules, key: str = "data.path") -> Opened:
     if path.is_file():
         archive = PerProcess(partial(zipfile.ZipFile, path))
         try:
-            names, open_one = set(archive().namelist()), partial(_open_in, archive)
+            names = archive().namelist()
         except Exception as error:  # a damaged directory makes it fail in any way
             says = f"is no folder, .npy, .npz or zip file: {one_line(error)}"
             raise ValueError(f"{key}={path} {says}") from error
+        opened = Opened(rules.list_names(names), partial(_open_in, archive), archive)
     else:
-        names, open_one = set(_files_below(path)), partial(open_below, path)
-    images = sorted(filter(_is_image, names))
-    if not images:
-        raise ValueError(f"{key}={path} holds no images ({', '.join(SUFFIXES)})")
-    top = f"{images[0].partition('/')[0]}/{METADATA}"  # of a zip that holds one folder
-    return Listed(images, open_one, next((n for n in (METADATA, top) if n in names), None))
-
-
-def _files_below(root: Path) -> Iterator[str]:
-    for folder, _, files in os.walk(root, onerror=_raise):
-        below = Path(folder).relative_to(root)
-        yield from ((below / file).as_posix() for file in files)
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _is_image(path: str) -> bool:
-    name = path.rpartition("/")[2]
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")  # "._x" is macOS's own
+        opened = Opened(rules.list_folder(path), partial(open_below, path))
+    if not opened.listed.files:
+        words = listing.in_words(opened.listed.left_out)
+        besides = f"; left out: {words}" if words else ""
+        raise ValueError(f"{key}={path} holds no images ({', '.join(rules.suffixes)}){besides}")
+    return opened
 
 
 def _tops(names: list[str]) -> list[str]:
-    """The top folder of each file; the one below where a single folder holds all files."""
+    """The top folder of each file, "" on top; the one below where a single folder holds all."""
     pieces = [name.split("/", 2) for name in names]
     level = 1 if len({p[0] for p in pieces}) == 1 else 0
-    return ["".join(p[level : level + 1]) for p in pieces]
+    return [p[level] if len(p) > level + 1 else "" for p in pieces]
 
 
-def _file_classes(path: Path, listed: Listed, names: list[str], below_split: bool) -> Classes:
-    """The classes of all files of `listed`, of which `names` belong to a split."""
-    if listed.metadata:
-        numbers, folder = _read_metadata(path, listed), listed.metadata.removesuffix(METADATA)
-        found, classes = [numbers.get(n.removeprefix(folder)) for n in listed.names], ()
+def _file_classes(
+    path: Path,
+    opened: Opened,
+    names: list[str],
+    in_split: list[str],
+    below_split: bool,
+    rules: Rules,
+) -> Classes:
+    """The classes of all files `names`, of which those `in_split` need one."""
+    if opened.listed.metadata:
+        name, stored = opened.listed.metadata
+        above = name.removesuffix(listing.METADATA)
+        try:
+            content = _read(opened.open, stored)
+            classes = labels.of_metadata(names, content, lambda n: above + rules.clean(n))
+        except Exception as error:  # a damaged file fails in any way
+            where = f"data.path={path}: {name}"
+            raise ValueError(f"{where} gives no class labels: {one_line(error)}") from error
     else:
-        level = below_split + (len({name.split("/", 1)[0] for name in listed.names}) == 1)
-        folders = {name: _folder_at(name, level) for name in listed.names}
-        classes = tuple(sorted({folders[name] for name in names} - {None}))
-        numbers = {name: i for i, name in enumerate(classes)}
-        found = [numbers.get(folders[name]) for name in listed.names]
-    labels = dict(zip(listed.names, found, strict=True))
-    if missing := [name for name in names if labels[name] is None]:
-        raise ValueError(
-            f"{len(missing):,} of {len(names):,} images of data.path={path} have no class label, "
-            f"such as {missing[0]}: each class needs a folder, or each image a line in {METADATA}"
-        )
-    return Classes(np.array([-1 if k is None else k for k in found], np.int64), classes)
-
-
-def _folder_at(name: str, level: int) -> str | None:
-    folders = name.split("/")[:-1]
-    return folders[level] if level < len(folders) else None
-
-
-def _read_metadata(path: Path, listed: Listed) -> dict[str, int]:
-    """The class label of each image in `dataset.json`, {"labels": [["path", label], ...]}."""
-    try:
-        with listed.open(listed.metadata) as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-        labels = json.loads(content)["labels"]
-        if not labels:
-            raise ValueError("it has no labels")
-        numbers = dict(labels)
-        for name, label in numbers.items():
-            if type(name) is not str or type(label) is not int or label < 0:
-                raise ValueError(f"{name!r:.100} has the label {label!r:.50}, no class's number")
-        return numbers
-    except Exception as error:  # a damaged file fails in any way
-        where = f"data.path={path}: {listed.metadata}"
-        raise ValueError(f"{where} gives no class labels: {one_line(error)}") from error
+        classes = labels.of_folders(names, in_split, below_split, rules.class_order)
+    labels.check(f"data.path={path}", names, classes, in_split)
+    return classes
 
 
 # --- arrays ---------------------------------------------------------------------------------------
@@ -237,23 +356,30 @@ def _is_array(path: Path) -> bool:
     return path.suffix.lower() in (".npy", ".npz")
 
 
-def _array(path: Path, split: str, channels: int, limit: int) -> tuple[Source, NDArray[np.int64]]:
+def _array(
+    path: Path, split: str, channels: int, limit: int, rules: Rules
+) -> tuple[Source, NDArray[np.int64]]:
     """The images of an .npy or .npz, and which of them belong to `split`."""
     mapped = PerProcess(partial(np.load, path, mmap_mode="r", allow_pickle=False))
     try:
         images, given = mapped(), False
         if isinstance(images, np.lib.npyio.NpzFile):
             with images as file:
-                images, given = _unpacked(file, split, limit)
+                images, given = _unpacked(file, split, limit, rules)
     except OSError:
         raise
     except Exception as error:  # a damaged file makes numpy fail in any way
         raise ValueError(f"data.path={path} cannot be read: {one_line(error)}") from error
-    known, says = ((channels,), ", as data.num_channels says") if channels else ((1, 3), "")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in known:
-        expected = f"uint8 images (n, H, W, {' or '.join(map(str, known))}){says}"
+    expected = f"{channels}), as data.num_channels says" if channels else "C)"
+    if images.dtype != np.uint8 or images.ndim != 4 or channels not in (0, images.shape[3]):
         raise ValueError(
-            f"data.path={path} must hold {expected}, not {images.dtype} {images.shape}"
+            f"data.path={path} must hold uint8 images (n, H, W, {expected}, not {images.dtype} "
+            f"{images.shape}"
+        )
+    if not channels and images.shape[1] < 5 <= min(images.shape[2:]):
+        raise ValueError(
+            f"data.path={path} is {images.shape}, which looks like (n, C, H, W): transpose it to "
+            f"(n, H, W, C), or say data.num_channels={images.shape[3]} if the channels are last"
         )
     if not images.size:
         raise ValueError(f"data.path={path} holds no images: its shape is {images.shape}")
@@ -261,10 +387,14 @@ def _array(path: Path, split: str, channels: int, limit: int) -> tuple[Source, N
     return mapped if isinstance(images, np.memmap) else images, index
 
 
-def _unpacked(file, split: str, limit: int) -> tuple[NDArray, bool]:
+def _image_arrays(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.lower().endswith(LABELS)]
+
+
+def _unpacked(file, split: str, limit: int, rules: Rules) -> tuple[NDArray, bool]:
     """The array of `split` in an .npz, or its only array; and whether the file gives the splits."""
-    names = [name for name in file.files if not name.lower().endswith(LABELS)]
-    given = given_splits(names)
+    names = _image_arrays(file.files)
+    given = rules.given_splits(names)
     if not given and len(names) != 1:
         raise ValueError(f"it needs one array, or train and test; it has {file.files}")
     return _read_bounded(file, given.get(split, names[0]), limit), bool(given)
@@ -278,15 +408,42 @@ def _read_bounded(file, name: str, limit: int) -> NDArray:
     return read_entry_array(file.zip, name)
 
 
-def _array_classes(path: Path, split: str, n: int, limit: int) -> Classes:
+def _read_array(key: str, path: Path, channels: int) -> dict[str, Picture]:
+    """The images of an .npy or .npz, for `read_images`, by the file's name and their number."""
+    try:
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(content, np.lib.npyio.NpzFile):
+            with content as file:
+                name = "samples" if "samples" in file.files else file.files[0]
+                if name != "samples" and len(file.files) > 1:
+                    raise ValueError(f"it needs one array, or samples; it has {file.files}")
+                content = _read_bounded(file, name, MAX_FILE_BYTES)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes numpy fail in any way
+        raise ValueError(f"{key}={path} cannot be read: {one_line(error)}") from error
+    images = content[None] if content.ndim == 3 else content
+    if images.dtype != np.uint8 or images.ndim != 4 or channels not in (0, images.shape[3]):
+        expected = f"uint8 images (n, H, W, {channels or 'C'})"
+        raise ValueError(f"{key}={path} must hold {expected}, not {content.dtype} {content.shape}")
+    if not images.size:
+        raise ValueError(f"{key}={path} holds no images: its shape is {content.shape}")
+    if len(images) == 1:
+        return {path.name: np.array(images[0])}
+    return {f"{path.name}:{i}": np.array(image) for i, image in enumerate(images)}
+
+
+def _array_classes(path: Path, split: str, n: int, limit: int, rules: Rules) -> Classes:
     """The classes of the `n` images that the .npz at `path` gives for `split`."""
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(content, np.lib.npyio.NpzFile):
             raise ValueError(f"an .npy has none; put images and {LABELS} in an .npz")
         with content as file:
-            given = given_splits(file.files)
+            given = rules.given_splits(_image_arrays(file.files))
             name = f"{given[split]}_{LABELS}" if given else LABELS
+            if given and name not in file.files:  # train_labels beside train_images
+                name = re.sub("(_?images?)?$", f"_{LABELS}", given[split], count=1, flags=re.I)
             if name not in file.files:
                 raise ValueError(f"there is no array {name}")
             labels = _read_bounded(file, name, max(limit, 8 * n + 1024))

@@ -2,22 +2,32 @@
 
 import io
 import warnings
+from functools import partial
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sources import sixteen_bits
 from sources.base import Picture
+from sources.sixteen_bits import Range
 
 Filter = Image.Resampling
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # as Pillow names them
+
 
 def resize(image: Picture, height: int, width: int, kernel: Filter = Filter.BILINEAR) -> Picture:
-    """`image` at (height, width); the kernel widens as the image shrinks, against aliasing."""
+    """`image` (H, W, C) at (height, width), each channel by itself.
+
+    The kernel widens as the image shrinks, against aliasing.
+    """
     if image.shape[:2] == (height, width):
         return image
-    squeezed = image[..., 0] if image.shape[2] == 1 else image
-    resized = np.asarray(Image.fromarray(squeezed).resize((width, height), kernel))
-    return resized.reshape(height, width, image.shape[2])
+    # Channels are resized one by one: Pillow takes the last one of two or four for transparency.
+    planes = [image] if image.shape[2] == 3 else np.moveaxis(image, 2, 0)
+    resized = [Image.fromarray(plane).resize((width, height), kernel) for plane in planes]
+    return np.dstack([np.asarray(plane) for plane in resized])
 
 
 def center_crop(image: Picture, size: int) -> Picture:
@@ -47,22 +57,35 @@ def face(image: Picture, size: int) -> Picture:
     return resize(center_crop(image, 140), size, size)
 
 
-def decode_image(data: bytes, channels: int) -> Picture:
-    """The pixels of a PNG, JPEG or WebP file, uint8 (H, W, C), upright as EXIF says.
+def open_image(file: IO[bytes]) -> Image.Image:
+    """An image of `FORMATS`, not yet loaded: the first page of a TIFF, the first frame of a GIF.
 
-    What is transparent becomes white; 16 bits a channel become 8. `channels` is 1 for grey, 3 for
-    RGB, 0 for grey where R = G = B in every pixel and else RGB. Raises anything where the data are
-    damaged, or hold more pixels than Pillow allows.
+    Raises ValueError where it is none, and other errors where the header is damaged or claims more
+    pixels than Pillow allows.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+            return Image.open(file, formats=FORMATS)
         except UnidentifiedImageError as error:
-            raise ValueError("no PNG, JPEG or WebP file") from error
+            kinds = "no PNG, JPEG or WebP file, nor a BMP, TIFF or GIF of a usual kind"
+            raise ValueError(f"{kinds}: save it as PNG") from error
+
+
+def decode_image(data: bytes, channels: int, scale: Range | tuple[()] = ()) -> Picture:
+    """The pixels of a file of `FORMATS`, uint8 (H, W, C), upright as EXIF says.
+
+    Inks become RGB, and what is transparent becomes white. Of 16 bits a channel `scale`, (low,
+    high), becomes 0 to 255; () is that of as many bits as the file's largest value needs (see
+    `sixteen_bits`). `channels` is 1 for grey, 3 for RGB, 0 for grey where R = G = B in every pixel
+    and else RGB. Raises anything where the data are damaged, hold more than 16 bits or more pixels
+    than Pillow allows.
+    """
+    deep = sixteen_bits.read(partial(_opened, data))
+    image = deep.as_bytes(scale) if deep else _opened(data)
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "LAB":
+        image = image.convert("RGB")  # of which Pillow makes grey
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -70,3 +93,16 @@ def decode_image(data: bytes, channels: int) -> Picture:
     if channels == 0 and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]
     return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def extent_of_16_bits(data: bytes) -> tuple[int, int] | None:
+    """Smallest and largest value of the file of a 16-bit image; None where it has 8 bits.
+
+    Raises as `decode_image`.
+    """
+    deep = sixteen_bits.read(partial(_opened, data))
+    return deep.extent() if deep else None
+
+
+def _opened(data: bytes) -> Image.Image:
+    return open_image(io.BytesIO(data))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sources import images, tfrecords
+from sources import digests, images, tfrecords
 from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View
 from storage.files import one_line
 
@@ -62,12 +62,13 @@ def open_prepared(
     if builder.info.file_format.value == "tfrecord" and stored in builder.info.splits:
         paths = [Path(path) for path in builder.info.splits[stored].filepaths]
         source = tfrecords.TFRecords(paths, partial(encoded_image, channels=data.num_channels))
-        label = partial(source.parsed, parse=stored_label)
+        label, digest_of = partial(source.parsed, parse=stored_label), source.digest_of
     else:
         opened = PerProcess(partial(_data_source, name, stored, data.data_dir))
         source = Prepared(f"{name} ({stored})", opened)
         undecoded = PerProcess(partial(_data_source, name, stored, data.data_dir, decoded=False))
         label = Prepared(source.where, undecoded, "label").__getitem__
+        digest_of = partial(digests.of_words, *_files(builder.info, stored))
     try:
         index = np.arange(len(source))
     except (NotImplementedError, OSError, LookupError) as error:
@@ -81,7 +82,14 @@ def open_prepared(
     if "label" in builder.info.features:
         names = tuple(builder.info.features["label"].names)
         classes = partial(_classes, label, len(source), names)
-    return View(source, partial(prepare, size=data.image_size), index, classes)
+    return View(source, partial(prepare, size=data.image_size), index, classes, digest_of)
+
+
+def _files(info, stored: str) -> list[str]:
+    """Name and version of a data set, and the files of the split `stored` with their sizes."""
+    paths = info.splits[stored].filepaths if stored in info.splits else []
+    sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path in paths]
+    return [info.full_name, *(f"{Path(p).name} {n}" for p, n in zip(paths, sizes, strict=True))]
 
 
 def _classes(label: Callable[[int], int], n: int, names: tuple[str, ...]) -> Classes:

@@ -27,4 +27,5 @@ def open_faces(data, split: str) -> Source:
             f"1024) file that StyleGAN's dataset_tool.py makes of {data.dataset}"
         )
     records = tfrecords.TFRecords([path], stylegan_image)
-    return View(records, np.asarray, held_out(len(records), split))
+    index = held_out(len(records), split)
+    return View(records, np.asarray, index, digest_of=records.digest_of)

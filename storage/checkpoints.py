@@ -22,7 +22,7 @@ from storage.checks import check_like
 from storage.digests import digest
 from storage.edm_snapshots import complete_config, read_snapshot
 from storage.files import atomic_write, naming, one_line
-from storage.torch_files import read_state
+from storage.torch_files import peek_state, read_state
 from storage.workdir import checkpoint_path, resume_paths
 
 log = logging.getLogger(__name__)
@@ -94,10 +94,13 @@ def _load_snapshot(path: Path) -> dict:
     return {"model": snapshot.weights, "step": _snapshot_number(path), "config": config}
 
 
-def save_shared(path: Path, weights: dict[str, Tensor], config: dict, step: int) -> None:
+def save_shared(
+    path: Path, weights: dict[str, Tensor], config: dict, step: int, data: dict | None = None
+) -> None:
     """Writes EMA `weights` by name, a flat `config` and the `step` as one file in safetensors form.
 
-    Raises OSError, which names the path, where it cannot be written.
+    `data` is the entry of this name that checkpoints have. Raises OSError, which names the path,
+    where it cannot be written.
     """
     metadata = {
         "format": "pt",
@@ -105,6 +108,8 @@ def save_shared(path: Path, weights: dict[str, Tensor], config: dict, step: int)
         "step": str(step),
         "data_range": "[-1, 1]" if config["data.centered"] else "[0, 1]",
     }
+    if data is not None:
+        metadata["data"] = json.dumps(data)
     metadata["checksum"] = _checksum(weights, metadata)
     with atomic_write(path) as file:
         safetensors.write(file, weights, metadata)
@@ -125,10 +130,10 @@ def _load_shared(path: Path) -> dict:
             raise ValueError("its metadata lack the config or the step that --mode export writes")
         if checksum != _checksum(weights, metadata):
             raise ValueError("it is damaged: its content differs from its checksum")
-        config = json.loads(metadata["config"])
+        config, data = json.loads(metadata["config"]), json.loads(metadata.get("data", "null"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a shared model: {one_line(error)}") from error
-    return {"model": weights, "step": int(step), "config": config}
+    return {"model": weights, "step": int(step), "config": config, "data": data}
 
 
 def written_steps(checkpoint: dict, path: Path) -> list[int]:
@@ -215,6 +220,24 @@ def newest_checkpoint(workdir: Path, set_aside: bool = True) -> tuple[Path, dict
             "name another workdir to start anew"
         )
     return None
+
+
+def peek(workdir: Path) -> tuple[Path, dict] | None:
+    """Path and content of the newest checkpoint that can be read, without the tensors' memory.
+
+    None where there is none. Damaged ones are passed over without a word: who loads one tells.
+    """
+    numbered = [*reversed(numbered_checkpoints(workdir).values())]
+    for path in (*resume_paths(workdir), *numbered):
+        try:
+            with open(path, "rb") as file:
+                state = peek_state(file)
+        except Exception:  # a damaged file makes zipfile fail in any way
+            continue
+        if isinstance(state, dict):
+            return path, state
+    shared = [path for path in snapshots(workdir).values() if path.suffix == SHARED]
+    return (shared[-1], load_checkpoint(shared[-1])) if shared and not numbered else None
 
 
 def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:

@@ -97,8 +97,9 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
 
 
 def restore(flat: Any) -> ConfigDict:
-    """The complete, locked config with the values of `flat`; keys it lacks keep their defaults.
+    """The complete, locked config with the values of `flat`.
 
+    Keys it lacks have the values that the program had before them (`_before`), else their defaults.
     Keys that are removed from the configs are left out, and the log says so.
 
     Raises:
@@ -108,6 +109,7 @@ def restore(flat: Any) -> ConfigDict:
     config = get_default_config()
     known, keys = flatten(config), all_keys()
     _check_content(flat)
+    flat = _before(flat) | flat
     removed = sorted(flat.keys() & REMOVED)
     if removed:
         log.info(f"values of the stored config that nothing reads: {', '.join(removed)}")
@@ -144,15 +146,24 @@ def changes(path: Path, checkpoint: dict, config: ConfigDict) -> list[str]:
 def differences(old: Any, new: dict[str, Any]) -> list[str]:
     """What the flat config `new` changes of the stored one, as "key: old -> new" each.
 
-    A key that `old` lacks counts as the default, and one that is removed does not count.
+    A key that `old` lacks counts as in `restore`, and one that is removed does not count.
 
     Raises:
         ValueError: `old` is no dictionary of numbers, strings, None and lists of these.
     """
     _check_content(old)
-    old = flatten(get_default_config()) | {k: v for k, v in old.items() if k not in REMOVED}
+    old = _before(old) | {k: v for k, v in old.items() if k not in REMOVED}
+    old = flatten(get_default_config()) | old
     changed = (k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
     return [f"{shown_key(k)}: {shown(old.get(k))} -> {shown(new.get(k))}" for k in changed]
+
+
+def _before(flat: dict[str, Any]) -> dict[str, Any]:
+    """What stood in place of keys that a run older than these lacks, where defaults differ."""
+    dataset, path = (str(flat.get(f"data.{key}", "")).lower() for key in ("dataset", "path"))
+    files = dataset == "folder" and path and not path.endswith((".npy", ".npz"))
+    before = {name: key.before for name, key in all_keys().items() if key.before is not None}
+    return before | ({"data.scale": [0, 65535]} if files else {})  # 16 bits, divided by 256
 
 
 def _check_content(flat: Any) -> None:

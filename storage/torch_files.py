@@ -57,6 +57,11 @@ def read_state(file: BinaryIO) -> object:
     return read_zip(file, iter(range(MAX_OPERATIONS)), known, known.keys() | _DTYPES.keys())
 
 
+def peek_state(file: BinaryIO) -> object:
+    """What `read_state` gives, but `StoredTensor` in place of tensors, whose memory is not read."""
+    return read_zip(file, iter(range(MAX_OPERATIONS)), KNOWN, KNOWN.keys() | _DTYPES.keys())
+
+
 # --- tensors -------------------------------------------------------------------------------------
 
 

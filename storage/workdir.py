@@ -19,9 +19,10 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -40,6 +41,33 @@ TRAININGS_OWN = {
     "stdout.txt",
     "tensorboard",
 }
+
+# Pictures that are no samples, and what lies beside them where this program wrote them.
+PICTURES = re.compile(
+    r"(grid|encoded|sample)\.png|(film|between)\.(webp|gif)"
+    r"|(ode_images|data_images|classes|nearest|interpolation|rescale|restoration)_\d+\.png"
+)
+BESIDE_PICTURES = re.compile(
+    r"settings\.json|report\.html|report_\d+\.npz|(samples?|encoded|film|between|data_halves)\.npz"
+)
+
+
+def is_workdir(folders: Collection[str], files: Collection[str]) -> bool:
+    """Whether a folder that holds these `folders` and `files` is the workdir of a run."""
+    return "config.json" in files and not {"checkpoints", "checkpoints-meta"}.isdisjoint(folders)
+
+
+def own_pictures(files: Iterable[str]) -> set[str]:
+    """Names among the `files` of a folder that are pictures of this program and no samples.
+
+    A folder that holds other images too, or what lies beside such pictures, shows that they are:
+    images of a user may all be called sample.png, each in a folder of its own.
+    """
+    files = set(files)
+    pictures = {name for name in files if PICTURES.fullmatch(name)}
+    images = {name for name in files if name.lower().endswith((".png", ".webp", ".gif"))}
+    beside = any(map(BESIDE_PICTURES.fullmatch, files))
+    return pictures if beside or images - pictures else set()
 
 
 def checkpoint_path(workdir: Path, step: int) -> Path:

@@ -55,6 +55,14 @@ def train_state(config, model=None, objective=None):
     return TrainState.from_config(config, model, objective)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Checksums of the tests' data are kept where nobody else looks for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """PyTorch as in a process of one thread: for small tensors, and to compare with such ones."""

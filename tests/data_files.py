@@ -6,6 +6,7 @@ import os
 import signal
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,61 @@ def encoded(pixels: np.ndarray, format: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format, **options)
     return file.getvalue()
+
+
+def png_of_16_bits(values: np.ndarray, transparent: tuple = ()) -> bytes:
+    """A PNG of `values` (H, W, C), uint16; C of 1 to 4 is grey, grey and alpha, RGB, RGBA.
+
+    `transparent` is the value of each channel that its tRNS chunk names.
+    """
+    (height, width, channels), kind = values.shape, {1: 0, 2: 4, 3: 2, 4: 6}[values.shape[2]]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
+    if transparent:
+        chunks.append((b"tRNS", struct.pack(f">{channels}H", *transparent)))
+    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff(
+    values: np.ndarray,
+    order: str = "<",
+    photometric: int | None = None,
+    alpha: int = 2,
+    deflate: bool = False,
+    planes: bool = False,
+) -> bytes:
+    """A TIFF of `values` (H, W, C) of any type, of one strip or as many `planes`.
+
+    `photometric` is 0 for white at 0, 1 grey, 2 RGB; `alpha` of a fourth channel is 1 where the
+    colours are multiplied by it, 2 where not.
+    """
+    (height, width, channels), kind = values.shape, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    stored = values.astype(values.dtype.newbyteorder(order))
+    strips = [stored[..., i] for i in range(channels)] if planes else [stored]
+    strips = [strip.tobytes() for strip in strips]
+    strips = [zlib.compress(strip) for strip in strips] if deflate else strips
+    starts = 8 + np.cumsum([0, *map(len, strips)])
+    photometric = (1 if channels == 1 else 2) if photometric is None else photometric
+    tags = [(256, [width]), (257, [height]), (258, channels * [8 * values.itemsize])]
+    tags += [(259, [8 if deflate else 1]), (262, [photometric]), (273, starts[:-1].tolist())]
+    tags += [(277, [channels]), (278, [height]), (279, [*map(len, strips)])]
+    tags += [(284, [2 if planes else 1])] + [(338, [alpha])] * (channels == 4)
+    tags += [(339, channels * [kind])]
+    at = int(starts[-1])
+    entries, beyond, end = b"", b"", at + 2 + 12 * len(tags) + 4
+    for tag, numbers in tags:
+        packed = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        if len(packed) > 4:
+            packed, beyond = struct.pack(f"{order}I", end + len(beyond)), beyond + packed
+        entries += struct.pack(f"{order}HHI", tag, 4, len(numbers)) + packed
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", at)
+    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    return head + b"".join(strips) + directory + beyond
 
 
 def pictures(n: int, height: int = 8, width: int = 8, channels: int = 3, seed: int = 0):
@@ -35,11 +91,11 @@ def write_tree(root: Path, images, pattern: str = "{i:03d}.png") -> None:
         path.write_bytes(image if isinstance(image, bytes) else encoded(image))
 
 
-def write_zip(path: Path, root: Path) -> None:
-    """The tree at `root`, with its own name as the top folder, as desktops zip it."""
+def write_zip(path: Path, root: Path, top: bool = True) -> None:
+    """The tree at `root`, by default with its own name as the top folder, as desktops zip it."""
     with zipfile.ZipFile(path, "w") as file:
         for member in sorted(root.rglob("*")):
-            file.write(member, member.relative_to(root.parent).as_posix())
+            file.write(member, member.relative_to(root.parent if top else root).as_posix())
 
 
 def crc32c(data: bytes) -> int:

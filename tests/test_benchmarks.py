@@ -19,6 +19,7 @@ from configs.poisson import digits_ddpmpp
 from models.layers import NIN
 from sampling import solve_ode
 from solvers import heun
+from storage import run_config
 
 
 @pytest.mark.slow
@@ -146,6 +147,25 @@ def test_robustness_of_two_seeds(tmp_path, robustness, monkeypatch, capsys):
 
     monkeypatch.setattr(robustness, "draw", draw)
     assert robustness.measure(seeds[0], 30) == (curve, again)
+
+
+def test_a_curve_has_runs_that_differ_in_their_seeds_alone(tmp_path, robustness):
+    def workdir(name, **changes):
+        (tmp_path / name).mkdir()
+        config = tiny("pfgmpp/digits_ddpmpp.py", tmp_path, model__D=16.0, **changes)
+        run_config.store(tmp_path / name, config)
+        return tmp_path / name
+
+    a, b = workdir("a", seed=1), workdir("b", seed=2)
+    assert robustness.common.curves([a, b]) == dict.fromkeys([a, b], "PFGM++, D = 16")
+    c, d = workdir("c", seed=1, optim__lr=0.5), workdir("d", seed=1, training__sde="vpsde")
+    curves = robustness.common.curves([a, b, c, d])
+    assert curves[a] == curves[b] == "PFGM++, D = 16, optim.lr = 0.001"
+    assert curves[c] == "PFGM++, D = 16, optim.lr = 0.5"
+    assert len(set(curves.values())) == 3
+    copy = workdir("copy", seed=2)
+    with pytest.raises(ValueError, match=f"{b} and {copy} are one seed, 2"):
+        robustness.common.curves([a, b, copy])
 
 
 def test_robustness_of_nothing_is_one_line(tmp_path, robustness, monkeypatch):

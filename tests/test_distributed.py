@@ -327,3 +327,33 @@ def test_labels_of_data_on_disk_reach_every_process(tmp_path):
     alone, together = gradients
     assert alone.norm() > 0.1
     assert (together - alone).norm() < 1e-5 * alone.norm()
+
+
+WORDS = """
+import distributed
+
+with distributed.joined():
+    rank = distributed.rank()
+    said = [distributed.from_main(lambda: f"{rank}: ä" * 1000), distributed.from_main(str)]
+    assert said == ["0: ä" * 1000, ""], said
+    distributed.check_same("data", "18 images")
+    try:
+        distributed.check_same("data", f"{18 + rank} images")
+    except ValueError as error:
+        assert rank == 1
+        print(error)
+"""
+
+
+def test_processes_hear_the_words_of_the_main_one(tmp_path):
+    (tmp_path / "words.py").write_text(WORDS)
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *run, str(tmp_path / "words.py")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "rank 1 has other data than rank 0: 19 images, not 18 images\n"

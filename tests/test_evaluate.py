@@ -369,6 +369,11 @@ def test_published_statistics_are_read(published, workdir, tmp_path):
     assert [p.name for p in (tmp_path / "stats").iterdir()] == ["digits_stats.npz"]
 
 
+def whole(**identity):
+    """Statistics of 64 features that say of what they are."""
+    return {"mu": np.ones(64), "sigma": np.eye(64), **identity}
+
+
 @pytest.mark.parametrize(
     "content, pattern",
     [
@@ -380,6 +385,22 @@ def test_published_statistics_are_read(published, workdir, tmp_path):
         ({"images": np.ones(3)}, "holds no statistics: neither mu and sigma nor pool_3"),
         ({"pool_3": np.ones(64)}, r"pool_3 is float64 \(64,\), not float \(n, 64\)"),
         (b"text", "is not an array file"),
+        ({"mu": np.ones(64), "sigma": -np.eye(64)}, "is no covariance: it has the eigenvalue -1"),
+        (
+            {"mu": np.ones(64), "sigma": np.eye(64) - np.full((64, 64), 0.05)},
+            "is no covariance: it has the eigenvalue -2.2",
+        ),
+        ({"mu": np.ones(64), "sigma": np.tri(64)}, "is no covariance: it is not symmetric, by 1"),
+        ({"mu": np.ones(64), "sigma": np.full((64, 64), np.nan)}, "sigma holds numbers that are"),
+        ({"mu": np.full(64, np.inf), "sigma": np.eye(64)}, "mu holds numbers that are not finite"),
+        ({"pool_3": np.ones((9, 64)), "count": 5}, "of 9 images, but count is 5"),
+        (
+            whole(space="inception-01234567"),
+            "other data: their feature space is inception-0.*not pix",
+        ),
+        (whole(shape="32x32x3"), "other data: their image size is 32x32x3, not 8x8x1"),
+        (whole(data="01234567"), "other data: their digest is 01234567, not .*; remove it"),
+        (whole(data=np.ones(3)), r"data is float64 \(3,\), not str"),
     ],
 )
 def test_statistics_that_do_not_fit_are_one_line(content, pattern, workdir, tmp_path):
@@ -397,6 +418,44 @@ def test_statistics_that_do_not_fit_are_one_line(content, pattern, workdir, tmp_
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
     assert not (workdir / "eval").exists()
+
+
+def said_of_statistics(caplog):
+    said = [r.getMessage() for r in caplog.records]
+    return [line for line in said if line.startswith("statistics of the data")]
+
+
+def test_statistics_say_what_they_are_of(workdir, tmp_path, caplog):
+    """Those made here do, so that they are known under a published name, and in which space."""
+    caplog.set_level("INFO")
+    config = tiny(tmp_path, enable_bpd=False)
+    expected = evaluate(config, workdir)
+    (path,) = (tmp_path / "stats").iterdir()
+    first, _ = said_of_statistics(caplog)
+    assert first.endswith("measured, as there is no digits_8_stats.npz or digits_stats.npz")
+    assert str(path) in first
+    caplog.clear()
+    path = path.rename(tmp_path / "stats/digits_stats.npz")
+    assert evaluate(config, workdir)["fid"] == expected["fid"]
+    assert said_of_statistics(caplog) == [
+        f"statistics of the data: {path}, which names no training images"
+    ]
+    config.data.dataset, config.data.path = "folder", str(tmp_path / "images.npy")
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    np.save(config.data.path, images)
+    path.rename(tmp_path / "stats/folder_8_stats.npz")
+    with pytest.raises(ValueError, match="folder_8_stats.npz holds statistics of other data"):
+        evaluate(config, workdir)
+
+
+def test_what_published_statistics_do_not_say_is_said(workdir, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "stats").mkdir()
+    path = tmp_path / "stats/digits_8_stats.npz"
+    np.savez(path, mu=np.ones(64), sigma=np.eye(64, dtype=np.float32))
+    evaluate(tiny(tmp_path, enable_bpd=False), workdir)
+    ends = "which names no training images, nor its feature space, image size, digest"
+    assert said_of_statistics(caplog) == [f"statistics of the data: {path}, {ends}"]
 
 
 def test_a_cached_file_of_another_kind_is_not_written_over(workdir, tmp_path):

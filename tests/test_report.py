@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from reports import evaluation_page
 from reports.images import image_grid
 from reports.page import Picture, render
 from reports.plots import Axis, number
+from reports.settings import to_json
 from reports.table import format_table, report_table
 from storage.files import save_npz
 from storage.tensorboard import TensorBoardWriter, seconds_of_training
@@ -66,11 +68,24 @@ def page():
     report |= {"agreement": 0.97, "agreement_data": 0.98, "accuracy": 0.9}
     report |= {"fid_data": 0.25, "half_first": 998, "half_other": 1234}
     reports = {k: report | {"step": 500 * k, "fid": 3.0 / k} for k in (1, 2, 4)}
+    reports = {k: r | {"settings": made_by(step=r["step"])} for k, r in reports.items()}
+    return page_of(reports)
+
+
+def made_by(**changes):
+    """The entry `settings` of a report; `changes` have __ in place of the dot."""
+    settings = {"step": 8, "weights": "ab", "seed": 1, "eval.num_samples": 1000}
+    settings |= {"eval.features": "pixels", "reference.data": "digits", "reference.digest": "cd"}
+    settings |= {"sampling.ode_solver": "heun", "sampling.N": 18, "eval.dataset": "test"}
+    return to_json(settings | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def page_of(reports):
     return render(
         title="a <b>bold</b> run",
         facts={"network": "ncsnpp & co"},
         reports=reports,
-        shown=4,
+        shown=max(reports),
         curves={
             "train": [(s, 100 / s) for s in range(1, 2001)],
             "test": [(s, 100 / s) for s in range(200, 2001, 200)],
@@ -170,6 +185,54 @@ def test_browser_shows_the_page_without_a_network(page, tmp_path):
     assert ink.any(1).mean() > 0.2  # there is something on many of the lines
 
 
+@pytest.mark.parametrize(
+    "name, value, ranked",
+    [
+        ("sampling.N", 2, True),
+        ("sampling.guidance", 2.0, True),
+        ("eval.num_samples", 100, False),
+        ("eval.features", "torchscript-00000000", False),
+        ("reference.digest", "other", False),
+    ],
+)
+def test_checkpoints_of_other_settings_are_no_curve(name, value, ranked):
+    """What differs is a column; the best is marked where the distances are of one kind."""
+    report = {"seconds": 1.0, "num_samples": 100, "nonfinite": 0, "nfe": 9.0, "features": "pixels"}
+    report |= {"sampling_seconds": 1.0}
+    reports = {k: report | {"step": k, "fid": 3.0 / k, "settings": made_by(step=k)} for k in (1, 2)}
+    page = page_of(reports)
+    assert "class=best>1.500" in page and page.count("class=trends") == 1
+    assert "not evaluated alike" not in page and "No best" not in page
+    reports[1]["settings"] = made_by(step=1, **{name.replace(".", "__"): value})
+    page = page_of(reports)
+    assert f"<th>{name}</th>" in page and f"<td>{value}</td></tr>" in page
+    assert f"not evaluated alike ({name})" in page and "class=trends" not in page
+    content = re.search(r"data:text/csv;base64,([^\"]*)", page)[1]
+    rows = list(csv.DictReader(io.StringIO(base64.b64decode(content).decode())))
+    assert [row[name] == str(value) for row in rows] == [True, False]
+    assert ("class=best>1.500" in page) == ranked
+    assert (f"No best Fréchet distance: {name} differs" in page) != ranked
+
+
+def test_checkpoints_of_older_reports_are_not_ranked():
+    report = {"seconds": 1.0, "loss": 1.0}
+    reports = {k: report | {"step": k, "loss": 1.0 / k} for k in (1, 2)}
+    reports[2]["settings"] = made_by(step=2)
+    page = page_of(reports)
+    assert "<th>other settings</th>" in page and "<td>not known</td></tr>" in page
+    assert "class=best" not in page and "No best Loss: " in page
+
+
+def test_finite_samples_of_other_numbers_are_not_ranked():
+    report = {"seconds": 1.0, "nonfinite": 0, "nfe": 9.0, "sampling_seconds": 1.0}
+    reports = {
+        k: report | {"step": k, "fid": 3.0 / k, "num_samples": 10 * k, "settings": made_by(step=k)}
+        for k in (1, 2)
+    }
+    page = page_of(reports)
+    assert "class=best" not in page and "eval.num_samples differs (10 finite; 20 finite)" in page
+
+
 # --- parts ----------------------------------------------------------------------------------------
 
 
@@ -251,32 +314,49 @@ def test_durations(seconds, text):
     assert evaluation_page.duration(seconds) == text
 
 
-def test_distances_of_one_checkpoint_are_gathered(tmp_path):
+def test_distances_of_one_checkpoint_are_gathered(tmp_path, caplog):
     """By what tells the samplers apart, whatever their numbers of steps; and of equal samples."""
     heun = {"step": 8, "seconds": 1.0, "fid": 0.5, "features": "pixels", "num_samples": 10}
     heun |= {"nfe": 35.0, "nonfinite": 0, "sampling_seconds": 1.0}
 
     def save(folder, changes, **settings):
-        report = heun | {"sampling": json.dumps(settings)} | changes
+        report = heun | {"settings": made_by(**settings)} | changes
         save_npz(tmp_path / folder / "report_4.npz", **report)
         return evaluation_page.read_report(tmp_path / folder / "report_4.npz")
 
     def gathered():
         return evaluation_page.by_evaluations(tmp_path / "a", 4, shown)
 
-    shown = save("a", {}, ode_solver="heun", N=18)
+    shown = save("a", {})
     assert gathered() == {"heun": [(35, 0.5)]}
-    save("b", {"nfe": 9.0, "fid": 2.0}, ode_solver="heun", N=5)
-    save("c", {"nfe": 9.0, "num_samples": 11}, ode_solver="heun", N=5)
-    save("d", {"nfe": 9.0, "step": 6}, ode_solver="heun", N=5)
-    assert gathered() == {"heun": [(9, 2), (35, 0.5)]}
-    save("e", {"nfe": 10.0}, ode_solver="dpmpp", N=10)
-    save("f", {"sampling": "[" * 10_000})
-    (tmp_path / "g").mkdir()
-    (tmp_path / "g/report_4.npz").write_bytes(b"damaged")
+    five = {"nfe": 9.0}, {"sampling__N": 5}
+    save("b", five[0] | {"fid": 2.0}, **five[1])
+    save("c", five[0] | {"num_samples": 9}, **five[1])
+    for folder, other in {
+        "d": {"step": 6},
+        "e": {"weights": "other"},
+        "f": {"eval__ema_std": 0.1},
+        "g": {"eval__num_samples": 11},
+        "h": {"eval__features": "torchscript-12345678"},
+        "i": {"reference__digest": "other"},
+        "j": {"sampling__class_label": 3},
+    }.items():
+        save(folder, five[0], **five[1] | other)
+    save_npz(tmp_path / "k/report_4.npz", **heun, settings="[" * 10_000)
+    save_npz(
+        tmp_path / "l/report_4.npz", **heun, sampling=json.dumps({"ode_solver": "heun", "N": 5})
+    )
+    with caplog.at_level(logging.INFO):
+        assert gathered() == {"heun": [(9, 2), (35, 0.5)]}
+    assert {f for f in "abcdefghijkl" if f"{f}/report_4.npz" in caplog.text} == {*"cdefghijkl"}
+    save("m", {"nfe": 10.0}, sampling__ode_solver="dpmpp", sampling__N=10)
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n/report_4.npz").write_bytes(b"damaged")
     found = gathered()
     assert found["ode_solver=heun"] == [(9, 2), (35, 0.5)]
     assert found["ode_solver=dpmpp"] == [(10, 0.5)]
+    save("o", {"nfe": 18.0, "fid": 1.0}, sampling__N=5, sampling__guidance=2.0)
+    assert gathered()["ode_solver=heun, guidance=2.0"] == [(18, 1)]
 
 
 def test_time_of_training_over_two_starts(tmp_path, monkeypatch):

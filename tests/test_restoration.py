@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -285,6 +286,54 @@ def test_replacement_keeps_to_a_noisy_measurement(name, options):
     assert covariance < 0.2
 
 
+# --- a mask for each image ------------------------------------------------------------------------
+
+MASKS = torch.stack([KNOWN, KNOWN.T, ~KNOWN, torch.eye(2).bool()])[:, None]
+
+
+def measured_through(masks, noise):
+    """Four images, or as many as there are `masks`, and a state y of each."""
+    x, y = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(3)).double()
+    return Measurement(get_operator("inpaint", masks), MASKS * x, noise), y
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["edm", "vp", "pfgmpp2048"])
+@pytest.mark.parametrize("restorer", ["moment_matching", "pigdm", "dps"])
+def test_each_image_is_restored_through_its_mask_as_if_alone(restorer, name, noise):
+    method, data = METHODS[name], GaussianData((1, 2, 2))
+    net, (together, y) = data.network(method), measured_through(MASKS, noise)
+    slope = Restoring(method, together, RESTORERS[restorer]).slope(net, y, 0.7)
+    for i, mask in enumerate(MASKS[:, 0]):
+        one = Measurement(get_operator("inpaint", mask), together.value[i : i + 1], noise)
+        alone = Restoring(method, one, RESTORERS[restorer]).slope(net, y[i : i + 1], 0.7)
+        torch.testing.assert_close(slope[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_each_image_is_replaced_through_its_mask(noise):
+    method, (together, y) = METHODS["vp"], measured_through(MASKS, noise)
+    t = torch.tensor(0.9, dtype=torch.float64)
+    seeded = [torch.Generator().manual_seed(i) for i in range(4)]
+    replaced = Replacement(method, together)(seeded, y, t)
+    for i, mask in enumerate(MASKS[:, 0]):
+        one = Measurement(get_operator("inpaint", mask), together.value[i : i + 1], noise)
+        alone = Replacement(method, one)(torch.Generator().manual_seed(i), y[i : i + 1], t)
+        torch.testing.assert_close(replaced[i : i + 1], alone)
+    torch.testing.assert_close(replaced[~MASKS], y[~MASKS])
+
+
+@pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([3, 0, 0, 2])])
+def test_rows_of_a_measurement_take_their_masks_along(rows):
+    together, _ = measured_through(MASKS, 0.3)
+    some, x = together[rows], torch.ones(len(MASKS[rows]), 1, 2, 2).double()
+    assert torch.equal(some.value, together.value[rows])
+    assert torch.equal(some.operator.forward(x).bool(), MASKS[rows])
+    assert torch.equal(some[:1].operator.forward(x[:1]).bool(), MASKS[rows][:1])
+    shared = Measurement(get_operator("inpaint", KNOWN), together.value)[rows]
+    assert torch.equal(shared.operator.forward(x).bool(), KNOWN.expand(len(x), 1, 2, 2))
+
+
 # --- by the program -------------------------------------------------------------------------------
 
 
@@ -346,6 +395,54 @@ def test_a_mask_is_white_where_pixels_are_missing(run):
     run("inpaint", restore_mask=str(run.folder / "mask.png"))
     images = np.stack([np.asarray(Image.open(run.folder / f"images/{i}.png")) for i in range(3)])
     assert (restored(run) == images[:, None])[:, :, mask == 0].all()
+
+
+def write_masks(folder, count, white=lambda k: np.s_[2 * k : 2 * k + 3]):
+    """`count` masks of 8 x 8; of mask k the pixels `white(k)` are missing."""
+    folder.mkdir()
+    masks = np.zeros((count, 8, 8), np.uint8)
+    for k, mask in enumerate(masks):
+        mask[white(k)] = 255
+        Image.fromarray(mask).save(folder / f"{k}.png")
+    return masks
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_has_a_mask_for_each_image(run, packed, caplog):
+    caplog.set_level("INFO")
+    masks, path = write_masks(run.folder / "masks", 3), run.folder / "masks"
+    if packed:
+        path = shutil.make_archive(str(path), "zip", path)
+    report = run("inpaint", restore_mask=str(path))
+    images = np.stack([np.asarray(Image.open(run.folder / f"images/{i}.png")) for i in range(3)])
+    same = (restored(run) == images[:, None]).all(1)
+    assert same[masks == 0].all()
+    assert not same[masks == 255].all()
+    assert report["restore_psnr"] > 0
+    assert "3 masks, one for each image" in caplog.text
+
+
+def test_a_folder_of_one_mask_is_for_all_images(run):
+    masks = write_masks(run.folder / "masks", 1)
+    run("inpaint", restore_mask=str(run.folder / "masks"))
+    images = np.stack([np.asarray(Image.open(run.folder / f"images/{i}.png")) for i in range(3)])
+    assert (restored(run) == images[:, None])[:, :, masks[0] == 0].all()
+
+
+@pytest.mark.parametrize(
+    ("count", "white", "says"),
+    [
+        (2, np.s_[:4], "holds 2 masks for 3 images: it takes one for each"),
+        (4, np.s_[:4], "holds 4 masks for 3 images"),
+        (3, np.s_[:0], "masks: 0.png marks no pixel"),
+        (3, np.s_[:], "masks: 0.png marks all pixels"),
+    ],
+)
+def test_masks_that_do_not_fit_are_one_line(run, count, white, says):
+    write_masks(run.folder / "masks", count, lambda k: white)
+    with pytest.raises(ValueError, match=says) as caught:
+        run("inpaint", restore_mask=str(run.folder / "masks"))
+    assert "\n" not in str(caught.value)
 
 
 def test_measured_images_have_no_truth(run):

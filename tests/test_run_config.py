@@ -48,6 +48,16 @@ def test_missing_keys_have_their_defaults():
     assert config.optim.lr == get_default_config().optim.lr
 
 
+def test_keys_that_came_later_have_the_values_of_before():
+    assert get_default_config().data.rules == 0
+    assert restore({"model.nf": 16}).data.rules == 1
+    assert restore({"data.rules": 2}).data.rules == 2
+    config = restore({})
+    assert differences({}, flatten(config)) == []
+    config.data.rules = 2
+    assert differences({}, flatten(config)) == ["data.rules: 1 -> 2"]
+
+
 def test_removed_keys_are_ignored_and_told(caplog):
     caplog.set_level(logging.INFO)
     flat = dict.fromkeys(UNREAD, 3) | {"seed": 7}

@@ -141,6 +141,24 @@ def test_restorations_by_seed(trained, tmp_path):
     assert not np.array_equal(images[0], images[2])
 
 
+def test_restorations_by_seed_through_their_own_masks(trained, tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    masks = np.zeros((2, 8, 8), bool)
+    masks[0, :4], masks[1, :, 5:] = True, True
+    for k in range(2):
+        Image.fromarray(DIGITS[k]).save(tmp_path / f"images/{k}.png")
+        Image.fromarray(np.uint8(255 * masks[k])).save(tmp_path / f"masks/{k}.png")
+    paths = {f"restore_{k}": str(tmp_path / v) for k, v in (("path", "images"), ("mask", "masks"))}
+    sample(trained, tmp_path / "out", seeds="0-4", restore="inpaint", restorer="pigdm", **paths)
+    with np.load(tmp_path / "out/samples.npz") as file:
+        images = file["samples"][..., 0]
+    for seed, image in enumerate(images):
+        missing = masks[seed % 2]
+        assert np.array_equal(image[~missing], DIGITS[seed % 2][~missing])
+        assert not np.array_equal(image[missing], DIGITS[seed % 2][missing])
+
+
 # --- images that are given ------------------------------------------------------------------------
 
 

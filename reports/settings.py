@@ -1,0 +1,178 @@
+"""The settings that made a report: how they are written, read, compared, and what they allow.
+
+A report has them as its entry `settings`, JSON of a flat dictionary. Reports of older programs lack
+it: a few settings follow from their other entries, and the rest is not known.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from metrics.table import METRICS
+from solvers import FITTED, SOLVERS, solver_named
+
+UNKNOWN = "not known"
+ABSENT = "–"  # of a part that was not evaluated
+REST = "other settings"  # stands for those that an older report does not tell
+ORDER = 3  # what sampling.order=None means
+LARGEST = 2**20  # letters of the JSON
+SCALARS = (str, int, float, bool, type(None))
+OF_CHECKPOINT = ("step", "weights")  # differ between the checkpoints of a run
+
+# Settings, or the beginnings of their names, that have to be the same where values are ranked: of
+# metrics of samples, and of those that are computed over a split.
+OF_SAMPLES = ("eval.num_samples", "eval.features", "reference.", "sampling.class_label")
+OF_SPLIT = ("eval.dataset", "split.")
+OF_SPLIT_TOO = {"loss": ("loss.", "method", "data.centered"), "accuracy": ("classes.",)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings by name; `complete` is False where those that are missing are not known."""
+
+    values: Mapping[str, Any]
+    complete: bool = True
+
+    def text(self, name: str) -> str:
+        if name in self.values:
+            return str(self.values[name])
+        return ABSENT if self.complete else UNKNOWN
+
+    def without(self, *names: str) -> "Settings":
+        rest = {name: value for name, value in self.values.items() if name not in names}
+        return dataclasses.replace(self, values=rest)
+
+
+def to_json(settings: Mapping[str, Any]) -> str:
+    """`settings` as the entry of a report: infinities become words, tuples lists."""
+    return json.dumps({name: _plain(v) for name, v in settings.items()}, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [*map(_plain, value)]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def of_method(method) -> dict[str, Any]:
+    """The numbers of a method, one by one where it is a dataclass."""
+    if not dataclasses.is_dataclass(method):
+        return {"method": repr(method)}
+    names = [field.name for field in dataclasses.fields(method) if field.repr]
+    numbers = {f"method.{name}": getattr(method, name) for name in names}
+    return {"method": type(method).__name__, **numbers}
+
+
+def of_sampler(sampling: Mapping[str, Any], guide: str = UNKNOWN) -> dict[str, Any]:
+    """The settings of a sampler by their keys in a config, with what 'auto' and None mean.
+
+    Args:
+        sampling: config.sampling.
+        guide: a digest of the network of `sampling.guide`, whose path says little.
+    """
+    decided, name = dict(sampling), sampling.get("ode_solver")
+    if name in (*SOLVERS, FITTED):
+        solver = solver_named(name)
+        if decided.get("schedule") == "auto":
+            decided["schedule"] = solver.schedule or "its own"
+        if decided.get("order", ORDER) is None:
+            decided["order"] = ORDER if solver.orders else None
+    if decided.get("guide"):
+        decided["guide"] = guide
+    # what is restored stands among the settings of restoration
+    unread = ("restore_path", "restore_mask") if decided.get("restore") else ("restore",)
+    return {
+        f"sampling.{key}": _plain(value)
+        for key, value in decided.items()
+        if not key.startswith(unread)
+    }
+
+
+def of_report(report: Mapping) -> Settings:
+    """The settings that made a report (the arrays of report_{k}.npz).
+
+    Raises:
+        ValueError: its entry `settings` is no JSON of a flat dictionary.
+    """
+    if "settings" in report:
+        return Settings(_flat("settings", str(report["settings"])))
+    values: dict[str, Any] = {"eval.ema_std": float(report.get("ema_std", 0))}
+    if "step" in report:
+        values["step"] = _whole(report["step"])
+    if "sampling" in report:
+        values |= of_sampler(_flat("sampling", str(report["sampling"])))
+    if "num_samples" in report:
+        values["eval.num_samples"] = _whole(report["num_samples"] + report.get("nonfinite", 0))
+    if "features" in report:
+        space = str(report["features"])
+        values["eval.features"] = space if space == "pixels" else f"{space}, weights {UNKNOWN}"
+    return Settings(values, complete=False)
+
+
+def _whole(number) -> int | str:
+    """A number that should be whole; a stranger's may be infinite."""
+    return int(number) if float(number).is_integer() else str(number)
+
+
+def _flat(name: str, text: str) -> dict[str, Any]:
+    try:
+        flat = json.loads(text if len(text) <= LARGEST else "")
+    except (ValueError, RecursionError):
+        flat = None
+    entries = flat.values() if isinstance(flat, dict) else [{}]
+    rows = (value if isinstance(value, list) else [value] for value in entries)
+    if not all(isinstance(entry, SCALARS) for row in rows for entry in row):
+        raise ValueError(f"the report's {name} are no JSON of a flat dictionary; evaluate it again")
+    return flat
+
+
+def differing(settings: Sequence[Settings]) -> dict[str, list[str]]:
+    """{name: its text in each of `settings`} of those that are not the same everywhere.
+
+    Where the known values agree and others are not known, `REST` stands for all such names.
+    """
+    names = dict.fromkeys(name for one in settings for name in one.values)
+    rows = {name: [one.text(name) for one in settings] for name in names}
+    differ = {k: row for k, row in rows.items() if len({t for t in row if t != UNKNOWN}) > 1}
+    if any(not one.complete for one in settings):
+        differ[REST] = ["known" if one.complete else UNKNOWN for one in settings]
+    return differ
+
+
+def obstacle(metric: str, reports: Sequence[Mapping]) -> str:
+    """Why the values of a metric in `reports` are not ranked, in a line; "" where they can be."""
+    of_samples = METRICS[metric].compute is not None
+    needed = OF_SAMPLES if of_samples else OF_SPLIT + OF_SPLIT_TOO.get(metric, ())
+    settings, reasons = [of_report(report) for report in reports], []
+    differ = {k: texts for k, texts in differing(settings).items() if k.startswith(needed)}
+    finite = [str(_whole(report.get("num_samples", 0))) for report in reports]
+    if of_samples and len(set(finite)) > 1:
+        differ.setdefault("eval.num_samples", [f"{number} finite" for number in finite])
+    if not all(one.complete for one in settings):
+        reasons.append(f"the data that an older report compares with are {UNKNOWN}")
+    for name, texts in differ.items():
+        reasons.append(f"{name} differs ({'; '.join(dict.fromkeys(texts))})")
+    return ", ".join(reasons)
+
+
+def sampler_words(settings: Settings, *cost: str) -> str:
+    """Solver, its `cost`, steps, noise and guidance of a sampler, in a few words."""
+    at = {key.removeprefix("sampling."): value for key, value in settings.values.items()}
+    if at.get("method") != "ode":
+        words = [f"{at.get('predictor')} and {at.get('corrector')}", *cost]
+    elif at.get("schedule") == "its own":
+        words = [at.get("ode_solver"), *cost, f"rtol {at.get('rtol')}, atol {at.get('atol')}"]
+    else:
+        words = [at.get("ode_solver"), *cost, f"{at.get('N')} steps"]
+    if at.get("S_churn"):
+        words.append(f"churn {at['S_churn']}")
+    if at.get("class_label", -1) != -1:
+        words.append(f"class {at['class_label']}")
+    if at.get("guidance", 1) != 1:
+        by = f" by the network {at['guide']}" if at.get("guide") else ""
+        within = " at noise levels {} to {}".format(*at["guidance_interval"] or (0, "inf"))
+        words.append(f"guidance {at['guidance']}{by}{within}")
+    return ", ".join(words)

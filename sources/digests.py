@@ -1,0 +1,244 @@
+"""Digests of data: SHA-256 by which images are known again without decoding them."""
+
+import hashlib
+import logging
+import os
+import stat
+import sys
+import time
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from sources.base import PerProcess, Source, Unreadable, View
+from storage.files import atomic_write, one_line
+
+log = logging.getLogger(__name__)
+
+SAMPLES = 64  # images of a source that has no digest of its own
+BLOCKS, BLOCK = 1024, 2**16  # of a large array; what they cover is small, and hashed whole
+LARGEST = 2**28  # bytes of a file that are hashed; no image that is read is larger
+PIECE = 2**20  # bytes read at once
+THREADS, CHUNK = 16, 64  # that read files, and how many files each reads at once
+MANY, MUCH = 1000, 2**24  # files, or bytes of them, whose checksums are worth a cache
+KEY = 8  # bytes of the hash of a file's name, size and times in the cache
+FRESH = 10**8  # ns in which a file may be written twice with one time
+
+Numbers = NDArray[np.int64]
+
+
+def joined(*parts: str | bytes | NDArray[np.uint8]) -> str:
+    """SHA-256, 64 hexadecimal digits, of `parts` in their order, arrays (n,) among them."""
+    total = hashlib.sha256()
+    for part in parts:
+        content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
+        total.update(len(content).to_bytes(8, "little"))
+        total.update(content)
+    return total.hexdigest()
+
+
+def of_source(source: Source) -> str:
+    """The digest of the images of `source` in their order.
+
+    A source may have its own, `digest()`. An array has that of its bytes (see `of_array`), and any
+    other source that of its number of images and of up to 64 of them, so that a change of another
+    image goes unseen.
+    """
+    if isinstance(source, View):
+        if source.digest_of is not None:
+            return source.digest_of(source.index)
+        return joined(of_source(source.source), np.ascontiguousarray(source.index).tobytes())
+    if hasattr(source, "digest"):
+        return source.digest()
+    if isinstance(source, PerProcess):
+        return of_source(source())
+    return of_array(source) if isinstance(source, np.ndarray) else of_samples(source)
+
+
+def of_samples(source: Source) -> str:
+    """The digest of the number of images of `source` and of up to 64 of them, decoded."""
+    parts: list[str | bytes] = [str(len(source))]
+    for i in np.unique(np.linspace(0, len(source) - 1, SAMPLES).astype(int)).tolist():
+        try:
+            image = np.ascontiguousarray(source[i])
+        except Unreadable:
+            parts.append("unreadable")
+        else:
+            parts += [str(image.shape), image.tobytes()]
+    return joined(*parts)
+
+
+def of_array(array: NDArray, whole: bool = False) -> str:
+    """The digest of `array`: of all its bytes or, of more than 64 MiB, of 1,024 fixed blocks.
+
+    With `whole` it is that of all bytes however many there are.
+    """
+    content, blocks = array.ravel(order="K").view(np.uint8), []
+    if whole or len(content) <= BLOCKS * BLOCK:
+        blocks.append(content)
+    else:
+        starts = np.linspace(0, len(content) - BLOCK, BLOCKS).astype(int)
+        blocks += [content[start : start + BLOCK] for start in starts]
+    return joined(array.dtype.str, str(array.shape), *blocks)
+
+
+def of_words(*words: object, index: Numbers) -> str:
+    """The digest of the images `index` of data that `words` describe well enough."""
+    return joined(*map(str, words), index.tobytes())
+
+
+def of_zip(path: Path, index: Numbers) -> str:
+    """The digest of the images `index` of arrays in a zip file, by the CRCs in its directory."""
+    with zipfile.ZipFile(path) as archive:
+        entries = sorted((e.filename, e.file_size, e.CRC) for e in archive.infolist())
+    return joined(*(f"{name}\0{size}\0{crc}" for name, size, crc in entries), index.tobytes())
+
+
+def of_files(
+    where: Path,
+    archive: PerProcess | None,
+    names: list[str],
+    beside: Sequence[str],
+    content: bool,
+    index: Numbers,
+) -> str:
+    """The digest of the files number `index` of `names`, and of those `beside` them.
+
+    It is that of their names, sizes and CRC-32, of an `archive` those in its directory, else those
+    of the files below the folder `where`. These are read once and then known by size and time (see
+    `_checks`); without `content` they are not read, and only names and sizes count.
+    """
+    some = [*(names[i] for i in index), *beside]
+    if archive is not None:
+        entries = [archive().getinfo(name) for name in some]
+        sizes = np.array([entry.file_size for entry in entries], np.int64)
+        crcs = np.array([entry.CRC for entry in entries], np.int64)
+    else:
+        sizes, crcs = _checks(where, some, content, 4 * len(names))
+    words = unicodedata.normalize("NFC", "\0".join(some))
+    return joined(words, sizes.tobytes(), crcs.tobytes())
+
+
+# --- files of a folder ----------------------------------------------------------------------------
+
+
+def _checks(where: Path, names: list[str], content: bool, most: int) -> tuple[Numbers, Numbers]:
+    """Size and CRC-32 (n,) of the n files `names` below `where`; 0 for a CRC that is not computed.
+
+    Checksums of files that have not changed since, by size and times, come from a cache; one of
+    `most` entries is begun anew. A file that is none, or cannot be read, has the size -1.
+    """
+    stats = [_stat(f"{where}/{name}") for name in names]
+    sizes = np.array([-1 if s is None else s.st_size for s in stats], np.int64)
+    crcs = np.zeros(len(names), np.int64)
+    if not content:
+        return sizes, crcs
+    cache, path = _read_cache(where), _cache_path(where)
+    keys = np.frombuffer(b"".join(map(_key, names, stats)), np.int64)
+    at = np.searchsorted(cache[:, 0], keys).clip(max=len(cache) - 1)
+    hit = cache[at, 0] == keys
+    crcs[hit] = cache[at[hit], 1]
+    missing, now = np.flatnonzero(~hit & (sizes >= 0)), time.time_ns()
+    amount, entries = sizes[missing].sum(), []
+    try:
+        for i, crc in zip(missing, _crcs(where, [names[i] for i in missing]), strict=True):
+            if crc is None:
+                sizes[i] = -1
+                continue
+            crcs[i] = crc
+            if now - max(stats[i].st_mtime_ns, stats[i].st_ctime_ns) > FRESH:
+                entries.append((keys[i], crc))
+    finally:  # also where an interrupt ends the reading of many files
+        if entries and (len(missing) >= MANY or amount >= MUCH):
+            old = cache if len(cache) < most else cache[:1]  # others are of files of the past
+            _write_cache(path, np.concatenate([old, entries]))
+    return sizes, crcs
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        found = os.stat(path)
+    except OSError:  # the image counts as unreadable too, and is named then
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
+def _key(name: str, found: os.stat_result | None) -> bytes:
+    if found is None:
+        return bytes(KEY)
+    words = f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}"
+    return hashlib.blake2b(words.encode(errors="surrogatepass"), digest_size=KEY).digest()
+
+
+def _crcs(where: Path, names: list[str]) -> Iterator[int | None]:
+    """The CRC-32 of each file, in this order; None of one that cannot be read."""
+    interval = 0.2 if sys.stderr.isatty() else 10
+    if not names:
+        return
+    chunks = [names[i : i + CHUNK] for i in range(0, len(names), CHUNK)]
+    with (
+        ThreadPoolExecutor(THREADS) as pool,
+        tqdm(total=len(names), desc="digest", unit="file", delay=1, mininterval=interval) as bar,
+    ):
+        try:
+            for crcs in pool.map(partial(_crcs_of, where), chunks):
+                bar.update(len(crcs))
+                yield from crcs
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _crcs_of(where: Path, names: list[str]) -> list[int | None]:
+    return [_crc(f"{where}/{name}") for name in names]
+
+
+def _crc(path: str) -> int | None:
+    crc, rest = 0, LARGEST
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(min(PIECE, rest)):
+                crc, rest = zlib.crc32(piece, crc), rest - len(piece)
+    except OSError:  # as in `_stat`
+        return None
+    return crc
+
+
+def _cache_path(where: Path) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "pfgm" / f"digests-{joined(str(where.resolve()))[:16]}.npy"
+
+
+def _read_cache(where: Path) -> Numbers:
+    """Keys and CRC-32 (n, 2) by rising keys; of none, or of a damaged cache, the row (0, 0)."""
+    path, empty = _cache_path(where), np.zeros((1, 2), np.int64)
+    try:
+        if not path.is_file():
+            return empty
+        cache = np.load(path, allow_pickle=False)
+        if cache.dtype != np.int64 or cache.ndim != 2 or cache.shape[1] != 2 or not len(cache):
+            raise ValueError(f"it is {cache.dtype} {cache.shape}")
+    except (OSError, ValueError, EOFError) as error:
+        log.warning(f"{path} is not used: {one_line(error)}")
+        return empty
+    return cache
+
+
+def _write_cache(path: Path, cache: Numbers) -> None:
+    mine = path.with_suffix(f".{os.getpid()}.npy")  # runs on the same data may start together
+    try:
+        if not path.is_absolute():
+            raise FileNotFoundError("there is no home folder")
+        with atomic_write(mine) as file:
+            np.save(file, cache[np.argsort(cache[:, 0], kind="stable")])
+        mine.replace(path)
+    except OSError as error:
+        log.warning(f"the checksums of the data are not kept for the next start: {error}")

@@ -1,0 +1,68 @@
+"""Class labels of image files: those of a `dataset.json`, else the folders they lie in."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sources.base import Classes
+from sources.listing import METADATA
+
+
+def of_folders(
+    names: Sequence[str], in_split: Sequence[str], below_split: bool, order: Callable[[str], Any]
+) -> Classes:
+    """Classes of the images `names`, which are those of the images `in_split`, sorted by `order`.
+
+    The folder of a class is on top, below a single folder that holds all, or below that of its
+    split. A single folder with images and no folders is one class. Labels of other images are -1.
+    """
+    single = len({name.partition("/")[0] for name in names}) == 1
+    level = below_split + single
+    if single and not below_split and all(_folder_at(n, level) is None for n in names):
+        level -= 1
+    folders = {name: _folder_at(name, level) for name in names}
+    classes = sorted({folders[name] for name in in_split} - {None}, key=order)
+    numbers = {name: i for i, name in enumerate(classes)}
+    labels = [numbers.get(folders[name], -1) for name in names]
+    return Classes(np.array(labels, np.int64), tuple(classes))
+
+
+def natural(name: str) -> tuple:
+    """A key to sort by: numbers in a name as numbers, which come before text."""
+    pieces = re.split(r"([0-9]+)", name)
+    pieces[1::2] = [(len(digits := piece.lstrip("0")), digits) for piece in pieces[1::2]]
+    return (*pieces,), name
+
+
+def of_metadata(names: Sequence[str], content: bytes, clean: Callable[[str], str]) -> Classes:
+    """Classes of the images `names` by a `dataset.json`, {"labels": [["path", label], ...]}.
+
+    `clean` makes names of its paths. Labels of images that it does not name are -1. Raises anything
+    where `content` is damaged.
+    """
+    labels = json.loads(content)["labels"]
+    if not labels:
+        raise ValueError("it has no labels")
+    for name, label in dict(labels).items():
+        if type(name) is not str or type(label) is not int or label < 0:
+            raise ValueError(f"{name!r:.100} has the label {label!r:.50}, no class's number")
+    numbers = {clean(name): label for name, label in labels}
+    return Classes(np.array([numbers.get(name, -1) for name in names], np.int64))
+
+
+def check(where: str, names: Sequence[str], classes: Classes, in_split: Sequence[str]) -> None:
+    """ValueError, with `where` the images are, where one of those `in_split` has no label."""
+    labels = dict(zip(names, classes.labels.tolist(), strict=True))
+    if missing := [name for name in in_split if labels[name] < 0]:
+        raise ValueError(
+            f"{len(missing):,} of {len(in_split):,} images of {where} have no class label, "
+            f"such as {missing[0]}: each class needs a folder, or each image a line in {METADATA}"
+        )
+
+
+def _folder_at(name: str, level: int) -> str | None:
+    folders = name.split("/")[:-1]
+    return folders[level] if level < len(folders) else None

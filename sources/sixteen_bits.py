@@ -1,0 +1,224 @@
+"""Images of 16 bits a channel: their values, of which seldom all are used, and bytes of these.
+
+A scanner of 12 bits writes 0 to 4,095 into 16. Pillow gives the values of grey images, but of
+others the high bytes alone, so these are read twice, the second time as if their bytes were in the
+other order.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+Range = tuple[float, float]  # what becomes black, and what becomes white
+
+WHOLE: Range = (0, 2**16 - 1)
+AT_ONCE = 2**20  # values that are turned into bytes
+LOOKED_AT = 64  # images of a set whose headers tell whether any have 16 bits
+
+NATIVE = "L" if sys.byteorder == "little" else "B"  # the order of bytes, as Pillow names it
+
+# TIFF's tags
+BITS, PHOTOMETRIC, WHITE_IS_ZERO, PLANES, SEPARATE = 258, 262, 0, 284, 2
+
+
+@dataclass(frozen=True)
+class SixteenBits:
+    """An image: `values` (H, W, 1 or 3), whole numbers; `alpha` (H, W), where it has any."""
+
+    values: NDArray[np.integer]
+    alpha: NDArray[np.uint8] | None
+    white_is_zero: bool = False
+
+    def extent(self) -> tuple[int, int]:
+        """Smallest and largest value that is not wholly transparent; (0, 0) without any."""
+        visible = self.values if self.alpha is None else self.values[self.alpha > 0]
+        return (int(visible.min()), int(visible.max())) if visible.size else (0, 0)
+
+    def as_bytes(self, scale: Range | tuple[()]) -> Image.Image:
+        """The image in 8 bits: `scale` becomes 0 to 255, what is beyond it is clamped.
+
+        Without a scale it is `range_of_bits` of the largest value. Raises ValueError where there is
+        no scale and a value is below 0.
+        """
+        pixels = _scaled(self.values, scale or range_of_bits(*self.extent()))
+        if self.white_is_zero:
+            pixels = 255 - pixels
+        if self.alpha is None:
+            return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        colours = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+        return Image.fromarray(np.concatenate([colours, self.alpha[..., None]], axis=2))
+
+
+def range_of_bits(smallest: int, largest: int) -> Range:
+    """(0, 2^b - 1) with the fewest bits b, at least 8, that hold `largest`.
+
+    Raises ValueError where `smallest` is below 0.
+    """
+    if smallest < 0:
+        raise ValueError(
+            f"it has values from {smallest:,} to {largest:,}: name those that are black and white "
+            "as data.scale=(low, high)"
+        )
+    return 0, 2 ** max(8, largest.bit_length()) - 1
+
+
+def _scaled(values: NDArray, scale: Range) -> NDArray[np.uint8]:
+    """round(255 (v - low) / (high - low)), clamped, by a table of the values that there are."""
+    (low, high), first = scale, int(values.min())
+    table = np.arange(first, int(values.max()) + 1)
+    table = np.clip((table - low) * 255 / (high - low), 0, 255).round().astype(np.uint8)
+    pixels, rows = np.empty(values.shape, np.uint8), max(1, AT_ONCE // values[:1].size)
+    for top in range(0, len(values), rows):  # since an index takes eight bytes
+        pixels[top : top + rows] = table[values[top : top + rows].astype(np.int32) - first]
+    return pixels
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def may_have_16_bits(image: Image.Image) -> bool:
+    """Whether the header of `image`, opened and not loaded, is of more than 8 bits a channel.
+
+    That of a CMYK image counts as one of 8: inks have no other range than that of their container.
+    """
+    if image.mode.startswith(("I", "F")):
+        return True
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS, (1,))) > 8 and image.mode != "CMYK"
+    return image.format == "PNG" and ";16" in _raw_mode(image.tile[0])
+
+
+def read(open_image: Callable[[], Image.Image]) -> SixteenBits | None:
+    """The values of a PNG or TIFF file, upright, that `open_image` opens; None if it has 8 bits.
+
+    Raises ValueError where it has more than 16; anything where it is damaged.
+    """
+    image = open_image()
+    if not may_have_16_bits(image):
+        return None
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "F" or max(tags.get(BITS, (16,))) > 16:
+        kind = "floating point" if image.mode == "F" else "whole"
+        raise ValueError(
+            f"it holds {kind} numbers of 32 bits, whose range is not known: save them as 8 bits, "
+            "or as 16 bits with data.scale"
+        )
+    grey, one_by_one = image.mode.startswith("I"), tags.get(PLANES) == SEPARATE
+    if one_by_one and (image.mode == "I" or not grey and image.tile[0].codec_name == "libtiff"):
+        raise ValueError("its channels lie one after another in 16 bits: save it as PNG")
+    transparent = image.info.get("transparency")  # PNG's tRNS: a value that means no colour
+    if grey:
+        values, alpha = _decoded(image, partial(_raw_grey, image))[..., None], None
+    elif _raw_mode(image.tile[0]) == "LA;16B":
+        both = _decoded(image, lambda mode: "RGBA").view(">u2")  # four bytes of a pixel, as stored
+        values, alpha = both[..., :1], _scaled(both[..., 1], WHOLE)
+    else:
+        values, alpha = _from_halves(image, open_image())
+    if transparent is not None:
+        alpha = np.where((values == transparent).all(-1), 0, 255).astype(np.uint8)
+    return SixteenBits(values, alpha, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
+
+
+def _raw_grey(image: Image.Image, raw: str) -> str:
+    """The mode of grey values, of which Pillow forgets how those of planes and of libtiff lie."""
+    if raw == "I":
+        return image.mode
+    if raw == "I;16BS" and image.tile[0].codec_name == "libtiff":
+        return {"L": "I;16S", "B": raw}[NATIVE]
+    return raw
+
+
+def _from_halves(
+    image: Image.Image, again: Image.Image
+) -> tuple[NDArray[np.uint16], NDArray[np.uint8] | None]:
+    """RGB values and alpha of `image`, which is opened `again` for the low bytes."""
+    modes = {_raw_mode(tile) for tile in image.tile}
+    _, _, order = min(modes).partition(";16")
+    if not order:  # planes, R, G and B, which Pillow would read as bytes
+        order = "B" if image.tag_v2.prefix == b"MM" else "L"
+    order = {"N": NATIVE}.get(order, order)
+
+    def read_as(order: str) -> Callable[[str], str]:
+        return lambda mode: f"{mode.partition(';')[0].replace('a', 'A')};16{order}"
+
+    high, low = (
+        _decoded(each, read_as(letter))
+        for each, letter in ((image, order), (again, {"L": "B", "B": "L"}[order]))
+    )
+    values = high.astype(np.uint16)
+    values <<= 8
+    values |= low
+    if values.shape[2] == 3:
+        return values, None
+    colours, alpha = values[..., :3], values[..., 3:]
+    if any("a" in mode for mode in modes):  # the colours are multiplied by it
+        colours = colours.astype(np.int64) * WHOLE[1] // np.maximum(alpha, 1)
+        colours = np.minimum(colours, WHOLE[1]).astype(np.uint16)
+    return colours, _scaled(alpha[..., 0], WHOLE)
+
+
+def _raw_mode(tile) -> str:
+    return tile.args if isinstance(tile.args, str) else tile.args[0]
+
+
+def _decoded(image: Image.Image, mode: Callable[[str], str]) -> NDArray:
+    """The pixels, upright, read as if they were stored as `mode` makes of how they are."""
+
+    def changed(tile):
+        raw = mode(_raw_mode(tile))
+        return tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
+
+    image.tile = [changed(tile) for tile in image.tile]
+    ImageOps.exif_transpose(image, in_place=True)
+    return np.ascontiguousarray(image)
+
+
+# --- the range of a set of images -----------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """The `scale` of a set of images and, where some have 16 bits, a line on it."""
+
+    scale: Range | tuple[()]
+    line: str | None = None
+
+
+def measure(
+    n: int,
+    has_16_bits: Callable[[int], bool],
+    extent: Callable[[int], tuple[int, int] | None],
+    watch: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Measured:
+    """`range_of_bits` of the largest value in n images; () where none has 16 bits.
+
+    Up to `LOOKED_AT` of them, spread evenly, are asked first whether they have, so that others cost
+    nothing more. No more is read once a value needs all bits.
+
+    Args:
+        has_16_bits: whether the header of an image, by its number, says so.
+        extent: its smallest and largest value; None where it has 8 bits or cannot be read.
+        watch: what shows the progress of a loop over the numbers, such as `tqdm`.
+
+    Raises:
+        ValueError: a value is below 0.
+    """
+    first = np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int).tolist()
+    if not any(map(has_16_bits, first)):
+        return Measured(())
+    rest = sorted(set(range(n)) - set(first))
+    smallest = largest = 0
+    for i in watch([*first, *rest]):
+        low, high = extent(i) or (0, 0)
+        smallest, largest = min(smallest, low), max(largest, high)
+        if smallest < 0 or largest > WHOLE[1] // 2:
+            break
+    scale = range_of_bits(smallest, largest)
+    bits = (scale[1] + 1).bit_length() - 1
+    top = f"{scale[1] if scale == WHOLE else largest:,}"
+    return Measured(scale, f"16-bit images: values up to {top} count as {bits} bits (data.scale)")

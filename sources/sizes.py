@@ -1,0 +1,81 @@
+"""The sizes that images have before they are cut and resized, and what becomes of them in words."""
+
+import io
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from sources.base import Unreadable, View
+
+SAMPLED = 64  # images that are looked at where they are many
+FEW = 1024  # of so many each is looked at
+HEADER_BYTES = 2**17  # of a file, where its size should stand
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+
+Size = tuple[int, int]  # height and width
+ORIENTATION = 0x0112  # EXIF's tag
+TURNED = (5, 6, 7, 8)  # its values where height and width are swapped
+
+
+def size_in_header(header: bytes) -> Size:
+    """The size of an image file that begins with `header`, upright as EXIF says.
+
+    Raises anything where that is damaged, or does not say it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(header), formats=FORMATS)
+    width, height = image.size
+    # the tag of a PNG may stand behind its pixels
+    turned = image.format != "PNG" and image.getexif().get(ORIENTATION) in TURNED
+    return (width, height) if turned else (height, width)
+
+
+def sizes_of(view: View) -> list[Size]:
+    """Sizes of the original images of `view`: of all up to `FEW`, else of `SAMPLED` spread ones.
+
+    Images that cannot be read are left out.
+    """
+    number, sizes = len(view.index), []
+    for i in np.linspace(0, number - 1, number if number <= FEW else SAMPLED).astype(int):
+        at = int(view.index[i])
+        try:
+            read = getattr(view.source, "size", None)  # an array's own `size` is a number
+            sizes.append(read(at) if callable(read) else view.source[at].shape[:2])
+        except Unreadable:
+            continue
+    return sizes
+
+
+def made_of(view: View, size: int) -> str:
+    """From which sizes the images of `view` are made, and how, in words; "" where nothing changes.
+
+    They are those that `sizes_of` looks at, and the words say so where these are not all.
+    """
+    sizes = sizes_of(view)
+    if not (changed := changes(sizes, size)):
+        return ""
+    looked = "" if len(view.index) <= FEW else f" of those looked at, {len(sizes)} in all"
+    return f"made of {extent(sizes)} pixels{looked}: {', '.join(changed)}"
+
+
+def changes(sizes: Sequence[Size], size: int) -> list[str]:
+    """What cutting a square and resizing it to `size` does to images of these `sizes`, in words.
+
+    One entry for each kind of change, with the number of images: cut, reduced, enlarged.
+    """
+    sides = [min(each) for each in sizes]
+    counts = {
+        "cut to the central square": sum(height != width for height, width in sizes),
+        f"reduced to {size} x {size}": sum(side > size for side in sides),
+        f"enlarged to {size} x {size}": sum(side < size for side in sides),
+    }
+    return [f"{count:,} of {len(sizes):,} {what}" for what, count in counts.items() if count]
+
+
+def extent(sizes: Sequence[Size]) -> str:
+    """The range of `sizes`, by their number of pixels: "20 x 30 to 480 x 640", height first."""
+    ends = (min(sizes, key=np.prod), max(sizes, key=np.prod))
+    return " to ".join(dict.fromkeys(f"{height} x {width}" for height, width in ends))
