@@ -214,10 +214,14 @@ def _open_in(archive: PerProcess, name: str) -> IO[bytes]:
 
 
 class Opened(NamedTuple):
-    """The image files of a folder or zip, and what opens one by the name it is stored under."""
+    """The image files of a folder or zip, and what opens one by the name it is stored under.
+
+    `archive` gives the zip file, in each process; it is None for a folder.
+    """
 
     listed: Listed
     open: Callable[[str], IO[bytes]]
+    archive: PerProcess | None = None
 
 
 def _list(path: Path, rules: Rules, key: str = "data.path") -> Opened:
@@ -228,7 +232,7 @@ def _list(path: Path, rules: Rules, key: str = "data.path") -> Opened:
         except Exception as error:  # a damaged directory makes it fail in any way
             says = f"is no folder, .npy, .npz or zip file: {one_line(error)}"
             raise ValueError(f"{key}={path} {says}") from error
-        opened = Opened(rules.list_names(names), partial(_open_in, archive))
+        opened = Opened(rules.list_names(names), partial(_open_in, archive), archive)
     else:
         opened = Opened(rules.list_folder(path), partial(open_below, path))
     if not opened.listed.files:
