@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from sources.base import held_out
+
 SHARE = 0.1  # of the images, held out where nobody has split them
 
 # Words for the splits, in any case; of several names the first word counts.
@@ -67,7 +69,7 @@ def held_out_by_name(names: Sequence[str], split: str) -> NDArray[np.int64]:
     Raises ValueError where there are fewer than two.
     """
     if len(names) < 2:
-        raise ValueError(f"{len(names)} image(s) cannot be split into data to train and to test on")
+        return held_out(len(names), split)  # raises
     hashes = np.array([_hash(name) for name in names])
     test = hashes < SHARE
     test[hashes.argmin()] = True
