@@ -99,7 +99,8 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
 def restore(flat: Any) -> ConfigDict:
     """The complete, locked config with the values of `flat`; keys it lacks keep their defaults.
 
-    Where the program did otherwise before it had a key, that counts (`_before`). Keys that are removed from the configs are left out, and the log says so.
+    Where the program did otherwise before it had a key, that counts (`_before`). Keys that are
+    removed from the configs are left out, and the log says so.
 
     Raises:
         ValueError: `flat` is no dictionary of numbers, strings, None and lists of these, it has
