@@ -1,4 +1,4 @@
-"""The parts of an evaluation: loss, bits/dim, samples against data, pictures.
+"""The parts of an evaluation: loss, bits/dim, classification, samples against data, restoration.
 
 Each result is a file that says what it was computed from, so an evaluation that was killed
 continues from its files, and several processes can share the work.
@@ -8,42 +8,33 @@ import hashlib
 import json
 import logging
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import datasets
-import distributed
-import likelihood
-import sampling
+from datasets import DataSet, batch_at, in_order, keyed_generator, to_unit_interval
 from experiment import Experiment
+from library.restoration import RESTORATIONS, ToRestore, restoring_sampler
+from library.rounds import in_batches, remove_others, shared
+from likelihood import log_posterior
 from methods.base import conditioned
-from methods.restoration import RESTORE, Measurement, get_operator
+from methods.restoration import Measurement
 from metrics.distances import TooFew
 from metrics.features import FeatureSpace
-from metrics.reference import ReferenceStatistics, data_name, fingerprint
+from metrics.reference import ReferenceStatistics
 from metrics.table import OF_HALVES, Comparison, compare, compare_halves
-from models.ema import rebuilding_weights
-from reports import settings
-from reports.images import Images, channels_last, image_grid, to_uint8
+from reports.images import Images, channels_last, image_grid, save_grid, to_uint8
 from reports.progress import progress_bar, solver_bar
 from solvers.base import TooManyEvaluations
-from sources.batch import Batch
-from sources.folder import read_images
-from sources.images import cropped_then_resized
-from sources.sizes import changes, extent
-from storage.checkpoints import load_checkpoint, written_steps
+from solvers.solve import solve_ode
+from sources.batch import Conditions
 from storage.digests import digests
 from storage.files import cached, check_arrays, read_arrays, save_png
-from storage.workdir import checkpoint_path
-from training import checked_averages
 
 log = logging.getLogger(__name__)
 
@@ -52,449 +43,455 @@ DRAWN = ("enable_sampling", "save_images", "enable_interpolate", "enable_rescale
 PARTS = ("enable_loss", "enable_bpd", "enable_classification", *DRAWN)
 
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
-ROWS, COLUMNS = 8, 10  # of the pictures of interpolation and rescaling
-CLASS_ROWS = 10  # classes that a picture shows
-RESTORATIONS = 5  # of each image
 AVERAGED = 2_000  # training images whose mean is a plain restoration
 RESTORED = 10  # images that the picture of restorations shows
-LARGEST_EMA_ERROR = 0.15  # of the profile; EMA weights err by about a tenth of it
-DIGITS = 12  # of a digest among the settings of a report
 PAIRS = 10  # samples in a row of the picture of nearest training images
 
 
-def rebuild_ema(
-    network: nn.Module, std: float, workdir: Path, checkpoint: Path, content: dict
-) -> str:
-    """Put the EMA of relative width `std` in place of the weights of a network.
-
-    It is that of the step of `checkpoint`, with this `content`, made of the power-function averages
-    in it and in the numbered checkpoints that the run wrote before (see `models.ema`).
-
-    Returns:
-        A line on what it was made of.
-
-    Raises:
-        ValueError: there are no averages, or too few.
-    """
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    step = content["step"]
-    try:
-        stds = [*checked_averages(content, parameters)]
-    except ValueError as error:
-        raise ValueError(f"eval.ema_std={std}: {checkpoint}: {error}") from error
-    paths = {s: checkpoint_path(workdir, s) for s in written_steps(content, checkpoint)}
-    paths = {s: p for s, p in paths.items() if s < step and p.exists()}
-    paths[step] = checkpoint
-    made_of = [(s, each) for s in paths for each in stds]
-    weights, error = rebuilding_weights(*zip(*made_of, strict=True), step, std)
-    line = (
-        f"the EMA of relative width {std:g} from {len(made_of)} averages of {len(paths)} "
-        f"checkpoints: its profile errs by {100 * error:.2g} %"
-    )
-    if error > LARGEST_EMA_ERROR:
-        raise ValueError(
-            f"eval.ema_std={std}: {line}, which is too much: a width closer to "
-            f"{' or '.join(f'{each:g}' for each in stds)} needs fewer checkpoints, and a smaller "
-            "training.snapshot_freq makes more"
-        )
-    rebuilt = [torch.zeros_like(p) for p in parameters]
-    for path, each in zip(paths.values(), weights.reshape(-1, len(stds)), strict=True):
-        state = content if path == checkpoint else load_checkpoint(path)
-        averages = checked_averages(state, parameters)
-        for width, weight in zip(stds, each.tolist(), strict=True):
-            average = [p.to(rebuilt[0].device) for p in averages[width]]
-            torch._foreach_add_(rebuilt, average, alpha=weight)
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, rebuilt)
-    return line
-
-
-def origin_of_data(data) -> dict:
-    """What the results on a split depend on: its images and their class labels."""
-    return {"data": fingerprint(data)} | digests(labels=getattr(data, "labels", None))
-
-
-def settings_of(
-    config,
-    run: Experiment,
-    step: int,
-    origin: dict,
-    data,
-    statistics: ReferenceStatistics | None,
-    to_restore: "ToRestore | None",
-) -> dict[str, Any]:
-    """The settings that make a report, flat; those of a part only where it is asked for.
-
-    Args:
-        origin: see `Experiment.origin`.
-        data: the split that loss and likelihood are computed on; None without these.
-        statistics: those that samples are compared with; None without samples.
-        to_restore: None without restoration.
-    """
-    asked = config.eval
-    made_by = {"step": step, "weights": origin["weights"][:DIGITS]}
-    made_by |= {"seed": origin["seed"], "eval.ema_std": asked.ema_std}
-    made_by |= {"data.centered": origin["centered"], "training.precision": origin["precision"]}
-    made_by |= {"eval.batch_size": asked.batch_size, **settings.of_method(run.method)}
-    made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
-    made_by |= settings.of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
-    if data is not None:
-        made_by |= {"eval.dataset": asked.dataset, "split.data": data_name(config)}
-        made_by |= {"split.images": len(data), "split.digest": fingerprint(data)}
-    if asked.enable_loss:
-        made_by["loss.reduce_mean"] = config.training.reduce_mean
-        if run.method.uses_reference_batch:
-            made_by["loss.reference_batch"] = config.training.batch_size
-    if asked.enable_bpd or asked.enable_classification:
-        made_by["eval.divergence"] = asked.divergence
-    if asked.enable_bpd:
-        made_by["eval.bpd_num_repeats"] = _passes(config)
-    if asked.enable_classification:
-        digest = digests(labels=data.labels)["labels"]
-        made_by |= {"classes.number": config.data.num_classes, "classes.labels": digest[:DIGITS]}
-    if statistics is not None:
-        made_by |= {"eval.num_samples": asked.num_samples, "eval.features": statistics.space.name}
-        made_by |= {f"reference.{name}": value for name, value in statistics.origin.items()}
-    if to_restore is not None:
-        value, labels = to_restore.measurement.value, to_restore.labels
-        measured = digests(measurements=value, labels=labels)
-        made_by |= {f"restoration.{name}": digest[:DIGITS] for name, digest in measured.items()}
-    return made_by
-
-
-def _passes(config) -> int:
-    """Passes of bits/dim over the split."""
-    return config.eval.bpd_num_repeats if config.eval.dataset == "test" else 1
-
-
-def _shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
-    """What all `tasks` give, each with its number of images; in another than the main process [].
-
-    Each process does its share of them. They meet in the files of `cached`; where they cannot, the
-    main process does again what it does not find.
-    """
-    mine = tasks[distributed.rank() :: distributed.world()]
-    results = []
-    with progress_bar(total=sum(n for n, _ in mine), desc=desc, unit="image") as progress:
-        for images, task in mine:
-            results.append(task())
-            progress.update(images)
-    if distributed.world() == 1:
-        return results
-    distributed.barrier()
-    return [task() for _, task in tasks] if distributed.is_main() else []
-
-
 def remove_results(folder: Path, k: int) -> None:
-    """Removes the report and the pictures of checkpoint `k`, which are to be made anew."""
+    """Remove the report and the pictures of checkpoint `k`, which are to be made anew."""
     for path in (folder / f"report_{k}.npz", *folder.glob(f"*_{k}.png")):
         path.unlink(missing_ok=True)
 
 
-def _in_batches(
-    desc: str,
-    files: Path,
-    starts: Sequence[int],
-    size: int,
-    total: int,
-    origin: dict,
-    compute: Callable[[int, int], dict],
-    spec: Callable[[int, int], dict],
-) -> list[dict]:
-    """What `compute(i, start)` gives for each of `starts`, kept in {files}_{i}.npz; see `_shared`.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The evaluation of one checkpoint.
 
-    Batch i is of `size` images, or as many as follow `start` in `total`. `spec(i, number)` tells
-    what the file of a batch of `number` images has to hold (see `cached`).
+    Attributes:
+        run: the experiment, whose network holds the weights to evaluate.
+        folder, k: where results go, and the checkpoint's number in their names.
+        origin: what tells the results of these weights from others; see `Experiment.origin`.
+        origin_of_data: the same of the split that likelihoods and losses are computed on.
+        seed: of all that is drawn.
+        split: its name.
+        batch_size: images at once.
+        passes: over the split, each with new noise, for bits/dim.
+        num_samples: to be drawn.
     """
-    paths = [files.with_name(f"{files.name}_{i}.npz") for i in range(len(starts))]
-    _remove_others(files.parent.glob(f"{files.name}_*.npz"), paths)
-    tasks = []
-    for i, (start, path) in enumerate(zip(starts, paths, strict=True)):
-        number, key = min(size, total - start), origin | {"batch": (i, size)}
-        task = partial(cached, path, key, partial(compute, i, start), spec(i, number))
-        tasks.append((number, task))
-    return _shared(desc, tasks)
 
+    run: Experiment
+    folder: Path
+    k: int
+    origin: dict
+    origin_of_data: dict
+    seed: int
+    split: str
+    batch_size: int
+    passes: int
+    num_samples: int
 
-def _remove_others(found: Iterable[Path], wanted: list[Path]) -> None:
-    """Removes what an earlier evaluation with other numbers left, which would mix with this one."""
-    for path in set(found) - set(wanted) if distributed.is_main() else ():
-        path.unlink(missing_ok=True)
+    @classmethod
+    def from_config(
+        cls, config, run: Experiment, folder: Path, k: int, origin: dict, origin_of_data: dict
+    ) -> "Evaluation":
+        return cls(
+            run=run,
+            folder=folder,
+            k=k,
+            origin=origin,
+            origin_of_data=origin_of_data,
+            seed=config.seed,
+            split=config.eval.dataset,
+            batch_size=config.eval.batch_size,
+            passes=passes_of(config.eval.dataset, config.eval.bpd_num_repeats),
+            num_samples=config.eval.num_samples,
+        )
 
+    def generator(self, purpose: str, *key: int) -> torch.Generator:
+        return keyed_generator(self.run.device, purpose, self.seed, *key)
 
-def evaluate_loss(config, run: Experiment, data, folder: Path, k: int, origin: dict) -> dict:
-    """`loss` over a whole split: each image is perturbed once, its batch the reference batch."""
+    def picture(self, name: str) -> Path:
+        """The path of a picture."""
+        return self.folder / f"{name}_{self.k}.png"
 
-    def compute() -> dict:
-        generator = datasets.keyed_generator(run.device, "loss", config.seed)
-        net, total = run.network, 0.0
-        with progress_bar(total=len(data), desc="loss", unit="image") as progress, torch.no_grad():
-            for batch in datasets.in_order(data, config.training.batch_size):
-                images = run.codec.encode(datasets.to_unit_interval(batch.images.to(run.device)))
-                reference = replace(batch.to(run.device), images=images)
-                for some in reference.split(config.eval.batch_size):
-                    examples = run.method.draw(some, generator)
-                    total += run.objective.loss(net, examples, reference).item() * len(some)
-                    progress.update(len(some))
-        return {"loss": total / len(data)}
+    def _encoded(self, images: Tensor) -> Tensor:
+        return self.run.codec.encode(to_unit_interval(images.to(self.run.device)))
 
-    sizes = {"batch": config.training.batch_size, "at once": config.eval.batch_size}
-    training = config.training.to_dict()
-    origin = origin | {"sizes": sizes, "training": training}
-    path, spec = folder / f"ckpt_{k}_loss.npz", {"loss": ("f", ())}
-    return {"loss": cached(path, origin, compute, spec)["loss"]}
+    def loss(self, data: DataSet, batch_size: int, training: dict) -> dict:
+        """The loss over a whole split: each image is perturbed once.
 
+        Its batch, of `batch_size` images, is the reference batch; `training` are the options that
+        the loss depends on. Returns the report's entry `loss`.
+        """
+        run = self.run
 
-def evaluate_bpd(
-    config, run: Experiment, bits_per_dim: Callable, data, folder: Path, k: int, origin: dict
-) -> dict:
-    """Bits per dimension of every image of a split, averaged over passes of new noise.
+        def compute() -> dict:
+            generator, total = self.generator("loss"), 0.0
+            with progress_bar(total=len(data), desc="loss", unit="image") as progress:
+                for batch in in_order(data, batch_size):
+                    images = self._encoded(batch.images)
+                    reference = replace(batch.to(run.device), images=images)
+                    for part in reference.split(self.batch_size):
+                        examples = run.method.draw(part, generator)
+                        value = run.objective.loss(run.network, examples, reference)
+                        total += value.item() * len(part)
+                        progress.update(len(part))
+            return {"loss": total / len(data)}
 
-    They are given the image's class label where there is one, and have no guidance.
+        sizes = {"batch": batch_size, "at once": self.batch_size}
+        origin = self.origin | self.origin_of_data | {"sizes": sizes, "training": training}
+        path = self.folder / f"ckpt_{self.k}_loss.npz"
+        results = cached(path, origin, torch.no_grad()(compute), {"loss": ("f", ())})
+        return {"loss": results["loss"]}
 
-    The latents of the first batch are integrated back to images; the root mean square of what that
-    changes, in units of [0, 1], is `encoding_error`, and shows what the solver's tolerance costs.
+    def bits_per_dim(self, data: DataSet) -> dict:
+        """Bits per dimension of every image of a split, averaged over passes of new noise.
 
-    Returns the report's entries `bpd...` and `encoding_error` (docs/architecture.md), in the main
-    process only. Raises FloatingPointError where the ODE cannot be solved.
-    """
-    split, size, net = config.eval.dataset, config.eval.batch_size, run.network
-    passes = _passes(config)
-    origin = origin | {"divergence": config.eval.divergence}
+        They are given the image's conditions where there are any, and have no guidance.
 
-    @torch.no_grad()
-    def compute(i: int, start: int) -> dict:
-        generator = datasets.keyed_generator(run.device, "bits/dim", config.seed, i)
-        batch = datasets.batch_at(data, slice(start, start + size)).to(run.device)
-        images = datasets.to_unit_interval(batch.images, generator, dequantize=True)
-        with solver_bar(run.method) as watch:
-            bits, latents, nfe = bits_per_dim(
-                net, run.codec.encode(images), generator, batch.labels, watch=watch
-            )
-        found = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
-        if i == 0:
-            conditional = conditioned(net, batch.conditions)
+        The latents of the first batch are integrated back to images; the root mean square of what
+        that changes, in units of [0, 1], is `encoding_error`, and shows what the solver's tolerance
+        costs.
+
+        Returns the report's entries `bpd...` and `encoding_error` (docs/architecture.md), in the
+        main process only. Raises FloatingPointError where the ODE cannot be solved.
+        """
+        run, size = self.run, self.batch_size
+        likelihood = run.likelihood
+
+        @torch.no_grad()
+        def compute(i: int, start: int) -> dict:
+            generator = self.generator("bits/dim", i)
+            batch = batch_at(data, slice(start, start + size)).to(run.device)
+            images = to_unit_interval(batch.images, generator, dequantize=True)
             with solver_bar(run.method) as watch:
-                x, _ = sampling.solve_ode(
-                    run.method, conditional, latents, watch=watch, **run.limits
+                bits, latents, nfe = likelihood(
+                    run.network, run.codec.encode(images), generator, batch.conditions, watch=watch
                 )
-            change = run.codec.unclamped(x) - images
-            found["encoding_error"] = change.square().mean().sqrt().item()
-        return found
+            results = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
+            if i == 0:
+                net = conditioned(run.network, batch.conditions)
+                with solver_bar(run.method) as watch:
+                    x, _ = solve_ode(run.method, net, latents, watch=watch, **run.limits)
+                change = run.codec.unclamped(x) - images
+                results["encoding_error"] = change.square().mean().sqrt().item()
+            return results
 
-    def spec(i: int, number: int) -> dict:
-        expected = {"bpd": ("f", (number,)), "nfe": ("iuf", ())}
-        return expected | ({"encoding_error": ("f", ())} if i == 0 else {})
+        def spec(i: int, number: int) -> dict:
+            expected = {"bpd": ("f", (number,)), "nfe": ("iuf", ())}
+            return expected | ({"encoding_error": ("f", ())} if i == 0 else {})
 
-    starts, files = passes * list(range(0, len(data), size)), folder / f"{split}_ckpt_{k}_bpd"
-    batches = _in_batches("bits/dim", files, starts, size, len(data), origin, compute, spec)
-    if not batches:
-        return {}
-    bpd = np.concatenate([batch["bpd"] for batch in batches]).reshape(passes, len(data)).mean(0)
-    error = {"bpd_error_remark": "left out: standard error of bits/dim: it needs 2 images, not 1"}
-    if len(bpd) > 1:
-        error = {"bpd_error": bpd.std(ddof=1) / math.sqrt(len(bpd))}
-    return {
-        "bpd": bpd.mean(),
-        **error,
-        "bpd_nfe": np.mean([batch["nfe"] for batch in batches]),
-        "bpd_seconds": np.sum([batch["seconds"] for batch in batches]),
-        "bpd_images": bpd,
-        "encoding_error": batches[0]["encoding_error"],
-    }
+        files = self.folder / f"{self.split}_ckpt_{self.k}_bpd"
+        starts = self.passes * list(range(0, len(data), size))
+        origin = self.origin | self.origin_of_data | {"divergence": likelihood.divergence}
+        batches = in_batches("bits/dim", files, starts, size, len(data), origin, compute, spec)
+        if not batches:
+            return {}
+        bpd = np.concatenate([batch["bpd"] for batch in batches])
+        bpd = bpd.reshape(self.passes, len(data)).mean(0)
+        report = {
+            "bpd": bpd.mean(),
+            "bpd_nfe": np.mean([batch["nfe"] for batch in batches]),
+            "bpd_seconds": np.sum([batch["seconds"] for batch in batches]),
+            "bpd_images": bpd,
+            "encoding_error": batches[0]["encoding_error"],
+        }
+        if len(bpd) > 1:
+            return report | {"bpd_error": bpd.std(ddof=1) / math.sqrt(len(bpd))}
+        remark = "left out: standard error of bits/dim: it needs 2 images, not 1"
+        return report | {"bpd_error_remark": remark}
 
+    def classification(self, data: DataSet) -> dict:
+        """log p(label | image) of every image of a split, by its likelihood given each class label.
 
-def evaluate_classification(
-    config, run: Experiment, bits_per_dim: Callable, data, folder: Path, k: int, origin: dict
-) -> dict:
-    """log p(label | image) of every image of a split, by its likelihood given each class label.
+        p(label) is the share of the class in the training images. The likelihoods of an image share
+        the noise that dequantises it and their probe, so that these do not tell the labels apart.
 
-    p(label) is the share of the class in the training images. The likelihoods of an image share the
-    noise that dequantises it and their probe, so that these do not tell the labels apart.
+        Returns the report's entries `accuracy` and `class...` (docs/architecture.md), in the main
+        process only. Raises FloatingPointError where the ODE cannot be solved.
+        """
+        run, size = self.run, self.batch_size
+        likelihood, dim = run.likelihood, math.prod(run.codec.shape)
+        prior = run.data.labels("train").bincount(minlength=run.classes).double()
+        shares = prior.clamp(min=1e-30)  # finite logarithms also of a class without training images
 
-    Returns the report's entries `accuracy` and `class...` (docs/architecture.md), in the main
-    process only. Raises FloatingPointError where the ODE cannot be solved.
-    """
-    split, size, classes = config.eval.dataset, config.eval.batch_size, config.data.num_classes
-    prior = run.data.labels("train").bincount(minlength=classes).double()
-    dim = math.prod(run.codec.shape)
-    origin = origin | {"divergence": config.eval.divergence}
-    origin |= {"labels of the training images": prior.tolist()}
-    shares = prior.clamp(min=1e-30)  # finite logarithms also of a class without training images
-
-    def generator(i: int) -> torch.Generator:
-        return datasets.keyed_generator(run.device, "classification", config.seed, i)
-
-    @torch.no_grad()
-    def compute(i: int, start: int) -> dict:
-        images = datasets.batch_at(data, slice(start, start + size)).images.to(run.device)
-        images = datasets.to_unit_interval(images, generator(2 * i), dequantize=True)
-        scaled, bits = run.codec.encode(images), []
-        for label in range(classes):
-            given, probe = (
-                torch.full((len(images),), label, device=run.device),
-                generator(2 * i + 1),
+        @torch.no_grad()
+        def compute(i: int, start: int) -> dict:
+            images = batch_at(data, slice(start, start + size)).images.to(run.device)
+            generator = self.generator("classification", 2 * i)
+            scaled, bits = (
+                run.codec.encode(to_unit_interval(images, generator, dequantize=True)),
+                [],
             )
+            for label in range(run.classes):
+                labels = torch.full((len(images),), label, device=run.device)
+                conditions, probe = (
+                    {"class_labels": labels},
+                    self.generator("classification", 2 * i + 1),
+                )
+                with solver_bar(run.method) as watch:
+                    each, *_ = likelihood(run.network, scaled, probe, conditions, watch=watch)
+                bits.append(each.double().cpu())
+            return {"log_p": log_posterior(torch.stack(bits, 1), dim, shares).numpy()}
+
+        def spec(i: int, number: int) -> dict:
+            return {"log_p": ("f", (number, run.classes))}
+
+        files = self.folder / f"{self.split}_ckpt_{self.k}_classes"
+        origin = self.origin | self.origin_of_data | {"divergence": likelihood.divergence}
+        origin |= {"labels of the training images": prior.tolist()}
+        starts = range(0, len(data), size)
+        batches = in_batches(
+            "classification", files, starts, size, len(data), origin, compute, spec
+        )
+        if not batches:
+            return {}
+        log_p = np.concatenate([batch["log_p"] for batch in batches])
+        return {
+            "accuracy": np.mean(log_p.argmax(1) == data.labels.cpu().numpy()),
+            "class_log_p": log_p,
+            "class_seconds": np.sum([batch["seconds"] for batch in batches]),
+        }
+
+    # --- samples ---
+
+    def samples(self, statistics: Sequence[ReferenceStatistics]) -> dict:
+        """Draw samples and compare their features with those of the data, in each feature space.
+
+        Returns the report's entries on samples (docs/architecture.md), in the main process only.
+        """
+        rounds = self._rounds([each.space for each in statistics])
+        if not rounds:
+            return {}
+        number = sum(len(drawn["pool_3"]) for drawn in rounds)
+        report = {
+            "features": ",".join(each.space.kind for each in statistics),
+            "num_samples": number,
+            "nonfinite": self.num_samples - number,
+            "sampling_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
+            "sampling": json.dumps(self.origin["sampling"], sort_keys=True),
+        }
+        if report["nonfinite"]:
+            log.warning(
+                f"{report['nonfinite']} of {self.num_samples} samples are not finite and do not "
+                "count"
+            )
+        if not number:
+            log.warning("no sample is finite: there is nothing to compare with the data")
+            return report
+        report["nfe"] = np.mean([drawn["nfe"] for drawn in rounds if len(drawn["pool_3"])])
+        log.info(f"comparing {number:,} samples with the data")
+        labels = labels_of(rounds) if self.run.classes else None
+        for i, each in enumerate(statistics):
+            comparison = self._comparison(each, rounds, i, labels)
+            entries = compare(comparison) | self._halves(comparison, each.space, i)
+            prefix = "" if i == 0 else f"{each.space.kind}:"
+            report |= {f"{prefix}{key}": value for key, value in entries.items()}
+            if i == 0:
+                self._draw(comparison, each.data, rounds)
+        return report
+
+    def _comparison(
+        self,
+        statistics: ReferenceStatistics,
+        rounds: list[dict],
+        i: int,
+        labels: np.ndarray | None,
+    ) -> Comparison:
+        """The samples and the data in feature space number `i`."""
+        space, on_gpu = statistics.space, self.run.device.type == "cuda"
+        of_space = [drawn["spaces"][i] for drawn in rounds]
+        logits = [features["logits"] for features in of_space if "logits" in features]
+        return Comparison(
+            np.concatenate([features["pool_3"] for features in of_space]),
+            np.concatenate(logits) if logits else None,
+            statistics.reference,
+            space.backend,
+            self.run.device if on_gpu else torch.device("cpu"),  # for float64
+            labels,
+            statistics.labels,
+        )
+
+    def _halves(self, comparison: Comparison, space: FeatureSpace, i: int) -> dict:
+        """The entries of `compare_halves`, kept in the folder: every checkpoint has the same."""
+        features = comparison.reference.features
+        if features is None:
+            return {}
+        origin = {"data": hashlib.sha256(features.tobytes()).hexdigest()}
+        origin |= {"samples": len(comparison.features), "entries": OF_HALVES}
+        suffix = f"_{space.kind}" if i else ""
+        path, spec = self.folder / f"data_halves{suffix}.npz", dict.fromkeys(OF_HALVES, ("iuf", ()))
+        try:
+            results = cached(path, origin, partial(compare_halves, comparison), spec)
+        except TooFew as error:
+            return {"half_first_remark": f"left out: data against data: {error}"}
+        return {name: results[name] for name in OF_HALVES}
+
+    def _rounds(self, spaces: Sequence[FeatureSpace]) -> list[dict]:
+        """The samples in rounds of `batch_size`: `path`, `nfe`, `seconds`, `spaces`, `pool_3`.
+
+        `spaces` are the features in each space, `pool_3` those in the first. A round is a file of
+        samples and one of their features in each space, and a kill costs one round at most.
+        """
+        run, folder = self.run, self.folder / f"ckpt_{self.k}"
+        numbers = numbers_of_rounds(self.num_samples, self.batch_size)
+        drawn = [folder / f"samples_{r}.npz" for r in range(len(numbers))]
+        suffixes = ["", *(f"_{space.kind}" for space in spaces[1:])]
+        measured = [
+            [folder / f"statistics{suffix}_{r}.npz" for suffix in suffixes]
+            for r in range(len(numbers))
+        ]
+        remove_others(folder.glob("*.npz"), [*drawn, *sum(measured, [])])
+        channels, *sides = run.codec.data_shape
+        spec = {"samples": ("u", (None, *sides, channels)), "nfe": ("iuf", ())}
+        spec |= {"labels": ("i", (None,))} if run.classes else {}
+
+        def compute(r: int, number: int) -> dict:
+            key = self.origin | {"round": r, "number": number}
+            conditions = run.draw_conditions(number, "samples", r)
+            key |= digests(labels=conditions.get("class_labels")) | digests(
+                **{name: rows for name, rows in conditions.items() if name != "class_labels"}
+            )
+            draw = partial(self.draw_round, r, number)
+            samples = cached(drawn[r], key, draw, spec)
+            images, features = samples["samples"], []
+            for space, path in zip(spaces, measured[r], strict=True):
+                compute_features = partial(features_of, space, images)
+                origin = key | {"features": space.name}
+                features.append(cached(path, origin, compute_features, space.spec(len(images))))
+            cost = {"nfe": samples["nfe"], "seconds": samples["seconds"]}
+            first = {"pool_3": features[0]["pool_3"], "spaces": features}
+            return cost | first | {"path": drawn[r]}
+
+        tasks = [(number, partial(compute, r, number)) for r, number in enumerate(numbers)]
+        return shared("sampling", tasks)
+
+    def draw_round(self, r: int, number: int) -> dict:
+        """The finite ones of `number` samples, uint8, with their class labels if there are any.
+
+        None where their common solver diverges. Raises TooManyEvaluations: these samples would be
+        finite with a larger limit.
+        """
+        run, generator = self.run, self.generator("samples", r)
+        conditions = run.draw_conditions(number, "samples", r)
+        labels = conditions.get("class_labels")
+        try:
             with solver_bar(run.method) as watch:
-                found, *_ = bits_per_dim(run.network, scaled, probe, given, watch=watch)
-            bits.append(found.double().cpu())
-        return {"log_p": likelihood.log_posterior(torch.stack(bits, 1), dim, shares).numpy()}
+                samples, nfe = run.sampler(
+                    run.network, number, generator=generator, conditions=conditions, watch=watch
+                )
+        except TooManyEvaluations:
+            raise
+        except FloatingPointError as error:
+            log.warning(f"round {r}: none of its {number} samples counts: {error}")
+            samples, nfe = torch.empty(0, *run.codec.data_shape), 0
+            labels = None if labels is None else labels[:0]
+        finite = samples.flatten(1).isfinite().all(1)
+        drawn = {"samples": to_uint8(samples[finite]), "nfe": nfe}
+        return drawn if labels is None else drawn | {"labels": labels[finite].cpu().numpy()}
 
-    def spec(i: int, number: int) -> dict:
-        return {"log_p": ("f", (number, classes))}
+    def draw_images(self) -> None:
+        """A picture of some samples, for the eye only."""
+        wanted = min(GRID_SAMPLES, self.num_samples)
+        numbers = enumerate(numbers_of_rounds(wanted, self.batch_size))
+        samples = np.concatenate([self.draw_round(r, n)["samples"] for r, n in numbers])
+        if len(samples):
+            save_grid(self.picture("ode_images"), samples)
 
-    starts, files = range(0, len(data), size), folder / f"{split}_ckpt_{k}_classes"
-    batches = _in_batches("classification", files, starts, size, len(data), origin, compute, spec)
-    if not batches:
-        return {}
-    log_p = np.concatenate([batch["log_p"] for batch in batches])
-    return {
-        "accuracy": np.mean(log_p.argmax(1) == data.labels.cpu().numpy()),
-        "class_log_p": log_p,
-        "class_seconds": np.sum([batch["seconds"] for batch in batches]),
-    }
+    def _draw(self, comparison: Comparison, data: DataSet | None, rounds: list[dict]) -> None:
+        """Pictures of samples, of training images, and of samples with the nearest of these."""
+        first = np.arange(min(GRID_SAMPLES, len(comparison.features)))
+        save_grid(self.picture("ode_images"), samples_at(rounds, first))
+        if data is None:
+            return
+        reference = comparison.reference
+        index = torch.from_numpy(reference.index[: len(first)])
+        save_grid(self.picture("data_images"), channels_last(data[index]))
+        # samples, and below each the training image nearest to it, to look for copies: first those
+        # samples that are closest to the data, then the first ones drawn
+        distances, rows = comparison.nearest
+        number, strips = min(PAIRS, len(distances)), []
+        for shown in (distances.argsort()[:number], np.arange(number)):
+            index = torch.from_numpy(reference.index[rows[shown]])
+            pairs = np.concatenate([samples_at(rounds, shown), channels_last(data[index])])
+            strips.append(image_grid(pairs, columns=number))
+        save_png(self.picture("nearest"), np.concatenate(strips))
 
+    # --- restoration ---
 
-def evaluate_samples(
-    config, run: Experiment, statistics: ReferenceStatistics, folder: Path, k: int, origin: dict
-) -> dict:
-    """Draws `eval.num_samples` samples and compares their features with those of the data.
+    def restoration(self, restored: ToRestore) -> dict:
+        """Draw `RESTORATIONS` images for each measurement, and a picture of the first ones.
 
-    Returns the report's entries on samples (docs/architecture.md), in the main process only.
-    """
-    wanted, space = config.eval.num_samples, statistics.space
-    rounds = _draw_rounds(config, run, space, folder / f"ckpt_{k}", origin)
-    if not rounds:
-        return {}
-    features = np.concatenate([drawn["pool_3"] for drawn in rounds])
-    logits = [drawn["logits"] for drawn in rounds if "logits" in drawn]
-    found = {
-        "features": config.eval.features,
-        "num_samples": len(features),
-        "nonfinite": wanted - len(features),
-        "sampling_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
-        "sampling": json.dumps(origin["sampling"], sort_keys=True),
-    }
-    if found["nonfinite"]:
-        log.warning(f"{found['nonfinite']} of {wanted} samples are not finite and do not count")
-    if not len(features):
-        log.warning("no sample is finite: there is nothing to compare with the data")
-        return found
-    found["nfe"] = np.mean([drawn["nfe"] for drawn in rounds if len(drawn["pool_3"])])
-    log.info(f"comparing {len(features):,} samples with the data")
-    comparison = Comparison(
-        features,
-        np.concatenate(logits) if logits else None,
-        statistics.reference,
-        space.backend,
-        run.device if run.device.type == "cuda" else torch.device("cpu"),  # for float64
-        _labels_of(rounds) if config.data.num_classes else None,
-        statistics.labels,
-    )
-    found |= compare(comparison) | _halves(comparison, folder)
-    first = np.arange(min(GRID_SAMPLES, len(features)))
-    _save_grid(folder / f"ode_images_{k}.png", _samples_at(rounds, first))
-    if statistics.data is not None:
-        index = torch.from_numpy(statistics.reference.index[: len(first)])
-        _save_grid(folder / f"data_images_{k}.png", channels_last(statistics.data[index]))
-        _draw_nearest(comparison, statistics.data, rounds, folder / f"nearest_{k}.png")
-    return found
+        Returns the report's entries `restore...` (docs/architecture.md), in the main process only.
+        Raises FloatingPointError where the solver diverges.
+        """
+        run, measurement, labels = self.run, restored.measurement, restored.labels
+        value, operator = measurement.value, measurement.operator
+        known = operator.forward(torch.ones(1, *run.codec.shape))
+        origin = self.origin | digests(measurements=value, labels=labels, known=known)
+        channels, *sides = run.codec.data_shape
+        size = RESTORATIONS * max(1, self.batch_size // RESTORATIONS)
+        rows = torch.arange(len(value), device=value.device).repeat_interleave(RESTORATIONS)
 
+        def compute(i: int, start: int) -> dict:
+            part, generator = rows[start : start + size], self.generator("restoration", i)
+            sampler = restoring_sampler(run, measurement[part])
+            conditions = Conditions(class_labels=None if labels is None else labels[part])
+            with solver_bar(run.method) as watch:
+                images, nfe = sampler(
+                    run.network,
+                    len(part),
+                    generator=generator,
+                    conditions=conditions,
+                    watch=watch,
+                )
+            return {"restored": to_uint8(images), "nfe": nfe}
 
-def _halves(comparison: Comparison, folder: Path) -> dict:
-    """What `compare_halves` finds, kept in the folder, as it is the same for every checkpoint."""
-    features = comparison.reference.features
-    if features is None:
-        return {}
-    origin = {"data": hashlib.sha256(features.tobytes()).hexdigest()}
-    origin |= {"samples": len(comparison.features), "entries": OF_HALVES}
-    path, spec = folder / "data_halves.npz", dict.fromkeys(OF_HALVES, ("iuf", ()))
-    try:
-        found = cached(path, origin, partial(compare_halves, comparison), spec)
-    except TooFew as error:
-        return {"half_first_remark": f"left out: data against data: {error}"}
-    return {name: found[name] for name in OF_HALVES}
+        def spec(i: int, number: int) -> dict:
+            return {"restored": ("u", (number, *sides, channels)), "nfe": ("iuf", ())}
 
-
-def _draw_rounds(config, run: Experiment, space, folder: Path, origin: dict) -> list[dict]:
-    """The samples in rounds of `eval.batch_size`: `path`, `pool_3`, `logits`, `nfe`, `seconds`.
-
-    A round is two files, its samples and their features, and a kill costs one round at most.
-    """
-    wanted, size = config.eval.num_samples, config.eval.batch_size
-    numbers = _numbers_of_rounds(wanted, size)
-    drawn = [folder / f"samples_{r}.npz" for r in range(len(numbers))]
-    measured = [folder / f"statistics_{r}.npz" for r in range(len(numbers))]
-    _remove_others(folder.glob("*.npz"), [*drawn, *measured])
-
-    channels, *sides = run.codec.shape
-    spec = {"samples": ("u", (None, *sides, channels)), "nfe": ("iuf", ())}
-    spec |= {"labels": ("i", (None,))} if config.data.num_classes else {}
-
-    def compute(r: int, number: int) -> dict:
-        key = origin | {"round": r, "number": number}
-        key |= digests(labels=run.draw_labels(number, "samples", r))
-        samples = cached(drawn[r], key, partial(_draw_round, config, run, r, number), spec)
-        key |= {"features": space.name}
-        images = samples["samples"]
-        features = partial(_features, space, images)
-        features = cached(measured[r], key, features, space.spec(len(images)))
-        cost = {"nfe": samples["nfe"], "seconds": samples["seconds"]}
-        return features | cost | {"path": drawn[r]}
-
-    tasks = [(number, partial(compute, r, number)) for r, number in enumerate(numbers)]
-    return _shared("sampling", tasks)
+        files, starts = self.folder / f"ckpt_{self.k}_restored", range(0, len(rows), size)
+        rounds = in_batches("restoration", files, starts, size, len(rows), origin, compute, spec)
+        if not rounds:
+            return {}
+        images = np.concatenate([drawn["restored"] for drawn in rounds])
+        images = images.reshape(len(value), RESTORATIONS, *sides, channels)
+        measured = to_uint8(run.codec.decode(operator.adjoint(value) / operator.gram))
+        report = {
+            "restore_images": len(value),
+            "restore_spread": np.sqrt((images / 255).var(1, ddof=1).mean()),
+            "restore_nfe": np.mean([drawn["nfe"] for drawn in rounds]),
+            "restore_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
+        }
+        columns = [measured[:, None], images]
+        if restored.truth is not None:
+            truth = to_uint8(restored.truth)[:, None]
+            columns = [truth, *columns]
+            report["restore_psnr"] = psnr(images, truth)
+            report["restore_psnr_mean"] = psnr(images.mean(1, keepdims=True), truth)
+            plain = to_uint8(run.codec.decode(plain_restoration(run, measurement)))
+            report["restore_psnr_plain"] = psnr(plain[:, None], truth)
+        strips = np.concatenate(columns, axis=1)[:RESTORED]
+        strips = strips.reshape(-1, *sides, channels)
+        save_grid(self.picture("restoration"), strips, columns=len(columns) - 1 + RESTORATIONS)
+        return report
 
 
-def _numbers_of_rounds(wanted: int, size: int) -> list[int]:
-    return [min(size, wanted - first) for first in range(0, wanted, size)]
+def passes_of(split: str, repeats: int) -> int:
+    """Passes of bits/dim over a split: several over the test split only."""
+    return repeats if split == "test" else 1
 
 
-def _draw_round(config, run: Experiment, r: int, number: int) -> dict:
-    """The finite ones of `number` samples, uint8, with their class labels if there are any.
-
-    None where their common solver diverges. Raises TooManyEvaluations: these samples would be
-    finite with a larger limit.
-    """
-    generator = datasets.keyed_generator(run.device, "samples", config.seed, r)
-    labels = run.draw_labels(number, "samples", r)
-    try:
-        with solver_bar(run.method) as watch:
-            samples, nfe = run.sampler(
-                run.network, number, generator=generator, labels=labels, watch=watch
-            )
-    except TooManyEvaluations:
-        raise
-    except FloatingPointError as error:
-        log.warning(f"round {r}: none of its {number} samples counts: {error}")
-        samples, nfe = torch.empty(0, *run.codec.shape), 0
-        labels = None if labels is None else labels[:0]
-    finite = samples.flatten(1).isfinite().all(1)
-    drawn = {"samples": to_uint8(samples[finite]), "nfe": nfe}
-    return drawn if labels is None else drawn | {"labels": labels[finite].cpu().numpy()}
+def numbers_of_rounds(number: int, size: int) -> list[int]:
+    """How many of `number` samples each round draws, at most `size`."""
+    return [min(size, number - first) for first in range(0, number, size)]
 
 
-def _labels_of(rounds: list[dict]) -> np.ndarray:
-    """The class labels that the samples of the rounds were drawn for, from their files."""
-    return np.concatenate([_read_round(drawn, {"labels": "i"})["labels"] for drawn in rounds])
-
-
-def _read_round(drawn: dict, kinds: dict[str, str]) -> dict:
-    """Of the file of a round, the arrays of `kinds`, which have a row for each sample."""
-    path, n = drawn["path"], len(drawn["pool_3"])
-    rest = {"samples": (None, None, None)}
-    spec = {name: (kind, (n, *rest.get(name, ()))) for name, kind in kinds.items()}
-    return check_arrays(path, read_arrays(path), spec)
-
-
-def _features(space: FeatureSpace, images: Images) -> dict:
+def features_of(space: FeatureSpace, images: Images) -> dict:
+    """The features of `images`, and logits where the space has any."""
     if not len(images):
         return {name: np.empty(shape, np.float32) for name, (_, shape) in space.spec(0).items()}
     pool_3, logits = space(images)
     return {"pool_3": pool_3} if logits is None else {"pool_3": pool_3, "logits": logits}
 
 
-def _samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
+def labels_of(rounds: list[dict]) -> np.ndarray:
+    """The class labels that the samples of the rounds were drawn for, from their files."""
+    return np.concatenate([_read_round(drawn, {"labels": "i"})["labels"] for drawn in rounds])
+
+
+def samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
     """The samples number `rows`, from the files of the rounds, each of which is read once."""
     ends = np.cumsum([len(drawn["pool_3"]) for drawn in rounds])
     round_of = np.searchsorted(ends, rows, side="right")
@@ -505,201 +502,15 @@ def _samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
     return np.stack([images[row] for row in rows])
 
 
-# --- restoration ---------------------------------------------------------------------------------
+def _read_round(drawn: dict, kinds: dict[str, str]) -> dict:
+    """The arrays of `kinds` in the file of a round, which have a row for each sample."""
+    path, n = drawn["path"], len(drawn["pool_3"])
+    rest = {"samples": (None, None, None)}
+    spec = {name: (kind, (n, *rest.get(name, ()))) for name, kind in kinds.items()}
+    return check_arrays(path, read_arrays(path), spec)
 
 
-@dataclass(frozen=True)
-class ToRestore:
-    """What is to be restored.
-
-    Attributes:
-        measurement: of n images, in the network's scaling.
-        labels: the class labels (n,) of the images, -1 for none; None without classes.
-        truth: the images in [0, 1], where they are known.
-    """
-
-    measurement: Measurement
-    labels: Tensor | None
-    truth: Tensor | None
-
-
-def read_restoration(config, run: Experiment) -> ToRestore:
-    """What `sampling.restore` and the keys beside it ask for.
-
-    Raises:
-        ValueError: they contradict each other or the data, or an image cannot be read.
-        FileNotFoundError: a file does not exist.
-    """
-    asked, channels, size = config.sampling, config.data.num_channels, config.data.image_size
-    name, whole = asked.restore.lower(), asked.restore_degrade
-    factor = RESTORE[name]
-    if not (asked.restore_path or whole):
-        raise ValueError(
-            f"sampling.restore={name!r} needs sampling.restore_path, an image or more, or "
-            "sampling.restore_degrade for those of the split eval.dataset"
-        )
-    if size % factor:
-        raise ValueError(f"sampling.restore={name!r} does not divide data.image_size={size}")
-    if name == "colour" and channels != 3:
-        raise ValueError(f"sampling.restore='colour' needs colour images; these have {channels}")
-    if name == "denoise" and not asked.restore_noise:
-        raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
-    if not whole:
-        channels, size = 1 if name == "colour" else channels, size // factor
-    batch = _batch_to_restore(config, run.data, channels, size).to(run.device)
-    mask = _known_pixels(config, len(batch)).to(run.device) if name == "inpaint" else None
-    operator = get_operator(name, mask)
-    images = datasets.to_unit_interval(batch.images)
-    low, high = run.codec.bounds
-    noise, value = asked.restore_noise * (high - low), run.codec.encode(images)
-    if whole:
-        generator = datasets.keyed_generator(run.device, "measurement", config.seed)
-        added = operator.forward(value)
-        added = torch.randn(added.shape, generator=generator, device=run.device)
-        value = operator.forward(value) + noise * added
-    if name == "inpaint":
-        value = operator.forward(value)  # nothing is known of the other pixels, noise or not
-    measurement = Measurement(operator, value, noise)
-    _restorer(run, measurement)  # raises what it must
-    return ToRestore(measurement, batch.labels, images if whole else None)
-
-
-def _restorer(run: Experiment, measurement: Measurement) -> sampling.Sampler:
-    """The sampler of restorations; its trajectories are not those that levels are fitted to."""
-    return replace(run.sampler.without_fit(), measurement=measurement)
-
-
-def _batch_to_restore(config, source: datasets.Data, channels: int, size: int) -> Batch:
-    """uint8 images (n, channels, size, size), and class labels where the network is given any."""
-    asked, classes = config.sampling, config.data.num_classes
-    if asked.restore_path:
-        scale = config.data.scale
-        pictures = read_images("sampling.restore_path", asked.restore_path, channels, scale)
-        sizes = [picture.shape[:2] for picture in pictures.values()]
-        for change in changes(sizes, size):
-            log.info(f"sampling.restore_path, images of {extent(sizes)} pixels: {change}")
-        pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
-        batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
-    else:
-        data = source.get(config.eval.dataset)
-        batch = datasets.batch_at(data, slice(max(1, config.eval.num_samples // RESTORATIONS)))
-    if not classes:
-        return batch
-    if asked.class_label >= 0:
-        return replace(batch, labels=torch.full((len(batch),), asked.class_label))
-    if batch.labels is not None:
-        return batch
-    if not config.training.label_dropout:
-        raise ValueError(
-            "the classes of the images of sampling.restore_path are not known, and the network was "
-            "not trained without (training.label_dropout=0): name one as sampling.class_label"
-        )
-    return replace(batch, labels=torch.full((len(batch),), -1))
-
-
-def _known_pixels(config, n: int) -> Tensor:
-    """The pixels that `sampling.restore_mask` leaves of `n` images, bool.
-
-    They are (H, W), the same for all images, or (n, 1, H, W) where there are n masks.
-    """
-    name, size = config.sampling.restore_mask, config.data.image_size
-    if not name:
-        raise ValueError(
-            "sampling.restore='inpaint' needs sampling.restore_mask, an image that is white where "
-            "pixels are missing, or a folder of n of them for n images, or top,left,height,width "
-            "of a rectangle"
-        )
-    if re.fullmatch(r"\d{1,9}( *, *\d{1,9}){3}", name):
-        top, left, height, width = map(int, name.split(","))
-        if top + height > size or left + width > size:
-            raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
-        rectangle = torch.zeros(size, size, dtype=torch.bool)
-        rectangle[top : top + height, left : left + width] = True
-        masks = {name: rectangle}
-    else:
-        pictures = read_images("sampling.restore_mask", name, 1)
-        if len(pictures) not in (1, n):
-            raise ValueError(
-                f"sampling.restore_mask={name} holds {len(pictures)} masks for {n} images: it "
-                "takes one for each, in the order of their names, or one for all"
-            )
-        masks = {file: torch.from_numpy(image[..., 0] >= 128) for file, image in pictures.items()}
-    for file, missing in masks.items():
-        which = f"sampling.restore_mask={name}" + (f": {file}" if len(masks) > 1 else "")
-        if missing.shape != (size, size):
-            pixels = " x ".join(map(str, missing.shape))
-            raise ValueError(f"{which} has {pixels} pixels; the images have {size} x {size}")
-        if missing.all() or not missing.any():
-            share = "all pixels" if missing.all() else "no pixel"
-            raise ValueError(f"{which} marks {share} as missing")
-    if len(masks) == 1:
-        return ~next(iter(masks.values()))
-    log.info(f"sampling.restore_mask: {n} masks, one for each image, in the order of their names")
-    return ~torch.stack([*masks.values()])[:, None]
-
-
-def evaluate_restoration(
-    config, run: Experiment, asked: ToRestore, folder: Path, k: int, origin: dict
-) -> dict:
-    """Draws `RESTORATIONS` images for each measurement, and a picture of the first ones.
-
-    Returns the report's entries `restore...` (docs/architecture.md), in the main process only.
-    Raises FloatingPointError where the solver diverges.
-    """
-    value, labels = asked.measurement.value, asked.labels
-    known = asked.measurement.operator.forward(torch.ones(1, *run.codec.shape))
-    origin = origin | digests(measurements=value, labels=labels, known=known)
-    channels, *sides = run.codec.shape
-    size = RESTORATIONS * max(1, config.eval.batch_size // RESTORATIONS)
-    rows = torch.arange(len(value), device=value.device).repeat_interleave(RESTORATIONS)
-
-    def compute(i: int, start: int) -> dict:
-        part = rows[start : start + size]
-        sample = _restorer(run, asked.measurement[part])
-        generator = datasets.keyed_generator(run.device, "restoration", config.seed, i)
-        with solver_bar(run.method) as watch:
-            images, nfe = sample(
-                run.network,
-                len(part),
-                generator=generator,
-                labels=None if labels is None else labels[part],
-                watch=watch,
-            )
-        return {"restored": to_uint8(images), "nfe": nfe}
-
-    def spec(i: int, number: int) -> dict:
-        return {"restored": ("u", (number, *sides, channels)), "nfe": ("iuf", ())}
-
-    total, files = len(rows), folder / f"ckpt_{k}_restored"
-    starts = range(0, total, size)
-    rounds = _in_batches("restoration", files, starts, size, total, origin, compute, spec)
-    if not rounds:
-        return {}
-    restored = np.concatenate([drawn["restored"] for drawn in rounds])
-    restored = restored.reshape(len(value), RESTORATIONS, *sides, channels)
-    measured = asked.measurement.operator.adjoint(value) / asked.measurement.operator.gram
-    measured = to_uint8(run.codec.decode(measured))
-    found = {
-        "restore_images": len(value),
-        "restore_spread": np.sqrt((restored / 255).var(1, ddof=1).mean()),
-        "restore_nfe": np.mean([drawn["nfe"] for drawn in rounds]),
-        "restore_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
-    }
-    columns = [measured[:, None], restored]
-    if asked.truth is not None:
-        truth = to_uint8(asked.truth)[:, None]
-        columns = [truth, *columns]
-        found["restore_psnr"] = _psnr(restored, truth)
-        found["restore_psnr_mean"] = _psnr(restored.mean(1, keepdims=True), truth)
-        plain = to_uint8(run.codec.decode(_plain_restoration(config, run, asked.measurement)))
-        found["restore_psnr_plain"] = _psnr(plain[:, None], truth)
-    shown = np.concatenate(columns, axis=1)[:RESTORED]
-    path = folder / f"restoration_{k}.png"
-    _save_grid(path, shown.reshape(-1, *sides, channels), columns=shown.shape[1])
-    return found
-
-
-def _plain_restoration(config, run: Experiment, measurement: Measurement) -> Tensor:
+def plain_restoration(run: Experiment, measurement: Measurement) -> Tensor:
     """Restorations (n, C, H, W) that need no network, to compare with.
 
     Small images are enlarged by cubic interpolation; else it is the mean training image, changed so
@@ -714,105 +525,15 @@ def _plain_restoration(config, run: Experiment, measurement: Measurement) -> Ten
         log.warning(f"the plain restorations start from grey, not the mean image: {error}")
         mean = run.codec.encode(torch.tensor(0.5)).expand(channels, height, width)
     else:
-        batch = datasets.batch_at(data, slice(AVERAGED))
-        mean = run.codec.encode(datasets.to_unit_interval(batch.images)).mean(0)
+        batch = batch_at(data, slice(AVERAGED))
+        mean = run.codec.encode(to_unit_interval(batch.images)).mean(0)
     return measurement.project(mean.to(value).expand(len(value), -1, -1, -1))
 
 
-def _psnr(images: np.ndarray, truth: np.ndarray) -> float:
+def psnr(images: np.ndarray, truth: np.ndarray) -> float:
     """Mean peak signal-to-noise ratio, dB, of `images` (n, k, H, W, C) in grey levels of 255.
 
     The squared error counts as at least that of rounding, 1 / 12.
     """
     error = np.square(images - truth.astype(np.float64)).mean((2, 3, 4))
     return (10 * np.log10(255**2 / np.maximum(error, 1 / 12))).mean()
-
-
-# --- pictures ------------------------------------------------------------------------------------
-
-
-def _draw_nearest(comparison: Comparison, data, rounds: list[dict], path: Path) -> None:
-    """Samples, and below each the training image nearest to it, to look for copies.
-
-    First those samples that are closest to the data, then the first ones drawn.
-    """
-    found, rows = comparison.nearest
-    number = min(PAIRS, len(found))
-    strips = []
-    for shown in (found.argsort()[:number], np.arange(number)):
-        index = torch.from_numpy(comparison.reference.index[rows[shown]])
-        pairs = np.concatenate([_samples_at(rounds, shown), channels_last(data[index])])
-        strips.append(image_grid(pairs, columns=number))
-    save_png(path, np.concatenate(strips))
-
-
-def draw_images(config, run: Experiment, folder: Path, k: int) -> None:
-    """Some samples, for the eye only."""
-    wanted = min(GRID_SAMPLES, config.eval.num_samples)
-    numbers = enumerate(_numbers_of_rounds(wanted, config.eval.batch_size))
-    samples = np.concatenate([_draw_round(config, run, r, n)["samples"] for r, n in numbers])
-    if len(samples):
-        _save_grid(folder / f"ode_images_{k}.png", samples)
-
-
-def draw_interpolation(config, run: Experiment, folder: Path, k: int) -> None:
-    """Each row, of one class, goes from one prior sample to another along the arc between them."""
-    shape = 2 * ROWS, *run.codec.shape
-    generator = datasets.keyed_generator(run.device, "interpolation", config.seed)
-    ends = run.method.prior_sampling(shape, generator, run.device)
-    shares = torch.linspace(0, 1, COLUMNS, device=run.device)
-    x = sampling.spherical_interpolation(*ends.chunk(2), shares).flatten(0, 1)
-    _draw_strips(run, x, folder / f"interpolation_{k}.png", generator)
-
-
-def draw_classes(config, run: Experiment, folder: Path, k: int) -> None:
-    """A row for each class, at most `CLASS_ROWS`; each column starts from one prior sample.
-
-    Without classes, or where `sampling.class_label` asks for one, there is no such picture.
-    """
-    if not config.data.num_classes or config.sampling.class_label >= 0:
-        return
-    rows, shape = min(config.data.num_classes, CLASS_ROWS), run.codec.shape
-    generator = datasets.keyed_generator(run.device, "classes", config.seed)
-    x = run.method.prior_sampling((COLUMNS, *shape), generator, run.device).repeat(rows, 1, 1, 1)
-    labels = torch.arange(rows, device=run.device)
-    _draw_strips(run, x, folder / f"classes_{k}.png", generator, labels)
-
-
-def draw_rescaling(config, run: Experiment, folder: Path, k: int) -> None:
-    """Each row keeps the direction of one prior sample and raises its norm (the temperature)."""
-    shape = run.codec.shape
-    generator = datasets.keyed_generator(run.device, "rescaling", config.seed)
-    x = run.method.prior_sampling((ROWS, *shape), generator, run.device)
-    low, high = config.eval.rescale_norms or run.method.prior_norms(math.prod(shape))
-    norms = torch.linspace(low, high, COLUMNS, device=run.device)
-    direction = x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    x = (direction[:, None] * norms.view(1, -1, 1, 1, 1)).flatten(0, 1)
-    _draw_strips(run, x, folder / f"rescale_{k}.png", generator)
-
-
-def _draw_strips(
-    run: Experiment,
-    x: Tensor,
-    path: Path,
-    generator: torch.Generator,
-    labels: Tensor | None = None,
-) -> None:
-    """Rows of `COLUMNS` samples from `x`; a row has one of `labels`, which are drawn if None."""
-    if labels is None:
-        labels = run.draw_labels(len(x) // COLUMNS, "rows")
-    labels = None if labels is None else labels.repeat_interleave(COLUMNS)
-    try:
-        with solver_bar(run.method) as watch:
-            samples, _ = run.sampler(
-                run.network, x=x, generator=generator, labels=labels, watch=watch
-            )
-    except FloatingPointError as error:
-        log.warning(f"{path} is not drawn: {error}")
-    else:
-        _save_grid(path, to_uint8(samples), COLUMNS)
-
-
-def _save_grid(path: Path, images: Images, columns: int | None = None) -> None:
-    save_png(path, image_grid(images, columns))
-    log.info(f"picture: {path}")

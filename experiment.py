@@ -13,7 +13,6 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-import datasets
 import distributed
 import execution
 import losses
@@ -24,12 +23,15 @@ import sources
 from configs.default import all_keys, check
 from configs.effects import without_effect
 from configs.keys import explain_unknown, get, shown
+from datasets import Data, mean_norm
 from library.fitting import Fitting
 from library.trained import Trained
 from likelihood import Likelihood, get_likelihood_fn
 from models.weights import load_ema
+from sources.batch import Conditions
 from sources.codec import Codec, get_codec
 from sources.identity import Identity
+from sources.keyed import keyed_generator
 from storage import run_config
 from storage.checkpoints import find_checkpoint, fit, load_checkpoint, peek
 from storage.digests import digest
@@ -71,7 +73,8 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     config = config.copy_and_resolve_references()
     method, flat = methods.method_class(config), run_config.flatten(config)
     left_open = {key for key in MEASURED if flat[key] is None}
-    if datasets.takes_scale(config) and not config.data.scale:
+    data = Data(config.data)
+    if data.takes_scale and not config.data.scale:
         left_open.add("data.scale")
     if config.data.num_channels == 0:
         left_open.add("data.num_channels")
@@ -98,12 +101,12 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     found.pop("data.scale", None)
     config.update_from_flattened_dict(found)
     if "data.scale" in left_open:
-        config.data.scale, line = datasets.measure_scale(config)
+        config.data.scale, line = data.measure_scale()
         scale_lines += [line] * bool(line)
     if config.data.num_channels == 0:
-        found["data.num_channels"] = config.data.num_channels = datasets.measure_channels(config)
+        found["data.num_channels"] = config.data.num_channels = data.measure_channels()
     if config.data.num_classes == -1:
-        found["data.num_classes"] = config.data.num_classes = datasets.measure_classes(config)
+        found["data.num_classes"] = config.data.num_classes = data.measure_classes()
     with torch.device("meta"):  # mistakes of these show before all images are read
         models.create_model(config)
     dim = math.prod(get_codec(config).shape)
@@ -115,8 +118,8 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
 
 
 def _mean_norm(config) -> float:
-    data = datasets.get_dataset(config, "train", labels=False)
-    if norm := datasets.mean_norm(data, get_codec(config).encode):
+    data = Data(config.data).get("train", labels=False)
+    if norm := mean_norm(data, get_codec(config).encode):
         return norm
     raise ValueError(
         f"all training images are black, of norm 0, which no {', '.join(MEASURED)} can be measured "
@@ -211,9 +214,8 @@ def _inputs(config, number: int, model: nn.Module) -> tuple[Tensor, Tensor]:
 class Experiment:
     """The parts that a config names, each built once.
 
-    `draw_labels(number, purpose, *key)` gives class labels (number,) to sample with, keyed as
-    `datasets.keyed_generator`, or None where there are no classes. `data` are read when they are
-    first needed.
+    `draw_conditions(number, purpose, *key)` gives rows of conditions to sample with, keyed as
+    `keyed_generator`. `data` are read when they are first needed.
     """
 
     config: ConfigDict
@@ -223,8 +225,8 @@ class Experiment:
     network: nn.Module
     objective: losses.Regression
     sampler: sampling.Sampler
-    draw_labels: Callable[..., Tensor | None]
-    data: datasets.Data
+    draw_conditions: Callable[..., Conditions]
+    data: Data
 
     @classmethod
     def build(cls, config, identity: Identity | None = None) -> "Experiment":
@@ -239,7 +241,7 @@ class Experiment:
         method = methods.get_method(config)
         network = models.create_model(config).to(device)
         guide = _guide(config, device) if config.sampling.guide else None
-        data = datasets.Data(config, identity)
+        data = Data(config.data, identity)
         return cls(
             config=config,
             device=device,
@@ -248,7 +250,7 @@ class Experiment:
             network=network,
             objective=losses.get_loss_fn(config, method).to(device),
             sampler=sampling.get_sampling_fn(config, method, guide),
-            draw_labels=_label_drawer(config, device, data),
+            draw_conditions=_condition_drawer(config, device, data),
             data=data,
         )
 
@@ -281,7 +283,7 @@ class Experiment:
             checkpoint=checkpoint,
             origin=self.origin(),
             seed=self.config.seed,
-            draw_labels=self.draw_labels,
+            draw_conditions=self.draw_conditions,
         )
         return fitting.fitted()
 
@@ -353,26 +355,29 @@ def load(
     return Trained(run, path, step)
 
 
-def _label_drawer(
-    config, device: torch.device, data: datasets.Data | None = None
-) -> Callable[..., Tensor | None]:
-    """See `Experiment`; the labels of the training images are read when they are first needed."""
-    data = data or datasets.Data(config)
-    seed, classes, fixed = config.seed, config.data.num_classes, config.sampling.class_label
-    known = functools.cache(lambda: data.labels("train"))
+def _condition_drawer(config, device: torch.device, data: Data) -> Callable[..., Conditions]:
+    """Draw the conditions of training images, which are read when they are first needed.
 
-    def draw(number: int, purpose: str, *key: int) -> Tensor | None:
-        if not classes:
-            return None
-        if fixed >= 0:
-            return torch.full((number,), fixed, device=device)
+    A `sampling.class_label` is that of all.
+    """
+    seed, classes, label = config.seed, config.data.num_classes, config.sampling.class_label
+    of_training = functools.cache(lambda: data.conditions("train"))
+
+    def draw(number: int, purpose: str, *key: int) -> Conditions:
+        if classes and label >= 0:
+            return Conditions(class_labels=torch.full((number,), label, device=device))
         try:
-            labels = known()
+            conditions = of_training() if classes or data.condition_names else Conditions()
         except (ValueError, OSError) as error:
             raise ValueError(f"{error}; sampling.class_label can name a class instead") from error
-        generator = datasets.keyed_generator("cpu", f"class labels of {purpose}", seed, *key)
-        drawn = torch.randint(len(labels), (number,), generator=generator)
-        return labels[drawn].to(device)
+        if not conditions:
+            return conditions
+        generator = keyed_generator("cpu", f"class labels of {purpose}", seed, *key)
+        rows = torch.arange(len(next(iter(conditions.values()))))
+        if (labels := conditions.get("class_labels")) is not None:
+            rows = rows[labels >= 0]  # -1 is that of an image which cannot be read
+        rows = rows[torch.randint(len(rows), (number,), generator=generator)]
+        return conditions.map(lambda condition: condition[rows].to(device))
 
     return draw
 

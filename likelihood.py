@@ -1,6 +1,7 @@
 """Likelihood of data under a method's ODE, by the instantaneous change of variables."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -143,7 +144,7 @@ class Likelihood:
         net: Network,
         data: Tensor,
         generator: torch.Generator | None = None,
-        labels: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
         watch: Watch | None = None,
     ) -> tuple[Tensor, Tensor, int]:
         """Bits/dim (B,), latents (B, C, H, W) and the number of evaluations.
@@ -152,10 +153,10 @@ class Likelihood:
             net: the network.
             data: encoded, uniformly dequantised data (B, C, H, W).
             generator: draws the probe.
-            labels: class labels (B,), int64, if there are any.
+            conditions: what the network is given, rows (B, ...) by name.
             watch: see `solvers.base.Watch`.
         """
-        net = conditioned(net, {"class_labels": labels})
+        net = conditioned(net, conditions or {})
         probes = named(DIVERGENCES, "eval.divergence", self.divergence)(data, generator)
         limits = {name: getattr(self, name) for name in ("rtol", "atol", "max_evaluations")}
         log_p, latent, evaluations = log_likelihood(

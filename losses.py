@@ -30,7 +30,7 @@ KEYS = {
         False, Flag(), "mean over the entries of an image in the loss, not half the sum"
     ),
     "training.label_dropout": Key(
-        0.1, SHARE, "share of the examples without their class labels, as guidance needs it"
+        0.1, SHARE, "share of the examples without their conditions, as guidance needs it"
     ),
 }
 
@@ -48,7 +48,7 @@ class Regression(nn.Module):
         reduce_mean: see above.
         batch_size: images that a training step takes from the data.
         examples: of these, how many are perturbed; all of them are the reference batch.
-        label_dropout: share of the examples that lose their class label, which becomes -1.
+        label_dropout: share of the examples that lose their conditions; see `Conditions.drop`.
     """
 
     keys: ClassVar[Mapping[str, Key]] = {}
@@ -98,12 +98,12 @@ class Regression(nn.Module):
         """The perturbed examples of training step number `step` on `batch`; see `Method.draw`."""
         batch = batch[: self.examples]
         examples = self.method.draw(batch, generator)
-        examples = replace(examples, augment_labels=batch.augment_labels)
-        if (labels := examples.labels) is None or not self.label_dropout:
+        if not (self.label_dropout and examples.conditions.droppable):
             return examples
         # the last draw, so that it changes none of the method's
-        uniform = torch.rand(len(labels), generator=generator, device=labels.device)
-        return replace(examples, labels=labels.masked_fill(uniform < self.label_dropout, -1))
+        uniform = torch.rand(len(examples), generator=generator, device=examples.images.device)
+        mask = uniform < self.label_dropout
+        return replace(examples, conditions=examples.conditions.drop(mask))
 
     def loss(self, net: Network, examples: Batch, reference: Batch) -> Tensor:
         """The loss, a scalar, of `examples`, with the targets that `reference` makes."""

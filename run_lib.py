@@ -23,18 +23,22 @@ import execution
 import sampling
 from configs.keys import flatten
 from experiment import Experiment, complete, decide_precisions, identity_of, load
+from library.ema import rebuild_ema
+from library.restoration import ToRestore
 from library.trained import Trained
-from metrics.reference import ReferenceStatistics
+from metrics.reference import ReferenceStatistics, origin_of
 from models.weights import load_ema
+from reports import settings
+from reports.drawings import draw_classes, draw_interpolation, draw_rescaling
 from reports.evaluation_page import save_page
 from reports.films import check_writer, save_film
 from reports.images import image_grid, to_uint8
 from reports.progress import progress_bar, solver_bar
 from reports.samples import SampleFiles
-from reports.settings import to_json
 from reports.table import report_table
 from sources.base import Picture
 from sources.folder import read_images
+from sources.preparation import Preparation
 from storage import run_config
 from storage.checkpoints import (
     SHARED,
@@ -98,7 +102,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         training.compile,
         some_unused=not config.model.conditional,  # published: layers without a use
     )
-    prepare = datasets.get_preparation(config, shared=run.method.uses_reference_batch)
+    prepare = Preparation.from_config(config, shared=run.method.uses_reference_batch)
     data = run.data.identity_of_run().entry() if main and not dry_run else {}
     train_data, test_data = run.data.get("train").to(device), run.data.get("test")
     names = getattr(train_data, "names", ())
@@ -114,7 +118,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         f"{run.method.name}, {len(train_data):,} images, "
         f"{sum(p.numel() for p in state.parameters):,} parameters, {device}"
         + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
-        datasets.describe(config, train_data, test_data),
+        run.data.describe(train_data, test_data, prepare.words),
         *getattr(state.model, "remarks", ()),
         *[decided] * bool(decided),
         *precisions,
@@ -244,17 +248,17 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         config.training.snapshot_freq,
         config.training.n_iters,
     )
-    data = statistics = to_restore = None
+    data, statistics, restored = None, [], None
     if asked.enable_loss or asked.enable_bpd or asked.enable_classification:
         data = run.data.get(asked.dataset)
     if asked.enable_bpd or asked.enable_classification:
-        bits_per_dim = run.likelihood
+        run.likelihood  # noqa: B018  raises where the method has none
     if any(map(asked.get, evaluation.DRAWN)):
-        run.draw_labels(1, "check")  # raises where there is no label to sample with
+        run.draw_conditions(1, "check")  # raises where there is no label to sample with
     if asked.enable_sampling:
-        statistics = ReferenceStatistics.build(config, run.device, run.data)
+        statistics = ReferenceStatistics.from_config(config, run.device, run.data)
     if config.sampling.restore:
-        to_restore = evaluation.read_restoration(config, run)
+        restored = ToRestore.from_config(config, run)
     if dry_run:
         parts = [what for what in evaluation.PARTS if asked[what]]
         parts += [f"restore {config.sampling.restore}"] if config.sampling.restore else []
@@ -267,10 +271,11 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         for line in [decided] * bool(decided) + precisions:
             log.info(line)
         run.data.close()
-        origin_of_data = {} if data is None else evaluation.origin_of_data(data)
-        if main and asked.enable_sampling and statistics.reference is None:
-            with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
-                statistics.measure(progress.update)
+        origin_of_data = {} if data is None else origin_of(data)
+        for each in statistics if main else ():
+            if each.reference is None:
+                with progress_bar(total=len(each.data), desc="data", unit="image") as progress:
+                    each.measure(progress.update)
         said = []
         for k, path in checkpoints.items():
             content = load_checkpoint(path)
@@ -281,7 +286,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                 log.info(f"the config differs from that of the run: {change}")
             said = changes
             if asked.ema_std:
-                rebuilt = evaluation.rebuild_ema(run.network, asked.ema_std, workdir, path, content)
+                rebuilt = rebuild_ema(run.network, asked.ema_std, workdir, path, content)
                 log.info(f"{path.name}: {rebuilt}")
             log.info(f"evaluating {path} on {run.device}")
             if main:
@@ -290,41 +295,35 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             report = {"step": step}
             report |= {"ema_std": asked.ema_std} if asked.ema_std else {}
             origin = run.origin()
-            made_by = evaluation.settings_of(
-                config, run, step, origin, data, statistics, to_restore
-            )
-            report["settings"] = to_json(made_by)
+            made_by = settings.from_config(config, run, step, origin, data, statistics, restored)
+            report["settings"] = settings.to_json(made_by)
             run.sampler = sampler
             if any(map(asked.get, evaluation.DRAWN)):
                 run.sampler = run.fitted_sampler(path)
+            parts = evaluation.Evaluation.from_config(
+                config, run, folder, k, origin, origin_of_data
+            )
             if asked.enable_bpd:
-                report |= evaluation.evaluate_bpd(
-                    config, run, bits_per_dim, data, folder, k, origin | origin_of_data
-                )
+                report |= parts.bits_per_dim(data)
             if asked.enable_classification:
-                report |= evaluation.evaluate_classification(
-                    config, run, bits_per_dim, data, folder, k, origin | origin_of_data
-                )
+                report |= parts.classification(data)
             if asked.enable_sampling:
-                report |= evaluation.evaluate_samples(config, run, statistics, folder, k, origin)
-            if config.sampling.restore:
-                report |= evaluation.evaluate_restoration(
-                    config, run, to_restore, folder, k, origin
-                )
+                report |= parts.samples(statistics)
+            if restored:
+                report |= parts.restoration(restored)
             if not main:
                 continue
             if asked.enable_loss:
-                report |= evaluation.evaluate_loss(
-                    config, run, data, folder, k, origin | origin_of_data
-                )
+                training = config.training
+                report |= parts.loss(data, training.batch_size, training.to_dict())
             if asked.save_images and not asked.enable_sampling:
-                evaluation.draw_images(config, run, folder, k)
+                parts.draw_images()
             if asked.enable_sampling or asked.save_images:
-                evaluation.draw_classes(config, run, folder, k)
+                draw_classes(run, config.seed, parts.picture("classes"))
             if asked.enable_interpolate:
-                evaluation.draw_interpolation(config, run, folder, k)
+                draw_interpolation(run, config.seed, parts.picture("interpolation"))
             if asked.enable_rescale:
-                evaluation.draw_rescaling(config, run, folder, k)
+                draw_rescaling(run, config.seed, parts.picture("rescale"), asked.rescale_norms)
             run.data.close()
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
@@ -370,7 +369,7 @@ def sample(
         raise ValueError(f"sampling.between={asked.between} must be two images, A.png,B.png")
     run = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time
     execution.prepare_process(config.training.precision, run.experiment.device)
-    restored = evaluation.read_restoration(config, run.experiment) if asked.restore else None
+    restored = ToRestore.from_config(config, run.experiment) if asked.restore else None
     folder = outdir.absolute() if outdir else workdir / "samples" / f"step_{run.step}"
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--outdir={folder} is a file; name a folder")
@@ -435,7 +434,7 @@ def _sample_files(run: Trained, folder: Path) -> SampleFiles:
     return SampleFiles(folder, (*sides, channels))
 
 
-def _settings(config, run: Trained, restored: evaluation.ToRestore | None) -> dict:
+def _settings(config, run: Trained, restored: ToRestore | None) -> dict:
     """What the samples of a folder have in common, as a flat dictionary."""
     origin = run.experiment.origin()
     del origin["seed"]  # of the training
@@ -465,7 +464,7 @@ def _draw_seeds(
     seeds: list[int],
     folder: Path,
     settings: dict,
-    restored: evaluation.ToRestore | None,
+    restored: ToRestore | None,
 ) -> None:
     """The files of the seeds, samples.npz, grid.png and, if asked for, the film."""
     files = _sample_files(run, folder)
@@ -671,9 +670,9 @@ def _draw_snapshot(
                 if stop():
                     raise _Stopped
 
-            labels = run.draw_labels(number, "snapshot")
+            conditions = run.draw_conditions(number, "snapshot")
             samples, nfe = run.sampler(
-                run.network, number, generator=generator, labels=labels, watch=watch
+                run.network, number, generator=generator, conditions=conditions, watch=watch
             )
     except _Stopped:
         log.info(f"step {step}: no samples drawn: {stop()}; the next start draws them")

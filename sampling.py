@@ -184,7 +184,7 @@ class Sampler(abc.ABC):
         x: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback: Callback | None = None,
-        labels: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
         watch: Watch | None = None,
     ) -> tuple[Tensor, int]:
         """Samples (num, C, H, W), and the number of network evaluations.
@@ -198,7 +198,8 @@ class Sampler(abc.ABC):
             generator: source of all noise, on the device of the samples; with `x` also several, one
                 for each sample. Without, the device is that of `x`, else the network's.
             callback: called before each step (`solvers.base.Step`).
-            labels: class labels (num,), int64, -1 for none; by default all are `class_label`.
+            conditions: what the network is given, rows (num, ...) by name; class labels of -1 are
+                none, and by default all are `class_label`.
             watch: called before each network evaluation (`solvers.base.Watch`).
 
         Raises:
@@ -210,18 +211,19 @@ class Sampler(abc.ABC):
             device = generator.device if generator else next(net.parameters()).device
             shape = (num or self.batch_size, *self.codec.shape)
             x = method.prior_sampling(shape, generator, device)
-        if labels is None and self.class_label >= 0:
-            labels = torch.full((len(x),), self.class_label, device=x.device)
+        conditions = dict(conditions or {})
+        if not conditions and self.class_label >= 0:
+            conditions["class_labels"] = torch.full((len(x),), self.class_label, device=x.device)
         network = self._prepared(net, x.device)
         if self.guidance:
             guide, other = self.guidance.guide, network
             if guide is not None:
-                other = conditioned(self._prepared(guide, x.device), {"class_labels": labels})
+                other = conditioned(self._prepared(guide, x.device), conditions)
             method = Guided(method, other, self.guidance.weight, self.guidance.interval)
         if self.measurement is not None and RESTORERS[self.restorer] is not None:
             restorer = RESTORERS[self.restorer]
             method = Restoring(method, self.measurement, restorer, self.codec.bounds)
-        network = conditioned(network, {"class_labels": labels})
+        network = conditioned(network, conditions)
         seen = {"generator": generator, "callback": callback, "watch": watch}
         x, evaluations = self.integrate(method, network, x, **seen)
         if self.measurement is not None and self.measurement.noise == 0:

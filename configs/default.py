@@ -13,14 +13,14 @@ import losses
 import optimizers
 import training
 from configs.keys import get, shown
-from configs.schema import LENGTH, SHARE, Flag, Key, Number, Numbers, OneOf, Text, whole
+from configs.schema import LENGTH, SHARE, Flag, Key, Number, Numbers, OneOf, Several, Text, whole
 from losses import OBJECTIVES
 from methods import METHODS
 from models import NETWORKS
 from optimizers import OPTIMIZERS
 from sampling import SAMPLERS
 from solvers import SCHEDULES, SOLVERS
-from sources import SOURCES, codec
+from sources import SOURCES, codec, preparation
 from sources.codec import CODECS
 
 KEYS = {
@@ -64,8 +64,12 @@ KEYS = {
         "as many as the data have",
     ),
     "data.centered": Key(True, Flag(), "the network sees [-1, 1], else [0, 1]"),
-    "data.random_flip": Key(True, Flag(), "half of the training images are mirrored"),
-    "data.uniform_dequantization": Key(False, Flag(), "noise of one grey level is added"),
+    "data.conditions": Key(
+        "",
+        Text(r"[a-z_]*( *, *[a-z_]+)*", "names with commas between them"),
+        "what the source gives of each image besides its class, and the network takes, such as "
+        "'vector'; '': nothing",
+    ),
     "data.resident_bytes": Key(
         2**31, whole(0), "data of at most this size, decoded, stay in memory"
     ),
@@ -111,12 +115,6 @@ KEYS = {
         False, Flag(), "torch.compile the network of training; needs a compiler, and minutes"
     ),
     "training.channels_last": Key(False, Flag(), "memory format of the network, for tensor cores"),
-    "training.augment": Key(
-        0.0,
-        SHARE,
-        "EDM's augmentation: probability of each transformation but mirroring, which half of the "
-        "images are; 0: none; needs model.augment_dim=9 and takes the place of data.random_flip",
-    ),
     "model.name": Key("", OneOf(registry="models.NETWORKS"), "the network"),
     "model.checkpoint_activations": Key(
         False, Flag(), "less memory, a third more time; for 256 px and more"
@@ -359,7 +357,7 @@ KEYS = {
     "eval.num_samples": Key(50000, whole(4, 10**7), "samples"),
     "eval.features": Key(
         "inception",
-        OneOf(registry="metrics.features.FEATURES"),
+        Several(registry="metrics.features.FEATURES"),
         "what samples are compared by: 'inception' (tensorflow-gan's), 'torchscript' (a file, no "
         "TensorFlow), 'pixels'",
     ),
@@ -367,7 +365,7 @@ KEYS = {
         "",
         Text(),
         "the network: for 'inception' the folder of a SavedModel ('': fetched), for 'torchscript' "
-        "its file",
+        "its file; for both, with a comma between them in the order of eval.features",
     ),
     "eval.stats_dir": Key(
         "assets/stats",
@@ -399,7 +397,7 @@ def all_keys() -> dict[str, Key]:
     tables = [likelihood.Likelihood, *METHODS.values(), *OBJECTIVES.values(), *CODECS.values()]
     tables += [*NETWORKS.values(), *OPTIMIZERS.values(), *SAMPLERS.values()]
     tables += [*SOLVERS.values(), *SCHEDULES.values(), *SOURCES.values()]
-    modules = [losses, training, optimizers, codec]
+    modules = [losses, training, optimizers, codec, preparation]
     keys = KEYS | {name: key for module in modules for name, key in module.KEYS.items()}
     for part in tables:
         builder = getattr(part, "func", part)  # of a partial

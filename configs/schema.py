@@ -93,6 +93,20 @@ class OneOf:
 
 
 @dataclass(frozen=True)
+class Several(OneOf):
+    """Such words with commas between them, each once."""
+
+    def accepts(self, value: Any) -> bool:
+        if type(value) is not str:
+            return False
+        words = [word.strip() for word in value.split(",")]
+        return all(map(super().accepts, words)) and len({*words}) == len(words)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, or several with commas between them"
+
+
+@dataclass(frozen=True)
 class Text:
     """A line of text that `pattern` matches, which `words` say."""
 

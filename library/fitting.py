@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import distributed
 import sampling
-from datasets import keyed_generator
 from reports.progress import solver_bar
 from sampling import ODESampler
 from solvers import FITTED, Schedule, fitted
@@ -20,6 +19,8 @@ from solvers.base import Callback, Step
 from solvers.fitted import Fit
 from solvers.fixed_steps import Advance
 from solvers.solve import solver_levels
+from sources.batch import Conditions
+from sources.keyed import keyed_generator
 from storage.checkpoints import fitted_path
 from storage.digests import digests
 from storage.files import Spec, cached
@@ -41,7 +42,7 @@ class Fitting:
         checkpoint: beside which the files are.
         origin: what tells weights, method and sampler apart.
         seed: of the prior draws.
-        draw_labels: class labels to sample with; see `experiment.Experiment`.
+        draw_conditions: conditions to sample with; see `experiment.Experiment`.
     """
 
     sampler: ODESampler
@@ -50,7 +51,7 @@ class Fitting:
     checkpoint: Path
     origin: dict
     seed: int
-    draw_labels: Callable[..., Tensor | None]
+    draw_conditions: Callable[..., Conditions]
 
     def fitted(self) -> ODESampler:
         """The sampler with its fitted schedule and, for the solver 'fitted', steps.
@@ -69,14 +70,14 @@ class Fitting:
     def _schedule(self) -> Schedule:
         fine = sampling.for_trajectories(self.sampler)
         number = fitted.number_of_trajectories(self._dim, fitted.MOST_FOR_LEVELS)
-        labels = self.draw_labels(number, "fitted")
+        conditions = self.draw_conditions(number, "fitted")
 
         def compute() -> dict:
-            parts = self._trajectories(fine, number, labels)
+            parts = self._trajectories(fine, number, conditions)
             return {"relative_errors": sum(map(fitted.euler_errors, parts)).numpy()}
 
         k = fitted.FINE_STEPS + 1
-        key, spec = self._key(fine, number, labels), {"relative_errors": ("f", (k, k))}
+        key, spec = self._key(fine, number, conditions), {"relative_errors": ("f", (k, k))}
         cost = fitted.step_costs(*cached_arrays(fitted_path(self.checkpoint), key, compute, spec))
         levels = fitted.fine_levels(self.sampler.method, k, self.sampler.rho)[:k]
         return partial(fitted.schedule, levels, cost)
@@ -86,15 +87,15 @@ class Fitting:
         n, order = taken.n, taken.order
         levels = solver_levels(taken.method, schedule, n, taken.rho, taken.noise_removal)
         number = fitted.number_of_trajectories(self._dim, fitted.MOST_FOR_STEPS)
-        labels = self.draw_labels(number, "fitted")
+        conditions = self.draw_conditions(number, "fitted")
 
         def compute() -> dict:
             parts = [
                 fitted.states_at(levels[1:], steps)
-                for steps in self._trajectories(fine, number, labels)
+                for steps in self._trajectories(fine, number, conditions)
             ]
             steps = fitted.Fitting([torch.cat(states) for states in zip(*parts, strict=True)])
-            self._follow(taken, self._prior(number), labels, Fit(schedule, steps))
+            self._follow(taken, self._prior(number), conditions, Fit(schedule, steps))
             weights = [nn.functional.pad(w, (0, 1 + order - len(w))) for w in steps.weights]
             offsets = torch.stack(steps.offsets).cpu()
             return {"weights": torch.stack(weights).numpy(), "offsets": offsets.numpy()}
@@ -103,15 +104,15 @@ class Fitting:
             "weights": ("f", (n, 1 + order)),
             "offsets": ("f", (n, *self.sampler.codec.shape)),
         }
-        key = self._key(taken, number, labels)
+        key = self._key(taken, number, conditions)
         key |= {"levels": levels.tolist(), "trajectory sampler": fine.settings}
         path = fitted_path(self.checkpoint, n)
         weights, offsets = cached_arrays(path, key, compute, spec)
         return fitted.steps_as_kept(levels, weights, offsets.to(self.device))
 
-    def _key(self, sampler: ODESampler, number: int, labels: Tensor | None) -> dict:
+    def _key(self, sampler: ODESampler, number: int, conditions: Conditions) -> dict:
         key = self.origin | {"sampling": sampler.settings, "trajectories": number}
-        return key | digests(labels=labels)
+        return key | digests(**conditions)
 
     def _prior(self, number: int) -> Tensor:
         generator = keyed_generator(self.device, "fitted", self.seed)
@@ -119,31 +120,31 @@ class Fitting:
         return self.sampler.method.prior_sampling(shape, generator, self.device)
 
     def _trajectories(
-        self, sampler: ODESampler, number: int, labels: Tensor | None
+        self, sampler: ODESampler, number: int, conditions: Conditions
     ) -> Iterator[list[Step]]:
         """The fine trajectories of `number` samples, as many at a time as fit in memory."""
         log.info(f"fitting the sampler: solving {number} trajectories in fine steps")
         parts = math.ceil(number / fitted.at_once(self._dim))
         # In even parts: of a single trajectory no distances would be known.
-        priors = self._prior(number).tensor_split(parts)
-        label_parts = [None] * parts if labels is None else labels.tensor_split(parts)
-        for prior, part in zip(priors, label_parts, strict=True):
+        rows = torch.arange(number, device=self.device).tensor_split(parts)
+        for prior, part in zip(self._prior(number).tensor_split(parts), rows, strict=True):
             steps: list[Step] = []
-            self._follow(sampler, prior, part, Fit(fitted.fine_levels), steps.append)
+            each = conditions.map(lambda condition, part=part: condition[part])
+            self._follow(sampler, prior, each, Fit(fitted.fine_levels), steps.append)
             yield steps
 
     def _follow(
         self,
         sampler: ODESampler,
         x: Tensor,
-        labels: Tensor | None,
+        conditions: Conditions,
         fit: Fit,
         callback: Callback | None = None,
     ) -> None:
         with solver_bar(sampler.method) as watch:
             try:
                 replace(sampler, fit=fit)(
-                    self.network, x=x, labels=labels, callback=callback, watch=watch
+                    self.network, x=x, conditions=conditions, callback=callback, watch=watch
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"fitting the sampler: {error}") from error

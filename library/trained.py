@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import execution
 from configs.keys import shown
-from datasets import keyed_generator
 from likelihood import Likelihood
 from losses import Regression
 from methods.base import Method, Network, conditioned
@@ -23,7 +22,9 @@ from sampling import Sampler
 from solvers.base import Watch
 from solvers.solve import encode, solve_ode
 from solvers.states import States
+from sources.batch import Conditions
 from sources.codec import Codec
+from sources.keyed import keyed_generator
 
 LOWEST_SHOWN = 0.03  # noise level, as the network sees it, whose noise hardly shows in a film
 
@@ -253,7 +254,7 @@ class Trained:
                 {
                     "x": torch.cat(x),
                     "generator": generators,
-                    "labels": None if labels is None else labels[part],
+                    "conditions": Conditions(class_labels=None if labels is None else labels[part]),
                     "seeds": seeds[part],
                 },
             )
@@ -281,7 +282,7 @@ class Trained:
         labels, parts = self.labels(class_label, len(x)), []
         for start in range(0, len(x), self.batch_size):
             part = slice(start, start + self.batch_size)
-            conditions = {"class_labels": None if labels is None else labels[part]}
+            conditions = Conditions(class_labels=None if labels is None else labels[part])
             net = conditioned(self.experiment.network, conditions)
             with self._solving() as watch:
                 parts.append(compute(net, x[part], watch))

@@ -254,7 +254,7 @@ class Method(abc.ABC):
         alpha, std = self.kernel(t)
         x = scaled(alpha, y) + scaled(std * wider, normal)
         noise = scaled(wider, normal)
-        return Examples(images=x, labels=batch.labels, t=t, clean=y, noise=noise)
+        return Examples(images=x, conditions=batch.conditions, t=t, clean=y, noise=noise)
 
     def target(self, examples: Batch, reference: Batch) -> Tensor:
         """What the network should predict for `examples`, (B, K): by `predicts`.

@@ -176,7 +176,7 @@ class Poisson(Method):
     def draw(self, batch, generator=None):
         points = self.perturb(batch.images, generator)
         x, z = points[:, :-1].view_as(batch.images), points[:, -1]
-        return Examples(images=x, labels=batch.labels, z=z)
+        return Examples(images=x, conditions=batch.conditions, z=z)
 
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Augmented points (B, D+1) around images `x` (B, C, H, W) (Algorithm 2)."""

@@ -40,9 +40,11 @@ TENSORFLOW = ("tensorflow", "tensorflow_gan", "tensorflow_hub", "tensorflow_prob
 class FeatureSpace:
     """What `eval.features` names: called, it gives features (n, K) in float32 and logits, or None.
 
-    `name` also tells the weights apart, `width` is K, and logits are (n, `classes`); 0: none.
+    `kind` is its name in `FEATURES`; `name` also tells the weights apart. `width` is K, and logits
+    are (n, `classes`); 0: none.
     """
 
+    kind: str
     name: str
     width: int
     classes: int
@@ -215,31 +217,54 @@ def _digest_files(path: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-# eval.features -> what loads it: (eval.inception_path, device) -> its name, extractor and backend.
+# What loads a space of eval.features: (path of its network, device) -> name, extractor, backend.
 FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels}
 
 
-def get_features(config, device: torch.device) -> FeatureSpace:
-    """The feature space that `config.eval` names, tried on two blank images.
+def get_spaces(
+    kinds: str, paths: str, shape: tuple[int, int, int], device: torch.device
+) -> list[FeatureSpace]:
+    """The feature spaces `kinds`, names of `FEATURES` with commas between them.
+
+    `paths` are those of the networks of the kinds that need one, in this order, with commas between
+    them; see `get_space`.
+
+    Raises ValueError, in one line, where a space is named twice, as of `get_space` too.
+    """
+    names, left = [name.strip().lower() for name in kinds.split(",")], paths.split(",")
+    if len({*names}) < len(names):
+        raise ValueError(f"eval.features={kinds!r} names a space twice")
+    spaces = []
+    for name in names:
+        path = left.pop(0) if name != "pixels" and left else ""
+        spaces.append(get_space(name, path, shape, device))
+    return spaces
+
+
+def get_space(
+    kind: str, path: str, shape: tuple[int, int, int], device: torch.device
+) -> FeatureSpace:
+    """The feature space `kind` of `FEATURES`, tried on two blank images of `shape` (C, H, W).
+
+    `path` is that of its network.
 
     Raises ValueError, in one line that says what to do, where it cannot be loaded or used.
     """
-    features, data = config.eval.features, config.data
-    load = keys.named(FEATURES, "eval.features", features)
-    name, extract, backend = load(config.eval.inception_path, device)
-    blank = np.zeros((2, data.image_size, data.image_size, data.num_channels), dtype=np.uint8)
+    channels, *sides = shape
+    name, extract, backend = keys.named(FEATURES, "eval.features", kind)(path, device)
+    blank = np.zeros((2, *sides, channels), dtype=np.uint8)
     try:
         pool_3, logits = extract(blank)
         width, classes = pool_3.shape[1], 0 if logits is None else logits.shape[1]
     except Exception as error:  # an untrusted network fails in any way
         raise ValueError(
-            f"eval.features={features!r}: the network at {config.eval.inception_path or name} does "
-            f"not take images of shape {blank.shape[1:]}: {one_line(error)}"
+            f"eval.features={kind!r}: the network at {path or name} does not take images of shape "
+            f"{blank.shape[1:]}: {one_line(error)}"
         ) from error
     if width > WIDEST:
         raise ValueError(
-            f"eval.features={features!r} gives {width:,} features of each image, a covariance of "
+            f"eval.features={kind!r} gives {width:,} features of each image, a covariance of "
             f"{width**2 / 2**27:,.0f} GiB; at most {WIDEST:,} are compared: use 'inception' or "
             "'torchscript'"
         )
-    return FeatureSpace(name, width, classes, extract, backend)
+    return FeatureSpace(kind, name, width, classes, extract, backend)

@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import datasets
 import distributed
+from datasets import Data, DataSet, Resident, Stream, in_order
 from metrics.distances import Gaussian, TooFew
-from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_features
+from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_spaces
 from sources import digests
+from storage.digests import digests as digests_of_tensors
 from storage.files import check_arrays, read_arrays, save_npz
 
 log = logging.getLogger(__name__)
@@ -81,29 +82,34 @@ class ReferenceStatistics:
 
     space: FeatureSpace
     reference: Reference | None
-    data: Tensor | datasets.Labelled | datasets.Stream | None = None
+    data: DataSet | None = None
     path: Path | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str | int] = field(default_factory=dict)
 
     @classmethod
-    def build(
-        cls, config, device: torch.device, source: datasets.Data | None = None
-    ) -> "ReferenceStatistics":
-        """Raises ValueError, in one line, for what cannot be loaded or does not fit.
+    def from_config(cls, config, device: torch.device, data: Data) -> "list[ReferenceStatistics]":
+        """Those of each feature space of `config`; raises as `build`."""
+        spaces = get_spaces(config.eval.features, config.eval.inception_path, data.shape, device)
+        for space in spaces:
+            needed, number = space.width + 1, config.eval.num_samples
+            if number < needed:
+                log.warning(
+                    f"eval.num_samples={number} is too few for a covariance of {space.width} "
+                    f"features ({space.kind}), which needs {needed}: the Frechet distance is "
+                    "biased, and not one to quote"
+                )
+        return [cls.build(space, Path(config.eval.stats_dir), data) for space in spaces]
 
-        `source` gives the data; None: those that `config` names.
+    @classmethod
+    def build(cls, space: FeatureSpace, folder: Path, source: Data) -> "ReferenceStatistics":
+        """The statistics of the training split of `source`, kept in `folder`.
+
+        Raises ValueError, in one line, for what cannot be loaded or does not fit.
         """
-        space, folder = get_features(config, device), Path(config.eval.stats_dir)
-        needed, number = space.width + 1, config.eval.num_samples
-        if number < needed:
-            log.warning(
-                f"eval.num_samples={number} is too few for a covariance of {space.width} features, "
-                f"which needs {needed}: the Frechet distance is biased, and not one to quote"
-            )
-        source = source or datasets.Data(config)
-        size, name = config.data.image_size, data_name(config)
-        identity = {"space": space.name, "shape": f"{size}x{size}x{config.data.num_channels}"}
+        channels, size, _ = source.shape
+        name = source.name
+        identity = {"space": space.name, "shape": f"{size}x{size}x{channels}"}
         names = f"{name}_{size}_stats.npz", f"{name}_stats.npz"
         for published in (folder / each for each in names):
             if published.exists():
@@ -143,7 +149,7 @@ class ReferenceStatistics:
         """Computes the statistics of the data and keeps them; `progress` hears of image counts."""
 
         def blocks() -> Iterator[NDArray]:
-            for batch in datasets.in_order(self.data, EXTRACTED_AT_ONCE):
+            for batch in in_order(self.data, EXTRACTED_AT_ONCE):
                 yield self.space(batch.images.permute(0, 2, 3, 1).cpu().numpy())[0]
                 progress(len(batch))
 
@@ -159,13 +165,7 @@ class ReferenceStatistics:
         log.info(f"statistics of the data: {self.path}")
 
 
-def data_name(config) -> str:
-    """Of files: the data set, with its category where it has several."""
-    category = config.data.get("category")
-    return config.data.dataset.lower() + (f"_{category}" if category else "")
-
-
-def fingerprint(data: Tensor | datasets.Labelled | datasets.Stream) -> str:
+def fingerprint(data: DataSet) -> str:
     """32 hexadecimal digits of all images of a data set in their order, the main process's.
 
     Those in memory count with all their bytes. Images on disk count with the digest of their source
@@ -173,17 +173,23 @@ def fingerprint(data: Tensor | datasets.Labelled | datasets.Stream) -> str:
     """
 
     def words() -> str:
-        if isinstance(data, datasets.Stream):
+        if isinstance(data, Stream):
             index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
             some = data[torch.from_numpy(index)].numpy()
             return digests.joined(digests.of_source(data.source), digests.of_array(some))
-        images = data.images if isinstance(data, datasets.Labelled) else data
+        images = data.images if isinstance(data, Resident) else data
         return digests.of_array(images.cpu().contiguous().numpy(), whole=True)
 
     return distributed.from_main(words)[:32]
 
 
-def _training_data(source: datasets.Data) -> Tensor | datasets.Labelled | datasets.Stream:
+def origin_of(data: DataSet) -> dict[str, str]:
+    """Digests of a data set and of its conditions, which results on it depend on."""
+    conditions = {} if isinstance(data, Tensor) else data.conditions
+    return {"data": fingerprint(data)} | digests_of_tensors(**conditions)
+
+
+def _training_data(source: Data) -> DataSet:
     try:
         return source.get("train")
     except ValueError:  # a network with class labels can be sampled without those of the data
@@ -193,7 +199,7 @@ def _training_data(source: datasets.Data) -> Tensor | datasets.Labelled | datase
 SAID = {"data": "digest", "space": "feature space", "shape": "image size"}
 
 
-def _check_data(path: Path, arrays: dict, source: datasets.Data) -> list[str]:
+def _check_data(path: Path, arrays: dict, source: Data) -> list[str]:
     """Raises ValueError where the `arrays` from `path` say that they are of other data.
 
     Gives what is open, to be said: their digest where they do not say, or the data are not here.

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from experiment import Experiment
-from metrics.reference import data_name
 from metrics.table import METRICS
 from models import paper_name
 from reports.images import SIDE_BY_SIDE
@@ -83,7 +82,7 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int, step
     facts = {
         "method": run.method.name,
         "network": f"{paper_name(config)}, {parameters:,} parameters",
-        "data": f"{data_name(config)}, {size} × {size}, {_colours(size, channels)}",
+        "data": f"{run.data.name}, {size} × {size}, {_colours(size, channels)}",
         "checkpoint": f"step {step:,}, {ema}",
         "training time": duration(trained),
         "learning rate": f"{optim.lr:g}, {optim.warmup:,} steps of warm-up"

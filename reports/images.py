@@ -1,6 +1,8 @@
 """Images as arrays of bytes, and grids of them."""
 
+import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,6 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sources.images import resize
+from storage.files import save_png
+
+log = logging.getLogger(__name__)
 
 SIDE_BY_SIDE = 4  # channels of an image that a picture shows, where they are no colours
 LARGEST = 9216  # side of a picture: WebP holds no more than 16,383, and Pillow reads 89 megapixels
@@ -72,3 +77,9 @@ def _dots(points: NDArray[np.uint8], side: int = 2) -> Images:
     picture = np.full((256, 256, 3), 255, np.uint8)
     picture[255 - points[:, 1], points[:, 0]] = 0
     return picture.repeat(side, axis=0).repeat(side, axis=1)
+
+
+def save_grid(path: Path, images: Images, columns: int | None = None) -> None:
+    """Write a picture of `images` side by side, and say so in the log."""
+    save_png(path, image_grid(images, columns))
+    log.info(f"picture: {path}")

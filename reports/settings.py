@@ -9,10 +9,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from metrics.reference import fingerprint
 from metrics.table import METRICS
 from solvers import FITTED, SOLVERS, solver_named
+from storage.digests import digests
+
+if TYPE_CHECKING:
+    from datasets import DataSet
+    from experiment import Experiment
+    from library.restoration import ToRestore
+    from metrics.reference import ReferenceStatistics
 
 UNKNOWN = "not known"
 ABSENT = "–"  # of a part that was not evaluated
@@ -20,6 +28,7 @@ REST = "other settings"  # stands for those that an older report does not tell
 ORDER = 3  # what sampling.order=None means
 LARGEST = 2**20  # letters of the JSON
 SCALARS = (str, int, float, bool, type(None))
+DIGITS = 12  # of a digest among them
 OF_CHECKPOINT = ("step", "weights")  # differ between the checkpoints of a run
 
 # Settings, or the beginnings of their names, that have to be the same where values are ranked: of
@@ -176,3 +185,53 @@ def sampler_words(settings: Settings, *cost: str) -> str:
         within = " at noise levels {} to {}".format(*at["guidance_interval"] or (0, "inf"))
         words.append(f"guidance {at['guidance']}{by}{within}")
     return ", ".join(words)
+
+
+def from_config(
+    config,
+    run: "Experiment",
+    step: int,
+    origin: dict,
+    data: "DataSet | None",
+    statistics: "Sequence[ReferenceStatistics]",
+    restored: "ToRestore | None",
+) -> dict[str, Any]:
+    """The settings that make a report, flat; those of a part only where it is asked for.
+
+    Args:
+        origin: see `Experiment.origin`.
+        data: the split that loss and likelihood are computed on; None without these.
+        statistics: those that samples are compared with; () without samples.
+        restored: None without restoration.
+    """
+    options = config.eval
+    passes = options.bpd_num_repeats if options.dataset == "test" else 1
+    made_by = {"step": step, "weights": origin["weights"][:DIGITS]}
+    made_by |= {"seed": origin["seed"], "eval.ema_std": options.ema_std}
+    made_by |= {"data.centered": origin["centered"], "training.precision": origin["precision"]}
+    made_by |= {"eval.batch_size": options.batch_size, **of_method(run.method)}
+    made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
+    made_by |= of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
+    if data is not None:
+        made_by |= {"eval.dataset": options.dataset, "split.data": run.data.name}
+        made_by |= {"split.images": len(data), "split.digest": fingerprint(data)}
+    if options.enable_loss:
+        made_by["loss.reduce_mean"] = config.training.reduce_mean
+        if run.method.uses_reference_batch:
+            made_by["loss.reference_batch"] = config.training.batch_size
+    if options.enable_bpd or options.enable_classification:
+        made_by["eval.divergence"] = options.divergence
+    if options.enable_bpd:
+        made_by["eval.bpd_num_repeats"] = passes
+    if options.enable_classification:
+        digest = digests(labels=data.labels)["labels"]
+        made_by |= {"classes.number": config.data.num_classes, "classes.labels": digest[:DIGITS]}
+    if statistics:
+        spaces = ",".join(each.space.name for each in statistics)
+        made_by |= {"eval.num_samples": options.num_samples, "eval.features": spaces}
+        made_by |= {f"reference.{name}": value for name, value in statistics[0].origin.items()}
+    if restored is not None:
+        value, labels = restored.measurement.value, restored.labels
+        measured = digests(measurements=value, labels=labels)
+        made_by |= {f"restoration.{name}": digest[:DIGITS] for name, digest in measured.items()}
+    return made_by

@@ -27,7 +27,7 @@ DOWN = (0.602949018236, 0.266864118443, -0.078223266529, -0.016864118443, 0.0267
 def augment(
     batch: Batch, probability: float, shared: bool, generator: torch.Generator | None = None
 ) -> Batch:
-    """`batch`, its images (B, C, n, n), float, transformed, with `augment_labels` (B, 9).
+    """`batch`, its images (B, C, n, n), float, transformed, with "augment_labels".
 
     Args:
         batch: scaled images.
@@ -40,9 +40,8 @@ def augment(
     number = 1 if shared else len(images)
     parameters = draw_parameters(number, probability, generator, images.device)
     parameters = parameters.expand(len(images), -1)
-    return replace(
-        batch, images=transform(images, parameters), augment_labels=labels_of(parameters)
-    )
+    conditions = batch.conditions | {"augment_labels": labels_of(parameters)}
+    return replace(batch, images=transform(images, parameters), conditions=conditions)
 
 
 def draw_parameters(

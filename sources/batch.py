@@ -1,8 +1,8 @@
 """Tensors that belong together, row by row: a batch of images and what comes with them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """A base for dataclasses of tensors (B, ...) or None, which are indexed and sliced as one."""
+    """A base for dataclasses of tensors (B, ...), `Conditions` or None, indexed as one."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
@@ -21,7 +21,12 @@ class Rows:
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with `change` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v if v is None else change(v) for k, v in values.items()})
+        changed = {
+            name: value.map(change) if isinstance(value, Conditions) else change(value)
+            for name, value in values.items()
+            if value is not None
+        }
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         return self.map(lambda rows: rows.to(device, non_blocking=non_blocking))
@@ -38,16 +43,73 @@ class Rows:
         return self[k * size : (k + 1) * size]
 
 
-@dataclass(frozen=True)
-class Batch(Rows):
-    """Images of a batch and, where there are any, their class and augmentation labels."""
+class Kind(NamedTuple):
+    """A kind of condition.
 
-    images: Tensor  # (B, C, H, W); uint8 as a data set gives them, or float
-    labels: Tensor | None = None  # (B,), int64
-    augment_labels: Tensor | None = None  # (B, 9), of `sources.augmentation`
+    Attributes:
+        none: what fills a row that has none.
+        drops: `training.label_dropout` makes rows none, so that the network learns both.
+    """
+
+    none: float
+    drops: bool = True
+
+
+# The name under which a network takes a condition -> its kind.
+KINDS: dict[str, Kind] = {
+    "class_labels": Kind(none=-1),  # (B,), int64
+    "augment_labels": Kind(none=0, drops=False),  # (B, 9), of `sources.augmentation`
+    "vector": Kind(none=0),  # (B, K)
+    "image": Kind(none=0),  # (B, C, H, W)
+}
+
+
+class Conditions(Mapping[str, Tensor]):
+    """What a network is given besides x and the noise label: rows (B, ...) by name (`KINDS`)."""
+
+    def __init__(self, rows: Mapping[str, Tensor | None] = {}, /, **more: Tensor | None):  # noqa: B006
+        rows = {**rows, **more}
+        self.rows = {name: row for name, row in rows.items() if row is not None}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __or__(self, other: Mapping[str, Tensor | None]) -> "Conditions":
+        return Conditions({**self, **other})
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
+        """`change` applied to the rows of each."""
+        return Conditions({name: change(row) for name, row in self.items()})
 
     @property
-    def conditions(self) -> dict[str, Tensor]:
-        """What a network is given besides the images, by the names of its arguments."""
-        conditions = {"class_labels": self.labels, "augment_labels": self.augment_labels}
-        return {name: value for name, value in conditions.items() if value is not None}
+    def droppable(self) -> bool:
+        """Whether `drop` changes anything."""
+        return any(KINDS[name].drops for name in self)
+
+    def drop(self, mask: Tensor) -> "Conditions":
+        """The conditions with none where `mask` (B,), bool, holds, but for kinds that stay."""
+
+        def dropped(name: str, row: Tensor) -> Tensor:
+            at = mask.view(-1, *[1] * (row.dim() - 1))
+            return row.masked_fill(at, KINDS[name].none) if KINDS[name].drops else row
+
+        return Conditions({name: dropped(name, row) for name, row in self.items()})
+
+
+@dataclass(frozen=True)
+class Batch(Rows):
+    """Images of a batch, (B, C, H, W), uint8 as a data set gives them or float; and conditions."""
+
+    images: Tensor
+    conditions: Conditions = field(default_factory=Conditions)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class labels (B,), int64; None where there are none."""
+        return self.conditions.get("class_labels")

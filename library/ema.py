@@ -1,0 +1,60 @@
+"""EMA weights of another length, rebuilt from the averages in a run's checkpoints."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models.ema import rebuilding_weights
+from storage.checkpoints import load_checkpoint, written_steps
+from storage.workdir import checkpoint_path
+from training import checked_averages
+
+LARGEST_EMA_ERROR = 0.15  # of the profile; EMA weights err by about a tenth of it
+
+
+def rebuild_ema(
+    network: nn.Module, std: float, workdir: Path, checkpoint: Path, content: dict
+) -> str:
+    """Put the EMA of relative width `std` in place of the weights of a network.
+
+    It is that of the step of `checkpoint`, with this `content`, made of the power-function averages
+    in it and in the numbered checkpoints that the run wrote before (see `models.ema`).
+
+    Returns:
+        A line on what it was made of.
+
+    Raises:
+        ValueError: there are no averages, or too few.
+    """
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    step = content["step"]
+    try:
+        stds = [*checked_averages(content, parameters)]
+    except ValueError as error:
+        raise ValueError(f"eval.ema_std={std}: {checkpoint}: {error}") from error
+    paths = {s: checkpoint_path(workdir, s) for s in written_steps(content, checkpoint)}
+    paths = {s: p for s, p in paths.items() if s < step and p.exists()}
+    paths[step] = checkpoint
+    made_of = [(s, each) for s in paths for each in stds]
+    weights, error = rebuilding_weights(*zip(*made_of, strict=True), step, std)
+    line = (
+        f"the EMA of relative width {std:g} from {len(made_of)} averages of {len(paths)} "
+        f"checkpoints: its profile errs by {100 * error:.2g} %"
+    )
+    if error > LARGEST_EMA_ERROR:
+        raise ValueError(
+            f"eval.ema_std={std}: {line}, which is too much: a width closer to "
+            f"{' or '.join(f'{each:g}' for each in stds)} needs fewer checkpoints, and a smaller "
+            "training.snapshot_freq makes more"
+        )
+    rebuilt = [torch.zeros_like(p) for p in parameters]
+    for path, each in zip(paths.values(), weights.reshape(-1, len(stds)), strict=True):
+        state = content if path == checkpoint else load_checkpoint(path)
+        averages = checked_averages(state, parameters)
+        for width, weight in zip(stds, each.tolist(), strict=True):
+            average = [p.to(rebuilt[0].device) for p in averages[width]]
+            torch._foreach_add_(rebuilt, average, alpha=weight)
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, rebuilt)
+    return line

@@ -1,0 +1,205 @@
+"""Images to restore, what is known of them, and the sampler of images that agree with it."""
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from methods.restoration import RESTORE, Measurement, get_operator
+from sampling import Sampler
+from sources.batch import Batch, Conditions
+from sources.folder import read_images
+from sources.images import cropped_then_resized
+from sources.keyed import keyed_generator
+from sources.preparation import to_unit_interval
+from sources.sizes import changes, extent
+from sources.stream import batch_at
+
+if TYPE_CHECKING:
+    from experiment import Experiment
+
+log = logging.getLogger(__name__)
+
+RESTORATIONS = 5  # of each image
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is to be restored, and how much is known of it.
+
+    Attributes:
+        name: one of `methods.restoration.RESTORE`.
+        path: of the images; "" for those of the split.
+        degrade: the images are whole, and measured here.
+        mask: see `known_pixels`.
+        noise: of the measurement; 1 leads from black to white.
+        split, number: of the images without a path.
+        scale: of 16-bit images; see `sources.sixteen_bits`.
+        seed: of the measurement's noise.
+    """
+
+    name: str
+    path: str = ""
+    degrade: bool = False
+    mask: str = ""
+    noise: float = 0.0
+    split: str = "test"
+    number: int = 1
+    scale: tuple[float, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ToRestore:
+    """What is to be restored.
+
+    Attributes:
+        measurement: of n images, in the network's scaling.
+        labels: the class labels (n,) of the images, -1 for none; None without classes.
+        truth: the images in [0, 1], where they are known.
+    """
+
+    measurement: Measurement
+    labels: Tensor | None
+    truth: Tensor | None
+
+    @classmethod
+    def from_config(cls, config, run: "Experiment") -> Self:
+        """The images of `sampling.restore` and the keys beside it; raises as `read`."""
+        sampling, evaluation = config.sampling, config.eval
+        options = Options(
+            sampling.restore.lower(),
+            sampling.restore_path,
+            sampling.restore_degrade,
+            sampling.restore_mask,
+            sampling.restore_noise,
+            evaluation.dataset,
+            max(1, evaluation.num_samples // RESTORATIONS),
+            config.data.scale,
+            config.seed,
+        )
+        return cls.read(options, run)
+
+    @classmethod
+    def read(cls, options: Options, run: "Experiment") -> Self:
+        """The images that `options` name, for the network of `run`.
+
+        Raises:
+            ValueError: options contradict each other or the data, or an image cannot be read.
+            FileNotFoundError: a file does not exist.
+        """
+        name, whole = options.name, options.degrade
+        channels, size, _ = run.codec.data_shape
+        factor = RESTORE[name]
+        if not (options.path or whole):
+            raise ValueError(
+                f"sampling.restore={name!r} needs sampling.restore_path, an image or more, or "
+                "sampling.restore_degrade for those of the split eval.dataset"
+            )
+        if size % factor:
+            raise ValueError(f"sampling.restore={name!r} does not divide data.image_size={size}")
+        if name == "colour" and channels != 3:
+            raise ValueError(
+                f"sampling.restore='colour' needs colour images; these have {channels}"
+            )
+        if name == "denoise" and not options.noise:
+            raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
+        if not whole:
+            channels, size = 1 if name == "colour" else channels, size // factor
+        batch = _batch(options, run, channels, size).to(run.device)
+        mask = None
+        if name == "inpaint":
+            mask = known_pixels(options.mask, run.codec.shape[1:], len(batch)).to(run.device)
+        operator = get_operator(name, mask)
+        images = to_unit_interval(batch.images)
+        low, high = run.codec.bounds
+        noise, value = options.noise * (high - low), run.codec.encode(images)
+        if whole:
+            generator = keyed_generator(run.device, "measurement", options.seed)
+            added = operator.forward(value)
+            added = torch.randn(added.shape, generator=generator, device=run.device)
+            value = operator.forward(value) + noise * added
+        if name == "inpaint":
+            value = operator.forward(value)  # nothing is known of the other pixels, noise or not
+        measurement = Measurement(operator, value, noise)
+        restoring_sampler(run, measurement)  # raises what it must
+        return cls(measurement, batch.labels, images if whole else None)
+
+
+def restoring_sampler(run: "Experiment", measurement: Measurement) -> Sampler:
+    """The sampler of restorations; its trajectories are not those that levels are fitted to."""
+    return replace(run.sampler.without_fit(), measurement=measurement)
+
+
+def _batch(options: Options, run: "Experiment", channels: int, size: int) -> Batch:
+    """uint8 images (n, channels, size, size), and class labels where the network is given any."""
+    if options.path:
+        pictures = read_images("sampling.restore_path", options.path, channels, options.scale)
+        sizes = [picture.shape[:2] for picture in pictures.values()]
+        for change in changes(sizes, size):
+            log.info(f"sampling.restore_path, images of {extent(sizes)} pixels: {change}")
+        pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
+        batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    else:
+        batch = batch_at(run.data.get(options.split), slice(options.number))
+    if not run.classes:
+        return batch
+
+    def of_class(label: int) -> Batch:
+        return replace(batch, conditions=Conditions(class_labels=torch.full((len(batch),), label)))
+
+    if run.sampler.class_label >= 0:
+        return of_class(run.sampler.class_label)
+    if batch.labels is not None:
+        return batch
+    if not run.objective.label_dropout:
+        raise ValueError(
+            "the classes of the images of sampling.restore_path are not known, and the network was "
+            "not trained without (training.label_dropout=0): name one as sampling.class_label"
+        )
+    return of_class(-1)
+
+
+def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
+    """The pixels that `sampling.restore_mask`, `name`, leaves of `n` images of these sides, bool.
+
+    They are (H, W), the same for all images, or (n, 1, H, W) where there are n masks.
+    """
+    size = sides[0]
+    if not name:
+        raise ValueError(
+            "sampling.restore='inpaint' needs sampling.restore_mask, an image that is white where "
+            "pixels are missing, or a folder of n of them for n images, or top,left,height,width "
+            "of a rectangle"
+        )
+    if re.fullmatch(r"\d{1,9}( *, *\d{1,9}){3}", name):
+        top, left, height, width = map(int, name.split(","))
+        if top + height > size or left + width > size:
+            raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
+        rectangle = torch.zeros(size, size, dtype=torch.bool)
+        rectangle[top : top + height, left : left + width] = True
+        masks = {name: rectangle}
+    else:
+        pictures = read_images("sampling.restore_mask", name, 1)
+        if len(pictures) not in (1, n):
+            raise ValueError(
+                f"sampling.restore_mask={name} holds {len(pictures)} masks for {n} images: it "
+                "takes one for each, in the order of their names, or one for all"
+            )
+        masks = {file: torch.from_numpy(image[..., 0] >= 128) for file, image in pictures.items()}
+    for file, missing in masks.items():
+        which = f"sampling.restore_mask={name}" + (f": {file}" if len(masks) > 1 else "")
+        if missing.shape != (size, size):
+            pixels = " x ".join(map(str, missing.shape))
+            raise ValueError(f"{which} has {pixels} pixels; the images have {size} x {size}")
+        if missing.all() or not missing.any():
+            share = "all pixels" if missing.all() else "no pixel"
+            raise ValueError(f"{which} marks {share} as missing")
+    if len(masks) == 1:
+        return ~next(iter(masks.values()))
+    log.info(f"sampling.restore_mask: {n} masks, one for each image, in the order of their names")
+    return ~torch.stack([*masks.values()])[:, None]

@@ -1,0 +1,91 @@
+"""What a training step makes of stored images: mirrored, dequantised, encoded, transformed."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from configs.schema import SHARE, Flag, Key
+from sources import augmentation
+from sources.batch import Batch
+from sources.codec import Codec, get_codec
+
+KEYS = {
+    "data.random_flip": Key(True, Flag(), "half of the training images are mirrored"),
+    "data.uniform_dequantization": Key(False, Flag(), "noise of one grey level is added"),
+    "training.augment": Key(
+        0.0,
+        SHARE,
+        "EDM's augmentation: probability of each transformation but mirroring, which half of the "
+        "images are; 0: none; needs model.augment_dim=9 and takes the place of data.random_flip",
+    ),
+}
+
+
+def to_unit_interval(
+    images: Tensor,
+    generator: torch.Generator | None = None,
+    flip: bool = False,
+    dequantize: bool = False,
+) -> Tensor:
+    """Float images (B, C, H, W) in [0, 1] from uint8 ones, on their device.
+
+    `flip` mirrors each left to right with probability 1/2. `dequantize` adds uniform noise within a
+    grey level, (images + u) / 256; the density of such data bounds the likelihood of the discrete
+    ones (Theis et al. 2016).
+    """
+    draw = {"generator": generator, "device": images.device}
+    if flip:
+        mirrored = torch.rand(len(images), 1, 1, 1, **draw) < 0.5
+        mask = mirrored.to(torch.uint8).neg()  # 255 or 0
+        # torch.where(mirrored, images.flip(-1), images), which takes four times as long on a CPU
+        images = images.flip(-1).bitwise_xor_(images).bitwise_and_(mask).bitwise_xor_(images)
+    if dequantize:
+        return torch.rand(images.shape, **draw).add_(images).div_(256)
+    return images.float().div_(255)  # in place: fresh memory takes longer than the division
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Called with a uint8 batch and a generator: the encoded batch of a training step.
+
+    Attributes:
+        codec: what encodes the images.
+        flips: half of them are mirrored, unless they are transformed.
+        dequantizes: see `to_unit_interval`.
+        augment: probability of the transformations of `sources.augmentation`; 0 for none.
+        shared: the transformation is the same for the whole batch.
+    """
+
+    codec: Codec
+    flips: bool = False
+    dequantizes: bool = False
+    augment: float = 0.0
+    shared: bool = False
+
+    @classmethod
+    def from_config(cls, config, shared: bool) -> Self:
+        """Raises ValueError where the network does not take the labels of the augmentation."""
+        data, augment = config.data, config.training.augment
+        if augment and config.model.augment_dim != augmentation.LABELS:
+            raise ValueError(
+                f"training.augment={augment} needs model.augment_dim={augmentation.LABELS}, the "
+                f"entries of its labels, not {config.model.augment_dim}"
+            )
+        flips = data.random_flip and not augment  # the augmentation mirrors them, and tells so
+        return cls(get_codec(config), flips, data.uniform_dequantization, augment, shared)
+
+    @property
+    def words(self) -> str:
+        """How training images are changed, for the log."""
+        if self.augment:
+            return f"transformed at random (training.augment={self.augment:g})"
+        return f"{'mirrored at random' if self.flips else 'not mirrored'} (data.random_flip)"
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        images = to_unit_interval(batch.images, generator, self.flips, self.dequantizes)
+        batch = replace(batch, images=self.codec.encode(images))
+        if not self.augment:
+            return batch
+        return augmentation.augment(batch, self.augment, self.shared, generator)

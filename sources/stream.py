@@ -1,0 +1,299 @@
+"""Data sets with random access, in memory or on disk, and a deterministic stream of batches.
+
+A data set is a tensor, with conditions `Resident`, or a `Stream` from disk: all have `len()`, and
+indexing by an integer tensor or a slice gives uint8 images (k, C, H, W). Order and noise depend on
+(seed, step) alone, so the batches can start anywhere and do not depend on which process decodes
+them.
+"""
+
+import collections
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import distributed
+from sources.base import Source, Unreadable
+from sources.batch import Batch, Conditions
+from sources.keyed import keyed_seed
+from storage.files import one_line
+
+log = logging.getLogger(__name__)
+
+MAX_TRIES = 1000  # images in a row that may be unreadable
+MAX_NAMED = 20  # unreadable images that are named
+MAX_WORKERS = 8  # of data.num_workers=-1
+SMALL = 2**24  # bytes of images that are decoded before processes to do it have started
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Images in memory (n, C, H, W), uint8, with their `conditions`, and the classes' names.
+
+    Indexing gives the images alone.
+    """
+
+    images: Tensor
+    conditions: Conditions = field(default_factory=Conditions)
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        return self.images[index]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class labels (n,), int64; None where there are none."""
+        return self.conditions.get("class_labels")
+
+    def to(self, device: torch.device | str) -> "Resident":
+        conditions = self.conditions.map(lambda rows: rows.to(device))
+        return Resident(self.images.to(device), conditions, self.names)
+
+
+class Stream:
+    """Images that stay on disk and are decoded when they are indexed.
+
+    An image that cannot be read, or has another shape, is replaced by the next one that can be
+    used, and is named in a warning; so length and order do not depend on when a damage is found.
+    `shape` is (C, H, W); `names` are those of the classes, if there are any. So many `workers`
+    decode the batches of `in_order` and `shuffled_batches`; with 0 the process does that asks for
+    them.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        shape: tuple[int, int, int],
+        workers: int = 0,
+        conditions: Conditions | None = None,
+        names: tuple[str, ...] = (),
+    ):
+        self.source, self.shape, self.workers = source, shape, workers
+        self.conditions, self.names = conditions or Conditions(), names
+        self.pinned = False
+        self.unreadable: dict[int, str] = {}  # those met so far, and why
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        return self.batch(index).images
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class labels (n,), int64; None where there are none."""
+        return self.conditions.get("class_labels")
+
+    def batch(self, index: Tensor | slice) -> Batch:
+        """The images of `index`, and their conditions."""
+        if isinstance(index, slice):
+            index = torch.arange(*index.indices(len(self)))
+        return self._accept(self.read(index.tolist()))
+
+    def to(self, device: torch.device | str) -> "Stream":
+        """Batches will come in memory that is copied to `device` without waiting."""
+        self.pinned = torch.device(device).type == "cuda"
+        return self
+
+    def read(self, index: list[int]) -> tuple[Tensor, list[int], dict[int, str]]:
+        """Images (k, C, H, W), their numbers, and which of `index` were replaced, with the reason.
+
+        The numbers are those of `index` but where an image was replaced by another.
+        """
+        unreadable: dict[int, str] = {}
+        numbers, images = zip(*(self._readable(i, unreadable) for i in index), strict=True)
+        return torch.from_numpy(np.stack(images)), list(numbers), unreadable
+
+    def _readable(self, i: int, unreadable: dict[int, str]) -> tuple[int, np.ndarray]:
+        tries = min(len(self), MAX_TRIES)
+        for j in ((i + k) % len(self) for k in range(tries)):
+            try:
+                image = self.source[j].transpose(2, 0, 1)
+            except Unreadable as error:
+                unreadable[j] = str(error)
+                continue
+            if image.shape == self.shape:
+                return j, image
+            wanted = f"data.num_channels and data.image_size say {self.shape}"
+            unreadable[j] = f"number {j} is {image.shape} (C, H, W), but {wanted}"
+        raise ValueError(f"{tries} images in a row cannot be used; the last: {unreadable[j]}")
+
+    def _accept(self, read: tuple[Tensor, list[int], dict[int, str]]) -> Batch:
+        images, numbers, unreadable = read
+        for i in unreadable.keys() - self.unreadable.keys():
+            self.unreadable[i] = unreadable[i]
+            if len(self.unreadable) <= MAX_NAMED:
+                log.warning(f"unreadable image: {unreadable[i]}")
+            if len(self.unreadable) == MAX_NAMED:
+                log.warning("further unreadable images are not named")
+        return Batch(images, self.conditions.map(lambda rows: rows[numbers]))
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """`self.batch(index)` for each index, decoded ahead by the worker processes."""
+        if not self.workers:
+            yield from (self.batch(index) for index in indices)
+            return
+        indices, asked = iter(indices), collections.deque()
+        # a fork of this process would lack the threads that CUDA and ArrayRecord count on; workers
+        # are forked from a server that has imported what they need and done no more
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+
+        def ask() -> Iterator[list[int]]:
+            for index in indices:
+                asked.append(index)
+                yield index.tolist()
+
+        loader = DataLoader(
+            _Reader(self),
+            batch_size=None,
+            sampler=ask(),
+            num_workers=self.workers,
+            pin_memory=self.pinned,
+            generator=torch.Generator(),  # the global one belongs to dropout
+            worker_init_fn=_follow_parent,
+            multiprocessing_context=context,
+        )
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (RuntimeError, OSError, EOFError) as error:  # as when a signal ends the group
+                reason = one_line(error)
+                log.warning(f"the processes that decode images died; going on without: {reason}")
+                yield from (self.batch(index) for index in itertools.chain(asked, indices))
+                return
+            if batch is None:
+                return
+            if isinstance(batch, Exception):
+                raise batch
+            asked.popleft()
+            yield self._accept(batch)
+
+
+class _Reader:
+    """`Stream.read` for DataLoader; errors are handed over as they are, without a traceback."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+
+    def __getitem__(self, index: list[int]):
+        try:
+            return self.stream.read(index)
+        except Exception as error:
+            return error
+
+
+def _follow_parent(worker: int) -> None:
+    """A worker outlives Ctrl-C, which reaches the whole group of processes, but not its parent.
+
+    DataLoader watches the process that forked the worker, here the server, which would wait for
+    its workers for ever after the training process is killed.
+    """
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+DataSet = Tensor | Resident | Stream
+
+
+def decoded(stream: Stream) -> Tensor | Resident:
+    """All images of `stream` that can be read, (n, C, H, W), with their conditions."""
+    images = torch.empty(len(stream), *stream.shape, dtype=torch.uint8)
+    interval = 0.2 if sys.stderr.isatty() else 10
+    options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
+    with tqdm(total=len(stream), desc="decoding", **options) as progress:
+        for piece, batch in zip(images.split(64), in_order(stream, 64), strict=True):
+            piece.copy_(batch.images)
+            progress.update(len(batch))
+    conditions = stream.conditions
+    if stream.unreadable:
+        readable = torch.ones(len(stream), dtype=torch.bool)
+        readable[list(stream.unreadable)] = False
+        log.warning(f"{len(stream.unreadable)} of {len(stream)} images are unreadable and left out")
+        images, conditions = images[readable], conditions.map(lambda rows: rows[readable])
+    return Resident(images, conditions, stream.names) if conditions else images
+
+
+def processors() -> int:
+    """Those for this process, one of several that torchrun may have started on this machine."""
+    known = hasattr(os, "sched_getaffinity")
+    processors = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def batch_at(data: DataSet, index: Tensor | slice) -> Batch:
+    """The uint8 images of `index`, and their conditions."""
+    if isinstance(data, Stream):
+        return data.batch(index)
+    resident = Batch(data.images, data.conditions) if isinstance(data, Resident) else Batch(data)
+    return resident[index]
+
+
+def in_order(data: DataSet, size: int) -> Iterator[Batch]:
+    """Every image once, in uint8 batches of `size` and a last one of what is left."""
+    return _fetched(data, torch.arange(len(data)).split(size))
+
+
+def shuffled_batches(
+    data: DataSet,
+    batch_size: int,
+    seed: int,
+    step: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Endless uint8 batches from batch number `step` on.
+
+    Every epoch is a permutation given by (seed, epoch); a batch that crosses its end goes on in the
+    next one, so that no image is left out. A batch has `batch_size` images, or the whole data set
+    where that is smaller. Process r of n, `shard=(r, n)`, gets the r-th of n equal shards of each;
+    ValueError where they cannot be equal.
+    """
+    size, (rank, world) = min(batch_size, len(data)), shard
+    if size % world:
+        raise ValueError(f"a batch of {size} images cannot be shared equally by {world} processes")
+    part = slice(rank * size // world, (rank + 1) * size // world)
+    indices = (batch[part] for batch in _shuffled(len(data), size, seed, step))
+    return _fetched(data, indices)
+
+
+def _shuffled(n: int, size: int, seed: int, step: int) -> Iterator[Tensor]:
+    orders: dict[int, Tensor] = {}
+    for first in itertools.count(step * size, size):
+        epochs = range(first // n, (first + size - 1) // n + 1)
+        orders = {e: orders[e] if e in orders else _order(n, seed, e) for e in epochs}
+        starts = {e: first - e * n for e in epochs}
+        yield torch.cat([orders[e][max(at, 0) : at + size] for e, at in starts.items()])
+
+
+def _fetched(data: DataSet, indices: Iterable[Tensor]) -> Iterator[Batch]:
+    if isinstance(data, Stream):
+        return data.batches(indices)
+    resident = Batch(data.images, data.conditions) if isinstance(data, Resident) else Batch(data)
+    device = resident.images.device
+    indices = (index.to(device, non_blocking=True) for index in indices)
+    return map(lambda i: resident.map(lambda rows: rows.index_select(0, i)), indices)
+
+
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    random = np.random.default_rng(keyed_seed("order", seed, epoch))
+    return torch.from_numpy(random.permutation(n))
