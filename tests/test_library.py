@@ -1,11 +1,13 @@
 """`experiment.load` and what a trained network can be asked, against laws known in closed form."""
 
 import math
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from known_laws import SDES, VP, gaussian_network, pfgmpp
 from many_lives import small_config
 from test_configs import load as load_config
@@ -239,6 +241,27 @@ def test_loading_draws_nothing_and_takes_the_ema_weights(trained):
     assert all(map(torch.equal, ema, held))
     numbered = load(trained / "checkpoints/checkpoint_10.pth")
     assert numbered.step == 10
+
+
+def test_six_frames_lead_from_a_sample_to_the_network(trained):
+    """By Heun's method: of the project's own files, models/ apart, when the network is entered."""
+    run, stacks = load(trained), []
+    assert run.experiment.sampler.solver == "heun"
+
+    def look(network, inputs):
+        stacks.append([frame for frame in traceback.extract_stack() if is_own(frame)])
+
+    def is_own(frame):
+        path = Path(frame.filename)
+        place = path.relative_to(ROOT).parts[0] if path.is_relative_to(ROOT) else "elsewhere"
+        return place not in ("elsewhere", ".venv", "tests", "models")
+
+    run.experiment.network.register_forward_pre_hook(look)
+    run.sample([0])
+    assert len(stacks) == 2 * 4 - 1
+    for frames in stacks:
+        lines = [f"{f.filename}:{f.lineno} {f.name}" for f in frames]
+        assert 3 <= len(frames) <= 6, "\n".join(lines)
 
 
 def load_newest(workdir):
