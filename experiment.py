@@ -107,6 +107,7 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
         found["data.num_channels"] = config.data.num_channels = data.measure_channels()
     if config.data.num_classes == -1:
         found["data.num_classes"] = config.data.num_classes = data.measure_classes()
+    models.check_labels(config)
     with torch.device("meta"):  # mistakes of these show before all images are read
         models.create_model(config)
     dim = math.prod(get_codec(config).shape)
@@ -239,6 +240,7 @@ class Experiment:
         torch.manual_seed(config.seed)
         execution.check_precision(config.sampling.precision, device, "sampling.precision")
         method = methods.get_method(config)
+        models.check_labels(config)
         network = models.create_model(config).to(device)
         guide = _guide(config, device) if config.sampling.guide else None
         data = Data(config.data, identity)

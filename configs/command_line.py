@@ -32,10 +32,10 @@ def parse(argv: list[str], stored: Callable[[], ConfigDict | None] = lambda: Non
         The program's name.
     """
     try:
-        path, known = value_of(argv, "config"), flatten(get_default_config())
+        path = value_of(argv, "config")
         if path is not None:
-            _check_file(path, known)
-        _check_overrides(argv, known)
+            _check_file(path)
+        _check_overrides(argv, flatten(get_default_config()))  # with the parts that a file adds
         asks_help = any(re.match(r"--?(help|h$|\?)", argument) for argument in argv)
         config = None if path is not None or asks_help else stored()
         if config is not None:
@@ -88,7 +88,7 @@ def _check_overrides(argv: list[str], known: dict) -> None:
             raise ValueError(explain_unknown(key, known))
 
 
-def _check_file(path: str, known: dict) -> None:
+def _check_file(path: str) -> None:
     """Runs the config file by itself, so that its mistakes are not taken for those of overrides."""
     if not Path(path).exists():
         raise ValueError(f"config file {path} does not exist")
@@ -101,7 +101,8 @@ def _check_file(path: str, known: dict) -> None:
             config = get_config()
         keys = flatten(config).keys() if isinstance(config, ConfigDict) else ()
     except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"config file {_where(path, error)}: {_reason(error, known)}") from error
+        raise ValueError(f"config file {_where(path, error)}: {_reason(error)}") from error
+    known = flatten(get_default_config())
     if get_config is None:
         raise ValueError(f"config file {path} defines no get_config()")
     if not isinstance(config, ConfigDict):
@@ -125,7 +126,7 @@ def _where(path: str, error: Exception) -> str:
     return path
 
 
-def _reason(error: Exception, known: dict) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}"
     frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
@@ -135,5 +136,5 @@ def _reason(error: Exception, known: dict) -> str:
         default = get_default_config()
         sections = [n for n, s in default.items() if isinstance(s, ConfigDict)]
         inside = [f"{n}." for n in sections if default[n].keys() == section.keys()]
-        return explain_unknown("".join([*inside, quoted[1]]), known)
+        return explain_unknown("".join([*inside, quoted[1]]), flatten(default))
     return f"{type(error).__name__}: {error}"

@@ -126,7 +126,9 @@ class Trained:
             states = States(method, levels, sampler.tells_times, codec.show)
             with self._solving(start.pop("seeds")) as watch:
                 images, _ = sampler(self.experiment.network, watch=watch, callback=states, **start)
-            films.append(states.end(codec.encode(images)))
+            film = states.end(codec.encode(images))
+            film[-1] = (images * 255).round()  # a codec that loses some shows it less well
+            films.append(film)
         return torch.cat(films, 1)
 
     def encode(self, x: Tensor, class_label: ClassLabel = None) -> Tensor:
@@ -163,19 +165,26 @@ class Trained:
 
         The bits/dim of 8-bit images u are -log p / (D ln 2) + 8 at x = (u + noise) / 256, the noise
         uniform in [0, 1] (Theis et al. 2016). The divergence is that of `eval.divergence`, its
-        probe drawn by `seed`.
+        probe drawn by `seed`. Of a network that sees latents it is the density of these.
 
         Raises as `encode`, and ValueError for a network trained at discrete noise levels.
         """
-        likelihood, codec = self.experiment.likelihood, self.experiment.codec
+        codec, bits = self.experiment.codec, self.bits_per_dim(x, class_label, seed)
+        per_entry = (math.log2(codec.levels) - bits) * math.log(2)
+        return per_entry * math.prod(codec.shape)
+
+    def bits_per_dim(self, x: Tensor, class_label: ClassLabel = None, seed: int = 0) -> Tensor:
+        """Bits/dim (n,) of images `x` (n, C, H, W) in [0, 1], as `log_likelihood` describes them.
+
+        With data that have no grey levels to count, such as latents, they are -log2 p / D.
+        """
+        likelihood = self.experiment.likelihood
         probes = keyed_generator(self.experiment.device, "probe", *checked_seeds([seed]))
 
         def bits(net: Network, part: Tensor, watch: Watch) -> Tensor:
             return likelihood(net, part, probes, watch=watch)[0]
 
-        bits_per_dim = self._in_batches(bits, self._encoded(x), class_label)
-        per_entry = (math.log2(codec.levels) - bits_per_dim) * math.log(2)
-        return per_entry * math.prod(codec.shape)
+        return self._in_batches(bits, self._encoded(x), class_label)
 
     def denoise(self, x: Tensor, sigma: float, class_label: ClassLabel = None) -> Tensor:
         """E[image | x] (n, C, H, W) for `x` (n, C, H, W), images with noise of the level `sigma`.
@@ -184,10 +193,13 @@ class Trained:
         PFGM++ and Poisson flow, sigma is its scale. There is no guidance, and nothing is clamped.
 
         Raises:
-            ValueError: another shape, or `sigma` is not one of the method's noise levels.
+            ValueError: another shape, `sigma` is not one of the method's noise levels, or the
+                network sees latents.
         """
         check_shape(x, self.shape, "noisy images")
         method, codec = self.experiment.method, self.experiment.codec
+        if math.inf in codec.bounds:
+            raise ValueError("the network denoises latents, not images: see Method.denoise")
         unit = codec.bounds[1] - codec.bounds[0]  # between black and white, as the network sees it
         ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
         low, high = (method.sigma(ends) / unit).tolist()

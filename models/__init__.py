@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from configs.keys import named
-from methods import Method, method_class
+from methods import method_class
 from models.edm import ADM, EDMUNet
 from models.mlp import MLP
 from models.ncsn import RefineNet
@@ -17,6 +17,7 @@ from sources.codec import Shape, get_codec
 
 __all__ = [
     "NETWORKS",
+    "check_labels",
     "create_model",
     "load_reference_state_dict",
     "paper_name",
@@ -64,9 +65,7 @@ def create_model(config: ConfigDict) -> nn.Module:
     shape = get_codec(config).shape
     if config.data.num_classes < 0:
         raise ValueError("data.num_classes is open: training measures it at its first start")
-    method = method_class(config)
-    _check_labels(config, method)
-    extra = method.extra_channels
+    extra = method_class(config).extra_channels
     build = named(NETWORKS, "model.name", config.model.name)
     network = build(config, shape, shape[0] + extra)
     if extra:  # a hook, and no wrapper, which would rename the weights
@@ -74,9 +73,12 @@ def create_model(config: ConfigDict) -> nn.Module:
     return network
 
 
-def _check_labels(config: ConfigDict, method: type[Method]) -> None:
-    """Raises ValueError where the network cannot take the method's noise labels, or scales them."""
-    model, sde = config.model, config.training.sde
+def check_labels(config: ConfigDict) -> None:
+    """Raises ValueError where the network cannot take the method's noise labels, or scales them.
+
+    A network of published weights may be made nevertheless, as `create_model` does.
+    """
+    model, sde, method = config.model, config.training.sde, method_class(config)
     if model.scale_by_sigma and not method.gives_score:
         raise ValueError(
             "model.scale_by_sigma makes the network's output a score, which "

@@ -24,7 +24,6 @@ from torch import Tensor
 
 import datasets
 import experiment
-import likelihood
 from experiment import Experiment
 from methods.base import Method
 from methods.field import posterior_mean
@@ -56,10 +55,9 @@ Points = NDArray[np.float64]  # (..., 2)
 
 
 class Run(NamedTuple):
-    """A trained run, its name and its config."""
+    """A trained run and its name."""
 
     name: str
-    config: object
     experiment: Experiment
 
 
@@ -70,10 +68,10 @@ def load(workdir: Path) -> Run:
         OSError, ValueError: there is none (see `experiment.load`), or its data are no toy.
     """
     trained = experiment.load(workdir)
-    name = trained.config.data.dataset
+    name = trained.experiment.config.data.dataset
     if name not in TOYS:
         raise ValueError(f"{workdir} is of {name}; known toys: {', '.join(TOYS)}")
-    return Run(workdir.name, trained.config, trained.experiment)
+    return Run(workdir.name, trained.experiment)
 
 
 # --- lines ----------------------------------------------------------------------------------------
@@ -140,11 +138,11 @@ def exact_bits(toy: Mixture, points: NDArray[np.uint8]) -> float:
 
 def learned_bits(run: Run, points: Tensor) -> float:
     """Mean bits/dim of `points`, uint8 (n, 2, 1, 1), under the run's ODE."""
-    generator = datasets.keyed_generator("cpu", "bits/dim", run.config.seed)
-    bits_per_dim = likelihood.get_likelihood_fn(run.config, run.experiment.method)
+    parts = run.experiment
+    generator = datasets.keyed_generator("cpu", "bits/dim", parts.config.seed)
     images = datasets.to_unit_interval(points, generator, dequantize=True)
-    scaled = run.experiment.codec.encode(images)
-    return bits_per_dim(run.experiment.state.model, scaled, generator)[0].mean().item()
+    bits, _, _ = parts.likelihood(parts.network, parts.codec.encode(images), generator)
+    return bits.mean().item()
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -188,7 +186,7 @@ def draw_page(runs: list[Run], data: Tensor, bits: dict[str, float], path: Path)
 
     `bits` are bits/dim, by the name of the run, and "exact".
     """
-    toy = TOYS[runs[0].config.data.dataset]()
+    toy = TOYS[runs[0].experiment.config.data.dataset]()
     charges = data[:CHARGES]
     figure = plt.figure(figsize=(11, 10.6), dpi=100, facecolor=PAPER)
     grid = figure.add_gridspec(
@@ -199,14 +197,14 @@ def draw_page(runs: list[Run], data: Tensor, bits: dict[str, float], path: Path)
     _draw_field(figure.add_subplot(grid[0, :7]), figure.add_subplot(grid[0, 7:]), toy, lines)
     cells = [[grid[row, 3 * i : 3 * i + 3] for i in range(4)] for row in (1, 2)]
     samples, trajectories = ([figure.add_subplot(c) for c in row] for row in cells)
-    name = runs[0].config.data.dataset.replace("_", " ")
+    name = runs[0].experiment.config.data.dataset.replace("_", " ")
     _plane(samples[0], toy, f"data: {name}", f"exact: {bits['exact']:.2f} bits/dim")
     _draw_words(trajectories[0])
     for run, sampled, followed in zip(runs, samples[1:], trajectories[1:], strict=False):
-        method, net = run.experiment.method, run.experiment.state.model
+        method, net = run.experiment.method, run.experiment.network
         _plane(sampled, toy, run.name, f"learned: {bits[run.name]:.2f} bits/dim", faint=True)
-        generator = datasets.keyed_generator("cpu", "samples", run.config.seed, 0)
-        drawn = run.experiment.sample(net, SAMPLES, generator=generator)[0]
+        generator = datasets.keyed_generator("cpu", "samples", run.experiment.config.seed, 0)
+        drawn = run.experiment.sampler(net, SAMPLES, generator=generator)[0]
         sampled.plot(*run.experiment.codec.encode(drawn)[:, :, 0, 0].T, ",", color=INK, alpha=0.8)
         _plane(followed, toy, "", "learned and exact lines", faint=True)
         y, levels = _starts(method, TRAJECTORIES)
@@ -267,8 +265,8 @@ def _draw_words(axis) -> None:
 
 def draw_film(run: Run, path: Path) -> None:
     """Saves the learned flow of a run, from the noise level `FAR` down to the data, as a WebP."""
-    method, net = run.experiment.method, run.experiment.state.model
-    toy = TOYS[run.config.data.dataset]()
+    method, net = run.experiment.method, run.experiment.network
+    toy = TOYS[run.experiment.config.data.dataset]()
     y, _ = _starts(method, SAMPLES)
     ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
     first, last = method.sigma(ends).tolist()
@@ -302,7 +300,7 @@ def main() -> None:
         runs = [load(workdir) for workdir in options.workdirs]
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    config = runs[0].config
+    config = runs[0].experiment.config
     train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
     toy, tested = TOYS[config.data.dataset](), test[:TESTED]
     bits = {"exact": exact_bits(toy, tested.flatten(1).numpy())}

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from configs.keys import get
+from configs.keys import named
 from configs.schema import Flag, Key, OneOf
 
 Shape = tuple[int, int, int]
@@ -123,4 +123,4 @@ KEYS = {
 
 def get_codec(config) -> Codec:
     """The codec that `config.data.codec` names; ValueError where it does not fit the data."""
-    return CODECS[get(config, "data.codec")].from_config(config)
+    return named(CODECS, "data.codec", config.data.codec).from_config(config)

@@ -5,9 +5,9 @@ from dataclasses import fields
 
 import pytest
 import torch
+from conftest import objective_of
 
 import datasets
-import losses
 import methods
 from configs.edm import digits_ddpmpp as edm_digits
 from configs.poisson import digits_ddpmpp as poisson_digits
@@ -163,18 +163,17 @@ def test_labels_reach_the_network_with_their_examples():
     config = edm_digits.get_config()
     config.training.augment, config.model.augment_dim = 0.5, 9
     batch = prepared(config, torch.randint(256, (96, 1, 8, 8), dtype=torch.uint8))
-    method = methods.get_method(config)
-    loss = losses.get_loss_fn(config, method)
-    examples = loss.draw(batch, torch.Generator().manual_seed(0))
+    loss = objective_of(config)
+    examples = loss.draw(batch, 0, torch.Generator().manual_seed(0))
     net = Watched()
-    loss.error(net, examples.shard(1, 4), batch)
+    loss.loss(net, examples.shard(1, 4), batch)
     assert torch.equal(net.labels, batch.augment_labels[24:48]) and net.labels.any()
     # and have a gradient, which the labels of a network that samples have not
     model = create_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    loss.error(model, examples, batch).backward()
+    loss.loss(model, examples, batch).backward()
     assert model.augment_embedding.weight.grad.abs().max() > 0
     assert {f.name for f in fields(Batch)} == {"images", "labels", "augment_labels"}
 
@@ -201,7 +200,7 @@ def test_charges_of_a_poisson_flow_are_transformed_as_its_examples():
     expected = transform(images / 127.5 - 1, a)
     torch.testing.assert_close(batch.images, expected, rtol=0, atol=1e-5)
     assert torch.equal(batch.augment_labels, labels_of(a))
-    examples = losses.get_loss_fn(config, methods.get_method(config)).draw(batch)
+    examples = objective_of(config).draw(batch)
     assert torch.equal(examples.augment_labels, batch.augment_labels[:8])
 
 

@@ -200,12 +200,13 @@ def test_any_method_by_one_override(path, sde):
     config.model.nf = 8
     if config.model.scale_by_sigma and sde != "vesde":
         with pytest.raises(ValueError, match="set model.scale_by_sigma=False"):
-            models.create_model(config)
+            models.check_labels(config)
         config.model.scale_by_sigma = False
     if config.model.embedding_type == "fourier" and sde in ("pfgmpp", "edm"):
         with pytest.raises(ValueError, match="set model.embedding_type='positional'"):
-            models.create_model(config)
+            models.check_labels(config)
         config.model.embedding_type = "positional"
+    models.check_labels(config)
     models.create_model(config)
     sampling.get_sampling_fn(config, methods.get_method(config))
 

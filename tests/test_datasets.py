@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 
 import datasets
 from configs.poisson import digits_ddpmpp
+from sources.codec import get_codec
 
 
 def test_digits_are_split_without_overlap_or_loss():
@@ -95,13 +96,16 @@ def test_half_of_the_images_are_mirrored():
 
 
 @pytest.mark.parametrize("centered, low, high", [(True, -1, 1), (False, 0, 1)])
-def test_scalers_are_inverse(centered, low, high):
+def test_a_codec_and_its_inverse(centered, low, high):
     config = digits_ddpmpp.get_config()
     config.data.centered = centered
-    x = torch.tensor([0.0, 0.25, 1.0])
-    scaled = datasets.get_data_scaler(config)(x)
-    assert (scaled.min(), scaled.max()) == (low, high)
-    assert torch.equal(datasets.get_data_inverse_scaler(config)(scaled), x)
+    codec, x = get_codec(config), torch.tensor([0.0, 0.25, 1.0])
+    scaled = codec.encode(x)
+    assert (scaled.min(), scaled.max()) == codec.bounds == (low, high)
+    assert torch.equal(codec.decode(scaled), x)
+    beyond = torch.tensor([low - 1.0, high + 1.0])
+    assert codec.decode(beyond).tolist() == [0, 1]
+    torch.testing.assert_close(codec.encode(codec.unclamped(beyond)), beyond)
 
 
 def test_mistakes_are_named():

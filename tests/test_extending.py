@@ -1,13 +1,15 @@
 """The examples of docs/extending.md, run as they stand there."""
 
+import copy
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from known_laws import time_of
+from conftest import ROOT, train_state
+from known_laws import denoising_network, pfgmpp, time_of
 from test_seams import REGISTRIES
 
 import datasets
@@ -20,11 +22,15 @@ from configs.default import check
 from configs.poisson import digits_ddpmpp as poisson_digits
 from configs.ve import digits_ncsnpp as ve_digits
 from configs.vp import digits_ddpmpp as vp_digits
+from likelihood import get_likelihood_fn
 from losses import get_loss_fn
 from methods import restoration
+from methods.base import spread
 from metrics import table
 from metrics.distances import Gaussian
 from metrics.reference import Reference
+from sources.batch import Batch
+from sources.codec import get_codec
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```python\n(.*?)^```", PAGE, re.M | re.S))
@@ -46,8 +52,8 @@ def run(section):
     return names
 
 
-def test_eight_examples_of_at_most_twenty_lines():
-    assert len(SECTIONS) == PAGE.count("```python") == 8
+def test_eleven_examples_of_at_most_twenty_lines():
+    assert len(SECTIONS) == PAGE.count("```python") == 11
     for section, code in SECTIONS.items():
         lines = [line for line in code.splitlines() if line.strip()]
         assert len(lines) <= 20, section
@@ -63,11 +69,33 @@ def test_source():
     assert data[0][1, 0, 0].tolist() == [0, 0, 255, 255, 0, 0, 255, 255]
 
 
+def test_codec():
+    run("A codec")
+    config = vp_digits.get_config()
+    config.data.update(codec="scaled", scale=0.25)
+    codec, images = get_codec(config), torch.rand(5, 1, 8, 8)
+    assert codec.encode(torch.tensor([0.0, 1.0])).tolist() == list(codec.bounds) == [-0.25, 0.25]
+    torch.testing.assert_close(codec.decode(codec.encode(images)), images)
+    # bits/dim are those of the images, in whatever units the network sees them
+    config.eval.divergence, config.data.image_size = "exact", 2
+    config.sampling.update(rtol=1e-6, atol=1e-6)
+    x, bits = images[:, :, :2, :2].double(), []
+    for name, scale in (("", 1.0), ("scaled", 0.25)):
+        config.data.codec = name
+        method = pfgmpp(sigma_min=0.002 * scale, sigma_max=80 * scale)
+        method, variance = replace(method, sigma_data=0.5 * scale), (0.6 * scale) ** 2
+        net = denoising_network(
+            lambda y, sigma, v=variance: y * v / (v + spread(sigma, y) ** 2), sd=0.5 * scale
+        )
+        bits.append(get_likelihood_fn(config, method)(net, get_codec(config).encode(x))[0])
+    torch.testing.assert_close(*bits, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("default", [poisson_digits, vp_digits])
 def test_network(default):
     run("A network")
     config = default.get_config()
-    config.model.name = "two_layers"
+    config.model.update(name="two_layers", width=16)
     net, method = models.create_model(config), methods.get_method(config)
     loss = get_loss_fn(config, method)(net, torch.rand(96, 1, 8, 8))
     loss.backward()
@@ -90,6 +118,39 @@ def test_method():
     sample = sampling.get_sampling_fn(config, method)
     images, nfe = sample(models.create_model(config).eval(), num=2)
     assert (images.shape, nfe) == ((2, 1, 8, 8), 3)
+
+
+def test_objective():
+    run("An objective")
+    config = vp_digits.get_config()
+    config.training.update(objective="huber", huber=2.0, batch_size=96)
+    method, net = methods.get_method(config), lambda x, label: torch.zeros_like(x)
+    objective, batch = get_loss_fn(config, method), Batch(torch.rand(96, 1, 8, 8))
+    examples = objective.draw(batch, generator=torch.Generator().manual_seed(0))
+    squared = examples.noise.square().flatten(1).sum(1)
+    expected = ((squared + 4).sqrt() - 2).mean()
+    torch.testing.assert_close(objective.loss(net, examples, batch), expected)
+    assert objective.batch_size == 96
+
+
+def test_optimiser():
+    run("An optimiser")
+    config = vp_digits.get_config()
+    config.optim.update(optimizer="sgd", momentum=0.5, lr=0.1, warmup=0, cooldown=0)
+    config.model.nf = 8
+    state = train_state(config)
+    before = [p.detach().clone() for p in state.parameters]
+    for p in state.parameters:
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        state.set_learning_rate()
+        state.apply_gradient(torch.tensor(True))
+    for p, start in zip(state.parameters, before, strict=True):
+        torch.testing.assert_close(p.detach(), start - 0.1 * (1 + 1.5))
+    other = train_state(config)
+    other.load_state_dict(copy.deepcopy(state.state_dict()))
+    buffers = [s.optimizer.state[s.parameters[0]]["momentum_buffer"] for s in (state, other)]
+    assert torch.equal(*buffers)
 
 
 def test_solver():
@@ -140,7 +201,7 @@ def test_restorer():
     value = operator.forward(torch.rand(3, 1, 8, 8) - 0.5)
     measurement = restoration.Measurement(operator, value)
     method = methods.get_method(config)
-    sample = sampling.get_sampling_fn(config, method, measurement=measurement)
+    sample = replace(sampling.get_sampling_fn(config, method), measurement=measurement)
 
     def net(x, label):  # whose denoised image is grey
         return x / method.kernel(time_of(method, label))[1].view(-1, 1, 1, 1)

@@ -12,14 +12,15 @@ from data_files import pictures
 from many_lives import small_config
 
 import run_lib
-from configs.default import KEYS, check
+from configs.default import all_keys, check
 from configs.keys import get
 from configs.schema import Number
 from experiment import Experiment, complete
 from sources.batch import Batch
 from storage.checkpoints import load_checkpoint
-from training import train_step
+from training import TrainState, train_step
 
+KEYS = all_keys()
 VALUES = ["word", "", (), None, True, 2.5, -1, -0.5, 0, 0.0, 1e-200, 10**30]
 VALUES += [1e300, math.inf, math.nan]
 TINY = {
@@ -138,21 +139,22 @@ def test_the_ends_of_ranges_are_computed_or_refused_in_one_line(images, key, end
         try:
             config, _ = complete(config, Path("none"))
             experiment = Experiment.build(config)
+            state = TrainState.from_config(config, experiment.network, experiment.objective)
         except ValueError as error:
             assert " ".join(str(error).split()).isprintable()
             continue
         shape = config.data.num_channels, config.data.image_size, config.data.image_size
-        batch = experiment.scaler(torch.rand(16, *shape, generator=seeded(0)))
+        batch = experiment.codec.encode(torch.rand(16, *shape, generator=seeded(0)))
         if config.training.accumulate == 1:
             for _ in range(2):
-                loss = train_step(experiment.state, experiment.loss, Batch(batch), seeded(1))
+                loss = train_step(state, Batch(batch), seeded(1))
                 assert loss.isfinite()
-            assert experiment.state.is_finite()
+            assert state.is_finite()
         assert experiment.method.prior_logp(batch).isfinite().all()
-        with experiment.with_ema():
+        with state.with_ema():
             x = experiment.method.prior_sampling((4, *shape), seeded(2))
             assert x.isfinite().all()
-            assert experiment.sample(experiment.state.model, x=x, generator=seeded(3))[0].shape
+            assert experiment.sampler(state.model, x=x, generator=seeded(3))[0].shape
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,14 +20,15 @@ import experiment
 import run_lib
 from configs.vp import digits_ddpmpp, images32_ddpmpp
 from likelihood import get_likelihood_fn, log_posterior
-from losses import RegressionLoss, get_loss_fn
+from losses import Regression, get_loss_fn
 from methods import field, get_method
 from methods.field import poisson_field
 from methods.guidance import Guided
 from metrics.reference import Reference
 from metrics.table import Comparison, compare
-from sampling import get_sampling_fn, solve_ode
-from solvers.predictor_corrector import predictor_corrector
+from models.weights import load_ema
+from sampling import solve_ode
+from solvers.solve import solve_sde
 from sources.base import held_out
 from sources.batch import Batch
 from storage.checkpoints import load_checkpoint
@@ -284,8 +286,9 @@ def test_label_dropout_is_the_last_draw():
     labels = torch.arange(4000)
 
     def draw(dropout, labels):
-        loss = RegressionLoss(method, True, 4000, 4000, dropout)
-        return loss.draw(Batch(images, labels), torch.Generator().manual_seed(3))
+        objective = Regression(method, True, 4000, 4000, dropout)
+        batch = Batch(images, labels)
+        return objective.draw(batch, generator=torch.Generator().manual_seed(3))
 
     kept, dropped, none = draw(0.0, labels), draw(0.25, labels), draw(0.25, None)
     assert torch.equal(kept.labels, labels)
@@ -347,14 +350,14 @@ def test_a_resumed_run_with_labels_is_the_same(tmp_path, monkeypatch, limit, one
 
     step, seen = run_lib.train_step, []
 
-    def killed(state, loss, batch, *rest):
+    def killed(state, batch, *rest):
         if state.step == 3:
             raise KeyboardInterrupt
-        return step(state, loss, batch, *rest)
+        return step(state, batch, *rest)
 
-    def watched(state, loss, batch, *rest):
+    def watched(state, batch, *rest):
         seen.append((state.step, batch.labels.tolist()))
-        return step(state, loss, batch, *rest)
+        return step(state, batch, *rest)
 
     monkeypatch.setattr(run_lib, "train_step", watched)
     run_lib.train(config(), tmp_path / "whole")
@@ -431,9 +434,8 @@ def test_the_law_of_a_class_by_predictor_and_corrector(weight, one_thread):
     net, generator = class_network(method), torch.Generator().manual_seed(1)
     x = method.prior_sampling((4000, 1, 1, 2), generator)
     followed = Guided(method, net, weight, EVERYWHERE)
-    samples = predictor_corrector(
-        followed, conditional(net, labels), x, corrector="none", generator=generator
-    )
+    options = {"corrector": "none", "generator": generator}
+    samples, _ = solve_sde(method, followed, conditional(net, labels), x, **options)
     check_law(samples, labels, weight, allowed=0.01)
 
 
@@ -488,10 +490,10 @@ def sampled(config, **changes):
     config = config.copy_and_resolve_references()
     config.sampling.update(changes)
     run = experiment.Experiment.build(config)
-    for parameter in run.state.parameters:  # of a network whose output depends on the label
+    for parameter in run.network.parameters():  # of a network whose output depends on the label
         parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     generator, labels = torch.Generator().manual_seed(0), run.draw_labels(4, "test")
-    return run.sample(run.state.model.eval(), 4, generator=generator, labels=labels)[0]
+    return run.sampler(run.network.eval(), 4, generator=generator, labels=labels)[0]
 
 
 def test_guidance_by_config(trained):
@@ -514,13 +516,11 @@ def test_a_network_guides_itself_nowhere(trained):
     config = config.copy_and_resolve_references()
     config.sampling.update(guidance=4.0, guide=str(checkpoint))
     run = experiment.Experiment.build(config)
-    run.state.load_network(load_checkpoint(checkpoint))
-    config.sampling.update(guidance=1.0, guide="")
+    load_ema(run.network.eval(), load_checkpoint(checkpoint))
     labels, found = run.draw_labels(3, "test"), []
-    for sample in (run.sample, get_sampling_fn(config, run.method)):
+    for sampler in (run.sampler, replace(run.sampler, guidance=None)):
         generator = torch.Generator().manual_seed(0)
-        with run.with_ema():
-            found.append(sample(run.state.model, 3, generator=generator, labels=labels)[0])
+        found.append(sampler(run.network, 3, generator=generator, labels=labels)[0])
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
@@ -623,7 +623,7 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
         bits = 0.05 * (10 * (x + 1).flatten(1).mean(1) / 2 - labels).square()
         return bits + torch.rand(1, generator=generator), None, 1  # of one probe for all labels
 
-    monkeypatch.setattr("likelihood.get_likelihood_fn", lambda config, method: bits_per_dim)
+    monkeypatch.setattr(experiment, "get_likelihood_fn", lambda config, method: bits_per_dim)
     for _ in range(2):  # the second time by the files of the first
         run_lib.evaluate(config, workdir, "by_class")
         assert solved == 10 * [60] + 10 * [60] + 10 * [60]

@@ -47,7 +47,7 @@ EXCEPTIONS = {
     "metrics/features.py: get_features",
     "metrics/reference.py: ReferenceStatistics.build",
     "metrics/reference.py: data_name",
-    "models/__init__.py: _check_labels",
+    "models/__init__.py: check_labels",
     "models/__init__.py: paper_name",
     "reports/compare.py: Run",
     "reports/compare.py: _samples",

@@ -1,21 +1,22 @@
 """`experiment.load` and what a trained network can be asked, against laws known in closed form."""
 
 import math
-from dataclasses import replace
+import traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from known_laws import SDES, VP, gaussian_network, pfgmpp
 from many_lives import small_config
 from test_configs import load as load_config
 
 import run_lib
 from experiment import Experiment, Trained, load
-from sampling import States, encode, seeds_of, solve_ode
+from sampling import encode, seeds_of, solve_ode
 from solvers.base import Step
+from solvers.states import States
 from storage.checkpoints import load_checkpoint, save_checkpoint
 
 MEAN, STD = 0.2, 0.25  # of Gaussian data, as a network sees them
@@ -25,9 +26,9 @@ def exact_edm(**overrides):
     """The network that is exact for images of independent normal pixels, under EDM."""
     config = load_config("edm/digits_ddpmpp.py")
     config.update_from_flattened_dict({"model.nf": 8, "model.sigma_data": 0.5} | overrides)
-    net = gaussian_network(pfgmpp(), MEAN, STD)
-    state = SimpleNamespace(model=net, step=0)
-    return Trained(config, replace(Experiment.build(config), state=state), Path("none"))
+    experiment = Experiment.build(config)
+    experiment.network = gaussian_network(pfgmpp(), MEAN, STD)
+    return Trained(experiment, Path("none"), 0)
 
 
 def random_network(path, **overrides):
@@ -38,10 +39,10 @@ def random_network(path, **overrides):
     experiment = Experiment.build(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in experiment.state.parameters:
+        for parameter in experiment.network.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    experiment.state.model.eval()
-    return Trained(config, experiment, Path("none"))
+    experiment.network.eval()
+    return Trained(experiment, Path("none"), 0)
 
 
 # --- against closed forms -------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def test_a_sample_depends_on_its_seed_alone(name):
     path, overrides, n = SAMPLERS[name]
     steps = {"sampling.ode_solver": "heun", "sampling.N": 3}
     run, drawn = random_network(path, **steps | overrides), []
-    for run.at_once in (1, 5, 32):
+    for run.batch_size in (1, 5, 32):
         drawn.append(run.sample(range(n)))
     assert max((some - drawn[0]).abs().max() for some in drawn) < 1 / 255
     differences = (drawn[0][1:] - drawn[0][:-1]).abs().flatten(1).mean(1)
@@ -166,7 +167,7 @@ def test_class_labels():
     for wrong in (3, -2, [0, 3], 1.5, [0, 1, 2]):
         with pytest.raises(ValueError, match="class_label"):
             run.labels(wrong, 2)
-    run.config.training.label_dropout = 0.0  # then the network does not know images without
+    run.experiment.objective.label_dropout = 0.0  # then the network does not know images without
     with pytest.raises(ValueError, match=r"class_label=-1 .* those from 0 to 2"):
         run.labels(None, 2)
     with pytest.raises(ValueError, match=r"class_label=0 is no class .* none"):
@@ -233,13 +234,34 @@ def test_loading_draws_nothing_and_takes_the_ema_weights(trained):
     state = torch.get_rng_state()
     run = load(trained, {"sampling.N": 3, "sampling.guidance_interval": [0.0, 1.0]})
     assert torch.equal(torch.get_rng_state(), state)
-    assert run.config.sampling.N == 3 and run.step == 12
+    assert run.experiment.config.sampling.N == 3 and run.step == 12
     saved = load_newest(trained)
     ema = [*map(torch.Tensor.double, saved["ema"]["shadow_params"])]
-    held = [p.double() for p in run.experiment.state.model.parameters()]
+    held = [p.double() for p in run.experiment.network.parameters()]
     assert all(map(torch.equal, ema, held))
     numbered = load(trained / "checkpoints/checkpoint_10.pth")
     assert numbered.step == 10
+
+
+def test_six_frames_lead_from_a_sample_to_the_network(trained):
+    """By Heun's method: of the project's own files, models/ apart, when the network is entered."""
+    run, stacks = load(trained), []
+    assert run.experiment.sampler.solver == "heun"
+
+    def look(network, inputs):
+        stacks.append([frame for frame in traceback.extract_stack() if is_own(frame)])
+
+    def is_own(frame):
+        path = Path(frame.filename)
+        place = path.relative_to(ROOT).parts[0] if path.is_relative_to(ROOT) else "elsewhere"
+        return place not in ("elsewhere", ".venv", "tests", "models")
+
+    run.experiment.network.register_forward_pre_hook(look)
+    run.sample([0])
+    assert len(stacks) == 2 * 4 - 1
+    for frames in stacks:
+        lines = [f"{f.filename}:{f.lineno} {f.name}" for f in frames]
+        assert 3 <= len(frames) <= 6, "\n".join(lines)
 
 
 def load_newest(workdir):

@@ -145,7 +145,7 @@ def test_bits_per_dim_of_normal_data(name, divergence):
             net, data, torch.Generator().manual_seed(0)
         )
         assert latent.shape == data.shape
-        assert latent.std() == pytest.approx(sde.prior_std, rel=0.2)
+        assert latent.std() == pytest.approx(sde.prior_scale, rel=0.2)
         log_p = law.logpdf(data.numpy()).mean((1, 2, 3)) / math.log(2)
         return np.abs(bits.numpy() - (math.log2(levels) - log_p)).max()
 
@@ -153,7 +153,7 @@ def test_bits_per_dim_of_normal_data(name, divergence):
     ends = torch.tensor([sde.t_prior, sde.t_data], dtype=torch.float64)
     signal, scale = sde.alpha(ends), torch.hypot(sde.alpha(ends) * std, sde.std(ends))
     ratio = scale[1] / scale[0]
-    carried = stats.norm((signal[1] - signal[0] * ratio) * mean, sde.prior_std * ratio)
+    carried = stats.norm((signal[1] - signal[0] * ratio) * mean, sde.prior_scale * ratio)
     config.sampling.rtol = config.sampling.atol = 1e-7
     assert error(data.double(), carried) < 1e-5
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_program
+from conftest import ROOT, run_program, train_state
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -77,21 +77,23 @@ def test_training_leaves_what_the_contract_says(trained):
 def test_held_out_loss_has_the_same_noise_at_every_step():
     config = digits_ddpmpp.get_config()
     run = run_lib.Experiment.build(config)
+    state = train_state(config, run.network, run.objective)
     images = datasets.get_dataset(config, "test")
-    run.state.step = 1
-    first = run_lib._held_out_loss(run, images, seed=3)
-    run.state.step = 2
-    assert run_lib._held_out_loss(run, images, seed=3) == first
-    assert run_lib._held_out_loss(run, images, seed=4) != first
+    state.step = 1
+    first = run_lib._held_out_loss(run, state, images, seed=3)
+    state.step = 2
+    assert run_lib._held_out_loss(run, state, images, seed=3) == first
+    assert run_lib._held_out_loss(run, state, images, seed=4) != first
 
 
 def test_held_out_loss_in_parts_is_that_of_the_whole():
     config = digits_ddpmpp.get_config()
     images = datasets.get_dataset(config, "test")
     run = run_lib.Experiment.build(config)
-    whole = run_lib._held_out_loss(run, images, seed=3)
-    for run.state.accumulate in (4, 7):  # 7 does not divide the 96 examples
-        assert run_lib._held_out_loss(run, images, seed=3) == pytest.approx(whole, rel=1e-5)
+    state = train_state(config, run.network, run.objective)
+    whole = run_lib._held_out_loss(run, state, images, seed=3)
+    for state.accumulate in (4, 7):  # 7 does not divide the 96 examples
+        assert run_lib._held_out_loss(run, state, images, seed=3) == pytest.approx(whole, rel=1e-5)
 
 
 def test_a_failed_snapshot_does_not_stop_training(tmp_path, monkeypatch):
@@ -102,7 +104,7 @@ def test_a_failed_snapshot_does_not_stop_training(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise FloatingPointError("no flow yet")
 
-    monkeypatch.setattr(sampling, "get_sampling_fn", lambda *given: fail)
+    monkeypatch.setattr(sampling, "for_snapshots", lambda *given: fail)
     run_lib.train(config, tmp_path)
     assert "step 4: no samples drawn: no flow yet" in (tmp_path / "stdout.txt").read_text()
     assert load_checkpoint(tmp_path / "checkpoints-meta/checkpoint.pth")["step"] == 4
@@ -298,7 +300,7 @@ MISTAKES = {
     "steps": (["--config.sampling.N=0"], "sampling.N must be a whole number from 1 .*, not 0"),
     "optimizer": (
         ["--config.optim.optimizer=SGD"],
-        "optim.optimizer must be one of 'Adam', 'Muon', not 'SGD'",
+        "optim.optimizer must be one of 'adam', 'muon', not 'SGD'",
     ),
     "split": (["--config.eval.dataset=val"], "eval.dataset must be one of 'train', 'test', not"),
     "device": (

@@ -2,17 +2,17 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from known_laws import FAMILY, SDES, VP, gaussian_network
+from known_laws import FAMILY, SDES, VP, WithFunction, gaussian_network
 from scipy import integrate, stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sampling
 from configs.poisson import cifar10_ddpmpp
 from configs.subvp import cifar10_ddpmpp_continuous as subvp_config
 from configs.ve import cifar10_ncsnpp_continuous as ve_config
@@ -251,7 +251,8 @@ def test_fixed_steps_say_where_they_diverge(name, where):
     levels = torch.linspace(0, 1, 5, dtype=torch.float64)
     with pytest.raises(FloatingPointError, match=f"not finite after the step to {where}"):
         slope = lambda x, t: x * (math.inf if t >= 0.25 else 1)  # noqa: E731
-        sampling.integrate(FAMILY["edm"], slope, torch.ones(1), levels, SOLVERS[name].solve)
+        method = WithFunction(FAMILY["edm"], slope)
+        solve_ode(method, None, torch.ones(1, 1, 1, 1), name, 4, schedule=lambda *_: levels)
 
 
 # --- the sampling ODE -----------------------------------------------------------------------------
@@ -369,9 +370,9 @@ def is_law_of_data(x):
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize("solver", STEPS)
 def test_ode_samples_follow_the_law_of_the_data(name, solver, continuous):
-    sde = replace(SDES[name], continuous=continuous)
     if name == "subvp" and not continuous:
         pytest.skip("has no discrete form")
+    sde = replace(SDES[name], continuous=continuous)
     x = sde.prior_sampling((500, 1, 2, 2), seeded(0))
     net = gaussian_network(sde, MEAN, STD)
     x, _ = solve_ode(sde, net, x, solver, STEPS[solver], noise_removal=True)
@@ -390,14 +391,14 @@ PC = [
 @pytest.mark.parametrize("continuous", [True, False])
 @pytest.mark.parametrize("name, predictor, corrector", PC)
 def test_pc_samples_follow_the_law_of_the_data(name, predictor, corrector, continuous):
-    sde = replace(SDES[name], N=300, continuous=continuous)
     if name == "subvp" and not continuous:
         pytest.skip("has no discrete form")
+    sde = replace(SDES[name], N=300, continuous=continuous)
     generator = seeded(0)
     net = Counted(gaussian_network(sde, MEAN, STD))
     x = predictor_corrector(
         sde,
-        net,
+        partial(sde.score, net),
         sde.prior_sampling((500, 1, 2, 2), generator),
         predictor,
         corrector,
@@ -424,7 +425,7 @@ def test_predictors_converge_to_the_law_of_the_data(name, predictor, flow):
 
     def error(n):
         sde = replace(SDES[name], N=n)
-        net, variance = gaussian_network(sde, 0.0, 0.5), sde.prior_std**2
+        net, variance = gaussian_network(sde, 0.0, 0.5), sde.prior_scale**2
         for t in torch.linspace(1, sde.t_data, n, dtype=torch.float64):
             a, b = step(sde, x, t, sde.score(net, x, t), noise, **options)[0].flatten().tolist()
             variance = a**2 * variance + b**2
@@ -500,27 +501,27 @@ def test_samples_have_the_asked_shape_and_range(exact_network):
     "module, key, value, message",
     [
         (cifar10_ddpmpp, "ode_solver", "rk54", "rk54.*it has: rk45, forward_euler, improved_euler"),
-        (cifar10_ddpmpp, "method", "odee", "poisson has no.*it has: ode"),
-        (cifar10_ddpmpp, "method", "pc", "poisson has no.*it has: ode"),
+        (cifar10_ddpmpp, "method", "odee", "PFGM has no.*it has: ode"),
+        (cifar10_ddpmpp, "method", "pc", "PFGM has no.*it has: ode"),
         (cifar10_ddpmpp, "N", 0, "at least 1, not 0"),
         (cifar10_ddpmpp, "rho", 0.0, "must be positive, not 0.0"),
         (cifar10_ddpmpp, "rtol", 0.0, "must be positive, not 0.0"),
         (cifar10_ddpmpp, "atol", -1e-4, "must be positive, not -0.0001"),
-        (ve_config, "method", "odee", "vesde has no.*it has: ode, pc"),
+        (ve_config, "method", "odee", "VE SDE has no.*it has: ode, pc"),
         (
             ve_config,
             "predictor",
             "euler",
-            "vesde has no.*it has: euler_maruyama, reverse_diffusion",
+            "VE SDE has no.*it has: euler_maruyama, reverse_diffusion",
         ),
-        (ve_config, "corrector", "langevine", "vesde has no.*it has: langevin, ald, none"),
+        (ve_config, "corrector", "langevine", "VE SDE has no.*it has: langevin, ald, none"),
         (ve_config, "n_steps_each", 0, "must be positive, not 0"),
         (ve_config, "snr", 0.0, "must be positive, not 0.0"),
         (
             subvp_config,
             "predictor",
             "ancestral_sampling",
-            "subvpsde has no.*it has: euler_maruyama",
+            "sub-VP SDE has no.*it has: euler_maruyama",
         ),
         (vp_config, "predictor", "none", "both 'none'"),
     ],
@@ -573,7 +574,7 @@ def test_config_chooses_the_sampler():
     samples, evaluations = get_sampling_fn(config, method)(net, x=x, generator=seeded(7))
     expected = predictor_corrector(
         method,
-        net,
+        partial(method.score, net),
         x,
         "reverse_diffusion",
         "ald",
@@ -605,11 +606,9 @@ def test_tighter_tolerances_cost_more_evaluations():
 
 def test_diverging_samples_say_when():
     with pytest.raises(FloatingPointError, match=r"not finite after the step to 0\.95"):
-        predictor_corrector(
-            replace(VP, N=101),
-            lambda x, cond: x * math.inf if cond[0] < 950 else x,
-            torch.ones(1, 1, 1, 1),
-        )
+        net = lambda x, label: x * math.inf if label[0] < 950 else x  # noqa: E731
+        vp = replace(VP, N=101)
+        predictor_corrector(vp, partial(vp.score, net), torch.ones(1, 1, 1, 1))
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -657,5 +656,5 @@ def test_predictor_and_corrector_never_wait_for_the_device(name):
     corrector = "none" if name == "subvp" else "langevin"
     with NeverWaits(), pytest.raises(RuntimeError, match="meta"):
         x = torch.empty(2, 3, 4, 4, device="meta")
-        predictor_corrector(sde, net, x, "reverse_diffusion", corrector)
+        predictor_corrector(sde, partial(sde.score, net), x, "reverse_diffusion", corrector)
     assert evaluations == ["meta"] * (4 if name == "subvp" else 8)

@@ -2,13 +2,14 @@
 
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import snapshot_files as files
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_program
+from conftest import ROOT, run_program, train_state
 from data_files import pictures, write_tree
 from test_edm_networks import CASES, case_inputs, case_weights, close
 
@@ -16,6 +17,7 @@ import models
 from configs.parts import EDM, EDM_DDPMPP, experiment
 from experiment import Experiment
 from models.layers import Resampling
+from models.weights import load_ema
 from storage import run_config
 from storage.checkpoints import (
     checkpoints_to_evaluate,
@@ -26,7 +28,6 @@ from storage.checkpoints import (
     snapshots,
 )
 from storage.edm_snapshots import Snapshot, complete_config, config_values
-from training import TrainState
 
 FEW = [
     "--config.eval.enable_loss",
@@ -75,9 +76,17 @@ def report_of(workdir, k):
 
 
 def loaded(path, config):
+    """The experiment of `config` with the weights at `path`, evaluating, and their step."""
     run = Experiment.build(config)
-    fit(run.state.load_network, load_checkpoint(path), path)
-    return run
+    step = fit(partial(load_ema, run.network.eval()), load_checkpoint(path), path)
+    return run, step
+
+
+def to_evaluate(config, workdir):
+    """What an evaluation of the run in `workdir` takes."""
+    numbers = config.eval.begin_ckpt, config.eval.end_ckpt
+    training = config.training
+    return checkpoints_to_evaluate(workdir, *numbers, training.snapshot_freq, training.n_iters)
 
 
 @pytest.mark.parametrize("name", ["network-snapshot-000007.pkl", "training-state-000007.pt"])
@@ -85,21 +94,21 @@ def loaded(path, config):
 def test_the_denoiser_is_the_published_one(case, name, tmp_path):
     path, inputs = place(tmp_path, case, name), case_inputs(case)
     config = run_config.load(tmp_path)
-    assert checkpoints_to_evaluate(config, tmp_path) == {7: path}
-    run = loaded(path, config)
-    assert run.state.step == 7
+    assert to_evaluate(config, tmp_path) == {7: path}
+    run, step = loaded(path, config)
+    assert step == 7
     labels = {"class_labels": inputs["labels"], "augment_labels": inputs["augment_labels"]}
-    with run.with_ema(), torch.no_grad():
-        out = run.method.denoise(run.state.model, inputs["x"], inputs["sigma"], **labels)
+    with torch.no_grad():
+        out = run.method.denoise(run.network, inputs["x"], inputs["sigma"], **labels)
     close(out, inputs["denoised"])
 
 
 def test_half_precision_becomes_single(tmp_path):
     weights = {name: tensor.half() for name, tensor in case_weights("ddpmpp").items()}
     path = place(tmp_path, weights=weights)
-    state = loaded(path, run_config.load(tmp_path)).state
-    names = models.reference_names(state.model)
-    own = state.model.state_dict()
+    run, _ = loaded(path, run_config.load(tmp_path))
+    names = models.reference_names(run.network)
+    own = run.network.state_dict()
     assert len(names) == len(weights)
     for name, tensor in weights.items():
         assert torch.equal(own[names[name.removeprefix("model.")]], tensor.float())
@@ -120,7 +129,7 @@ def test_the_program_evaluates_edm_unet(tmp_path):
     with torch.no_grad():
         model = models.create_model(config)
         models.load_reference_state_dict(model, case_weights("ddpmpp"))
-    state = TrainState(config, model)
+    state = train_state(config, model)
     state.step = 5
     content = state.state_dict() | {"config": run_config.flatten(config)}
     save_checkpoint(tmp_path / "own/checkpoints/checkpoint_5.pth", content)
@@ -145,12 +154,12 @@ def test_all_snapshots_are_evaluated_but_own_checkpoints_come_first(tmp_path, ca
     ten, nine, final = (place(tmp_path, name=name) for name in names)
     assert list(snapshots(tmp_path).items()) == [(0, final), (9, nine), (10, ten)]
     config = run_config.load(tmp_path)
-    assert checkpoints_to_evaluate(config, tmp_path) == snapshots(tmp_path)
+    assert to_evaluate(config, tmp_path) == snapshots(tmp_path)
     assert newest_checkpoint(tmp_path) is None  # training does not go on from them
     own = tmp_path / f"checkpoints/checkpoint_{config.training.n_iters}.pth"
-    save_checkpoint(own, TrainState(config, models.create_model(config)).state_dict())
+    save_checkpoint(own, train_state(config).state_dict())
     with caplog.at_level("INFO"):
-        assert checkpoints_to_evaluate(config, tmp_path) == {10: own}
+        assert to_evaluate(config, tmp_path) == {10: own}
     assert f"not asked for in {own.parent}: final.pt, {nine.name}, {ten.name}" in caplog.text
 
 

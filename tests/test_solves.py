@@ -16,8 +16,8 @@ import run_lib
 import sampling
 from configs.edm import digits_ddpmpp as edm_digits
 from configs.vp import digits_ddpmpp as vp_digits
-from experiment import solver_bar
 from likelihood import log_likelihood, unit_vectors
+from reports.progress import solver_bar
 from solvers import SOLVERS
 from solvers.base import TooManyEvaluations
 from storage.checkpoints import load_checkpoint
@@ -197,12 +197,11 @@ def test_an_evaluation_of_too_many_is_one_line_and_status_2(tmp_path, part):
     ],
 )
 def test_snapshots_take_few_evaluations(options, solver, evaluations):
-    config = tiny(**options)
-    config.training.snapshot_solver = solver
-    method = FAMILY["edm"]
-    sample = sampling.get_sampling_fn(sampling.for_snapshots(config), method)
+    config, method = tiny(**options), FAMILY["edm"]
+    sampler = sampling.get_sampling_fn(config, method)
+    sample = sampling.for_snapshots(sampler, solver)
     assert sample(gaussian_network(method), x=torch.ones(1, 1, 2, 2))[1] == evaluations
-    assert config.sampling.ode_solver == options["ode_solver"]  # the run's config is as it was
+    assert sampler.solver == options["ode_solver"]  # the run's sampler is as it was
 
 
 def test_training_draws_with_the_snapshot_solver(tmp_path, caplog):
@@ -235,12 +234,12 @@ def test_a_signal_ends_a_snapshot_at_its_next_evaluation(tmp_path, monkeypatch, 
         run = build(config)
 
         def count(module, inputs):
-            if not module.training and run.state.step == 2 and not torch.is_grad_enabled():
-                evaluations.append(run.state.step)
+            if not module.training and not torch.is_grad_enabled():
+                evaluations.append(inputs)
                 if len(evaluations) == 30:
                     os.kill(os.getpid(), getattr(signal, name))
 
-        run.state.model.register_forward_pre_hook(count)
+        run.network.register_forward_pre_hook(count)
         return run
 
     config.training.eval_freq = 1000  # no other evaluations of the network than the snapshot's

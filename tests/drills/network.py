@@ -6,22 +6,21 @@ from torch import Tensor, nn
 
 import models
 from configs.poisson import digits_ddpmpp
+from configs.schema import Key, whole
 from models.layers import PositionalFeatures
-
-PATCH, WIDTH, HEADS = 2, 32, 4
 
 
 class Block(nn.Module):
-    """Attention and MLP of tokens (B, N, WIDTH), each scaled, shifted and gated by the noise."""
+    """Attention and MLP of tokens (B, N, width), each scaled, shifted and gated by the noise."""
 
-    def __init__(self):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH, elementwise_affine=False) for _ in "ab")
-        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in "ab")
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.mlp = nn.Sequential(
-            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
-        self.modulation = nn.Linear(WIDTH, 6 * WIDTH)
+        self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
@@ -33,20 +32,37 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """(x (B, C, H, W), noise_label (B,)) -> (B, out_channels, H, W)."""
+    """(x (B, C, H, W), noise_label (B,)) -> (B, out_channels, H, W).
 
-    def __init__(self, channels: int, out_channels: int, size: int, depth: int = 2):
+    Raises ValueError where the patches do not fill the images.
+    """
+
+    keys = {
+        "model.patch": Key(2, whole(1, 256), "DiT: side of its patches, in pixels"),
+        "model.depth": Key(2, whole(1, 256), "DiT: blocks"),
+        "model.heads": Key(4, whole(1, 256), "DiT: of the attention; they divide model.nf"),
+    }
+
+    def __init__(self, shape, out_channels: int, width: int, patch: int, depth: int, heads: int):
         super().__init__()
-        self.features = PositionalFeatures(WIDTH)
-        self.noise = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU())
-        self.patches = nn.Conv2d(channels, WIDTH, PATCH, stride=PATCH)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, (size // PATCH) ** 2, WIDTH))
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
-        self.head = nn.ConvTranspose2d(WIDTH, out_channels, PATCH, stride=PATCH)
+        channels, *sides = shape
+        if any(side % patch for side in sides) or width % heads:
+            raise ValueError(
+                f"model.patch={patch} has to divide the sides {sides}, and model.heads={heads} "
+                f"model.nf={width}"
+            )
+        rows, columns = (side // patch for side in sides)
+        self.features = PositionalFeatures(width)
+        self.noise = nn.Sequential(nn.Linear(width, width), nn.SiLU())
+        self.patches = nn.Conv2d(channels, width, patch, stride=patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, rows * columns, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.head = nn.ConvTranspose2d(width, out_channels, patch, stride=patch)
 
     @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict, out_channels: int) -> "DiT":
-        return cls(config.data.num_channels, out_channels, config.data.image_size)
+    def from_config(cls, config, shape, out_channels: int) -> "DiT":
+        model = config.model
+        return cls(shape, out_channels, model.nf, model.patch, model.depth, model.heads)
 
     def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
         patches = self.patches(x)
@@ -62,5 +78,5 @@ models.NETWORKS["dit"] = DiT.from_config
 
 def get_config() -> ml_collections.ConfigDict:
     config = digits_ddpmpp.get_config()
-    config.model.name = "dit"
+    config.model.update(name="dit", nf=32)
     return config
