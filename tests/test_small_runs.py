@@ -130,6 +130,7 @@ def test_what_own_images_decide_is_kept_with_the_run(tmp_path, photos, caplog):
 
     for i in range(300):  # white ones: the mean norm would be another
         Image.new("L", (8, 8), 255).save(photos / f"white{i}.png")
+    own["data__changed"] = "allow"
     config = tiny("poisson/images32_ddpmpp.py", tmp_path, training__n_iters=3, **own)
     assert run_lib.train(config, workdir)
     newest = load_checkpoint(workdir / "checkpoints-meta/checkpoint.pth")
