@@ -532,7 +532,9 @@ def difference(new: np.ndarray, old: np.ndarray) -> tuple[float, str]:
     if old.dtype.kind != "f":
         return math.inf, "differs"
     finite = np.isfinite(old)
-    if not np.array_equal(new[~finite], old[~finite], equal_nan=True):
+    if not np.array_equal(new[~finite], old[~finite], equal_nan=True) or (
+        not np.isfinite(new[finite]).all()
+    ):
         return math.inf, "other entries are not finite"
     old, new = old[finite].astype(np.float64), new[finite].astype(np.float64)
     largest = np.abs(old).max(initial=0)
