@@ -29,7 +29,8 @@ from library.trained import Trained
 from likelihood import Likelihood, get_likelihood_fn
 from models.weights import load_ema
 from sources.batch import Conditions
-from sources.codec import Codec, get_codec
+from sources.codec import Codec
+from sources.codec import from_config as get_codec
 from sources.identity import Identity
 from sources.keyed import keyed_generator
 from storage import run_config
@@ -71,7 +72,7 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     """
     check(config)
     config = config.copy_and_resolve_references()
-    method, flat = methods.method_class(config), run_config.flatten(config)
+    method, flat = methods.method_class(config.training.sde), run_config.flatten(config)
     left_open = {key for key in MEASURED if flat[key] is None}
     data = Data(config.data)
     if data.takes_scale and not config.data.scale:
@@ -107,7 +108,7 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
         found["data.num_channels"] = config.data.num_channels = data.measure_channels()
     if config.data.num_classes == -1:
         found["data.num_classes"] = config.data.num_classes = data.measure_classes()
-    models.check_labels(config)
+    models.check_labels(config.model, config.training.sde, config.training.continuous)
     with torch.device("meta"):  # mistakes of these show before all images are read
         models.create_model(config)
     dim = math.prod(get_codec(config).shape)
@@ -240,7 +241,7 @@ class Experiment:
         torch.manual_seed(config.seed)
         execution.check_precision(config.sampling.precision, device, "sampling.precision")
         method = methods.get_method(config)
-        models.check_labels(config)
+        models.check_labels(config.model, config.training.sde, config.training.continuous)
         network = models.create_model(config).to(device)
         guide = _guide(config, device) if config.sampling.guide else None
         data = Data(config.data, identity)
@@ -265,6 +266,11 @@ class Experiment:
     def limits(self) -> dict[str, float]:
         """The options of `rk45`."""
         return {name: self.config.sampling[name] for name in ("rtol", "atol", "max_evaluations")}
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.config.seed
 
     @property
     def classes(self) -> int:

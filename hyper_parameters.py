@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
 
 def _of_config(config) -> dict:
     import datasets
-    from sources.codec import get_codec
+    from sources.codec import from_config as get_codec
 
     if config.data.num_channels == 0:
         config.data.num_channels = datasets.measure_channels(config)

@@ -15,7 +15,8 @@ from sampling import check_positive
 from solvers.base import Counted, Watch
 from solvers.rk45 import rk45
 from solvers.solve import watch_times
-from sources.codec import Codec, get_codec
+from sources.codec import Codec
+from sources.codec import from_config as get_codec
 
 
 def rademacher(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

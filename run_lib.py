@@ -327,7 +327,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             run.data.close()
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
-            save_page(config, run, workdir, folder, k, step)
+            save_page(config.to_dict(), run, workdir, folder, k, step)
             width = f" of width {asked.ema_std:g}" if asked.ema_std else ""
             title = f"{path.name}, EMA weights{width} of step {report['step']}"
             log.info(report_table(report, asked.dataset, title))

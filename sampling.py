@@ -21,7 +21,8 @@ from solvers.base import Callback, Watch
 from solvers.fitted import FINE_STEPS, Fit
 from solvers.fixed_steps import Churn
 from solvers.solve import encode, solve_ode, solve_sde
-from sources.codec import Codec, get_codec
+from sources.codec import Codec
+from sources.codec import from_config as get_codec
 
 __all__ = [
     "Guidance",

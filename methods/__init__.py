@@ -17,9 +17,9 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def method_class(config) -> type[Method]:
-    """The class of the method that `config.training.sde` names; ValueError where it is unknown."""
-    return named(METHODS, "training.sde", config.training.sde)
+def method_class(name: str) -> type[Method]:
+    """The class of the method `name`, of `training.sde`; ValueError where it is unknown."""
+    return named(METHODS, "training.sde", name)
 
 
 def get_method(config) -> Method:
@@ -28,4 +28,4 @@ def get_method(config) -> Method:
     Raises:
         ValueError: the method is unknown, or its numbers contradict each other.
     """
-    return named(METHODS, "training.sde", config.training.sde).from_config(config)
+    return method_class(config.training.sde).from_config(config)

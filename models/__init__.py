@@ -13,7 +13,8 @@ from models.mlp import MLP
 from models.ncsn import RefineNet
 from models.ncsnpp import DDPM, NCSNpp
 from models.published import load_reference_state_dict, reference_names
-from sources.codec import Shape, get_codec
+from sources.codec import Shape
+from sources.codec import from_config as get_codec
 
 __all__ = [
     "NETWORKS",
@@ -65,7 +66,7 @@ def create_model(config: ConfigDict) -> nn.Module:
     shape = get_codec(config).shape
     if config.data.num_classes < 0:
         raise ValueError("data.num_classes is open: training measures it at its first start")
-    extra = method_class(config).extra_channels
+    extra = method_class(config.training.sde).extra_channels
     build = named(NETWORKS, "model.name", config.model.name)
     network = build(config, shape, shape[0] + extra)
     if extra:  # a hook, and no wrapper, which would rename the weights
@@ -73,12 +74,12 @@ def create_model(config: ConfigDict) -> nn.Module:
     return network
 
 
-def check_labels(config: ConfigDict) -> None:
+def check_labels(model: ConfigDict, sde: str, continuous: bool) -> None:
     """Raises ValueError where the network cannot take the method's noise labels, or scales them.
 
     A network of published weights may be made nevertheless, as `create_model` does.
     """
-    model, sde, method = config.model, config.training.sde, method_class(config)
+    method = method_class(sde)
     if model.scale_by_sigma and not method.gives_score:
         raise ValueError(
             "model.scale_by_sigma makes the network's output a score, which "
@@ -91,7 +92,7 @@ def check_labels(config: ConfigDict) -> None:
             f"with training.sde={sde!r}: set model.embedding_type='positional'"
         )
     numbered = model.name.lower() == "ddpm" or embedding == "positional"
-    if model.scale_by_sigma and numbered and config.training.continuous:
+    if model.scale_by_sigma and numbered and continuous:
         raise ValueError(
             "model.scale_by_sigma with a 'positional' embedding takes numbered noise levels: set "
             "training.continuous=False, or model.embedding_type='fourier'"
@@ -102,7 +103,10 @@ def _field(network: nn.Module, inputs: tuple, output: Tensor) -> tuple[Tensor, T
     return output[:, :-1], output[:, -1].mean(dim=(1, 2))
 
 
-def paper_name(config: ConfigDict) -> str:
-    """What papers call the network of `config`; its `model.name` where that is not known."""
-    names = PAPER_NAMES.get(config.model.name, (config.model.name,))
-    return names[-1 if config.model.fir else 0]
+def paper_name(name: str, fir: bool) -> str:
+    """The name in papers of the network `model.name`, with or without the filter `model.fir`.
+
+    It is `name` itself where papers have none.
+    """
+    names = PAPER_NAMES.get(name, (name,))
+    return names[-1 if fir else 0]

@@ -60,7 +60,7 @@ class Run:
     """What a page needs of a run; an empty report or no picture where there is none yet."""
 
     name: str
-    config: dict[str, Any]
+    values: dict[str, Any]
     curves: Mapping[str, Points]
     report: Report
     picture: bytes | None
@@ -84,7 +84,7 @@ class Run:
     def seeds(self) -> set[str]:
         """Words that are true of the seed of its evaluation."""
         seed = self.made_by.text("seed")
-        return {seed, THE_RUNS} if seed == str(self.config["seed"]) else {seed}
+        return {seed, THE_RUNS} if seed == str(self.values["seed"]) else {seed}
 
 
 def read_run(workdir: Path, name: str, eval_folder: str) -> Run:
@@ -119,7 +119,7 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
     for run in runs:
         told = run.made_by.complete or "sampling.N" in run.made_by.values
         alone = run.name if run.report and not told else ""
-        key = [run.config | {"seed": None}, run.comparable.values, run.made_by.complete]
+        key = [run.values | {"seed": None}, run.comparable.values, run.made_by.complete]
         key = json.dumps([*key, bool(run.report), alone], sort_keys=True)
         alike.setdefault(key, []).append(run)
     groups: list[list[Run]] = []
@@ -149,7 +149,7 @@ def by_seed(group: Sequence[Run]) -> list[list[Run]]:
     for run in group:
         for seed in seeds:
             same = (o.weights == run.weights and run.weights is not None for o in seed)
-            if seed[0].config["seed"] == run.config["seed"] or any(same):
+            if seed[0].values["seed"] == run.values["seed"] or any(same):
                 seed.append(run)
                 break
         else:
@@ -165,8 +165,8 @@ def differing(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
     what it would take without being told: "default: {key}".
     """
     firsts = [group[0] for group in groups]
-    keys = dict.fromkeys(key for run in firsts for key in run.config if key != "seed")
-    rows = {key: [str(run.config.get(key)) for run in firsts] for key in keys}
+    keys = dict.fromkeys(key for run in firsts for key in run.values if key != "seed")
+    rows = {key: [str(run.values.get(key)) for run in firsts] for key in keys}
     rows = {key: texts for key, texts in rows.items() if len(set(texts)) > 1}
     evaluated = [k for k, run in enumerate(firsts) if run.report]
     made_by = settings.differing([firsts[k].comparable for k in evaluated])
@@ -245,7 +245,7 @@ def compare_page(runs: Sequence[Run], lines: Sequence[str] = ()) -> str:
 def _samples(group: Sequence[Run]) -> str:
     """The samples of the first run of the group that has any."""
     run = next(run for run in group if run.picture is not None)
-    caption = f"Seed {run.config['seed']}, none chosen{'; ' * bool(run.drawn)}{run.drawn}."
+    caption = f"Seed {run.values['seed']}, none chosen{'; ' * bool(run.drawn)}{run.drawn}."
     return picture_html(Picture(run.name, caption, run.picture))
 
 

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -61,8 +62,13 @@ PICTURES = {
 }
 
 
-def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int, step: int) -> None:
-    """report.html: the numbers of all checkpoints in the folder, the pictures of number k."""
+def save_page(
+    values: Mapping[str, Any], run: Experiment, workdir: Path, folder: Path, k: int, step: int
+) -> None:
+    """Write report.html: the numbers of all checkpoints in the folder, the pictures of number k.
+
+    `values` are those of the config, in nested mappings; `step` is that of checkpoint k.
+    """
     reports = {k: read_report(folder / f"report_{k}.npz")}
     for path in folder.glob("report_*.npz"):
         other = path.stem.removeprefix("report_")
@@ -75,18 +81,18 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int, step
     board = workdir / "tensorboard"
     scalars, trained = read_scalars(board), seconds_of_training(board, step)
     parameters = sum(p.numel() for p in run.network.parameters())
-    size, channels = config.data.image_size, config.data.num_channels
-    optim = config.optim
+    channels, size, _ = run.data.shape
+    optim, model, ema_std = values["optim"], values["model"], values["eval"]["ema_std"]
     cost = [f"{number(reports[k]['nfe'])} evaluations"] if "nfe" in reports[k] else []
-    ema = "EMA weights" + (f" of width {config.eval.ema_std:g}" if config.eval.ema_std else "")
+    ema = "EMA weights" + (f" of width {ema_std:g}" if ema_std else "")
     facts = {
         "method": run.method.name,
-        "network": f"{paper_name(config)}, {parameters:,} parameters",
+        "network": f"{paper_name(model['name'], model['fir'])}, {parameters:,} parameters",
         "data": f"{run.data.name}, {size} × {size}, {_colours(size, channels)}",
         "checkpoint": f"step {step:,}, {ema}",
         "training time": duration(trained),
-        "learning rate": f"{optim.lr:g}, {optim.warmup:,} steps of warm-up"
-        + (f", {optim.cooldown:,} of cooldown" if optim.cooldown else ""),
+        "learning rate": f"{optim['lr']:g}, {optim['warmup']:,} steps of warm-up"
+        + (f", {optim['cooldown']:,} of cooldown" if optim["cooldown"] else ""),
         "sampler": sampler_words(of_report(reports[k]), *cost),
         "device": _device(run.device),
         "commit": _commit(),
@@ -106,7 +112,7 @@ def save_page(config, run: Experiment, workdir: Path, folder: Path, k: int, step
         shown=k,
         curves={name: scalars.get(f"loss/{name}", []) for name in ("train", "test")},
         pictures=pictures,
-        config=config.to_dict(),
+        values=values,
         by_evaluations=by_evaluations(folder, k, reports[k]),
         files={
             what: [path.relative_to(folder).as_posix() for path in some]

@@ -43,7 +43,7 @@ def render(
     shown: int,
     curves: Mapping[str, Points],
     pictures: Sequence[Picture],
-    config: Mapping,
+    values: Mapping,
     by_evaluations: Mapping[str, Points],
     files: Mapping[str, Sequence[str]],
 ) -> str:
@@ -51,7 +51,7 @@ def render(
 
     `facts` say what was evaluated. `reports` are {k: the arrays of report_{k}.npz}, by rising k;
     figures, large numbers and `pictures` are of checkpoint `shown`. `curves` are {name: [(step,
-    loss)]} of training, and `config` has every setting, in nested mappings. `by_evaluations` are
+    loss)]} of training, and `values` has every setting, in nested mappings. `by_evaluations` are
     {name: [(evaluations of a sample, Frechet distance)]}, and `files` {what they are: their paths
     from the page's folder}.
     """
@@ -77,7 +77,7 @@ def render(
         section("Figures", shown_figures if figures else ""),
         section("Cost", _cost(report)),
         section("Downloads", _downloads(reports, files)),
-        section("Settings", _settings(config)),
+        section("Settings", _settings(values)),
     ]
     return document(title, "".join(body))
 
@@ -309,10 +309,10 @@ def _cost(report: Report) -> str:
     )
 
 
-def _settings(config: Mapping) -> str:
+def _settings(values: Mapping) -> str:
     """One folded list for each section of the config, and one for what is in none."""
-    sections = {name: value for name, value in config.items() if isinstance(value, Mapping)}
-    alone = {name: value for name, value in config.items() if name not in sections}
+    sections = {name: value for name, value in values.items() if isinstance(value, Mapping)}
+    alone = {name: value for name, value in values.items() if name not in sections}
     lists = []
     for name, values in {"general": alone, **sections}.items():
         pairs = f"<dl class=pairs>{_pairs(dict(sorted(values.items())))}</dl>"

@@ -68,7 +68,7 @@ def load(workdir: Path) -> Run:
         OSError, ValueError: there is none (see `experiment.load`), or its data are no toy.
     """
     trained = experiment.load(workdir)
-    name = trained.experiment.config.data.dataset
+    name = trained.experiment.data.name
     if name not in TOYS:
         raise ValueError(f"{workdir} is of {name}; known toys: {', '.join(TOYS)}")
     return Run(workdir.name, trained.experiment)
@@ -139,7 +139,7 @@ def exact_bits(toy: Mixture, points: NDArray[np.uint8]) -> float:
 def learned_bits(run: Run, points: Tensor) -> float:
     """Mean bits/dim of `points`, uint8 (n, 2, 1, 1), under the run's ODE."""
     parts = run.experiment
-    generator = datasets.keyed_generator("cpu", "bits/dim", parts.config.seed)
+    generator = datasets.keyed_generator("cpu", "bits/dim", parts.seed)
     images = datasets.to_unit_interval(points, generator, dequantize=True)
     bits, _, _ = parts.likelihood(parts.network, parts.codec.encode(images), generator)
     return bits.mean().item()
@@ -186,7 +186,7 @@ def draw_page(runs: list[Run], data: Tensor, bits: dict[str, float], path: Path)
 
     `bits` are bits/dim, by the name of the run, and "exact".
     """
-    toy = TOYS[runs[0].experiment.config.data.dataset]()
+    toy = TOYS[runs[0].experiment.data.name]()
     charges = data[:CHARGES]
     figure = plt.figure(figsize=(11, 10.6), dpi=100, facecolor=PAPER)
     grid = figure.add_gridspec(
@@ -197,13 +197,13 @@ def draw_page(runs: list[Run], data: Tensor, bits: dict[str, float], path: Path)
     _draw_field(figure.add_subplot(grid[0, :7]), figure.add_subplot(grid[0, 7:]), toy, lines)
     cells = [[grid[row, 3 * i : 3 * i + 3] for i in range(4)] for row in (1, 2)]
     samples, trajectories = ([figure.add_subplot(c) for c in row] for row in cells)
-    name = runs[0].experiment.config.data.dataset.replace("_", " ")
+    name = runs[0].experiment.data.name.replace("_", " ")
     _plane(samples[0], toy, f"data: {name}", f"exact: {bits['exact']:.2f} bits/dim")
     _draw_words(trajectories[0])
     for run, sampled, followed in zip(runs, samples[1:], trajectories[1:], strict=False):
         method, net = run.experiment.method, run.experiment.network
         _plane(sampled, toy, run.name, f"learned: {bits[run.name]:.2f} bits/dim", faint=True)
-        generator = datasets.keyed_generator("cpu", "samples", run.experiment.config.seed, 0)
+        generator = datasets.keyed_generator("cpu", "samples", run.experiment.seed, 0)
         drawn = run.experiment.sampler(net, SAMPLES, generator=generator)[0]
         sampled.plot(*run.experiment.codec.encode(drawn)[:, :, 0, 0].T, ",", color=INK, alpha=0.8)
         _plane(followed, toy, "", "learned and exact lines", faint=True)
@@ -266,7 +266,7 @@ def _draw_words(axis) -> None:
 def draw_film(run: Run, path: Path) -> None:
     """Saves the learned flow of a run, from the noise level `FAR` down to the data, as a WebP."""
     method, net = run.experiment.method, run.experiment.network
-    toy = TOYS[run.experiment.config.data.dataset]()
+    toy = TOYS[run.experiment.data.name]()
     y, _ = _starts(method, SAMPLES)
     ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
     first, last = method.sigma(ends).tolist()
@@ -300,14 +300,14 @@ def main() -> None:
         runs = [load(workdir) for workdir in options.workdirs]
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    config = runs[0].experiment.config
-    train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
-    toy, tested = TOYS[config.data.dataset](), test[:TESTED]
+    data = runs[0].experiment.data
+    train, test = data.get("train"), data.get("test")
+    toy, tested = TOYS[data.name](), test[:TESTED]
     bits = {"exact": exact_bits(toy, tested.flatten(1).numpy())}
     bits |= {run.name: learned_bits(run, tested) for run in runs}
     rows = [(name, f"{value:.3f}") for name, value in bits.items()]
     rows.append(("entropy of the data", f"{toy.bits_per_dim():.3f}"))
-    print(format_table(rows, f"bits/dim of {TESTED} test points, {config.data.dataset}"))
+    print(format_table(rows, f"bits/dim of {TESTED} test points, {data.name}"))
     scaled = runs[0].experiment.codec.encode(datasets.to_unit_interval(train[:]))
     draw_page(runs, scaled, bits, options.out)
     print(f"page: {options.out}")

@@ -121,6 +121,6 @@ KEYS = {
 }
 
 
-def get_codec(config) -> Codec:
+def from_config(config) -> Codec:
     """The codec that `config.data.codec` names; ValueError where it does not fit the data."""
     return named(CODECS, "data.codec", config.data.codec).from_config(config)

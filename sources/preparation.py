@@ -9,7 +9,8 @@ from torch import Tensor
 from configs.schema import SHARE, Flag, Key
 from sources import augmentation
 from sources.batch import Batch
-from sources.codec import Codec, get_codec
+from sources.codec import Codec
+from sources.codec import from_config as get_codec
 
 KEYS = {
     "data.random_flip": Key(True, Flag(), "half of the training images are mirrored"),

@@ -95,18 +95,18 @@ def _load_snapshot(path: Path) -> dict:
 
 
 def save_shared(
-    path: Path, weights: dict[str, Tensor], config: dict, step: int, data: dict | None = None
+    path: Path, weights: dict[str, Tensor], values: dict, step: int, data: dict | None = None
 ) -> None:
-    """Writes EMA `weights` by name, a flat `config` and the `step` as one file in safetensors form.
+    """Write EMA `weights` by name, a flat config and the `step` as one file in safetensors form.
 
     `data` is the entry of this name that checkpoints have. Raises OSError, which names the path,
     where it cannot be written.
     """
     metadata = {
         "format": "pt",
-        "config": json.dumps(config),
+        "config": json.dumps(values),
         "step": str(step),
-        "data_range": "[-1, 1]" if config["data.centered"] else "[0, 1]",
+        "data_range": "[-1, 1]" if values["data.centered"] else "[0, 1]",
     }
     if data is not None:
         metadata["data"] = json.dumps(data)

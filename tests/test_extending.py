@@ -30,7 +30,7 @@ from metrics import table
 from metrics.distances import Gaussian
 from metrics.reference import Reference
 from sources.batch import Batch
-from sources.codec import get_codec
+from sources.codec import from_config as get_codec
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```python\n(.*?)^```", PAGE, re.M | re.S))

@@ -18,52 +18,6 @@ BUILDERS = {  # each calls its part's `from_config`
     "likelihood.py": "get_likelihood_fn",
     "datasets.py": "get_dataset",
 }
-# What still names a config elsewhere: "file: function".
-EXCEPTIONS = {
-    "datasets.py: describe",
-    "datasets.py: get_data_inverse_scaler",
-    "datasets.py: get_data_scaler",
-    "datasets.py: get_labels",
-    "datasets.py: get_preparation",
-    "datasets.py: image_shape",
-    "datasets.py: measure_channels",
-    "datasets.py: measure_classes",
-    "evaluation.py: _batch_to_restore",
-    "evaluation.py: _draw_round",
-    "evaluation.py: _draw_rounds",
-    "evaluation.py: _known_pixels",
-    "evaluation.py: _plain_restoration",
-    "evaluation.py: draw_classes",
-    "evaluation.py: draw_images",
-    "evaluation.py: draw_interpolation",
-    "evaluation.py: draw_rescaling",
-    "evaluation.py: evaluate_bpd",
-    "evaluation.py: evaluate_classification",
-    "evaluation.py: evaluate_loss",
-    "evaluation.py: evaluate_restoration",
-    "evaluation.py: evaluate_samples",
-    "evaluation.py: read_restoration",
-    "methods/__init__.py: method_class",
-    "metrics/features.py: get_features",
-    "metrics/reference.py: ReferenceStatistics.build",
-    "metrics/reference.py: data_name",
-    "models/__init__.py: check_labels",
-    "models/__init__.py: paper_name",
-    "reports/compare.py: Run",
-    "reports/compare.py: _samples",
-    "reports/compare.py: differing",
-    "reports/compare.py: grouped",
-    "reports/evaluation_page.py: save_page",
-    "reports/page.py: _settings",
-    "reports/page.py: render",
-    "reports/toy.py: draw_film",
-    "reports/toy.py: draw_page",
-    "reports/toy.py: learned_bits",
-    "reports/toy.py: load",
-    "reports/toy.py: main",
-    "sources/codec.py: get_codec",
-    "storage/checkpoints.py: save_shared",
-}
 
 
 def modules():
@@ -127,8 +81,7 @@ def test_no_config_below_the_front_door():
         name = str(path.relative_to(ROOT))
         if name not in READERS and not name.startswith("configs/"):
             found |= configs_in(ast.parse(path.read_text()), name)
-    assert sorted(found - EXCEPTIONS) == [], "these name a config"
-    assert sorted(EXCEPTIONS - found) == [], "these no longer do: take them from the list"
+    assert sorted(found) == [], "these name a config"
 
 
 def test_what_names_a_config_is_seen():
