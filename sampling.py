@@ -363,7 +363,7 @@ class ODESampler(Sampler):
         if self.is_fitted and self.fit is None:
             raise ValueError(
                 "sampling.schedule and sampling.ode_solver 'fitted' are made for a network, by "
-                "experiment.fit_solver"
+                "Experiment.fitted_sampler"
             )
         schedule, advance = self.fit or Fit(self.schedule)
         return partial(

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, train_state
 from PIL import Image
 from test_metrics import MeanColour, save_inception, save_torchscript
 from test_report import dumped
@@ -50,11 +51,10 @@ def tiny(tmp_path, **evaluate):
 
 def save_checkpoints(config, workdir, *numbers):
     for k in numbers:
-        config.seed += 1
-        state = run_lib.Experiment.build(config).state
+        torch.manual_seed(config.seed + 1)
+        state = train_state(config)
         state.step = k * config.training.snapshot_freq
         save_checkpoint(workdir / f"checkpoints/checkpoint_{state.step}.pth", state.state_dict())
-        config.seed -= 1
 
 
 @pytest.fixture
@@ -249,13 +249,12 @@ def test_checkpoints_are_evaluated_in_turn(workdir, tmp_path, caplog):
 
 def spoil(monkeypatch, sampler):
     """`sampler(draw, number, generator)` draws in place of the configured sampler `draw`."""
-    get = sampling.get_sampling_fn
+    call = sampling.Sampler.__call__
 
-    def spoilt(config, method, guide):
-        draw = get(config, method, guide)
-        return lambda net, number, generator, **seen: sampler(draw, net, number, generator)
+    def spoilt(self, net, number, generator, **seen):
+        return sampler(partial(call, self), net, number, generator)
 
-    monkeypatch.setattr(sampling, "get_sampling_fn", spoilt)
+    monkeypatch.setattr(sampling.Sampler, "__call__", spoilt)
 
 
 def test_samples_that_are_not_finite_are_counted_and_left_out(workdir, tmp_path, monkeypatch):

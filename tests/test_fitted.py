@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_program
+from conftest import ROOT, run_program, train_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_laws import FAMILY, gaussian_network
@@ -23,7 +24,7 @@ import evaluation
 import run_lib
 import sampling
 from configs.edm import digits_ddpmpp
-from experiment import origin_of
+from models.weights import load_ema
 from solvers import fitted
 from solvers.base import Step
 from solvers.fixed_steps import linear_multistep
@@ -114,10 +115,10 @@ def test_fine_trajectories_are_those_of_the_ode_from_prior_to_data(name):
     assert len(levels) == 62
     assert levels[[0, -2]].tolist() == pytest.approx([method.sigma_max, method.sigma_min])
     assert (levels.diff() < 0).all()
-    sample = sampling.get_sampling_fn(sampling.for_trajectories(digits_ddpmpp.get_config()), method)
+    sampler = sampling.get_sampling_fn(digits_ddpmpp.get_config(), method)
+    sample = replace(sampling.for_trajectories(sampler), fit=fitted.Fit(fitted.fine_levels))
     x = method.prior_sampling((16, 1, 8, 8), torch.Generator().manual_seed(0))
-    net, made = gaussian_network(method, std=std), fitted.Fit(fitted.fine_levels)
-    sample(net, x=x, fit=made, callback=seen.append)
+    sample(gaussian_network(method, std=std), x=x, callback=seen.append)
     assert [step.level for step in seen] == levels[:-1].tolist()
     for step in seen:
         exact = x * math.hypot(std, step.level) / math.hypot(std, method.sigma_max)
@@ -268,9 +269,8 @@ def tiny(tmp_path):
 
 def save(config, workdir, seed):
     """A checkpoint of weights that `seed` draws; returns its path."""
-    config = config.copy_and_resolve_references()
-    config.seed = seed
-    state = run_lib.Experiment.build(config).state
+    torch.manual_seed(seed)
+    state = train_state(config)
     state.step = 4
     generator = torch.Generator().manual_seed(seed)
     for parameter in state.ema.shadow_params:  # the last layers start at zero, and bend nothing
@@ -312,7 +312,7 @@ def test_trajectories_are_solved_in_even_parts(tmp_path, monkeypatch, at_once, s
     monkeypatch.setattr(fitted, "at_once", lambda dim: at_once)
     measure = fitted.euler_errors
     monkeypatch.setattr(fitted, "euler_errors", lambda steps: seen.append(steps) or measure(steps))
-    evaluation.fit_solver(*fit_arguments(config, tmp_path))
+    fitted_sampler(config, tmp_path)
     assert [len(steps[0].x) for steps in seen] == sizes
     first = torch.cat([steps[0].x for steps in seen])
     generator = datasets.keyed_generator(torch.device("cpu"), "fitted", config.seed)
@@ -327,7 +327,7 @@ def test_samples_take_the_levels_that_cost_least(tmp_path, monkeypatch):
 
     def draw_and_look(config, run, folder, k):
         draw(config, run, folder, k)
-        run.sample(run.state.model, 2, callback=seen.append)
+        run.sampler(run.network, 2, callback=seen.append)
 
     monkeypatch.setattr(evaluation, "draw_images", draw_and_look)
     kept = fit(config, tmp_path)
@@ -389,20 +389,20 @@ def test_fitted_steps_are_kept_for_each_number_of_them(tmp_path, monkeypatch, no
         second = file["weights"]
     assert (second != first["weights"]).any()
     # other levels are other steps, whatever they come from
-    measured = evaluation.fit_solver(*fit_arguments(config, tmp_path)).schedule
+    measured = fitted_sampler(config, tmp_path).fit.schedule
     cost = fitted.step_costs
     monkeypatch.setattr(fitted, "step_costs", lambda errors: cost(errors) ** 0.1)
-    made = evaluation.fit_solver(*fit_arguments(config, tmp_path)).schedule
+    made = fitted_sampler(config, tmp_path).fit.schedule
     assert (made(None, 4, 7.0) != measured(None, 4, 7.0)).any()
     with np.load(fitted_path(checkpoint, 5)) as file:
         assert (file["weights"] != second).any()
 
 
-def fit_arguments(config, workdir):
-    """Of `experiment.fit_solver`, for the checkpoint of `workdir`."""
+def fitted_sampler(config, workdir):
+    """The sampler of `config`, fitted to the checkpoint of `workdir`."""
     run, path = run_lib.Experiment.build(config), workdir / "checkpoints/checkpoint_4.pth"
-    fit_checkpoint(run.state.load_network, load_checkpoint(path), path)
-    return config, run, path, origin_of(config, run)
+    fit_checkpoint(partial(load_ema, run.network), load_checkpoint(path), path)
+    return run.fitted_sampler(path)
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -486,7 +486,7 @@ def test_a_fit_that_diverges_is_named(tmp_path, monkeypatch):
     def follow(*arguments, **options):
         raise FloatingPointError("the slope is not finite")
 
-    monkeypatch.setattr(sampling, "get_sampling_fn", lambda *arguments: follow)
+    monkeypatch.setattr(sampling.ODESampler, "__call__", follow)
     with pytest.raises(FloatingPointError, match="^fitting the sampler: the slope"):
         fit(config, tmp_path)
 

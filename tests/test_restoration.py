@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import train_state
 from known_laws import FAMILY, SDES, denoising_network, pfgmpp, time_of
 from PIL import Image
 
@@ -157,7 +158,7 @@ def errors(
     if restorer == "replacement":
         x = predictor_corrector(
             replace(method, N=steps),
-            net,
+            partial(method.score, net),
             x,
             "euler_maruyama",
             corrector,
@@ -345,7 +346,7 @@ def run(tmp_path):
     config.training.n_iters = 8
     config.sampling.ode_solver, config.sampling.N = "heun", 3
     config.eval.update(batch_size=10, enable_loss=False, enable_bpd=False, enable_sampling=False)
-    state = run_lib.Experiment.build(config).state
+    state = train_state(config)
     state.step = 4 * config.training.snapshot_freq
     save_checkpoint(tmp_path / f"run/checkpoints/checkpoint_{state.step}.pth", state.state_dict())
     random = np.random.default_rng(0)
@@ -512,7 +513,8 @@ def replacing(noise, **options):
     method, value = methods.get_method(config), torch.rand(4, 1, 8, 8) * 2 - 1
     measurement = Measurement(get_operator("inpaint", KNOWN.repeat(4, 4)), value, noise)
     measurement = replace(measurement, value=measurement.operator.forward(value))
-    return method, value, get_sampling_fn(config, method, measurement=measurement)
+    sampler = replace(get_sampling_fn(config, method), measurement=measurement)
+    return method, value, sampler
 
 
 def test_replacement_keeps_known_pixels_and_is_repeatable():
