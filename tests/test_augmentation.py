@@ -14,6 +14,7 @@ from configs.poisson import digits_ddpmpp as poisson_digits
 from models import create_model
 from sources.augmentation import augment, draw_parameters, labels_of, transform
 from sources.batch import Batch
+from sources.preparation import Preparation
 
 
 def parameters(**values):
@@ -121,7 +122,7 @@ def test_the_laws_of_the_parameters():
 def test_images_that_are_not_transformed_stay_bit_for_bit():
     images = torch.rand(256, 1, 8, 8)
     found = augment(Batch(images), 0.12, False, torch.Generator().manual_seed(1))
-    same = ~found.augment_labels.any(1)
+    same = ~found.conditions["augment_labels"].any(1)
     assert 30 < same.sum() < 110  # 0.5 * 0.88^4 * 0.94 of 256: 72
     assert torch.equal(found.images[same], images[same])
     assert not (found.images == images).flatten(1).all(1)[~same].any()
@@ -130,14 +131,15 @@ def test_images_that_are_not_transformed_stay_bit_for_bit():
 def test_one_transformation_of_a_reference_batch():
     images = torch.rand(1, 1, 8, 8).expand(16, -1, -1, -1)
     found = augment(Batch(images), 1.0, True, torch.Generator().manual_seed(1))
-    assert found.augment_labels.shape == (16, 9) and found.augment_labels[0, 2:].all()
-    assert (found.augment_labels == found.augment_labels[0]).all()
+    labels = found.conditions["augment_labels"]
+    assert labels.shape == (16, 9) and labels[0, 2:].all()
+    assert (labels == labels[0]).all()
     assert (found.images == found.images[0]).all() and not torch.equal(found.images, images)
 
 
 def prepared(config, images, seed=0):
     shared = methods.get_method(config).uses_reference_batch
-    prepare = datasets.get_preparation(config, shared)
+    prepare = Preparation.from_config(config, shared)
     return prepare(Batch(images), torch.Generator().manual_seed(seed))
 
 
@@ -148,7 +150,7 @@ def test_without_augmentation_nothing_is_drawn():
     generator = torch.Generator().manual_seed(0)
     expected = 2 * datasets.to_unit_interval(images, generator, flip=True) - 1
     found = prepared(config, images)
-    assert torch.equal(found.images, expected) and found.augment_labels is None
+    assert torch.equal(found.images, expected) and "augment_labels" not in found.conditions
 
 
 class Watched(torch.nn.Module):
@@ -167,7 +169,7 @@ def test_labels_reach_the_network_with_their_examples():
     examples = loss.draw(batch, 0, torch.Generator().manual_seed(0))
     net = Watched()
     loss.loss(net, examples.shard(1, 4), batch)
-    assert torch.equal(net.labels, batch.augment_labels[24:48]) and net.labels.any()
+    assert torch.equal(net.labels, batch.conditions["augment_labels"][24:48]) and net.labels.any()
     # and have a gradient, which the labels of a network that samples have not
     model = create_model(config)
     with torch.no_grad():
@@ -175,7 +177,7 @@ def test_labels_reach_the_network_with_their_examples():
             parameter.add_(0.05 * torch.randn_like(parameter))
     loss.loss(model, examples, batch).backward()
     assert model.augment_embedding.weight.grad.abs().max() > 0
-    assert {f.name for f in fields(Batch)} == {"images", "labels", "augment_labels"}
+    assert {f.name for f in fields(Batch)} == {"images", "conditions"}
 
 
 def test_no_image_is_mirrored_without_a_word_to_the_network():
@@ -184,7 +186,7 @@ def test_no_image_is_mirrored_without_a_word_to_the_network():
     config.training.augment, config.model.augment_dim = 1e-9, 9
     images = torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8)
     batch = prepared(config, images)
-    mirrored, scaled = batch.augment_labels[:, 0] == 1, images / 127.5 - 1
+    mirrored, scaled = batch.conditions["augment_labels"][:, 0] == 1, images / 127.5 - 1
     assert 20 < mirrored.sum() < 44
     torch.testing.assert_close(batch.images[mirrored], scaled[mirrored].flip(-1), rtol=0, atol=1e-5)
     torch.testing.assert_close(batch.images[~mirrored], scaled[~mirrored], rtol=0, atol=1e-5)
@@ -199,13 +201,14 @@ def test_charges_of_a_poisson_flow_are_transformed_as_its_examples():
     a = draw_parameters(1, 1.0, torch.Generator().manual_seed(3)).expand(32, -1)
     expected = transform(images / 127.5 - 1, a)
     torch.testing.assert_close(batch.images, expected, rtol=0, atol=1e-5)
-    assert torch.equal(batch.augment_labels, labels_of(a))
+    labels = batch.conditions["augment_labels"]
+    assert torch.equal(labels, labels_of(a))
     examples = objective_of(config).draw(batch)
-    assert torch.equal(examples.augment_labels, batch.augment_labels[:8])
+    assert torch.equal(examples.conditions["augment_labels"], labels[:8])
 
 
 def test_a_network_without_the_labels_is_refused():
     config = edm_digits.get_config()
     config.training.augment = 0.12
     with pytest.raises(ValueError, match=r"augment=0\.12 needs model\.augment_dim=9, .* not 0"):
-        datasets.get_preparation(config, False)
+        Preparation.from_config(config, False)

@@ -15,10 +15,10 @@ from sklearn.datasets import load_digits
 from test_small_runs import report_of, tiny
 
 import datasets
-import evaluation
 import experiment
 import run_lib
 from configs.vp import digits_ddpmpp, images32_ddpmpp
+from library.restoration import ToRestore
 from likelihood import get_likelihood_fn, log_posterior
 from losses import Regression, get_loss_fn
 from methods import field, get_method
@@ -30,7 +30,7 @@ from models.weights import load_ema
 from sampling import solve_ode
 from solvers.solve import solve_sde
 from sources.base import held_out
-from sources.batch import Batch
+from sources.batch import Batch, Conditions
 from storage.checkpoints import load_checkpoint
 
 CLASSES = {"cat": 10, "dog": 20, "emu": 30}  # names, and the grey of their images
@@ -76,7 +76,7 @@ def test_digits():
     assert torch.equal(data.images, plain)
     assert data.labels.tolist() == load_digits().target[held_out(1797, "train")].tolist()
     assert data.names == tuple("0123456789")
-    assert torch.equal(datasets.get_labels(config, "train"), data.labels)
+    assert torch.equal(datasets.Data(config.data).labels("train"), data.labels)
     assert torch.equal(datasets.get_dataset(config, "train", labels=False), plain)
 
 
@@ -86,11 +86,11 @@ def test_class_folders(tmp_path, packed):
     if packed:
         write_zip(tmp_path / "animals.zip", tmp_path / "animals")
     config = folder_config(tmp_path / ("animals.zip" if packed else "animals"))
-    assert datasets.measure_classes(config) == 3
+    assert datasets.Data(config.data).measure_classes() == 3
     check_labels(config, {10: 0, 20: 1, 30: 2})
     train, test = (datasets.get_dataset(config, split) for split in datasets.SPLITS)
     config.data.num_classes = 3
-    assert "3 classes (0 cat, 1 dog, 2 emu)" in datasets.describe(config, train, test)
+    assert "3 classes (0 cat, 1 dog, 2 emu)" in datasets.Data(config.data).describe(train, test)
 
 
 def test_class_folders_below_splits_are_numbered_alike(tmp_path):
@@ -113,7 +113,7 @@ def test_dataset_json(tmp_path, packed):
     if packed:
         write_zip(tmp_path / "set.zip", root)
     config = folder_config(tmp_path / ("set.zip" if packed else "set"))
-    assert datasets.measure_classes(config) == 4
+    assert datasets.Data(config.data).measure_classes() == 4
     check_labels(config, {level: level // 10 for level in levels})
 
 
@@ -233,6 +233,10 @@ def slow_mean(x, data, sigma, D):
 LABELS = torch.tensor([0, 1, 2, 0, 1, 0, 2, 1, 1, 0, 1])
 
 
+def labelled(images, labels):
+    return Batch(images, Conditions(class_labels=labels))
+
+
 def labelled_batches():
     """Reference images of three classes, and examples of them, two without a label."""
     generator = torch.Generator().manual_seed(0)
@@ -240,7 +244,7 @@ def labelled_batches():
     x = data[:6] + 0.5 * torch.randn(6, 1, 2, 3, generator=generator, dtype=torch.float64)
     given = LABELS[:6].clone()
     given[[1, 4]] = -1
-    return Batch(x, given), Batch(data, LABELS)
+    return labelled(x, given), labelled(data, LABELS)
 
 
 def reference_of(label, reference):
@@ -267,7 +271,7 @@ def test_the_field_of_a_class(monkeypatch, poisson, chunk):
     monkeypatch.setattr(field, "DATA_CHUNK", chunk)
     examples, reference = labelled_batches()
     z = torch.linspace(0.1, 4, 6, dtype=torch.float64)
-    points = {"images": examples.images, "labels": examples.labels, "z": z}
+    points = {"images": examples.images, "conditions": examples.conditions, "z": z}
     drawn = type(poisson.draw(Batch(torch.zeros(1, 1, 2, 3))))(**points)
     found = poisson.target(drawn, reference)
     for i, label in enumerate(examples.labels.tolist()):
@@ -287,7 +291,7 @@ def test_label_dropout_is_the_last_draw():
 
     def draw(dropout, labels):
         objective = Regression(method, True, 4000, 4000, dropout)
-        batch = Batch(images, labels)
+        batch = labelled(images, labels)
         return objective.draw(batch, generator=torch.Generator().manual_seed(3))
 
     kept, dropped, none = draw(0.0, labels), draw(0.25, labels), draw(0.25, None)
@@ -332,7 +336,7 @@ def test_every_method_learns_and_samples_classes(tmp_path, name, one_thread):
     with np.load(tmp_path / "eval/ckpt_2/samples_0.npz") as file:
         labels = file["labels"]
     expected = experiment.Experiment.build(experiment.complete(config, tmp_path)[0])
-    assert labels.tolist() == expected.draw_labels(10, "samples", 0).tolist()
+    assert labels.tolist() == expected.draw_conditions(10, "samples", 0)["class_labels"].tolist()
 
 
 @pytest.mark.parametrize("limit", [2**31, 0])
@@ -492,8 +496,8 @@ def sampled(config, **changes):
     run = experiment.Experiment.build(config)
     for parameter in run.network.parameters():  # of a network whose output depends on the label
         parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    generator, labels = torch.Generator().manual_seed(0), run.draw_labels(4, "test")
-    return run.sampler(run.network.eval(), 4, generator=generator, labels=labels)[0]
+    generator, conditions = torch.Generator().manual_seed(0), run.draw_conditions(4, "test")
+    return run.sampler(run.network.eval(), 4, generator=generator, conditions=conditions)[0]
 
 
 def test_guidance_by_config(trained):
@@ -517,10 +521,10 @@ def test_a_network_guides_itself_nowhere(trained):
     config.sampling.update(guidance=4.0, guide=str(checkpoint))
     run = experiment.Experiment.build(config)
     load_ema(run.network.eval(), load_checkpoint(checkpoint))
-    labels, found = run.draw_labels(3, "test"), []
+    conditions, found = run.draw_conditions(3, "test"), []
     for sampler in (run.sampler, replace(run.sampler, guidance=None)):
         generator = torch.Generator().manual_seed(0)
-        found.append(sampler(run.network, 3, generator=generator, labels=labels)[0])
+        found.append(sampler(run.network, 3, generator=generator, conditions=conditions)[0])
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
@@ -559,14 +563,19 @@ def test_labels_are_drawn_as_in_the_data(tmp_path):
     levels = np.where(np.arange(1000) % 10 == 0, 1, 0)
     np.savez(tmp_path / "x.npz", images=pictures(1000, 4, 4, 1), labels=levels)
     config = folder_config(tmp_path / "x.npz", classes=2)
-    draw = experiment._label_drawer(config, torch.device("cpu"))
+
+    def draw(number, *key):
+        run_data = datasets.Data(config.data)
+        drawer = experiment._condition_drawer(config, torch.device("cpu"), run_data)
+        return drawer(number, *key).get("class_labels")
+
     labels = draw(5000, "samples", 3)
-    share = float(datasets.get_labels(config, "train").float().mean())
+    share = float(datasets.Data(config.data).labels("train").float().mean())
     assert abs(labels.float().mean() - share) < 5 * math.sqrt(share / 5000)
     assert torch.equal(labels, draw(5000, "samples", 3))
     assert not torch.equal(labels, draw(5000, "samples", 4))
     config.data.num_classes = 0
-    assert experiment._label_drawer(config, torch.device("cpu"))(5, "samples") is None
+    assert draw(5, "samples") is None
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -602,7 +611,10 @@ def test_the_most_probable_label_by_likelihood(name, one_thread):
     net, bits_per_dim = class_network(method), get_likelihood_fn(config, method)
     x = torch.randn(12, 1, 1, 2, generator=torch.Generator().manual_seed(2)).double() * 0.6
     prior = torch.tensor([1.0, 4.0], dtype=torch.float64)
-    bits = [bits_per_dim(net, x, labels=torch.full((12,), k))[0].double() for k in (0, 1)]
+    bits = [
+        bits_per_dim(net, x, conditions={"class_labels": torch.full((12,), k)})[0].double()
+        for k in (0, 1)
+    ]
     found = log_posterior(torch.stack(bits, 1), 2, prior)
     densities = [torch.distributions.Normal(m, STD).log_prob(x).flatten(1).sum(1) for m in MEANS]
     expected = (torch.stack(densities, 1) + (prior / 5).log()).log_softmax(1)
@@ -617,12 +629,13 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
     config.eval.stats_dir = str(tmp_path)
     solved = []
 
-    def bits_per_dim(net, x, generator, labels, watch=None):
+    def bits_per_dim(net, x, generator, conditions, watch=None):
         """Fewest where ten times the mean of the image, of x in [-1, 1], is the label."""
         solved.append(len(x))
-        bits = 0.05 * (10 * (x + 1).flatten(1).mean(1) / 2 - labels).square()
+        bits = 0.05 * (10 * (x + 1).flatten(1).mean(1) / 2 - conditions["class_labels"]).square()
         return bits + torch.rand(1, generator=generator), None, 1  # of one probe for all labels
 
+    bits_per_dim.divergence = "exact"
     monkeypatch.setattr(experiment, "get_likelihood_fn", lambda config, method: bits_per_dim)
     for _ in range(2):  # the second time by the files of the first
         run_lib.evaluate(config, workdir, "by_class")
@@ -631,7 +644,7 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
     data = datasets.get_dataset(config, "test")
     labels, images = data.labels.numpy(), data.images.double()
     brightness = 10 * ((images + 0.5) / 256).flatten(1).mean(1).numpy()
-    train = np.bincount(datasets.get_labels(config, "train").numpy())
+    train = np.bincount(datasets.Data(config.data).labels("train").numpy())
     log_p = np.log(train / train.sum()) - 64 * math.log(2) * 0.05 * (
         (brightness[:, None] - np.arange(10)) ** 2
     )
@@ -652,11 +665,12 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
     restore = {"restore": "super2", "restore_degrade": True}
     config.sampling.update(restore)
     config.eval.num_samples = 40
-    asked = evaluation.read_restoration(config, run)
+    asked = ToRestore.from_config(config, run)
     assert asked.labels.tolist() == labels[:8].tolist()  # five restorations of each
     assert asked.truth.shape == (8, 1, 8, 8)
     config.sampling.class_label = 3
-    assert evaluation.read_restoration(config, run).labels.tolist() == 8 * [3]
+    run = experiment.Experiment.build(config)
+    assert ToRestore.from_config(config, run).labels.tolist() == 8 * [3]
 
 
 def test_restoring_images_of_unknown_class(trained, tmp_path):
@@ -665,7 +679,8 @@ def test_restoring_images_of_unknown_class(trained, tmp_path):
     write_tree(tmp_path, pictures(3, 8, 8))
     config.sampling.update(restore="super2", restore_degrade=True, restore_path=str(tmp_path))
     run = experiment.Experiment.build(config)
-    assert evaluation.read_restoration(config, run).labels.tolist() == [-1, -1, -1]
+    assert ToRestore.from_config(config, run).labels.tolist() == [-1, -1, -1]
     config.training.label_dropout = 0.0
+    run = experiment.Experiment.build(config)
     with pytest.raises(ValueError, match="name one as sampling.class_label"):
-        evaluation.read_restoration(config, run)
+        ToRestore.from_config(config, run)
