@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     for flag in ("outdir", "checkpoint"):
         if FLAGS[flag].value is not None and FLAGS.mode in ("train", "eval"):
             command_line.fail(f"--{flag} is for --mode sample and export, not {FLAGS.mode}")
-    import run_lib  # here and not above, so that --help and typing errors answer at once
+    import run_lib  # here and not above, so that --help answers at once
 
     _log_to_stdout()
     workdir, several = Path(FLAGS.workdir), "TORCHELASTIC_RUN_ID" in os.environ

@@ -12,7 +12,6 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs.default import get_default_config
 from configs.keys import explain_unknown, flatten
 
 FLAGS = flags.FLAGS
@@ -35,8 +34,9 @@ def parse(argv: list[str], stored: Callable[[], ConfigDict | None] = lambda: Non
         path = value_of(argv, "config")
         if path is not None:
             _check_file(path)
-        _check_overrides(argv, flatten(get_default_config()))  # with the parts that a file adds
         asks_help = any(re.match(r"--?(help|h$|\?)", argument) for argument in argv)
+        if not asks_help:
+            _check_overrides(argv, flatten(_defaults()))  # with the parts that a file adds
         config = None if path is not None or asks_help else stored()
         if config is not None:
             config_flags.DEFINE_config_dict("config", config, HELP)
@@ -81,6 +81,13 @@ def overridden(argv: list[str]) -> list[str]:
     return [match[1] for match in matches if match]
 
 
+def _defaults() -> ConfigDict:
+    """The default config; its module imports all parts, which --help need not wait for."""
+    from configs.default import get_default_config
+
+    return get_default_config()
+
+
 def _check_overrides(argv: list[str], known: dict) -> None:
     allowed = known.keys() | {key.partition(".")[0] for key in known}
     for key in overridden(argv):
@@ -102,7 +109,7 @@ def _check_file(path: str) -> None:
         keys = flatten(config).keys() if isinstance(config, ConfigDict) else ()
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"config file {_where(path, error)}: {_reason(error)}") from error
-    known = flatten(get_default_config())
+    known = flatten(_defaults())
     if get_config is None:
         raise ValueError(f"config file {path} defines no get_config()")
     if not isinstance(config, ConfigDict):
@@ -133,7 +140,7 @@ def _reason(error: Exception) -> str:
     section = frame.f_locals.get("self")  # an unknown key is refused by the section it is not in
     quoted = re.search(r"""["'](\w+)\\?["']""", str(error.args[0])) if error.args else None
     if isinstance(error, (AttributeError, KeyError)) and isinstance(section, ConfigDict) and quoted:
-        default = get_default_config()
+        default = _defaults()
         sections = [n for n, s in default.items() if isinstance(s, ConfigDict)]
         inside = [f"{n}." for n in sections if default[n].keys() == section.keys()]
         return explain_unknown("".join([*inside, quoted[1]]), flatten(default))

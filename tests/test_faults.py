@@ -20,7 +20,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, train_state
 from data_files import encoded, pictures, stylegan_example, tfrecord, write_tree
 from many_lives import OVERRIDES, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,7 +30,6 @@ import datasets
 import losses
 import run_lib
 import storage.workdir as workdirs
-import training
 from storage.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from storage.files import atomic_write, save_npz, save_png
 from storage.tensorboard import TensorBoardWriter, read_scalars
@@ -171,8 +170,9 @@ def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
         newest_state = stopped / "checkpoints-meta/checkpoint.pth"
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
-            if newest_state.exists() and newest(stopped)["step"] > reached:
-                break
+            with contextlib.suppress(FileNotFoundError):  # between the two renames of a save
+                if newest_state.exists() and newest(stopped)["step"] > reached:
+                    break
             time.sleep(0.01)
         os.killpg(process.pid, getattr(signal, name))
         output, _ = process.communicate(timeout=60)
@@ -296,7 +296,7 @@ def test_steps_in_a_hostile_checkpoint_name_no_other_file(tmp_path):
 
 def tiny_checkpoint(path):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
-    state = training.TrainState(small_config(), model)
+    state = train_state(small_config(), model)
     model(torch.ones(4, 8)).sum().backward()
     state.apply_gradient(torch.tensor(True))
     save_checkpoint(path, state.state_dict())
@@ -559,15 +559,15 @@ def spoil(monkeypatch, batches):
     """Makes the loss of these batches infinite."""
     calls = []
 
-    class Spoilt(losses.RegressionLoss):
-        def error(self, net, examples, reference):
-            loss = super().error(net, examples, reference)
+    class Spoilt(losses.Regression):
+        def loss(self, net, examples, reference):
+            loss = super().loss(net, examples, reference)
             if not loss.requires_grad:
                 return loss
             calls.append(examples)
             return loss * torch.inf if len(calls) - 1 in batches else loss
 
-    monkeypatch.setattr(losses, "RegressionLoss", Spoilt)
+    monkeypatch.setitem(losses.OBJECTIVES, "regression", Spoilt)
 
 
 def test_bad_batches_are_named_and_passed_over(tmp_path, monkeypatch, one_thread):

@@ -398,7 +398,8 @@ def test_mistakes_of_shared_parts_name_their_own_line(tmp_path):
     path = tmp_path / "configs/parts.py"
     text = path.read_text().replace("config.model.sigma_max", "config.model.sigmamax")
     path.write_text(text)
-    script = f"import sys; sys.path[0] = {str(tmp_path)!r}; from configs import command_line; "
+    script = f"import sys; sys.path[:1] = {[str(tmp_path), str(ROOT)]!r}; "
+    script += "from configs import command_line; "
     script += "command_line.parse(['x', '--config', 'configs/poisson/digits_ddpmpp.py'])"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
