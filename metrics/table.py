@@ -1,8 +1,9 @@
 """The table of metrics: what each is called, which direction is better, how it is computed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -193,9 +194,46 @@ def _memorised(nearest: float, nearest_data: float) -> dict[str, str]:
     }
 
 
+class Entry(NamedTuple):
+    """A metric in reports: its `key` there, "fid" or of a further feature space "torchscript:fid".
+
+    `space` is the feature space, "" where it has none, or reports differ in theirs; `name` and
+    `label` are what it is called in a sentence and in a table.
+    """
+
+    key: str
+    metric: Metric
+    space: str
+    name: str
+    label: str
+
+
+def entries(*reports: Mapping) -> Iterator[Entry]:
+    """The metrics that any of the reports (the arrays of report_{k}.npz) has, as they are shown."""
+    kinds = [str(report["features"]).split(",") for report in reports if "features" in report]
+    firsts, further = {first for first, *_ in kinds}, [kind for _, *rest in kinds for kind in rest]
+    spaces = {"": firsts.pop() if len(firsts) == 1 else ""} | {f"{kind}:": kind for kind in further}
+    for metric_key, metric in METRICS.items():
+        for prefix, space in spaces.items():
+            key, space = prefix + metric_key, space if metric.compute else ""
+            if not any(key in report for report in reports):
+                continue
+            name, label = metric.label, metric.label_in(space)
+            if further and space:  # another row may be called alike
+                name = label = label if label.endswith(f", {space}") else f"{label}, {space}"
+            yield Entry(key, metric, space, name, label)
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """(feature space, key in `METRICS`) of a report's key; "" for its first space, or none."""
+    space, _, metric = key.rpartition(":")
+    return space, metric
+
+
 def remarks(report: Mapping) -> list[str]:
     """What a report says in words, of what is left out or conspicuous: its entries {key}_remark."""
-    return [str(value) for name, value in report.items() if name.endswith("_remark")]
+    said = [(*split_key(key), str(text)) for key, text in report.items() if key.endswith("_remark")]
+    return [f"{space}: {text}" if space else text for space, _, text in said]
 
 
 # What `compare_halves` gives.

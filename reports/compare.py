@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from metrics.table import METRICS, Metric
+from metrics.table import Metric, entries
 from metrics.table import remarks as remarks_of
 from reports import settings
 from reports.evaluation_page import page_png, read_report
@@ -271,17 +271,16 @@ def _settings(
 def _metrics(groups: Sequence[Sequence[Run]]) -> str:
     """A row for each metric that any run has, a column for each group."""
     reports = [[run.report for run in group if run.report] for group in groups]
-    spaces = {str(report.get("features", "")) for some in reports for report in some} - {""}
-    space, obstacles = spaces.pop() if len(spaces) == 1 else "", {}
+    obstacles: dict[str, list[str]] = {}
     rows = [_row("step", ([number(r["step"]) for r in some] for some in reports))]
-    for key, metric in METRICS.items():
+    for key, metric, _, name, label in entries(*(r for some in reports for r in some)):
         values = [_values(group, key) for group in groups]
-        if metric.better and any(values):
+        if metric.better:
             best = _best(metric, values)
             reason = obstacle(key, [r for some in reports for r in some if key in r])
             if reason and sum(map(bool, values)) > 1:
-                obstacles.setdefault(reason, []).append(metric.label)
-            label = f"{metric.label_in(space)} {'↓' if metric.better < 0 else '↑'}"
+                obstacles.setdefault(reason, []).append(name)
+            label = f"{label} {'↓' if metric.better < 0 else '↑'}"
             rows.append(_row(label, map(_over_seeds, values), None if reason else best))
     if not any(reports):
         return "<p class=note>No run is evaluated yet.</p>"

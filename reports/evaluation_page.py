@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from experiment import Experiment
-from metrics.table import METRICS
+from metrics.table import METRICS, split_key
 from models import paper_name
 from reports.images import SIDE_BY_SIDE
 from reports.page import Picture, render
@@ -219,9 +219,9 @@ def read_report(path: Path) -> dict[str, NDArray]:
     """The arrays of a report that a page shows; ValueError, in one line, where they do not fit."""
     found, scalar = read_arrays(path), ("iuf", ())
     metrics = [f"{key}{what}" for key in METRICS for what in ("", "_error", "_data")]
-    spec = dict.fromkeys(metrics, scalar) | {"features": ("U", ())}
-    spec |= dict.fromkeys(("half_first", "half_other", "ema_std"), scalar) | {"sampling": ("U", ())}
-    spec["settings"] = "U", ()
+    spec = dict.fromkeys((*metrics, "half_first", "half_other"), scalar)
+    spec |= {name: scalar for name in found if split_key(name)[1] in spec}  # in further spaces
+    spec |= {"ema_std": scalar} | dict.fromkeys(("features", "sampling", "settings"), ("U", ()))
     spec |= dict.fromkeys((name for name in found if name.endswith("_remark")), ("U", ()))
     spec = {name: kind for name, kind in spec.items() if name in found}
     spec |= dict.fromkeys(("step", "seconds"), scalar)

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from metrics.table import METRICS, Metric
+from metrics.table import METRICS, Entry, entries
 from metrics.table import remarks as remarks_of
 from reports.plots import COLOURS, SMALL, Points, drawable, histogram, loss_plot, number, several
 from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
@@ -108,32 +108,23 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>\n" if content else ""
 
 
-def _label(metric: Metric, report: Report) -> str:
-    return metric.label_in(str(report.get("features", "")))
-
-
-def _compared(reports: Mapping[int, Report]) -> dict[str, Metric]:
+def _compared(reports: Mapping[int, Report]) -> list[Entry]:
     """What checkpoints are compared by: the metrics with a direction that some of them have."""
-    return {
-        key: metric
-        for key, metric in METRICS.items()
-        if metric.better and any(key in report for report in reports.values())
-    }
+    return [entry for entry in entries(*reports.values()) if entry.metric.better]
 
 
 def _cards(report: Report) -> str:
     cards = []
-    for key, metric in METRICS.items():
-        if key in report:
-            error, of_data = (report.get(f"{key}_{what}") for what in ("error", "data"))
-            spread = "" if error is None else f"<small> ± {float(error):.2g}</small>"
-            note = metric.note
-            if of_data is not None:
-                note += f"{'; data against data' if metric.halves else ''}: {number(of_data)}"
-            cards.append(
-                f"<div class=card><h3>{escape(_label(metric, report))}</h3>"
-                f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span></div>"
-            )
+    for key, metric, *_, label in entries(report):
+        error, of_data = (report.get(f"{key}_{what}") for what in ("error", "data"))
+        spread = "" if error is None else f"<small> ± {float(error):.2g}</small>"
+        note = metric.note
+        if of_data is not None:
+            note += f"{'; data against data' if metric.halves else ''}: {number(of_data)}"
+        cards.append(
+            f"<div class=card><h3>{escape(label)}</h3>"
+            f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span></div>"
+        )
     remarks = "".join(f"<p class=warning>{escape(each)}.</p>" for each in remarks_of(report))
     if "half_first" in report:
         remarks += (
@@ -157,12 +148,10 @@ def _table(reports: Mapping[int, Report], shown: int) -> str:
     Settings in which their evaluations differ are columns, and where they forbid to rank the values
     of a metric none is in bold; a line says why.
     """
-    metrics = _compared(reports)
-    differ = _differing(reports)
-    best = {key: _best(reports, key) for key in metrics}
-    names = [
-        f"{_label(m, reports[shown])}\u00a0{'↓' if m.better < 0 else '↑'}" for m in metrics.values()
-    ]
+    compared = _compared(reports)
+    differ, metrics = _differing(reports), [entry.key for entry in compared]
+    best = {entry.key: _best(reports, entry) for entry in compared}
+    names = [f"{e.label}\u00a0{'↓' if e.metric.better < 0 else '↑'}" for e in compared]
     rows = []
     for i, (k, report) in enumerate(reports.items()):
         mark = " class=shown" if k == shown and len(reports) > 1 else ""
@@ -191,10 +180,10 @@ def _remarks(reports: Mapping[int, Report], shown: int, differ: Mapping) -> str:
             f"These checkpoints were not evaluated alike ({', '.join(differ)}): curves are of "
             f"those evaluated as checkpoint {shown}."
         )
-    for key, metric in _compared(reports).items():
-        having = [report for report in reports.values() if key in report]
-        if len(having) > 1 and (reason := obstacle(key, having)):
-            obstacles.setdefault(reason, []).append(metric.label)
+    for entry in _compared(reports):
+        having = [report for report in reports.values() if entry.key in report]
+        if len(having) > 1 and (reason := obstacle(entry.key, having)):
+            obstacles.setdefault(reason, []).append(entry.name)
     lines += not_ranked(obstacles)
     return notes(lines)
 
@@ -218,12 +207,12 @@ def _of_checkpoint(report: Report) -> Settings:
     return of_report(report).without(*OF_CHECKPOINT)
 
 
-def _best(reports: Mapping[int, Report], key: str) -> int | None:
+def _best(reports: Mapping[int, Report], entry: Entry) -> int | None:
     """The checkpoint with the best value, if several have one and nothing forbids to rank them."""
-    values = {k: float(r[key]) for k, r in reports.items() if key in r}
-    if obstacle(key, [reports[k] for k in values]):
+    values = {k: float(r[entry.key]) for k, r in reports.items() if entry.key in r}
+    if obstacle(entry.key, [reports[k] for k in values]):
         return None
-    values = {k: METRICS[key].better * v for k, v in values.items() if math.isfinite(v)}
+    values = {k: entry.metric.better * v for k, v in values.items() if math.isfinite(v)}
     return max(values, key=values.get) if len(values) > 1 else None
 
 
@@ -231,13 +220,13 @@ def _trends(reports: Mapping[int, Report], shown: int) -> str:
     """A small curve for each metric over the checkpoints that were evaluated as `shown` was."""
     made_by, plots = _of_checkpoint(reports[shown]), []
     reports = {k: r for k, r in reports.items() if not differing([made_by, _of_checkpoint(r)])}
-    for key, metric in _compared(reports).items():
+    for key, metric, _, name, label in _compared(reports):
         having = [r for r in reports.values() if key in r]
         points = [(float(r["step"]), float(r[key])) for r in having if drawable(r[key])]
         if len(points) > 1:
-            label, floor = _label(metric, having[0]), having[-1].get(f"{key}_data")
+            floor = having[-1].get(f"{key}_data")
             arrow = "lower is better" if metric.better < 0 else "higher is better"
-            plot = several([(0, points)], ("step", metric.label), size=SMALL, floor=floor)
+            plot = several([(0, points)], ("step", name), size=SMALL, floor=floor)
             plots.append(f"<div><h3>{escape(label)} <small>{arrow}</small></h3>{plot}</div>")
     return f"<div class=trends>{''.join(plots)}</div>" if plots else ""
 
@@ -246,7 +235,9 @@ def _distances(curves: Mapping[str, Points], report: Report) -> list[str]:
     """The figure of the distance against the evaluations of a sample, if there are several."""
     if len({evaluations for points in curves.values() for evaluations, _ in points}) < 2:
         return []
-    name, label = "evaluations of the network for a sample", _label(METRICS["fid"], report)
+    labels = {entry.key: entry.label for entry in entries(report)}
+    name = "evaluations of the network for a sample"
+    label = labels.get("fid", METRICS["fid"].label)
     plot = several(
         list(enumerate(curves.values())),
         (name, label),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metrics.reference import fingerprint
-from metrics.table import METRICS
+from metrics.table import METRICS, split_key
 from solvers import FITTED, SOLVERS, solver_named
 from storage.digests import digests
 
@@ -151,11 +151,25 @@ def differing(settings: Sequence[Settings]) -> dict[str, list[str]]:
     return differ
 
 
-def obstacle(metric: str, reports: Sequence[Mapping]) -> str:
-    """Why the values of a metric in `reports` are not ranked, in a line; "" where they can be."""
+def _in_space(report: Mapping, space: str) -> Settings:
+    """The settings of a report with one feature space, its first where `space` is ""."""
+    settings, kinds = of_report(report), str(report.get("features", "")).split(",")
+    names = str(settings.values.get("eval.features", "")).split(",")
+    if not settings.complete or len(names) != len(kinds) or len(kinds) == 1:
+        return settings  # older programs had one space only
+    name = names[kinds.index(space) if space in kinds else 0]
+    return dataclasses.replace(settings, values={**settings.values, "eval.features": name})
+
+
+def obstacle(key: str, reports: Sequence[Mapping]) -> str:
+    """Why the values under a metric's key in `reports` are not ranked, in a line; "" if they are.
+
+    Metrics of samples are ranked by their own feature space, whatever others were looked at.
+    """
+    space, metric = split_key(key)
     of_samples = METRICS[metric].compute is not None
     needed = OF_SAMPLES if of_samples else OF_SPLIT + OF_SPLIT_TOO.get(metric, ())
-    settings, reasons = [of_report(report) for report in reports], []
+    settings, reasons = [_in_space(report, space) for report in reports], []
     differ = {k: texts for k, texts in differing(settings).items() if k.startswith(needed)}
     finite = [str(_whole(report.get("num_samples", 0))) for report in reports]
     if of_samples and len(set(finite)) > 1:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from metrics.table import METRICS, remarks
+from metrics.table import entries, remarks
 from reports.settings import of_report, sampler_words
 
 RESTORED = {
@@ -16,17 +16,15 @@ RESTORED = {
 
 def report_table(report: Mapping, split: str, title: str) -> str:
     """The numbers of a report (the arrays of report_{k}.npz) that was made over `split`."""
-    space = str(report.get("features", ""))
     rows = []
-    for key, metric in METRICS.items():
-        if key in report:
-            label, value = metric.label_in(space), f"{float(report[key]):.6g}"
-            label += f" ({split})" if metric.compute is None else ""
-            if (error := report.get(f"{key}_error")) is not None:
-                value += f" +- {float(error):.2g}"
-            rows.append((label, value))
-            if (of_data := report.get(f"{key}_data")) is not None:
-                rows.append(("  of the data", f"{float(of_data):.6g}"))
+    for key, metric, *_, label in entries(report):
+        value = f"{float(report[key]):.6g}"
+        label += f" ({split})" if metric.compute is None else ""
+        if (error := report.get(f"{key}_error")) is not None:
+            value += f" +- {float(error):.2g}"
+        rows.append((label, value))
+        if (of_data := report.get(f"{key}_data")) is not None:
+            rows.append(("  of the data", f"{float(of_data):.6g}"))
     if "bpd" in report:
         rows.append(("evaluations of a likelihood", f"{report['bpd_nfe']:.0f}"))
         rows.append(("encoded and decoded, error", f"{report['encoding_error']:.1e}"))
