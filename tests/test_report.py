@@ -91,7 +91,7 @@ def page_of(reports):
             "test": [(s, 100 / s) for s in range(200, 2001, 200)],
         },
         pictures=[Picture("Samples", 'of "red"', png((250, 0, 0)))],
-        config={"seed": 42, "model": {"name": "<script>alert(1)</script>"}},
+        values={"seed": 42, "model": {"name": "<script>alert(1)</script>"}},
         by_evaluations={"<heun>": [(9, 0.5), (35, 0.75)], "dpmpp": [(10, 0.3)]},
         files={"samples": ["ckpt_4/samples_0.npz", 'a "b".npz']},
     )
@@ -298,12 +298,13 @@ def test_networks_have_the_names_of_papers():
         "edm/imagenet64_adm.py": "ADM",
         "vp/ddpm/cifar10.py": "DDPM",
     }
-    assert {path: paper_name(load(path)) for path in names} == names
+    models = {path: load(path).model for path in names}
+    assert {path: paper_name(model.name, model.fir) for path, model in models.items()} == names
     config = load("poisson/cifar10_ddpmpp.py")
     for config.model.name in NETWORKS:
-        assert paper_name(config) != config.model.name
+        assert paper_name(config.model.name, config.model.fir) != config.model.name
     config.model.name = "own"
-    assert paper_name(config) == "own"
+    assert paper_name(config.model.name, config.model.fir) == "own"
 
 
 @pytest.mark.parametrize(
