@@ -18,7 +18,9 @@ from sklearn.datasets import load_digits
 
 import datasets
 from configs.poisson import digits_ddpmpp
-from sources.codec import get_codec
+from sources import stream
+from sources.codec import from_config as get_codec
+from sources.preparation import Preparation
 
 
 def test_digits_are_split_without_overlap_or_loss():
@@ -189,7 +191,7 @@ def test_resident_data_leave_the_unreadable_out(monkeypatch, caplog):
     data = datasets.get_dataset(config, "train")
     assert data.flatten().tolist() == list(range(1, 60, 2))
     assert caplog.messages[-1] == "30 of 60 images are unreadable and left out"
-    assert len(caplog.messages) == datasets.MAX_NAMED + 2  # and that the others are not named
+    assert len(caplog.messages) == stream.MAX_NAMED + 2  # and that the others are not named
 
 
 def test_channels_are_measured_over_the_whole_split(monkeypatch):
@@ -204,13 +206,15 @@ def test_channels_are_measured_over_the_whole_split(monkeypatch):
     monkeypatch.setitem(datasets.sources.SOURCES, "mine", lambda data, split: found[split])
     config = digits_ddpmpp.get_config()
     config.data.update({"dataset": "Mine", "image_size": 1, "num_channels": 0})
-    assert datasets.measure_channels(config) == 1
+    assert datasets.Data(config.data).measure_channels() == 1
     assert len(set(asked)) == len(asked) == datasets.MEASURED
     assert (asked[0], asked[-1]) == (0, 199)
     assert max(np.diff(asked)) <= 4
     train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
     assert train.flatten().tolist() == list(range(200))
-    assert datasets.describe(config, train, test) == (
+    config.data.num_channels = 1
+    changed = Preparation.from_config(config, False).words
+    assert datasets.Data(config.data).describe(train, test, changed) == (
         "data: mine, 200 images to train on and 2 to test on, 1 x 1, 1 channel, "
         "not mirrored (data.random_flip)"
     )

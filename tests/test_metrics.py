@@ -13,7 +13,6 @@ from scipy.spatial import cKDTree
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from configs.poisson import digits_ddpmpp
 from metrics import distances, features
 from metrics.distances import (
     OURS,
@@ -24,7 +23,7 @@ from metrics.distances import (
     nearest,
     precision_recall,
 )
-from metrics.features import get_features
+from metrics.features import get_space
 from metrics.reference import Reference
 from metrics.table import METRICS, Comparison, compare
 
@@ -277,11 +276,8 @@ def test_labels_name_the_feature_space():
 # --- feature spaces -------------------------------------------------------------------------------
 
 
-def configured(features, path="", channels=3, size=8):
-    config = digits_ddpmpp.get_config()
-    config.eval.features, config.eval.inception_path = features, str(path)
-    config.data.image_size, config.data.num_channels = size, channels
-    return config
+def space_of(kind, path="", channels=3, size=8):
+    return get_space(kind, str(path), (channels, size, size), CPU)
 
 
 class MeanColour(torch.nn.Module):
@@ -318,7 +314,7 @@ def random_images(channels=3, n=7, size=8):
 
 
 def test_pixels():
-    space = get_features(configured("pixels", channels=1, size=2), CPU)
+    space = space_of("pixels", channels=1, size=2)
     images = np.zeros((3, 2, 2, 1), dtype=np.uint8)
     images[1] = 255
     features, logits = space(images)
@@ -331,7 +327,7 @@ def test_pixels():
 def test_torchscript(channels, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "EXTRACTED_AT_ONCE", 3)  # 7 images: the last part is smaller
     path = save_torchscript(tmp_path / "network.pt", MeanColour())
-    space = get_features(configured("torchscript", path, channels), CPU)
+    space = space_of("torchscript", path, channels)
     images = random_images(channels)
     pool_3, logits = space(images)
     expected = np.broadcast_to(images.mean((1, 2)), (7, 3))  # grey is repeated
@@ -342,7 +338,7 @@ def test_torchscript(channels, tmp_path, monkeypatch):
 
 def test_torchscript_without_logits(tmp_path):
     path = save_torchscript(tmp_path / "network.pt", OnlyFeatures())
-    features, logits = get_features(configured("torchscript", path), CPU)(random_images())
+    features, logits = space_of("torchscript", path)(random_images())
     assert features.shape == (7, 5)
     assert logits is None
 
@@ -350,7 +346,7 @@ def test_torchscript_without_logits(tmp_path):
 def test_torchscript_with_the_published_interface(tmp_path):
     path = save_torchscript(tmp_path / "network.pt", AsPublished())
     images = random_images()
-    features, logits = get_features(configured("torchscript", path), CPU)(images)
+    features, logits = space_of("torchscript", path)(images)
     np.testing.assert_allclose(features, images.mean((1, 2)) / 255, rtol=1e-6)
     np.testing.assert_allclose(softmax(logits, 1), softmax(features, 1), rtol=1e-5)
     assert inception_score(logits) == pytest.approx(inception_score(features), rel=1e-5)
@@ -393,7 +389,7 @@ def old_bilinear(image, row, column, size=299):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_inception(channels, tmp_path):
-    space = get_features(configured("inception", save_inception(tmp_path / "net"), channels), CPU)
+    space = space_of("inception", save_inception(tmp_path / "net"), channels)
     images = random_images(channels)
     features, logits = space(images)
     scaled = np.broadcast_to(images / 127.5 - 1, (7, 8, 8, 3))
@@ -412,7 +408,7 @@ def test_inception_is_found_where_tfhub_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
     name = hashlib.sha1(features.INCEPTION_URL.encode()).hexdigest()
     save_inception(tmp_path / name)
-    assert get_features(configured("inception"), CPU).width == 3
+    assert space_of("inception").width == 3
 
 
 def test_inception_that_cannot_be_fetched_is_told_soon(tmp_path, monkeypatch):
@@ -425,17 +421,17 @@ def test_inception_that_cannot_be_fetched_is_told_soon(tmp_path, monkeypatch):
         monkeypatch.setattr(features, "INCEPTION_URL", address)
         start = time.monotonic()
         with pytest.raises(ValueError, match="cannot be fetched.*eval.inception_path.*torchscript"):
-            get_features(configured("inception"), CPU)
+            space_of("inception")
         assert time.monotonic() - start < 5
     with pytest.raises(ValueError, match="cannot be fetched"):  # nobody listens
-        get_features(configured("inception"), CPU)
+        space_of("inception")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_tensorflow_the_way_is_named(monkeypatch):
     monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs tensorflow, .*'torchscript' does without"):
-        get_features(configured("inception"), CPU)
+        space_of("inception")
 
 
 @pytest.mark.parametrize(
@@ -462,5 +458,5 @@ def test_feature_spaces_that_cannot_be_used_are_one_line(features, make, pattern
     if make == "wide":
         size = 128
     with pytest.raises(ValueError, match=pattern) as caught:
-        get_features(configured(features, path, size=size), CPU)
+        space_of(features, path, size=size)
     assert "\n" not in str(caught.value)

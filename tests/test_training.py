@@ -18,7 +18,7 @@ from datasets import keyed_generator
 from models import create_model
 from models.ema import ExponentialMovingAverage
 from models.weights import load_ema
-from sources.batch import Batch
+from sources.batch import Batch, Conditions
 
 
 def test_ema_matches_published_trace(golden):
@@ -317,7 +317,7 @@ def test_labels_travel_with_their_examples():
     config = vp_digits.get_config()
     config.training.label_dropout = 0.0
     loss = objective_of(config)
-    batch = Batch(torch.rand(96, 1, 8, 8), torch.arange(96))
+    batch = Batch(torch.rand(96, 1, 8, 8), Conditions(class_labels=torch.arange(96)))
     examples = loss.draw(batch, 0, torch.Generator().manual_seed(0))
     net = Labelled()
     loss.loss(net, examples.shard(1, 4), batch)
