@@ -46,14 +46,14 @@ def main(argv: list[str]) -> None:
 
 
 def _of_config(config) -> dict:
-    import datasets
+    from datasets import Data, mean_norm
     from sources.codec import from_config as get_codec
 
     if config.data.num_channels == 0:
-        config.data.num_channels = datasets.measure_channels(config)
-    data = datasets.get_dataset(config, "train", labels=False)
+        config.data.num_channels = Data(config.data).measure_channels()
+    data = Data(config.data).get("train", labels=False)
     return {
-        "data_norm": datasets.mean_norm(data, get_codec(config).encode),
+        "data_norm": mean_norm(data, get_codec(config).encode),
         "data_dim": data[:1].numel(),
         "sigma": config.model.sigma_end,
         "tau": config.training.tau,

@@ -29,10 +29,12 @@ def make(path: Path, config_file: str) -> None:
     from experiment import Experiment
     from storage import run_config
     from storage.checkpoints import save_checkpoint
+    from training import TrainState
 
     config = runpy.run_path(config_file)["get_config"]()
     config.device = "cpu"
-    state = Experiment.build(config).state
+    run = Experiment.build(config)
+    state = TrainState.from_config(config, run.network, run.objective)
     content = state.state_dict() | {"written": [0], "config": run_config.flatten(config)}
     save_checkpoint(path, content)
 

@@ -34,17 +34,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import datasets
+import experiment
 import sampling
-from experiment import Experiment, origin_of
+from experiment import Experiment
 from methods.base import noise_like
 from metrics.reference import ReferenceStatistics
 from models.layers import NIN
 from reports.images import Images, to_uint8
 from solvers import SOLVERS, Solver
 from solvers.base import Callback, Slope, Step
-from storage import run_config
-from storage.checkpoints import fit, load_checkpoint
+from sources.keyed import keyed_generator
 from storage.files import cached
 from storage.workdir import evaluation_folder
 
@@ -107,25 +106,25 @@ def quantized(net: nn.Module, bits: int | None) -> Iterator[None]:
             weight.copy_(before)
 
 
-def draw(config, run: Experiment, setting: Setting, num: int) -> dict:
-    """`num` samples, uint8 (num, H, W, C), from the weights that `run` holds; none if any diverges.
+def draw(run: Experiment, setting: Setting, num: int) -> dict:
+    """`num` samples, uint8 (num, H, W, C), of the network of `run`; none if any diverges.
 
     They come in the rounds of an evaluation, from its prior samples.
     """
-    config = config.copy_and_resolve_references()
+    config = run.config.copy_and_resolve_references()
     config.sampling.update(method="ode", ode_solver="noisy_heun", schedule="auto", N=setting.n)
-    noise = datasets.keyed_generator(run.device, "injected noise", config.seed)
+    noise = keyed_generator(run.device, "injected noise", config.seed)
     solver = Solver(partial(noisy_heun, alpha=setting.alpha, generator=noise))
     rounds, size = [], config.eval.batch_size
-    with mock.patch.dict(SOLVERS, noisy_heun=solver), quantized(run.state.model, setting.bits):
+    with mock.patch.dict(SOLVERS, noisy_heun=solver), quantized(run.network, setting.bits):
         sample = sampling.get_sampling_fn(config, run.method)
         for r, first in enumerate(range(0, num, size)):
-            generator = datasets.keyed_generator(run.device, "samples", config.seed, r)
+            generator = keyed_generator(run.device, "samples", config.seed, r)
             try:
-                images, _ = sample(run.state.model, min(size, num - first), generator=generator)
+                images, _ = sample(run.network, min(size, num - first), generator=generator)
             except FloatingPointError as error:
                 print(f"no samples: {error}")
-                channels, *sides = datasets.image_shape(config)
+                channels, *sides = run.codec.data_shape
                 return {"samples": np.empty((0, *sides, channels), np.uint8)}
             rounds.append(to_uint8(images))
     return {"samples": np.concatenate(rounds)}
@@ -145,29 +144,22 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
     Raises:
         ValueError, OSError: there is no finished run in `workdir`, or its data cannot be read.
     """
-    stored = run_config.find(workdir)
-    if stored is None:
-        raise ValueError(f"there is no run in {workdir}")
-    path, config = stored
-    config.eval.num_samples = num
-    run = Experiment.build(config)
-    fit(run.state.load_network, load_checkpoint(path), path)
-    statistics = ReferenceStatistics.build(config, run.device)
+    run = experiment.load(workdir, {"eval.num_samples": num}, fits=False).experiment
+    statistics, *_ = ReferenceStatistics.from_config(run.config, run.device, run.data)
     if statistics.reference is None:
         statistics.measure(lambda images: None)
     folder, found = evaluation_folder(workdir, "robustness"), {}
-    channels, *sides = datasets.image_shape(config)
+    channels, *sides = run.codec.data_shape
     spec = {"samples": ("u", (None, *sides, channels))}
-    curve = common.name_of(config, run.method)
-    with run.with_ema():
-        origin = origin_of(config, run) | {"num": num, "at once": config.eval.batch_size}
-        for setting in dict.fromkeys(s for panel in PANELS.values() for s in panel.values()):
-            name = f"n{setting.n}_alpha{setting.alpha}_bits{setting.bits}"
-            compute = partial(draw, config, run, setting, num)
-            drawn = cached(folder / f"{name}.npz", origin | setting._asdict(), compute, spec)
-            found[setting] = d = distance(drawn["samples"], statistics)
-            seconds = f"{float(drawn['seconds']):.1f} s"
-            print(f"{workdir} ({curve}): {name}: {d:.4f}, {seconds}", flush=True)
+    curve = common.name_of(run.config, run.method)
+    origin = run.origin() | {"num": num, "at once": run.config.eval.batch_size}
+    for setting in dict.fromkeys(s for panel in PANELS.values() for s in panel.values()):
+        name = f"n{setting.n}_alpha{setting.alpha}_bits{setting.bits}"
+        compute = partial(draw, run, setting, num)
+        drawn = cached(folder / f"{name}.npz", origin | setting._asdict(), compute, spec)
+        found[setting] = d = distance(drawn["samples"], statistics)
+        seconds = f"{float(drawn['seconds']):.1f} s"
+        print(f"{workdir} ({curve}): {name}: {d:.4f}, {seconds}", flush=True)
     return curve, found
 
 
