@@ -17,6 +17,7 @@ from tqdm import tqdm
 import distributed
 import sources
 from configs import keys
+from configs.schema import Key, OneOf, Text, whole
 from sources import digests, folder
 from sources.base import Classes, Source, Unreadable
 from sources.batch import Conditions
@@ -55,6 +56,44 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+KEYS = {
+    "data.dataset": Key("", OneOf(registry="sources.SOURCES"), "where the images come from"),
+    "data.image_size": Key(32, whole(1, 4096), "height and width; larger images are resized"),
+    "data.num_channels": Key(
+        3, whole(0, 1024), "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as the data have"
+    ),
+    "data.num_classes": Key(
+        0,
+        whole(-1, 10**6),
+        "class labels of the images, which the network is given; 0: none; -1: "
+        "as many as the data have",
+    ),
+    "data.conditions": Key(
+        "",
+        Text(r"[a-z_]*( *, *[a-z_]+)*", "names with commas between them"),
+        "what the source gives of each image besides its class, and the network takes, such as "
+        "'vector'; '': nothing",
+    ),
+    "data.resident_bytes": Key(
+        2**31, whole(0), "data of at most this size, decoded, stay in memory"
+    ),
+    "data.num_workers": Key(
+        -1, whole(-1, 1024), "processes that decode larger data; -1: as many as processors, up to 8"
+    ),
+    "data.changed": Key(
+        "refuse",
+        OneOf(("refuse", "allow")),
+        "where the data are not those that the run began with: 'refuse' to start, or 'allow' it, "
+        "once; classes keep their numbers",
+    ),
+    "data.digest": Key(
+        "content",
+        OneOf(("content", "names")),
+        "by which a run knows its data: 'content' reads each file of a folder once, 'names' only "
+        "names and sizes, for network disks",
+    ),
+}
 
 SPLITS = ("train", "test")
 NO_LABELS = "data.num_classes asks for class labels, which {} does not give ({} split)"

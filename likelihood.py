@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from configs.keys import named
+from configs.keys import get, named
 from configs.schema import Key, OneOf
 from methods.base import Method, Network, conditioned, noise_like
 from sampling import check_positive
@@ -128,6 +128,10 @@ class Likelihood:
             "probes of it: one of random signs, one 'gaussian', or 'exact', C * H * W of them",
         )
     }
+    options = {
+        "divergence": "eval.divergence",
+        **{name: f"sampling.{name}" for name in ("rtol", "atol", "max_evaluations")},
+    }
 
     def __post_init__(self):
         named(DIVERGENCES, "eval.divergence", self.divergence)
@@ -137,8 +141,8 @@ class Likelihood:
     @classmethod
     def from_config(cls, config, method: Method, codec: Codec) -> Self:
         """Raises ValueError where the method has no likelihood, or a number is out of range."""
-        limits = {name: config.sampling[name] for name in ("rtol", "atol", "max_evaluations")}
-        return cls(method=method, codec=codec, divergence=config.eval.divergence, **limits)
+        numbers = {field: get(config, key) for field, key in cls.options.items()}
+        return cls(method=method, codec=codec, **numbers)
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import execution
 from configs.keys import get
-from configs.schema import Key
+from configs.schema import Flag, Key, Number, Numbers, OneOf, Text, whole
 from methods.base import Method, Network, conditioned
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Replacement, Restoring
@@ -37,6 +37,101 @@ __all__ = [
 SNAPSHOT_STEPS = 18  # as many as EDM's sampler takes: 35 evaluations of heun
 OUTPUTS = ("seeds", "film", "film_format", "encode", "between")  # keys that change no sample
 MAX_SEEDS = 10**6  # of one command
+
+KEYS = {
+    "sampling.method": Key(
+        "ode",
+        OneOf(registry="sampling.SAMPLERS"),
+        "the ODE or, for SDEs, 'pc': predictor and corrector",
+    ),
+}
+
+# Of all samplers, of the ODE's, and of the SDE's.
+ALL_KEYS = {
+    "sampling.noise_removal": Key(True, Flag(), "end with a step of denoising"),
+    "sampling.class_label": Key(
+        -1,
+        whole(-1, 10**6),
+        "the class of all samples; -1: drawn as those of the training images, by --mode sample "
+        "evenly",
+    ),
+    "sampling.guidance": Key(
+        1.0,
+        Number(0, 1000),
+        "w of the slope u + w (c - u), c the network's and u the same without class labels or that "
+        "of sampling.guide; 1: no guidance",
+    ),
+    "sampling.guidance_interval": Key(
+        (),
+        Numbers(Number(0, 1e6, or_inf=True), (0, 2)),
+        "noise levels above the first and up to the second, where there is guidance; (): all",
+    ),
+    "sampling.guide": Key(
+        "", Text(), "checkpoint of a weaker network of the same kind, which guides (autoguidance)"
+    ),
+    "sampling.precision": Key(
+        "fp32",
+        OneOf(("fp32", "bf16", "auto")),
+        "of the products of the network that samples, as training.precision; states are float32",
+    ),
+    "sampling.channels_last": Key(False, Flag(), "memory format of the images that it is given"),
+    "sampling.compile": Key(False, Flag(), "torch.compile the network that samples"),
+}
+ODE_KEYS = {
+    "sampling.ode_solver": Key(
+        "rk45",
+        OneOf(("fitted",), "solvers.SOLVERS"),
+        "of 'ode': 'rk45' is adaptive, the others take N steps; 'fitted': steps made for the "
+        "checkpoint at hand, for 5 to 10 evaluations where many samples are drawn",
+    ),
+    "sampling.N": Key(
+        100,
+        whole(1, 10**5),
+        "steps of the solvers that are not adaptive; 'pc' takes model.num_scales",
+    ),
+    "sampling.schedule": Key(
+        "auto",
+        OneOf(("auto", "fitted"), "solvers.SCHEDULES"),
+        "where the steps lie: 'uniform' in the method's time, 'polynomial' in the noise level, "
+        "with rho, 'logsnr' in its log; 'fitted': where trajectories of the checkpoint bend, at "
+        "most 60 steps; 'auto': the schedule that belongs to the solver",
+    ),
+    "sampling.rho": Key(
+        7.0, Number(0.1, 1000), "of 'polynomial': the larger, the more steps are close to the data"
+    ),
+    "sampling.order": Key(
+        None,
+        whole(1, 4),
+        "of 'multistep', 'ipndm' and 'fitted', 1 to 4, 'dpmpp' and 'unipc', 1 to 3, at most N; "
+        "None: 3",
+    ),
+    "sampling.S_churn": Key(
+        0.0,
+        Number(0, 1000),
+        "'heun' and 'improved_euler', of PFGM++, EDM and SDEs: noise added on the way, with the "
+        "levels raised by the share S_churn / N; 0: none, the ODE",
+    ),
+    "sampling.S_min": Key(0.0, Number(0, 1e6), "smallest noise level at which noise is added"),
+    "sampling.S_max": Key(
+        math.inf, Number(0, 1e6, or_inf=True), "largest noise level at which noise is added"
+    ),
+    "sampling.S_noise": Key(
+        1.0, Number(0, 10), "factor of that noise, 1 in theory; published values are up to 1.007"
+    ),
+}
+PC_KEYS = {
+    "sampling.predictor": Key(
+        "euler_maruyama", OneOf(registry="solvers.predictor_corrector.PREDICTORS"), "of 'pc'"
+    ),
+    "sampling.corrector": Key(
+        "none", OneOf(registry="solvers.predictor_corrector.CORRECTORS"), "of 'pc'"
+    ),
+    "sampling.probability_flow": Key(
+        False, Flag(), "the predictor follows the ODE instead of the SDE"
+    ),
+    "sampling.n_steps_each": Key(1, whole(1, 10**5), "corrector steps per noise level"),
+    "sampling.snr": Key(0.16, Number(1e-6, 1000), "signal-to-noise ratio of the corrector"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +207,7 @@ class Sampler(abc.ABC):
     channels_last: bool = False
     compiles: bool = False
 
-    keys: ClassVar[Mapping[str, Key]] = {}
+    keys: ClassVar[Mapping[str, Key]] = ALL_KEYS
     options: ClassVar[Mapping[str, str]] = {
         "noise_removal": "sampling.noise_removal",
         "class_label": "sampling.class_label",
@@ -173,7 +268,7 @@ class Sampler(abc.ABC):
                 that the network is not trained for.
         """
         numbers = {field: get(config, key) for field, key in cls.options.items()}
-        _check_classes(config.data.num_classes, config.sampling.class_label)
+        _check_classes(config.data.num_classes, numbers["class_label"])
         guidance = Guidance.from_config(config, guide)
         return cls(method=method, codec=codec, guidance=guidance, **numbers)
 
@@ -257,6 +352,7 @@ class ODESampler(Sampler):
     max_evaluations: int = 10_000
     fit: Fit | None = None
 
+    keys = ODE_KEYS | ALL_KEYS
     options = Sampler.options | {
         "solver": "sampling.ode_solver",
         "n": "sampling.N",
@@ -268,7 +364,7 @@ class ODESampler(Sampler):
 
     @classmethod
     def from_config(cls, config, method, codec, guide):
-        churn = Churn(*(config.sampling[name] for name in Churn._fields))
+        churn = Churn(*(get(config, f"sampling.{name}") for name in Churn._fields))
         return replace(super().from_config(config, method, codec, guide), churn=churn)
 
     def check(self):
@@ -400,6 +496,7 @@ class PCSampler(Sampler):
     snr: float = 0.16
     probability_flow: bool = False
 
+    keys = PC_KEYS | ALL_KEYS
     options = Sampler.options | {
         name: f"sampling.{name}"
         for name in ("predictor", "corrector", "n_steps_each", "snr", "probability_flow")

@@ -38,6 +38,16 @@ def named(table: dict[str, Any], key: str, value: str) -> Any:
     return table[value.lower()]
 
 
+def of_part(part: Any, name: str) -> dict[str, Any]:
+    """What an entry of a registry says in its attribute `keys` or `reads`; {} where it has none.
+
+    Of a method that builds a part, such as `from_config`, it is the attribute of its class, and of
+    a partial that of its function.
+    """
+    builder = getattr(part, "func", part)
+    return getattr(getattr(builder, "__self__", builder), name, {})
+
+
 class _Shown(reprlib.Repr):
     """`repr` that looks at the first entries only; of other things it tells the type."""
 

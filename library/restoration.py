@@ -3,15 +3,19 @@
 import logging
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from configs.schema import Flag, Key, Number, OneOf, Text, whole
+from datasets import Data
+from losses import Regression
 from methods.restoration import RESTORE, Measurement, get_operator
 from sampling import Sampler
 from sources.batch import Batch, Conditions
+from sources.codec import Codec
 from sources.folder import read_images
 from sources.images import cropped_then_resized
 from sources.keyed import keyed_generator
@@ -19,12 +23,63 @@ from sources.preparation import to_unit_interval
 from sources.sizes import changes, extent
 from sources.stream import batch_at
 
-if TYPE_CHECKING:
-    from experiment import Experiment
-
 log = logging.getLogger(__name__)
 
 RESTORATIONS = 5  # of each image
+
+KEYS = {
+    "sampling.restore": Key(
+        "",
+        OneOf(("",), "methods.restoration.RESTORE"),
+        "restore the images of restore_path: 'inpaint' what restore_mask marks, 'colour' grey "
+        "images, enlarge by 2, 4 or 8 ('super2' ..), 'denoise'; '': nothing",
+    ),
+    "sampling.restore_path": Key(
+        "",
+        Text(),
+        "of restore: an image, or a folder, .zip, .npy or .npz of them; '': with restore_degrade "
+        "the first of the split eval.dataset, a fifth of eval.num_samples at most",
+    ),
+    "sampling.restore_degrade": Key(
+        False,
+        Flag(),
+        "the images of restore_path are whole: measure them, and compare the restorations",
+    ),
+    "sampling.restore_mask": Key(
+        "",
+        Text(),
+        "of 'inpaint': what is missing, an image file, white there, a folder or .zip of one for "
+        "each image, or a rectangle 'top,left,height,width'",
+    ),
+    "sampling.restore_noise": Key(
+        0.0,
+        Number(0, 100),
+        "standard deviation of the measurement's noise; 1 leads from black to white",
+    ),
+    "sampling.restorer": Key(
+        "moment_matching",
+        OneOf(registry="methods.restoration.RESTORERS"),
+        "how: 'moment_matching' is the most exact, 'pigdm' and 'dps' are cheaper; 'replacement' "
+        "is for sampling.method='pc'",
+    ),
+    "sampling.restore_resample": Key(
+        1,
+        whole(1, 1000),
+        "of 'replacement': times each step is taken, as RePaint does, "
+        "while the sample is at least as noisy as the measurement",
+    ),
+}
+
+
+class Run(Protocol):
+    """What is read of an `experiment.Experiment`."""
+
+    device: torch.device
+    data: Data
+    codec: Codec
+    objective: Regression
+    sampler: Sampler
+    classes: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +123,7 @@ class ToRestore:
     truth: Tensor | None
 
     @classmethod
-    def from_config(cls, config, run: "Experiment") -> Self:
+    def from_config(cls, config, run: Run) -> Self:
         """The images of `sampling.restore` and the keys beside it; raises as `read`."""
         sampling, evaluation = config.sampling, config.eval
         options = Options(
@@ -85,7 +140,7 @@ class ToRestore:
         return cls.read(options, run)
 
     @classmethod
-    def read(cls, options: Options, run: "Experiment") -> Self:
+    def read(cls, options: Options, run: Run) -> Self:
         """The images that `options` name, for the network of `run`.
 
         Raises:
@@ -130,12 +185,12 @@ class ToRestore:
         return cls(measurement, batch.labels, images if whole else None)
 
 
-def restoring_sampler(run: "Experiment", measurement: Measurement) -> Sampler:
+def restoring_sampler(run: Run, measurement: Measurement) -> Sampler:
     """The sampler of restorations; its trajectories are not those that levels are fitted to."""
     return replace(run.sampler.without_fit(), measurement=measurement)
 
 
-def _batch(options: Options, run: "Experiment", channels: int, size: int) -> Batch:
+def _batch(options: Options, run: Run, channels: int, size: int) -> Batch:
     """uint8 images (n, channels, size, size), and class labels where the network is given any."""
     if options.path:
         pictures = read_images("sampling.restore_path", options.path, channels, options.scale)

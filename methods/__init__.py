@@ -1,6 +1,7 @@
 """The generative methods, by name. A further one is a file and a line of `METHODS`."""
 
 from configs.keys import named
+from configs.schema import Key, OneOf
 from methods.base import Method
 from methods.pfgmpp import EDM, PFGMPP
 from methods.poisson import Poisson
@@ -14,6 +15,10 @@ METHODS: dict[str, type[Method]] = {
     "vesde": VESDE,
     "vpsde": VPSDE,
     "subvpsde": SubVPSDE,
+}
+
+KEYS = {
+    "training.sde": Key("", OneOf(registry="methods.METHODS"), "the method"),
 }
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs import keys
+from configs.schema import Key, Several, Text
 from metrics.distances import KERNEL_BLOCK, OURS, Backend, Gaussian
 from storage.files import Spec, one_line
 
@@ -33,6 +34,21 @@ FETCH_SECONDS = 5  # within which the network has to answer
 
 INCEPTION_URL = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 INCEPTION_SIZE = 299
+KEYS = {
+    "eval.features": Key(
+        "inception",
+        Several(registry="metrics.features.FEATURES"),
+        "what samples are compared by: 'inception' (tensorflow-gan's), 'torchscript' (a file, no "
+        "TensorFlow), 'pixels'",
+    ),
+    "eval.inception_path": Key(
+        "",
+        Text(),
+        "the network: for 'inception' the folder of a SavedModel ('': fetched), for 'torchscript' "
+        "its file; for both, with a comma between them in the order of eval.features",
+    ),
+}
+
 TENSORFLOW = ("tensorflow", "tensorflow_gan", "tensorflow_hub", "tensorflow_probability")
 
 

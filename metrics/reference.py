@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import distributed
+from configs.schema import Key, Text
 from datasets import Data, DataSet, Resident, Stream, in_order
 from metrics.distances import Gaussian, TooFew
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_spaces
@@ -21,6 +22,14 @@ from storage.digests import digests as digests_of_tensors
 from storage.files import check_arrays, read_arrays, save_npz
 
 log = logging.getLogger(__name__)
+
+KEYS = {
+    "eval.stats_dir": Key(
+        "assets/stats",
+        Text(r"[^\0\n]+", "the name of a folder"),
+        "data-set statistics: published ones, and those made here",
+    ),
+}
 
 FEATURES_KEPT = 50_000  # of the data's images, for what needs more than their moments
 

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from configs.keys import named
+from configs.schema import Key, OneOf, whole
 from methods import method_class
 from models.edm import ADM, EDMUNet
 from models.mlp import MLP
@@ -28,7 +29,7 @@ __all__ = [
 # model.name -> what builds it: (config, (C, H, W) that it takes, channels it gives) -> network.
 NETWORKS: dict[str, Callable[[ConfigDict, Shape, int], nn.Module]] = {
     "ncsnpp": NCSNpp.from_config,
-    "ddpm": partial(NCSNpp.from_config, **DDPM),
+    "ddpm": DDPM.from_config,
     "edm_unet": EDMUNet.from_config,
     "adm": ADM.from_config,
     "ncsn": partial(RefineNet.from_config, layout="64", conditional=True),
@@ -47,6 +48,14 @@ PAPER_NAMES = {
     "ncsn": ("NCSN",),
     **dict.fromkeys(("ncsnv2_64", "ncsnv2_128", "ncsnv2_256"), ("NCSNv2",)),
     "mlp": ("MLP",),
+}
+
+KEYS = {
+    "model.name": Key("", OneOf(registry="models.NETWORKS"), "the network"),
+    "model.nf": Key(128, whole(1, 4096), "channels at the highest resolution"),
+    "model.nonlinearity": Key(
+        "swish", OneOf(registry="models.layers.ACTIVATIONS"), "between the layers"
+    ),
 }
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from models.layers import MultiHeadAttention, PositionalFeatures, ResBlock, group_norm
-from models.ncsnpp import NCSNpp
+from models.ncsnpp import UNET, NCSNpp
 
 
 class EDMUNet(NCSNpp):
@@ -23,6 +23,8 @@ class ADM(NCSNpp):
     The embedding scales and shifts after the norms, attention has heads of 64 channels (there is
     none in narrower features), and sums are plain. Arguments are as of `NCSNpp`.
     """
+
+    keys = UNET
 
     def __init__(self, **options):
         nf = options["nf"]

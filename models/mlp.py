@@ -40,6 +40,8 @@ class MLP(nn.Module):
         nonlinearity: 'elu', 'lrelu', 'relu' or 'swish'.
     """
 
+    reads = {"model.num_res_blocks": None}
+
     @classmethod
     def from_config(cls, config, shape: Shape, out_channels: int) -> Self:
         """The network that the config describes; ValueError for a number that is not positive."""

@@ -244,6 +244,14 @@ class RefineNet(nn.Module):
         ValueError: the nonlinearity is unknown, or the image cannot be halved as often as needed.
     """
 
+    # NCSN has an entry of its norms for each level, NCSNv2 divides by the levels.
+    reads = dict.fromkeys(("data.centered", "training.continuous", "model.num_scales")) | {
+        **dict.fromkeys(("model.checkpoint_activations", "model.augment_dim")),
+        "model.scale_by_sigma": None,
+        "model.sigma_min": "model.scale_by_sigma",
+        "model.sigma_max": "model.scale_by_sigma",
+    }
+
     @classmethod
     def from_config(
         cls, config, shape: Shape, out_channels: int, *, layout: str, conditional: bool = False

@@ -2,14 +2,16 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from configs.keys import get
+from configs.schema import SHARE, Flag, Key, Number, Numbers, OneOf, whole
 from models.layers import (
     ACTIVATIONS,
     Attention,
@@ -91,18 +93,73 @@ class OutputSkip(nn.Module):
         return h, update if image is None else update.add_(self.resample(image))
 
 
-# The U-Net of DDPM (Ho et al., arXiv 2006.11239) as `fixed` arguments of `NCSNpp.from_config`: its
-# own blocks, 32 groups in a norm, plain sums, no filters and no images along the way.
-DDPM = {
-    "embedding_type": "positional",
-    "resblock_type": "ddpm",
-    "norm": partial(group_norm, group_width=1),
-    "skip_rescale": False,
-    "init_scale": 0.0,
-    "fir_kernel": None,
-    "progressive": "none",
-    "progressive_input": "none",
+# Keys of all U-Nets here; those that DDPM's reads too; and those of NCSN++ and DDPM++ alone.
+UNET = {
+    "model.ch_mult": Key(
+        (1, 2, 2, 2),
+        Numbers(whole(1, 64), range(1, 17)),
+        "channels of each level, in units of nf; a level halves the image",
+    ),
+    "model.num_res_blocks": Key(4, whole(1, 256), "per level"),
+    "model.attn_resolutions": Key(
+        (16,), Numbers(whole(0), range(17)), "attention where the image is this wide"
+    ),
+    "model.dropout": Key(0.1, SHARE, "share of the activations that is set to zero in training"),
+    "model.augment_dim": Key(
+        0, whole(0, 4096), "entries of the augmentation labels the network is given; 0: none"
+    ),
+    "model.checkpoint_activations": Key(
+        False, Flag(), "less memory, a third more time; for 256 px and more"
+    ),
+    "model.scale_by_sigma": Key(False, Flag(), "VE SDE: divide the output by the noise level"),
 }
+CONV = {
+    "model.resamp_with_conv": Key(True, Flag(), "a convolution before or after resampling"),
+    "model.conditional": Key(True, Flag(), "the network sees its noise level or time"),
+}
+OPTIONS = {
+    "model.embedding_type": Key(
+        "fourier", OneOf(("fourier", "positional")), "of the noise level or time"
+    ),
+    "model.fourier_scale": Key(
+        16.0, Number(0, 10**4), "standard deviation of the 'fourier' embedding's frequencies"
+    ),
+    "model.resblock_type": Key("biggan", OneOf(("biggan", "ddpm")), "where blocks resample"),
+    "model.fir": Key(True, Flag(), "resample with the filter fir_kernel"),
+    "model.fir_kernel": Key(
+        (1, 3, 3, 1),
+        Numbers(Number(-1000, 1000), range(1, 17)),
+        "its taps, up to a factor: their sum must not be 0",
+    ),
+    "model.skip_rescale": Key(True, Flag(), "sums of two branches are divided by sqrt(2)"),
+    "model.progressive": Key(
+        "none",
+        OneOf(("none", "output_skip", "residual")),
+        "how every level on the way up adds to the output; 'none': only the last does",
+    ),
+    "model.progressive_input": Key(
+        "none",
+        OneOf(("none", "input_skip", "residual")),
+        "how every level on the way down sees the input; 'none': only the first does",
+    ),
+    "model.progressive_combine": Key(
+        "sum", OneOf(("sum", "cat")), "how 'input_skip' joins the input to the features"
+    ),
+    "model.init_scale": Key(
+        0.0, Number(0, 10**6), "of the weights that end a branch; 0 stands for 1e-10"
+    ),
+}
+
+
+# Keys of a method that a network reads for its numbered noise levels.
+LEVELS = ("model.sigma_min", "model.sigma_max", "model.num_scales")
+
+
+def _argument(value: Any) -> Any:
+    """A config's value as the networks take it: words in lower case, several numbers a tuple."""
+    if isinstance(value, str):
+        return value.lower()
+    return tuple(value) if isinstance(value, list) else value
 
 
 class NCSNpp(nn.Module):
@@ -141,35 +198,42 @@ class NCSNpp(nn.Module):
             backward, which runs it again: less memory for a third more time (arXiv 1604.06174).
 
     Attributes:
+        keys: the keys that the network declares, for `configs.default`.
+        reads: keys that others declare and it reads too: always, or where another key is set.
+        options: {argument: the key that it is read from}.
+        fixed: arguments that the config does not decide.
         remarks: lines on attention that is asked for, but has no effect in this network.
 
     Raises:
         ValueError: an option's value is unknown, or the levels do not divide the image size.
     """
 
+    keys: ClassVar[Mapping[str, Key]] = UNET | CONV | OPTIONS
+    reads: ClassVar[Mapping[str, str | None]] = {
+        "data.centered": None,
+        "training.continuous": None,
+        **dict.fromkeys(LEVELS, "model.scale_by_sigma"),
+    }
+    options: ClassVar[Mapping[str, str]] = {
+        key.partition(".")[2]: key
+        for key in ("data.num_classes", "data.centered", "model.nf", "model.nonlinearity", *keys)
+        if key not in ("model.fir", "model.fir_kernel")
+    }
+    fixed: ClassVar[Mapping[str, Any]] = {}
+
     @classmethod
-    def from_config(cls, config, shape: Shape, out_channels: int, **fixed) -> Self:
+    def from_config(cls, config, shape: Shape, out_channels: int) -> Self:
         """The network that the config describes, except for the arguments in `fixed`."""
-        data, model = config.data, config.model
+        model = config.model
         check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
-        words = ("embedding_type", "resblock_type", "nonlinearity")
-        words += ("progressive", "progressive_input", "progressive_combine")
-        as_they_are = ("nf", "num_res_blocks", "conditional", "resamp_with_conv", "dropout")
-        as_they_are += ("scale_by_sigma", "checkpoint_activations", "augment_dim")
-        as_they_are += ("fourier_scale", "init_scale", "skip_rescale")
         options = {
-            **{name: model[name].lower() for name in words},
-            **{name: model[name] for name in as_they_are},
+            **{name: _argument(get(config, key)) for name, key in cls.options.items()},
             "image_size": shape[1],
             "channels": shape[0],
-            "num_classes": data.num_classes,
             "out_channels": out_channels,
-            "centered": data.centered,
             "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
-            "ch_mult": tuple(model.ch_mult),
-            "attn_resolutions": tuple(model.attn_resolutions),
             "fir_kernel": tuple(model.fir_kernel) if model.fir else None,
-            **fixed,
+            **cls.fixed,
         }
         if options["embedding_type"] == "fourier" and not config.training.continuous:
             raise ValueError(
@@ -422,3 +486,22 @@ class NCSNpp(nn.Module):
             sigma = noise_label if self.sigmas is None else self.sigmas[noise_label.long()]
             out = out / sigma.to(out.dtype)[:, None, None, None]
         return out
+
+
+class DDPM(NCSNpp):
+    """The U-Net of Ho et al. (arXiv 2006.11239): plain blocks of its own, 32 groups in a norm.
+
+    It has no filters, and no images along the way.
+    """
+
+    keys = UNET | CONV
+    fixed = {
+        "embedding_type": "positional",
+        "resblock_type": "ddpm",
+        "norm": partial(group_norm, group_width=1),
+        "skip_rescale": False,
+        "init_scale": 0.0,
+        "fir_kernel": None,
+        "progressive": "none",
+        "progressive_input": "none",
+    }

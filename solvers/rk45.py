@@ -5,7 +5,23 @@ import math
 import torch
 from torch import Tensor
 
+from configs.schema import Key, Number, whole
 from solvers.base import Callback, Slope, Step, TooManyEvaluations
+
+KEYS = {
+    "sampling.rtol": Key(
+        1e-4,
+        Number(1e-12, 1),
+        "error of a step of 'rk45', in sampling and likelihood: rtol |x| + atol",
+    ),
+    "sampling.atol": Key(1e-4, Number(1e-12, 1), "see sampling.rtol"),
+    "sampling.max_evaluations": Key(
+        1000,
+        whole(8),
+        "of the network by 'rk45', in sampling and likelihood, after which it stops with an error; "
+        "training goes on",
+    ),
+}
 
 # Dormand and Prince 1980: nodes, stages, fifth-order weights, and fifth minus fourth order.
 _C = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1)

@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.schema import Key, Number, Numbers, Text, whole
 from sources import before, digests, labels, listing, splits
 from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View, held_out
 from sources.images import cropped_then_resized, decode_image, extent_of_16_bits, open_image
@@ -26,6 +27,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_FILE_BYTES = 2**28  # of one image, as it is read or unpacked; Pillow bounds the pixels
+KEYS = {  # of any image files that a key names
+    "data.scale": Key(
+        (),
+        Numbers(Number(-1e9, 1e9), (0, 2), rising=True),
+        "of 16-bit image files: the values (low, high) that become black and white; (): measured, "
+        "0 and the most that the bits of the largest value hold",
+    ),
+}
+
 LABELS = "labels"  # of an .npz: the array, or the end of its name
 
 
@@ -108,6 +118,19 @@ def open_folder(data, split: str) -> Source:
         digest = partial(digests.of_files, path, opened.archive, stored, beside, content)
     prepare = partial(cropped_then_resized, size=data.image_size)
     return View(images, prepare, index, classes, digest)
+
+
+open_folder.keys = {
+    "data.path": Key("", Text(), "of 'folder': a folder or .zip of images, an .npy or .npz"),
+    "data.rules": Key(
+        0,
+        whole(0, 2),
+        "of 'folder': what counts as data, and how a tenth is held out; 1: as runs did that began "
+        "before there was a choice; 2: as docs/architecture.md says; 0: the newest, which a run "
+        "keeps",
+        before=1,
+    ),
+}
 
 
 def measure_scale(data, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.schema import Key, OneOf, Text
 from sources import digests, images, tfrecords
 from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View
 from storage.files import one_line
@@ -85,6 +86,13 @@ def open_prepared(
     return View(source, partial(prepare, size=data.image_size), index, classes, digest_of)
 
 
+open_prepared.keys = {
+    "data.data_dir": Key(
+        "", Text(), "where other data lie; '' for the default folder of the data set"
+    ),
+}
+
+
 def _files(info, stored: str) -> list[str]:
     """Name and version of a data set, and the files of the split `stored` with their sizes."""
     paths = info.splits[stored].filepaths if stored in info.splits else []
@@ -124,3 +132,10 @@ def open_lsun(data, split: str) -> Source:
     wide = data.image_size == 128
     prepare = images.resized_then_cropped if wide else images.cropped_then_resized
     return open_prepared(data, split, f"lsun/{data.category}", prepare, "validation")
+
+
+open_lsun.keys = open_prepared.keys | {
+    "data.category": Key(
+        "", OneOf(("", "bedroom", "church_outdoor")), "of LSUN: which of its scenes"
+    ),
+}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.schema import Key, Text
 from sources import tfrecords
 from sources.base import Picture, Source, View, held_out
 
@@ -29,3 +30,8 @@ def open_faces(data, split: str) -> Source:
     records = tfrecords.TFRecords([path], stylegan_image)
     index = held_out(len(records), split)
     return View(records, np.asarray, index, digest_of=records.digest_of)
+
+
+open_faces.keys = {
+    "data.tfrecords_path": Key("", Text(), "of CelebAHQ and FFHQ: their TFRecord file"),
+}
