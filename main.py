@@ -18,7 +18,6 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs import command_line
-from configs.effects import without_effect
 
 FLAGS = flags.FLAGS
 STORED = ("eval", "sample", "export")  # modes that take the run's own config without --config
@@ -52,6 +51,7 @@ def main(argv: list[str]) -> None:
         if FLAGS[flag].value is not None and FLAGS.mode in ("train", "eval"):
             command_line.fail(f"--{flag} is for --mode sample and export, not {FLAGS.mode}")
     import run_lib  # here and not above, so that --help answers at once
+    from configs.effects import without_effect
 
     _log_to_stdout()
     workdir, several = Path(FLAGS.workdir), "TORCHELASTIC_RUN_ID" in os.environ

@@ -7,7 +7,7 @@ and states what else differs:
     config.model.num_res_blocks = 8
     return config
 
-Later parts and later lines win. `default.py` has every key and explains it; each of them can be
-set on the command line too, as in `--config.training.batch_size=64`. Nothing here imports more than
-`ml_collections` and absl, so that a typing error in a flag is reported at once.
+Later parts and later lines win. `default.py` gathers the keys from the parts that read them, where
+each is explained; all can be set on the command line too, as in
+`--config.training.batch_size=64`. docs/config.md lists them.
 """

@@ -35,7 +35,7 @@ def parse(argv: list[str], stored: Callable[[], ConfigDict | None] = lambda: Non
         if path is not None:
             _check_file(path)
         asks_help = any(re.match(r"--?(help|h$|\?)", argument) for argument in argv)
-        if not asks_help:
+        if overridden(argv) and not asks_help:
             _check_overrides(argv, flatten(_defaults()))  # with the parts that a file adds
         config = None if path is not None or asks_help else stored()
         if config is not None:

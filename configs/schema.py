@@ -70,7 +70,8 @@ class Numbers:
 class OneOf:
     """One of some words, or a name in a registry such as "methods.METHODS", that in any case.
 
-    The module of a registry is imported when a value is checked: a config alone needs no PyTorch.
+    The module of a registry is imported when a value is checked, so that keys that stand beside a
+    part can name the registry that it will be in.
     """
 
     choices: tuple[str, ...] = ()

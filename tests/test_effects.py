@@ -7,12 +7,13 @@ import torch
 from conftest import ROOT, run_program
 from test_configs import EXPERIMENTS, load
 
-from configs.default import KEYS
-from configs.effects import ROWS, SET, without_effect
-from configs.keys import get
+from configs.default import all_keys
+from configs.effects import PARTS, SET, rows, without_effect
+from configs.keys import get, of_part
+from configs.schema import Key, whole
 from losses import get_loss_fn
 from methods import get_method
-from models import create_model
+from models import NETWORKS, create_model
 from sampling import get_sampling_fn
 from training import TrainState
 
@@ -188,7 +189,7 @@ def outcome(config):
         network.eval()
         samples, evaluations = get_sampling_fn(config, method)(network, 2, generator=generator)
     weights = [(name, p.double().sum().item()) for name, p in network.state_dict().items()]
-    ema = TrainState(config, network).ema
+    ema = TrainState.from_config(config, network, get_loss_fn(config, method)).ema
     return (
         repr(method),
         weights,
@@ -201,10 +202,20 @@ def outcome(config):
 
 ALL = [
     (when, f"{section}.{name}", OTHER[section][name])
-    for when, section, names in ROWS
+    for when, section, names in rows()
     for name in names.split()
     if section not in ("data", "eval")
 ]
+# and keys that belong to a part, beside each part that does not read them
+WIDER = ("ncsnv2_128", "ncsnv2_256")  # are ncsnv2_64 for larger images
+for selector, parts in PARTS.items():
+    declared = {key for part in parts.values() for key in of_part(part, "keys")}
+    ALL += [
+        ({selector: (name,)}, key, OTHER[key.partition(".")[0]][key.partition(".")[2]])
+        for name, part in parts.items()
+        for key in sorted(declared - {*of_part(part, "keys"), *of_part(part, "reads")})
+        if key.partition(".")[2] in OTHER[key.partition(".")[0]] and name not in WIDER
+    ]
 
 
 @pytest.mark.parametrize(
@@ -245,12 +256,33 @@ def test_a_value_that_has_an_effect_is_not_said_to_have_none(values, keys):
         assert outcome(config) != before, key
 
 
+def test_a_new_part_brings_along_which_keys_it_reads(monkeypatch):
+    class Thin:
+        keys = {"model.thickness": Key(3, whole(1), "Thin")}
+        reads = {"model.ch_mult": None, "model.dropout": "model.conditional"}
+
+    monkeypatch.setitem(NETWORKS, "thin", Thin)
+    config = load("vp/digits_ddpmpp.py")
+    keys = ("model.thickness", "model.ch_mult", "model.dropout", "model.skip_rescale")
+    config.model.dropout = 0.1
+    beside = " has no effect with model.name='ncsnpp'"
+    assert without_effect(config, keys) == [f"model.thickness=3{beside}"]
+    config.model.name = "Thin"
+    beside = " has no effect with model.name='Thin'"
+    assert without_effect(config, keys) == [f"model.skip_rescale=True{beside}"]
+    config.model.conditional = False
+    assert without_effect(config, keys) == [
+        f"model.dropout=0.1{beside} and model.conditional=False",
+        f"model.skip_rescale=True{beside}",
+    ]
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS)
 def test_what_an_experiment_sets_is_nobodys_mistake(path):
     """Only what the user gives is looked at, and not what switches something off."""
     config = load(path)
     assert without_effect(config, []) == []
-    off = [key for key in KEYS if not get(config, key)]
+    off = [key for key in all_keys() if not get(config, key)]
     assert without_effect(config, off) == []
 
 
