@@ -35,6 +35,7 @@ from sources.identity import Identity
 from sources.keyed import keyed_generator
 from storage import run_config
 from storage.checkpoints import find_checkpoint, fit, load_checkpoint, peek
+from storage.checks import check_like
 from storage.digests import digest
 
 log = logging.getLogger(__name__)
@@ -277,6 +278,12 @@ class Experiment:
         """How many classes the network is given; 0: none."""
         return self.config.data.num_classes
 
+    def load_objective(self, checkpoint: dict) -> None:
+        """Copy the objective's weights of a `checkpoint`; ValueError where they do not fit."""
+        weights = checkpoint.get("objective", {})
+        check_like(weights, dict(self.objective.state_dict()), "objective")
+        self.objective.load_state_dict(weights)
+
     def fitted_sampler(self, checkpoint: Path) -> sampling.Sampler:
         """The sampler, fitted to the weights of the network, which are those of `checkpoint`.
 
@@ -307,6 +314,7 @@ class Experiment:
             "method": repr(self.method),
             "sampling": {k: v for k, v in sampler.items() if k not in sampling.OUTPUTS},
             "centered": config.data.centered,
+            **({"codec": repr(self.codec)} if config.data.codec else {}),
             "seed": config.seed,
             "precision": config.training.precision,
             "device": self.device.type,

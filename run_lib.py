@@ -281,6 +281,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             content = load_checkpoint(path)
             changes = run_config.changes(path, content, config)
             step = fit(partial(load_ema, run.network), content, path, changes)
+            if asked.enable_loss:  # an objective may have learned weights too
+                fit(run.load_objective, content, path, changes)
             run.network.eval()
             for change in [] if said == changes else changes:
                 log.info(f"the config differs from that of the run: {change}")
@@ -532,7 +534,7 @@ def _encode(run: Trained, given: dict[str, Picture], folder: Path, settings: dic
     def encode() -> dict:
         generator = datasets.keyed_generator("cpu", "dequantisation", 0)
         continuous = datasets.to_unit_interval(images, generator, dequantize=True)
-        bits = 8 - run.log_likelihood(continuous) / (images[0].numel() * math.log(2))
+        bits = run.bits_per_dim(continuous)
         latents = run.encode(datasets.to_unit_interval(images))
         return {
             "names": np.array(names),
@@ -541,7 +543,8 @@ def _encode(run: Trained, given: dict[str, Picture], folder: Path, settings: dic
             "decoded": to_uint8(run.decode(latents)),
         }
 
-    spec = {"latents": ("f", (len(names), *run.shape)), "bpd": ("f", (len(names),))}
+    shape = run.experiment.codec.shape
+    spec = {"latents": ("f", (len(names), *shape)), "bpd": ("f", (len(names),))}
     spec |= {"decoded": ("u", pictures.shape), "names": ("U", (len(names),))}
     origin = settings | digests(encoded=images) | {"names": names}
     origin |= {"divergence": run.experiment.config.eval.divergence}

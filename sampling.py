@@ -167,7 +167,8 @@ class Guidance:
             return None
         if sampling.guide and guide is None:
             raise ValueError("the network of sampling.guide has to be given as `guide`")
-        if not sampling.guide and not (config.data.num_classes and config.training.label_dropout):
+        conditional = config.data.num_classes or config.data.conditions
+        if not sampling.guide and not (conditional and config.training.label_dropout):
             raise ValueError(
                 f"sampling.guidance={sampling.guidance} needs a network trained with class labels "
                 "and without (data.num_classes and training.label_dropout above 0), or another "

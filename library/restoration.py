@@ -149,6 +149,11 @@ class ToRestore:
         """
         name, whole = options.name, options.degrade
         channels, size, _ = run.codec.data_shape
+        if run.codec.shape != run.codec.data_shape:
+            raise ValueError(
+                f"sampling.restore={name!r} measures images, but the network sees latents of the "
+                f"shape {run.codec.shape} (data.codec)"
+            )
         factor = RESTORE[name]
         if not (options.path or whole):
             raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import execution
 from configs.keys import shown
+from datasets import Data
 from likelihood import Likelihood
 from losses import Regression
 from methods.base import Method, Network, conditioned
@@ -43,6 +44,7 @@ class Parts(Protocol):
     likelihood: Likelihood
     limits: dict[str, float]
     classes: int
+    data: Data
 
 
 class Trained:
@@ -247,12 +249,27 @@ class Trained:
         limits = self.experiment.limits
         return limits | {name: limits[name] / 10 for name in ("rtol", "atol")}
 
+    def _conditions(self, class_label: ClassLabel, seeds: Sequence[int]) -> Conditions:
+        """The conditions of an image for each seed.
+
+        Class labels are those of `labels`; other conditions are those of a training image that the
+        seed draws.
+        """
+        conditions = Conditions(class_labels=self.labels(class_label, len(seeds), seeds))
+        if not self.experiment.data.condition_names or not seeds:
+            return conditions
+        of_training = self.experiment.data.conditions("train", labels=False)
+        number = len(next(iter(of_training.values())))
+        draws = (keyed_generator("cpu", "conditions", seed) for seed in seeds)
+        rows = torch.cat([torch.randint(number, (1,), generator=draw) for draw in draws])
+        return conditions | of_training.map(lambda each: each[rows].to(self.experiment.device))
+
     def _batches(
         self, seeds: Iterable[int], class_label: ClassLabel, measurement: Measurement | None
     ) -> Iterator[tuple[Sampler, dict]]:
-        """The sampler of each batch of seeds, and its prior draws, generators, labels and seeds."""
+        """The sampler of each batch of seeds: prior draws, generators, conditions and seeds."""
         seeds, run = checked_seeds(seeds), self.experiment
-        labels = self.labels(class_label, len(seeds), seeds)
+        conditions = self._conditions(class_label, seeds)
         for start in range(0, len(seeds), self.at_once):
             part = slice(start, start + self.at_once)
             generators = [keyed_generator(run.device, "sample", s) for s in seeds[part]]
@@ -266,7 +283,7 @@ class Trained:
                 {
                     "x": torch.cat(x),
                     "generator": generators,
-                    "conditions": Conditions(class_labels=None if labels is None else labels[part]),
+                    "conditions": conditions.map(lambda rows, part=part: rows[part]),
                     "seeds": seeds[part],
                 },
             )

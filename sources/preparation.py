@@ -74,8 +74,14 @@ class Preparation:
                 f"training.augment={augment} needs model.augment_dim={augmentation.LABELS}, the "
                 f"entries of its labels, not {config.model.augment_dim}"
             )
+        codec = get_codec(config)
+        if augment and codec.shape != codec.data_shape:
+            raise ValueError(
+                f"training.augment={augment} transforms images, but the network sees latents of "
+                f"the shape {codec.shape} (data.codec)"
+            )
         flips = data.random_flip and not augment  # the augmentation mirrors them, and tells so
-        return cls(get_codec(config), flips, data.uniform_dequantization, augment, shared)
+        return cls(codec, flips, data.uniform_dequantization, augment, shared)
 
     @property
     def words(self) -> str:
