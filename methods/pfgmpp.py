@@ -147,6 +147,8 @@ class PFGMPP(Method):
 class EDM(PFGMPP):
     """PFGM++ with D = inf, whatever `model.D` is."""
 
+    keys = {name: key for name, key in KEYS.items() if name != "model.D"}
+
     def __post_init__(self):
         object.__setattr__(self, "D", math.inf)
         super().__post_init__()

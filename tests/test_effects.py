@@ -256,6 +256,14 @@ def test_a_value_that_has_an_effect_is_not_said_to_have_none(values, keys):
         assert outcome(config) != before, key
 
 
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_what_parts_say_that_they_read_are_keys_of_others(parts):
+    for part in parts.values():
+        reads = of_part(part, "reads")
+        assert {*reads, *filter(None, reads.values())} <= all_keys().keys()
+        assert not {*reads} & {*of_part(part, "keys")}
+
+
 def test_a_new_part_brings_along_which_keys_it_reads(monkeypatch):
     class Thin:
         keys = {"model.thickness": Key(3, whole(1), "Thin")}
