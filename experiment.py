@@ -110,8 +110,6 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     if config.data.num_classes == -1:
         found["data.num_classes"] = config.data.num_classes = data.measure_classes()
     models.check_labels(config.model, config.training.sde, config.training.continuous)
-    with torch.device("meta"):  # mistakes of these show before all images are read
-        models.create_model(config)
     dim = math.prod(get_codec(config).shape)
     measured = method.measure(run_config.flatten(config), dim, lambda: _mean_norm(config))
     config.update_from_flattened_dict(measured)
@@ -121,6 +119,8 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
 
 
 def _mean_norm(config) -> float:
+    with torch.device("meta"):  # mistakes of the network show before all images are read
+        models.create_model(config)
     data = Data(config.data).get("train", labels=False)
     if norm := mean_norm(data, get_codec(config).encode):
         return norm
