@@ -69,7 +69,7 @@ def test_what_is_no_image_is_left_out_and_said(tmp_path, path, words):
     config = config_of("folder", path=str(tmp_path / "x"))
     assert folder.left_out(config.data) == words
     data = [datasets.get_dataset(config, split) for split in datasets.SPLITS]
-    assert datasets.describe(config, *data).endswith(f"; left out: {words}")
+    assert datasets.Data(config.data).describe(*data).endswith(f"; left out: {words}")
 
 
 def test_kinds_are_counted(tmp_path):
@@ -343,7 +343,7 @@ def test_class_2_is_the_folder_2(tmp_path):
 def test_one_folder_is_one_class(tmp_path, paths):
     place(tmp_path, *(path.format(i) for path in paths for i in range(9)))
     config = config_of("folder", path=str(tmp_path), num_classes=-1)
-    assert datasets.measure_classes(config) == 1
+    assert datasets.Data(config.data).measure_classes() == 1
     assert datasets.get_dataset(config, "train").names == ("cat",)
 
 
@@ -396,9 +396,9 @@ def test_the_rules_of_before(tmp_path):
 
 
 def forget_rules(path):
-    """Makes a checkpoint what it was before there were rules."""
+    """Makes a checkpoint what it was before there were rules, and runs knew their data."""
     content = load_checkpoint(path)
-    del content["config"]["data.rules"]
+    del content["config"]["data.rules"], content["data"]
     save_checkpoint(path, content)
 
 

@@ -355,7 +355,7 @@ def test_a_run_of_8_bits_is_not_measured_again(tmp_path, monkeypatch):
     assert config.data.scale == ()
     assert "16-bit" not in line
     assert run_lib.train(config_of_run(tmp_path / "x"), tmp_path / "run")
-    monkeypatch.setattr(datasets, "measure_scale", None)
+    monkeypatch.setattr(datasets.Data, "measure_scale", None)
     assert experiment.complete(config_of_run(tmp_path / "x"), tmp_path / "run")[0].data.scale == ()
     own = run_config.load(tmp_path / "run")
     assert experiment.complete(own, tmp_path / "run")[0].data.scale == ()

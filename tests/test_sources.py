@@ -37,6 +37,7 @@ from sources.images import (
     resized_then_cropped,
     resized_whole,
 )
+from sources.preparation import Preparation
 
 
 def config_of(dataset, size=8, channels=3, **data):
@@ -327,7 +328,8 @@ def test_the_log_says_what_is_trained_on(tmp_path, kind, given):
     train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
     found = found.format(len(train), len(test))
     mirrored = "mirrored at random" if given else "not mirrored"
-    assert datasets.describe(config, train, test) == (
+    changed = Preparation.from_config(config, False).words
+    assert datasets.Data(config.data).describe(train, test, changed) == (
         f"data: {path}, {found}, 8 x 8, 3 channels, {mirrored} (data.random_flip)"
     )
 
@@ -342,7 +344,7 @@ def test_grey_files_are_measured_as_grey(tmp_path):
     write_zip(tmp_path / "x.zip", tmp_path / "x")
     for path in (tmp_path / "x", tmp_path / "x.zip"):
         config = config_of("folder", channels=0, path=str(path))
-        assert datasets.measure_channels(config) == 1
+        assert datasets.Data(config.data).measure_channels() == 1
         found, sizes = both_splits(config)
         assert sorted(found) == sorted(image.tobytes() for image in grey)
         assert sum(sizes) == 30
@@ -355,7 +357,7 @@ def test_one_colour_image_makes_three_channels(tmp_path, at):
     images[at, 3, 4, 2] ^= 1
     write_splits(tmp_path, train=images, test=images[:1])
     config = config_of("folder", channels=0, path=str(tmp_path / "data"))
-    assert datasets.measure_channels(config) == 3
+    assert datasets.Data(config.data).measure_channels() == 3
     assert datasets.get_dataset(config, "train").shape == (40, 3, 8, 8)
 
 
@@ -363,7 +365,7 @@ def test_files_are_measured_whatever_the_config_says(tmp_path):
     write_tree(tmp_path / "x", pictures(4))
     for channels in (0, 1, 3):
         config = config_of("folder", channels=channels, path=str(tmp_path / "x"))
-        assert datasets.measure_channels(config) == 3
+        assert datasets.Data(config.data).measure_channels() == 3
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
@@ -372,15 +374,16 @@ def test_arrays_have_the_channels_of_their_last_axis(tmp_path, name, channels):
     images = np.full((10, 8, 8, channels), 7, np.uint8)  # grey, but that is not what counts
     np.save(tmp_path / name, images) if name == "x.npy" else np.savez(tmp_path / name, images)
     config = config_of("folder", channels=0, path=str(tmp_path / name))
-    assert datasets.measure_channels(config) == channels
+    assert datasets.Data(config.data).measure_channels() == channels
     assert datasets.get_dataset(config, "train").shape == (9, channels, 8, 8)
 
 
 def test_stored_channels_count(tmp_path):
-    assert datasets.measure_channels(config_of("digits", channels=0)) == 1
+    assert datasets.Data(config_of("digits", channels=0).data).measure_channels() == 1
     path = tmp_path / "r03.tfrecords"
     path.write_bytes(tfrecord(*map(stylegan_example, pictures(4))))
-    assert datasets.measure_channels(config_of("ffhq", channels=0, tfrecords_path=str(path))) == 3
+    config = config_of("ffhq", channels=0, tfrecords_path=str(path))
+    assert datasets.Data(config.data).measure_channels() == 3
 
 
 def test_damaged_images_are_not_measured(tmp_path):
@@ -389,14 +392,17 @@ def test_damaged_images_are_not_measured(tmp_path):
     write_tree(tmp_path / "all", 12 * [b"damaged"])
     np.save(tmp_path / "first.npy", pictures(12, 3, 8, 8))
     config = config_of("folder", channels=0, path=str(tmp_path / "some"))
-    assert datasets.measure_channels(config) == 1
+    assert datasets.Data(config.data).measure_channels() == 1
     for name, message in (
         ("all", r"none of 11 images can be used; the last: .*all/\d+\.png: no PNG"),
         ("first.npy", r"is \(12, 3, 8, 8\), which looks like \(n, C, H, W\): transpose it"),
         ("nowhere", "nowhere does not exist"),
     ):
         config = config_of("folder", channels=0, path=str(tmp_path / name))
-        for opened in (datasets.measure_channels, lambda c: datasets.get_dataset(c, "train")):
+        for opened in (
+            lambda c: datasets.Data(c.data).measure_channels(),
+            lambda c: datasets.get_dataset(c, "train"),
+        ):
             with pytest.raises((ValueError, OSError), match=message):
                 opened(config)
 
@@ -623,7 +629,7 @@ from configs.vp import cifar10_ddpmpp
 
 config = cifar10_ddpmpp.get_config()
 config.data.data_dir, config.data.num_classes = sys.argv[1], -1
-assert datasets.measure_classes(config) == 10
+assert datasets.Data(config.data).measure_classes() == 10
 for split in ("train", "test"):
     for limit in (2**31, 0):
         config.data.resident_bytes, config.data.num_workers = limit, 1
