@@ -323,13 +323,13 @@ def test_trajectories_are_solved_in_even_parts(tmp_path, monkeypatch, at_once, s
 def test_samples_take_the_levels_that_cost_least(tmp_path, monkeypatch):
     config, seen = tiny(tmp_path), []
     save(config, tmp_path, seed=1)
-    draw = evaluation.draw_images
+    draw = evaluation.Evaluation.draw_images
 
-    def draw_and_look(config, run, folder, k):
-        draw(config, run, folder, k)
-        run.sampler(run.network, 2, callback=seen.append)
+    def draw_and_look(parts):
+        draw(parts)
+        parts.run.sampler(parts.run.network, 2, callback=seen.append)
 
-    monkeypatch.setattr(evaluation, "draw_images", draw_and_look)
+    monkeypatch.setattr(evaluation.Evaluation, "draw_images", draw_and_look)
     kept = fit(config, tmp_path)
     # of N = 5 steps, the last one leads from sigma_min to 0
     cost = fitted.step_costs(torch.from_numpy(kept["relative_errors"]))
