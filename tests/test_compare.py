@@ -196,7 +196,7 @@ def test_seeds_of_evaluations():
     assert [[r.name for r in group] for group in grouped(runs)] == [["0", "2"], ["1", "3"]]
     assert differing(grouped(runs)) == {"evaluation: seed": ["the run's", "7"]}
     runs = of((2, 2)) + of((1, 2), (3, 2))  # two settings of a sweep, of other seeds
-    runs[0] = dataclasses.replace(runs[0], config=runs[0].config | {"optim.lr": 0.5})
+    runs[0] = dataclasses.replace(runs[0], values=runs[0].values | {"optim.lr": 0.5})
     assert [*differing(grouped(runs))] == ["optim.lr"]
 
 
@@ -383,7 +383,7 @@ def test_a_report_has_all_that_made_it(evaluated):
     made_by = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     expected = {
         "step": 8,
-        "seed": run.config["seed"],
+        "seed": run.values["seed"],
         "eval.ema_std": 0.0,
         "eval.num_samples": 12,
         "eval.features": "pixels",
@@ -403,7 +403,7 @@ def test_a_report_has_all_that_made_it(evaluated):
     }
     assert {name: made_by.get(name) for name in expected} == expected
     assert "eval.divergence" not in made_by  # no likelihood was asked for
-    sampler = {key for key in run.config if key.startswith("sampling.")}
+    sampler = {key for key in run.values if key.startswith("sampling.")}
     unread = {f"sampling.{key}" for key in sampling.OUTPUTS}
     unread |= {key for key in sampler if key.startswith("sampling.restore")}
     assert sampler - made_by.keys() == unread
