@@ -308,8 +308,9 @@ class Data:
         if name == "folder":
             name, (given, left_out) = str(data.path), folder.account(data)
             sizes = made_of(_source(data, "train"), data.image_size)
-            held_out = " ({train} and {test})" if given else " (a random tenth is held out)"
-            held_out = held_out.format(**given)
+            by_name = folder.names_files(data.path) and data.rules != 1
+            share = "a tenth is held out by names" if by_name else "a random tenth is held out"
+            held_out = " ({train} and {test})".format(**given) if given else f" ({share})"
         return (
             f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on"
             f"{held_out}, {height} x {width}, {channels} channel{'s' * (channels > 1)}, "

@@ -123,7 +123,7 @@ def test_images_that_are_left_out_are_named_in_the_log(tmp_path):
     done = call("train", tmp_path / "run", **values)
     assert re.search(
         r"^data: .*/data, \d+ images to train on and \d to test on "
-        r"\(a random tenth is held out\), 8 x 8, 3 channels, "
+        r"\(a tenth is held out by names\), 8 x 8, 3 channels, "
         r"mirrored at random \(data\.random_flip\)$",
         done.stdout,
         re.M,
