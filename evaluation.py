@@ -36,7 +36,8 @@ from solvers.base import TooManyEvaluations
 from sources.batch import Batch
 from sources.folder import read_images
 from sources.images import cropped_then_resized
-from storage.checkpoints import load_checkpoint, written_steps
+from storage.checkpoints import open_checkpoint, written_steps
+from storage.checks import loaded
 from storage.digests import digests
 from storage.files import cached, check_arrays, read_arrays, save_png
 from storage.workdir import checkpoint_path
@@ -95,11 +96,12 @@ def rebuild_ema(
         )
     rebuilt = [torch.zeros_like(p) for p in parameters]
     for path, each in zip(paths.values(), weights.reshape(-1, len(stds)), strict=True):
-        state = content if path == checkpoint else load_checkpoint(path)
+        state = content if path == checkpoint else open_checkpoint(path, intact=True)
         averages = checked_averages(state, parameters)
         for width, weight in zip(stds, each.tolist(), strict=True):
-            average = [p.to(rebuilt[0].device) for p in averages[width]]
-            torch._foreach_add_(rebuilt, average, alpha=weight)
+            for total, average in zip(rebuilt, averages[width], strict=True):
+                average = loaded(average, f"averages of step {state['step']}", total.dtype)
+                total.add_(average.to(total.device), alpha=weight)
     with torch.no_grad():
         torch._foreach_copy_(parameters, rebuilt)
     return line

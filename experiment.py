@@ -28,7 +28,7 @@ from likelihood import Likelihood, get_likelihood_fn
 from models.weights import load_ema
 from sources.codec import Codec, get_codec
 from storage import run_config
-from storage.checkpoints import find_checkpoint, fit, load_checkpoint
+from storage.checkpoints import find_checkpoint, fit, open_checkpoint
 from storage.digests import digest
 
 log = logging.getLogger(__name__)
@@ -315,7 +315,7 @@ def _label_drawer(config, device: torch.device) -> Callable[..., Tensor | None]:
 def _guide(config, device: torch.device) -> nn.Module:
     """The network of `sampling.guide` with its EMA weights; ValueError where it is another kind."""
     path = Path(config.sampling.guide).expanduser()
-    content = load_checkpoint(path)
+    content = open_checkpoint(path, intact=True)
     if "config" not in content:
         raise ValueError(f"sampling.guide={path} carries no config")
     own = run_config.restore(content["config"])
