@@ -34,8 +34,8 @@ from sources.codec import from_config as get_codec
 from sources.identity import Identity
 from sources.keyed import keyed_generator
 from storage import run_config
-from storage.checkpoints import find_checkpoint, fit, load_checkpoint, peek
-from storage.checks import check_like
+from storage.checkpoints import find_checkpoint, fit, open_checkpoint, peek
+from storage.checks import check_like, loaded
 from storage.digests import digest
 
 log = logging.getLogger(__name__)
@@ -281,8 +281,10 @@ class Experiment:
     def load_objective(self, checkpoint: dict) -> None:
         """Copy the objective's weights of a `checkpoint`; ValueError where they do not fit."""
         weights = checkpoint.get("objective", {})
-        check_like(weights, dict(self.objective.state_dict()), "objective")
-        self.objective.load_state_dict(weights)
+        expected = dict(self.objective.state_dict())
+        check_like(weights, expected, "objective")
+        entries = {k: loaded(v, f"objective.{k}", expected[k].dtype) for k, v in weights.items()}
+        self.objective.load_state_dict(entries)
 
     def fitted_sampler(self, checkpoint: Path) -> sampling.Sampler:
         """The sampler, fitted to the weights of the network, which are those of `checkpoint`.
@@ -401,7 +403,7 @@ def _condition_drawer(config, device: torch.device, data: Data) -> Callable[...,
 def _guide(config, device: torch.device) -> nn.Module:
     """The network of `sampling.guide` with its EMA weights; ValueError where it is another kind."""
     path = Path(config.sampling.guide).expanduser()
-    content = load_checkpoint(path)
+    content = open_checkpoint(path, intact=True)
     if "config" not in content:
         raise ValueError(f"sampling.guide={path} carries no config")
     own = run_config.restore(content["config"])

@@ -45,8 +45,8 @@ from storage.checkpoints import (
     checkpoints_to_evaluate,
     drop_checkpoints,
     fit,
-    load_checkpoint,
     newest_checkpoint,
+    open_checkpoint,
     save_checkpoint,
     save_shared,
     save_to_resume,
@@ -278,7 +278,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                     each.measure(progress.update)
         said = []
         for k, path in checkpoints.items():
-            content = load_checkpoint(path)
+            content = open_checkpoint(path, intact=True)
             changes = run_config.changes(path, content, config)
             step = fit(partial(load_ema, run.network), content, path, changes)
             if asked.enable_loss:  # an objective may have learned weights too

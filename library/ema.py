@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from models.ema import rebuilding_weights
-from storage.checkpoints import load_checkpoint, written_steps
+from storage.checkpoints import open_checkpoint, written_steps
+from storage.checks import loaded
 from storage.workdir import checkpoint_path
 from training import checked_averages
 
@@ -50,11 +51,12 @@ def rebuild_ema(
         )
     rebuilt = [torch.zeros_like(p) for p in parameters]
     for path, each in zip(paths.values(), weights.reshape(-1, len(stds)), strict=True):
-        state = content if path == checkpoint else load_checkpoint(path)
+        state = content if path == checkpoint else open_checkpoint(path, intact=True)
         averages = checked_averages(state, parameters)
         for width, weight in zip(stds, each.tolist(), strict=True):
-            average = [p.to(rebuilt[0].device) for p in averages[width]]
-            torch._foreach_add_(rebuilt, average, alpha=weight)
+            for total, average in zip(rebuilt, averages[width], strict=True):
+                average = loaded(average, f"averages of step {state['step']}", total.dtype)
+                total.add_(average.to(total.device), alpha=weight)
     with torch.no_grad():
         torch._foreach_copy_(parameters, rebuilt)
     return line

@@ -17,6 +17,7 @@ from models import layers
 from models.edm import ADM, EDMUNet
 from models.ncsn import RefineNet
 from models.ncsnpp import InputSkip, NCSNpp
+from storage.stored_tensors import StoredTensor
 
 # What counts as an entry of `all_modules`.
 _BLOCKS = (
@@ -135,6 +136,7 @@ def _edm_names(model: NCSNpp) -> dict[str, str]:
     return names
 
 
+@torch.no_grad()
 def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Copy published weights into `model`, all of them or, on an error, none.
 
@@ -147,10 +149,22 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         ValueError: a name is missing or unknown, a shape is wrong, a value is not finite, or it is
             no tensor of numbers; the message names it.
     """
+    parameters = dict(model.named_parameters())
+    for own, (_, value) in published_weights(model, state_dict).items():
+        parameters[own].copy_(value)
+
+
+def published_weights(
+    model: nn.Module, state_dict: Mapping[str, Tensor | StoredTensor]
+) -> dict[str, tuple[str, Tensor | StoredTensor]]:
+    """Name of each parameter in `model` to its published name and value.
+
+    Raises as `load_reference_state_dict`; the numbers of a `StoredTensor` are not looked at.
+    """
     for name, value in state_dict.items():
         if type(name) is not str:
             raise ValueError(f"the weights have the name {shown(name)}, which is no string")
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
+        if not isinstance(value, StoredTensor) and not _is_real(value):
             raise ValueError(f"weight {shown(name)} is no dense tensor of real numbers")
     given = {
         name.removeprefix("module.").removeprefix("model."): value
@@ -174,8 +188,14 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
                 f"weight {name!r} has shape {tuple(given[name].shape)}, the network's has "
                 f"{tuple(parameters[own].shape)}; use the config it was trained with"
             )
-        if not given[name].to(parameters[own].dtype).isfinite().all():
+        value = given[name]
+        if isinstance(value, Tensor) and not value.to(parameters[own].dtype).isfinite().all():
             raise ValueError(f"weight {name!r} is not finite")
-    with torch.no_grad():
-        for name, own in names.items():
-            parameters[own].copy_(given[name])
+    return {own: (name, given[name]) for name, own in names.items()}
+
+
+def _is_real(value: object) -> bool:
+    """Whether it is a dense tensor of real numbers."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_complex()

@@ -1,51 +1,70 @@
 """Weights of a checkpoint, checked and put into a network."""
 
-import torch
-from torch import nn
+from collections.abc import Collection, Mapping
 
-from models.published import load_reference_state_dict
-from storage.checks import check_like
+import torch
+from torch import Tensor, nn
+
+from models.published import published_weights
+from storage.checks import check_like, loaded
+from storage.stored_tensors import StoredTensor
 
 
 @torch.no_grad()
-def load_model(model: nn.Module, weights: dict) -> None:
+def load_model(
+    model: nn.Module, weights: Mapping[str, Tensor | StoredTensor], skipped: Collection[str] = ()
+) -> None:
     """Copy the entry `model` of a checkpoint into a network.
 
     The names are those of this program or of the published ones. Nothing is changed before all of
-    it is checked.
+    it is checked, but the numbers of a `StoredTensor`, which are read and checked one by one.
+
+    Args:
+        model: the network.
+        weights: parameters and buffers, on the CPU or stored.
+        skipped: names of parameters of the network that are checked and not copied.
 
     Raises:
         ValueError: `weights` do not fit; the message names the entry.
     """
     if not isinstance(weights, dict):
         raise ValueError(f"model is no dictionary but of type {type(weights).__name__}")
-    expected = model.state_dict()
-    if weights.keys() == expected.keys():
-        check_like(weights, dict(expected), "model")
-        model.load_state_dict(weights)
-    else:  # published EMA weights have no names, but the same order
-        load_reference_state_dict(model, weights)
+    entries = model.state_dict()
+    if weights.keys() == entries.keys():
+        check_like(weights, dict(entries), "model")
+        sources = {name: (f"model.{name}", value) for name, value in weights.items()}
+    else:
+        published = published_weights(model, weights)
+        sources = {own: (f"weight {name!r}", value) for own, (name, value) in published.items()}
+    for own, (name, value) in sources.items():
+        if own not in skipped:
+            entries[own].copy_(loaded(value, name, entries[own].dtype))
 
 
 @torch.no_grad()
-def load_ema(model: nn.Module, checkpoint: dict) -> int:
-    """Copy the EMA weights of a `checkpoint`, on the CPU, into a network; its step.
+def load_ema(model: nn.Module, checkpoint: Mapping) -> int:
+    """Copy the EMA weights of a checkpoint into a network, tensor by tensor; its step.
 
-    One without `ema` has EMA weights only.
+    One without `ema` has EMA weights only. Of the other one the weights that were trained are not
+    read: they have to have the names, shapes and dtypes of the network's.
+
+    Args:
+        model: the network.
+        checkpoint: see `storage.checkpoints.load_checkpoint` and `open_checkpoint`.
 
     Raises:
-        ValueError: `checkpoint` does not fit; the message names the entry.
+        ValueError: `checkpoint` does not fit; the message names the entry. The network is then as
+            it was, unless it is the numbers of a `StoredTensor` that are wrong.
     """
     check_like(checkpoint["step"], 0, "step")
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if "ema" in checkpoint:
-        expected = {
-            "decay": 1.0,
-            "num_updates": 0,
-            "shadow_params": [p.detach() for p in parameters],
-        }
-        check_like(checkpoint["ema"], expected, "ema")
-    load_model(model, checkpoint["model"])
-    if "ema" in checkpoint:
-        torch._foreach_copy_(parameters, checkpoint["ema"]["shadow_params"])
+    if "ema" not in checkpoint:
+        load_model(model, checkpoint["model"])
+        return checkpoint["step"]
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    expected = {"decay": 1.0, "num_updates": 0, "shadow_params": [*trained.values()]}
+    check_like(checkpoint["ema"], expected, "ema")
+    load_model(model, checkpoint["model"], skipped=trained)
+    averages = checkpoint["ema"]["shadow_params"]
+    for number, (parameter, average) in enumerate(zip(trained.values(), averages, strict=True)):
+        parameter.copy_(loaded(average, f"ema.shadow_params.{number}", parameter.dtype))
     return checkpoint["step"]

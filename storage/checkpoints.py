@@ -9,7 +9,8 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -22,7 +23,8 @@ from storage.checks import check_like
 from storage.digests import digest
 from storage.edm_snapshots import complete_config, read_snapshot
 from storage.files import atomic_write, naming, one_line
-from storage.torch_files import peek_state, read_state
+from storage.stored_tensors import StoredTensor
+from storage.torch_files import open_state, read_state
 from storage.workdir import checkpoint_path, resume_paths
 
 log = logging.getLogger(__name__)
@@ -64,17 +66,65 @@ def load_checkpoint(path: Path) -> dict:
         OSError: there is no such file, or it cannot be read.
         ValueError: the file is damaged, or not a checkpoint of this program.
     """
+    if path.suffix in SNAPSHOTS:
+        content = open_checkpoint(path, intact=True)
+        weights = content["model"].items()
+        return content | {
+            "model": {name: w.load() if isinstance(w, StoredTensor) else w for name, w in weights}
+        }
+    with _reading(path), open(path, "rb") as file:
+        state = read_state(file)
+    return _checked(path, state)
+
+
+def open_checkpoint(path: Path, intact: bool = False) -> dict:
+    """The dictionary of `load_checkpoint` with a `StoredTensor` in place of each tensor.
+
+    The file stays open, also where another takes its name, for as long as these are referred to. Of
+    snapshots of EDM and PFGM++ the tensors are read at once.
+
+    Args:
+        path: of the checkpoint.
+        intact: read all of it, piece by piece, to know that it is not damaged; else that shows when
+            a tensor is loaded.
+
+    Raises as `load_checkpoint`.
+    """
     if path.suffix == SHARED:
-        return _load_shared(path)
+        return _open_shared(path, intact)
     if path.suffix in SNAPSHOTS:
         return _load_snapshot(path)
+    with _reading(path):
+        state, check = _opened(path, open_state)
+        if intact:
+            check()
+    return _checked(path, state)
+
+
+def _opened(path: Path, read: Callable[[BinaryIO], T]) -> T:
+    """`read(file)` of the file at `path`, which is closed where that fails."""
+    file = open(path, "rb")  # noqa: SIM115
     try:
-        with naming(path), open(path, "rb") as file:
-            state = read_state(file)
+        return read(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within the `with` block any damage of the file at `path` is a ValueError that names it."""
+    try:
+        with naming(path):
+            yield
     except Exception as error:  # a damaged file makes zipfile fail in any way
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to nowhere
             raise
         raise ValueError(f"{path} is not a checkpoint: {one_line(error)}") from error
+
+
+def _checked(path: Path, state: object) -> dict:
+    """The `state` from `path`; ValueError where it lacks an entry that every checkpoint has."""
     missing = [k for k in CHECKPOINT_KEYS if not isinstance(state, dict) or k not in state]
     if missing:
         raise ValueError(f"{path} is not a training checkpoint: it has no {', '.join(missing)}")
@@ -115,20 +165,20 @@ def save_shared(
         safetensors.write(file, weights, metadata)
 
 
-def _checksum(weights: dict[str, Tensor], metadata: dict[str, str]) -> str:
+def _checksum(weights: dict[str, Tensor | StoredTensor], metadata: dict[str, str]) -> str:
     """SHA-256 of all that a shared file says: damage is found, an author's lie is not."""
     words = [digest(dict(sorted(weights.items()))), *map("=".join, sorted(metadata.items()))]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
-def _load_shared(path: Path) -> dict:
+def _open_shared(path: Path, intact: bool) -> dict:
     try:
-        with naming(path), open(path, "rb") as file:
-            weights, metadata = safetensors.read(file)
+        with naming(path):
+            weights, metadata = _opened(path, safetensors.open_tensors)
         step, checksum = metadata.get("step", ""), metadata.pop("checksum", None)
         if not re.fullmatch(r"[0-9]{1,15}", step) or "config" not in metadata:
             raise ValueError("its metadata lack the config or the step that --mode export writes")
-        if checksum != _checksum(weights, metadata):
+        if intact and checksum != _checksum(weights, metadata):
             raise ValueError("it is damaged: its content differs from its checksum")
         config, data = json.loads(metadata["config"]), json.loads(metadata.get("data", "null"))
     except (ValueError, RecursionError) as error:
@@ -171,7 +221,7 @@ def save_to_resume(workdir: Path, state: dict) -> None:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, dict]:
-    """Path and content of the checkpoint at `path`, a file or a workdir; see `load_checkpoint`.
+    """Path and content of the checkpoint at `path`, a file or a workdir; see `open_checkpoint`.
 
     Of a workdir it is the newest intact one, else the last of the `snapshots`; no file is touched.
 
@@ -182,16 +232,19 @@ def find_checkpoint(path: Path) -> tuple[Path, dict]:
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError(f"no checkpoint and no workdir: {path} does not exist")
-        return path, load_checkpoint(path)
-    if found := newest_checkpoint(path, set_aside=False):
-        return found
+        return path, open_checkpoint(path, intact=True)
+    read = partial(open_checkpoint, intact=True)
+    if newest := newest_checkpoint(path, set_aside=False, read=read):
+        return newest
     if published := list(snapshots(path).values()):
-        return published[-1], load_checkpoint(published[-1])
+        return published[-1], open_checkpoint(published[-1], intact=True)
     raise FileNotFoundError(f"no checkpoint in {path}: neither checkpoints-meta/ nor checkpoints/")
 
 
-def newest_checkpoint(workdir: Path, set_aside: bool = True) -> tuple[Path, dict] | None:
-    """Path and content of the newest state that is intact; None where there is none at all.
+def newest_checkpoint(
+    workdir: Path, set_aside: bool = True, read: Callable[[Path], dict] = load_checkpoint
+) -> tuple[Path, dict] | None:
+    """Path and content of the newest state that `read` takes; None where there is none at all.
 
     A damaged file is named in a warning, and the one before it is taken; at last the numbered
     ones. A damaged newest state is `set_aside`, so that it does not become the one before.
@@ -203,7 +256,7 @@ def newest_checkpoint(workdir: Path, set_aside: bool = True) -> tuple[Path, dict
     damaged = []
     for path in (newest, *others):
         try:
-            state = load_checkpoint(path)
+            state = read(path)
         except FileNotFoundError:
             continue
         except ValueError as error:
@@ -230,14 +283,11 @@ def peek(workdir: Path) -> tuple[Path, dict] | None:
     numbered = [*reversed(numbered_checkpoints(workdir).values())]
     for path in (*resume_paths(workdir), *numbered):
         try:
-            with open(path, "rb") as file:
-                state = peek_state(file)
-        except Exception:  # a damaged file makes zipfile fail in any way
+            return path, open_checkpoint(path)
+        except (OSError, ValueError):
             continue
-        if isinstance(state, dict):
-            return path, state
     shared = [path for path in snapshots(workdir).values() if path.suffix == SHARED]
-    return (shared[-1], load_checkpoint(shared[-1])) if shared and not numbered else None
+    return (shared[-1], open_checkpoint(shared[-1])) if shared and not numbered else None
 
 
 def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:
@@ -325,7 +375,7 @@ def checkpoints_to_evaluate(
             return path
         if not by_number.exists():
             return None
-        step = load_checkpoint(by_number)["step"]
+        step = open_checkpoint(by_number)["step"]
         return by_number if step == step_of(k) or step // freq == k else None
 
     found = {k: find(k) for k in range(first, end + 1)}
@@ -362,7 +412,8 @@ def fit(load: Callable[[dict], T], state: dict, path: Path, changes: list[str] =
         changes: what the config changes of the run's own, to be named then.
     """
     try:
-        return load(state)
+        with naming(path):
+            return load(state)
     except ValueError as error:
         reason = " ".join(str(error).split())
         since = f"; the run's own config differs: {', '.join(changes)}"

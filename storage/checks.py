@@ -9,6 +9,7 @@ from torch import Tensor
 
 from configs.keys import shown
 from configs.schema import EXACT
+from storage.stored_tensors import StoredTensor
 
 
 def check_keys(given: Any, keys: Collection[str | int], name: str) -> None:
@@ -29,7 +30,8 @@ def check_like(given: Any, like: Any, name: str) -> None:
     """Raises ValueError unless `given`, the entry `name` of a state, is one in place of `like`.
 
     That is: a dictionary of the same keys or a list of the same length, of such entries; a finite
-    tensor on the CPU of the same shape and dtype; a finite number; a whole one from 0 to 2^53.
+    tensor on the CPU of the same shape and dtype; a finite number; a whole one from 0 to 2^53. Of a
+    `StoredTensor` shape and dtype are checked, and `loaded` checks its numbers.
     """
     if isinstance(like, dict):
         check_keys(given, like.keys(), name)
@@ -50,12 +52,37 @@ def check_like(given: Any, like: Any, name: str) -> None:
 
 
 def check_tensor(given: Any, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
-    """Raises ValueError unless `given` is a finite, dense tensor of this shape and dtype."""
-    if not isinstance(given, Tensor) or given.layout != torch.strided or given.device.type != "cpu":
+    """Raises ValueError unless `given` is a finite, dense tensor of this shape and dtype.
+
+    It may be a `StoredTensor`, whose numbers are not looked at.
+    """
+    if not isinstance(given, StoredTensor) and not _is_dense(given):
         raise ValueError(f"{name} is no dense tensor but of type {type(given).__name__}")
     if given.shape != shape:
         raise ValueError(f"{name} has the shape {tuple(given.shape)}, not {tuple(shape)}")
     if given.dtype != dtype:
         raise ValueError(f"{name} is of {given.dtype}, not {dtype}")
-    if given.numel() and not all(map(math.isfinite, torch.aminmax(given.detach()))):
+    if isinstance(given, Tensor):
+        _check_finite(given, name)
+
+
+def loaded(given: Tensor | StoredTensor, name: str, dtype: torch.dtype) -> Tensor:
+    """The tensor `given`, the entry `name` of a state, as `dtype`; one that is stored is read.
+
+    Raises:
+        ValueError: it is not finite, or damaged.
+    """
+    tensor = (given.load() if isinstance(given, StoredTensor) else given).to(dtype)
+    _check_finite(tensor, name)
+    return tensor
+
+
+def _is_dense(given: Any) -> bool:
+    if not isinstance(given, Tensor):
+        return False
+    return given.layout == torch.strided and given.device.type == "cpu"
+
+
+def _check_finite(tensor: Tensor, name: str) -> None:
+    if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor.detach()))):
         raise ValueError(f"{name} is not finite")

@@ -1,16 +1,20 @@
 """Digests of tensors, to tell whether results are of the same ones."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from storage.stored_tensors import StoredTensor
 
-def digest(tensors: dict[str, Tensor]) -> str:
+
+def digest(tensors: Mapping[str, Tensor | StoredTensor]) -> str:
     """SHA-256 of the names and bytes of `tensors`."""
     weights = hashlib.sha256()
     for name, tensor in tensors.items():
         weights.update(name.encode())
+        tensor = tensor.load() if isinstance(tensor, StoredTensor) else tensor
         weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return weights.hexdigest()
 

@@ -77,7 +77,7 @@ def _read(file: BinaryIO) -> Snapshot:
         raise ValueError("it holds neither `ema` nor `net`")
     network = snapshot[name]
     views = _views(network, name)
-    weights = {key: view.load() for key, view in views.items()}
+    weights = {key: view.share() for key, view in views.items()}
     return Snapshot(network.name, _options(network), weights)
 
 

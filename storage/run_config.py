@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs.default import all_keys, get_default_config
 from configs.keys import explain_unknown, flatten, shown, shown_key
 from configs.published import UNREAD
-from storage.checkpoints import load_checkpoint, numbered_checkpoints, snapshots
+from storage.checkpoints import numbered_checkpoints, open_checkpoint, snapshots
 from storage.files import atomic_write
 from storage.workdir import resume_paths
 
@@ -35,14 +35,14 @@ def store(workdir: Path, config: ConfigDict) -> None:
 def find(workdir: Path) -> tuple[Path, ConfigDict] | None:
     """The config of the run in `workdir` and the file that carries it; None without one.
 
-    It is that of the newest intact checkpoint, else config.json.
+    It is that of the newest checkpoint that can be read, else config.json; no tensor is read.
 
     Raises:
         ValueError: what the file carries is not a valid config; the message names it.
     """
     for path in (*resume_paths(workdir), *reversed(numbered_checkpoints(workdir).values())):
         try:
-            content = load_checkpoint(path)
+            content = open_checkpoint(path)
         except FileNotFoundError:
             continue
         except ValueError as error:
@@ -84,7 +84,7 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
         ValueError: no file there carries a config, or the one that does is not a valid one.
     """
     try:
-        if checkpoint and "config" in (content := load_checkpoint(checkpoint)):
+        if checkpoint and "config" in (content := open_checkpoint(checkpoint)):
             return of(checkpoint, content)
         found = find(workdir)
     except ValueError as error:
@@ -92,7 +92,7 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
     if found:
         return found[1]
     if published := list(snapshots(workdir).values()):
-        return _restored(published[-1], load_checkpoint(published[-1])["config"])
+        return _restored(published[-1], open_checkpoint(published[-1])["config"])
     raise ValueError(f"nothing in {workdir} carries a config: --config is needed")
 
 

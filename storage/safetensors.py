@@ -8,10 +8,13 @@ little-endian, without gaps (github.com/huggingface/safetensors).
 import json
 import math
 import os
+import weakref
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from storage.stored_tensors import Memory, Storage, StoredTensor
 
 MAX_HEADER = 100_000_000  # bytes, as in the format's own reader
 MAX_DIMENSIONS = 8
@@ -53,8 +56,10 @@ def write(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) 
         file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def read(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, on the CPU, and the metadata; memory is bounded by a few times the file's size.
+def open_tensors(file: BinaryIO) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors and the metadata; memory is bounded by a few times the size of the header.
+
+    The file stays open for as long as the tensors are referred to.
 
     Raises:
         ValueError: the file is damaged or of another format.
@@ -80,18 +85,16 @@ def read(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(
             f"it is damaged: {size - 8 - length:,} bytes of tensors instead of {end:,}"
         )
-    memory = bytearray(end)
-    if file.readinto(memory) != end:
-        raise ValueError("it is cut short")
-    tensors = {}
-    for name, (dtype, shape, start, stop) in entries.items():
+    memory, tensors = Memory(file, 8 + length), {}
+    weakref.finalize(memory, file.close)
+    for name, (dtype, shape, start, _) in entries.items():
         if start % dtype.itemsize:
             raise ValueError(f"the memory of {name!r:.100} is not aligned")
-        flat = torch.empty(0, dtype=dtype)
-        if stop > start:
-            number = (stop - start) // dtype.itemsize
-            flat = torch.frombuffer(memory, dtype=dtype, count=number, offset=start)
-        tensors[name] = flat.view(shape)
+        size = dtype.itemsize
+        storage = Storage(dtype, end // size, memory)
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        strides = strides if math.prod(shape) else [0] * len(shape)
+        tensors[name] = StoredTensor(storage, start // size, tuple(shape), tuple(strides))
     return tensors, metadata
 
 

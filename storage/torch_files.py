@@ -9,22 +9,20 @@ import io
 import math
 import os
 import struct
+import weakref
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from functools import partial
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from storage.inert_pickle import Name, kind, unpickle
+from storage.stored_tensors import PIECE, Memory, Storage, StoredTensor, pieces_of
 
 MAX_OPERATIONS = 1_000_000  # of all pickles of a file; ImageNet's network takes a tenth
 MAX_DIMENSIONS = 8  # of a tensor
 ZIP = b"PK\x03\x04"  # begins what torch.save writes
-PIECE = 2**20  # bytes read at once
 LENGTHS = 26  # bytes before the lengths of name and extra field in a record's header
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch.save wrote before PyTorch 1.6
@@ -51,66 +49,41 @@ def read_state(file: BinaryIO) -> object:
     Raises:
         ValueError: it is damaged, or names a class or function that no state has.
     """
+    known = KNOWN | {"torch._utils._rebuild_tensor_v2": _rebuild_shared}
+    return _read_archive(_archive(file), iter(range(MAX_OPERATIONS)), known, _STATES)[0]
+
+
+def open_state(file: BinaryIO) -> tuple[object, Callable[[], None]]:
+    """What `read_state` gives, with a `StoredTensor` in place of each tensor, and a check of these.
+
+    The file stays open for as long as they are referred to. The check reads the memory of all
+    tensors, piece by piece, and raises ValueError where it is damaged.
+    """
+    archive = _archive(file)
+    weakref.finalize(archive, file.close)
+    state, storages = _read_archive(archive, iter(range(MAX_OPERATIONS)), KNOWN, _STATES)
+
+    def check() -> None:
+        for storage in storages.values():
+            if storage.numel:
+                storage.memory.check()
+
+    return state, check
+
+
+def _archive(file: BinaryIO) -> zipfile.ZipFile:
     if not zipfile.is_zipfile(file):
         raise ValueError("it is cut short, or not from torch.save of PyTorch 1.6 or later")
-    known = KNOWN | {"torch._utils._rebuild_tensor_v2": lambda *args: _rebuild_tensor(*args).load()}
-    return read_zip(file, iter(range(MAX_OPERATIONS)), known, known.keys() | _DTYPES.keys())
-
-
-def peek_state(file: BinaryIO) -> object:
-    """What `read_state` gives, but `StoredTensor` in place of tensors, whose memory is not read."""
-    return read_zip(file, iter(range(MAX_OPERATIONS)), KNOWN, KNOWN.keys() | _DTYPES.keys())
+    return zipfile.ZipFile(file)
 
 
 # --- tensors -------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False)
-class _Storage:
-    """The memory of tensors; `read` gives its bytes, None until the file is read that far."""
-
-    dtype: torch.dtype
-    numel: int
-    read: Callable[[], bytearray] | None
-    flat: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    def load(self) -> Tensor:
-        """All of it, as one vector."""
-        if self.read is None:
-            raise ValueError("it is cut short: the memory of a tensor is missing")
-        if self.flat is None:
-            empty = torch.empty(0, dtype=self.dtype)
-            self.flat = torch.frombuffer(self.read(), dtype=self.dtype) if self.numel else empty
-        return self.flat
-
-
-@dataclass(slots=True, eq=False)
-class StoredTensor:
-    """A tensor: its place in a storage, checked to lie within."""
-
-    storage: _Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def load(self) -> Tensor:
-        """The tensor, which shares memory with the others of its storage, as it did.
-
-        All those of a file are together no larger than it, since a storage has its bytes for
-        itself: a record of a zip file, a section of a legacy file, or an object of a pickle that is
-        read once.
-        """
-        return self.storage.load().as_strided(self.size, self.stride, self.offset)
-
-
 def _rebuild_tensor(
     storage, offset, size, stride, requires_grad, hooks, metadata=None
 ) -> StoredTensor:
-    if not isinstance(storage, _Storage):
+    if not isinstance(storage, Storage):
         raise ValueError(f"the memory of a tensor is {kind(storage)}, which is not read here")
     if metadata:  # of a tensor whose elements are to be negated or conjugated
         raise ValueError("a tensor has metadata, which are not read here")
@@ -128,6 +101,10 @@ def _rebuild_tensor(
     return StoredTensor(storage, offset, size, stride)
 
 
+def _rebuild_shared(*args) -> Tensor:
+    return _rebuild_tensor(*args).share()
+
+
 def _rebuild_parameter(data, requires_grad, hooks) -> object:
     return data
 
@@ -142,9 +119,62 @@ KNOWN = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
 }
+_STATES = KNOWN.keys() | _DTYPES.keys()  # names in a state that torch.save wrote
 
 
 # --- the formats of torch.save -------------------------------------------------------------------
+
+
+class _Record(Memory):
+    """A stored record of a zip file.
+
+    It is read where it lies: zipfile's own reader copies it twice, at half the speed.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, name: str):
+        self.archive, self.record, self.file = archive, archive.getinfo(name), archive.fp
+        self.position: int | None = None  # until the header is looked at
+        self.checked = False  # against the checksum
+
+    def read(self, start: int = 0, end: int | None = None) -> bytearray:
+        """As `Memory.read`, by default all of it; the checksum is compared at the first time."""
+        size = self.record.file_size
+        content = bytearray((size if end is None else end) - start)
+        if len(content) < size:
+            self.check()
+        self._locate()
+        with memoryview(content) as view:
+            checksum = self.fill(start, pieces_of(view))
+        if len(content) == size:
+            self._compare(checksum)
+        return content
+
+    def check(self) -> None:
+        if not self.checked:
+            self._locate()
+            size = self.record.file_size
+            scratch = memoryview(bytearray(min(size, PIECE)))
+            pieces = (scratch[: size - start] for start in range(0, size, PIECE))
+            self._compare(self.fill(0, pieces))
+
+    def _locate(self) -> None:
+        if self.position is None:
+            try:
+                self.archive.open(self.record).close()  # compares its header with the directory
+            except (zipfile.BadZipFile, EOFError) as error:
+                raise ValueError(self._damaged()) from error
+            self.file.seek(self.record.header_offset + LENGTHS)
+            name_length, extra_length = struct.unpack("<HH", self.file.read(4))
+            self.position = self.file.tell() + name_length + extra_length
+
+    def _compare(self, checksum: int) -> None:
+        if checksum != self.record.CRC:
+            raise ValueError(self._damaged())
+        self.checked = True
+
+    def _damaged(self) -> str:
+        name = self.record.filename
+        return f"it is damaged: its record {name!r:.100} differs from its checksum or header"
 
 
 def read_zip(
@@ -155,9 +185,18 @@ def read_zip(
     For the arguments, and what is raised, see `unpickle`. A record's checksum is compared as it is
     read.
     """
-    archive = zipfile.ZipFile(file)  # not closed: storages are read from it later
+    return _read_archive(zipfile.ZipFile(file), operations, known, names)[0]
+
+
+def _read_archive(
+    archive: zipfile.ZipFile,
+    operations: Iterator,
+    known: dict,
+    names: Collection[str] | None,
+) -> tuple[object, dict[str, Storage]]:
+    """As `read_zip`, and the storages, which are read from the archive later."""
     records = {record.filename: record for record in archive.infolist()}
-    if sum(record.file_size for record in records.values()) > file.seek(0, os.SEEK_END):
+    if sum(r.file_size for r in records.values()) > archive.fp.seek(0, os.SEEK_END):
         raise ValueError("its records are larger than the file")
     for record in records.values():
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
@@ -166,52 +205,24 @@ def read_zip(
     if len(pickles) != 1:
         raise ValueError("it is a zip file, but not from torch.save: it has no data.pkl")
     folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}byteorder" in records and _read_record(archive, f"{folder}byteorder") != b"little":
+    order = f"{folder}byteorder"
+    if order in records and _Record(archive, order).read() != b"little":
         raise ValueError("its numbers are big-endian")
-    storages: dict[str, _Storage] = {}
+    storages: dict[str, Storage] = {}
 
     def persistent(identity: object) -> object:
         dtype, numel, key = _storage_identity(identity)
         name = f"{folder}data/{key}"
-        found = storages.setdefault(key, _Storage(dtype, numel, None))
-        if (found.dtype, found.numel) != (dtype, numel) or name not in records:
+        storage = storages.setdefault(key, Storage(dtype, numel, None))
+        if (storage.dtype, storage.numel) != (dtype, numel) or name not in records:
             raise ValueError(f"it is damaged: no memory {key!r:.100} of this type")
-        if records[name].file_size != found.nbytes:
+        if records[name].file_size != storage.nbytes:
             raise ValueError(f"it is damaged: memory {key!r:.100} has another size")
-        found.read = partial(_read_record, archive, name)
-        return found
+        storage.memory = storage.memory or _Record(archive, name)
+        return storage
 
-    content = io.BytesIO(_read_record(archive, pickles[0]))
-    return unpickle(content, operations, known, persistent, names)
-
-
-def _read_record(archive: zipfile.ZipFile, name: str) -> bytearray:
-    """The bytes of a stored record; ValueError where they do not have the checksum it gives.
-
-    They are read where they lie: zipfile's own reader copies them twice, at half the speed.
-    """
-    record, file = archive.getinfo(name), archive.fp
-    content, checksum = bytearray(record.file_size), 0
-    damaged = f"it is damaged: its record {name!r:.100} differs from its checksum or header"
-    try:
-        archive.open(record).close()  # compares its header with the directory
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(damaged) from error
-    file.seek(record.header_offset + LENGTHS)
-    name_length, extra_length = struct.unpack("<HH", file.read(4))
-    file.seek(name_length + extra_length, os.SEEK_CUR)
-    with memoryview(content) as view:
-        for start in range(0, len(content), PIECE):
-            piece = view[start : start + PIECE]
-            file.readinto(piece)  # what a file cut short does not fill has another checksum
-            checksum = zlib.crc32(piece, checksum)
-    if checksum != record.CRC:
-        raise ValueError(damaged)
-    return content
-
-
-def _copied(content: bytes, start: int, end: int) -> bytearray:
-    return bytearray(memoryview(content)[start:end])
+    content = io.BytesIO(_Record(archive, pickles[0]).read())
+    return unpickle(content, operations, known, persistent, names), storages
 
 
 def read_bytes(content: bytes, operations: Iterator, known: dict) -> object:
@@ -228,16 +239,16 @@ def read_bytes(content: bytes, operations: Iterator, known: dict) -> object:
     _, system = unpickle(file, operations, {}), unpickle(file, operations, {})
     if type(system) is not dict or system.get("little_endian") is not True:
         raise ValueError("its numbers are big-endian")
-    storages: dict[str, _Storage] = {}
+    storages: dict[str, Storage] = {}
 
     def persistent(identity: object) -> object:
         if type(identity) is tuple and len(identity) == 4 and identity[0] == "module":
             return identity[1]  # the class of a module; the others are its source code
         dtype, numel, key = _storage_identity(identity)
-        found = storages.setdefault(key, _Storage(dtype, numel, None))
-        if (found.dtype, found.numel) != (dtype, numel):
+        storage = storages.setdefault(key, Storage(dtype, numel, None))
+        if (storage.dtype, storage.numel) != (dtype, numel):
             raise ValueError(f"it is damaged: memory {key!r:.100} has two types")
-        return found
+        return storage
 
     result = unpickle(file, operations, known, persistent)
     keys = unpickle(file, operations, {})
@@ -250,7 +261,7 @@ def read_bytes(content: bytes, operations: Iterator, known: dict) -> object:
             raise ValueError("it is damaged: the memory of a tensor has another size")
         if position > len(content):
             raise ValueError("it is cut short: the memory of a tensor is missing")
-        storage.read = partial(_copied, content, start, position)
+        storage.memory = Memory(file, start)
     return result
 
 

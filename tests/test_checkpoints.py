@@ -1,15 +1,30 @@
 """Files are complete or absent, and nothing in them is executed."""
 
+import os
 import pickle
 import re
 import sys
+import weakref
 
 import pytest
 import torch
-from conftest import run_program
+from conftest import run_program, train_state
 
-from storage.checkpoints import checkpoints_to_evaluate, load_checkpoint, save_checkpoint
+from configs.pfgmpp import digits_ddpmpp
+from configs.ve import digits_ncsnpp
+from models import create_model, reference_names
+from models.weights import load_ema
+from storage import run_config
+from storage.checkpoints import (
+    checkpoints_to_evaluate,
+    find_checkpoint,
+    load_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+    save_shared,
+)
 from storage.files import atomic_write
+from storage.stored_tensors import StoredTensor
 
 
 def state():
@@ -141,6 +156,167 @@ def test_messages_name_a_value_whose_text_no_memory_holds(tmp_path, entry):
     done = run_program([sys.executable, "-c", PROGRAM, str(path), entry])
     assert re.search(rf"{entry}.*\[\[", done.stdout), done.stdout
     assert len(done.stdout) < 500
+
+
+# --- tensors that are read when they are asked for ------------------------------------------------
+
+
+def resolved(entry):
+    """What a checkpoint holds, its tensors read one by one."""
+    if isinstance(entry, dict):
+        return {key: resolved(value) for key, value in entry.items()}
+    if isinstance(entry, list):
+        return [*map(resolved, entry)]
+    return entry.load() if isinstance(entry, StoredTensor) else entry
+
+
+def test_stored_tensors_are_those_that_were_saved(tmp_path):
+    """Also parts of a larger memory, in any order of axes, of any number type, and empty ones."""
+    memory = torch.arange(24.0)
+    tensors = {
+        "whole": memory,
+        "part": memory[5:11].view(2, 3),
+        "turned": memory[4:16].view(3, 4).T,
+        "every other": memory[1::2],
+        "laid out": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "half": torch.rand(7).half(),
+        "bfloat16": torch.rand(2, 2).bfloat16(),
+        "whole numbers": torch.arange(5),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+    }
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint(path, state() | {"model": tensors})
+    stored = open_checkpoint(path)["model"]
+    for name, tensor in tensors.items():
+        assert isinstance(stored[name], StoredTensor)
+        assert (stored[name].shape, stored[name].dtype) == (tensor.shape, tensor.dtype)
+        assert torch.equal(stored[name].load(), tensor)
+    assert stored["laid out"].load().stride() == tensors["laid out"].stride()
+    assert stored["part"].load().untyped_storage().nbytes() == 6 * 4
+    shared = load_checkpoint(path)["model"]  # as they were
+    memories = {shared[name].untyped_storage().data_ptr() for name in ("whole", "part", "turned")}
+    assert len(memories) == 1
+
+
+def damage(path, content):
+    """Flips a bit of `content`, bytes that the file has once."""
+    whole = bytearray(path.read_bytes())
+    assert whole.count(content) == 1
+    whole[whole.index(content)] ^= 1
+    path.write_bytes(whole)
+
+
+def test_damage_shows_where_it_is_read(tmp_path):
+    path, meta = tmp_path / "checkpoint.pth", tmp_path / "checkpoints-meta"
+    content = state() | {"config": {"seed": 7}}
+    for place in (path, meta / "checkpoint.pth", meta / "checkpoint.prev.pth"):
+        save_checkpoint(place, content | {"step": 6 if "prev" in place.name else 7})
+    numbers = torch.arange(6.0).numpy().tobytes()
+    for place in (path, meta / "checkpoint.pth"):
+        damage(place, numbers)
+    opened = open_checkpoint(path)
+    assert torch.equal(opened["ema"]["shadow_params"][0].load(), torch.ones(2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="it is damaged: its record .* differs"):
+            opened["model"]["weight"].load()
+    for refuse in (load_checkpoint, lambda p: open_checkpoint(p, intact=True), find_checkpoint):
+        with pytest.raises(ValueError, match=r"checkpoint\.pth is not a checkpoint: it is damaged"):
+            refuse(path)
+    # the newest intact one is taken, and a config is read without any tensor
+    assert find_checkpoint(tmp_path)[0].name == "checkpoint.prev.pth"
+    assert run_config.find(tmp_path)[0].name == "checkpoint.pth"
+    assert run_config.find(tmp_path)[1].seed == run_config.of(path, opened).seed == 7
+
+
+def test_an_open_checkpoint_is_the_file_that_it_was(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint(path, state())
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
+    opened = open_checkpoint(path)
+    save_checkpoint(path, state() | {"model": {"weight": torch.zeros(9, 9)}})
+    assert torch.equal(opened["model"]["weight"].load(), state()["model"]["weight"])
+    path.unlink()
+    assert resolved(opened)["step"] == 7
+    del opened  # closes it
+    assert before is None or len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("names", ["own", "published"])
+def test_a_network_takes_its_ema_weights_one_by_one_and_nothing_else(tmp_path, monkeypatch, names):
+    """Of the other weights, those alone that are not trained: frequencies of Fourier features."""
+    config = digits_ncsnpp.get_config()
+    config.model.nf = 8
+    saved = train_state(config)
+    for number, average in enumerate(saved.ema.shadow_params):
+        average.fill_(number)
+    content = saved.state_dict()
+    frozen = {n: p for n, p in saved.model.named_parameters() if not p.requires_grad}
+    assert frozen
+    if names == "published":
+        published = reference_names(saved.model)
+        content["model"] = {f"module.{n}": content["model"][own] for n, own in published.items()}
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint(path, content)
+    loads, alive = [], []
+
+    def load(stored):
+        assert not any(reference() is not None for reference in alive)
+        tensor = read(stored)
+        loads.append(stored)
+        alive[:] = [weakref.ref(tensor)]
+        return tensor
+
+    read = StoredTensor.load
+    monkeypatch.setattr(StoredTensor, "load", load)
+    model = create_model(config)
+    assert load_ema(model, open_checkpoint(path, intact=True)) == 0
+    assert len(loads) == len(frozen) + len(saved.parameters)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all((p == number).all() for number, p in enumerate(trained))
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in frozen.items())
+
+
+class WithBuffer(torch.nn.Module):
+    """A network with a buffer, and with one weight under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+        self.tied = torch.nn.Linear(1, 1)
+        self.again = self.tied
+        self.register_buffer("mean", torch.zeros(2))
+
+
+def test_buffers_and_tied_weights_are_loaded(tmp_path):
+    saved = train_state(digits_ddpmpp.get_config(), WithBuffer())
+    saved.model.mean.fill_(3.0)
+    for average in saved.ema.shadow_params:
+        average.fill_(5.0)
+    save_checkpoint(tmp_path / "checkpoint.pth", saved.state_dict())
+    for read in (open_checkpoint, load_checkpoint):
+        model = WithBuffer()
+        load_ema(model, read(tmp_path / "checkpoint.pth"))
+        assert model.mean.tolist() == [3.0, 3.0]
+        assert all((p == 5).all() for p in model.parameters())
+
+
+def test_a_shared_file_is_opened_without_its_tensors(tmp_path):
+    config = digits_ddpmpp.get_config()
+    config.model.nf = 8
+    model, path = create_model(config), tmp_path / "model.safetensors"
+    save_shared(path, model.state_dict(), run_config.flatten(config), 3)
+    stored = open_checkpoint(path, intact=True)
+    assert all(isinstance(weight, StoredTensor) for weight in stored["model"].values())
+    other = create_model(config)
+    assert load_ema(other, stored) == 3
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert run_config.of(path, open_checkpoint(path)).model.nf == 8
+    with pytest.raises(ValueError, match="its content differs from its checksum"):
+        load_checkpoint(path)
 
 
 # --- which to evaluate ----------------------------------------------------------------------------

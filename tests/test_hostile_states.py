@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,8 +11,16 @@ from conftest import train_state
 from many_lives import small_config
 
 import run_lib
+from models import create_model
+from models.weights import load_ema
 from storage import run_config
-from storage.checkpoints import fit, load_checkpoint, save_checkpoint, written_steps
+from storage.checkpoints import (
+    fit,
+    load_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+    written_steps,
+)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +154,33 @@ def test_500_mutated_states_are_loaded_or_refused(trained, tmp_path):
         resumed.apply_gradient(torch.tensor(True))
         assert sound(resumed), number
     assert 250 < refused < 500
+
+
+def test_200_mutated_states_that_are_opened_give_finite_weights_or_are_refused(trained, tmp_path):
+    """As the whole file does, but for what is not read: weights that were trained, and moments."""
+    config, chance, refused = small_config(**{"training.n_iters": 3}), random.Random(6), 0
+    original, path = load_checkpoint(newest(trained)), tmp_path / "mutated.pth"
+    networks = create_model(config), create_model(config)
+    for number in range(200):
+        state = copy.deepcopy(original)
+        mutate(state, chance)
+        torch.save(state, path)
+        outcomes = []
+        for network, read in zip(networks, (open_checkpoint, load_checkpoint), strict=True):
+            load_ema(network, original)
+            try:
+                outcomes.append(fit(partial(load_ema, network), read(path), path))
+            except ValueError as error:
+                assert str(error).isprintable() and str(path) in str(error), number
+                outcomes.append(None)
+        opened, whole = outcomes
+        refused += opened is None
+        if opened is not None:
+            assert all(value.isfinite().all() for value in networks[0].state_dict().values())
+        if whole is not None:
+            assert opened == whole, number
+            assert all(map(torch.equal, *(n.state_dict().values() for n in networks))), number
+    assert 50 < refused < 190
 
 
 def groups(state):
