@@ -198,15 +198,19 @@ def test_any_method_by_one_override(path, sde):
     config = load(path)
     config.training.sde = sde
     config.model.nf = 8
+
+    def check_labels():
+        models.check_labels(config.model, sde, config.training.continuous)
+
     if config.model.scale_by_sigma and sde != "vesde":
         with pytest.raises(ValueError, match="set model.scale_by_sigma=False"):
-            models.check_labels(config)
+            check_labels()
         config.model.scale_by_sigma = False
     if config.model.embedding_type == "fourier" and sde in ("pfgmpp", "edm"):
         with pytest.raises(ValueError, match="set model.embedding_type='positional'"):
-            models.check_labels(config)
+            check_labels()
         config.model.embedding_type = "positional"
-    models.check_labels(config)
+    check_labels()
     models.create_model(config)
     sampling.get_sampling_fn(config, methods.get_method(config))
 
