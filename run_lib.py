@@ -92,16 +92,10 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     config, precisions = decide_precisions(config, workdir)
     training, seed = config.training, config.seed
     run, main = Experiment.build(config, identity_of(workdir)), distributed.is_main()
-    state, device = TrainState.from_config(config, run.network, run.objective), run.device
+    device, parameters = run.device, sum(p.numel() for p in run.network.parameters())
+    execution.check_precision(training.precision, device)
     run.sampler = sampling.for_snapshots(run.sampler, training.snapshot_solver)
     execution.prepare_process(training.precision, device)
-    state.network = execution.for_training(
-        run.network,
-        training.precision,
-        training.channels_last,
-        training.compile,
-        some_unused=not config.model.conditional,  # published: layers without a use
-    )
     prepare = Preparation.from_config(config, shared=run.method.uses_reference_batch)
     data = run.data.identity_of_run().entry() if main and not dry_run else {}
     train_data, test_data = run.data.get("train").to(device), run.data.get("test")
@@ -116,25 +110,33 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     shard = distributed.rank(), distributed.world()
     plan = [
         f"{run.method.name}, {len(train_data):,} images, "
-        f"{sum(p.numel() for p in state.parameters):,} parameters, {device}"
+        f"{parameters:,} parameters, {device}"
         + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
         run.data.describe(train_data, test_data, prepare.words),
-        *getattr(state.model, "remarks", ()),
+        *getattr(run.network, "remarks", ()),
         *[decided] * bool(decided),
         *precisions,
     ]
     if dry_run:
-        found = newest_checkpoint(workdir, set_aside=False)
-        if found:
-            fit(state.load_state_dict, found[1], found[0], run_config.changes(*found, config))
-        log.info(
-            f"would train from step {state.step} to {training.n_iters} in {workdir}: {plan[0]}"
-        )
+        step, newest = 0, newest_checkpoint(workdir, set_aside=False)
+        if newest:
+            path, content = newest
+            changes = run_config.changes(path, content, config)
+            step = fit(partial(load_ema, run.network), content, path, changes)
+        log.info(f"would train from step {step} to {training.n_iters} in {workdir}: {plan[0]}")
         for line in plan[1:]:
             log.info(line)
         run.data.close()
         return True
     config.data.changed = "refuse"  # allowed for this start; a checkpoint would allow it for ever
+    state = TrainState.from_config(config, run.network, run.objective)
+    state.network = execution.for_training(
+        run.network,
+        training.precision,
+        training.channels_last,
+        training.compile,
+        some_unused=not config.model.conditional,  # published: layers without a use
+    )
     with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
         distributed.check_agreement(state.step, state.parameters)
