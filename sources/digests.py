@@ -90,9 +90,9 @@ def of_array(array: NDArray, whole: bool = False) -> str:
     return joined(array.dtype.str, str(array.shape), *blocks)
 
 
-def of_words(*words: object, index: Numbers) -> str:
+def of_words(words: Sequence[str], index: Numbers) -> str:
     """The digest of the images `index` of data that `words` describe well enough."""
-    return joined(*map(str, words), index.tobytes())
+    return joined(*words, index.tobytes())
 
 
 def of_zip(path: Path, index: Numbers) -> str:

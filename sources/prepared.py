@@ -69,7 +69,7 @@ def open_prepared(
         source = Prepared(f"{name} ({stored})", opened)
         undecoded = PerProcess(partial(_data_source, name, stored, data.data_dir, decoded=False))
         label = Prepared(source.where, undecoded, "label").__getitem__
-        digest_of = partial(digests.of_words, *_files(builder.info, stored))
+        digest_of = partial(digests.of_words, _files(builder.info, stored))
     try:
         index = np.arange(len(source))
     except (NotImplementedError, OSError, LookupError) as error:
