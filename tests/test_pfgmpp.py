@@ -468,4 +468,4 @@ def test_negative_noise_labels_need_a_positional_embedding():
     config = config_of(8.0)
     config.model.embedding_type = "fourier"
     with pytest.raises(ValueError, match=r"set model\.embedding_type='positional'"):
-        models.check_labels(config)
+        models.check_labels(config.model, config.training.sde, config.training.continuous)
