@@ -21,7 +21,7 @@ from experiment import Experiment
 from sources.batch import Batch
 from storage.checkpoints import _check_records, load_checkpoint, save_to_resume
 from storage.files import atomic_write
-from training import train_step
+from training import TrainState, train_step
 
 ROUNDS = 15
 DIGESTS = {"CRC-32": zlib.crc32, "SHA-256": hashlib.sha256, "BLAKE2b": hashlib.blake2b}
@@ -42,14 +42,15 @@ def main() -> None:
     options = common.options(__doc__, **defaults)
     config = runpy.run_path(options.config)["get_config"]()
     run = Experiment.build(config)
+    trained = TrainState.from_config(config, run.network, run.objective)
     images = datasets.get_dataset(config, "train")[: config.training.batch_size].to(run.device)
-    batch = Batch(run.scaler(datasets.to_unit_interval(images)))
+    batch = Batch(run.codec.encode(datasets.to_unit_interval(images)))
 
     def step() -> None:
-        train_step(run.state, run.loss, batch).item()
+        train_step(trained, batch).item()
 
     step()
-    state = run.state.state_dict()
+    state = trained.state_dict()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "plain.pth"
 
@@ -68,7 +69,7 @@ def main() -> None:
             "torch.save in place": lambda: torch.save(state, path),
             "the same bytes, flushed and renamed": flush,
             "reading back against the checksums": check,
-            "looking for weights that are not finite": run.state.is_finite,
+            "looking for weights that are not finite": trained.is_finite,
             "save": lambda: save_to_resume(Path(folder), state),
             "torch.load": lambda: torch.load(path, map_location="cpu", weights_only=True),
             "load": lambda: load_checkpoint(path),

@@ -92,7 +92,7 @@ def sampling(config, num: int, steps: int) -> Iterator[Case]:
     def measure(options: dict) -> Figures:
         heun = {"sampling.ode_solver": "heun", "sampling.N": steps}
         run = Experiment.build(with_options(config, heun | options))
-        sample = functools.partial(run.sample, run.state.model, num)
+        sample = functools.partial(run.sampler, run.network, num)
         _, evaluations = sample()  # compiles
         ((seconds,), memory) = common.with_peak_memory(
             lambda: common.medians(sample, rounds=3, device=run.device), run.device

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import datasets
 import sampling
-from experiment import Experiment, origin_of
+from experiment import Experiment, load
 from methods.base import noise_like
 from metrics.reference import ReferenceStatistics
 from models.layers import NIN
@@ -44,7 +44,6 @@ from reports.images import Images, to_uint8
 from solvers import SOLVERS, Solver
 from solvers.base import Callback, Slope, Step
 from storage import run_config
-from storage.checkpoints import fit, load_checkpoint
 from storage.files import cached
 from storage.workdir import evaluation_folder
 
@@ -117,15 +116,15 @@ def draw(config, run: Experiment, setting: Setting, num: int) -> dict:
     noise = datasets.keyed_generator(run.device, "injected noise", config.seed)
     solver = Solver(partial(noisy_heun, alpha=setting.alpha, generator=noise))
     rounds, size = [], config.eval.batch_size
-    with mock.patch.dict(SOLVERS, noisy_heun=solver), quantized(run.state.model, setting.bits):
+    with mock.patch.dict(SOLVERS, noisy_heun=solver), quantized(run.network, setting.bits):
         sample = sampling.get_sampling_fn(config, run.method)
         for r, first in enumerate(range(0, num, size)):
             generator = datasets.keyed_generator(run.device, "samples", config.seed, r)
             try:
-                images, _ = sample(run.state.model, min(size, num - first), generator=generator)
+                images, _ = sample(run.network, min(size, num - first), generator=generator)
             except FloatingPointError as error:
                 print(f"no samples: {error}")
-                channels, *sides = datasets.image_shape(config)
+                channels, *sides = run.codec.data_shape
                 return {"samples": np.empty((0, *sides, channels), np.uint8)}
             rounds.append(to_uint8(images))
     return {"samples": np.concatenate(rounds)}
@@ -145,29 +144,25 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
     Raises:
         ValueError, OSError: there is no finished run in `workdir`, or its data cannot be read.
     """
-    stored = run_config.find(workdir)
-    if stored is None:
+    if run_config.find(workdir) is None:
         raise ValueError(f"there is no run in {workdir}")
-    path, config = stored
-    config.eval.num_samples = num
-    run = Experiment.build(config)
-    fit(run.state.load_network, load_checkpoint(path), path)
+    run = load(workdir, {"eval.num_samples": num}, fits=False).experiment
+    config = run.config
     statistics = ReferenceStatistics.build(config, run.device)
     if statistics.reference is None:
         statistics.measure(lambda images: None)
     folder, found = evaluation_folder(workdir, "robustness"), {}
-    channels, *sides = datasets.image_shape(config)
+    channels, *sides = run.codec.data_shape
     spec = {"samples": ("u", (None, *sides, channels))}
     curve = common.name_of(config, run.method)
-    with run.with_ema():
-        origin = origin_of(config, run) | {"num": num, "at once": config.eval.batch_size}
-        for setting in dict.fromkeys(s for panel in PANELS.values() for s in panel.values()):
-            name = f"n{setting.n}_alpha{setting.alpha}_bits{setting.bits}"
-            compute = partial(draw, config, run, setting, num)
-            drawn = cached(folder / f"{name}.npz", origin | setting._asdict(), compute, spec)
-            found[setting] = d = distance(drawn["samples"], statistics)
-            seconds = f"{float(drawn['seconds']):.1f} s"
-            print(f"{workdir} ({curve}): {name}: {d:.4f}, {seconds}", flush=True)
+    origin = run.origin() | {"num": num, "at once": config.eval.batch_size}
+    for setting in dict.fromkeys(s for panel in PANELS.values() for s in panel.values()):
+        name = f"n{setting.n}_alpha{setting.alpha}_bits{setting.bits}"
+        compute = partial(draw, config, run, setting, num)
+        drawn = cached(folder / f"{name}.npz", origin | setting._asdict(), compute, spec)
+        found[setting] = d = distance(drawn["samples"], statistics)
+        seconds = f"{float(drawn['seconds']):.1f} s"
+        print(f"{workdir} ({curve}): {name}: {d:.4f}, {seconds}", flush=True)
     return curve, found
 
 

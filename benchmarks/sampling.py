@@ -17,6 +17,7 @@ square over pixels in [0, 1].
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,12 +30,10 @@ from networks import plain
 
 import datasets
 import sampling
-from experiment import Experiment, fit_solver, origin_of
+from experiment import Experiment, load
 from metrics.distances import Gaussian, frechet_distance
 from solvers import SCHEDULES, SOLVERS
 from solvers.fitted import Fit
-from storage import run_config
-from storage.checkpoints import fit, load_checkpoint
 
 FEW = (5, 6, 7, 8, 10, 15, 20)
 COMPARED = 100  # samples whose exact solution is computed
@@ -73,76 +72,85 @@ class Measured(NamedTuple):
     error: float
 
 
+# How a run's sampler is to start; each setting changes it.
+PLAIN = {
+    "sampling.method": "ode",
+    "sampling.ode_solver": "heun",
+    "sampling.N": 18,
+    "sampling.schedule": "auto",
+    "sampling.order": None,
+    "sampling.S_churn": 0.0,
+    "sampling.noise_removal": True,
+}
+
 Steps = dict[Setting, tuple[int, ...]]
 Results = dict[tuple[str, int], Measured]  # (setting, evaluations) -> what it gave
+
+
+def prior_draws(run: Experiment, num: int) -> torch.Tensor:
+    """The draws (num, C, H, W) that all solvers start from."""
+    generator = datasets.keyed_generator(run.device, "benchmark", 0)
+    return run.method.prior_sampling((num, *run.codec.shape), generator, run.device)
 
 
 @torch.no_grad()
 def measure(workdir: Path, num: int, asked: Steps) -> tuple[str, Results]:
     """Prints the table of a run, and gives its name among methods and its results."""
-    path, config = run_config.find(workdir)
-    run = Experiment.build(config)
-    fit(run.state.load_network, load_checkpoint(path), path)
-    to_unit = datasets.get_data_inverse_scaler(config)
-    generator = datasets.keyed_generator(run.device, "benchmark", 0)
-    shape = (num, *datasets.image_shape(config))
-    prior = run.method.prior_sampling(shape, generator, run.device)
+    trained = load(workdir, PLAIN, fits=False)
+    run, path, to_unit = trained.experiment, trained.path, trained.experiment.codec.unclamped
+    config, prior = run.config, prior_draws(run, num)
     data = Gaussian.fit(datasets.get_dataset(config, "train")[:].flatten(1) / 255)
 
     def distance(samples):
         rounded = (to_unit(samples).clamp(0, 1) * 255).round().cpu()
         return frechet_distance(Gaussian.fit(rounded.flatten(1) / 255), data)
 
-    net, results, base = run.state.model, {}, np.nan
-    with run.with_ema():
-        origin = origin_of(config, run)
+    net, results, base = run.network, {}, np.nan
 
-        def made(setting: Setting, n: int) -> Fit:
-            """What is fitted to the network, where the setting asks for it."""
-            config.sampling.update(method="ode", ode_solver=setting.solver, N=n, order=None)
-            config.sampling.update(schedule=setting.schedule, noise_removal=True)
-            if not sampling.is_fitted(config):
-                return Fit(setting.schedule)
-            return fit_solver(config, run, path, origin)
+    def made(setting: Setting, n: int) -> Fit:
+        """What is fitted to the network, where the setting asks for it."""
+        named = {"solver": setting.solver, "schedule": setting.schedule, "n": max(n, 1)}
+        sampler = replace(run.sampler, **named)
+        if not sampler.is_fitted:
+            return Fit(setting.schedule)
+        return replace(run, sampler=sampler).fitted_sampler(path).fit
 
-        tight = {"rtol": 1e-6, "atol": 1e-6, "noise_removal": True}
-        exact, evaluations = sampling.solve_ode(
-            run.method, net.double(), prior[:COMPARED].double(), **tight
-        )
-        net.float()
-        name = common.name_of(config, run.method)
-        print(
-            f"\n{workdir}: {name}, step {run.state.step}, {num} samples, "
-            f"{common.setting(run.device)}; {evaluations} evaluations for the exact solution"
-        )
-        columns = ("solver", "<18"), ("steps", ">5"), ("evaluations", ">11"), ("distance", ">8.4f")
-        more = ("/ rk45", ">7.3f"), ("error", ">8.1e"), ("seconds", ">7.2f"), ("outside", ">7.1%")
-        table = common.Table(*columns, *more)
-        cases = [(setting, n) for setting, steps in asked.items() for n in steps]
-        for setting, n in [(Setting("rk45"), 0), *cases]:
-            watch = common.Stopwatch(run.device)
-            timed = watch.phase("network")(net)
-            fitting = made(setting, n)
-            with watch.phase("all"):
-                samples, evaluations = sampling.solve_ode(
-                    run.method,
-                    timed,
-                    prior,
-                    setting.solver,
-                    n,
-                    schedule=fitting.schedule,
-                    advance=fitting.advance,
-                    noise_removal=True,
-                )
-            inside, seconds = watch.seconds["network"], watch.seconds["all"]
-            difference = to_unit(samples[:COMPARED]) - to_unit(exact)
-            found, error = distance(samples), difference.square().mean().sqrt().item()
-            base = found if setting.solver == "rk45" else base
-            results[str(setting), evaluations] = Measured(found / base, error)
-            outside = 1 - inside / seconds
-            table.row(
-                str(setting), n or "", evaluations, found, found / base, error, seconds, outside
+    tight = {"rtol": 1e-6, "atol": 1e-6, "noise_removal": True}
+    exact, evaluations = sampling.solve_ode(
+        run.method, net.double(), prior[:COMPARED].double(), **tight
+    )
+    net.float()
+    name = common.name_of(config, run.method)
+    print(
+        f"\n{workdir}: {name}, step {trained.step}, {num} samples, "
+        f"{common.setting(run.device)}; {evaluations} evaluations for the exact solution"
+    )
+    columns = ("solver", "<18"), ("steps", ">5"), ("evaluations", ">11"), ("distance", ">8.4f")
+    more = ("/ rk45", ">7.3f"), ("error", ">8.1e"), ("seconds", ">7.2f"), ("outside", ">7.1%")
+    table = common.Table(*columns, *more)
+    cases = [(setting, n) for setting, steps in asked.items() for n in steps]
+    for setting, n in [(Setting("rk45"), 0), *cases]:
+        watch = common.Stopwatch(run.device)
+        timed = watch.phase("network")(net)
+        fitting = made(setting, n)
+        with watch.phase("all"):
+            samples, evaluations = sampling.solve_ode(
+                run.method,
+                timed,
+                prior,
+                setting.solver,
+                n,
+                schedule=fitting.schedule,
+                advance=fitting.advance,
+                noise_removal=True,
             )
+        inside, seconds = watch.seconds["network"], watch.seconds["all"]
+        difference = to_unit(samples[:COMPARED]) - to_unit(exact)
+        found, error = distance(samples), difference.square().mean().sqrt().item()
+        base = found if setting.solver == "rk45" else base
+        results[str(setting), evaluations] = Measured(found / base, error)
+        outside = 1 - inside / seconds
+        table.row(str(setting), n or "", evaluations, found, found / base, error, seconds, outside)
     return name, results
 
 
@@ -152,40 +160,33 @@ FORMS = {
     "bf16": {"precision": "bf16"},
     "channels last": {"channels_last": True},
     "bf16, channels last": {"precision": "bf16", "channels_last": True},
-    "float32, compiled": {"compile": True},
-    "bf16, compiled": {"precision": "bf16", "compile": True},
+    "float32, compiled": {"compiles": True},
+    "bf16, compiled": {"precision": "bf16", "compiles": True},
 }
 
 
 @torch.no_grad()
 def measure_speed(workdir: Path, num: int, rounds: int, compiles: bool) -> None:
     """Prints images per second of a run's network, in each of `FORMS`."""
-    path, config = run_config.find(workdir)
-    config.sampling.update(method="ode", ode_solver="heun", N=18, schedule="auto", S_churn=0.0)
-    run = Experiment.build(config)
-    fit(run.state.load_network, load_checkpoint(path), path)
-    generator = datasets.keyed_generator(run.device, "benchmark", 0)
-    shape = (num, *datasets.image_shape(config))
-    prior = run.method.prior_sampling(shape, generator, run.device)
-    to_unit, images, actions = datasets.get_data_inverse_scaler(config), {}, {}
+    run = load(workdir, PLAIN, fits=False).experiment
+    config, prior = run.config, prior_draws(run, num)
+    images, actions = {}, {}
 
     def plain_form() -> None:
-        x = plain()(plain_heun)(run.method, run.state.model, prior, config.sampling)
-        images["plain loop"] = to_unit(x).clamp(0, 1)
+        x = plain()(plain_heun)(run.method, run.network, prior, config.sampling)
+        images["plain loop"] = run.codec.decode(x)
 
     def form_of(name: str, sample) -> None:
-        images[name], _ = sample(run.state.model, x=prior)
+        images[name], _ = sample(run.network, x=prior)
 
     for name, options in FORMS.items():
-        if compiles or not options.get("compile"):
-            config.sampling.update(precision="fp32", channels_last=False, compile=False)
-            config.sampling.update(**options)
-            sample = sampling.get_sampling_fn(config, run.method)
-            actions[name] = partial(form_of, name, sample) if name != "plain loop" else plain_form
-    with run.with_ema():
-        for action in actions.values():
-            action()  # compiles, and loads libraries
-        seconds = common.medians(*actions.values(), rounds=rounds, device=run.device)
+        if compiles or not options.get("compiles"):
+            how = {"precision": "fp32", "channels_last": False, "compiles": False} | options
+            form = partial(form_of, name, replace(run.sampler, **how))
+            actions[name] = form if name != "plain loop" else plain_form
+    for action in actions.values():
+        action()  # compiles, and loads libraries
+    seconds = common.medians(*actions.values(), rounds=rounds, device=run.device)
     name = common.name_of(config, run.method)
     print(f"\n{workdir}: {name}, {num} samples of heun, {common.setting(run.device)}")
     columns = ("form", "<20"), ("seconds", ">8.2f"), ("images/s", ">9.1f"), ("/ plain", ">8.2f")

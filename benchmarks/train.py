@@ -31,7 +31,7 @@ import datasets
 import execution
 from experiment import Experiment, decide_precisions
 from methods import poisson
-from training import train_step
+from training import TrainState, train_step
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Experiment to measure, a file of configs/.")
@@ -50,11 +50,20 @@ class Trainer:
 
     def __init__(self, config):
         self.config, self.run = config, Experiment.build(config)
-        self.state, self.device = self.run.state, self.run.device
-        self.state.network = execution.for_training(config, self.state.model)
+        network, objective, self.device = self.run.network, self.run.objective, self.run.device
+        self.state = TrainState.from_config(config, network, objective)
+        training = config.training
+        execution.prepare_process(training.precision, self.device)
+        self.state.network = execution.for_training(
+            network,
+            training.precision,
+            training.channels_last,
+            training.compile,
+            some_unused=not config.model.conditional,
+        )
         shared = self.run.method.uses_reference_batch
         self.prepare = datasets.get_preparation(config, shared)
-        size, shape = self.run.loss.batch_size, datasets.image_shape(config)
+        size, shape = objective.batch_size, self.run.codec.data_shape
         number = max(size, IMAGES // torch.Size(shape).numel())
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (number, *shape), generator=generator, dtype=torch.uint8)
@@ -79,7 +88,7 @@ class Trainer:
         )
         timed = ((owner, name, watch.phase(p)(getattr(owner, name))) for owner, name, p in watched)
         with common.patched(*timed):
-            return train_step(state, self.run.loss, batch, generator)
+            return train_step(state, batch, generator)
 
     def measure(self, waits: bool = False) -> None:
         """One step; with `waits` the phases are told apart on a GPU, at the cost of its speed."""
@@ -96,7 +105,7 @@ class Trainer:
         split = [step for step in steps if step["waits"] or self.device.type != "cuda"]
         phases = {k: statistics.median(step[k] for step in split) for k in (*PHASES, "step")}
         phases["other"] = phases["step"] - sum(phases[name] for name in PHASES)
-        rate = self.run.loss.examples / seconds
+        rate = self.run.objective.examples / seconds
         return {
             "seconds": seconds,
             "phases": phases,
@@ -115,7 +124,9 @@ class PlainTrainer(Trainer):
         config.training.update(precision="fp32", compile=False, channels_last=False)
         config.model.checkpoint_activations = False
         super().__init__(config)
-        hyper = self.state.hyper_parameters | {"fused": False, "foreach": False}
+        names = "lr", "betas", "eps", "weight_decay", "amsgrad"
+        hyper = {name: self.state.optimizer.defaults[name] for name in names}
+        hyper |= {"fused": False, "foreach": False}
         self.state.optimizer = torch.optim.Adam(self.state.parameters, **hyper)
         self.state.ema.update = functools.partial(plain_ema, self.state.ema)
         self.state.apply_gradient = functools.partial(plain_update, self.state)
@@ -148,7 +159,7 @@ def plain_ema(ema, parameters, applied: Tensor) -> None:
 
 def count_flops(trainer: Trainer) -> float:
     """Of the network's forward and backward pass, for one image."""
-    x = torch.zeros(1, *datasets.image_shape(trainer.config), device=trainer.device)
+    x = torch.zeros(1, *trainer.run.codec.shape, device=trainer.device)
     with FlopCounterMode(display=False) as counter:
         out = trainer.state.model(x, torch.ones(1, device=trainer.device))
         sum(o.sum() for o in (out if isinstance(out, tuple) else (out,))).backward()
@@ -194,19 +205,20 @@ def main(argv: list[str]) -> None:
     trainers = {"ours": Trainer(config)}
     if FLAGS.plain:
         trainers["plain"] = PlainTrainer(config)
-    training, loss, device = config.training, trainers["ours"].run.loss, trainers["ours"].device
+    ours, training = trainers["ours"], config.training
+    objective, device = ours.run.objective, ours.device
     for waits in [False] * (1 + FLAGS.steps) + [True] * (device.type == "cuda"):
         for trainer in trainers.values():
             trainer.measure(waits)
 
-    flops, peak = count_flops(trainers["ours"]), measure_peak(device, training.precision)
+    flops, peak = count_flops(ours), measure_peak(device, training.precision)
     forms = {name: trainer.summary(flops, peak) for name, trainer in trainers.items()}
     name = Path(flags.FLAGS["config"].config_filename).stem
     results = {
         "config": name,
         "device": common.setting(device),
         **{key: training[key] for key in ("precision", "compile", "channels_last", "accumulate")},
-        "batch": [loss.examples, training.batch_size],
+        "batch": [objective.examples, training.batch_size],
         "flops_per_image": flops,
         "peak_flops": peak,
         "forms": forms,
@@ -214,7 +226,7 @@ def main(argv: list[str]) -> None:
     settings = [training.precision, "compiled" * training.compile]
     settings += ["channels last" * training.channels_last, f"accumulate {training.accumulate}"]
     print(
-        f"{name}: {loss.examples} of {training.batch_size} images, {results['device']}, "
+        f"{name}: {objective.examples} of {training.batch_size} images, {results['device']}, "
         f"{', '.join(filter(None, settings))}; medians of {FLAGS.steps}\n"
         f"{flops / 1e9:.1f} GFLOP an image, peak {peak / 1e12:.3g} TFLOP/s\n"
     )
