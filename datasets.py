@@ -1,4 +1,4 @@
-"""The data of a run: what a config names, each split opened once, measured, and told apart."""
+"""The data of a run, as a config names them: opened once for each split, measured, identified."""
 
 import contextlib
 import functools
@@ -103,12 +103,12 @@ MEASURED = 64  # images that `Data.measure_channels` looks at
 class Data:
     """The data that `options`, a config's `data`, name; each split is opened when it is needed.
 
-    Those of a run have to be the data that it began with, whose identity is `stored`: others are
-    refused or, with `data.changed='allow'`, noted for `close`; a class has the number that the run
-    gave its name. Of several processes the main one compares.
+    A run continues on the data it began with, whose identity is `stored`. Other data are refused
+    or, with `data.changed='allow'`, accepted and logged by `close`; classes keep the numbers that
+    the run gave their names. Of several processes the main one compares.
 
-    Methods that read raise ValueError where data are refused or not as they should be, and OSError
-    where they are not there; see `get_dataset`.
+    Methods that read raise ValueError where data are refused or malformed, and OSError where they
+    are missing; see `get_dataset`.
     """
 
     def __init__(self, options: ConfigDict, stored: Identity | None = None):
@@ -119,7 +119,7 @@ class Data:
 
     @property
     def name(self) -> str:
-        """The data set, with its category where it has several."""
+        """Name of the data set, with the category where it has several."""
         category = self.options.get("category")
         return self.options.dataset.lower() + (f"_{category}" if category else "")
 
@@ -152,10 +152,10 @@ class Data:
         return decoded(stream)
 
     def conditions(self, split: str, labels: bool = True) -> Conditions:
-        """What is known of each image of `split` besides its pixels; none is decoded.
+        """Conditions of each image of `split`; no image is decoded.
 
-        Those that `data.conditions` names, of a source with a method `conditions()`, and class
-        labels where `data.num_classes` asks for them.
+        They are those that `data.conditions` names, from a source with a method `conditions()`,
+        and class labels unless `data.num_classes` is 0.
         """
         self._compare()
         source, names, rows = self._source(split), self.condition_names, {}
@@ -173,11 +173,11 @@ class Data:
 
     @property
     def condition_names(self) -> list[str]:
-        """The conditions besides class labels that `data.conditions` names."""
+        """Names of the conditions besides class labels, from `data.conditions`."""
         return [name.strip() for name in self.options.conditions.split(",") if name.strip()]
 
     def labels(self, split: str) -> Tensor:
-        """The class labels (n,), int64, of a split, of which no image is decoded."""
+        """Class labels (n,), int64, of a split; no image is decoded."""
         self._compare()
         labels = torch.from_numpy(self._numbered(split).labels)
         return labels[labels >= 0]
@@ -197,11 +197,11 @@ class Data:
         return Identity(*map(len, sources), names, f"{kind}:{digest}")
 
     def identity_of_run(self) -> Identity:
-        """The identity for a run to keep: of these data, with the class numbers of the run."""
+        """Identity that the run stores: that of these data, with the class numbers of the run."""
         return replace(self.identity, classes=self.class_names or self.identity.classes)
 
     def close(self) -> None:
-        """Lets go of the opened sources, and logs, once, how the data differ from the run's."""
+        """Release the opened sources, and log once how the data differ from those of the run."""
         self._sources.clear()  # they may hold as much memory as the images
         while self._lines:
             log.warning(self._lines.pop(0))
@@ -259,8 +259,8 @@ class Data:
     def measure_channels(self) -> int:
         """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
 
-        They are spread over the split, and grey where R = G = B in every pixel. Arrays have as many
-        as are stored. Raises ValueError and OSError as `get_dataset`.
+        The images are spread over the split; grey ones have R = G = B in every pixel. Arrays keep
+        the channels they are stored with. Raises ValueError and OSError as `get_dataset`.
         """
         source = _source(_with_channels(self.options, 0), "train")
         channels, last = [], None
@@ -275,16 +275,16 @@ class Data:
         return max(channels)
 
     def measure_scale(self) -> Measured:
-        """The `data.scale` of 16-bit images, if any of both splits are; see `sixteen_bits`.
+        """The `data.scale` of 16-bit images of either split; see `sixteen_bits`.
 
-        () where no image files are there. Raises ValueError and OSError as `get_dataset`.
+        () where there are none, or no image files. Raises ValueError and OSError as `get_dataset`.
         """
         options = {"delay": 1, "disable": not distributed.is_main()}
         watch = partial(tqdm, desc="range of 16-bit images", unit="image", **options)
         return folder.measure_scale(self.options, watch)
 
     def measure_classes(self) -> int:
-        """How many classes the training images are of: the named ones, or as the labels need.
+        """Number of classes of the training images: of the named ones, or as many as labels need.
 
         Raises ValueError and OSError as `get_dataset`.
         """
@@ -293,12 +293,12 @@ class Data:
 
     @property
     def takes_scale(self) -> bool:
-        """Whether `data.scale` means anything: the data are image files."""
+        """True where `data.scale` has an effect: the data are image files."""
         named_folder = self.options.dataset.lower() == "folder"
         return named_folder and folder.names_files(self.options.path)
 
     def describe(self, train: DataSet, test: DataSet, changed: str = "") -> str:
-        """A line for the log on the data of a run: where they are, and what is made of them.
+        """One line for the log: where the data of a run are, and how images are made from them.
 
         `changed` says how a training step changes the images.
         """
@@ -324,10 +324,10 @@ class Data:
 def get_dataset(config, split: str, labels: bool = True) -> DataSet:
     """The data of a split, "train" or "test", that `config.data` names; see the module.
 
-    It has conditions, class labels among them where `data.num_classes` is not 0, unless `labels` is
-    False. What takes at most `data.resident_bytes` when decoded is decoded at once, without the
-    images that cannot be read; what takes more stays on disk. A `data.num_channels` of 0 and a
-    `data.scale` of () are measured.
+    It has conditions, and among them, unless `labels` is False, class labels where
+    `data.num_classes` is not 0. Data that take at most `data.resident_bytes` when decoded are
+    decoded at once, without the images that cannot be read; larger data stay on disk. A
+    `data.num_channels` of 0 and a `data.scale` of () are measured.
 
     Raises ValueError for an unknown data set or split, no image that can be read, images of another
     shape than configured, or class labels that are missing or out of range; OSError where the data

@@ -153,7 +153,7 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def from_main(text: Callable[[], str]) -> str:
-    """The string that `text()` gives in the main process, in all of them."""
+    """The main process's result of `text()`, in every process."""
     if world() == 1:
         return text()
     content = torch.tensor([*(text() if is_main() else "").encode()], dtype=torch.uint8)
@@ -165,7 +165,7 @@ def from_main(text: Callable[[], str]) -> str:
 
 
 def check_same(name: str, words: str) -> None:
-    """Raises ValueError where `words`, which describe what `name` says, are not the main one's."""
+    """Raise ValueError unless `words`, which describe `name`, equal those of the main process."""
     if (main := from_main(lambda: words)) != words:
         raise ValueError(
             f"rank {rank()} has other {name} than rank 0: {words:.200}, not {main:.200}"

@@ -61,9 +61,9 @@ class Evaluation:
     Attributes:
         run: the experiment, whose network holds the weights to evaluate.
         folder, k: where results go, and the checkpoint's number in their names.
-        origin: what tells the results of these weights from others; see `Experiment.origin`.
-        origin_of_data: the same of the split that likelihoods and losses are computed on.
-        seed: of all that is drawn.
+        origin: everything that the results of these weights depend on; see `Experiment.origin`.
+        origin_of_data: digests of the split that likelihoods and losses are computed on.
+        seed: of everything random.
         split: its name.
         batch_size: images at once.
         passes: over the split, each with new noise, for bits/dim.
@@ -138,11 +138,11 @@ class Evaluation:
     def bits_per_dim(self, data: DataSet) -> dict:
         """Bits per dimension of every image of a split, averaged over passes of new noise.
 
-        They are given the image's conditions where there are any, and have no guidance.
+        The network is given the image's conditions, if there are any, and no guidance.
 
-        The latents of the first batch are integrated back to images; the root mean square of what
-        that changes, in units of [0, 1], is `encoding_error`, and shows what the solver's tolerance
-        costs.
+        The latents of the first batch are integrated back to images. `encoding_error` is the root
+        mean square difference from the original images, in units of [0, 1]: the effect of the
+        solver's tolerance.
 
         Returns the report's entries `bpd...` and `encoding_error` (docs/architecture.md), in the
         main process only. Raises FloatingPointError where the ODE cannot be solved.
@@ -196,7 +196,7 @@ class Evaluation:
         """log p(label | image) of every image of a split, by its likelihood given each class label.
 
         p(label) is the share of the class in the training images. The likelihoods of an image share
-        the noise that dequantises it and their probe, so that these do not tell the labels apart.
+        the dequantisation noise and the probe, so that they differ by the label alone.
 
         Returns the report's entries `accuracy` and `class...` (docs/architecture.md), in the main
         process only. Raises FloatingPointError where the ODE cannot be solved.
@@ -304,7 +304,7 @@ class Evaluation:
         )
 
     def _halves(self, comparison: Comparison, space: FeatureSpace, i: int) -> dict:
-        """The entries of `compare_halves`, kept in the folder: every checkpoint has the same."""
+        """The entries of `compare_halves`, cached in the folder: all checkpoints share them."""
         features = comparison.reference.features
         if features is None:
             return {}
@@ -321,8 +321,8 @@ class Evaluation:
     def _rounds(self, spaces: Sequence[FeatureSpace]) -> list[dict]:
         """The samples in rounds of `batch_size`: `path`, `nfe`, `seconds`, `spaces`, `pool_3`.
 
-        `spaces` are the features in each space, `pool_3` those in the first. A round is a file of
-        samples and one of their features in each space, and a kill costs one round at most.
+        `spaces` are the features in each space, `pool_3` those in the first. A round has a file of
+        samples, and a file of their features in each space; a kill costs one round at most.
         """
         run, folder = self.run, self.folder / f"ckpt_{self.k}"
         numbers = numbers_of_rounds(self.num_samples, self.batch_size)
@@ -358,10 +358,10 @@ class Evaluation:
         return shared("sampling", tasks)
 
     def draw_round(self, r: int, number: int) -> dict:
-        """The finite ones of `number` samples, uint8, with their class labels if there are any.
+        """Draw `number` samples; the finite ones, uint8, with their class labels if there are any.
 
-        None where their common solver diverges. Raises TooManyEvaluations: these samples would be
-        finite with a larger limit.
+        There are none where the solver diverges. Raises TooManyEvaluations where it stops at its
+        limit, since with a larger one these samples could be finite.
         """
         run, generator = self.run, self.generator("samples", r)
         conditions = run.draw_conditions(number, "samples", r)
@@ -382,7 +382,7 @@ class Evaluation:
         return drawn if labels is None else drawn | {"labels": labels[finite].cpu().numpy()}
 
     def draw_images(self) -> None:
-        """A picture of some samples, for the eye only."""
+        """Save a picture of samples, for the eye only."""
         wanted = min(GRID_SAMPLES, self.num_samples)
         numbers = enumerate(numbers_of_rounds(wanted, self.batch_size))
         samples = np.concatenate([self.draw_round(r, n)["samples"] for r, n in numbers])
@@ -390,7 +390,7 @@ class Evaluation:
             save_grid(self.picture("ode_images"), samples)
 
     def _draw(self, comparison: Comparison, data: DataSet | None, rounds: list[dict]) -> None:
-        """Pictures of samples, of training images, and of samples with the nearest of these."""
+        """Save pictures of samples, of training images, and of samples beside their nearest."""
         first = np.arange(min(GRID_SAMPLES, len(comparison.features)))
         save_grid(self.picture("ode_images"), samples_at(rounds, first))
         if data is None:
@@ -398,7 +398,7 @@ class Evaluation:
         reference = comparison.reference
         index = torch.from_numpy(reference.index[: len(first)])
         save_grid(self.picture("data_images"), channels_last(data[index]))
-        # samples, and below each the training image nearest to it, to look for copies: first those
+        # samples, and below each its nearest training image, to look for copies: first those
         # samples that are closest to the data, then the first ones drawn
         distances, rows = comparison.nearest
         number, strips = min(PAIRS, len(distances)), []
@@ -474,7 +474,7 @@ def passes_of(split: str, repeats: int) -> int:
 
 
 def numbers_of_rounds(number: int, size: int) -> list[int]:
-    """How many of `number` samples each round draws, at most `size`."""
+    """Number of samples of each round, at most `size`, `number` in all."""
     return [min(size, number - first) for first in range(0, number, size)]
 
 
@@ -503,7 +503,7 @@ def samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
 
 
 def _read_round(drawn: dict, kinds: dict[str, str]) -> dict:
-    """The arrays of `kinds` in the file of a round, which have a row for each sample."""
+    """The arrays `kinds` of a round's file, with one row for each sample."""
     path, n = drawn["path"], len(drawn["pool_3"])
     rest = {"samples": (None, None, None)}
     spec = {name: (kind, (n, *rest.get(name, ()))) for name, kind in kinds.items()}

@@ -29,10 +29,10 @@ def for_training(
 ) -> nn.Module:
     """`model` as the training step calls it; the weights are shared.
 
-    `some_unused` says that its output does not depend on all of its parameters.
+    With `some_unused` its output does not depend on all of its parameters.
 
     Raises:
-        ValueError: an unknown precision, or one that the device of `model` does not have.
+        ValueError: the precision is unknown, or the device of `model` does not support it.
     """
     device = next(model.parameters()).device
     check_precision(precision, device)
@@ -116,7 +116,7 @@ def full_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_products() -> Iterator[None]:
-    """Within the `with` block float32 products are in full, of matrices and in convolutions."""
+    """Within the `with` block matrix products and convolutions of float32 have full precision."""
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -127,7 +127,7 @@ def float32_products() -> Iterator[None]:
 
 
 def prepare_process(precision: str, device: torch.device) -> None:
-    """Set what holds for the whole process of a program, not of a caller of the library.
+    """Set options of the whole process, for a program; a caller of the library sets its own.
 
     `precision` is that of `training.precision`; see `set_float32_products`, `keep_freed_memory`.
     """

@@ -47,8 +47,8 @@ PRECISION_KEYS = ("training.precision", "sampling.precision")
 MEASURED_PIXELS = 2**14  # of the images that a precision is measured with on a CPU
 
 EARLIER_RULES = (
-    "data.rules={}: the run began before the present rules on what is data; it reads and holds "
-    "out what it did then"
+    "data.rules={}: the run began before the present rules on which files are data; it reads and "
+    "holds out the same files as then"
 )
 
 # What these depend on besides the images themselves.
@@ -86,7 +86,8 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     lines, scale_lines, own, found = [], [], {}, {}
     if left_open or (newest > 1 and not config.data.rules):
         stored = run_config.find(workdir)
-        if stored and stored[0].suffix == ".pth":  # config.json may be of a start without a state
+        # config.json may stem from a start that saved no state
+        if stored and stored[0].suffix == ".pth":
             own = run_config.flatten(stored[1])
     if not config.data.rules:
         of_same = str(own.get("data.dataset")).lower() == config.data.dataset.lower()
@@ -119,22 +120,22 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
 
 
 def _mean_norm(config) -> float:
-    with torch.device("meta"):  # mistakes of the network show before all images are read
+    with torch.device("meta"):  # mistakes in the network's config show before images are read
         models.create_model(config)
     data = Data(config.data).get("train", labels=False)
     if norm := mean_norm(data, get_codec(config).encode):
         return norm
     raise ValueError(
-        f"all training images are black, of norm 0, which no {', '.join(MEASURED)} can be measured "
-        "from: set data.centered=True, or these"
+        f"all training images are black, of norm 0, so no {', '.join(MEASURED)} can be measured "
+        "from them: set data.centered=True, or set these keys"
     )
 
 
 def identity_of(workdir: Path, evaluated: ConfigDict | None = None) -> Identity | None:
-    """The identity of the data of the run in `workdir`, from the newest checkpoint that it has.
+    """The identity of the data of the run in `workdir`, from its newest checkpoint.
 
-    None where there is no run, or it began with a program that did not keep it; and where the
-    config of an evaluation, `evaluated`, names another data set on purpose (see `_identity_in`).
+    None where there is no run, where an older program wrote the checkpoint without an identity, or
+    where `evaluated`, the config of an evaluation, names another data set (see `_identity_in`).
 
     Raises:
         ValueError: the checkpoint has something else in its place.
@@ -144,9 +145,9 @@ def identity_of(workdir: Path, evaluated: ConfigDict | None = None) -> Identity 
 
 
 def _identity_in(path: Path, content: dict, evaluated: ConfigDict | None) -> Identity | None:
-    """The identity in a checkpoint; None where `evaluated` has another `data.dataset` than its.
+    """The identity in a checkpoint; None where `evaluated` has another `data.dataset`.
 
-    The lines on what the config changes tell of such a data set.
+    The log's lines on what the config changes name such a data set.
     """
     own = content.get("config")
     name = own.get("data.dataset") if type(own) is dict else None
@@ -217,8 +218,8 @@ def _inputs(config, number: int, model: nn.Module) -> tuple[Tensor, Tensor]:
 class Experiment:
     """The parts that a config names, each built once.
 
-    `draw_conditions(number, purpose, *key)` gives rows of conditions to sample with, keyed as
-    `keyed_generator`. `data` are read when they are first needed.
+    `draw_conditions(number, purpose, *key)` draws rows of conditions to sample with; `purpose` and
+    `key` are those of `keyed_generator`. `data` are read when they are first needed.
     """
 
     config: ConfigDict
@@ -233,9 +234,9 @@ class Experiment:
 
     @classmethod
     def build(cls, config, identity: Identity | None = None) -> "Experiment":
-        """Raises ValueError, in one line, for what the config gets wrong.
+        """Build the parts of `config`; ValueError, in one line, for a mistake in it.
 
-        `identity` is that of the data of the run, if it is known (`identity_of`).
+        `identity` is that of the data of the run, if there is one (`identity_of`).
         """
         check(config)
         device = _device(config.device)
@@ -275,7 +276,7 @@ class Experiment:
 
     @property
     def classes(self) -> int:
-        """How many classes the network is given; 0: none."""
+        """Number of classes that the network is given; 0: none."""
         return self.config.data.num_classes
 
     def load_objective(self, checkpoint: dict) -> None:
@@ -287,9 +288,9 @@ class Experiment:
         self.objective.load_state_dict(entries)
 
     def fitted_sampler(self, checkpoint: Path) -> sampling.Sampler:
-        """The sampler, fitted to the weights of the network, which are those of `checkpoint`.
+        """The sampler, fitted to the network's weights, which come from `checkpoint`.
 
-        One that nothing is fitted of is left as it is.
+        A sampler without a fitted schedule or solver is returned unchanged.
         """
         if not self.sampler.is_fitted:
             return self.sampler
@@ -305,7 +306,7 @@ class Experiment:
         return fitting.fitted()
 
     def origin(self) -> dict:
-        """All that results of the network depend on, in words that can be compared."""
+        """Everything that results of the network depend on, as text that can be compared."""
         config, guidance = self.config, self.sampler.guidance
         guide = guidance and guidance.guide
         sampler = config.sampling.to_dict()
@@ -338,7 +339,7 @@ def load(
         overrides: values by key as on the command line, {"sampling.ode_solver": "heun"}; the others
             are the run's own.
         config: takes the place of the run's own; a checkpoint of the published programs has none.
-        fits: fit a sampler of the name 'fitted' to the weights; else it is one without a fit.
+        fits: fit a schedule or solver 'fitted' to the weights; else see `Sampler.without_fit`.
 
     Raises:
         OSError: there is no checkpoint, or it cannot be read.
@@ -374,9 +375,9 @@ def load(
 
 
 def _condition_drawer(config, device: torch.device, data: Data) -> Callable[..., Conditions]:
-    """Draw the conditions of training images, which are read when they are first needed.
+    """A function that draws conditions of training images, which are read at its first call.
 
-    A `sampling.class_label` is that of all.
+    A `sampling.class_label` other than -1 is the class label of every row.
     """
     seed, classes, label = config.seed, config.data.num_classes, config.sampling.class_label
     of_training = functools.cache(lambda: data.conditions("train"))
@@ -393,7 +394,7 @@ def _condition_drawer(config, device: torch.device, data: Data) -> Callable[...,
         generator = keyed_generator("cpu", f"class labels of {purpose}", seed, *key)
         rows = torch.arange(len(next(iter(conditions.values()))))
         if (labels := conditions.get("class_labels")) is not None:
-            rows = rows[labels >= 0]  # -1 is that of an image which cannot be read
+            rows = rows[labels >= 0]  # -1 labels an image that cannot be read
         rows = rows[torch.randint(len(rows), (number,), generator=generator)]
         return conditions.map(lambda condition: condition[rows].to(device))
 

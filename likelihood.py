@@ -109,7 +109,7 @@ class Likelihood:
 
     Attributes:
         method: whose ODE.
-        codec: what stored data are to the method.
+        codec: between stored data and the method's x.
         divergence: a name in `DIVERGENCES`.
         rtol, atol, max_evaluations: see `log_likelihood`.
     """
@@ -140,7 +140,7 @@ class Likelihood:
 
     @classmethod
     def from_config(cls, config, method: Method, codec: Codec) -> Self:
-        """Raises ValueError where the method has no likelihood, or a number is out of range."""
+        """The likelihood of `method`; ValueError where it has none, or a number is out of range."""
         numbers = {field: get(config, key) for field, key in cls.options.items()}
         return cls(method=method, codec=codec, **numbers)
 

@@ -47,7 +47,7 @@ class Regression(nn.Module):
         method: whose prediction.
         reduce_mean: see above.
         batch_size: images that a training step takes from the data.
-        examples: of these, how many are perturbed; all of them are the reference batch.
+        examples: number of these that are perturbed; the whole batch is the reference batch.
         label_dropout: share of the examples that lose their conditions; see `Conditions.drop`.
     """
 
@@ -120,7 +120,7 @@ class Regression(nn.Module):
         return squared if weight is None else weight.to(squared)[:, None] * squared
 
 
-# training.objective -> the objective.
+# training.objective -> the class of the objective.
 OBJECTIVES: dict[str, type[Regression]] = {"regression": Regression}
 
 

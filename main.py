@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     _log_to_stdout()
     workdir, several = Path(FLAGS.workdir), "TORCHELASTIC_RUN_ID" in os.environ
     given = command_line.overridden(sys.argv[1:])
-    if FLAGS.mode == "train":  # which evaluation the run will have is open
+    if FLAGS.mode == "train":  # how the run will be evaluated is not decided yet
         given = [key for key in given if not key.startswith("eval.")]
     for line in without_effect(FLAGS.config, given):
         logging.info(line)

@@ -128,14 +128,14 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             log.info(line)
         run.data.close()
         return True
-    config.data.changed = "refuse"  # allowed for this start; a checkpoint would allow it for ever
+    config.data.changed = "refuse"  # the permission is for this start, and not stored
     state = TrainState.from_config(config, run.network, run.objective)
     state.network = execution.for_training(
         run.network,
         training.precision,
         training.channels_last,
         training.compile,
-        some_unused=not config.model.conditional,  # published: layers without a use
+        some_unused=not config.model.conditional,  # published networks have unused layers then
     )
     with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
@@ -411,7 +411,7 @@ def export(
     checkpoint: Path | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Writes the EMA weights of `checkpoint`, by default the newest, as one file to share.
+    """Write the EMA weights of `checkpoint`, by default the newest, as one file to share.
 
     It is `model.safetensors` in `outdir`, by default the workdir, and has the config too.
 
@@ -617,10 +617,10 @@ def _save(
     written: list[int],
     numbered: bool = False,
 ) -> list[int]:
-    """Saves `state` to resume from and, where `numbered`, to evaluate; returns the steps `written`.
+    """Save `state` to resume from and, if `numbered`, to evaluate; return the steps `written`.
 
-    `data` is the entry of the data's identity (`Identity.entry`). Ruined weights are not saved, as
-    they would cost the good ones before.
+    `data` is the identity of the data (`Identity.entry`). Weights that are not finite are not
+    saved, since they would replace good ones.
     """
     distributed.check_agreement(state.step, state.parameters)
     if not state.is_finite():

@@ -46,7 +46,7 @@ KEYS = {
     ),
 }
 
-# Of all samplers, of the ODE's, and of the SDE's.
+# Keys of all samplers, of samplers of the ODE, and of those of the SDE.
 ALL_KEYS = {
     "sampling.noise_removal": Key(True, Flag(), "end with a step of denoising"),
     "sampling.class_label": Key(
@@ -136,12 +136,12 @@ PC_KEYS = {
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a slope is mixed of two; see `methods.guidance.Guided`.
+    """Options of guidance, a mixture of two slopes; see `methods.guidance.Guided`.
 
     Attributes:
         weight: of the network's slope c in u + weight (c - u).
         interval: noise levels above the first and up to the second, where there is guidance.
-        guide: the network that gives u; None for the sampled one without class labels.
+        guide: the network of the slope u; None for the network itself without class labels.
     """
 
     weight: float
@@ -186,10 +186,10 @@ class Sampler(abc.ABC):
         codec: between the method's x and the data.
         noise_removal: end with a step of denoising.
         guidance: None for the network's own slope.
-        class_label: of all samples that are given none; -1: none.
-        measurement: samples agree with it; without noise they have exactly this measurement, up to
-            the clamping to what data can be. There have to be as many samples as rows of it.
-        restorer: how; a name in `RESTORERS`.
+        class_label: of samples that are drawn without labels as an argument; -1: none.
+        measurement: samples agree with it, exactly if it has no noise, up to the clamping to the
+            range of the data. It has one row for each sample.
+        restorer: name in `RESTORERS` of the way to make samples agree.
         resample: times that each step is taken by the restorer "replacement".
         batch_size: samples of a call that names neither their number nor prior draws.
         precision, channels_last, compiles: see `execution.for_sampling`.
@@ -225,7 +225,7 @@ class Sampler(abc.ABC):
         self.check()
 
     def check(self) -> None:
-        """Raises ValueError, in one line, for numbers out of range or without a meaning."""
+        """Raise ValueError, in one line, for values out of range or that contradict each other."""
         return
 
     @property
@@ -235,12 +235,12 @@ class Sampler(abc.ABC):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether schedule or solver have to be made for a network."""
+        """True if the schedule or the solver has to be fitted to a network."""
         return False
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The plain values that tell this sampler from others of its method, codec and guide."""
+        """Values that distinguish this sampler from others of the same method, codec and guide."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = (str, int, float, bool, tuple, type(None))
         values = {name: value for name, value in values.items() if isinstance(value, plain)}
@@ -250,15 +250,15 @@ class Sampler(abc.ABC):
     @property
     @abc.abstractmethod
     def couples_samples(self) -> bool:
-        """Whether samples that are drawn together depend on each other.
+        """True if samples that are drawn together depend on each other.
 
-        A solver that chooses its steps has one step size for all of them, and a corrector may have.
+        An adaptive solver has one step size for all of them, and so may a corrector.
         """
 
     @property
     @abc.abstractmethod
     def tells_times(self) -> bool:
-        """Whether a callback is told x at times, not y = x / alpha at noise levels."""
+        """True if a callback gets x and the time, instead of y = x / alpha and the noise level."""
 
     @classmethod
     def from_config(cls, config, method: Method, codec: Codec, guide: Network | None) -> Self:
@@ -290,10 +290,10 @@ class Sampler(abc.ABC):
 
         Args:
             net: the network.
-            num: of samples from a fresh prior draw; by default `batch_size`.
+            num: number of samples from a fresh prior draw; by default `batch_size`.
             x: prior draws (B, C, H, W) to start from instead.
-            generator: source of all noise, on the device of the samples; with `x` also several, one
-                for each sample. Without, the device is that of `x`, else the network's.
+            generator: source of all noise, on the device of the samples; or, with `x`, one for each
+                sample. Without any, samples are on the device of `x`, else on the network's.
             callback: called before each step (`solvers.base.Step`).
             conditions: what the network is given, rows (num, ...) by name; class labels of -1 are
                 none, and by default all are `class_label`.
@@ -301,7 +301,7 @@ class Sampler(abc.ABC):
 
         Raises:
             FloatingPointError: the solution is not finite, or takes too many evaluations.
-            ValueError: what is to be fitted is not (see `ODESampler`).
+            ValueError: schedule or solver is "fitted", but there is no fit (see `ODESampler`).
         """
         method = self.method
         if x is None:
@@ -334,12 +334,12 @@ class Sampler(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ODESampler(Sampler):
-    """The sampling ODE, by a solver in given steps or in steps that it chooses.
+    """The sampling ODE, by a solver with fixed or adaptive steps.
 
     Attributes:
         solver, n, schedule, rho, order, churn, rtol, atol, max_evaluations: see `solve_ode`; `n` is
             `sampling.N`.
-        fit: what is made for a network, where the schedule or the solver is "fitted".
+        fit: schedule and steps fitted to a network, where schedule or solver is "fitted".
     """
 
     solver: str = "rk45"
@@ -477,7 +477,7 @@ class ODESampler(Sampler):
         )
 
     def without_fit(self) -> Self:
-        """The sampler with the solver's own schedule for 'fitted', and 'ipndm' as the solver."""
+        """The sampler with the schedule 'auto' and the solver 'ipndm' in place of fitted ones."""
         schedule = "auto" if self.schedule == FITTED else self.schedule
         solver = "ipndm" if self.solver == FITTED else self.solver
         return replace(self, schedule=schedule, solver=solver, fit=None)
@@ -558,23 +558,23 @@ class PCSampler(Sampler):
         )
 
     def without_fit(self) -> Self:
-        """The sampler itself, of which nothing is fitted."""
+        """The sampler itself, since nothing in it is fitted."""
         return self
 
 
-# sampling.method -> the sampler.
+# sampling.method -> the class of the sampler.
 SAMPLERS: dict[str, type[Sampler]] = {"ode": ODESampler, "pc": PCSampler}
 
 
 def choose(name: str, value: str, choices: Iterable[str], method: Method) -> None:
-    """Raises ValueError unless `value`, of the key `sampling.{name}`, is one of the `choices`."""
+    """Raise ValueError unless `value`, of the key `sampling.{name}`, is one of the `choices`."""
     if value not in choices:
         known = ", ".join(choices)
         raise ValueError(f"{method.name} has no sampling.{name}={value!r}; it has: {known}")
 
 
 def check_positive(sampler: Sampler, *names: str) -> None:
-    """Raises ValueError unless the numbers `names` of a sampler are positive."""
+    """Raise ValueError unless the numbers `names` of a sampler are positive."""
     for name in names:
         if not getattr(sampler, name) > 0:
             raise ValueError(f"sampling.{name} must be positive, not {getattr(sampler, name)}")
@@ -587,11 +587,10 @@ def _check_classes(classes: int, label: int) -> None:
 
 
 def for_snapshots(sampler: Sampler, solver: str) -> Sampler:
-    """The sampler of the pictures that training draws: one of few evaluations.
+    """The sampler of the pictures that training draws, of few evaluations.
 
-    `solver`, `training.snapshot_solver`, takes the place of one that chooses its own steps, since a
-    young network can make it take any number. The weights still change, so that levels and steps
-    fitted to them would not last.
+    `solver`, from `training.snapshot_solver`, replaces an adaptive one, which can take any number
+    of steps with a network early in training. There is no fit, since the weights still change.
     """
     sampler = sampler.without_fit()
     if not isinstance(sampler, ODESampler) or solver_named(sampler.solver).schedule:
@@ -600,9 +599,9 @@ def for_snapshots(sampler: Sampler, solver: str) -> Sampler:
 
 
 def for_trajectories(sampler: ODESampler) -> ODESampler:
-    """The sampler of the trajectories that schedule and solver are fitted to.
+    """The sampler of the trajectories to which schedule and solver are fitted.
 
-    It has to be given the schedule `solvers.fitted.fine_levels`. With it, for Gaussian data, the
+    Its schedule has to be set to `solvers.fitted.fine_levels`. With it, for Gaussian data, the
     relative error of the samples is 2e-4 with `unipc` and 2e-3 with `multistep`.
     """
     return replace(
@@ -619,7 +618,7 @@ def for_trajectories(sampler: ODESampler) -> ODESampler:
 
 
 def for_fitting(sampler: ODESampler) -> ODESampler:
-    """The sampler that takes the steps that are fitted; it has to be given them."""
+    """The sampler for fitted steps, which the caller has to add."""
     return replace(
         sampler,
         solver=FITTED,
@@ -644,8 +643,8 @@ def get_sampling_fn(config, method: Method, guide: Network | None = None) -> Sam
 def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
     """Points on the arcs from `start` to `end`, each (n, C, H, W): (n, k, C, H, W).
 
-    `shares` (k,) of an arc's angle lie behind its points, 0 for `start` and 1 for `end`; between
-    vectors of one length all points have that length (Shoemake 1985).
+    `shares` (k,) are shares of the arc's angle, from 0 at `start` to 1 at `end`; between vectors of
+    one length all points have that length (Shoemake 1985).
     """
     a, b = start.flatten(1), end.flatten(1)
     angle = torch.nn.functional.cosine_similarity(a, b).clamp(-1, 1).acos()[:, None] / math.pi
@@ -660,7 +659,7 @@ def seeds_of(text: str) -> list[int]:
     """The seeds that `sampling.seeds` names, such as "0-63" or "1,2,5-10", each once.
 
     Raises:
-        ValueError: a range falls, or they are more than `MAX_SEEDS`.
+        ValueError: a range falls, or there are more than `MAX_SEEDS`.
     """
     seeds: dict[int, None] = {}
     for piece in text.split(",") if text else ():

@@ -68,8 +68,8 @@ class TrainState:
         model: the network.
         objective: what is minimised, whose own parameters are optimised too.
         optimizer: makes the optimiser of named parameters; see `optimizers`.
-        ema: of the network's parameters.
-        ema_stds: relative widths of power-function averages that are kept beside it.
+        ema: EMA of the network's parameters.
+        ema_stds: relative widths of additional power-function averages.
         n_iters, warmup, cooldown: see `learning_rate_factor`.
         grad_clip: largest global norm of the gradient; negative for no clipping.
         replaces_nonfinite: entries of a gradient that are not finite are replaced; see
@@ -77,8 +77,8 @@ class TrainState:
         accumulate: micro-batches of a step.
 
     Attributes:
-        network: what a step calls: `model`, or what `execution` makes of it.
-        parameters: those of the network that are trained.
+        network: `model` as a step calls it, wrapped by `execution` if necessary.
+        parameters: those of the network that the optimiser updates.
         averages: the power-function averages, by relative width.
     """
 
@@ -162,7 +162,7 @@ class TrainState:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Everything, to go on training; the optimiser's options stay those of the config.
+        """Load everything, to continue training; the optimiser's options stay those of the config.
 
         `state` is a `state_dict()` on the CPU, or a checkpoint of the published implementations,
         known by the names of its weights. Nothing is changed before all of it is checked.
@@ -189,7 +189,7 @@ class TrainState:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _checked_moments(self, optimizer: dict, steps: int) -> dict[int, dict]:
-        """Copies of each parameter's state in that of an `optimizer` after so many `steps`."""
+        """Checked copies of each parameter's state in `optimizer`, stored after `steps` steps."""
         template, complete = self._template()
         groups = self.optimizer.state_dict()["param_groups"]
         check_keys(optimizer, ("state", "param_groups"), "optimizer")
@@ -199,7 +199,7 @@ class TrainState:
             number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
             raise ValueError(f"optimizer.param_groups is not a list of {number}")
         for group, expected in zip(stored, groups, strict=True):
-            order = group.get("params")  # of what a file may hold, only numbers can be compared
+            order = group.get("params")  # a file may hold anything; only numbers can be compared
             numbers = type(order) is list and all(type(n) is int for n in order)
             if not numbers or order != expected["params"]:
                 raise ValueError("optimizer.param_groups has the parameters in another order")
@@ -221,9 +221,10 @@ class TrainState:
         return moments
 
     def _template(self) -> tuple[dict[int, dict], bool]:
-        """The form of the optimiser's state, and whether each parameter has one from the start.
+        """A state like the optimiser's, by parameter, and True if the optimiser already has one.
 
-        Where it is made in the first step, it is that of a step of copies by gradients of 0.
+        If it is made only in the first step, the state is that of copies after a step with zero
+        gradients.
         """
         if state := self.optimizer.state_dict()["state"]:
             return state, True
@@ -236,19 +237,19 @@ class TrainState:
         return trial.state_dict()["state"], False
 
     def set_learning_rate(self) -> None:
-        """Sets that of the next step."""
+        """Set the learning rate of the next step."""
         factor = learning_rate_factor(self.step, **self.schedule)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
 
     def apply_gradient(self, finite: Tensor) -> None:
-        """Moves weights and EMA where `finite` (0-d bool, on their device) holds.
+        """Update weights and EMA if `finite` (0-d bool, on their device) is true.
 
-        Elsewhere they stay as they are, and the optimiser too. With a fused optimiser no tensor is
-        read by the host, so that it need not wait for the device.
+        Otherwise these and the optimiser stay unchanged. With a fused optimiser the host reads no
+        tensor, and need not wait for the device.
         """
         if all(group.get("fused") for group in self.optimizer.param_groups):
-            self.optimizer.found_inf = 1.0 - finite.float()  # the fused step heeds it
+            self.optimizer.found_inf = 1.0 - finite.float()  # read by the fused step
             self.optimizer.step()
         elif finite:
             self.optimizer.step()
@@ -275,7 +276,7 @@ def checked_averages(state: dict, parameters: Sequence[Tensor]) -> dict[float, l
     """The power-function averages of `parameters` in the `state` of a run, by relative width.
 
     Raises:
-        ValueError: it has none, or those of other weights.
+        ValueError: it has none, or they do not fit `parameters`.
     """
     averages = state.get("averages", [])
     if type(averages) is not list or not averages:

@@ -8,6 +8,6 @@ and states what else differs:
     return config
 
 Later parts and later lines win. `default.py` gathers the keys from the parts that read them, where
-each is explained; all can be set on the command line too, as in
+each is explained; every key can also be set on the command line, as in
 `--config.training.batch_size=64`. docs/config.md lists them.
 """

@@ -76,13 +76,13 @@ def rank() -> int:
 
 
 def overridden(argv: list[str]) -> list[str]:
-    """The keys of the config whose values `argv` gives."""
+    """Keys of the config that `argv` sets."""
     matches = (re.match(r"--?(?:no)?config\.([^=\[]*)", argument) for argument in argv)
     return [match[1] for match in matches if match]
 
 
 def _defaults() -> ConfigDict:
-    """The default config; its module imports all parts, which --help need not wait for."""
+    """The default config; its module imports all parts, and --help need not wait for them."""
     from configs.default import get_default_config
 
     return get_default_config()

@@ -1,9 +1,9 @@
 """Every key of a config: the value that holds where no experiment states another, and its range.
 
-Keys stand beside the part that reads them, a module's in its `KEYS`, those of an entry of a
-registry in its attribute `keys`; here are those of the loops, and all are gathered. The config is
-locked: parts and experiments only set keys that there are, so that a misspelt one is an error.
-docs/config.md is made of them.
+Keys stand beside the code that reads them: those of a module in its `KEYS`, those of an entry of a
+registry in its attribute `keys`. This module has the keys of the loops, and gathers all others. The
+config is locked: parts and experiments can only set keys that exist, so a misspelt one is an error.
+`configs.table` makes docs/config.md from them.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -30,7 +30,7 @@ from solvers.rk45 import KEYS as LIMITS
 from sources import SOURCES, codec, folder, preparation
 from sources.codec import CODECS
 
-# Of the loops of training, sampling and evaluation.
+# Keys of the loops of training, sampling and evaluation.
 LOOPS = {
     "seed": Key(42, whole(0, 2**63 - 1), "of weights, noise and the order of the data"),
     "device": Key(
@@ -127,7 +127,7 @@ LOOPS = {
 def all_keys() -> dict[str, Key]:
     """Every key with its default: those of the loops, and those that the parts declare.
 
-    A part that is registered from outside brings its own, as its attribute `keys`; see `of_part`.
+    A part that is registered from outside brings its keys as its attribute `keys`; see `of_part`.
     """
     keys = {}
     for owner in (  # in the order in which docs/config.md shows the keys of a section

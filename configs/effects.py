@@ -1,10 +1,10 @@
-"""Which values have no effect beside which others: said of what the user gave, before any work.
+"""Values that have no effect beside others: a warning before any work, on what the user set.
 
-A config sets keys of every method and solver; that most are not read is as it should be. One that
-was given on the command line and is not read is a mistake, or a misunderstanding.
+A config has keys of every method and solver, so most of them are not read, and that is no fault.
+A key that is set on the command line and not read is a mistake, or a misunderstanding.
 
-Which keys a part reads, it says itself: `keys` are those it declares, and `reads` those that others
-declare (`configs.keys.of_part`). What depends on other values is in `rows`.
+Each part says which keys it reads: it declares its `keys`, and lists in `reads` those that others
+declare (`configs.keys.of_part`). `rows` lists effects that depend on the values of other keys.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ from sources.codec import CODECS
 
 SET = object()  # any value but None, 0, False and the empty ones
 
-# {the key that names the active part: the parts by name}
+# {key that names the active part: the parts by name}
 PARTS: dict[str, Mapping[str, Any]] = {
     "data.dataset": SOURCES,
     "data.codec": CODECS,
@@ -39,13 +39,13 @@ PARTS: dict[str, Mapping[str, Any]] = {
     "sampling.schedule": SCHEDULES,
 }
 
-# ({key: values with which others have no effect, all of these together}, the section of the others
-# and their names). It holds where the active parts read these keys.
+# (conditions, section, names): where every key in `conditions` has one of its values, the keys
+# {section}.{name} have no effect. It holds where the active parts read the keys of `conditions`.
 Row = tuple[dict[str, Any], str, str]
 
 
 def rows() -> list[Row]:
-    """The effects of values on each other, of the parts that are registered now."""
+    """Rows for the parts that are registered at the time of the call."""
     adaptive = _names(SOLVERS, lambda solver: solver.schedule is None)
     stepping = _names(SOLVERS, lambda solver: solver.schedule is not None)
     without_rho = ("uniform", "logsnr")  # schedules
@@ -90,7 +90,7 @@ def rows() -> list[Row]:
 
 
 def without_effect(config: ConfigDict, keys: Iterable[str]) -> list[str]:
-    """A line on each of the `keys`, given by the user, whose value changes nothing in `config`.
+    """One line for each of `keys`, set by the user, whose value changes nothing in `config`.
 
     Values that switch something off (None, 0, False, empty) need no line.
     """
@@ -103,9 +103,10 @@ def without_effect(config: ConfigDict, keys: Iterable[str]) -> list[str]:
 
 
 def _of_inactive_parts(config: ConfigDict, key: str) -> list[str]:
-    """The keys that name the active parts, where `key` belongs to others and none of them reads it.
+    """Keys that name the active parts, if `key` belongs to other parts and no active one reads it.
 
-    Where one would with another value, its key too. Names that no table knows read everything.
+    A key whose other value would make an active part read `key` is among them. A part whose name is
+    in no registry counts as one that reads every key.
     """
     reasons = [
         k for k, parts in PARTS.items() if any(key in of_part(p, "keys") for p in parts.values())

@@ -39,10 +39,10 @@ def named(table: dict[str, Any], key: str, value: str) -> Any:
 
 
 def of_part(part: Any, name: str) -> dict[str, Any]:
-    """What an entry of a registry says in its attribute `keys` or `reads`; {} where it has none.
+    """The attribute `keys` or `reads` (`name`) of a registry's entry; {} where it has none.
 
-    Of a method that builds a part, such as `from_config`, it is the attribute of its class, and of
-    a partial that of its function.
+    A method that builds a part, such as `from_config`, has the attribute of its class, and a
+    partial that of its function.
     """
     builder = getattr(part, "func", part)
     return getattr(getattr(builder, "__self__", builder), name, {})

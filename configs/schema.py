@@ -35,8 +35,8 @@ def whole(low: int, high: int = EXACT) -> Number:
     return Number(low, high, kind=int)
 
 
-# Numbers are bounded so that what the program makes of them, squares and their sums over an image
-# among it, stays finite in the float32 or float64 that it is computed in.
+# Numbers are bounded so that everything computed from them, including squares summed over an image,
+# stays finite in float32 or float64, whichever it is computed in.
 SHARE = Number(0, 1)
 NOISE_LEVEL = Number(1e-6, 10**6)
 LENGTH = Number(1e-9, 10**9)  # of a Poisson flow: heights and norms
@@ -68,10 +68,10 @@ class Numbers:
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of some words, or a name in a registry such as "methods.METHODS", that in any case.
+    """One of several words, or a name in a registry such as "methods.METHODS" in any case.
 
-    The module of a registry is imported when a value is checked, so that keys that stand beside a
-    part can name the registry that it will be in.
+    The registry's module is imported only when a value is checked, so that a key declared beside a
+    part can name the registry that will hold the part.
     """
 
     choices: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Several(OneOf):
-    """Such words with commas between them, each once."""
+    """One or more words of `OneOf` with commas between them, each once."""
 
     def accepts(self, value: Any) -> bool:
         if type(value) is not str:
@@ -134,10 +134,9 @@ class Flag:
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a config: its default (None: to be measured), what it may be, what it means.
+    """A key of a config: its default (None: to be measured), allowed values and meaning.
 
-    Configs that were stored before there was the key stand for its value `before`; None: for the
-    default.
+    A config stored before the key existed has its value `before`, or the default if that is None.
     """
 
     default: Any

@@ -11,7 +11,7 @@ from storage.checks import loaded
 from storage.workdir import checkpoint_path
 from training import checked_averages
 
-LARGEST_EMA_ERROR = 0.15  # of the profile; EMA weights err by about a tenth of it
+LARGEST_EMA_ERROR = 0.15  # of the profile; the error of the weights is about a tenth of it
 
 
 def rebuild_ema(
@@ -19,11 +19,11 @@ def rebuild_ema(
 ) -> str:
     """Put the EMA of relative width `std` in place of the weights of a network.
 
-    It is that of the step of `checkpoint`, with this `content`, made of the power-function averages
-    in it and in the numbered checkpoints that the run wrote before (see `models.ema`).
+    It is the EMA at the step of `checkpoint`, whose content is `content`, made from the
+    power-function averages there and in the earlier numbered checkpoints (see `models.ema`).
 
     Returns:
-        A line on what it was made of.
+        One line that names the averages and their error.
 
     Raises:
         ValueError: there are no averages, or too few.

@@ -30,17 +30,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fitting:
-    """What fits a sampler to the weights of a network.
+    """Fit of a sampler to the weights of a network.
 
-    Measured errors and fitted steps are kept in files beside the checkpoint, which count for these
-    weights and this ODE. The errors serve every number of steps; the steps have a file for each.
+    Measured errors and fitted steps are cached in files beside the checkpoint, valid for these
+    weights and this ODE. The errors serve every number of steps; fitted steps have a file for each.
 
     Attributes:
         sampler: one with a schedule or solver to be fitted.
         network: its weights are those of `checkpoint`.
         device: of the network.
-        checkpoint: beside which the files are.
-        origin: what tells weights, method and sampler apart.
+        checkpoint: the files lie beside it.
+        origin: everything that the fit depends on; see `Experiment.origin`.
         seed: of the prior draws.
         draw_conditions: conditions to sample with; see `experiment.Experiment`.
     """
@@ -122,10 +122,10 @@ class Fitting:
     def _trajectories(
         self, sampler: ODESampler, number: int, conditions: Conditions
     ) -> Iterator[list[Step]]:
-        """The fine trajectories of `number` samples, as many at a time as fit in memory."""
+        """Trajectories of `number` samples in fine steps, as many at a time as fit in memory."""
         log.info(f"fitting the sampler: solving {number} trajectories in fine steps")
         parts = math.ceil(number / fitted.at_once(self._dim))
-        # In even parts: of a single trajectory no distances would be known.
+        # In even parts: a part of one trajectory would have no distances between samples.
         rows = torch.arange(number, device=self.device).tensor_split(parts)
         for prior, part in zip(self._prior(number).tensor_split(parts), rows, strict=True):
             steps: list[Step] = []

@@ -1,4 +1,4 @@
-"""Images to restore, what is known of them, and the sampler of images that agree with it."""
+"""Images to restore, their measurements, and the sampler of images that agree with these."""
 
 import logging
 import re
@@ -72,7 +72,7 @@ KEYS = {
 
 
 class Run(Protocol):
-    """What is read of an `experiment.Experiment`."""
+    """The part of an `experiment.Experiment` that restoration uses."""
 
     device: torch.device
     data: Data
@@ -84,15 +84,15 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """What is to be restored, and how much is known of it.
+    """Options of a restoration: its images, and how they are measured.
 
     Attributes:
         name: one of `methods.restoration.RESTORE`.
-        path: of the images; "" for those of the split.
+        path: file or folder of the images; "" for those of the split.
         degrade: the images are whole, and measured here.
         mask: see `known_pixels`.
-        noise: of the measurement; 1 leads from black to white.
-        split, number: of the images without a path.
+        noise: standard deviation of the measurement's noise; 1 is the range from black to white.
+        split, number: of the images, if there is no path.
         scale: of 16-bit images; see `sources.sixteen_bits`.
         seed: of the measurement's noise.
     """
@@ -110,12 +110,12 @@ class Options:
 
 @dataclass(frozen=True)
 class ToRestore:
-    """What is to be restored.
+    """Images to restore.
 
     Attributes:
         measurement: of n images, in the network's scaling.
         labels: the class labels (n,) of the images, -1 for none; None without classes.
-        truth: the images in [0, 1], where they are known.
+        truth: the original images in [0, 1]; None where only the measurement exists.
     """
 
     measurement: Measurement
@@ -184,9 +184,9 @@ class ToRestore:
             added = torch.randn(added.shape, generator=generator, device=run.device)
             value = operator.forward(value) + noise * added
         if name == "inpaint":
-            value = operator.forward(value)  # nothing is known of the other pixels, noise or not
+            value = operator.forward(value)  # sets the missing pixels to 0, their noise too
         measurement = Measurement(operator, value, noise)
-        restoring_sampler(run, measurement)  # raises what it must
+        restoring_sampler(run, measurement)  # raises ValueError for options that do not fit
         return cls(measurement, batch.labels, images if whole else None)
 
 
@@ -225,9 +225,9 @@ def _batch(options: Options, run: Run, channels: int, size: int) -> Batch:
 
 
 def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
-    """The pixels that `sampling.restore_mask`, `name`, leaves of `n` images of these sides, bool.
+    """Mask, bool, of the pixels of `n` images that `sampling.restore_mask`, `name`, does not mark.
 
-    They are (H, W), the same for all images, or (n, 1, H, W) where there are n masks.
+    It is (H, W) for all images, or (n, 1, H, W) where there are n masks; `sides` are (H, W).
     """
     size = sides[0]
     if not name:

@@ -10,10 +10,10 @@ from storage.files import Spec, cached
 
 
 def shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
-    """Results of all `tasks`, each with its number of images; [] in another than the main process.
+    """Results of all `tasks`, pairs (number of images, work), in the main process; [] in others.
 
-    Each process does its share of them. They meet in the files of `cached`; where they cannot, the
-    main process does again what it does not find.
+    Each process does its share. The main process reads the results of others from the files of
+    `cached`; where these are not on a common disk, it repeats the work.
     """
     mine = tasks[distributed.rank() :: distributed.world()]
     results = []
@@ -37,10 +37,10 @@ def in_batches(
     compute: Callable[[int, int], dict],
     spec: Callable[[int, int], Spec],
 ) -> list[dict]:
-    """Results of `compute(i, start)` for each of `starts`, in {files}_{i}.npz; see `shared`.
+    """Results of `compute(i, start)` for each of `starts`, cached in {files}_{i}.npz; see `shared`.
 
-    Batch i is of `size` images, or as many as follow `start` in `total`. `spec(i, number)` tells
-    what the file of a batch of `number` images has to hold (see `cached`).
+    Batch i has `size` images, or those that remain of `total` from `start` on. `spec(i, number)` is
+    the spec of the file of a batch of `number` images (see `cached`).
     """
     paths = [files.with_name(f"{files.name}_{i}.npz") for i in range(len(starts))]
     remove_others(files.parent.glob(f"{files.name}_*.npz"), paths)
@@ -53,6 +53,6 @@ def in_batches(
 
 
 def remove_others(files: Iterable[Path], wanted: list[Path]) -> None:
-    """Remove what an earlier evaluation with other numbers left, which would mix with this one."""
+    """Remove `files` that are not `wanted`: results of an earlier evaluation with other numbers."""
     for path in set(files) - set(wanted) if distributed.is_main() else ():
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A trained network and what can be done with it: what `experiment.load` gives."""
+"""The trained network that `experiment.load` returns, and what can be done with it."""
 
 import contextlib
 import math
@@ -27,13 +27,13 @@ from sources.batch import Conditions
 from sources.codec import Codec
 from sources.keyed import keyed_generator
 
-LOWEST_SHOWN = 0.03  # noise level, as the network sees it, whose noise hardly shows in a film
+LOWEST_SHOWN = 0.03  # noise level in the network's units below which noise hardly shows
 
 ClassLabel = int | Sequence[int] | Tensor | None
 
 
 class Parts(Protocol):
-    """Those of an `experiment.Experiment` that a trained network is used with."""
+    """The parts of an `experiment.Experiment` that a trained network is used with."""
 
     device: torch.device
     method: Method
@@ -52,15 +52,15 @@ class Trained:
 
     Images are float tensors (n, C, H, W) in [0, 1], and noise levels are in the same unit: at 0.1
     the noise is a tenth of the way from black to white. Latents are those of the method's prior.
-    What is given may be on any device; what is returned is on that of the network. An image may be
-    given a class label, or each its own (n,); -1 is none.
+    Arguments may be on any device; results are on that of the network. A class label is one for all
+    images, or one for each (n,); -1 is none.
 
     Attributes:
         experiment: the config's `experiment.Experiment`, for what is not here.
-        path: the file that it comes from.
-        step: after how many steps of training.
+        path: the file that the weights come from.
+        step: number of training steps they have taken.
         shape: (C, H, W) of an image.
-        class_names: of the classes in the order of their numbers; empty where none are known.
+        class_names: by class number; empty where the classes have no names.
     """
 
     def __init__(self, experiment: Parts, path: Path, step: int):
@@ -71,7 +71,7 @@ class Trained:
 
     @property
     def at_once(self) -> int:
-        """Samples that are drawn together."""
+        """Number of samples that are drawn together."""
         return 1 if self.experiment.sampler.couples_samples else self.batch_size
 
     def sample(
@@ -81,20 +81,19 @@ class Trained:
         *,
         measurement: Measurement | None = None,
     ) -> Tensor:
-        """An image (n, C, H, W) in [0, 1] for each of n `seeds`, which it depends on alone.
+        """Images (n, C, H, W) in [0, 1], one for each of n `seeds`; each depends on its seed alone.
 
-        It does not depend, but for rounding, on what is drawn with it, so samples are drawn
-        `eval.batch_size` at once, or one by one where the sampler would make one step size for all
+        Up to rounding an image does not depend on the other seeds. Samples are therefore drawn
+        `eval.batch_size` at once, but one by one where the sampler has one step size for all
         (`Sampler.couples_samples`).
 
         Args:
             seeds: whole numbers from 0 to 2^63 - 1.
-            class_label: None for `sampling.class_label`; where that is -1, each class is as likely.
-            measurement: what is known of each image, (n, ...); `sampling.restorer` draws images
-                that agree with it.
+            class_label: None for `sampling.class_label`; where that is -1, a class is drawn.
+            measurement: of n images; `sampling.restorer` makes the samples agree with it.
 
         Raises:
-            ValueError: a seed or class label is none.
+            ValueError: a seed or a class label is not a valid one.
             FloatingPointError: the solution is not finite, or takes more evaluations than
                 `sampling.max_evaluations`.
         """
@@ -113,10 +112,10 @@ class Trained:
         measurement: Measurement | None = None,
         frames: int = 48,
     ) -> Tensor:
-        """The way of `sample` from the prior to the image: uint8 (frames, n, C, H, W), on the CPU.
+        """Frames of `sample` from prior to image: uint8 (frames, n, C, H, W), on the CPU.
 
         The noise levels of the frames fall geometrically, and the last frame is the image. A state
-        whose root mean square is beyond that of black and white is divided by it, to be seen.
+        whose root mean square exceeds that of black and white is divided by it, to be visible.
         """
         method, codec = self.experiment.method, self.experiment.codec
         ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
@@ -129,7 +128,7 @@ class Trained:
             with self._solving(start.pop("seeds")) as watch:
                 images, _ = sampler(self.experiment.network, watch=watch, callback=states, **start)
             film = states.end(codec.encode(images))
-            film[-1] = (images * 255).round()  # a codec that loses some shows it less well
+            film[-1] = (images * 255).round()  # a lossy codec would show it less well
             films.append(film)
         return torch.cat(films, 1)
 
@@ -141,8 +140,8 @@ class Trained:
         None is `sampling.class_label`, which is -1 for none. There is no guidance.
 
         Raises:
-            ValueError: the images have another shape or lie outside [0, 1], or as of `sample`.
-            FloatingPointError: as of `sample`.
+            ValueError: the images have another shape or lie outside [0, 1]; and as in `sample`.
+            FloatingPointError: as in `sample`.
         """
         method, limits = self.experiment.method, self._fine_limits()
 
@@ -167,7 +166,7 @@ class Trained:
 
         The bits/dim of 8-bit images u are -log p / (D ln 2) + 8 at x = (u + noise) / 256, the noise
         uniform in [0, 1] (Theis et al. 2016). The divergence is that of `eval.divergence`, its
-        probe drawn by `seed`. Of a network that sees latents it is the density of these.
+        probe drawn by `seed`. A network of latents gives their density.
 
         Raises as `encode`, and ValueError for a network trained at discrete noise levels.
         """
@@ -178,7 +177,7 @@ class Trained:
     def bits_per_dim(self, x: Tensor, class_label: ClassLabel = None, seed: int = 0) -> Tensor:
         """Bits/dim (n,) of images `x` (n, C, H, W) in [0, 1], as `log_likelihood` describes them.
 
-        With data that have no grey levels to count, such as latents, they are -log2 p / D.
+        For data without grey levels, such as latents, they are -log2 p / D.
         """
         likelihood = self.experiment.likelihood
         probes = keyed_generator(self.experiment.device, "probe", *checked_seeds([seed]))
@@ -191,8 +190,8 @@ class Trained:
     def denoise(self, x: Tensor, sigma: float, class_label: ClassLabel = None) -> Tensor:
         """E[image | x] (n, C, H, W) for `x` (n, C, H, W), images with noise of the level `sigma`.
 
-        The noise has the standard deviation sigma where it is Gaussian; where it is a Student t, of
-        PFGM++ and Poisson flow, sigma is its scale. There is no guidance, and nothing is clamped.
+        `sigma` is the standard deviation of Gaussian noise, and the scale of the Student t noise of
+        PFGM++ and Poisson flow. There is no guidance, and nothing is clamped.
 
         Raises:
             ValueError: another shape, `sigma` is not one of the method's noise levels, or the
@@ -220,9 +219,9 @@ class Trained:
     def labels(
         self, class_label: ClassLabel, n: int, seeds: Sequence[int] | None = None
     ) -> Tensor | None:
-        """Class labels (n,) of n images: those given, else the config's or drawn by `seeds`.
+        """Class labels (n,) of n images: `class_label`, else the config's, else drawn by `seeds`.
 
-        None where the network has no classes. Raises ValueError for a label that is none of them.
+        None where the network has no classes. Raises ValueError for a label that is no class.
         """
         classes, default = self.experiment.classes, self.experiment.sampler.class_label
         if class_label is None and not classes:
@@ -250,10 +249,9 @@ class Trained:
         return limits | {name: limits[name] / 10 for name in ("rtol", "atol")}
 
     def _conditions(self, class_label: ClassLabel, seeds: Sequence[int]) -> Conditions:
-        """The conditions of an image for each seed.
+        """Conditions of an image for each seed.
 
-        Class labels are those of `labels`; other conditions are those of a training image that the
-        seed draws.
+        Class labels come from `labels`, other conditions from a training image drawn by the seed.
         """
         conditions = Conditions(class_labels=self.labels(class_label, len(seeds), seeds))
         if not self.experiment.data.condition_names or not seeds:
@@ -267,7 +265,7 @@ class Trained:
     def _batches(
         self, seeds: Iterable[int], class_label: ClassLabel, measurement: Measurement | None
     ) -> Iterator[tuple[Sampler, dict]]:
-        """The sampler of each batch of seeds: prior draws, generators, conditions and seeds."""
+        """Prior draws, generators, conditions and seeds for each batch that the sampler draws."""
         seeds, run = checked_seeds(seeds), self.experiment
         conditions = self._conditions(class_label, seeds)
         for start in range(0, len(seeds), self.at_once):
@@ -290,7 +288,7 @@ class Trained:
 
     @contextlib.contextmanager
     def _solving(self, seeds: Sequence[int] = ()) -> Iterator[Watch]:
-        """Float32 in full, a progress bar, and the seeds in an error's message."""
+        """Context of a solve: full float32, a progress bar, and the seeds in an error's message."""
         try:
             with execution.float32_products(), solver_bar(self.experiment.method) as watch:
                 yield watch
@@ -307,7 +305,7 @@ class Trained:
         x: Tensor,
         class_label: ClassLabel,
     ) -> Tensor:
-        """`compute(network, part, watch)` of the parts of `x`, one tensor."""
+        """Results of `compute(network, part, watch)` for the batches of `x`, as one tensor."""
         labels, parts = self.labels(class_label, len(x)), []
         for start in range(0, len(x), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -327,14 +325,14 @@ class Trained:
 
 
 def check_shape(x: Tensor, shape: tuple[int, int, int], name: str) -> None:
-    """Raises ValueError unless `x` is a tensor (n, *shape)."""
+    """Raise ValueError unless `x` is a tensor (n, *shape)."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1:] != shape:
         form = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a tensor (n, {str(shape)[1:]}, not {form}")
 
 
 def checked_seeds(seeds: Iterable[int]) -> list[int]:
-    """The seeds as a list; ValueError for what is no whole number from 0 to 2^63 - 1."""
+    """The seeds as a list; ValueError unless all are whole numbers from 0 to 2^63 - 1."""
     seeds = [*seeds]
     for seed in seeds:
         if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:

@@ -23,7 +23,7 @@ KEYS = {
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of the method `name`, of `training.sde`; ValueError where it is unknown."""
+    """The class of the method `name`, a value of `training.sde`; ValueError if it is unknown."""
     return named(METHODS, "training.sde", name)
 
 

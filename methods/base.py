@@ -1,8 +1,8 @@
-"""What a generative method tells the training loop, the samplers and the likelihood.
+"""The interface of a generative method to the training loop, the samplers and the likelihood.
 
 A method is a path (`alpha`, `sigma`, `time`, the two ends, the law of its noise), what its network
 predicts (`precondition`), the times of training (`draw_times`) and the weight of the loss
-(`weight`). Everything else follows from these here.
+(`weight`). This module derives everything else from these.
 """
 
 import abc
@@ -72,11 +72,11 @@ PREDICTIONS = ("noise", "image", "velocity", "score")
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """What stands between a method and its network F: c_skip x + c_out F(c_in x, c_noise).
+    """Preconditioning of a network F: c_skip x + c_out F(c_in x, c_noise).
 
     Each coefficient is a function of the method's time `t`, () or (B,), that gives a tensor of the
-    same shape. Without c_skip there is no first term; c_in and c_out left out are 1, and then the
-    output of F may be of any kind. (Karras et al. 2022, arXiv 2206.00364, equation 7 and table 1.)
+    same shape. Without c_skip there is no first term; c_in and c_out are 1 by default, and then the
+    output of F may be of any type. (Karras et al. 2022, arXiv 2206.00364, equation 7 and table 1.)
     """
 
     c_noise: Coefficient
@@ -110,8 +110,8 @@ class Method(abc.ABC):
     """A way to generate: how data are perturbed, what the network learns, and how it samples.
 
     At time t an image y has become x = alpha(t) y + std(t) n, where the noise n is a Student t.
-    Sampling follows the ODE dx/dt from `t_prior` to `t_data`. Solvers with given steps see it in
-    natural variables, in which its solutions are straightest: x / alpha over the noise level
+    Sampling follows the ODE dx/dt from `t_prior` to `t_data`. Solvers with fixed steps use natural
+    variables, in which its solutions are straightest: x / alpha over the noise level
     sigma = std / alpha, with slope (x / alpha - E[y | x]) / sigma.
 
     A subclass gives `sigma`, `time` and `precondition`, and `alpha` where it is not 1; its numbers
@@ -124,14 +124,14 @@ class Method(abc.ABC):
         predicts: one of `PREDICTIONS`: what `precondition` makes of the network's output.
         extra_channels: channels that the network gives beyond those of the image.
         uses_reference_batch: `target` depends on the reference batch.
-        t_prior, t_data: where sampling starts and ends.
+        t_prior, t_data: times at which sampling starts and ends.
         gives_score: the network gives the score, which `model.scale_by_sigma` divides by sigma.
         positive_labels: noise labels are > 0, so that a "fourier" embedding can take their log.
         gaussian: Gaussian noise of variance b^2 - a^2 takes y from the noise level a up to b,
             exactly or nearly, so that a sampler can add some.
         degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
         noisy_end: samples at `t_data` still have noise, which one more step to sigma = 0 removes.
-        predictors, correctors: those that `sampling.method='pc'` can take; none without an SDE.
+        predictors, correctors: names that `sampling.method='pc'` can use; none without an SDE.
     """
 
     keys: ClassVar[Mapping[str, Key]] = {}
@@ -156,7 +156,7 @@ class Method(abc.ABC):
         return type(self).__name__
 
     def __repr__(self) -> str:
-        """Class and numbers, by which results of one method are told from those of another."""
+        """Class and numbers, which distinguish the results of different methods."""
         numbers = ", ".join(f"{field}={getattr(self, field)!r}" for field in self.options)
         return f"{type(self).__name__}({numbers})"
 
@@ -169,7 +169,7 @@ class Method(abc.ABC):
     def measure(
         cls, values: Mapping[str, Any], dim: int, mean_norm: Callable[[], float]
     ) -> dict[str, Any]:
-        """Values, by config key, of what a config leaves open and the data decide.
+        """Values, by key, that the config leaves open and that are measured from the data.
 
         Args:
             values: the config, flat.
@@ -179,7 +179,7 @@ class Method(abc.ABC):
         return {}
 
     def check_rising(self, low: str, high: str, equal: bool = False) -> None:
-        """Raises ValueError unless the fields `low` and `high` are positive and rise.
+        """Raise ValueError unless the fields `low` and `high` are positive and rise.
 
         With `equal` they may also be the same.
         """
@@ -212,24 +212,24 @@ class Method(abc.ABC):
         return alpha_rate / alpha, alpha * with_rate(self.sigma, t)[1]
 
     def noise(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """A draw of n of the shape of `x`: normal noise, and the factor (B,) that makes it n."""
+        """Draw n in the shape of `x`: normal noise, and the factor (B,) by which it becomes n."""
         normal, draw = noise_like(x, generator), {"generator": generator, "device": x.device}
         return normal, student_t.inverse_root_gamma(len(x), self.degrees_of_freedom, **draw)
 
     def perturb_at(
         self, images: Tensor, t: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """A sample x (B, C, H, W) at times `t`, () or (B,), of what `images` become there."""
+        """A sample x (B, C, H, W) of `images` perturbed to times `t`, () or (B,)."""
         t = torch.as_tensor(t, dtype=torch.float64, device=images.device)
         normal, wider = self.noise(images, generator)
         return scaled(self.alpha(t), images) + scaled(self.std(t) * wider, normal)
 
     def kernel(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and std at time `t` that the network is trained with."""
+        """alpha and std at time `t` with which the network is trained."""
         return self.alpha(t), self.std(t)
 
     def check_likelihood(self) -> None:
-        """Raises ValueError where the ODE is not known at all times."""
+        """Raise ValueError where the ODE is not known at all times."""
         return
 
     # --- training ---
@@ -257,10 +257,10 @@ class Method(abc.ABC):
         return Examples(images=x, conditions=batch.conditions, t=t, clean=y, noise=noise)
 
     def target(self, examples: Batch, reference: Batch) -> Tensor:
-        """What the network should predict for `examples`, (B, K): by `predicts`.
+        """The target (B, K) of the prediction for `examples`; `predicts` says of which kind.
 
-        `reference` is the batch of clean images that makes targets which depend on other images;
-        with labels, those of the example's class (`methods.field.own_class`).
+        Targets that depend on other images take them from the batch `reference` of clean images;
+        with labels, only those of the example's class (`methods.field.own_class`).
         """
         if self.predicts == "noise":
             return examples.noise.flatten(1)
@@ -283,9 +283,9 @@ class Method(abc.ABC):
     # --- sampling ---
 
     def slope_factors(self, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The factors of y = x / alpha and of F in the slope at time `t` (); None is 0 and 1.
+        """The factors of y = x / alpha and of F in the slope at time `t` ().
 
-        The slope is the noise n that the network predicts.
+        A None stands for 0 as the first and for 1 as the second. The slope is the predicted noise.
         """
         p, alpha, sigma = self.precondition, self.alpha(t), self.sigma(t)
         out = None if p.c_out is None else p.c_out(t)
@@ -355,9 +355,9 @@ class Method(abc.ABC):
         return scaled(self.prior_scale * wider, normal)
 
     def prior_norms(self, dim: int) -> tuple[float, float]:
-        """From where to where rescaling a prior sample of `dim` entries changes its image.
+        """Lowest and highest norm of a prior sample of `dim` entries when it is rescaled.
 
-        Up to where almost all samples of a Gaussian prior lie; for small D many lie beyond.
+        The highest is the typical norm of a Gaussian prior; with small D many samples exceed it.
         """
         typical = self.prior_scale * math.sqrt(dim)
         return typical / 2, typical
@@ -368,9 +368,9 @@ class Method(abc.ABC):
 
 
 class WithSlope(Method):
-    """A method with another slope, which a subclass gives; path, noise and prior stay.
+    """A method with another slope, which a subclass defines; path, noise and prior stay.
 
-    What is derived from the slope, `ode`, `score` and `denoise`, is that of the new one.
+    `ode`, `score` and `denoise` are derived from the new slope.
     """
 
     def __init__(self, method: Method):

@@ -9,7 +9,7 @@ from methods.base import Method, Network, WithSlope
 class Guided(WithSlope):
     """A method under guidance: its slope is u + weight (c - u).
 
-    c is what the network that samples gives, and u what `other` gives: the same network without
+    c is the slope of the network that samples, and u that of `other`: the same network without
     class labels (classifier-free guidance; Ho and Salimans 2022, arXiv 2207.12598), or a weaker one
     (autoguidance; Karras et al. 2024, arXiv 2406.02507). At a given x the sampling ODE and the
     score are linear in the slope, so that they are mixed alike; a Poisson flow's slope is not

@@ -122,7 +122,7 @@ class Poisson(Method):
     Attributes:
         sigma_end: scale of the smallest perturbation.
         tau, M: perturbations grow as (1 + tau)^m, m in [0, M].
-        restrict_M: whether points that start within 0.005 of the plane keep m below 0.7 M.
+        restrict_M: points that start within 0.005 of the plane keep m below 0.7 M.
         gamma: see `poisson_field`.
         z_max, z_min: height of the prior plane, and where sampling stops.
         z_exp: below this height the z entry of the field is inferred from the x entries.
@@ -156,7 +156,7 @@ class Poisson(Method):
                 "its first start; python3 hyper_parameters.py --config FILE prints them"
             )
         self.check_rising("z_min", "z_max")
-        range_of(self.M, 1, self.sigma_end, self.tau)  # raises what it must
+        range_of(self.M, 1, self.sigma_end, self.tau)  # ValueError where out of range
         if self.gamma < 0:
             raise ValueError(f"training.gamma must be at least 0, not {self.gamma}")
 

@@ -30,8 +30,8 @@ Rows = slice | Tensor  # of a batch
 class Operator:
     """A linear map A of images, and its transpose.
 
-    A A^T is `gram` times the identity, for inpainting on images that are 0 where A gives 0. `rows`
-    gives the operator of some of the images; None where it is the same for each of them.
+    A A^T is `gram` times the identity; in inpainting only on images that are 0 where A gives 0.
+    `rows` gives the operator of a part of the images; None where it is the same for all.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -45,7 +45,7 @@ class Operator:
 
 
 def inpainting(known: Tensor) -> Operator:
-    """Keeps the pixels where `known` and sets the others to 0.
+    """The operator that keeps the pixels where `known` and sets the others to 0.
 
     `known`, bool, is (H, W) for all images, or (n, 1, H, W) with one mask for each of n images.
     """
@@ -89,7 +89,7 @@ RESTORE = {"inpaint": 1, "colour": 1, "super2": 2, "super4": 4, "super8": 8, "de
 
 
 def get_operator(name: str, known: Tensor | None = None) -> Operator:
-    """The A that `name`, one of `RESTORE`, stands for; "inpaint" takes `known`, as `inpainting`."""
+    """The operator of `name`, one of `RESTORE`; `known` is the mask of "inpaint" (`inpainting`)."""
     if name == "inpaint":
         return inpainting(known)
     if name.startswith("super"):
@@ -185,7 +185,7 @@ def dps(m: Measurement, d: Denoised) -> Tensor:
 
 
 def rank(operator: Operator, images: Tensor) -> Tensor:
-    """Of how many independent numbers the measurement of each of `images` consists, (B,)."""
+    """Number of independent entries in the measurement of each of `images`, (B,)."""
     return operator.forward(torch.ones_like(images)).flatten(1).count_nonzero(1)
 
 

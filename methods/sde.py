@@ -46,7 +46,7 @@ class SDE(Method):
 
     An SDE is its marginal (`alpha`, `std`), its coefficients (`coefficients`), its prior
     N(0, prior_scale^2 I) and the preconditioning that makes the network's output the predicted
-    noise; everything else, and what runs backwards, is derived from these here.
+    noise; everything else, the reverse SDE included, is derived from these here.
 
     Attributes:
         N: steps of the discretisation, or noise levels of a discretely trained network; >= 2.
@@ -93,7 +93,7 @@ class SDE(Method):
         return 1 + c / self.N, g / math.sqrt(self.N)
 
     def check_chain(self) -> None:
-        """Raises ValueError where the SDE cannot be taken in steps, as 'pc' does."""
+        """Raise ValueError where the SDE cannot be taken in steps, as 'pc' does."""
 
     # What follows is the same for every SDE.
 
@@ -130,7 +130,7 @@ class SDE(Method):
         return self.std(t) / self.alpha(t)
 
     def slope_factors(self, t):
-        """As the noise of the network's own levels, where these are those of a Markov chain."""
+        """Factors as in `Method`, where a discretely trained network has its chain's noise."""
         of_state, of_output = super().slope_factors(t)
         if self.continuous:
             return of_state, of_output
@@ -144,7 +144,7 @@ class SDE(Method):
         return (self.coefficients(examples.t)[1] / self.kernel(examples.t)[1]).square()
 
     def draw_times(self, n, generator=None, device="cpu"):
-        """Uniform in [t_data, 1], or those of the N levels."""
+        """Times (n,), uniform in [t_data, 1] or among those of the N levels."""
         if self.continuous:
             return super().draw_times(n, generator, device)
         return torch.randint(self.N, (n,), generator=generator, device=device).double() / (

@@ -10,7 +10,7 @@ def accuracy(features: NDArray, labels: NDArray, asked: NDArray, expected: NDArr
     """The share of `asked` (n, K) to which a classifier gives the class labels `expected` (n,).
 
     scikit-learn's support vector classifier with a Gaussian kernel, fitted to `features` (m, K) of
-    the class `labels` (m,). `TooFew` where these are of one class only, or nothing is asked.
+    the class `labels` (m,). `TooFew` where these are of one class only, or `asked` is empty.
     """
     from sklearn.svm import SVC
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 KERNEL_BLOCK = 1024  # largest block of the kernel distance, tensorflow-gan's
 NEIGHBOURS = 3  # k of precision and recall, the paper's
-ROUNDING = 1e-6  # relative errors of covariances that were computed or kept in float32
+ROUNDING = 1e-6  # relative error of covariances that were computed or stored in float32
 CHUNK_NUMBERS = 2**25  # entries of a distance matrix that are in memory at a time: 256 MiB
 
 
 class TooFew(ValueError):
-    """A number cannot be computed from so few samples; the message says how many it needs."""
+    """Error: too few samples for a number; the message says how many it needs."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Gaussian:
         return cls(mean, scatter / (count - 1))
 
     def check(self) -> None:
-        """Raises ValueError where the covariance is none: not symmetric, or not positive.
+        """Raise ValueError unless the covariance is symmetric and positive semidefinite.
 
-        Both count up to `ROUNDING` of its largest variance, as of numbers kept in float32.
+        Deviations up to `ROUNDING` times its largest variance, as of float32, are allowed.
         """
         covariance = self.covariance
         rounding = ROUNDING * np.abs(np.diag(covariance)).max(initial=1e-20)
@@ -73,8 +73,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500).
 
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The last trace is the sum of the square roots
-    of the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2), which has those of C_a C_b. What
-    rounding leaves below 0 is cut off; ValueError where it is more, as of what is no covariance.
+    of the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2), which has those of C_a C_b. A
+    result below 0 by no more than rounding is set to 0; ValueError where it is further below, as
+    matrices that are no covariances can make it.
     """
     values, vectors = np.linalg.eigh(a.covariance)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
@@ -107,9 +108,9 @@ def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> 
     """Unbiased squared maximum mean discrepancy with the kernel (x . y / K + 1)^3.
 
     The kernel Inception distance (Binkowski et al. 2018, arXiv 1801.01401) of features (n, K) and
-    (m, K), averaged over blocks of at most `block` samples as in tensorflow-gan. Its blocks take
-    samples in order, which should therefore be random. Raises `TooFew` where one would have fewer
-    than 2 samples of either.
+    (m, K), averaged over blocks of at most `block` samples as in tensorflow-gan. Blocks
+    are consecutive, so the order of the samples should be random. Raises `TooFew` where a block
+    would have fewer than 2 samples of either.
     """
     blocks = math.ceil(max(len(real), len(fake)) / block)
     if (fewer := min(len(real), len(fake))) < 2 * blocks:

@@ -54,7 +54,7 @@ TENSORFLOW = ("tensorflow", "tensorflow_gan", "tensorflow_hub", "tensorflow_prob
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """What `eval.features` names: called, it gives features (n, K) in float32 and logits, or None.
+    """A space of `eval.features`: called, it gives float32 features (n, K), and logits or None.
 
     `kind` is its name in `FEATURES`; `name` also tells the weights apart. `width` is K, and logits
     are (n, `classes`); 0: none.
@@ -233,7 +233,7 @@ def _digest_files(path: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-# What loads a space of eval.features: (path of its network, device) -> name, extractor, backend.
+# Loaders of the spaces of eval.features: (path of the network, device) -> name, extractor, backend.
 FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels}
 
 
@@ -242,10 +242,10 @@ def get_spaces(
 ) -> list[FeatureSpace]:
     """The feature spaces `kinds`, names of `FEATURES` with commas between them.
 
-    `paths` are those of the networks of the kinds that need one, in this order, with commas between
-    them; see `get_space`.
+    `paths`, with commas between them too, are the networks of those kinds that need one, in the
+    order of `kinds`; see `get_space`.
 
-    Raises ValueError, in one line, where a space is named twice, as of `get_space` too.
+    Raises ValueError, in one line, where a space is named twice, and as `get_space`.
     """
     names, left = [name.strip().lower() for name in kinds.split(",")], paths.split(",")
     if len({*names}) < len(names):
@@ -262,9 +262,8 @@ def get_space(
 ) -> FeatureSpace:
     """The feature space `kind` of `FEATURES`, tried on two blank images of `shape` (C, H, W).
 
-    `path` is that of its network.
-
-    Raises ValueError, in one line that says what to do, where it cannot be loaded or used.
+    `path` is that of its network. Raises ValueError, in one line that says what to do, where the
+    network cannot be loaded or used.
     """
     channels, *sides = shape
     name, extract, backend = keys.named(FEATURES, "eval.features", kind)(path, device)

@@ -38,10 +38,9 @@ FEATURES_KEPT = 50_000  # of the data's images, for what needs more than their m
 class Reference:
     """The features of the data that samples are compared with.
 
-    `gaussian` is that of all of them; of a single image there is none. `features` (m, K) are kept
-    for at most so many images, in random order, and `index` (m,) says which images they are of;
-    statistics that were published may lack either. `complete` says that `features` are those of
-    all images.
+    `gaussian` has the moments over all images; None for a single image. `features` (m, K) are kept
+    of a bounded number of images, in random order, and `index` (m,) has the numbers of these;
+    published statistics may lack either. `complete`: `features` are those of all images.
     """
 
     gaussian: Gaussian | None
@@ -80,13 +79,13 @@ class Reference:
 
 @dataclass
 class ReferenceStatistics:
-    """What samples are compared with, in which space, and where it is kept.
+    """Reference statistics of the data in one feature space, and the file that caches them.
 
-    `data` is the training split, and `path` where its statistics are kept; both are None where
-    published statistics stand for it. `reference` is None until the data are measured. `identity`
-    is what the file at `path` says of itself: the data's fingerprint, the space, the images' shape.
-    `origin` says which data they are: `data`, `split`, number of `images` and `digest`; of
-    published statistics the name of their file and its digest.
+    `data` is the training split, and `path` the file of its statistics; both are None where
+    published statistics take its place. `reference` is None until the data are measured. `identity`
+    is stored in the file at `path`: the data's fingerprint, the space, the images' shape. `origin`
+    says which data they are: `data`, `split`, number of `images` and `digest`; for published
+    statistics the name of their file and its digest.
     """
 
     space: FeatureSpace
@@ -98,7 +97,7 @@ class ReferenceStatistics:
 
     @classmethod
     def from_config(cls, config, device: torch.device, data: Data) -> "list[ReferenceStatistics]":
-        """Those of each feature space of `config`; raises as `build`."""
+        """Reference statistics in each feature space of `config`; raises as `build`."""
         spaces = get_spaces(config.eval.features, config.eval.inception_path, data.shape, device)
         for space in spaces:
             needed, number = space.width + 1, config.eval.num_samples
@@ -112,7 +111,7 @@ class ReferenceStatistics:
 
     @classmethod
     def build(cls, space: FeatureSpace, folder: Path, source: Data) -> "ReferenceStatistics":
-        """The statistics of the training split of `source`, kept in `folder`.
+        """The statistics of the training split of `source`, cached in `folder`.
 
         Raises ValueError, in one line, for what cannot be loaded or does not fit.
         """
@@ -175,10 +174,10 @@ class ReferenceStatistics:
 
 
 def fingerprint(data: DataSet) -> str:
-    """32 hexadecimal digits of all images of a data set in their order, the main process's.
+    """Digest, 32 hexadecimal digits, of the images of a data set in order, from the main process.
 
-    Those in memory count with all their bytes. Images on disk count with the digest of their source
-    and, since what is made of them counts too, with 64 of them decoded.
+    For images in memory it covers all bytes. For images on disk it covers the digest of their
+    source and, since decoding changes them, 64 of them decoded.
     """
 
     def words() -> str:
@@ -193,7 +192,7 @@ def fingerprint(data: DataSet) -> str:
 
 
 def origin_of(data: DataSet) -> dict[str, str]:
-    """Digests of a data set and of its conditions, which results on it depend on."""
+    """Digests of a data set and of its conditions, on which results depend."""
     conditions = {} if isinstance(data, Tensor) else data.conditions
     return {"data": fingerprint(data)} | digests_of_tensors(**conditions)
 
@@ -201,7 +200,7 @@ def origin_of(data: DataSet) -> dict[str, str]:
 def _training_data(source: Data) -> DataSet:
     try:
         return source.get("train")
-    except ValueError:  # a network with class labels can be sampled without those of the data
+    except ValueError:  # sampling with class labels does not need those of the data
         return source.get("train", labels=False)
 
 
@@ -209,9 +208,10 @@ SAID = {"data": "digest", "space": "feature space", "shape": "image size"}
 
 
 def _check_data(path: Path, arrays: dict, source: Data) -> list[str]:
-    """Raises ValueError where the `arrays` from `path` say that they are of other data.
+    """Raise ValueError where the `arrays` from `path` say that they are of other data.
 
-    Gives what is open, to be said: their digest where they do not say, or the data are not here.
+    Returns what could not be compared, for the log: the digest, if the file has none or the data
+    are missing.
     """
     if "data" not in arrays:
         return [SAID["data"]]
@@ -225,7 +225,7 @@ def _check_data(path: Path, arrays: dict, source: Data) -> list[str]:
 
 
 def _check_identity(path: Path, arrays: dict, identity: Mapping[str, str]) -> list[str]:
-    """What `arrays` do not say of `identity`; ValueError where they say something else."""
+    """Names of the entries of `identity` that `arrays` lack; ValueError where any differs."""
     for name in (says := identity.keys() & arrays.keys()):
         if (value := str(check_arrays(path, arrays, {name: ("U", ())})[name])) != identity[name]:
             raise ValueError(
@@ -238,9 +238,9 @@ def _check_identity(path: Path, arrays: dict, identity: Mapping[str, str]) -> li
 def _statistics(
     path: Path, arrays: dict, space: FeatureSpace, identity: Mapping[str, str]
 ) -> tuple[Reference, list[str]]:
-    """From `mu` and `sigma`, or `pool_3`, features; and what `arrays` do not say of `identity`.
+    """Reference from `mu` and `sigma`, or features `pool_3`; and the missing entries of `identity`.
 
-    Raises ValueError where they do not fit, or are no statistics.
+    Raises ValueError where `arrays` do not fit, or are no statistics.
     """
     features, moments = arrays.get("pool_3"), {"mu", "sigma"} <= arrays.keys()
     if not moments and features is None:

@@ -31,7 +31,7 @@ class Comparison:
 
     @cached_property
     def precision_recall(self) -> tuple[float | None, float | None]:
-        """Two times None where no features of the data are known."""
+        """Precision and recall; None for both where the data's features are missing."""
         real = self.reference.features
         if real is None:
             return None, None
@@ -56,10 +56,10 @@ class Comparison:
 class Metric:
     """One number of a report, under the key that it has in `METRICS`.
 
-    `compute` gives None where what it needs is missing, and raises `TooFew`; without it the number
-    is not computed from samples, but over the split `eval.dataset`. `of_data` is the same for
-    training images in place of samples, for comparison; the report has it as {key}_data. So it has
-    what `compare_halves` finds, where `halves` asks for it.
+    `compute` gives None where its input is missing, and raises `TooFew`; a metric without `compute`
+    is computed over the split `eval.dataset`, not from samples. `of_data` computes it for training
+    images in place of samples, for comparison; the report has it as {key}_data. With `halves`,
+    {key}_data is the value from `compare_halves`.
     """
 
     label: str
@@ -163,7 +163,7 @@ METRICS: dict[str, Metric] = {
 def compare(comparison: Comparison) -> dict[str, float | str]:
     """The metrics of `METRICS` that can be computed, by their keys.
 
-    What cannot, of too few images, is said in an entry {key}_remark; see `remarks`.
+    An entry {key}_remark names those that too few images prevent; see `remarks`.
     """
     values, left_out = {}, {}
     for key, metric in METRICS.items():
@@ -195,10 +195,10 @@ def _memorised(nearest: float, nearest_data: float) -> dict[str, str]:
 
 
 class Entry(NamedTuple):
-    """A metric in reports: its `key` there, "fid" or of a further feature space "torchscript:fid".
+    """A metric in reports: its `key`, "fid", or in a further feature space "torchscript:fid".
 
-    `space` is the feature space, "" where it has none, or reports differ in theirs; `name` and
-    `label` are what it is called in a sentence and in a table.
+    `space` is the feature space; "" where it has none, or where reports have different ones. `name`
+    stands in sentences, `label` in tables.
     """
 
     key: str
@@ -209,7 +209,7 @@ class Entry(NamedTuple):
 
 
 def entries(*reports: Mapping) -> Iterator[Entry]:
-    """The metrics that any of the reports (the arrays of report_{k}.npz) has, as they are shown."""
+    """Metrics that any of the reports (arrays of report_{k}.npz) has, in the order of a table."""
     kinds = [str(report["features"]).split(",") for report in reports if "features" in report]
     firsts, further = {first for first, *_ in kinds}, [kind for _, *rest in kinds for kind in rest]
     spaces = {"": firsts.pop() if len(firsts) == 1 else ""} | {f"{kind}:": kind for kind in further}
@@ -219,7 +219,7 @@ def entries(*reports: Mapping) -> Iterator[Entry]:
             if not any(key in report for report in reports):
                 continue
             name, label = metric.label, metric.label_in(space)
-            if further and space:  # another row may be called alike
+            if further and space:  # another row may have the same name
                 name = label = label if label.endswith(f", {space}") else f"{label}, {space}"
             yield Entry(key, metric, space, name, label)
 
@@ -231,7 +231,7 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def remarks(report: Mapping) -> list[str]:
-    """What a report says in words, of what is left out or conspicuous: its entries {key}_remark."""
+    """Remarks of a report on missing or conspicuous numbers: its entries {key}_remark."""
     said = [(*split_key(key), str(text)) for key, text in report.items() if key.endswith("_remark")]
     return [f"{space}: {text}" if space else text for space, _, text in said]
 
@@ -241,12 +241,11 @@ OF_HALVES = (*(f"{key}_data" for key, m in METRICS.items() if m.halves), "half_f
 
 
 def compare_halves(c: Comparison) -> dict[str, float]:
-    """What a perfect model would reach: images of the data compared with other ones.
+    """Metrics of a perfect model: one half of the training images compared with the other.
 
-    A random half of the features of the reference, at most as many as there are samples, takes the
-    place of these, and the other half that of the data; `TooFew` unless each is of more than
-    `NEIGHBOURS`. Of the
-    `OF_HALVES`, half_first and half_other are how many images were compared.
+    A random half of the reference features, at most as many as there are samples, takes the place
+    of the samples, and the other half that of the data; `TooFew` unless each has more than
+    `NEIGHBOURS`. `half_first` and `half_other` are the numbers of images compared.
     """
     real = c.reference.features
     first, other = np.array_split(real[np.random.default_rng(0).permutation(len(real))], 2)

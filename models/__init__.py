@@ -26,7 +26,7 @@ __all__ = [
     "reference_names",
 ]
 
-# model.name -> what builds it: (config, (C, H, W) that it takes, channels it gives) -> network.
+# model.name -> its builder: (config, (C, H, W) of the input, channels of the output) -> network.
 NETWORKS: dict[str, Callable[[ConfigDict, Shape, int], nn.Module]] = {
     "ncsnpp": NCSNpp.from_config,
     "ddpm": DDPM.from_config,
@@ -84,9 +84,9 @@ def create_model(config: ConfigDict) -> nn.Module:
 
 
 def check_labels(model: ConfigDict, sde: str, continuous: bool) -> None:
-    """Raises ValueError where the network cannot take the method's noise labels, or scales them.
+    """Raise ValueError unless the network can take the method's noise labels and output scale.
 
-    A network of published weights may be made nevertheless, as `create_model` does.
+    `create_model` does not check this, since published weights may need such a network.
     """
     method = method_class(sde)
     if model.scale_by_sigma and not method.gives_score:

@@ -92,7 +92,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[nn.Parameter], applied: Tensor) -> None:
-        """Moves the EMA weights towards `parameters`, in the order of construction.
+        """Move the EMA weights towards `parameters`, in the order of construction.
 
         Where `applied`, a 0-d tensor on their device, is 0 and not 1, they stay as they are; the
         decay counts the update nevertheless, as the learning rate does.

@@ -93,7 +93,7 @@ class OutputSkip(nn.Module):
         return h, update if image is None else update.add_(self.resample(image))
 
 
-# Keys of all U-Nets here; those that DDPM's reads too; and those of NCSN++ and DDPM++ alone.
+# Keys of all U-Nets of this file; keys that DDPM reads too; keys of NCSN++ and DDPM++ only.
 UNET = {
     "model.ch_mult": Key(
         (1, 2, 2, 2),
@@ -151,12 +151,12 @@ OPTIONS = {
 }
 
 
-# Keys of a method that a network reads for its numbered noise levels.
+# Keys of a method that a network with numbered noise levels reads.
 LEVELS = ("model.sigma_min", "model.sigma_max", "model.num_scales")
 
 
 def _argument(value: Any) -> Any:
-    """A config's value as the networks take it: words in lower case, several numbers a tuple."""
+    """A config's value as an argument of a network: words in lower case, sequences as tuples."""
     if isinstance(value, str):
         return value.lower()
     return tuple(value) if isinstance(value, list) else value
@@ -166,7 +166,7 @@ class NCSNpp(nn.Module):
     """U-Net from images (B, channels, H, W) and noise labels (B,) to (B, out_channels, H, W).
 
     Args:
-        image_size: height and width it is meant for; decides which levels have attention.
+        image_size: height and width of the images; decides which levels have attention.
         channels, out_channels: of the image, and of the output.
         nf: channels at the first level; level i has `nf * ch_mult[i]` at `image_size / 2^i`.
         num_res_blocks: residual blocks for each level of the encoder (one more in the decoder).
@@ -176,8 +176,8 @@ class NCSNpp(nn.Module):
         resblock_type: 'biggan' resamples inside residual blocks, 'ddpm' between them.
         resamp_with_conv: the resampling of 'ddpm' has a convolution.
         fir_kernel: taps of the resampling filter, as (1, 3, 3, 1); None for nearest pixel and mean.
-        num_classes: class labels it may be given, which are numbered from 0.
-        augment_dim: entries of the augmentation labels it may be given.
+        num_classes: number of classes, labelled from 0.
+        augment_dim: entries of the augmentation labels.
         progressive: how the output grows: 'none', 'output_skip', 'residual'.
         progressive_input: how the image is fed again: 'none', 'input_skip', 'residual'.
         progressive_combine: of 'input_skip', 'sum' or 'cat'.
@@ -190,10 +190,10 @@ class NCSNpp(nn.Module):
             'positional', the label itself where it is 'fourier'.
         sigmas: noise levels (num_scales,) that the labels number.
         centered: `x` is in [-1, 1]; else in [0, 1], and is centred first.
-        norm, attention, block: what makes them, as `group_norm`, `Attention` and `ResBlock` do.
+        norm, attention, block: constructors, such as `group_norm`, `Attention` and `ResBlock`.
         log_label: 'fourier' embeds the log of the label.
         stem_width: channels of the first convolution, None for `nf`.
-        attend_throughout: in the decoder attention follows every block, not a level's last alone.
+        attend_throughout: in the decoder, attention follows every block, not only a level's last.
         checkpoint_activations: keep only the inputs of each block, its attention included, for
             backward, which runs it again: less memory for a third more time (arXiv 1604.06174).
 
@@ -202,7 +202,7 @@ class NCSNpp(nn.Module):
         reads: keys that others declare and it reads too: always, or where another key is set.
         options: {argument: the key that it is read from}.
         fixed: arguments that the config does not decide.
-        remarks: lines on attention that is asked for, but has no effect in this network.
+        remarks: lines on configured attention that has no effect in this network.
 
     Raises:
         ValueError: an option's value is unknown, or the levels do not divide the image size.
@@ -398,7 +398,7 @@ class NCSNpp(nn.Module):
         self.remarks = self._remarks(sizes, attn_resolutions)
 
     def _remarks(self, sizes: list[int], attn_resolutions: Sequence[int]) -> list[str]:
-        """Lines on attention that is asked for where there is none; `sizes` are the levels'."""
+        """Lines on configured attention that the network lacks; `sizes` are those of its levels."""
 
         def attends(module: nn.Module | None) -> bool:
             return not isinstance(module, nn.Identity | None)
@@ -489,9 +489,9 @@ class NCSNpp(nn.Module):
 
 
 class DDPM(NCSNpp):
-    """The U-Net of Ho et al. (arXiv 2006.11239): plain blocks of its own, 32 groups in a norm.
+    """The U-Net of Ho et al. (arXiv 2006.11239): plain residual blocks, 32 groups in a norm.
 
-    It has no filters, and no images along the way.
+    It has no resampling filter, and no progressive input or output.
     """
 
     keys = UNET | CONV

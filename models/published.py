@@ -157,9 +157,9 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 def published_weights(
     model: nn.Module, state_dict: Mapping[str, Tensor | StoredTensor]
 ) -> dict[str, tuple[str, Tensor | StoredTensor]]:
-    """Name of each parameter in `model` to its published name and value.
+    """{name of each parameter in `model`: its published name and value}.
 
-    Raises as `load_reference_state_dict`; the numbers of a `StoredTensor` are not looked at.
+    Raises as `load_reference_state_dict`; the numbers of a `StoredTensor` are not checked.
     """
     for name, value in state_dict.items():
         if type(name) is not str:
@@ -195,7 +195,7 @@ def published_weights(
 
 
 def _is_real(value: object) -> bool:
-    """Whether it is a dense tensor of real numbers."""
+    """True for a dense tensor of real numbers."""
     if not isinstance(value, Tensor):
         return False
     return value.layout == torch.strided and not value.is_complex()

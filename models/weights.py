@@ -16,8 +16,8 @@ def load_model(
 ) -> None:
     """Copy the entry `model` of a checkpoint into a network.
 
-    The names are those of this program or of the published ones. Nothing is changed before all of
-    it is checked, but the numbers of a `StoredTensor`, which are read and checked one by one.
+    The names are those of this program or of the published ones. The network changes only after all
+    entries are checked, except that a `StoredTensor` is read and checked when it is copied.
 
     Args:
         model: the network.
@@ -43,18 +43,18 @@ def load_model(
 
 @torch.no_grad()
 def load_ema(model: nn.Module, checkpoint: Mapping) -> int:
-    """Copy the EMA weights of a checkpoint into a network, tensor by tensor; its step.
+    """Copy the EMA weights of a checkpoint into a network, tensor by tensor; return its step.
 
-    One without `ema` has EMA weights only. Of the other one the weights that were trained are not
-    read: they have to have the names, shapes and dtypes of the network's.
+    In a checkpoint without `ema`, `model` holds the EMA weights. Otherwise `model` holds the
+    weights that the optimiser moves: only their names, shapes and dtypes are checked.
 
     Args:
         model: the network.
         checkpoint: see `storage.checkpoints.load_checkpoint` and `open_checkpoint`.
 
     Raises:
-        ValueError: `checkpoint` does not fit; the message names the entry. The network is then as
-            it was, unless it is the numbers of a `StoredTensor` that are wrong.
+        ValueError: `checkpoint` does not fit; the message names the entry. The network is then
+            unchanged, unless the numbers of a `StoredTensor` are wrong.
     """
     check_like(checkpoint["step"], 0, "step")
     if "ema" not in checkpoint:

@@ -1,8 +1,8 @@
 """Optimisers, by name. A further one is a function and a line of `OPTIMIZERS`.
 
 A function takes the named parameters and the options of `config.optim`, by name, and may put the
-parameters into groups. What it returns is saved and loaded by its own `state_dict`. A function with
-options of its own has them as the attribute `keys`.
+parameters into groups. It returns an optimiser, which is saved and loaded by its `state_dict`. A
+function with further options declares them in its attribute `keys`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,9 +39,9 @@ KEYS = {
 def adam(
     parameters: NamedParameters, options: Mapping[str, Any], matrices: Sequence[nn.Parameter] = ()
 ) -> torch.optim.Adam:
-    """Adam, its moments zero from the start, also of parameters that never get a gradient.
+    """Adam with moments of zero from the start, even for parameters that never get a gradient.
 
-    With `matrices` it is Muon, which moves these.
+    With `matrices` it is Muon, which updates these.
     """
     kind = Muon if matrices else torch.optim.Adam
     optimizer = kind(
@@ -70,5 +70,5 @@ def muon(parameters: NamedParameters, options: Mapping[str, Any]) -> torch.optim
     return adam(parameters, options, [p for name, p in parameters if is_matrix(name, p)])
 
 
-# optim.optimizer -> what builds it.
+# optim.optimizer -> its builder.
 OPTIMIZERS: dict[str, Build] = {"adam": adam, "muon": muon}

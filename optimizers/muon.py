@@ -11,15 +11,15 @@ from execution import full_float32
 SMALLEST = 8  # rows and columns from which a weight counts as a matrix
 MOMENTUM = 0.95
 STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-SMALLEST_NORM = 1e-18  # that is divided by: squares of entries below 1e-19 underflow in float32
+SMALLEST_NORM = 1e-18  # of a divisor: squares of entries below 1e-19 underflow in float32
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon moves a weight (rows, ...), all axes but the first taken as columns.
+    """True for a weight (rows, ...) that Muon updates; all axes but the first are columns.
 
     It has at least `SMALLEST` rows and `SMALLEST` columns, which excludes the last layer, whose
-    rows are the channels of an image, and is not the table of an `nn.Embedding`, which the networks
-    call `embed`. (Their `label_embedding` and `augment_embedding` are linear layers.)
+    rows are the channels of an image. Tables of `nn.Embedding`, which the networks call `embed`,
+    are excluded too. (Their `label_embedding` and `augment_embedding` are linear layers.)
     """
     if parameter.ndim < 2 or name.endswith("embed.weight"):
         return False
@@ -66,11 +66,11 @@ class Muon(torch.optim.Adam):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, Adam for the rest.
 
     A matrix, here, is a weight whose state has no `exp_avg_sq`; `optimizers.muon` makes the state.
-    Convolutions are matrices (outputs, inputs x height x width). The
-    update of a matrix is lr x 0.2 sqrt(max(rows, columns)) x the orthogonalised momentum, so that
-    its entries change about as much as by Adam and one learning rate fits both (Liu et al. 2025,
-    arXiv 2502.16982). Of Adam's options, matrices use `lr`, and `weight_decay`, which is added to
-    the gradient. As in Adam's fused step, nothing changes where `found_inf` is 1.
+    Convolutions are matrices (outputs, inputs x height x width). The update of a matrix is lr x 0.2
+    sqrt(max(rows, columns)) x the orthogonalised momentum: its entries then change about as much as
+    by Adam, and one learning rate fits both (Liu et al. 2025, arXiv 2502.16982). Of Adam's options,
+    matrices use `lr`, and `weight_decay`, which is added to the gradient. As in Adam's fused step,
+    nothing changes where `found_inf` is 1.
     """
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class Muon(torch.optim.Adam):
         skipped = torch.as_tensor(getattr(self, "found_inf", 0.0), device=matrices[0].device) > 0
         gradients = [
             torch.where(skipped, m, g) for m, g in zip(averages, gradients, strict=True)
-        ]  # averaged with itself, the momentum stays
+        ]  # an average with itself leaves the momentum as it is
         torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
         steps = torch._foreach_lerp(gradients, averages, MOMENTUM)  # Nesterov's
         lr = lr * ~skipped

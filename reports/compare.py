@@ -4,10 +4,10 @@
 
 It shows the settings that differ, the losses over each other, the metrics of the last evaluated
 checkpoint of each with the best in bold, and samples. Settings are those of the run's config and
-those that its evaluation was computed with. Runs of which only the seed differs are one column:
-their mean, and their range in brackets; what is of one seed, or of the same weights, counts once.
-Values are ranked only where they are of as many samples, in the same feature space, and of the same
-data; losses only where they are of one method and its settings.
+those that its evaluation was computed with. Runs that differ in the seed only are one column: their
+mean, and their range in brackets; runs of one seed, or of the same weights, count once. Values are
+ranked only where the number of samples, the feature space and the data are equal; losses only where
+the method and its settings are.
 """
 
 import argparse
@@ -45,14 +45,14 @@ from storage import run_config
 from storage.files import atomic_write
 from storage.tensorboard import read_scalars
 
-# Settings, or the beginnings of their names, on which it depends what a loss means.
+# Settings, or prefixes of their names, that decide whether losses can be compared.
 OF_LOSS = (
     *("data.", "training.sde", "training.batch_size", "training.reduce_mean", "training.target"),
     *("training.likelihood_weighting", "training.continuous", "training.gamma", "training.tau"),
     *("training.M", "training.restrict_M", "model.D", "model.sigma_", "model.beta_", "model.P_"),
 )
 OF_EVALUATIONS = ("sampling.", "eval.")  # settings of a run that an evaluation may change
-THE_RUNS = "the run's"  # the seed of an evaluation that has that of its run
+THE_RUNS = "the run's"  # the seed of an evaluation that uses its run's seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Run:
     curves: Mapping[str, Points]
     report: Report
     picture: bytes | None
-    drawn: str = ""  # what the picture is of
+    drawn: str = ""  # caption of the picture: where it comes from
 
     @cached_property
     def made_by(self) -> Settings:
@@ -77,12 +77,12 @@ class Run:
 
     @property
     def comparable(self) -> Settings:
-        """The settings of its evaluation that are compared as they are."""
+        """Settings of its evaluation that are compared literally."""
         return self.made_by.without("weights", "seed")
 
     @property
     def seeds(self) -> set[str]:
-        """Words that are true of the seed of its evaluation."""
+        """The seed of its evaluation, as a number and, if it is its run's, as `THE_RUNS`."""
         seed = self.made_by.text("seed")
         return {seed, THE_RUNS} if seed == str(self.values["seed"]) else {seed}
 
@@ -110,10 +110,11 @@ def read_run(workdir: Path, name: str, eval_folder: str) -> Run:
 
 
 def grouped(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs of which nothing but the seed differs, together, in the order of their first.
+    """Groups of runs that differ in the seed only, in the order of their first runs.
 
-    Neither their configs nor the settings of their evaluations differ. An older report that does
-    not tell its sampler is alone, and so are runs without a report among those with one.
+    The configs of a group are equal, and so are the settings of its evaluations. An older report
+    without its sampler's settings is a group of its own, and runs without a report are not grouped
+    with runs that have one.
     """
     alike: dict[str, list[Run]] = {}
     for run in runs:
@@ -135,7 +136,7 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def common_seeds(runs: Iterable[Run]) -> set[str]:
-    """Words that are true of the seeds of all their evaluations: one number, or `THE_RUNS`."""
+    """Values of `Run.seeds` that all `runs` share: one number, `THE_RUNS`, or both."""
     return set.intersection(*(run.seeds for run in runs))
 
 
@@ -160,9 +161,9 @@ def by_seed(group: Sequence[Run]) -> list[list[Run]]:
 def differing(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
     """{key: the value in each group}, as text, of the settings in which the groups differ.
 
-    Those of the evaluations follow those of the configs, as "evaluation: {name}", or stand under
-    the config's key where both say the same. Where an evaluation has its own, the config's is only
-    what it would take without being told: "default: {key}".
+    Settings of evaluations follow those of configs, as "evaluation: {name}", or share the row of
+    the config's key where both have equal texts. Where evaluations used other values of a key
+    than the configs, the row of the configs is "default: {key}".
     """
     firsts = [group[0] for group in groups]
     keys = dict.fromkeys(key for run in firsts for key in run.values if key != "seed")
@@ -195,7 +196,7 @@ def differing(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
 
 
 def remarks(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Lines on what counts once, on weights that were evaluated twice, and on what is not known."""
+    """Lines on runs that count once, on weights evaluated twice, and on settings not known."""
     lines = []
     for seed in (seed for group in groups for seed in by_seed(group) if len(seed) > 1):
         weights = {run.weights or run.name for run in seed}
@@ -217,10 +218,10 @@ def remarks(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def compare_page(runs: Sequence[Run], lines: Sequence[str] = ()) -> str:
-    """The page, HTML, of one or more runs, with `lines` on them; all texts are escaped."""
+    """HTML page of one or more runs, with remarks `lines`; all texts are escaped."""
     groups = grouped(runs)
     differ = differing(groups)
-    losses, caption = [], "Over steps; of many steps means of neighbours."
+    losses, caption = [], "Over steps; where there are many, means of neighbours."
     if kinds := [key for key in differ if key.startswith(OF_LOSS)]:
         caption += f" Losses of another {', '.join(kinds)} are of another kind."
     for tag, title in (("loss/train", "Training loss"), ("loss/test", "Held-out loss")):
@@ -295,7 +296,7 @@ def _metrics(groups: Sequence[Sequence[Run]]) -> str:
 
 
 def _values(group: Sequence[Run], key: str) -> list[list[float]]:
-    """The different values of a metric in the runs of a group, for each seed that has any."""
+    """Distinct values of a metric in the runs of a group, for each seed that has any."""
     of_seeds = ([float(run.report[key]) for run in s if key in run.report] for s in by_seed(group))
     return [[*dict.fromkeys(values)] for values in of_seeds if values]
 
@@ -316,7 +317,7 @@ def _short(group: Sequence[Run]) -> str:
 
 
 def _over_seeds(values: Sequence[Sequence[float]]) -> list[str]:
-    """The mean and, of several seeds, the range; of one seed all values, nothing of none."""
+    """Text of the mean and range over several seeds, or of all values of one; [] without values."""
     if len(values) < 2:
         return [number(value) for seed in values for value in seed]
     means = [*map(np.mean, values)]
@@ -324,7 +325,7 @@ def _over_seeds(values: Sequence[Sequence[float]]) -> list[str]:
 
 
 def _best(metric: Metric, values: Sequence[Sequence[Sequence[float]]]) -> int | None:
-    """The group with the best mean over seeds, if several have a finite one and none ties."""
+    """Index of the group with the best mean over seeds; None with a tie or fewer than two."""
     means = {k: metric.better * np.mean([*map(np.mean, v)]) for k, v in enumerate(values) if v}
     means = {k: mean for k, mean in means.items() if math.isfinite(mean)}
     best = [k for k, mean in means.items() if mean == max(means.values())]

@@ -24,7 +24,7 @@ CLASS_ROWS = 10  # classes that a picture shows
 
 
 def draw_interpolation(run: "Experiment", seed: int, path: Path) -> None:
-    """Each row, of one class, goes from one prior sample to another along the arc between them."""
+    """Draw rows of one class each, along the arc from one prior sample to another."""
     shape = 2 * ROWS, *run.codec.shape
     generator = keyed_generator(run.device, "interpolation", seed)
     ends = run.method.prior_sampling(shape, generator, run.device)
@@ -34,9 +34,9 @@ def draw_interpolation(run: "Experiment", seed: int, path: Path) -> None:
 
 
 def draw_classes(run: "Experiment", seed: int, path: Path) -> None:
-    """A row for each class, at most `CLASS_ROWS`; each column starts from one prior sample.
+    """Draw a row for each class, at most `CLASS_ROWS`; a column has one prior sample.
 
-    Without classes, or where `sampling.class_label` asks for one, there is no such picture.
+    Without classes, or where `sampling.class_label` is set, there is no picture.
     """
     if not run.classes or run.sampler.class_label >= 0:
         return
@@ -50,7 +50,7 @@ def draw_classes(run: "Experiment", seed: int, path: Path) -> None:
 def draw_rescaling(
     run: "Experiment", seed: int, path: Path, norms: tuple[float, float] | None = None
 ) -> None:
-    """Each row keeps the direction of one prior sample and raises its norm (the temperature).
+    """Draw rows of one prior sample each, whose norm (the temperature) rises from left to right.
 
     The norms lie between the two `norms`, by default the method's own.
     """
@@ -71,7 +71,7 @@ def _draw_strips(
     generator: torch.Generator,
     conditions: Conditions | None = None,
 ) -> None:
-    """Rows of `COLUMNS` samples from `x`; a row has one of `conditions`, drawn if None."""
+    """Draw rows of `COLUMNS` samples from `x`; row i has conditions i, random ones if None."""
     if conditions is None:
         conditions = run.draw_conditions(len(x) // COLUMNS, "rows")
     conditions = conditions.map(lambda rows: rows.repeat_interleave(COLUMNS, 0))

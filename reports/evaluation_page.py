@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 PAGE_PIXELS = 1400  # side of the largest picture in report.html
 FILM_BYTES = 2**22  # of the largest film in it
 
-# Of reports whose distances are compared, what has to be the same besides samples and data; and the
+# SAME: settings that must be equal, besides samples and data, where distances are compared. COSTS:
 # settings of sampling that decide how many evaluations a sample takes.
 SAME = ("step", "weights", "eval.ema_std")
 COSTS = tuple(f"sampling.{name}" for name in ("N", "rtol", "atol", "max_evaluations"))
@@ -143,11 +143,11 @@ def _readable(path: Path) -> dict[str, NDArray] | None:
 
 
 def by_evaluations(folder: Path, k: int, shown: Mapping) -> dict[str, list[tuple[float, float]]]:
-    """{what tells samplers apart: [(evaluations, Frechet distance)]} of the weights `shown`.
+    """{sampler: [(evaluations, Frechet distance)]} of the weights of the report `shown`.
 
-    From the reports on checkpoint `k` in `folder` and those beside it that have as many samples,
-    compared with the same data in the same feature space; the log names the others. Samplers that
-    differ in their `COSTS` only make one curve.
+    Points come from the reports on checkpoint `k` in `folder` and its sibling folders that have as
+    many samples, compared with the same data in the same feature space; the log names the others.
+    Samplers that differ only in their `COSTS` make one curve.
     """
     points: list[tuple[Settings, tuple[float, float]]] = []
     for path in sorted(folder.parent.glob(f"*/report_{k}.npz")):
@@ -169,7 +169,7 @@ def by_evaluations(folder: Path, k: int, shown: Mapping) -> dict[str, list[tuple
 
 
 def _of_other_weights(shown: Mapping, report: Mapping) -> str:
-    """Why two reports are not on the same weights; "" where they are."""
+    """Differences that show that two reports are on different weights; "" if there are none."""
     differ = differing([of_report(shown), of_report(report)])
     return ", ".join(f"{name} is {differ[name][1]}" for name in SAME if name in differ)
 

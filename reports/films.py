@@ -18,7 +18,7 @@ HOLD = 20  # times as long the last one stays
 
 
 def check_writer(kind: str) -> None:
-    """Raises ValueError where nothing here writes films of this `kind`, webp, gif or mp4."""
+    """Raise ValueError where nothing here writes films of this `kind`, webp, gif or mp4."""
     asked = f"sampling.film_format={kind!r}"
     if kind == "mp4" and shutil.which("ffmpeg") is None:
         raise ValueError(f"{asked} needs the program ffmpeg, which is not found; 'webp' does not")
@@ -27,7 +27,7 @@ def check_writer(kind: str) -> None:
 
 
 def save_film(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
-    """Writes `frames`, each (H, W, 3), as the suffix of `path` says; OSError where it cannot."""
+    """Write `frames`, each (H, W, 3), as the suffix of `path` says; OSError where it cannot."""
     kind = path.suffix.removeprefix(".")
     with atomic_write(path) as file:
         if kind == "mp4":

@@ -14,8 +14,8 @@ from storage.files import save_png
 
 log = logging.getLogger(__name__)
 
-SIDE_BY_SIDE = 4  # channels of an image that a picture shows, where they are no colours
-LARGEST = 9216  # side of a picture: WebP holds no more than 16,383, and Pillow reads 89 megapixels
+SIDE_BY_SIDE = 4  # channels in a picture of images without colours
+LARGEST = 9216  # side of a picture: WebP allows 16,383, and Pillow reads 89 megapixels
 
 Images = NDArray[np.uint8]  # (n, H, W, C)
 
@@ -31,9 +31,9 @@ def channels_last(images: Tensor) -> NDArray:
 
 
 def visible(images: Images) -> Images:
-    """Pictures (n, H, W', 1 or 3) of `images` (n, H, W, C), as they are where C is 1 or 3.
+    """Pictures (n, H, W', 1 or 3) of `images` (n, H, W, C), unchanged where C is 1 or 3.
 
-    Of other channels, which are no colours, the first `SIDE_BY_SIDE` lie side by side in grey.
+    For any other C, the first `SIDE_BY_SIDE` channels stand side by side in grey.
     """
     n, height, width, channels = images.shape
     if channels in (1, 3):
@@ -48,9 +48,8 @@ def image_grid(
     """One picture (H', W', 3) of `images`, row by row, in a near-square grid or in `columns`.
 
     Images smaller than `min_size` are enlarged by a whole factor; `gap` pixels lie between them.
-    What would be more than `LARGEST` pixels wide or high is made smaller. Images of other than 1 or
-    3 channels are shown as of `visible`. Points of the plane, images (1, 1, 2), are dots of one
-    square picture instead.
+    A picture wider or higher than `LARGEST` pixels is reduced. Channels are shown as by `visible`.
+    Points of the plane, images (1, 1, 2), are dots of one square picture instead.
     """
     if images.shape[1:] == (1, 1, 2):
         return _dots(images[:, 0, 0])
@@ -80,6 +79,6 @@ def _dots(points: NDArray[np.uint8], side: int = 2) -> Images:
 
 
 def save_grid(path: Path, images: Images, columns: int | None = None) -> None:
-    """Write a picture of `images` side by side, and say so in the log."""
+    """Write a picture of `images` in a grid, and log its path."""
     save_png(path, image_grid(images, columns))
     log.info(f"picture: {path}")

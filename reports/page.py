@@ -49,11 +49,11 @@ def render(
 ) -> str:
     """The whole page, under the heading `title`.
 
-    `facts` say what was evaluated. `reports` are {k: the arrays of report_{k}.npz}, by rising k;
+    `facts` describe what was evaluated. `reports` are {k: arrays of report_{k}.npz}, by rising k;
     figures, large numbers and `pictures` are of checkpoint `shown`. `curves` are {name: [(step,
     loss)]} of training, and `values` has every setting, in nested mappings. `by_evaluations` are
-    {name: [(evaluations of a sample, Frechet distance)]}, and `files` {what they are: their paths
-    from the page's folder}.
+    {sampler: [(evaluations of a sample, Frechet distance)]}, and `files` {name: paths relative to
+    the page's folder}.
     """
     report = reports[shown]
     figures = [picture_html(p) for p in pictures]
@@ -143,10 +143,10 @@ def _cards(report: Report) -> str:
 
 
 def _table(reports: Mapping[int, Report], shown: int) -> str:
-    """A row for each checkpoint, the best of several in bold, and one for the data themselves.
+    """Table of checkpoints, the best of several in bold, with a last row for the data themselves.
 
-    Settings in which their evaluations differ are columns, and where they forbid to rank the values
-    of a metric none is in bold; a line says why.
+    Settings in which evaluations differ are columns. Where they forbid ranking the values of a
+    metric, none is in bold, and a line says why.
     """
     compared = _compared(reports)
     differ, metrics = _differing(reports), [entry.key for entry in compared]
@@ -173,7 +173,7 @@ def _table(reports: Mapping[int, Report], shown: int) -> str:
 
 
 def _remarks(reports: Mapping[int, Report], shown: int, differ: Mapping) -> str:
-    """Lines on settings in which evaluations of checkpoints differ, and metrics without a best."""
+    """Lines on settings in which evaluations differ, and on metrics without a best."""
     obstacles, lines = {}, []
     if differ:
         lines.append(
@@ -189,7 +189,7 @@ def _remarks(reports: Mapping[int, Report], shown: int, differ: Mapping) -> str:
 
 
 def not_ranked(obstacles: Mapping[str, Sequence[str]]) -> list[str]:
-    """A line for each reason why values are not ranked; {reason: the labels of metrics}."""
+    """Lines that say why values are not ranked, from {reason: labels of metrics}."""
     return [f"No best {', '.join(labels)}: {reason}." for reason, labels in obstacles.items()]
 
 
@@ -198,17 +198,17 @@ def notes(lines: Sequence[str]) -> str:
 
 
 def _differing(reports: Mapping[int, Report]) -> dict[str, list[str]]:
-    """{name: its text in each of several `reports`} of settings that they do not share."""
+    """{setting: its text in each of several `reports`}, for settings that differ."""
     return differing([_of_checkpoint(r) for r in reports.values()]) if len(reports) > 1 else {}
 
 
 def _of_checkpoint(report: Report) -> Settings:
-    """The settings of an evaluation without those in which checkpoints of a run differ."""
+    """Settings of an evaluation without those that always differ between checkpoints."""
     return of_report(report).without(*OF_CHECKPOINT)
 
 
 def _best(reports: Mapping[int, Report], entry: Entry) -> int | None:
-    """The checkpoint with the best value, if several have one and nothing forbids to rank them."""
+    """The checkpoint with the best value; None where there is only one, or no ranking."""
     values = {k: float(r[entry.key]) for k, r in reports.items() if entry.key in r}
     if obstacle(entry.key, [reports[k] for k in values]):
         return None
@@ -217,7 +217,7 @@ def _best(reports: Mapping[int, Report], entry: Entry) -> int | None:
 
 
 def _trends(reports: Mapping[int, Report], shown: int) -> str:
-    """A small curve for each metric over the checkpoints that were evaluated as `shown` was."""
+    """Small curves of the metrics over the checkpoints evaluated with the settings of `shown`."""
     made_by, plots = _of_checkpoint(reports[shown]), []
     reports = {k: r for k, r in reports.items() if not differing([made_by, _of_checkpoint(r)])}
     for key, metric, _, name, label in _compared(reports):

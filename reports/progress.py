@@ -21,9 +21,10 @@ def progress_bar(**options) -> tqdm:
 
 @contextlib.contextmanager
 def solver_bar(method: Method) -> Iterator[Watch]:
-    """Show what the yielded `watch` is told in a bar, if the block takes over a second.
+    """Show the progress of a solver in a bar, if the block takes over a second.
 
-    The bar has the evaluations so far, and the noise level between those of prior and data.
+    The solver calls the yielded `watch`. The bar has the evaluations so far, and the noise level
+    with its range from data to prior.
     """
     ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
     low, high = method.sigma(ends).tolist()

@@ -1,4 +1,4 @@
-"""The samples of a folder, in files of their own: each is there whole, or is drawn again."""
+"""Samples in files of a folder, one for each seed, written whole or not at all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from storage.files import check_arrays, read_arrays, save_npz, save_png
 class SampleFiles:
     """The samples of seeds in `folder`, each uint8 of the `shape` (H, W, C).
 
-    {seed}.png holds a sample of 1 or 3 channels. Of others it is a picture for the eye, and
-    {seed}.npz has the sample.
+    {seed}.png holds a sample of 1 or 3 channels. For other channels it is a picture for the eye,
+    and {seed}.npz has the sample.
     """
 
     folder: Path
     shape: tuple[int, int, int]
 
     def missing(self, seeds: Sequence[int]) -> list[int]:
-        """Those of `seeds` that have no sample yet."""
+        """Seeds without a sample yet."""
         return [seed for seed in seeds if not self._path(seed).exists()]
 
     def save(self, seed: int, sample: Picture) -> None:
-        """Writes the sample of `seed`; OSError, which names the file, where it cannot."""
+        """Write the sample of `seed`; OSError, which names the file, where it cannot."""
         save_png(self._named(seed, "png"), visible(sample[None])[0])
         if not self._is_picture:
             save_npz(self._path(seed), sample=sample)

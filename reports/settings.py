@@ -1,6 +1,6 @@
-"""The settings that made a report: how they are written, read, compared, and what they allow.
+"""Settings that a report was computed with: written, read, compared, and checked for ranking.
 
-A report has them as its entry `settings`, JSON of a flat dictionary. Reports of older programs lack
+A report has them in its entry `settings`, JSON of a flat dictionary. Reports of older programs lack
 it: a few settings follow from their other entries, and the rest is not known.
 """
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from metrics.reference import ReferenceStatistics
 
 UNKNOWN = "not known"
-ABSENT = "–"  # of a part that was not evaluated
-REST = "other settings"  # stands for those that an older report does not tell
+ABSENT = "–"  # value of settings of a part that was not evaluated
+REST = "other settings"  # stands for settings that an older report lacks
 ORDER = 3  # what sampling.order=None means
 LARGEST = 2**20  # letters of the JSON
 SCALARS = (str, int, float, bool, type(None))
-DIGITS = 12  # of a digest among them
-OF_CHECKPOINT = ("step", "weights")  # differ between the checkpoints of a run
+DIGITS = 12  # of a digest in settings
+OF_CHECKPOINT = ("step", "weights")  # always differ between the checkpoints of a run
 
-# Settings, or the beginnings of their names, that have to be the same where values are ranked: of
-# metrics of samples, and of those that are computed over a split.
+# Settings, or prefixes of their names, that must be equal where values are ranked: for metrics of
+# samples, and for metrics over a split.
 OF_SAMPLES = ("eval.num_samples", "eval.features", "reference.", "sampling.class_label")
 OF_SPLIT = ("eval.dataset", "split.")
 OF_SPLIT_TOO = {"loss": ("loss.", "method", "data.centered"), "accuracy": ("classes.",)}
@@ -40,7 +40,7 @@ OF_SPLIT_TOO = {"loss": ("loss.", "method", "data.centered"), "accuracy": ("clas
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings by name; `complete` is False where those that are missing are not known."""
+    """Settings by name; if not `complete`, missing ones are unknown instead of absent."""
 
     values: Mapping[str, Any]
     complete: bool = True
@@ -76,11 +76,11 @@ def of_method(method) -> dict[str, Any]:
 
 
 def of_sampler(sampling: Mapping[str, Any], guide: str = UNKNOWN) -> dict[str, Any]:
-    """The settings of a sampler by their keys in a config, with what 'auto' and None mean.
+    """Settings of a sampler by their keys in a config; 'auto' and None are replaced by values.
 
     Args:
         sampling: config.sampling.
-        guide: a digest of the network of `sampling.guide`, whose path says little.
+        guide: digest of the network of `sampling.guide`, in place of its path.
     """
     decided, name = dict(sampling), sampling.get("ode_solver")
     if name in (*SOLVERS, FITTED):
@@ -91,7 +91,7 @@ def of_sampler(sampling: Mapping[str, Any], guide: str = UNKNOWN) -> dict[str, A
             decided["order"] = ORDER if solver.orders else None
     if decided.get("guide"):
         decided["guide"] = guide
-    # what is restored stands among the settings of restoration
+    # the restored images are among the settings of restoration
     unread = ("restore_path", "restore_mask") if decided.get("restore") else ("restore",)
     return {
         f"sampling.{key}": _plain(value)
@@ -101,10 +101,10 @@ def of_sampler(sampling: Mapping[str, Any], guide: str = UNKNOWN) -> dict[str, A
 
 
 def of_report(report: Mapping) -> Settings:
-    """The settings that made a report (the arrays of report_{k}.npz).
+    """Settings that a report (arrays of report_{k}.npz) was computed with.
 
     Raises:
-        ValueError: its entry `settings` is no JSON of a flat dictionary.
+        ValueError: its entry `settings` is not the JSON of a flat dictionary.
     """
     if "settings" in report:
         return Settings(_flat("settings", str(report["settings"])))
@@ -122,7 +122,7 @@ def of_report(report: Mapping) -> Settings:
 
 
 def _whole(number) -> int | str:
-    """A number that should be whole; a stranger's may be infinite."""
+    """A number that should be whole, as text if it is not: files may be untrusted."""
     return int(number) if float(number).is_integer() else str(number)
 
 
@@ -139,9 +139,9 @@ def _flat(name: str, text: str) -> dict[str, Any]:
 
 
 def differing(settings: Sequence[Settings]) -> dict[str, list[str]]:
-    """{name: its text in each of `settings`} of those that are not the same everywhere.
+    """{name: its text in each of `settings`}, for names whose values are not all the same.
 
-    Where the known values agree and others are not known, `REST` stands for all such names.
+    Names whose known values agree, while others are not known, are merged under `REST`.
     """
     names = dict.fromkeys(name for one in settings for name in one.values)
     rows = {name: [one.text(name) for one in settings] for name in names}
@@ -152,7 +152,7 @@ def differing(settings: Sequence[Settings]) -> dict[str, list[str]]:
 
 
 def _in_space(report: Mapping, space: str) -> Settings:
-    """The settings of a report with one feature space, its first where `space` is ""."""
+    """Settings of a report for one of its feature spaces, the first where `space` is ""."""
     settings, kinds = of_report(report), str(report.get("features", "")).split(",")
     names = str(settings.values.get("eval.features", "")).split(",")
     if not settings.complete or len(names) != len(kinds) or len(kinds) == 1:
@@ -162,9 +162,9 @@ def _in_space(report: Mapping, space: str) -> Settings:
 
 
 def obstacle(key: str, reports: Sequence[Mapping]) -> str:
-    """Why the values under a metric's key in `reports` are not ranked, in a line; "" if they are.
+    """Line that says why values under a metric's key are not ranked in `reports`; "" if they are.
 
-    Metrics of samples are ranked by their own feature space, whatever others were looked at.
+    For a metric of samples only its own feature space counts, whatever others were evaluated.
     """
     space, metric = split_key(key)
     of_samples = METRICS[metric].compute is not None
@@ -182,7 +182,7 @@ def obstacle(key: str, reports: Sequence[Mapping]) -> str:
 
 
 def sampler_words(settings: Settings, *cost: str) -> str:
-    """Solver, its `cost`, steps, noise and guidance of a sampler, in a few words."""
+    """Short description of a sampler: solver, its `cost`, steps, noise and guidance."""
     at = {key.removeprefix("sampling."): value for key, value in settings.values.items()}
     if at.get("method") != "ode":
         words = [f"{at.get('predictor')} and {at.get('corrector')}", *cost]
@@ -210,13 +210,13 @@ def from_config(
     statistics: "Sequence[ReferenceStatistics]",
     restored: "ToRestore | None",
 ) -> dict[str, Any]:
-    """The settings that make a report, flat; those of a part only where it is asked for.
+    """Settings of a report, flat; those of a part are there only if it is evaluated.
 
     Args:
         origin: see `Experiment.origin`.
         data: the split that loss and likelihood are computed on; None without these.
-        statistics: those that samples are compared with; () without samples.
-        restored: None without restoration.
+        statistics: reference statistics of samples; () without samples.
+        restored: the images to restore; None without restoration.
     """
     options = config.eval
     passes = options.bpd_num_repeats if options.dataset == "test" else 1

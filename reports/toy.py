@@ -182,7 +182,7 @@ def _lines(axis, lines: Points, color: str, **options) -> None:
 
 
 def draw_page(runs: list[Run], data: Tensor, bits: dict[str, float], path: Path) -> None:
-    """Saves the page of `runs` on the training points `data` (n, 2, 1, 1) as a PNG.
+    """Save the page of `runs` on the training points `data` (n, 2, 1, 1) as a PNG.
 
     `bits` are bits/dim, by the name of the run, and "exact".
     """
@@ -264,7 +264,7 @@ def _draw_words(axis) -> None:
 
 
 def draw_film(run: Run, path: Path) -> None:
-    """Saves the learned flow of a run, from the noise level `FAR` down to the data, as a WebP."""
+    """Save the learned flow of a run, from the noise level `FAR` down to the data, as a WebP."""
     method, net = run.experiment.method, run.experiment.network
     toy = TOYS[run.experiment.data.name]()
     y, _ = _starts(method, SAMPLES)

@@ -53,9 +53,9 @@ class Counted:
     """A slope that counts its calls: the number of function evaluations of a solver.
 
     Args:
-        function: of x and the level, as a solver calls it.
-        watch: told the calls so far and the level, before each call.
-        states: notes whether each x is finite.
+        function: the slope, of x and the level.
+        watch: called with the number of calls so far and the level, before each call.
+        states: records whether each x is finite.
     """
 
     def __init__(

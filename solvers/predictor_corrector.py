@@ -94,7 +94,7 @@ def predictor_corrector(
     """Integrate `x` (B, C, H, W) from the prior to the data in the SDE's N steps (algorithm 1).
 
     Args:
-        sde: whose reverse.
+        sde: its reverse is integrated.
         score: (x (B, C, H, W), a time ()) -> the score there, of the shape of x.
         x: a sample of the prior.
         predictor, corrector: names in `sde.predictors` and `sde.correctors`.
@@ -106,12 +106,12 @@ def predictor_corrector(
         callback: called before each of the N steps; its level is the time, its slope the score.
         constrain: applied after every step of predictor and corrector, at the time that the step
             leads to. Where it does not act at the end of a predictor's step, that step is taken
-            once and without a corrector: the samples would come to ignore it.
+            once and without a corrector, since samples would drift away from the constraint.
         resample: times that each of the N steps is taken while `constrain` acts, with a step of the
             SDE back between them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
 
     Raises:
-        FloatingPointError: the sample is not finite; the message says from when on.
+        FloatingPointError: the sample is not finite; the message says since which time.
     """
     predict, correct = PREDICTORS[predictor], CORRECTORS[corrector]
     steps = [partial(correct, snr=snr)] * n_steps_each if correct else []

@@ -37,24 +37,24 @@ def solve_ode(
 ) -> tuple[Tensor, int]:
     """Integrate `x` (B, C, H, W) along the sampling ODE from the prior to the data.
 
-    Solvers with given steps see natural variables y = x / alpha, and so does `callback`. The host
-    waits for the device at the end only.
+    Solvers with fixed steps, and their `callback`, get natural variables y = x / alpha. The host
+    waits for the device only at the end.
 
     Args:
-        method, net: whose ODE.
+        method, net: of the ODE.
         x: a sample of the prior.
         solver: a name in `SOLVERS`; or "fitted", with the `schedule` and `advance` of a `Fit`.
-        n: steps of those that have a schedule, at least 1.
+        n: steps of a solver with a schedule, at least 1.
         schedule: one of `SCHEDULES` or its name, or "auto" for the solver's own.
         rho: see `solvers.schedules.polynomial`.
         rtol, atol, max_evaluations: see `rk45`.
         order: of a solver that has several; None for its own choice.
         advance: the steps of the solver "fitted"; see `solvers.fixed_steps.linear_multistep`.
-        churn: noise that a solver which churns adds on the way; None for the ODE.
+        churn: options of the noise that a churning solver adds; None for the ODE.
         generator: source of that noise, on the device of `x`.
-        noise_removal: where the ODE stops at some noise, the last of the n steps leads from there
-            to noise level 0; after `rk45` an Euler step does. Euler's gives the mean of the data
-            given x (Tweedie's formula).
+        noise_removal: if the ODE stops above noise level 0, the last of the n steps leads from
+            there to 0; after `rk45` an additional Euler step does. An Euler step gives the mean
+            of the data given x (Tweedie's formula).
         callback: called before each step; see `solvers.base.Step`.
         watch: called before each evaluation; see `solvers.base.Watch`.
 
@@ -62,8 +62,8 @@ def solve_ode(
         The sample, and the number of network evaluations.
 
     Raises:
-        FloatingPointError: the solution is not finite, or (`TooManyEvaluations`) the evaluations
-            are spent; the message says where.
+        FloatingPointError: the solution is not finite, or (`TooManyEvaluations`) needs more than
+            `max_evaluations`; the message says where it stopped.
     """
     solve, own_schedule = solver_named(solver).solve, solver_named(solver).schedule
     denoises = noise_removal and method.noisy_end
@@ -98,14 +98,14 @@ def solve_ode(
 def solver_levels(
     method: Method, schedule: Schedule, n: int, rho: float, noise_removal: bool
 ) -> Tensor:
-    """The n + 1 noise levels of a solver with given steps; see `solve_ode`."""
+    """The n + 1 noise levels of a solver with fixed steps; see `solve_ode`."""
     if not (noise_removal and method.noisy_end):
         return schedule(method, n, rho)
     return torch.cat([schedule(method, n - 1, rho), torch.zeros(1, dtype=torch.float64)])
 
 
 def watch_times(method: Method, watch: Watch | None) -> Callable[[int, float], object] | None:
-    """A watch for a solver that knows the time, which tells `watch` the noise level."""
+    """A watch for a solver that steps in time; it passes the noise level to `watch`."""
     if watch is None:
         return None
     return lambda evaluations, t: watch(
@@ -125,7 +125,7 @@ def encode(
 ) -> tuple[Tensor, int]:
     """Integrate scaled images `x` (B, C, H, W) along the sampling ODE from the data to the prior.
 
-    `solve_ode` leads back. For the arguments and what is raised see there; the solver is `rk45`.
+    `solve_ode` leads back; arguments and errors are described there. The solver is `rk45`.
 
     Returns:
         The latents (B, C, H, W), and the number of network evaluations.
@@ -149,8 +149,8 @@ def solve_sde(
     """Integrate `x` (B, C, H, W) along the reverse SDE by `predictor_corrector`.
 
     Args:
-        sde: whose path is followed.
-        method: whose score is, that of `sde` itself or of a method made of it, such as `Guided`.
+        sde: the SDE to reverse.
+        method: gives the score: `sde` itself, or a method derived from it, such as `Guided`.
         net: the network.
         x: a sample of the prior.
         callback, watch, options: see `predictor_corrector`; `watch` is told noise levels.

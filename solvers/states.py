@@ -1,4 +1,4 @@
-"""The states that a solution passes at chosen noise levels, for films."""
+"""States of a solution at chosen noise levels, for films."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,15 @@ from solvers.base import Step
 
 
 class States:
-    """A callback of solvers that keeps what a solution passes at falling noise `levels` (k,).
+    """A solver's callback that stores the states of a solution at falling noise `levels` (k,).
 
-    Between two steps y = x / alpha is taken to be linear in the noise level, as by Euler's method.
+    Between two steps y = x / alpha is linear in the noise level, as in Euler's method.
 
     Args:
         method: whose ODE or SDE is solved.
         levels: the noise levels, all above 0.
-        timed: the solver tells x at times, and not y at noise levels; see `sampling.Sampler`.
-        keep: what is kept of a state y (B, C, H, W).
+        timed: the callback gets x and times, not y and noise levels; see `Sampler.tells_times`.
+        keep: a function of a state y (B, C, H, W), whose result is stored.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class States:
         self._reach(level, y)
 
     def end(self, x: Tensor) -> Tensor:
-        """All that was kept, (k + 1, B, ...), the last one of the solution's end `x`."""
+        """Stored results (k + 1, B, ...); the last is that of the solution's end `x`."""
         self._reach(0.0, x)
         return torch.stack([*self.kept, self.keep(x)])
 

@@ -31,5 +31,5 @@ SOURCES: dict[str, Callable[..., Source]] = {
     **{toy: partial(toys.open_toy, toy=toy) for toy in toys.TOYS},
 }
 
-# The newest rules on what is data (`data.rules`) of kinds that have had others before.
+# Newest rules on which files are data (`data.rules`), for data sets that have had older ones.
 NEWEST_RULES = {"folder": folder.NEWEST}

@@ -32,8 +32,8 @@ def augment(
     Args:
         batch: scaled images.
         probability: see `draw_parameters`.
-        shared: all images get the same transformation. So the batch is the reference batch of
-            targets that depend on other images: those of data transformed like the example.
+        shared: all images get the same transformation, so that a reference batch is transformed
+            like each example.
         generator: source of the draws, on the device of the images.
     """
     images = batch.images

@@ -27,14 +27,14 @@ class Classes:
 
 
 class Source(Protocol):
-    """A sequence of images, of which each is read when it is indexed.
+    """A sequence of images, each read when it is indexed.
 
-    One may have `digest()`, a string by which these images in this order are known again without
-    decoding them all; of a source without, the number and 64 of the images count
+    A source may have `digest()`, a string that identifies these images in this order without
+    decoding them all; without it, the number of images and 64 of them identify the source
     (`digests.of_source`).
 
-    One with class labels also has `classes()`, which reads them (`Classes`), and raises ValueError
-    where one is missing. It is called only where `data.num_classes` asks for labels.
+    A source with class labels also has `classes()`, which reads them (`Classes`), and raises
+    ValueError where one is missing. It is called only if `data.num_classes` is not 0.
     """
 
     def __len__(self) -> int: ...
@@ -72,10 +72,10 @@ class PerProcess:
 
 @dataclass(frozen=True)
 class View:
-    """The images `index` of a source, each of them as `prepare` makes it.
+    """The images `index` of a source, each converted by `prepare`.
 
-    `classes_of_all` reads the classes of all images of the source, where it has any. `digest_of`
-    gives the digest of the images of given numbers (`digests.of_source`).
+    `classes_of_all` reads the classes of all images of the source, if it has any. `digest_of` gives
+    the digest of the images of an index (`digests.of_source`).
     """
 
     source: Source

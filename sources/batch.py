@@ -47,8 +47,8 @@ class Kind(NamedTuple):
     """A kind of condition.
 
     Attributes:
-        none: what fills a row that has none.
-        drops: `training.label_dropout` makes rows none, so that the network learns both.
+        none: value of the entries of a row without a condition.
+        drops: `training.label_dropout` drops rows, so that the network also learns without them.
     """
 
     none: float
@@ -58,14 +58,14 @@ class Kind(NamedTuple):
 # The name under which a network takes a condition -> its kind.
 KINDS: dict[str, Kind] = {
     "class_labels": Kind(none=-1),  # (B,), int64
-    "augment_labels": Kind(none=0, drops=False),  # (B, 9), of `sources.augmentation`
+    "augment_labels": Kind(none=0, drops=False),  # (B, 9), from `sources.augmentation`
     "vector": Kind(none=0),  # (B, K)
     "image": Kind(none=0),  # (B, C, H, W)
 }
 
 
 class Conditions(Mapping[str, Tensor]):
-    """What a network is given besides x and the noise label: rows (B, ...) by name (`KINDS`)."""
+    """Arguments of a network besides x and the noise label: rows (B, ...) by name (`KINDS`)."""
 
     def __init__(self, rows: Mapping[str, Tensor | None] = {}, /, **more: Tensor | None):  # noqa: B006
         rows = {**rows, **more}
@@ -84,16 +84,16 @@ class Conditions(Mapping[str, Tensor]):
         return Conditions({**self, **other})
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
-        """`change` applied to the rows of each."""
+        """The conditions with `change` applied to the tensor of each."""
         return Conditions({name: change(row) for name, row in self.items()})
 
     @property
     def droppable(self) -> bool:
-        """Whether `drop` changes anything."""
+        """True if `drop` changes any condition."""
         return any(KINDS[name].drops for name in self)
 
     def drop(self, mask: Tensor) -> "Conditions":
-        """The conditions with none where `mask` (B,), bool, holds, but for kinds that stay."""
+        """The conditions without the rows of `mask` (B,), bool, for kinds that can be dropped."""
 
         def dropped(name: str, row: Tensor) -> Tensor:
             at = mask.view(-1, *[1] * (row.dim() - 1))

@@ -1,4 +1,4 @@
-"""What a folder or zip held for runs that began before there was a choice: data.rules=1."""
+"""The first rules on which files of a folder or zip are data: data.rules=1, for old runs."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from sources.base import held_out
 from sources.listing import LeftOut, Listed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-TEST_NAMES = ("test", "validation", "valid", "val")  # of the split to test on; the first counts
+TEST_NAMES = ("test", "validation", "valid", "val")  # of the test split, the first one counts
 
 
 def list_folder(root: Path) -> Listed:

@@ -1,4 +1,4 @@
-"""What lies between stored data and what a method sees.
+"""Codecs: maps between stored data and the tensors of a method.
 
 Data have units of their own, [0, 1] for images; a codec leads from there to the tensors x of the
 method, and back. A further one is a class and a line of `CODECS`.
@@ -25,9 +25,9 @@ class Codec(Protocol):
         keys: the keys that the codec declares, for `configs.default`.
         data_shape: (C, H, W) of the data.
         shape: (C, H, W) of x.
-        bounds: between which the entries of x lie that stand for data; infinite where unknown.
-        levels: grey levels that a unit of the data has in store.
-        log_volume: ln of the volume of x, for each entry, that a unit of the data becomes.
+        bounds: range of the entries of x that stand for data; infinite where unknown.
+        levels: stored grey levels in a unit of the data.
+        log_volume: for each entry, ln of the length in x of a unit of the data.
             Bits/dim are log2(levels) - (ln p(x) / D + log_volume) / ln 2.
     """
 
@@ -44,11 +44,11 @@ class Codec(Protocol):
     def encode(self, data: Tensor) -> Tensor: ...
 
     def decode(self, x: Tensor) -> Tensor:
-        """Data that `x` stands for; what no data can be is brought to the closest that can."""
+        """Data that `x` stands for, clamped to their range."""
         ...
 
     def unclamped(self, x: Tensor) -> Tensor:
-        """The inverse of `encode`, also of what no data can be."""
+        """The inverse of `encode`, without clamping to the range of the data."""
         ...
 
     def show(self, x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class EightBitImages:
 
     @classmethod
     def from_config(cls, config) -> Self:
-        """Raises ValueError where `data.num_channels` is open."""
+        """The codec of `config.data`; ValueError where `data.num_channels` is not decided yet."""
         data = config.data
         if data.num_channels < 1:
             raise ValueError("data.num_channels is open: training measures it at its first start")
@@ -102,7 +102,7 @@ class EightBitImages:
         return self.unclamped(x).clamp(0, 1)
 
     def show(self, x: Tensor) -> Tensor:
-        """A state whose root mean square is beyond that of black and white is divided by it."""
+        """Pictures of `x`; a root mean square above that of black and white is scaled down."""
         contrast = 2 * self.unclamped(x) - 1
         rms = contrast.flatten(1).square().mean(1).sqrt().clamp(min=1)
         image = (contrast / rms.view(-1, 1, 1, 1) + 1) / 2

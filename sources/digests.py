@@ -1,4 +1,4 @@
-"""Digests of data: SHA-256 by which images are known again without decoding them."""
+"""Digests of data: SHA-256 that identify images without decoding them."""
 
 import hashlib
 import logging
@@ -24,11 +24,11 @@ from storage.files import atomic_write, one_line
 log = logging.getLogger(__name__)
 
 SAMPLES = 64  # images of a source that has no digest of its own
-BLOCKS, BLOCK = 1024, 2**16  # of a large array; what they cover is small, and hashed whole
-LARGEST = 2**28  # bytes of a file that are hashed; no image that is read is larger
+BLOCKS, BLOCK = 1024, 2**16  # of a large array; an array no larger than them is hashed whole
+LARGEST = 2**28  # bytes of a file that are hashed; larger images are never read
 PIECE = 2**20  # bytes read at once
-THREADS, CHUNK = 16, 64  # that read files, and how many files each reads at once
-MANY, MUCH = 1000, 2**24  # files, or bytes of them, whose checksums are worth a cache
+THREADS, CHUNK = 16, 64  # threads that read files, and files in a task of a thread
+MANY, MUCH = 1000, 2**24  # files, or bytes of them, from which on checksums are cached
 KEY = 8  # bytes of the hash of a file's name, size and times in the cache
 FRESH = 10**8  # ns in which a file may be written twice with one time
 
@@ -36,7 +36,7 @@ Numbers = NDArray[np.int64]
 
 
 def joined(*parts: str | bytes | NDArray[np.uint8]) -> str:
-    """SHA-256, 64 hexadecimal digits, of `parts` in their order, arrays (n,) among them."""
+    """SHA-256, 64 hexadecimal digits, of `parts` in order: strings, bytes or arrays (n,)."""
     total = hashlib.sha256()
     for part in parts:
         content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
@@ -48,8 +48,8 @@ def joined(*parts: str | bytes | NDArray[np.uint8]) -> str:
 def of_source(source: Source) -> str:
     """The digest of the images of `source` in their order.
 
-    A source may have its own, `digest()`. An array has that of its bytes (see `of_array`), and any
-    other source that of its number of images and of up to 64 of them, so that a change of another
+    It is the source's `digest()` if it has one, and for an array that of its bytes (`of_array`).
+    For any other source it covers the number of images and up to 64 of them: a change of another
     image goes unseen.
     """
     if isinstance(source, View):
@@ -77,9 +77,9 @@ def of_samples(source: Source) -> str:
 
 
 def of_array(array: NDArray, whole: bool = False) -> str:
-    """The digest of `array`: of all its bytes or, of more than 64 MiB, of 1,024 fixed blocks.
+    """The digest of all bytes of `array` or, above 64 MiB, of 1,024 fixed blocks.
 
-    With `whole` it is that of all bytes however many there are.
+    With `whole` it always covers all bytes.
     """
     content, blocks = array.ravel(order="K").view(np.uint8), []
     if whole or len(content) <= BLOCKS * BLOCK:
@@ -91,7 +91,7 @@ def of_array(array: NDArray, whole: bool = False) -> str:
 
 
 def of_words(words: Sequence[str], index: Numbers) -> str:
-    """The digest of the images `index` of data that `words` describe well enough."""
+    """The digest of the images `index` of data that `words` identify."""
     return joined(*words, index.tobytes())
 
 
@@ -110,11 +110,11 @@ def of_files(
     content: bool,
     index: Numbers,
 ) -> str:
-    """The digest of the files number `index` of `names`, and of those `beside` them.
+    """The digest of the files number `index` of `names`, and of the files `beside` them.
 
-    It is that of their names, sizes and CRC-32, of an `archive` those in its directory, else those
-    of the files below the folder `where`. These are read once and then known by size and time (see
-    `_checks`); without `content` they are not read, and only names and sizes count.
+    It covers their names, sizes and CRC-32. These come from the directory of `archive`, if there is
+    one, else from the files below the folder `where`, whose checksums are cached by size and time
+    (see `_checks`). Without `content` files are not read, and only names and sizes count.
     """
     some = [*(names[i] for i in index), *beside]
     if archive is not None:
@@ -133,8 +133,8 @@ def of_files(
 def _checks(where: Path, names: list[str], content: bool, most: int) -> tuple[Numbers, Numbers]:
     """Size and CRC-32 (n,) of the n files `names` below `where`; 0 for a CRC that is not computed.
 
-    Checksums of files that have not changed since, by size and times, come from a cache; one of
-    `most` entries is begun anew. A file that is none, or cannot be read, has the size -1.
+    Checksums of files with unchanged size and times come from a cache, which is emptied when it has
+    `most` entries. What is no file, or cannot be read, has the size -1.
     """
     stats = [_stat(f"{where}/{name}") for name in names]
     sizes = np.array([-1 if s is None else s.st_size for s in stats], np.int64)
@@ -158,7 +158,7 @@ def _checks(where: Path, names: list[str], content: bool, most: int) -> tuple[Nu
                 entries.append((keys[i], crc))
     finally:  # also where an interrupt ends the reading of many files
         if entries and (len(missing) >= MANY or amount >= MUCH):
-            old = cache if len(cache) < most else cache[:1]  # others are of files of the past
+            old = cache if len(cache) < most else cache[:1]  # drops stale entries
             _write_cache(path, np.concatenate([old, entries]))
     return sizes, crcs
 
@@ -166,7 +166,7 @@ def _checks(where: Path, names: list[str], content: bool, most: int) -> tuple[Nu
 def _stat(path: str) -> os.stat_result | None:
     try:
         found = os.stat(path)
-    except OSError:  # the image counts as unreadable too, and is named then
+    except OSError:  # the image is reported as unreadable when it is decoded
         return None
     return found if stat.S_ISREG(found.st_mode) else None
 
@@ -179,7 +179,7 @@ def _key(name: str, found: os.stat_result | None) -> bytes:
 
 
 def _crcs(where: Path, names: list[str]) -> Iterator[int | None]:
-    """The CRC-32 of each file, in this order; None of one that cannot be read."""
+    """CRC-32 of each file, in order; None for a file that cannot be read."""
     interval = 0.2 if sys.stderr.isatty() else 10
     if not names:
         return
@@ -218,7 +218,7 @@ def _cache_path(where: Path) -> Path:
 
 
 def _read_cache(where: Path) -> Numbers:
-    """Keys and CRC-32 (n, 2) by rising keys; of none, or of a damaged cache, the row (0, 0)."""
+    """Keys and CRC-32 (n, 2) by rising keys; the row (0, 0) for a missing or damaged cache."""
     path, empty = _cache_path(where), np.zeros((1, 2), np.int64)
     try:
         if not path.is_file():

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_FILE_BYTES = 2**28  # of one image, as it is read or unpacked; Pillow bounds the pixels
-KEYS = {  # of any image files that a key names
+KEYS = {  # for image files of data, and of other keys such as sampling.encode
     "data.scale": Key(
         (),
         Numbers(Number(-1e9, 1e9), (0, 2), rising=True),
@@ -41,7 +41,7 @@ LABELS = "labels"  # of an .npz: the array, or the end of its name
 
 @dataclass(frozen=True)
 class Rules:
-    """What of a folder or zip is data, and how it is split and numbered: `data.rules`.
+    """Rules on which files of a folder or zip are data, their splits and classes: `data.rules`.
 
     A run keeps the rules that it began with, since others would change its data.
     """
@@ -83,8 +83,8 @@ def open_folder(data, split: str) -> Source:
 
     `sources.listing` says which files count, in the order of their names, and `sources.splits`
     which folders on top, or arrays of an .npz, are the splits; without them about a tenth of the
-    files, or a random tenth of an array, is held out to test on. `data.rules` may ask for those of
-    before (`sources.before`). Where `data.num_channels` is 0, a file gives as many as it needs (see
+    files, or a random tenth of an array, is held out to test on. `data.rules` may name older rules
+    (`sources.before`). Where `data.num_channels` is 0, a file gives as many as it needs (see
     `decode_image`), an array those it has. Class labels are those of a `dataset.json`, else the
     folders below those of the splits (`sources.labels`); of an .npz the array `labels`, or
     `train_labels` and `test_labels`.
@@ -134,7 +134,7 @@ open_folder.keys = {
 
 
 def measure_scale(data, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
-    """The `data.scale` of the image files at `data.path`; () where nothing is there.
+    """The `data.scale` of the image files at `data.path`; () where there are none.
 
     `watch` shows the progress. Raises ValueError and OSError as `open_folder`.
     """
@@ -146,26 +146,26 @@ def measure_scale(data, watch: Callable[[Iterable[int]], Iterable[int]] = iter) 
 
 
 def names_files(path: str) -> bool:
-    """Whether `data.path` is that of image files, a folder or zip, and not of arrays."""
+    """True if `data.path` is a folder or zip of image files, False for arrays."""
     return bool(path) and not _is_array(Path(path))
 
 
 def splits_of(data) -> dict[str, str]:
-    """Folders or arrays that hold the splits of the images at `data.path`; {} without any."""
+    """{split: folder or array that holds it} at `data.path`; {} without splits."""
     return account(data)[0]
 
 
 def left_out(data) -> str:
-    """What is left out at `data.path`, such as "30 .txt, 2 hidden folders (.git, .trash)"."""
+    """Text on files left out at `data.path`: "30 .txt, 2 hidden folders (.git, .trash)"."""
     return account(data)[1]
 
 
 def account(data) -> tuple[dict[str, str], str]:
-    """What `splits_of` and `left_out` give, at once."""
+    """The results of `splits_of` and `left_out`, from one listing."""
     path, rules = _path(data), _rules(data)
     if _is_array(path):
         content = np.load(path, mmap_mode="r", allow_pickle=False)
-        names = _image_arrays(getattr(content, "files", ()))  # those of an .npz; an .npy has none
+        names = _image_arrays(getattr(content, "files", ()))  # of an .npz; an .npy has no names
         parts, omitted, kind = names, LeftOut(), "array{s}"
     else:
         listed = _list(path, rules).listed
@@ -204,11 +204,11 @@ def read_images(
 ) -> dict[str, Picture]:
     """The images of a file, a folder, a .zip or an array file by their names, in their order.
 
-    `key` is what `name` comes from; `channels` and `scale` as of `decode_image`, but that a scale
-    of () is measured on all of them. Files count as in the data, and the log says what is left out.
-    An .npy, or an .npz with one array or `samples`, holds images of any number of channels, uint8
-    (n, H, W, C) or one (H, W, C). Raises FileNotFoundError where there is nothing, ValueError where
-    an image cannot be read.
+    `key` is the key with the value `name`; `channels` and `scale` are those of `decode_image`, but
+    a scale of () is measured on all images. Files follow the same rules as data, and the log says
+    which are left out. An .npy, or an .npz with one array or `samples`, holds images of any number
+    of channels, uint8 (n, H, W, C) or one (H, W, C). Raises FileNotFoundError where `name` does not
+    exist, ValueError where an image cannot be read.
     """
     path = Path(name).expanduser()
     if not path.exists():
@@ -235,7 +235,7 @@ def read_images(
 
 @dataclass(frozen=True)
 class Files:
-    """Encoded images by name, each of which `open` opens; nothing is extracted to disk.
+    """Image files by name, each opened by `open`; nothing is extracted to disk.
 
     `channels` and `scale` are those of `decode_image`.
     """
@@ -259,15 +259,15 @@ class Files:
             raise Unreadable(f"{self.where}/{self.names[i]}: {one_line(error)}") from error
 
     def size(self, i: int) -> Size:
-        """Height and width of image i as it is stored; `Unreadable` where it cannot be read."""
+        """Stored height and width of image i; `Unreadable` where it cannot be read."""
         try:
             with self.open(self.names[i]) as file:
                 return size_in_header(file.read(HEADER_BYTES))
-        except Exception:  # a header may stand at the end of its file, as of a TIFF
+        except Exception:  # a TIFF may have its header at the end
             return self[i].shape[:2]
 
     def scaled(self, scale: Range | tuple[()]) -> "Files":
-        """These with `scale`, or where it is () with that which is `measured`."""
+        """The files with `scale`, or with the `measured` one where it is ()."""
         return replace(self, scale=tuple(scale) or self.measured().scale)
 
     def measured(self, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
@@ -277,13 +277,13 @@ class Files:
             try:
                 with self.open(self.names[i]) as file:
                     return may_have_16_bits(open_image(file))
-            except Exception:  # it is named when its pixels are read
+            except Exception:  # reported when its pixels are read
                 return False
 
         def extent(i: int) -> tuple[int, int] | None:
             try:
                 return self._read(i, extent_of_16_bits)
-            except Unreadable:  # likewise
+            except Unreadable:  # reported when its pixels are read
                 return None
 
         try:
@@ -313,9 +313,9 @@ def _open_in(archive: PerProcess, name: str) -> IO[bytes]:
 
 
 class Opened(NamedTuple):
-    """The image files of a folder or zip, and what opens one by the name it is stored under.
+    """The image files of a folder or zip, and a function that opens one by its stored name.
 
-    `archive` gives the zip file, in each process; it is None for a folder.
+    `archive` opens the zip file anew in each process; it is None for a folder.
     """
 
     listed: Listed
@@ -356,7 +356,7 @@ def _file_classes(
     below_split: bool,
     rules: Rules,
 ) -> Classes:
-    """The classes of all files `names`, of which those `in_split` need one."""
+    """Classes of all files `names`; those `in_split` must have one."""
     if opened.listed.metadata:
         name, stored = opened.listed.metadata
         above = name.removesuffix(listing.METADATA)

@@ -1,4 +1,4 @@
-"""The identity of data: by which a run knows whether it is given those that it began with."""
+"""The identity of data, by which a run recognises the data it began with."""
 
 import re
 from collections.abc import Sequence
@@ -13,17 +13,18 @@ from configs.schema import EXACT
 from sources.base import Classes
 
 KINDS = ("content", "names")  # of digests: data.digest
-MAX_CLASSES = 100_000  # whose names a run keeps; the digest counts those of more classes too
+MAX_CLASSES = 100_000  # whose names a run stores; with more, only the digest covers them
 MAX_NAME = 4096  # letters of the name of a class
 MAX_SHOWN = 5  # classes that a message names
 
 
 @dataclass(frozen=True)
 class Identity:
-    """How many images there are, the `classes` in the order of their numbers, and the `digest`.
+    """Identity of data: numbers of images, names of classes, and a digest.
 
-    `train` and `test` are the numbers of images of the splits. The digest begins with its kind,
-    one of `KINDS`. `classes` is empty where none are read, or where they have no names.
+    `train` and `test` are the numbers of images of the splits. `classes` are names by class number,
+    empty where no classes are read or they have no names. The `digest` begins with its kind, one of
+    `KINDS`.
     """
 
     train: int
@@ -33,10 +34,10 @@ class Identity:
 
     @classmethod
     def read(cls, path: Path, checkpoint: dict) -> Self | None:
-        """The identity that `checkpoint`, from `path`, has as `data`; None where it has none.
+        """The identity in the entry `data` of `checkpoint`, from `path`; None without the entry.
 
         Raises:
-            ValueError: it has something else there.
+            ValueError: the entry is not an identity.
         """
         entry = checkpoint.get("data")
         if entry is None:
@@ -47,17 +48,17 @@ class Identity:
             raise ValueError(f"{path}: its data are no identity of data: {error}") from None
 
     def entry(self) -> dict[str, Any]:
-        """The dictionary that `read` takes, of numbers, strings and a list."""
+        """The entry of a checkpoint for `read`: a dictionary of numbers, strings and a list."""
         return asdict(self) | {"classes": [*self.classes] if _are_names(self.classes) else []}
 
     def comparable(self, other: Self) -> bool:
-        """Whether the digests are of one kind."""
+        """True if the digests are of one kind."""
         return self.digest.partition(":")[0] == other.digest.partition(":")[0]
 
     def changes(self, now: Self) -> str:
-        """How the data `now` differ from these, in words; empty where they do not.
+        """Text on how the data `now` differ from these; empty where they do not.
 
-        Where the digests are not comparable, other contents alone go unseen.
+        If the digests are not comparable, a change of contents alone goes unseen.
         """
         numbers = (self.train, self.test), (now.train, now.test)
         if numbers[0] == numbers[1] and self.digest == now.digest:
@@ -76,17 +77,17 @@ class Identity:
         return "; ".join(words)
 
     def new_classes(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that are no class of a run which has these; none where it has no names.
+        """Classes among `names` that a run with this identity does not have.
 
-        Classes of a run may have no names, or are not read.
+        [] where the run's classes have no names, or are not read.
         """
         return sorted(set(names) - set(self.classes)) if self.classes else []
 
     def renumbered(self, classes: Classes) -> Classes:
-        """`classes` with the numbers that these, of a run, have; unchanged without names.
+        """`classes` with the numbers of this identity's classes; unchanged without names.
 
         Raises:
-            ValueError: a class is none of the run's.
+            ValueError: the run does not have a class.
         """
         if not self.classes or not classes.names:
             return classes
@@ -97,7 +98,7 @@ class Identity:
             )
         numbers = {name: number for number, name in enumerate(self.classes)}
         table = np.array([*(numbers[name] for name in classes.names), -1], np.int64)
-        return Classes(table[classes.labels], self.classes)  # -1, of a damaged record, stays
+        return Classes(table[classes.labels], self.classes)  # -1 of a damaged record stays
 
 
 def _classes(names: Sequence[str]) -> str:
@@ -107,7 +108,7 @@ def _classes(names: Sequence[str]) -> str:
 
 
 def _are_names(names: Sequence[Any]) -> bool:
-    """Whether a checkpoint may have `names` as those of classes."""
+    """True if `names` is a valid list of class names in a checkpoint."""
     if len(names) > MAX_CLASSES or any(type(n) is not str or len(n) > MAX_NAME for n in names):
         return False
     return len(set(names)) == len(names)

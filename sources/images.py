@@ -18,13 +18,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # as Pillow names them
 
 
 def resize(image: Picture, height: int, width: int, kernel: Filter = Filter.BILINEAR) -> Picture:
-    """`image` (H, W, C) at (height, width), each channel by itself.
+    """`image` (H, W, C) resized to (height, width), each channel by itself.
 
     The kernel widens as the image shrinks, against aliasing.
     """
     if image.shape[:2] == (height, width):
         return image
-    # Channels are resized one by one: Pillow takes the last one of two or four for transparency.
+    # Channels are resized one by one: Pillow would treat the last one of two or four as alpha.
     planes = [image] if image.shape[2] == 3 else np.moveaxis(image, 2, 0)
     resized = [Image.fromarray(plane).resize((width, height), kernel) for plane in planes]
     return np.dstack([np.asarray(plane) for plane in resized])
@@ -75,17 +75,17 @@ def open_image(file: IO[bytes]) -> Image.Image:
 def decode_image(data: bytes, channels: int, scale: Range | tuple[()] = ()) -> Picture:
     """The pixels of a file of `FORMATS`, uint8 (H, W, C), upright as EXIF says.
 
-    Inks become RGB, and what is transparent becomes white. Of 16 bits a channel `scale`, (low,
-    high), becomes 0 to 255; () is that of as many bits as the file's largest value needs (see
-    `sixteen_bits`). `channels` is 1 for grey, 3 for RGB, 0 for grey where R = G = B in every pixel
-    and else RGB. Raises anything where the data are damaged, hold more than 16 bits or more pixels
-    than Pillow allows.
+    CMYK becomes RGB, and transparent pixels become white. In images of 16 bits a channel, values
+    from low to high of `scale` become 0 to 255; () stands for the range of as many bits as the
+    file's largest value needs (see `sixteen_bits`). `channels` is 1 for grey, 3 for RGB, and 0 for
+    grey where R = G = B in every pixel, else RGB. Raises any exception where the data are damaged,
+    have more than 16 bits, or more pixels than Pillow allows.
     """
     deep = sixteen_bits.read(partial(_opened, data))
     image = deep.as_bytes(scale) if deep else _opened(data)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "LAB":
-        image = image.convert("RGB")  # of which Pillow makes grey
+        image = image.convert("RGB")  # Pillow converts this to grey
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

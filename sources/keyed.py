@@ -1,4 +1,4 @@
-"""Random numbers that depend on a purpose and a key alone, and not on what was drawn before."""
+"""Random numbers that depend on a purpose and a key alone, not on earlier draws."""
 
 import zlib
 
@@ -7,7 +7,7 @@ import torch
 
 
 def keyed_seed(purpose: str, *key: int) -> int:
-    """A 64-bit seed for `purpose` and the integers `key` (each >= 0), its own for each of them."""
+    """A 64-bit seed for `purpose` and the integers `key` (each >= 0), different for each."""
     words = (zlib.crc32(purpose.encode()), len(key), *key)  # the length: (1,) is not (1, 0)
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 

@@ -14,10 +14,11 @@ from sources.listing import METADATA
 def of_folders(
     names: Sequence[str], in_split: Sequence[str], below_split: bool, order: Callable[[str], Any]
 ) -> Classes:
-    """Classes of the images `names`, which are those of the images `in_split`, sorted by `order`.
+    """Classes of the images `names` by folder: those of the images `in_split`, sorted by `order`.
 
-    The folder of a class is on top, below a single folder that holds all, or below that of its
-    split. A single folder with images and no folders is one class. Labels of other images are -1.
+    The folder of a class is at the top, below a single folder that holds everything, or below the
+    folder of its split. A single folder with images and no folders is one class. Images outside
+    these classes have the label -1.
     """
     single = len({name.partition("/")[0] for name in names}) == 1
     level = below_split + single
@@ -31,7 +32,7 @@ def of_folders(
 
 
 def natural(name: str) -> tuple:
-    """A key to sort by: numbers in a name as numbers, which come before text."""
+    """A sort key that compares numbers in a name as numbers, before text."""
     pieces = re.split(r"([0-9]+)", name)
     pieces[1::2] = [(len(digits := piece.lstrip("0")), digits) for piece in pieces[1::2]]
     return (*pieces,), name
@@ -40,8 +41,8 @@ def natural(name: str) -> tuple:
 def of_metadata(names: Sequence[str], content: bytes, clean: Callable[[str], str]) -> Classes:
     """Classes of the images `names` by a `dataset.json`, {"labels": [["path", label], ...]}.
 
-    `clean` makes names of its paths. Labels of images that it does not name are -1. Raises anything
-    where `content` is damaged.
+    `clean` turns its paths into names. Images that it does not list have the label -1. Raises any
+    exception where `content` is damaged.
     """
     labels = json.loads(content)["labels"]
     if not labels:
@@ -54,7 +55,7 @@ def of_metadata(names: Sequence[str], content: bytes, clean: Callable[[str], str
 
 
 def check(where: str, names: Sequence[str], classes: Classes, in_split: Sequence[str]) -> None:
-    """ValueError, with `where` the images are, where one of those `in_split` has no label."""
+    """Raise ValueError, which names `where`, if an image `in_split` has no label."""
     labels = dict(zip(names, classes.labels.tolist(), strict=True))
     if missing := [name for name in in_split if labels[name] < 0]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which files of a folder or zip are images of the data, and what is left out.
+"""Listing of a folder or zip: the image files that are data, and the files left out.
 
 Names are paths below the folder or zip, with '/' between folders and in Unicode's composed form
 (NFC), so that they do not depend on the system that wrote them.
@@ -20,26 +20,26 @@ SUFFIXES = (
     *(".webp", ".bmp", ".tif", ".tiff", ".gif"),
 )
 METADATA = "dataset.json"  # of EDM's dataset_tool.py: the class labels of images by their names
-# Folders, in lower case, in which systems keep thumbnails, deleted files and their own.
+# Folders, in lower case, of thumbnails, deleted files and the files of a system.
 SYSTEM_FOLDERS = {
     *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "__macosx"),
     *("$recycle.bin", "recycler", "system volume information", "lost+found", "__pycache__"),
     *("network trash folder", "temporary items"),
 }
-MAX_KINDS, MAX_EXAMPLES = 12, 3  # of what is left out, that are named
+MAX_KINDS, MAX_EXAMPLES = 12, 3  # of left-out files that a message names
 
-# Kinds of what is left out.
+# Kinds of left-out files.
 SAME_NAME = "file{s} of a name that another has"
 RUN, OF_RUN = "run{s} of this program", "folder{s} of a run of this program"
 
-LeftOut = Counter[tuple[str, str]]  # by kind, "{s}" in which is its plural, and an example or ""
+LeftOut = Counter[tuple[str, str]]  # by (kind, example or ""); "{s}" in a kind is for its plural
 
 
 class Listed(NamedTuple):
     """The image files of a folder or zip.
 
-    `files` are their names, sorted, and what the folder or zip calls each. `metadata` is the name
-    of a `dataset.json` for them and what it is called, if there is one.
+    `files` are {name: path as stored}, sorted by name. `metadata` is the name of a `dataset.json`
+    and its path as stored, if there is one.
     """
 
     files: dict[str, str]
@@ -48,7 +48,7 @@ class Listed(NamedTuple):
 
     @classmethod
     def build(cls, images: dict[str, str], others: dict[str, str], left_out: LeftOut) -> "Listed":
-        """Chooses the metadata among the `others`, and counts the rest of them as left out."""
+        """Choose the metadata among the `others`, and count the rest as left out."""
         images = dict(sorted(images.items()))
         top = next(iter(images), "").partition("/")[0]  # of a zip that holds one folder
         name = next((n for n in (METADATA, f"{top}/{METADATA}") if n in others), None)
@@ -60,8 +60,8 @@ class Listed(NamedTuple):
 def list_folder(root: Path) -> Listed:
     """The images below `root`; OSError where a folder cannot be read.
 
-    Links to folders are followed; a folder that is reached twice is read once, where no link leads
-    to it or by the first of the links.
+    Links to folders are followed. A folder that is reached more than once is read once: at its own
+    place if that is below `root`, else by the first link.
     """
     left_out = LeftOut()
     return _listed(_walk(root, left_out), left_out, {})
@@ -72,14 +72,14 @@ def list_names(names: Iterable[str]) -> Listed:
     left_out, stored = LeftOut(), {}
     for entry in names:
         name = clean(entry)
-        if name and not entry.endswith(("/", "\\")):  # which is a folder
+        if name and not entry.endswith(("/", "\\")):  # an entry of a folder ends so
             left_out[SAME_NAME, ""] += name in stored
             stored[name] = entry  # the last one counts, as for programs that extract them
     return _listed(_grouped(stored, left_out), left_out, stored)
 
 
 def clean(name: str) -> str:
-    """A path below the data, with '/' as separator, in NFC, and without empty or "." parts."""
+    """The path in NFC with '/' as separator, without empty or "." parts."""
     name = name if name.isascii() else unicodedata.normalize("NFC", name)
     parts = name.replace("\\", "/").split("/")
     cleaned = "/".join(part for part in parts if part not in ("", "."))
@@ -87,12 +87,12 @@ def clean(name: str) -> str:
 
 
 def is_image(name: str) -> bool:
-    """Whether the name of a file ends as that of an image."""
+    """True if the suffix of a file name is that of an image."""
     return name.lower().endswith(SUFFIXES)
 
 
 def in_words(left_out: LeftOut) -> str:
-    """Such as "30 .txt, 2 hidden folders (.git, .trash)"; "" where nothing is left out."""
+    """Text such as "30 .txt, 2 hidden folders (.git, .trash)"; "" if nothing is left out."""
     numbers, examples = Counter(), {}
     for (kind, example), number in left_out.items():
         numbers[kind] += number
@@ -191,7 +191,7 @@ def _kind_of_entry(entry: os.DirEntry) -> str:
         if entry.is_file():
             return "file"
         entry.stat()
-    except OSError:  # also of a link to itself
+    except OSError:  # a link to itself, too
         if entry.is_symlink():
             return "broken link{s}"
         raise
@@ -208,7 +208,7 @@ def _kind_of_folder(name: str) -> str | None:
 def _listed(
     groups: Iterable[tuple[str, list[str]]], left_out: LeftOut, stored: dict[str, str]
 ) -> Listed:
-    """The images among the files of folders, of which `stored` says what they are called."""
+    """The images among the files of folders; `stored` gives the stored path by name."""
     images, others = {}, {}
     for below, files in groups:
         pictures = own_pictures(files)

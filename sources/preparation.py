@@ -1,4 +1,4 @@
-"""What a training step makes of stored images: mirrored, dequantised, encoded, transformed."""
+"""Preparation of stored images for a training step: flips, dequantisation, codec, augmentation."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -33,8 +33,8 @@ def to_unit_interval(
     """Float images (B, C, H, W) in [0, 1] from uint8 ones, on their device.
 
     `flip` mirrors each left to right with probability 1/2. `dequantize` adds uniform noise within a
-    grey level, (images + u) / 256; the density of such data bounds the likelihood of the discrete
-    ones (Theis et al. 2016).
+    grey level, (images + u) / 256; the density of such data bounds the likelihood of the
+    discrete images (Theis et al. 2016).
     """
     draw = {"generator": generator, "device": images.device}
     if flip:
@@ -49,7 +49,7 @@ def to_unit_interval(
 
 @dataclass(frozen=True)
 class Preparation:
-    """Called with a uint8 batch and a generator: the encoded batch of a training step.
+    """Preparation of a uint8 batch for a training step; called with the batch and a generator.
 
     Attributes:
         codec: what encodes the images.
@@ -67,7 +67,7 @@ class Preparation:
 
     @classmethod
     def from_config(cls, config, shared: bool) -> Self:
-        """Raises ValueError where the network does not take the labels of the augmentation."""
+        """The preparation of `config`; ValueError if the network takes no augmentation labels."""
         data, augment = config.data, config.training.augment
         if augment and config.model.augment_dim != augmentation.LABELS:
             raise ValueError(
@@ -80,12 +80,12 @@ class Preparation:
                 f"training.augment={augment} transforms images, but the network sees latents of "
                 f"the shape {codec.shape} (data.codec)"
             )
-        flips = data.random_flip and not augment  # the augmentation mirrors them, and tells so
+        flips = data.random_flip and not augment  # the augmentation flips too, and labels it
         return cls(codec, flips, data.uniform_dequantization, augment, shared)
 
     @property
     def words(self) -> str:
-        """How training images are changed, for the log."""
+        """Text for the log on the changes of training images."""
         if self.augment:
             return f"transformed at random (training.augment={self.augment:g})"
         return f"{'mirrored at random' if self.flips else 'not mirrored'} (data.random_flip)"

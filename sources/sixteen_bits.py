@@ -1,8 +1,8 @@
-"""Images of 16 bits a channel: their values, of which seldom all are used, and bytes of these.
+"""Images of 16 bits a channel: their values, the range of these, and conversion to 8 bits.
 
-A scanner of 12 bits writes 0 to 4,095 into 16. Pillow gives the values of grey images, but of
-others the high bytes alone, so these are read twice, the second time as if their bytes were in the
-other order.
+Few use the whole range: a scanner of 12 bits writes 0 to 4,095. Pillow reads all 16 bits of grey
+images, but only the high bytes of others. These are therefore read twice, the second time as if
+their bytes were in the other order.
 """
 
 import sys
@@ -36,15 +36,15 @@ class SixteenBits:
     white_is_zero: bool = False
 
     def extent(self) -> tuple[int, int]:
-        """Smallest and largest value that is not wholly transparent; (0, 0) without any."""
+        """Smallest and largest value outside wholly transparent pixels; (0, 0) without any."""
         visible = self.values if self.alpha is None else self.values[self.alpha > 0]
         return (int(visible.min()), int(visible.max())) if visible.size else (0, 0)
 
     def as_bytes(self, scale: Range | tuple[()]) -> Image.Image:
-        """The image in 8 bits: `scale` becomes 0 to 255, what is beyond it is clamped.
+        """The image in 8 bits: `scale` becomes 0 to 255, values beyond it are clamped.
 
-        Without a scale it is `range_of_bits` of the largest value. Raises ValueError where there is
-        no scale and a value is below 0.
+        A scale of () stands for `range_of_bits` of the largest value, and raises ValueError where a
+        value is below 0.
         """
         pixels = _scaled(self.values, scale or range_of_bits(*self.extent()))
         if self.white_is_zero:
@@ -69,12 +69,12 @@ def range_of_bits(smallest: int, largest: int) -> Range:
 
 
 def _scaled(values: NDArray, scale: Range) -> NDArray[np.uint8]:
-    """round(255 (v - low) / (high - low)), clamped, by a table of the values that there are."""
+    """round(255 (v - low) / (high - low)), clamped, by a table of all values that occur."""
     (low, high), first = scale, int(values.min())
     table = np.arange(first, int(values.max()) + 1)
     table = np.clip((table - low) * 255 / (high - low), 0, 255).round().astype(np.uint8)
     pixels, rows = np.empty(values.shape, np.uint8), max(1, AT_ONCE // values[:1].size)
-    for top in range(0, len(values), rows):  # since an index takes eight bytes
+    for top in range(0, len(values), rows):  # in parts, since an index takes eight bytes
         pixels[top : top + rows] = table[values[top : top + rows].astype(np.int32) - first]
     return pixels
 
@@ -83,9 +83,9 @@ def _scaled(values: NDArray, scale: Range) -> NDArray[np.uint8]:
 
 
 def may_have_16_bits(image: Image.Image) -> bool:
-    """Whether the header of `image`, opened and not loaded, is of more than 8 bits a channel.
+    """True if the header of `image`, opened and not loaded, has more than 8 bits a channel.
 
-    That of a CMYK image counts as one of 8: inks have no other range than that of their container.
+    CMYK images count as 8 bits, since their values use the whole range.
     """
     if image.mode.startswith(("I", "F")):
         return True
@@ -95,9 +95,9 @@ def may_have_16_bits(image: Image.Image) -> bool:
 
 
 def read(open_image: Callable[[], Image.Image]) -> SixteenBits | None:
-    """The values of a PNG or TIFF file, upright, that `open_image` opens; None if it has 8 bits.
+    """The values, upright, of a PNG or TIFF file that `open_image` opens; None if it has 8 bits.
 
-    Raises ValueError where it has more than 16; anything where it is damaged.
+    Raises ValueError where it has more than 16 bits, and any exception where it is damaged.
     """
     image = open_image()
     if not may_have_16_bits(image):
@@ -112,7 +112,7 @@ def read(open_image: Callable[[], Image.Image]) -> SixteenBits | None:
     grey, one_by_one = image.mode.startswith("I"), tags.get(PLANES) == SEPARATE
     if one_by_one and (image.mode == "I" or not grey and image.tile[0].codec_name == "libtiff"):
         raise ValueError("its channels lie one after another in 16 bits: save it as PNG")
-    transparent = image.info.get("transparency")  # PNG's tRNS: a value that means no colour
+    transparent = image.info.get("transparency")  # PNG's tRNS: the value of transparent pixels
     if grey:
         values, alpha = _decoded(image, partial(_raw_grey, image))[..., None], None
     elif _raw_mode(image.tile[0]) == "LA;16B":
@@ -126,7 +126,7 @@ def read(open_image: Callable[[], Image.Image]) -> SixteenBits | None:
 
 
 def _raw_grey(image: Image.Image, raw: str) -> str:
-    """The mode of grey values, of which Pillow forgets how those of planes and of libtiff lie."""
+    """The raw mode of grey values; Pillow loses the byte order of planes and of libtiff."""
     if raw == "I":
         return image.mode
     if raw == "I;16BS" and image.tile[0].codec_name == "libtiff":
@@ -140,7 +140,7 @@ def _from_halves(
     """RGB values and alpha of `image`, which is opened `again` for the low bytes."""
     modes = {_raw_mode(tile) for tile in image.tile}
     _, _, order = min(modes).partition(";16")
-    if not order:  # planes, R, G and B, which Pillow would read as bytes
+    if not order:  # separate planes R, G and B, which Pillow would read as bytes
         order = "B" if image.tag_v2.prefix == b"MM" else "L"
     order = {"N": NATIVE}.get(order, order)
 
@@ -157,7 +157,7 @@ def _from_halves(
     if values.shape[2] == 3:
         return values, None
     colours, alpha = values[..., :3], values[..., 3:]
-    if any("a" in mode for mode in modes):  # the colours are multiplied by it
+    if any("a" in mode for mode in modes):  # colours are premultiplied by alpha
         colours = colours.astype(np.int64) * WHOLE[1] // np.maximum(alpha, 1)
         colours = np.minimum(colours, WHOLE[1]).astype(np.uint16)
     return colours, _scaled(alpha[..., 0], WHOLE)
@@ -168,7 +168,7 @@ def _raw_mode(tile) -> str:
 
 
 def _decoded(image: Image.Image, mode: Callable[[str], str]) -> NDArray:
-    """The pixels, upright, read as if they were stored as `mode` makes of how they are."""
+    """The pixels, upright, read as if their raw mode were `mode(raw mode)`."""
 
     def changed(tile):
         raw = mode(_raw_mode(tile))
@@ -197,8 +197,8 @@ def measure(
 ) -> Measured:
     """`range_of_bits` of the largest value in n images; () where none has 16 bits.
 
-    Up to `LOOKED_AT` of them, spread evenly, are asked first whether they have, so that others cost
-    nothing more. No more is read once a value needs all bits.
+    Up to `LOOKED_AT` headers, spread evenly, are read first; if none has 16 bits, no more is read.
+    Reading also ends once a value needs all bits.
 
     Args:
         has_16_bits: whether the header of an image, by its number, says so.

@@ -1,4 +1,4 @@
-"""The sizes that images have before they are cut and resized, and what becomes of them in words."""
+"""Sizes of images before they are cut and resized, and text on what is done to them."""
 
 import io
 import warnings
@@ -9,9 +9,9 @@ from PIL import Image
 
 from sources.base import Unreadable, View
 
-SAMPLED = 64  # images that are looked at where they are many
-FEW = 1024  # of so many each is looked at
-HEADER_BYTES = 2**17  # of a file, where its size should stand
+SAMPLED = 64  # images whose sizes are read, if there are more than FEW
+FEW = 1024  # up to so many images all sizes are read
+HEADER_BYTES = 2**17  # of a file, which should contain its size
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 Size = tuple[int, int]  # height and width
@@ -22,19 +22,19 @@ TURNED = (5, 6, 7, 8)  # its values where height and width are swapped
 def size_in_header(header: bytes) -> Size:
     """The size of an image file that begins with `header`, upright as EXIF says.
 
-    Raises anything where that is damaged, or does not say it.
+    Raises any exception where the header is damaged or has no size.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(header), formats=FORMATS)
     width, height = image.size
-    # the tag of a PNG may stand behind its pixels
+    # a PNG may have its EXIF after the pixels
     turned = image.format != "PNG" and image.getexif().get(ORIENTATION) in TURNED
     return (width, height) if turned else (height, width)
 
 
 def sizes_of(view: View) -> list[Size]:
-    """Sizes of the original images of `view`: of all up to `FEW`, else of `SAMPLED` spread ones.
+    """Sizes of the original images of `view`: of all up to `FEW`, else of `SAMPLED` spread evenly.
 
     Images that cannot be read are left out.
     """
@@ -50,9 +50,9 @@ def sizes_of(view: View) -> list[Size]:
 
 
 def made_of(view: View, size: int) -> str:
-    """From which sizes the images of `view` are made, and how, in words; "" where nothing changes.
+    """Text on the original sizes of `view` and how images are cut and resized; "" if they are not.
 
-    They are those that `sizes_of` looks at, and the words say so where these are not all.
+    It covers the images of `sizes_of`, and says so where these are not all.
     """
     sizes = sizes_of(view)
     if not (changed := changes(sizes, size)):
@@ -62,9 +62,9 @@ def made_of(view: View, size: int) -> str:
 
 
 def changes(sizes: Sequence[Size], size: int) -> list[str]:
-    """What cutting a square and resizing it to `size` does to images of these `sizes`, in words.
+    """Texts on how images of these `sizes` change when a square is cut and resized to `size`.
 
-    One entry for each kind of change, with the number of images: cut, reduced, enlarged.
+    One text for each kind of change, with the number of images: cut, reduced, enlarged.
     """
     sides = [min(each) for each in sizes]
     counts = {

@@ -1,4 +1,4 @@
-"""Which images are to train and which to test on: as names tell, else by a hash of them."""
+"""Training and test images: by names of folders or arrays, else by a hash of file names."""
 
 import hashlib
 import re
@@ -38,14 +38,14 @@ def given_splits(names: Iterable[str]) -> dict[str, str]:
 
 
 def _rank(name: str) -> tuple[int, int] | None:
-    """Number of the word that the name of a split consists of, and how many letters are beside."""
+    """(index of the split's word in `name`, number of letters beside it), to rank names."""
     bare = re.sub(r"[\W_]+", "", name.casefold())
     match = _SPLIT.fullmatch(bare)
     return match and ((*TRAIN, *TEST).index(match[1]), len(bare) - len(match[1]))
 
 
 def unknown_splits(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two of `names` that look like a split but are not told apart by `given_splits`, or None."""
+    """Two of `names` that look like splits but are unknown to `given_splits`, or None."""
     names = [name for name in sorted(set(names)) if _HINT.search(name)]
     if given_splits(names):
         return None
@@ -54,22 +54,22 @@ def unknown_splits(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def _contains(name: str, words: Sequence[str]) -> bool:
-    """Whether one of the words stands in `name`, as in a_train, trainB, or test1."""
+    """True if `name` contains one of the words, as in a_train, trainB, or test1."""
     spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).casefold()
     return re.search(rf"(?<![a-z])({'|'.join(words)})(?![a-z])", spaced) is not None
 
 
 def held_out_by_name(names: Sequence[str], split: str) -> NDArray[np.int64]:
-    """Indices of `split` where nobody has split the images `names`: "test" is about a tenth.
+    """Indices of `split` of the images `names`, if there are no splits: "test" is about a tenth.
 
-    These are the names whose hash (SHA-256 of the UTF-8 text, its first 8 bytes as a fraction of
-    2^64) is below `SHARE`: a further image moves no other. There is at least one, that of the
-    smallest hash, and never all: that of the largest is trained on.
+    It has the names whose hash (SHA-256 of the UTF-8 text, its first 8 bytes as a fraction of 2^64)
+    is below `SHARE`, so that an added image moves no other. The name with the smallest hash is
+    always in "test", and that with the largest in "train".
 
     Raises ValueError where there are fewer than two.
     """
     if len(names) < 2:
-        return held_out(len(names), split)  # raises
+        return held_out(len(names), split)  # raises ValueError
     hashes = np.array([_hash(name) for name in names])
     test = hashes < SHARE
     test[hashes.argmin()] = True

@@ -32,14 +32,14 @@ from storage.files import one_line
 log = logging.getLogger(__name__)
 
 MAX_TRIES = 1000  # images in a row that may be unreadable
-MAX_NAMED = 20  # unreadable images that are named
-MAX_WORKERS = 8  # of data.num_workers=-1
-SMALL = 2**24  # bytes of images that are decoded before processes to do it have started
+MAX_NAMED = 20  # unreadable images that the log names
+MAX_WORKERS = 8  # with data.num_workers=-1
+SMALL = 2**24  # bytes of images that one process decodes faster than worker processes start
 
 
 @dataclass(frozen=True)
 class Resident:
-    """Images in memory (n, C, H, W), uint8, with their `conditions`, and the classes' names.
+    """Images in memory (n, C, H, W), uint8, their `conditions`, and `names` of classes.
 
     Indexing gives the images alone.
     """
@@ -68,10 +68,10 @@ class Stream:
     """Images that stay on disk and are decoded when they are indexed.
 
     An image that cannot be read, or has another shape, is replaced by the next one that can be
-    used, and is named in a warning; so length and order do not depend on when a damage is found.
-    `shape` is (C, H, W); `names` are those of the classes, if there are any. So many `workers`
-    decode the batches of `in_order` and `shuffled_batches`; with 0 the process does that asks for
-    them.
+    used, and is named in a warning; so length and order do not depend on when damage is noticed.
+    `shape` is (C, H, W); `names` are those of the classes, if there are any. `workers` is the
+    number of processes that decode the batches of `in_order` and `shuffled_batches`; with 0 the
+    calling process decodes them.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Stream:
         self.source, self.shape, self.workers = source, shape, workers
         self.conditions, self.names = conditions or Conditions(), names
         self.pinned = False
-        self.unreadable: dict[int, str] = {}  # those met so far, and why
+        self.unreadable: dict[int, str] = {}  # reasons, by number of the image, so far
 
     def __len__(self) -> int:
         return len(self.source)
@@ -105,14 +105,14 @@ class Stream:
         return self._accept(self.read(index.tolist()))
 
     def to(self, device: torch.device | str) -> "Stream":
-        """Batches will come in memory that is copied to `device` without waiting."""
+        """The stream itself, whose batches will be in memory that is copied to `device` async."""
         self.pinned = torch.device(device).type == "cuda"
         return self
 
     def read(self, index: list[int]) -> tuple[Tensor, list[int], dict[int, str]]:
         """Images (k, C, H, W), their numbers, and which of `index` were replaced, with the reason.
 
-        The numbers are those of `index` but where an image was replaced by another.
+        The numbers are `index`, except where an image was replaced by another.
         """
         unreadable: dict[int, str] = {}
         numbers, images = zip(*(self._readable(i, unreadable) for i in index), strict=True)
@@ -148,8 +148,8 @@ class Stream:
             yield from (self.batch(index) for index in indices)
             return
         indices, asked = iter(indices), collections.deque()
-        # a fork of this process would lack the threads that CUDA and ArrayRecord count on; workers
-        # are forked from a server that has imported what they need and done no more
+        # A fork of this process would lack the threads that CUDA and ArrayRecord need. Workers are
+        # therefore forked from a server that has only imported their modules.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
 
@@ -164,7 +164,7 @@ class Stream:
             sampler=ask(),
             num_workers=self.workers,
             pin_memory=self.pinned,
-            generator=torch.Generator(),  # the global one belongs to dropout
+            generator=torch.Generator(),  # the global generator is for dropout
             worker_init_fn=_follow_parent,
             multiprocessing_context=context,
         )
@@ -172,7 +172,7 @@ class Stream:
         while True:
             try:
                 batch = next(batches, None)
-            except (RuntimeError, OSError, EOFError) as error:  # as when a signal ends the group
+            except (RuntimeError, OSError, EOFError) as error:  # a signal to the group, for example
                 reason = one_line(error)
                 log.warning(f"the processes that decode images died; going on without: {reason}")
                 yield from (self.batch(index) for index in itertools.chain(asked, indices))
@@ -186,7 +186,7 @@ class Stream:
 
 
 class _Reader:
-    """`Stream.read` for DataLoader; errors are handed over as they are, without a traceback."""
+    """`Stream.read` for DataLoader; it returns errors, so that they keep type and message."""
 
     def __init__(self, stream: Stream):
         self.stream = stream
@@ -199,10 +199,10 @@ class _Reader:
 
 
 def _follow_parent(worker: int) -> None:
-    """A worker outlives Ctrl-C, which reaches the whole group of processes, but not its parent.
+    """Make a worker ignore Ctrl-C, which signals the whole group, and end with its parent.
 
-    DataLoader watches the process that forked the worker, here the server, which would wait for
-    its workers for ever after the training process is killed.
+    DataLoader watches the process that forked the worker. Here this is the server, which would wait
+    for its workers for ever after the training process is killed.
     """
 
     def end_with_parent() -> None:
@@ -235,7 +235,7 @@ def decoded(stream: Stream) -> Tensor | Resident:
 
 
 def processors() -> int:
-    """Those for this process, one of several that torchrun may have started on this machine."""
+    """Number of processors for this process, if torchrun started several on this machine."""
     known = hasattr(os, "sched_getaffinity")
     processors = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     return max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -250,7 +250,7 @@ def batch_at(data: DataSet, index: Tensor | slice) -> Batch:
 
 
 def in_order(data: DataSet, size: int) -> Iterator[Batch]:
-    """Every image once, in uint8 batches of `size` and a last one of what is left."""
+    """Every image once, in uint8 batches of `size`; the last one may be smaller."""
     return _fetched(data, torch.arange(len(data)).split(size))
 
 
@@ -263,10 +263,10 @@ def shuffled_batches(
 ) -> Iterator[Batch]:
     """Endless uint8 batches from batch number `step` on.
 
-    Every epoch is a permutation given by (seed, epoch); a batch that crosses its end goes on in the
-    next one, so that no image is left out. A batch has `batch_size` images, or the whole data set
-    where that is smaller. Process r of n, `shard=(r, n)`, gets the r-th of n equal shards of each;
-    ValueError where they cannot be equal.
+    Every epoch is a permutation determined by (seed, epoch); a batch that crosses the end of an
+    epoch continues in the next, so that no image is left out. A batch has `batch_size` images, or
+    the whole data set where that is smaller. Process r of n, `shard=(r, n)`, gets the r-th of n
+    equal shards of each; ValueError where they cannot be equal.
     """
     size, (rank, world) = min(batch_size, len(data)), shard
     if size % world:

@@ -64,7 +64,7 @@ class TFRecords:
         return self.parsed(i, self.parse)
 
     def digest_of(self, index: NDArray[np.int64]) -> str:
-        """The digest of the records `index`: of their sizes and checksums, in this order."""
+        """The digest of sizes and checksums of the records `index`, in this order."""
         checks = np.zeros((len(index), 2), np.int64)
         checks[:, 0] = self.size[index]
         for number in np.unique(self.file[index]):

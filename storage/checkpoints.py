@@ -37,7 +37,7 @@ SNAPSHOTS = (".pkl", ".pt", SHARED)  # EMA weights alone: of EDM and PFGM++, and
 
 
 def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:
-    """Writes `state`, a dictionary of tensors, numbers, lists and dictionaries, to `path`.
+    """Write `state`, a dictionary of tensors, numbers, lists and dictionaries, to `path`.
 
     The file is read back and checked before it replaces an earlier one, which is kept as
     `previous`. Raises OSError as `atomic_write` does, and where the check fails.
@@ -80,13 +80,13 @@ def load_checkpoint(path: Path) -> dict:
 def open_checkpoint(path: Path, intact: bool = False) -> dict:
     """The dictionary of `load_checkpoint` with a `StoredTensor` in place of each tensor.
 
-    The file stays open, also where another takes its name, for as long as these are referred to. Of
-    snapshots of EDM and PFGM++ the tensors are read at once.
+    The file stays open while these are referenced, even if another file takes its name. Tensors of
+    EDM and PFGM++ snapshots are read at once.
 
     Args:
         path: of the checkpoint.
-        intact: read all of it, piece by piece, to know that it is not damaged; else that shows when
-            a tensor is loaded.
+        intact: read the whole file, piece by piece, to detect damage; else damage shows when a
+            tensor is loaded.
 
     Raises as `load_checkpoint`.
     """
@@ -102,7 +102,7 @@ def open_checkpoint(path: Path, intact: bool = False) -> dict:
 
 
 def _opened(path: Path, read: Callable[[BinaryIO], T]) -> T:
-    """`read(file)` of the file at `path`, which is closed where that fails."""
+    """`read(file)` of the file at `path`, which is closed only if that fails."""
     file = open(path, "rb")  # noqa: SIM115
     try:
         return read(file)
@@ -113,7 +113,7 @@ def _opened(path: Path, read: Callable[[BinaryIO], T]) -> T:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Within the `with` block any damage of the file at `path` is a ValueError that names it."""
+    """Within the `with` block, turn any error of a damaged file into a ValueError with `path`."""
     try:
         with naming(path):
             yield
@@ -149,8 +149,8 @@ def save_shared(
 ) -> None:
     """Write EMA `weights` by name, a flat config and the `step` as one file in safetensors form.
 
-    `data` is the entry of this name that checkpoints have. Raises OSError, which names the path,
-    where it cannot be written.
+    `data` is the entry `data` of checkpoints. Raises OSError, which names the path, where the file
+    cannot be written.
     """
     metadata = {
         "format": "pt",
@@ -200,7 +200,7 @@ def written_steps(checkpoint: dict, path: Path) -> list[int]:
 
 
 def _check_records(file: BinaryIO) -> None:
-    """Raises ValueError (BadZipFile from some damage) where a record is not what was written.
+    """Raise ValueError (BadZipFile from some damage) where a record is not what was written.
 
     What `torch.save` writes is a zip file with a CRC-32 of every record. Reading at 4 GB/s, the
     check costs a fraction of the writing.
@@ -215,7 +215,7 @@ def _check_records(file: BinaryIO) -> None:
 
 
 def save_to_resume(workdir: Path, state: dict) -> None:
-    """Saves the newest state and keeps the one before; OSError where it cannot be written."""
+    """Save the newest state and keeps the one before; OSError where it cannot be written."""
     newest, previous = resume_paths(workdir)
     save_checkpoint(newest, state, previous)
 
@@ -223,7 +223,7 @@ def save_to_resume(workdir: Path, state: dict) -> None:
 def find_checkpoint(path: Path) -> tuple[Path, dict]:
     """Path and content of the checkpoint at `path`, a file or a workdir; see `open_checkpoint`.
 
-    Of a workdir it is the newest intact one, else the last of the `snapshots`; no file is touched.
+    In a workdir it is the newest intact one, else the last of the `snapshots`; no file is changed.
 
     Raises:
         OSError: there is none, or it cannot be read.
@@ -244,10 +244,10 @@ def find_checkpoint(path: Path) -> tuple[Path, dict]:
 def newest_checkpoint(
     workdir: Path, set_aside: bool = True, read: Callable[[Path], dict] = load_checkpoint
 ) -> tuple[Path, dict] | None:
-    """Path and content of the newest state that `read` takes; None where there is none at all.
+    """Path and content of the newest state that `read` accepts; None where there is none at all.
 
-    A damaged file is named in a warning, and the one before it is taken; at last the numbered
-    ones. A damaged newest state is `set_aside`, so that it does not become the one before.
+    A warning names a damaged file, and the one before it is tried; the numbered ones come last. A
+    damaged newest state is `set_aside`, so that it does not replace the one before it.
 
     Raises:
         ValueError: there are states, but all of them are damaged.
@@ -278,7 +278,7 @@ def newest_checkpoint(
 def peek(workdir: Path) -> tuple[Path, dict] | None:
     """Path and content of the newest checkpoint that can be read, without the tensors' memory.
 
-    None where there is none. Damaged ones are passed over without a word: who loads one tells.
+    None where there is none. Damaged ones are skipped without a warning, which loading gives.
     """
     numbered = [*reversed(numbered_checkpoints(workdir).values())]
     for path in (*resume_paths(workdir), *numbered):
@@ -351,9 +351,9 @@ def checkpoints_to_evaluate(
     """{k: path} of the checkpoints number `first` to `end` that exist.
 
     Number k is that of step k * `freq`, and the last number of a run is that of step `n_iters`,
-    also where `freq` does not divide it. Some published programs name files by k
-    itself; such a file is taken where the step it holds agrees. A number beyond the last one whose
-    file does not exist means the last one. Where there are none but `snapshots`, it is all of them.
+    even if `freq` does not divide it. Some published programs name files by k itself; such a file
+    is used where its step agrees. A number beyond the last one whose file does not exist means the
+    last one. A workdir that has `snapshots` only gives all of them.
 
     Raises:
         FileNotFoundError: none of them exists.

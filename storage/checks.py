@@ -1,4 +1,4 @@
-"""Entries of a state, as files may have them, checked before they are used."""
+"""Checks of the entries of a state, which come from untrusted files, before they are used."""
 
 import math
 from collections.abc import Collection
@@ -13,9 +13,9 @@ from storage.stored_tensors import StoredTensor
 
 
 def check_keys(given: Any, keys: Collection[str | int], name: str) -> None:
-    """Raises ValueError unless `given`, the entry `name` of a state, has these `keys`, no others.
+    """Raise ValueError unless `given`, the entry `name` of a state, has these `keys`, no others.
 
-    Files may be untrusted, so nothing in them is used before it is looked at.
+    Files may be untrusted, so nothing in them is used before it is checked.
     """
     if not isinstance(given, dict):
         raise ValueError(f"{name} is no dictionary but of type {type(given).__name__}")
@@ -27,11 +27,11 @@ def check_keys(given: Any, keys: Collection[str | int], name: str) -> None:
 
 
 def check_like(given: Any, like: Any, name: str) -> None:
-    """Raises ValueError unless `given`, the entry `name` of a state, is one in place of `like`.
+    """Raise ValueError unless `given`, the entry `name` of a state, can replace `like`.
 
-    That is: a dictionary of the same keys or a list of the same length, of such entries; a finite
-    tensor on the CPU of the same shape and dtype; a finite number; a whole one from 0 to 2^53. Of a
-    `StoredTensor` shape and dtype are checked, and `loaded` checks its numbers.
+    It must be a dictionary of the same keys or a list of the same length, of such entries; a finite
+    tensor on the CPU of the same shape and dtype; None; or a number of the same type, from 0 to
+    below 2^53. Of a `StoredTensor` shape and dtype are checked; `loaded` checks its numbers.
     """
     if isinstance(like, dict):
         check_keys(given, like.keys(), name)
@@ -52,9 +52,9 @@ def check_like(given: Any, like: Any, name: str) -> None:
 
 
 def check_tensor(given: Any, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
-    """Raises ValueError unless `given` is a finite, dense tensor of this shape and dtype.
+    """Raise ValueError unless `given` is a finite, dense tensor of this shape and dtype.
 
-    It may be a `StoredTensor`, whose numbers are not looked at.
+    It may be a `StoredTensor`, whose numbers are not checked.
     """
     if not isinstance(given, StoredTensor) and not _is_dense(given):
         raise ValueError(f"{name} is no dense tensor but of type {type(given).__name__}")

@@ -1,4 +1,4 @@
-"""Digests of tensors, to tell whether results are of the same ones."""
+"""Digests of tensors, which tell whether results are from the same tensors."""
 
 import hashlib
 from collections.abc import Mapping

@@ -77,7 +77,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save_npz(path: Path, **arrays) -> None:
-    """Writes `arrays` by name, compressed; OSError, which names the path, where it cannot."""
+    """Write `arrays` by name, compressed; OSError, which names the path, where it cannot."""
     packed = io.BytesIO()  # numpy's archive, left open by a failing file, would fail again later
     np.savez_compressed(packed, **arrays)
     if sum(np.asarray(array).nbytes for array in arrays.values()) > _may_unpack_to(packed.tell()):
@@ -88,7 +88,7 @@ def save_npz(path: Path, **arrays) -> None:
 
 
 def save_png(path: Path, image: NDArray[np.uint8]) -> None:
-    """Writes `image` (H, W, 3 or 1); OSError, which names the path, where it cannot."""
+    """Write `image` (H, W, 3 or 1); OSError, which names the path, where it cannot."""
     with atomic_write(path) as file:
         Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, format="png")
 

@@ -35,10 +35,10 @@ def store(workdir: Path, config: ConfigDict) -> None:
 def find(workdir: Path) -> tuple[Path, ConfigDict] | None:
     """The config of the run in `workdir` and the file that carries it; None without one.
 
-    It is that of the newest checkpoint that can be read, else config.json; no tensor is read.
+    It is from the newest checkpoint that can be read, else from config.json; no tensor is read.
 
     Raises:
-        ValueError: what the file carries is not a valid config; the message names it.
+        ValueError: the file's config is not valid; the message names the file.
     """
     for path in (*resume_paths(workdir), *reversed(numbered_checkpoints(workdir).values())):
         try:
@@ -99,8 +99,8 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
 def restore(flat: Any) -> ConfigDict:
     """The complete, locked config with the values of `flat`.
 
-    Keys it lacks have the values that the program had before them (`_before`), else their defaults.
-    Keys that are removed from the configs are left out, and the log says so.
+    A key that `flat` lacks gets the value that describes the program before that key (`_before`),
+    else its default. Keys that no longer exist are left out, and the log says so.
 
     Raises:
         ValueError: `flat` is no dictionary of numbers, strings, None and lists of these, it has
@@ -144,9 +144,9 @@ def changes(path: Path, checkpoint: dict, config: ConfigDict) -> list[str]:
 
 
 def differences(old: Any, new: dict[str, Any]) -> list[str]:
-    """What the flat config `new` changes of the stored one, as "key: old -> new" each.
+    """Changes from the stored flat config `old` to `new`, each as "key: old -> new".
 
-    A key that `old` lacks counts as in `restore`, and one that is removed does not count.
+    A key that `old` lacks has its value of `restore`; one that no longer exists is ignored.
 
     Raises:
         ValueError: `old` is no dictionary of numbers, strings, None and lists of these.
@@ -159,7 +159,7 @@ def differences(old: Any, new: dict[str, Any]) -> list[str]:
 
 
 def _before(flat: dict[str, Any]) -> dict[str, Any]:
-    """What stood in place of keys that a run older than these lacks, where defaults differ."""
+    """Values of keys that `flat` lacks, for an older run, where these are not the defaults."""
     dataset, path = (str(flat.get(f"data.{key}", "")).lower() for key in ("dataset", "path"))
     files = dataset == "folder" and path and not path.endswith((".npy", ".npz"))
     before = {name: key.before for name, key in all_keys().items() if key.before is not None}

@@ -34,7 +34,7 @@ DTYPES = {
 
 
 def write(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes `tensors` and `metadata`; those of wider numbers come first, so that all are aligned.
+    """Write `tensors` and `metadata`; those of wider numbers come first, so that all are aligned.
 
     Raises:
         ValueError: a dtype that the format does not have.
@@ -59,7 +59,7 @@ def write(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) 
 def open_tensors(file: BinaryIO) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors and the metadata; memory is bounded by a few times the size of the header.
 
-    The file stays open for as long as the tensors are referred to.
+    The file stays open while the tensors are referenced.
 
     Raises:
         ValueError: the file is damaged or of another format.

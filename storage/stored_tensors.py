@@ -1,4 +1,4 @@
-"""Tensors of a file that is open: their shapes are known, their numbers are read when asked for."""
+"""Tensors of an open file: their shapes are known, their numbers are read on demand."""
 
 import math
 import zlib
@@ -26,10 +26,10 @@ class Memory:
         return content
 
     def check(self) -> None:
-        """Raises ValueError where the bytes are known to be damaged."""
+        """Raise ValueError where the bytes are known to be damaged."""
 
     def fill(self, start: int, pieces: Iterable[memoryview]) -> int:
-        """Reads what lies from byte number `start` on into the `pieces`; its CRC-32."""
+        """Fill the `pieces` with the bytes from number `start` on; their CRC-32."""
         checksum = 0
         self.file.seek(self.position + start)
         for piece in pieces:
@@ -57,7 +57,7 @@ class Storage:
         return self.numel * self.dtype.itemsize
 
     def read(self, start: int, end: int) -> Tensor:
-        """Numbers `start` to `end`, as a vector of their own."""
+        """Numbers `start` to `end`, as a new vector."""
         if self.memory is None:
             raise ValueError("it is cut short: the memory of a tensor is missing")
         if start == end:
@@ -66,7 +66,7 @@ class Storage:
         return torch.frombuffer(self.memory.read(start * size, end * size), dtype=self.dtype)
 
     def share(self) -> Tensor:
-        """All of them, as the same vector at every call."""
+        """All numbers, as the same vector at every call."""
         if self.shared is None:
             self.shared = self.read(0, self.numel)
         return self.shared
@@ -74,7 +74,7 @@ class Storage:
 
 @dataclass(slots=True, eq=False)
 class StoredTensor:
-    """A tensor in a file: its place in a storage, checked to lie within."""
+    """A tensor in a file: a range of a storage, checked to lie within it."""
 
     storage: Storage
     offset: int
@@ -90,7 +90,7 @@ class StoredTensor:
         return self.storage.dtype
 
     def load(self) -> Tensor:
-        """The tensor, on the CPU; nothing else keeps its memory, which holds no other tensor.
+        """The tensor, on the CPU, in memory of its own that only the caller references.
 
         Raises:
             ValueError: the file is damaged there.
@@ -101,10 +101,10 @@ class StoredTensor:
         return numbers.as_strided(self.size, self.stride)
 
     def share(self) -> Tensor:
-        """The tensor, which shares memory with the others of its storage, as it did.
+        """The tensor, sharing memory with the others of its storage, as when it was saved.
 
-        All those of a file are together no larger than it, since a storage has its bytes for
-        itself: a record of a zip file, a section of a legacy file, or an object of a pickle that is
-        read once.
+        All tensors of a file together are no larger than the file, since no two storages share
+        bytes: each is a record of a zip file, a section of a legacy file, or an object of a pickle
+        that is read once.
         """
         return self.storage.share().as_strided(self.size, self.stride, self.offset)

@@ -54,9 +54,9 @@ def read_state(file: BinaryIO) -> object:
 
 
 def open_state(file: BinaryIO) -> tuple[object, Callable[[], None]]:
-    """What `read_state` gives, with a `StoredTensor` in place of each tensor, and a check of these.
+    """The state of `read_state` with a `StoredTensor` for each tensor, and a check of these.
 
-    The file stays open for as long as they are referred to. The check reads the memory of all
+    The file stays open while they are referenced. The check reads the memory of all
     tensors, piece by piece, and raises ValueError where it is damaged.
     """
     archive = _archive(file)
@@ -137,7 +137,7 @@ class _Record(Memory):
         self.checked = False  # against the checksum
 
     def read(self, start: int = 0, end: int | None = None) -> bytearray:
-        """As `Memory.read`, by default all of it; the checksum is compared at the first time."""
+        """Bytes `start` to `end`, by default all; the first call compares the checksum."""
         size = self.record.file_size
         content = bytearray((size if end is None else end) - start)
         if len(content) < size:
@@ -194,7 +194,7 @@ def _read_archive(
     known: dict,
     names: Collection[str] | None,
 ) -> tuple[object, dict[str, Storage]]:
-    """As `read_zip`, and the storages, which are read from the archive later."""
+    """The state of a zip file (see `read_zip`), and its storages, read from the archive later."""
     records = {record.filename: record for record in archive.infolist()}
     if sum(r.file_size for r in records.values()) > archive.fp.seek(0, os.SEEK_END):
         raise ValueError("its records are larger than the file")
@@ -266,7 +266,7 @@ def read_bytes(content: bytes, operations: Iterator, known: dict) -> object:
 
 
 def storage_reader(operations: Iterator) -> Callable[[object], object]:
-    """Reads a storage within a plain pickle: the bytes of a file of torch.save of its own."""
+    """Read a storage within a plain pickle: the bytes of a file of torch.save of its own."""
     read: dict[int, tuple[bytes, object]] = {}  # a pickle can name the same bytes many times
 
     def load_from_bytes(content: object) -> object:

@@ -42,7 +42,7 @@ TRAININGS_OWN = {
     "tensorboard",
 }
 
-# Pictures that are no samples, and what lies beside them where this program wrote them.
+# Pictures that are no samples, and files that lie beside them where this program wrote them.
 PICTURES = re.compile(
     r"(grid|encoded|sample)\.png|(film|between)\.(webp|gif)"
     r"|(ode_images|data_images|classes|nearest|interpolation|rescale|restoration)_\d+\.png"
@@ -53,15 +53,15 @@ BESIDE_PICTURES = re.compile(
 
 
 def is_workdir(folders: Collection[str], files: Collection[str]) -> bool:
-    """Whether a folder that holds these `folders` and `files` is the workdir of a run."""
+    """True if a folder with these `folders` and `files` is the workdir of a run."""
     return "config.json" in files and not {"checkpoints", "checkpoints-meta"}.isdisjoint(folders)
 
 
 def own_pictures(files: Iterable[str]) -> set[str]:
     """Names among the `files` of a folder that are pictures of this program and no samples.
 
-    A folder that holds other images too, or what lies beside such pictures, shows that they are:
-    images of a user may all be called sample.png, each in a folder of its own.
+    The name alone is not enough, since a user's images may all be called sample.png, each in a
+    folder of its own: other images, or files that this program writes beside, must be there too.
     """
     files = set(files)
     pictures = {name for name in files if PICTURES.fullmatch(name)}
@@ -128,7 +128,7 @@ def check_settings(folder: Path, settings: dict) -> bool:
 
 
 def save_settings(folder: Path, settings: dict) -> None:
-    """Writes down of which `settings` the samples in `folder` will be."""
+    """Write down of which `settings` the samples in `folder` will be."""
     with atomic_write(folder / SETTINGS) as file:
         file.write(_words(settings).encode())
 
