@@ -72,8 +72,8 @@ KEYS = {
     "data.conditions": Key(
         "",
         Text(r"[a-z_]*( *, *[a-z_]+)*", "names with commas between them"),
-        "what the source gives of each image besides its class, and the network takes, such as "
-        "'vector'; '': nothing",
+        "conditions besides class labels that the source has and the network takes, such as "
+        "'vector'; '': none",
     ),
     "data.resident_bytes": Key(
         2**31, whole(0), "data of at most this size, decoded, stay in memory"
@@ -84,14 +84,14 @@ KEYS = {
     "data.changed": Key(
         "refuse",
         OneOf(("refuse", "allow")),
-        "where the data are not those that the run began with: 'refuse' to start, or 'allow' it, "
-        "once; classes keep their numbers",
+        "if the data are not those that the run began with: 'refuse' to start, or 'allow' it for "
+        "this start; classes keep their numbers",
     ),
     "data.digest": Key(
         "content",
         OneOf(("content", "names")),
-        "by which a run knows its data: 'content' reads each file of a folder once, 'names' only "
-        "names and sizes, for network disks",
+        "how a run recognises its data: 'content' reads each file of a folder once, 'names' only "
+        "compares names and sizes, for network disks",
     ),
 }
 

@@ -125,7 +125,8 @@ class Likelihood:
         "eval.divergence": Key(
             "rademacher",
             OneOf(registry="likelihood.DIVERGENCES"),
-            "probes of it: one of random signs, one 'gaussian', or 'exact', C * H * W of them",
+            "probe of the divergence in likelihoods: random signs, 'gaussian', or 'exact', with "
+            "C * H * W probes",
         )
     }
     options = {

@@ -21,7 +21,7 @@ from sources.batch import Batch
 __all__ = ["OBJECTIVES", "Regression", "get_loss_fn", "poisson_field", "posterior_mean"]
 
 KEYS = {
-    "training.objective": Key("regression", OneOf(registry="losses.OBJECTIVES"), "what is learned"),
+    "training.objective": Key("regression", OneOf(registry="losses.OBJECTIVES"), "training loss"),
     "training.batch_size": Key(128, whole(1), "images of a step; they are the reference batch"),
     "training.small_batch_size": Key(
         0, whole(0), "examples of a step, out of the batch; 0: all of the batch"
@@ -30,7 +30,7 @@ KEYS = {
         False, Flag(), "mean over the entries of an image in the loss, not half the sum"
     ),
     "training.label_dropout": Key(
-        0.1, SHARE, "share of the examples without their conditions, as guidance needs it"
+        0.1, SHARE, "share of the examples that lose their conditions, which guidance needs"
     ),
 }
 

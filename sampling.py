@@ -52,19 +52,18 @@ ALL_KEYS = {
     "sampling.class_label": Key(
         -1,
         whole(-1, 10**6),
-        "the class of all samples; -1: drawn as those of the training images, by --mode sample "
-        "evenly",
+        "class of all samples; -1: drawn from the training images, by --mode sample evenly",
     ),
     "sampling.guidance": Key(
         1.0,
         Number(0, 1000),
-        "w of the slope u + w (c - u), c the network's and u the same without class labels or that "
-        "of sampling.guide; 1: no guidance",
+        "w of the slope u + w (c - u), c by the network, u by it without class labels or by "
+        "sampling.guide; 1: no guidance",
     ),
     "sampling.guidance_interval": Key(
         (),
         Numbers(Number(0, 1e6, or_inf=True), (0, 2)),
-        "noise levels above the first and up to the second, where there is guidance; (): all",
+        "(low, high): guidance at noise levels above low, up to high; (): at all",
     ),
     "sampling.guide": Key(
         "", Text(), "checkpoint of a weaker network of the same kind, which guides (autoguidance)"
@@ -72,10 +71,10 @@ ALL_KEYS = {
     "sampling.precision": Key(
         "fp32",
         OneOf(("fp32", "bf16", "auto")),
-        "of the products of the network that samples, as training.precision; states are float32",
+        "precision of the network in sampling, as training.precision; states are float32",
     ),
-    "sampling.channels_last": Key(False, Flag(), "memory format of the images that it is given"),
-    "sampling.compile": Key(False, Flag(), "torch.compile the network that samples"),
+    "sampling.channels_last": Key(False, Flag(), "memory format of images in sampling"),
+    "sampling.compile": Key(False, Flag(), "torch.compile the network in sampling"),
 }
 ODE_KEYS = {
     "sampling.ode_solver": Key(

@@ -39,13 +39,13 @@ KEYS = {
     ),
     "model.ema_rate": Key(0.9999, SHARE, "decay of the EMA weights per step"),
     "model.ema_half_life": Key(
-        0.0, Number(0, 10**12), "in images, with EDM's ramp-up, instead of ema_rate; 0: ema_rate"
+        0.0, Number(0, 10**12), "EMA half-life in images, with EDM's ramp-up; 0: ema_rate instead"
     ),
     "model.ema_stds": Key(
         (),
         Numbers(Number(0.01, 0.25), (0, 2), rising=True),
-        "relative widths of two power-function averages that checkpoints have too, published as "
-        "(0.05, 0.1), from which eval.ema_std rebuilds an EMA of any length; (): none",
+        "relative widths of two power-function averages in checkpoints, published as (0.05, 0.1), "
+        "from which eval.ema_std rebuilds an EMA of any length; (): none",
     ),
 }
 

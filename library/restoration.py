@@ -37,8 +37,8 @@ KEYS = {
     "sampling.restore_path": Key(
         "",
         Text(),
-        "of restore: an image, or a folder, .zip, .npy or .npz of them; '': with restore_degrade "
-        "the first of the split eval.dataset, a fifth of eval.num_samples at most",
+        "images to restore: an image, or a folder, .zip, .npy or .npz of them; '': with "
+        "restore_degrade the first of the split eval.dataset, a fifth of eval.num_samples at most",
     ),
     "sampling.restore_degrade": Key(
         False,
@@ -48,8 +48,8 @@ KEYS = {
     "sampling.restore_mask": Key(
         "",
         Text(),
-        "of 'inpaint': what is missing, an image file, white there, a folder or .zip of one for "
-        "each image, or a rectangle 'top,left,height,width'",
+        "missing pixels of 'inpaint': an image file that is white there, a folder or .zip of one "
+        "for each image, or a rectangle 'top,left,height,width'",
     ),
     "sampling.restore_noise": Key(
         0.0,

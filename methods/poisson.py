@@ -95,7 +95,7 @@ KEYS = {
     "sampling.z_exp": Key(
         5.0,
         Number(0, 10**9),
-        "Poisson: below it, z itself gives the field's z entry, not the network",
+        "Poisson: below it, the field's z entry is computed from z, not by the network",
     ),
     "sampling.upper_norm": Key(
         None,
@@ -105,8 +105,8 @@ KEYS = {
     "sampling.radius": Key(
         0.0,
         Number(0, 10**9),
-        "Poisson: no image, scaled, is farther from 0, which bounds how flat a field line can be; "
-        "for data of few dimensions; 0: no bound",
+        "Poisson: largest norm of a scaled image, which bounds how flat a field line can be; for "
+        "data of few dimensions; 0: no bound",
     ),
 }
 OPEN = ("training.M", "sampling.z_max", "sampling.upper_norm")  # measured where they are None

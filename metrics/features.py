@@ -38,8 +38,8 @@ KEYS = {
     "eval.features": Key(
         "inception",
         Several(registry="metrics.features.FEATURES"),
-        "what samples are compared by: 'inception' (tensorflow-gan's), 'torchscript' (a file, no "
-        "TensorFlow), 'pixels'",
+        "features by which samples are compared: 'inception' (tensorflow-gan's), 'torchscript' (a "
+        "file, no TensorFlow), 'pixels'",
     ),
     "eval.inception_path": Key(
         "",

@@ -27,7 +27,7 @@ KEYS = {
     "eval.stats_dir": Key(
         "assets/stats",
         Text(r"[^\0\n]+", "the name of a folder"),
-        "data-set statistics: published ones, and those made here",
+        "reference statistics: published ones, and those made here",
     ),
 }
 

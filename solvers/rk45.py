@@ -12,14 +12,14 @@ KEYS = {
     "sampling.rtol": Key(
         1e-4,
         Number(1e-12, 1),
-        "error of a step of 'rk45', in sampling and likelihood: rtol |x| + atol",
+        "largest error of a step of 'rk45', in sampling and likelihood: rtol |x| + atol",
     ),
     "sampling.atol": Key(1e-4, Number(1e-12, 1), "see sampling.rtol"),
     "sampling.max_evaluations": Key(
         1000,
         whole(8),
-        "of the network by 'rk45', in sampling and likelihood, after which it stops with an error; "
-        "training goes on",
+        "evaluations of the network after which 'rk45' stops with an error, in sampling and "
+        "likelihood; training goes on",
     ),
 }
 

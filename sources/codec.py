@@ -116,7 +116,7 @@ KEYS = {
     "data.codec": Key(
         "",
         OneOf(registry="sources.codec.CODECS"),
-        "between the data and what the network sees; '': grey levels are scaled",
+        "map between data and the network's x; '': grey levels are scaled",
     )
 }
 

@@ -32,7 +32,7 @@ KEYS = {  # for image files of data, and of other keys such as sampling.encode
         (),
         Numbers(Number(-1e9, 1e9), (0, 2), rising=True),
         "of 16-bit image files: the values (low, high) that become black and white; (): measured, "
-        "0 and the most that the bits of the largest value hold",
+        "(0, 2^b - 1) for the b bits of the largest value",
     ),
 }
 
@@ -125,9 +125,8 @@ open_folder.keys = {
     "data.rules": Key(
         0,
         whole(0, 2),
-        "of 'folder': what counts as data, and how a tenth is held out; 1: as runs did that began "
-        "before there was a choice; 2: as docs/architecture.md says; 0: the newest, which a run "
-        "keeps",
+        "of 'folder': rules on which files are data, and how a tenth is held out; 1: the first "
+        "ones, for old runs; 2: those of docs/architecture.md; 0: the newest, which a run keeps",
         before=1,
     ),
 }

@@ -135,7 +135,5 @@ def open_lsun(data, split: str) -> Source:
 
 
 open_lsun.keys = open_prepared.keys | {
-    "data.category": Key(
-        "", OneOf(("", "bedroom", "church_outdoor")), "of LSUN: which of its scenes"
-    ),
+    "data.category": Key("", OneOf(("", "bedroom", "church_outdoor")), "category of LSUN"),
 }
