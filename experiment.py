@@ -22,14 +22,14 @@ import sampling
 import sources
 from configs.default import all_keys, check
 from configs.effects import without_effect
-from configs.keys import explain_unknown, get, shown
+from configs.keys import explain_unknown, get, of_part, shown
 from datasets import Data, mean_norm
 from library.fitting import Fitting
 from library.trained import Trained
 from likelihood import Likelihood, get_likelihood_fn
 from models.weights import load_ema
 from sources.batch import Conditions
-from sources.codec import Codec
+from sources.codec import CODECS, Codec
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
 from sources.keyed import keyed_generator
@@ -52,11 +52,15 @@ EARLIER_RULES = (
 )
 
 # What these depend on besides the images themselves.
-DECISIVE = ("data.dataset", "data.image_size", "data.centered", "model.sigma_end", "training.tau")
+DECISIVE = (
+    *("data.dataset", "data.image_size", "data.centered", "data.codec"),
+    *("model.sigma_end", "training.tau"),
+)
 
 # What a network that guides another has to share with it.
 SHARED = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
+    *("data.codec", "data.conditions"),
     *("training.sde", "training.continuous", "training.gamma", "model.D", "model.sigma_data"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
@@ -96,7 +100,8 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
         lines.append(EARLIER_RULES.format(config.data.rules))
     if not left_open:
         return config, "; ".join(lines) or None
-    decisive = {*DECISIVE, *({"data.scale"} - left_open)}
+    of_codec = {*of_part(CODECS[config.data.codec.lower()], "keys")}
+    decisive = {*DECISIVE, *(({"data.scale"} | of_codec) - left_open)}
     if own and all(own[key] == flat[key] for key in decisive):
         found = {key: own[key] for key in left_open if own[key]}
         config.data.scale = tuple(own["data.scale"])  # of images of 8 bits ()
@@ -317,7 +322,7 @@ class Experiment:
             "method": repr(self.method),
             "sampling": {k: v for k, v in sampler.items() if k not in sampling.OUTPUTS},
             "centered": config.data.centered,
-            **({"codec": repr(self.codec)} if config.data.codec else {}),
+            **({"codec": self.codec.identity} if config.data.codec else {}),
             "seed": config.seed,
             "precision": config.training.precision,
             "device": self.device.type,
@@ -414,6 +419,11 @@ def _guide(config, device: torch.device) -> nn.Module:
         raise ValueError(
             f"sampling.guide={path} is another kind of network: its {key} is {old[key]}, not "
             f"{new[key]}"
+        )
+    theirs, ours = get_codec(own).identity, get_codec(config).identity
+    if theirs != ours:
+        raise ValueError(
+            f"sampling.guide={path} is another kind of network: its codec is {theirs}, not {ours}"
         )
     network = models.create_model(own).to(device)
     fit(partial(load_ema, network), content, path)

@@ -29,6 +29,8 @@ class Codec(Protocol):
         levels: stored grey levels in a unit of the data.
         log_volume: for each entry, ln of the length in x of a unit of the data.
             Bits/dim are log2(levels) - (ln p(x) / D + log_volume) / ln 2.
+        identity: words that are the same for codecs that encode and decode alike, in every process,
+            and differ for others: its numbers, and `storage.digests.digest` of its weights.
     """
 
     keys: ClassVar[Mapping[str, Key]]
@@ -37,6 +39,7 @@ class Codec(Protocol):
     bounds: tuple[float, float]
     levels: int
     log_volume: float
+    identity: str
 
     @classmethod
     def from_config(cls, config) -> Self: ...
@@ -92,6 +95,10 @@ class EightBitImages:
         low, high = self.bounds
         return math.log(high - low)
 
+    @property
+    def identity(self) -> str:
+        return repr(self)
+
     def encode(self, data: Tensor) -> Tensor:
         return 2 * data - 1 if self.centered else data
 
@@ -122,5 +129,15 @@ KEYS = {
 
 
 def from_config(config) -> Codec:
-    """The codec that `config.data.codec` names; ValueError where it does not fit the data."""
-    return named(CODECS, "data.codec", config.data.codec).from_config(config)
+    """The codec that `config.data.codec` names.
+
+    Raises:
+        ValueError: it does not fit the data, or has no `identity` to tell its results by.
+    """
+    codec = named(CODECS, "data.codec", config.data.codec).from_config(config)
+    if not isinstance(getattr(codec, "identity", None), str):
+        raise ValueError(
+            f"data.codec={config.data.codec!r}: {type(codec).__name__} has no `identity`, words "
+            "that tell its results from those of other codecs; see docs/extending.md"
+        )
+    return codec

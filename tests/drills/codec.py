@@ -34,6 +34,10 @@ class LinearAutoencoder:
         return cls(EightBitImages.from_config(config).data_shape, config.data.coefficients)
 
     @property
+    def identity(self) -> str:
+        return repr(self)
+
+    @property
     def shape(self) -> codec.Shape:
         channels, height, width = self.data_shape
         return channels * self.coefficients, height // 2, width // 2

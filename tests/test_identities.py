@@ -1,0 +1,125 @@
+"""What tells results of one codec or objective from those of another: caches, guides, reports."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from test_configs import load
+from torch import nn
+
+import experiment
+from configs.keys import flatten
+from configs.schema import Key, Number, whole
+from experiment import Experiment
+from sources import codec
+from sources.codec import EightBitImages
+from storage.digests import digest
+
+
+class Mirrored(nn.Module):
+    """A codec with a weight, drawn from `data.codec_seed`, which its words as a module lack."""
+
+    keys = {"data.codec_seed": Key(0, whole(0, 99), "Mirrored: of its weights")}
+    bounds, levels, log_volume = (-torch.inf, torch.inf), 256, 0.0
+
+    def __init__(self, shape, seed):
+        super().__init__()
+        self.shape = self.data_shape = shape
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("signs", torch.randn(shape, generator=generator).sign())
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(EightBitImages.from_config(config).data_shape, config.data.codec_seed)
+
+    @property
+    def identity(self):
+        return f"Mirrored {digest(self.state_dict())}"
+
+    def encode(self, data):
+        return self.signs * (2 * data - 1)
+
+
+@dataclass(frozen=True)
+class Scaled(EightBitImages):
+    scale: float = 0.5
+    keys = {"data.factor": Key(0.5, Number(1e-3, 1e3), "Scaled: x is from -factor to factor")}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(EightBitImages.from_config(config).data_shape, scale=config.data.factor)
+
+    def encode(self, data):
+        return self.scale * super().encode(data)
+
+
+@pytest.fixture
+def codecs(monkeypatch):
+    monkeypatch.setitem(codec.CODECS, "mirrored", Mirrored)
+    monkeypatch.setitem(codec.CODECS, "scaled", Scaled)
+
+
+def tiny(**changes):
+    """A config of the digits with `changes`, __ in place of the dot."""
+    config = load("vp/digits_ddpmpp.py")
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    small = {"model.nf": 8, "model.ch_mult": (1,), "model.attn_resolutions": ()}
+    config.update_from_flattened_dict(small | changes)
+    return config
+
+
+def test_codecs_of_other_weights_are_others(codecs):
+    origins = [
+        Experiment.build(tiny(data__codec="mirrored", data__codec_seed=seed)).origin()["codec"]
+        for seed in (0, 0, 1)
+    ]
+    assert origins[0] == origins[1] != origins[2]
+    assert "codec" not in Experiment.build(tiny()).origin()  # as in the caches there are
+    scaled = Experiment.build(tiny(data__codec="scaled")).origin()["codec"]
+    assert scaled == "Scaled(data_shape=(1, 8, 8), centered=True, scale=0.5)"
+
+
+def test_a_codec_without_an_identity_is_one_line(codecs, monkeypatch):
+    monkeypatch.setattr(Mirrored, "identity", None)
+    with pytest.raises(ValueError, match="Mirrored has no `identity`"):
+        Experiment.build(tiny(data__codec="mirrored"))
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({}, None),
+        ({"data__codec": ""}, "its data.codec is scaled, not "),
+        ({"data__factor": 2.0}, "scale=0.5), not Scaled(data_shape=(1, 8, 8), centered=True, sca"),
+        ({"data__conditions": "place"}, "its data.conditions is , not place"),
+    ],
+)
+def test_a_guide_has_codec_and_conditions(codecs, tmp_path, monkeypatch, changes, reason):
+    own, path = tiny(data__codec="scaled"), tmp_path / "guide.pth"
+    content = {"config": flatten(own)}
+    monkeypatch.setattr(experiment, "open_checkpoint", lambda path, intact: content)
+    monkeypatch.setattr(experiment, "load_ema", lambda network, content: None)
+    config = tiny(**{"data__codec": "scaled", "sampling__guide": str(path), **changes})
+    if reason is None:
+        assert isinstance(experiment._guide(config, torch.device("cpu")), nn.Module)
+        return
+    with pytest.raises(ValueError) as caught:
+        experiment._guide(config, torch.device("cpu"))
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, reused",
+    [({}, True), ({"data__factor": 2.0}, False), ({"data__codec": ""}, False)],
+)
+def test_what_is_measured_is_of_one_codec(codecs, tmp_path, monkeypatch, changes, reused):
+    """M of a run holds for its codec alone: another is measured anew."""
+    open_keys = {"training__sde": "poisson", "sampling__z_max": 5.0, "sampling__upper_norm": 9.0}
+    stored = tiny(data__codec="scaled", training__M=77, **open_keys)
+    found = [Path("checkpoint_2.pth"), stored]
+    monkeypatch.setattr(experiment.run_config, "find", lambda workdir: found)
+    monkeypatch.setattr(experiment, "_mean_norm", lambda config: 100.0)
+    config = tiny(**{"data__codec": "scaled", "training__M": None, **open_keys, **changes})
+    completed, _ = experiment.complete(config, tmp_path)
+    assert (completed.training.M == 77) is reused
