@@ -68,6 +68,7 @@ class Evaluation:
         batch_size: images at once.
         passes: over the split, each with new noise, for bits/dim.
         num_samples: to be drawn.
+        step: of training, that the weights are of.
     """
 
     run: Experiment
@@ -80,10 +81,18 @@ class Evaluation:
     batch_size: int
     passes: int
     num_samples: int
+    step: int = 0
 
     @classmethod
     def from_config(
-        cls, config, run: Experiment, folder: Path, k: int, origin: dict, origin_of_data: dict
+        cls,
+        config,
+        run: Experiment,
+        folder: Path,
+        k: int,
+        origin: dict,
+        origin_of_data: dict,
+        step: int = 0,
     ) -> "Evaluation":
         return cls(
             run=run,
@@ -96,6 +105,7 @@ class Evaluation:
             batch_size=config.eval.batch_size,
             passes=passes_of(config.eval.dataset, config.eval.bpd_num_repeats),
             num_samples=config.eval.num_samples,
+            step=step,
         )
 
     def generator(self, purpose: str, *key: int) -> torch.Generator:
@@ -118,13 +128,14 @@ class Evaluation:
 
         def compute() -> dict:
             generator, total = self.generator("loss"), 0.0
+            objective = run.objective.whole().eval()
             with progress_bar(total=len(data), desc="loss", unit="image") as progress:
                 for batch in in_order(data, batch_size):
                     images = self._encoded(batch.images)
                     reference = replace(batch.to(run.device), images=images)
                     for part in reference.split(self.batch_size):
-                        examples = run.method.draw(part, generator)
-                        value = run.objective.loss(run.network, examples, reference)
+                        examples = objective.draw(part, self.step, generator)
+                        value = objective.loss(run.network, examples, reference)
                         total += value.item() * len(part)
                         progress.update(len(part))
             return {"loss": total / len(data)}

@@ -4,6 +4,8 @@ An objective draws examples from a batch (`draw`), and gives their loss (`loss`)
 parameters, which are optimised and saved with the network's, and follow a schedule over the steps.
 """
 
+import copy
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -104,6 +106,15 @@ class Regression(nn.Module):
         uniform = torch.rand(len(examples), generator=generator, device=examples.images.device)
         mask = uniform < self.label_dropout
         return replace(examples, conditions=examples.conditions.drop(mask))
+
+    def whole(self) -> Self:
+        """A view, of the same parameters, whose `draw` takes every image and drops no condition.
+
+        It is for the loss over a data set, whose draws are those of the objective all the same.
+        """
+        view = copy.copy(self)
+        view.examples, view.label_dropout = sys.maxsize, 0.0
+        return view
 
     def loss(self, net: Network, examples: Batch, reference: Batch) -> Tensor:
         """The loss, a scalar, of `examples`, with the targets that `reference` makes."""

@@ -139,7 +139,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     )
     with open_workdir(workdir, workdir / "checkpoints", main):
         written = _resume(config, workdir, state)
-        distributed.check_agreement(state.step, state.parameters)
+        state.check_agreement()
         log.info(
             f"{'resuming' if state.step else 'starting'} at step {state.step} of "
             f"{training.n_iters}: {plan[0]}"
@@ -191,7 +191,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                     writer.add_scalar("loss/train", newest, state.step)
                     writer.add_scalar("images_per_second", speed, state.step)
                 if state.step == first:  # processes that go apart do so in their first step
-                    distributed.check_agreement(state.step, state.parameters)
+                    state.check_agreement()
                 if due(training.eval_freq):
                     held_out = _held_out_loss(run, state, test_data, seed)
                     writer.add_scalar("loss/test", held_out, state.step)
@@ -286,6 +286,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             if asked.enable_loss:  # an objective may have learned weights too
                 fit(run.load_objective, content, path, changes)
             run.network.eval()
+            run.objective.eval()
             for change in [] if said == changes else changes:
                 log.info(f"the config differs from that of the run: {change}")
             said = changes
@@ -305,7 +306,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             if any(map(asked.get, evaluation.DRAWN)):
                 run.sampler = run.fitted_sampler(path)
             parts = evaluation.Evaluation.from_config(
-                config, run, folder, k, origin, origin_of_data
+                config, run, folder, k, origin, origin_of_data, step
             )
             if asked.enable_bpd:
                 report |= parts.bits_per_dim(data)
@@ -622,7 +623,7 @@ def _save(
     `data` is the identity of the data (`Identity.entry`). Weights that are not finite are not
     saved, since they would replace good ones.
     """
-    distributed.check_agreement(state.step, state.parameters)
+    state.check_agreement()
     if not state.is_finite():
         raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
     written = written + [state.step] * numbered

@@ -141,9 +141,14 @@ class TrainState:
         )
 
     def with_ema(self):
-        """Within the `with` block the network holds its EMA weights and evaluates."""
+        """Within the `with` block the network holds its EMA weights; it and objective evaluate."""
         self.model.eval()
+        self.objective.eval()
         return self.ema.swapped_into(self.parameters)
+
+    def check_agreement(self) -> None:
+        """`distributed.check_agreement` of the step and all that is trained."""
+        distributed.check_agreement(self.step, [p for _, p in self.named_parameters])
 
     def state_dict(self) -> dict:
         averages = [
@@ -312,6 +317,7 @@ def train_step(
         The loss of this process's examples, left on its device; nan where the step was not applied.
     """
     state.model.train()
+    state.objective.train()
     state.optimizer.zero_grad()
     value = accumulate_gradient(state, batch, generator, shard)
     state.set_learning_rate()

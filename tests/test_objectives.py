@@ -1,0 +1,102 @@
+"""Objectives that draw examples of their own: in training, in the held-out loss, in evaluation."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import objective_of, train_state
+from torch import nn
+
+import distributed
+import losses
+import training
+from configs.edm import digits_ddpmpp
+from evaluation import Evaluation
+from sources.batch import Batch, Conditions
+from sources.stream import Resident
+
+
+class OfOwnDraws(losses.Regression):
+    """Its loss is the step that its examples carry; it keeps the modes it is used in."""
+
+    modes: list[bool]
+
+    def __init__(self, *arguments, **numbers):
+        super().__init__(*arguments, **numbers)
+        self.scale, self.inner, self.modes = nn.Parameter(torch.ones(())), nn.Dropout(), []
+
+    def draw(self, batch, step=0, generator=None):
+        examples = super().draw(batch, step, generator)
+        self.modes.append(self.inner.training)
+        return Batch(
+            examples.images, Conditions(vector=torch.full((len(examples), 1), float(step)))
+        )
+
+    def loss(self, net, examples, reference):
+        self.modes.append(self.inner.training)
+        return self.scale * examples.conditions["vector"].mean() + 0 * net(examples.images).sum()
+
+
+@pytest.fixture
+def config(monkeypatch):
+    monkeypatch.setitem(losses.OBJECTIVES, "own", OfOwnDraws)
+    config = digits_ddpmpp.get_config()
+    config.training.update(objective="own", batch_size=4, small_batch_size=2)
+    config.data.image_size = 2
+    return config
+
+
+def evaluation_of(objective, folder, step):
+    run = SimpleNamespace(
+        device=torch.device("cpu"),
+        method=objective.method,
+        objective=objective,
+        network=lambda x, label=None, **conditions: torch.zeros_like(x),
+        codec=SimpleNamespace(encode=lambda images: 2 * images - 1),
+    )
+    numbers = {"split": "test", "batch_size": 4, "passes": 1, "num_samples": 1, "seed": 0}
+    origins = {"origin": {}, "origin_of_data": {}}
+    return Evaluation(run=run, folder=folder, k=1, step=step, **numbers, **origins)
+
+
+def images_of(number):
+    return (torch.rand(number, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 255).byte()
+
+
+def test_the_loss_of_an_evaluation_is_of_the_draws_of_the_objective(config, tmp_path):
+    objective = objective_of(config)
+    data = Resident(images_of(6), Conditions())
+    assert evaluation_of(objective, tmp_path, 7).loss(data, 6, {})["loss"] == 7
+    assert not any(objective.modes)
+
+
+def test_the_loss_of_an_evaluation_is_of_every_image_and_with_its_conditions():
+    config = digits_ddpmpp.get_config()
+    config.training.update(batch_size=4, small_batch_size=1, label_dropout=1.0)
+    objective = objective_of(config)
+    batch = Batch(torch.zeros(4, 1, 2, 2), Conditions(vector=torch.ones(4, 2)))
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    examples = objective.whole().draw(batch, 0, generators[0])
+    expected = objective.method.draw(batch, generators[1])
+    assert torch.equal(examples.images, expected.images)
+    assert torch.equal(examples.conditions["vector"], torch.ones(4, 2))
+    assert objective.draw(batch).conditions["vector"].sum() == 0
+    assert len(objective.draw(batch)) == 1  # the objective is as it was
+
+
+def test_the_objective_trains_and_evaluates_with_the_network(config):
+    state = train_state(config, nn.Linear(2, 2))
+    modes, batch = state.objective.modes, Batch(torch.zeros(4, 1, 2, 2))
+    training.train_step(state, batch)
+    assert modes == [True, True]
+    with state.with_ema():
+        training.held_out_loss(state, batch, torch.Generator())
+    assert modes == [True, True, False, False]
+
+
+def test_processes_agree_on_the_parameters_of_the_objective_too(config, monkeypatch):
+    state, compared = train_state(config, nn.Linear(2, 2)), []
+    monkeypatch.setattr(distributed, "check_agreement", lambda _, rows: compared.extend(rows))
+    state.check_agreement()
+    assert any(each is state.objective.scale for each in compared)
+    assert len(compared) == 3
