@@ -14,7 +14,7 @@ from torch import Tensor
 
 import distributed
 from configs.schema import Key, Text
-from datasets import Data, DataSet, Resident, Stream, in_order
+from datasets import Data, DataChanged, DataSet, Resident, Stream, in_order
 from metrics.distances import Gaussian, TooFew
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_spaces
 from sources import digests
@@ -181,15 +181,16 @@ def fingerprint(data: DataSet) -> str:
     and, since what is made of them counts too, with 64 of them decoded.
     """
 
-    def words() -> str:
-        if isinstance(data, Stream):
-            index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
-            some = data[torch.from_numpy(index)].numpy()
-            return digests.joined(digests.of_source(data.source), digests.of_array(some))
-        images = data.images if isinstance(data, Resident) else data
-        return digests.of_array(images.cpu().contiguous().numpy(), whole=True)
+    return distributed.from_main(lambda: _digest(data))
 
-    return distributed.from_main(words)[:32]
+
+def _digest(data: DataSet) -> str:
+    if isinstance(data, Stream):
+        index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
+        some = data[torch.from_numpy(index)].numpy()
+        return digests.joined(digests.of_source(data.source), digests.of_array(some))[:32]
+    images = data.images if isinstance(data, Resident) else data
+    return digests.of_array(images.cpu().contiguous().numpy(), whole=True)[:32]
 
 
 def origin_of(data: DataSet) -> dict[str, str]:
@@ -201,6 +202,8 @@ def origin_of(data: DataSet) -> dict[str, str]:
 def _training_data(source: Data) -> DataSet:
     try:
         return source.get("train")
+    except DataChanged:
+        raise
     except ValueError:  # a network with class labels can be sampled without those of the data
         return source.get("train", labels=False)
 
@@ -212,15 +215,26 @@ def _check_data(path: Path, arrays: dict, source: Data) -> list[str]:
     """Raises ValueError where the `arrays` from `path` say that they are of other data.
 
     Gives what is open, to be said: their digest where they do not say, or the data are not here.
+    The main process opens the data and tells the others, DataChanged too, so that all go one way.
     """
     if "data" not in arrays:
         return [SAID["data"]]
-    try:
-        data = _training_data(source)
-    except (OSError, ValueError) as error:
-        log.info(f"{path} cannot be compared with the training images: {error}")
+
+    def outcome() -> str:
+        try:
+            return f"digest {_digest(_training_data(source))}"
+        except DataChanged as error:
+            return f"changed {error}"
+        except (OSError, ValueError) as error:
+            return f"unread {error}"
+
+    kind, _, text = distributed.from_main(outcome).partition(" ")
+    if kind == "changed":
+        raise DataChanged(text)
+    if kind == "unread":
+        log.info(f"{path} cannot be compared with the training images: {text}")
         return [SAID["data"]]
-    _check_identity(path, arrays, {"data": fingerprint(data)})
+    _check_identity(path, arrays, {"data": text})
     return []
 
 
