@@ -108,18 +108,24 @@ class ReferenceStatistics:
                     f"features ({space.kind}), which needs {needed}: the Frechet distance is "
                     "biased, and not one to quote"
                 )
-        return [cls.build(space, Path(config.eval.stats_dir), data) for space in spaces]
+        folder = Path(config.eval.stats_dir)
+        return [cls.build(space, folder, data, further=i > 0) for i, space in enumerate(spaces)]
 
     @classmethod
-    def build(cls, space: FeatureSpace, folder: Path, source: Data) -> "ReferenceStatistics":
+    def build(
+        cls, space: FeatureSpace, folder: Path, source: Data, further: bool = False
+    ) -> "ReferenceStatistics":
         """The statistics of the training split of `source`, kept in `folder`.
+
+        Published ones of a `further` space, not the first of eval.features, have it in their name.
 
         Raises ValueError, in one line, for what cannot be loaded or does not fit.
         """
         channels, size, _ = source.shape
         name = source.name
         identity = {"space": space.name, "shape": f"{size}x{size}x{channels}"}
-        names = f"{name}_{size}_stats.npz", f"{name}_stats.npz"
+        suffix = f"_{space.kind}_stats.npz" if further else "_stats.npz"
+        names = f"{name}_{size}{suffix}", f"{name}{suffix}"
         for published in (folder / each for each in names):
             if published.exists():
                 arrays = read_arrays(published)

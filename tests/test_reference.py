@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 from data_files import write_tree
+from test_compare import report
 from test_identity import config_of, grey
+from test_metrics import MeanColour, save_torchscript
+from test_spaces import BOTH
 
 import datasets
 import distributed
 from datasets import DataChanged
 from evaluation import plain_restoration
 from metrics.reference import ReferenceStatistics
+from reports.settings import obstacle
 
 CPU = torch.device("cpu")
 
@@ -78,3 +82,33 @@ def test_restoration_does_not_go_on_without_changed_data():
     measurement = SimpleNamespace(value=torch.ones(2, 1, 4, 4))
     with pytest.raises(DataChanged):
         plain_restoration(run, measurement)
+
+
+def test_published_statistics_of_a_further_space_have_it_in_their_name(tmp_path, caplog):
+    caplog.set_level("INFO")
+    network = save_torchscript(tmp_path / "network.pt", MeanColour())
+    both = {"features": "torchscript,pixels", "inception_path": str(network)}
+    config = evaluation_of(tmp_path, **both)
+    publish(tmp_path, width=3)
+    scripted, pixels = statistics_of(config)
+    assert scripted.origin["data"] == "folder_stats.npz"
+    assert pixels.origin["split"] == "train"
+    assert "no folder_4_pixels_stats.npz or folder_pixels_stats.npz" in caplog.text
+    publish(tmp_path, name="folder_pixels_stats")
+    assert statistics_of(config)[1].origin["data"] == "folder_pixels_stats.npz"
+    publish(tmp_path, name="folder_4_pixels_stats")
+    assert statistics_of(config)[1].origin["data"] == "folder_4_pixels_stats.npz"
+
+
+def test_values_of_a_further_space_are_ranked_by_its_reference():
+    def of(first, further):
+        names = {"reference.digest": first, "torchscript:reference.digest": further}
+        made = report(1, {"fid": 1.0, "torchscript:fid": 2.0}, **BOTH, **names)
+        return made | {"features": np.array("pixels,torchscript")}
+
+    pair = [of("ab", "cd"), of("ab", "12")]
+    assert obstacle("fid", pair) == ""
+    assert obstacle("torchscript:fid", pair) == "reference.digest differs (cd; 12)"
+    pair = [of("ab", "cd"), of("12", "cd")]
+    assert obstacle("fid", pair) == "reference.digest differs (ab; 12)"
+    assert obstacle("torchscript:fid", pair) == ""
