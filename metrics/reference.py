@@ -1,5 +1,6 @@
 """Statistics of the data with which samples are compared: measured once, and kept."""
 
+import functools
 import hashlib
 import logging
 import os
@@ -108,21 +109,21 @@ class ReferenceStatistics:
                     f"features ({space.kind}), which needs {needed}: the Frechet distance is "
                     "biased, and not one to quote"
                 )
-        folder = Path(config.eval.stats_dir)
-        return [cls.build(space, folder, data, further=i > 0) for i, space in enumerate(spaces)]
+        folder, train = Path(config.eval.stats_dir), Training(data)
+        return [cls.build(space, folder, train, further=i > 0) for i, space in enumerate(spaces)]
 
     @classmethod
     def build(
-        cls, space: FeatureSpace, folder: Path, source: Data, further: bool = False
+        cls, space: FeatureSpace, folder: Path, train: "Training", further: bool = False
     ) -> "ReferenceStatistics":
-        """The statistics of the training split of `source`, kept in `folder`.
+        """The statistics of the training split, kept in `folder`.
 
         Published ones of a `further` space, not the first of eval.features, have it in their name.
 
         Raises ValueError, in one line, for what cannot be loaded or does not fit.
         """
-        channels, size, _ = source.shape
-        name = source.name
+        channels, size, _ = train.source.shape
+        name = train.source.name
         identity = {"space": space.name, "shape": f"{size}x{size}x{channels}"}
         suffix = f"_{space.kind}_stats.npz" if further else "_stats.npz"
         names = f"{name}_{size}{suffix}", f"{name}{suffix}"
@@ -130,16 +131,16 @@ class ReferenceStatistics:
             if published.exists():
                 arrays = read_arrays(published)
                 reference, unsaid = _statistics(published, arrays, space, identity)
-                unsaid += _check_data(published, arrays, source)
+                unsaid += _check_data(published, arrays, train)
                 doubt = f", nor its {', '.join(unsaid)}" if unsaid else ""
                 log.info(
                     f"statistics of the data: {published}, which names no training images{doubt}"
                 )
-                digest = hashlib.sha256(published.read_bytes()).hexdigest()[:8]
+                with published.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
                 origin = {"data": published.name, "split": "published", "digest": digest}
                 return cls(space, replace(reference, index=None), origin=origin)
-        data = _training_data(source)
-        identity["data"] = fingerprint(data)
+        identity["data"], data = train.fingerprint, train.data
         origin = {"data": name, "split": "train", "images": len(data), "digest": identity["data"]}
         path = folder / f"{name}_train_{identity['shape']}_{space.name}_{identity['data']}.npz"
         there = path.exists()
@@ -205,42 +206,60 @@ def origin_of(data: DataSet) -> dict[str, str]:
     return {"data": fingerprint(data)} | digests_of_tensors(**conditions)
 
 
-def _training_data(source: Data) -> DataSet:
-    try:
-        return source.get("train")
-    except DataChanged:
-        raise
-    except ValueError:  # a network with class labels can be sampled without those of the data
-        return source.get("train", labels=False)
+@dataclass(frozen=True)
+class Training:
+    """The training split of `source`, decoded and digested once for all feature spaces."""
+
+    source: Data
+
+    @functools.cached_property
+    def data(self) -> DataSet:
+        try:
+            return self.source.get("train")
+        except DataChanged:
+            raise
+        except ValueError:  # a network with class labels can be sampled without those of the data
+            return self.source.get("train", labels=False)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of `data`, which the main process opens; it tells the others, so that all go one way.
+
+        Raises, in all processes, DataChanged, and ValueError where the data cannot be read.
+        """
+
+        def words() -> str:
+            try:
+                return f"digest {_digest(self.data)}"
+            except DataChanged as error:
+                return f"changed {error}"
+            except (OSError, ValueError) as error:
+                return f"unread {error}"
+
+        kind, _, text = distributed.from_main(words).partition(" ")
+        if kind != "digest":
+            raise (DataChanged if kind == "changed" else ValueError)(text)
+        return text
 
 
 SAID = {"data": "digest", "space": "feature space", "shape": "image size"}
 
 
-def _check_data(path: Path, arrays: dict, source: Data) -> list[str]:
+def _check_data(path: Path, arrays: dict, train: Training) -> list[str]:
     """Raises ValueError where the `arrays` from `path` say that they are of other data.
 
     Gives what is open, to be said: their digest where they do not say, or the data are not here.
-    The main process opens the data and tells the others, DataChanged too, so that all go one way.
     """
     if "data" not in arrays:
         return [SAID["data"]]
-
-    def outcome() -> str:
-        try:
-            return f"digest {_digest(_training_data(source))}"
-        except DataChanged as error:
-            return f"changed {error}"
-        except (OSError, ValueError) as error:
-            return f"unread {error}"
-
-    kind, _, text = distributed.from_main(outcome).partition(" ")
-    if kind == "changed":
-        raise DataChanged(text)
-    if kind == "unread":
-        log.info(f"{path} cannot be compared with the training images: {text}")
+    try:
+        digest = train.fingerprint
+    except DataChanged:
+        raise
+    except ValueError as error:
+        log.info(f"{path} cannot be compared with the training images: {error}")
         return [SAID["data"]]
-    _check_identity(path, arrays, {"data": text})
+    _check_identity(path, arrays, {"data": digest})
     return []
 
 

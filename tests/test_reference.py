@@ -15,8 +15,9 @@ import datasets
 import distributed
 from datasets import DataChanged
 from evaluation import plain_restoration
-from metrics.reference import ReferenceStatistics
+from metrics.reference import ReferenceStatistics, fingerprint
 from reports.settings import obstacle
+from sources import digests
 
 CPU = torch.device("cpu")
 
@@ -112,3 +113,25 @@ def test_values_of_a_further_space_are_ranked_by_its_reference():
     pair = [of("ab", "cd"), of("12", "cd")]
     assert obstacle("fid", pair) == "reference.digest differs (ab; 12)"
     assert obstacle("torchscript:fid", pair) == ""
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_training_split_is_opened_and_digested_once_for_all_spaces(
+    published, tmp_path, monkeypatch
+):
+    network, calls = save_torchscript(tmp_path / "network.pt", MeanColour()), []
+    both = {"features": "torchscript,pixels", "inception_path": str(network)}
+    config = evaluation_of(tmp_path, **both)
+    data = datasets.Data(config.data)
+    digest, get = fingerprint(data.get("train")), data.get
+    if published:
+        publish(tmp_path, width=3, data=digest)
+    data.get = lambda *args, **more: calls.append("open") or get(*args, **more)
+    of_array = digests.of_array
+    monkeypatch.setattr(
+        digests, "of_array", lambda *args, **more: calls.append("digest") or of_array(*args, **more)
+    )
+    scripted, pixels = ReferenceStatistics.from_config(config, CPU, data)
+    assert calls == ["open", "digest"]
+    assert pixels.origin["digest"] == digest
+    assert scripted.data is (None if published else pixels.data)
