@@ -42,6 +42,7 @@ from sources.stream import (
 
 __all__ = [
     "Data",
+    "DataChanged",
     "DataSet",
     "Resident",
     "Stream",
@@ -98,6 +99,10 @@ KEYS = {
 SPLITS = ("train", "test")
 NO_LABELS = "data.num_classes asks for class labels, which {} does not give ({} split)"
 MEASURED = 64  # images that `Data.measure_channels` looks at
+
+
+class DataChanged(ValueError):
+    """The data are not those of the run; nothing goes on without them."""
 
 
 class Data:
@@ -213,7 +218,7 @@ class Data:
         if changes and self.options.changed != "allow":
             new = self.stored.new_classes(self.identity.classes)  # which have no number
             allow = "" if new else ", or go on with these: --config.data.changed=allow"
-            raise ValueError(
+            raise DataChanged(
                 f"the data are not those of the run ({changes}): restore them, or start a new "
                 f"workdir{allow}"
             )

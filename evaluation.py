@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import DataSet, batch_at, in_order, keyed_generator, to_unit_interval
+from datasets import DataChanged, DataSet, batch_at, in_order, keyed_generator, to_unit_interval
 from experiment import Experiment
 from library.restoration import RESTORATIONS, ToRestore, restoring_sampler
 from library.rounds import in_batches, remove_others, shared
@@ -532,6 +532,8 @@ def plain_restoration(run: Experiment, measurement: Measurement) -> Tensor:
         return torch.nn.functional.interpolate(value, (height, width), mode="bicubic")
     try:
         data = run.data.get("train", labels=False)
+    except DataChanged:
+        raise
     except (OSError, ValueError) as error:  # published networks restore without their data
         log.warning(f"the plain restorations start from grey, not the mean image: {error}")
         mean = run.codec.encode(torch.tensor(0.5)).expand(channels, height, width)

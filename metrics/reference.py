@@ -1,5 +1,6 @@
 """Statistics of the data with which samples are compared: measured once, and kept."""
 
+import functools
 import hashlib
 import logging
 import os
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import distributed
 from configs.schema import Key, Text
-from datasets import Data, DataSet, Resident, Stream, in_order
+from datasets import Data, DataChanged, DataSet, Resident, Stream, in_order
 from metrics.distances import Gaussian, TooFew
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_spaces
 from sources import digests
@@ -107,32 +108,38 @@ class ReferenceStatistics:
                     f"features ({space.kind}), which needs {needed}: the Frechet distance is "
                     "biased, and not one to quote"
                 )
-        return [cls.build(space, Path(config.eval.stats_dir), data) for space in spaces]
+        folder, train = Path(config.eval.stats_dir), Training(data)
+        return [cls.build(space, folder, train, further=i > 0) for i, space in enumerate(spaces)]
 
     @classmethod
-    def build(cls, space: FeatureSpace, folder: Path, source: Data) -> "ReferenceStatistics":
-        """The statistics of the training split of `source`, cached in `folder`.
+    def build(
+        cls, space: FeatureSpace, folder: Path, train: "Training", further: bool = False
+    ) -> "ReferenceStatistics":
+        """The statistics of the training split, cached in `folder`.
+
+        The published file of a `further` space, one after the first of eval.features, names it.
 
         Raises ValueError, in one line, for what cannot be loaded or does not fit.
         """
-        channels, size, _ = source.shape
-        name = source.name
+        channels, size, _ = train.source.shape
+        name = train.source.name
         identity = {"space": space.name, "shape": f"{size}x{size}x{channels}"}
-        names = f"{name}_{size}_stats.npz", f"{name}_stats.npz"
+        suffix = f"_{space.kind}_stats.npz" if further else "_stats.npz"
+        names = f"{name}_{size}{suffix}", f"{name}{suffix}"
         for published in (folder / each for each in names):
             if published.exists():
                 arrays = read_arrays(published)
                 reference, unsaid = _statistics(published, arrays, space, identity)
-                unsaid += _check_data(published, arrays, source)
+                unsaid += _check_data(published, arrays, train)
                 doubt = f", nor its {', '.join(unsaid)}" if unsaid else ""
                 log.info(
                     f"statistics of the data: {published}, which names no training images{doubt}"
                 )
-                digest = hashlib.sha256(published.read_bytes()).hexdigest()[:8]
+                with published.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
                 origin = {"data": published.name, "split": "published", "digest": digest}
                 return cls(space, replace(reference, index=None), origin=origin)
-        data = _training_data(source)
-        identity["data"] = fingerprint(data)
+        identity["data"], data = train.fingerprint, train.data
         origin = {"data": name, "split": "train", "images": len(data), "digest": identity["data"]}
         path = folder / f"{name}_train_{identity['shape']}_{space.name}_{identity['data']}.npz"
         there = path.exists()
@@ -180,15 +187,16 @@ def fingerprint(data: DataSet) -> str:
     source and, since decoding changes them, 64 of them decoded.
     """
 
-    def words() -> str:
-        if isinstance(data, Stream):
-            index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
-            some = data[torch.from_numpy(index)].numpy()
-            return digests.joined(digests.of_source(data.source), digests.of_array(some))
-        images = data.images if isinstance(data, Resident) else data
-        return digests.of_array(images.cpu().contiguous().numpy(), whole=True)
+    return distributed.from_main(lambda: _digest(data))
 
-    return distributed.from_main(words)[:32]
+
+def _digest(data: DataSet) -> str:
+    if isinstance(data, Stream):
+        index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
+        some = data[torch.from_numpy(index)].numpy()
+        return digests.joined(digests.of_source(data.source), digests.of_array(some))[:32]
+    images = data.images if isinstance(data, Resident) else data
+    return digests.of_array(images.cpu().contiguous().numpy(), whole=True)[:32]
 
 
 def origin_of(data: DataSet) -> dict[str, str]:
@@ -197,18 +205,47 @@ def origin_of(data: DataSet) -> dict[str, str]:
     return {"data": fingerprint(data)} | digests_of_tensors(**conditions)
 
 
-def _training_data(source: Data) -> DataSet:
-    try:
-        return source.get("train")
-    except ValueError:  # sampling with class labels does not need those of the data
-        return source.get("train", labels=False)
+@dataclass(frozen=True)
+class Training:
+    """The training split of `source`, decoded and digested once for all feature spaces."""
+
+    source: Data
+
+    @functools.cached_property
+    def data(self) -> DataSet:
+        try:
+            return self.source.get("train")
+        except DataChanged:
+            raise
+        except ValueError:  # a network with class labels can be sampled without those of the data
+            return self.source.get("train", labels=False)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of `data`, which the main process opens; it tells the others, so that all go one way.
+
+        Raises, in all processes, DataChanged, and ValueError where the data cannot be read.
+        """
+
+        def words() -> str:
+            try:
+                return f"digest {_digest(self.data)}"
+            except DataChanged as error:
+                return f"changed {error}"
+            except (OSError, ValueError) as error:
+                return f"unread {error}"
+
+        kind, _, text = distributed.from_main(words).partition(" ")
+        if kind != "digest":
+            raise (DataChanged if kind == "changed" else ValueError)(text)
+        return text
 
 
 SAID = {"data": "digest", "space": "feature space", "shape": "image size"}
 
 
-def _check_data(path: Path, arrays: dict, source: Data) -> list[str]:
-    """Raise ValueError where the `arrays` from `path` say that they are of other data.
+def _check_data(path: Path, arrays: dict, train: Training) -> list[str]:
+    """Raises ValueError where the `arrays` from `path` say that they are of other data.
 
     Returns what could not be compared, for the log: the digest, if the file has none or the data
     are missing.
@@ -216,11 +253,13 @@ def _check_data(path: Path, arrays: dict, source: Data) -> list[str]:
     if "data" not in arrays:
         return [SAID["data"]]
     try:
-        data = _training_data(source)
-    except (OSError, ValueError) as error:
+        digest = train.fingerprint
+    except DataChanged:
+        raise
+    except ValueError as error:
         log.info(f"{path} cannot be compared with the training images: {error}")
         return [SAID["data"]]
-    _check_identity(path, arrays, {"data": fingerprint(data)})
+    _check_identity(path, arrays, {"data": digest})
     return []
 
 

@@ -157,8 +157,11 @@ def _in_space(report: Mapping, space: str) -> Settings:
     names = str(settings.values.get("eval.features", "")).split(",")
     if not settings.complete or len(names) != len(kinds) or len(kinds) == 1:
         return settings  # older programs had one space only
-    name = names[kinds.index(space) if space in kinds else 0]
-    return dataclasses.replace(settings, values={**settings.values, "eval.features": name})
+    i = kinds.index(space) if space in kinds else 0
+    values, prefix = {**settings.values, "eval.features": names[i]}, f"{kinds[i]}:reference."
+    if of_space := {k.partition(":")[2]: v for k, v in values.items() if k.startswith(prefix)}:
+        values = {k: v for k, v in values.items() if not k.startswith("reference.")} | of_space
+    return dataclasses.replace(settings, values=values)
 
 
 def obstacle(key: str, reports: Sequence[Mapping]) -> str:
@@ -243,7 +246,9 @@ def from_config(
     if statistics:
         spaces = ",".join(each.space.name for each in statistics)
         made_by |= {"eval.num_samples": options.num_samples, "eval.features": spaces}
-        made_by |= {f"reference.{name}": value for name, value in statistics[0].origin.items()}
+        for i, each in enumerate(statistics):
+            prefix = f"{each.space.kind}:reference." if i else "reference."
+            made_by |= {f"{prefix}{name}": value for name, value in each.origin.items()}
     if restored is not None:
         value, labels = restored.measurement.value, restored.labels
         measured = digests(measurements=value, labels=labels)

@@ -66,6 +66,8 @@ def test_two_spaces_in_one_evaluation_are_those_of_two_evaluations(tmp_path, cap
     both, pixels, scripted = map(of_report, (both, pixels, scripted))
     names = [alone.values["eval.features"] for alone in (pixels, scripted)]
     assert both.values["eval.features"].split(",") == names
+    digest = scripted.values["reference.digest"]
+    assert both.values["torchscript:reference.digest"] == digest
     read = read_report(tmp_path / "run/both/report_2.npz")
     assert {"torchscript:fid", "torchscript:kid_data", "torchscript:half_first"} <= read.keys()
 
