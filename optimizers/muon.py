@@ -14,14 +14,20 @@ STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-18  # that is divided by: squares of entries below 1e-19 underflow in float32
 
 
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+def mark_tables(network: nn.Module) -> None:
+    """Marks the tables of `network`, rows of which are looked up, for `is_matrix`."""
+    for module in network.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.weight.is_table = True
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
     """Whether Muon moves a weight (rows, ...), all axes but the first taken as columns.
 
     It has at least `SMALLEST` rows and `SMALLEST` columns, which excludes the last layer, whose
-    rows are the channels of an image, and is not the table of an `nn.Embedding`, which the networks
-    call `embed`. (Their `label_embedding` and `augment_embedding` are linear layers.)
+    rows are the channels of an image, and is no table (`mark_tables`).
     """
-    if parameter.ndim < 2 or name.endswith("embed.weight"):
+    if parameter.ndim < 2 or getattr(parameter, "is_table", False):
         return False
     return min(len(parameter), parameter[0].numel()) >= SMALLEST
 
