@@ -363,10 +363,10 @@ def load(
         config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
     for line in without_effect(config, overrides or {}):
         log.info(line)
-    config, _ = decide_precisions(config, None)
     # the weights a network starts with are drawn; the caller's generators stay as they are
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(used):
+        config, _ = decide_precisions(config, None)
         run = Experiment.build(config, _identity_in(path, content, config))
     changes = run_config.changes(path, content, config)
     step = fit(partial(load_ema, run.network), content, path, changes)

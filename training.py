@@ -15,6 +15,7 @@ from losses import Regression
 from models.ema import ExponentialMovingAverage, rise_of_edm, rise_of_power
 from models.weights import load_model
 from optimizers import OPTIMIZERS, NamedParameters
+from optimizers.muon import mark_tables
 from sources.batch import Batch
 from storage.checks import check_keys, check_like
 
@@ -106,6 +107,8 @@ class TrainState:
             std: ExponentialMovingAverage(self.parameters, 1.0, rise_of_power(std))
             for std in ema_stds
         }
+        for module in (model, objective):
+            mark_tables(module)
         self.optimizer = optimizer(self.named_parameters)
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = {"n_iters": n_iters, "warmup": warmup, "cooldown": cooldown}
@@ -234,8 +237,8 @@ class TrainState:
         if state := self.optimizer.state_dict()["state"]:
             return state, True
         copies = [(name, nn.Parameter(torch.zeros_like(p))) for name, p in self.named_parameters]
-        for _, p in copies:
-            p.grad = torch.zeros_like(p)
+        for (_, p), (_, original) in zip(copies, self.named_parameters, strict=True):
+            p.grad, p.is_table = torch.zeros_like(p), getattr(original, "is_table", False)
         with torch.enable_grad():
             trial = self.make_optimizer(copies)
             trial.step()

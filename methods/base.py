@@ -297,7 +297,8 @@ class Method(abc.ABC):
             return rest, -1 / sigma if out is None else -out / sigma
         if self.predicts == "score":
             scale = -alpha * sigma
-            return skip and scale * skip, scale if out is None else scale * out
+            rest = None if skip is None else scale * skip
+            return rest, scale if out is None else scale * out
         # x' = alpha' y + std' n, and x = alpha y + std n
         alpha_rate, sigma_rate = self.rates(t)
         return (

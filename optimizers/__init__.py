@@ -67,7 +67,7 @@ def adam(
 
 def muon(parameters: NamedParameters, options: Mapping[str, Any]) -> torch.optim.Adam:
     """Muon for matrices, Adam for the rest; see `optimizers.muon`."""
-    return adam(parameters, options, [p for name, p in parameters if is_matrix(name, p)])
+    return adam(parameters, options, [p for _, p in parameters if is_matrix(p)])
 
 
 # optim.optimizer -> its builder.

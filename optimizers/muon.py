@@ -14,14 +14,20 @@ STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-18  # of a divisor: squares of entries below 1e-19 underflow in float32
 
 
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+def mark_tables(network: nn.Module) -> None:
+    """Mark the weights of embedding tables in `network`, which `is_matrix` excludes."""
+    for module in network.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.weight.is_table = True
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
     """True for a weight (rows, ...) that Muon updates; all axes but the first are columns.
 
     It has at least `SMALLEST` rows and `SMALLEST` columns, which excludes the last layer, whose
-    rows are the channels of an image. Tables of `nn.Embedding`, which the networks call `embed`,
-    are excluded too. (Their `label_embedding` and `augment_embedding` are linear layers.)
+    rows are the channels of an image. Tables (`mark_tables`) are excluded too.
     """
-    if parameter.ndim < 2 or name.endswith("embed.weight"):
+    if parameter.ndim < 2 or getattr(parameter, "is_table", False):
         return False
     return min(len(parameter), parameter[0].numel()) >= SMALLEST
 

@@ -232,6 +232,8 @@ def test_the_five_lines_of_the_readme(trained, tmp_path, monkeypatch):
 
 def test_loading_draws_nothing_and_takes_the_ema_weights(trained):
     state = torch.get_rng_state()
+    load(trained, {"sampling.precision": "auto"})  # measured on a network and images of its own
+    assert torch.equal(torch.get_rng_state(), state)
     run = load(trained, {"sampling.N": 3, "sampling.guidance_interval": [0.0, 1.0]})
     assert torch.equal(torch.get_rng_state(), state)
     assert run.experiment.config.sampling.N == 3 and run.step == 12

@@ -12,10 +12,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import run_lib
+from losses import get_loss_fn
+from methods import get_method
 from models import create_model
 from optimizers import OPTIMIZERS
-from optimizers.muon import COEFFICIENTS, MOMENTUM, STEPS, is_matrix, orthogonalise
+from optimizers.muon import COEFFICIENTS, MOMENTUM, STEPS, is_matrix, mark_tables, orthogonalise
 from storage.checkpoints import load_checkpoint
+from training import TrainState
 
 sides, decay = st.integers(1, 40), st.floats(0, 3)
 OPTIONS = {"lr": 0.1, "beta1": 0.9, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
@@ -206,7 +209,8 @@ def test_what_counts_as_a_matrix_in_a_network(experiment, last, has_tables):
     if config.model.name == "edm_unet":  # linear layers named as embeddings
         config.data.num_classes, config.model.augment_dim = 10, 9
     model = create_model(config)
-    names = {name for name, p in model.named_parameters() if is_matrix(name, p)}
+    mark_tables(model)
+    names = {name for name, p in model.named_parameters() if is_matrix(p)}
     tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     assert bool(tables) == has_tables
     linear = {f"{n}.weight" for n, m in model.named_modules() if type(m) is nn.Linear}
@@ -216,3 +220,18 @@ def test_what_counts_as_a_matrix_in_a_network(experiment, last, has_tables):
     assert not any(name.endswith("bias") for name in names)
     sizes = {name: p.numel() for name, p in model.named_parameters() if name not in tables}
     assert sum(sizes[name] for name in names) > 0.95 * sum(sizes.values())
+
+
+def test_tables_are_told_by_their_type_and_not_by_their_name():
+    network = nn.ModuleDict(
+        {
+            "patch_embed": nn.Conv2d(3, 16, 4),
+            "label_embedder": nn.ModuleDict({"table": nn.Embedding(10, 16)}),
+            "words": nn.EmbeddingBag(10, 16),
+        }
+    )
+    config = load("pfgmpp/toy_mlp.py")
+    config.optim.optimizer = "Muon"
+    state = TrainState.from_config(config, network, get_loss_fn(config, get_method(config)))
+    kinds = {name: len(state.optimizer.state[p]) for name, p in state.named_parameters}
+    assert {name for name, entries in kinds.items() if entries == 2} == {"patch_embed.weight"}

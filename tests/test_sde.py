@@ -14,6 +14,7 @@ from known_laws import SDES, SUBVP, VE, VP, gaussian_network, time_of
 from scipy import integrate, stats
 
 import losses
+import methods
 from configs.subvp import cifar10_ddpmpp_continuous as subvp_config
 from configs.ve import cifar10_ncsnpp_continuous as ve_config
 from configs.vp import cifar10_ddpmpp_continuous as vp_config
@@ -378,3 +379,19 @@ def test_known_network_is_told_times_as_defined():
         seen = []
         sde.score(lambda x, cond: seen.append(cond) or x, torch.zeros(1, 1, 1, 1).double(), t)  # noqa: B023
         assert time_of(sde, seen[0]).item() == pytest.approx(t.item(), rel=1e-9)
+
+
+def test_a_predicted_score_with_a_skip_has_a_slope_at_one_noise_level_an_image():
+    class Skipping(methods.VPSDE):
+        predicts = "score"
+
+        @property
+        def precondition(self):
+            return replace(super().precondition, c_skip=lambda t: -t, c_out=lambda t: 1 + t)
+
+    method = Skipping(**vars(VP))
+    y, t, out = torch.randn(3, 1, 2, 2), torch.tensor([0.2, 0.5, 0.9]), torch.randn(3, 1, 2, 2)
+    alpha, std = (c(t).view(-1, 1, 1, 1) for c in (method.alpha, method.std))
+    of_state, of_output = (c.view(-1, 1, 1, 1) for c in method.slope_factors(t))
+    score = method.precondition(lambda x, label: out, alpha * y, t)
+    torch.testing.assert_close(of_state * y + of_output * out, -std * score, check_dtype=False)
