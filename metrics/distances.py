@@ -157,9 +157,9 @@ def nearest(
     products over chunks of queries, so memory stays bounded.
     """
     queries, points = (_double(x, device) for x in (queries, points))
-    found = [d.topk(k, largest=False) for d in _squared_distances(queries, points)]
-    distances = torch.cat([f.values for f in found]).sqrt()
-    return distances.cpu().numpy(), torch.cat([f.indices for f in found]).cpu().numpy()
+    chunks = [d.topk(k, largest=False) for d in _squared_distances(queries, points)]
+    distances = torch.cat([f.values for f in chunks]).sqrt()
+    return distances.cpu().numpy(), torch.cat([f.indices for f in chunks]).cpu().numpy()
 
 
 def precision_recall(

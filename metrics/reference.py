@@ -150,8 +150,8 @@ class ReferenceStatistics:
     @property
     def labels(self) -> NDArray | None:
         """The class labels (m,) of the features of the reference, where they are known."""
-        known = getattr(self.data, "labels", None)
-        return None if known is None else known.cpu().numpy()[self.reference.index]
+        all_labels = getattr(self.data, "labels", None)
+        return None if all_labels is None else all_labels.cpu().numpy()[self.reference.index]
 
     def measure(self, progress: Callable[[int], object]) -> None:
         """Computes the statistics of the data and keeps them; `progress` hears of image counts."""
@@ -183,8 +183,8 @@ def fingerprint(data: DataSet) -> str:
     def words() -> str:
         if isinstance(data, Stream):
             index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
-            some = data[torch.from_numpy(index)].numpy()
-            return digests.joined(digests.of_source(data.source), digests.of_array(some))
+            samples = data[torch.from_numpy(index)].numpy()
+            return digests.joined(digests.of_source(data.source), digests.of_array(samples))
         images = data.images if isinstance(data, Resident) else data
         return digests.of_array(images.cpu().contiguous().numpy(), whole=True)
 

@@ -94,8 +94,8 @@ class View:
         """Those of the images `index`; ValueError where an image has none."""
         if self.classes_of_all is None:
             raise ValueError("it has none")
-        found = self.classes_of_all()
-        return Classes(found.labels[self.index], found.names)
+        all_classes = self.classes_of_all()
+        return Classes(all_classes.labels[self.index], all_classes.names)
 
 
 def held_out(n: int, split: str) -> NDArray[np.int64]:
