@@ -348,7 +348,7 @@ def sample(
     checkpoint: Path | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Draws the samples of `sampling.seeds`, and does what `film`, `encode`, `between` ask for.
+    """Draw the samples of `sampling.seeds`, and the results of `film`, `encode` and `between`.
 
     They are written to `outdir`, by default a folder of the workdir, with the EMA weights of
     `checkpoint`, by default the newest. Files that are there are kept; a folder has those of one
@@ -443,7 +443,7 @@ def _sample_files(run: Trained, folder: Path) -> SampleFiles:
 
 
 def _settings(config, run: Trained, restored: ToRestore | None) -> dict:
-    """What the samples of a folder have in common, as a flat dictionary."""
+    """Settings that the samples of a folder share, as a flat dictionary."""
     origin = run.experiment.origin()
     del origin["seed"]  # of the training
     if restored:
@@ -599,7 +599,7 @@ def _check_division(images: int, accumulate: int = 1) -> None:
 
 
 def _resume(config, workdir: Path, state: TrainState) -> list[int]:
-    """Loads the newest intact state, if any; returns the steps of the numbered ones written."""
+    """Load the newest intact state, if any; return the steps of the numbered checkpoints."""
     found = newest_checkpoint(workdir)
     if found is None:
         if distributed.is_main():

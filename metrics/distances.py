@@ -34,7 +34,7 @@ class Gaussian:
 
     @classmethod
     def fit_blocks(cls, blocks: Iterable[NDArray]) -> "Gaussian":
-        """The same of features that come in blocks (n_i, K), none of them kept.
+        """The moments of features that come in blocks (n_i, K), none of them kept.
 
         Blocks are merged as by Chan, Golub and LeVeque (1983), which loses no digits to means that
         are large beside the spread.

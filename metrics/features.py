@@ -74,7 +74,7 @@ class FeatureSpace:
         return np.concatenate(features), None if logits[0] is None else np.concatenate(logits)
 
     def spec(self, n: int) -> Spec:
-        """What a file with the features of `n` images holds."""
+        """Spec of a file with the features of `n` images."""
         logits = {"logits": ("f", (n, self.classes))} if self.classes else {}
         return {"pool_3": ("f", (n, self.width))} | logits
 

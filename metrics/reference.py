@@ -154,7 +154,7 @@ class ReferenceStatistics:
         return None if all_labels is None else all_labels.cpu().numpy()[self.reference.index]
 
     def measure(self, progress: Callable[[int], object]) -> None:
-        """Computes the statistics of the data and keeps them; `progress` hears of image counts."""
+        """Compute and cache the statistics of the data; `progress` is called with image counts."""
 
         def blocks() -> Iterator[NDArray]:
             for batch in in_order(self.data, EXTRACTED_AT_ONCE):

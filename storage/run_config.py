@@ -129,7 +129,7 @@ def restore(flat: Any) -> ConfigDict:
 
 
 def changes(path: Path, checkpoint: dict, config: ConfigDict) -> list[str]:
-    """What `config` changes of the one that `checkpoint`, from `path`, carries; see `differences`.
+    """Changes in `config` from the config of `checkpoint`, from `path`; see `differences`.
 
     A checkpoint of the published programs carries none, and nothing is changed.
 
