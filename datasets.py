@@ -362,8 +362,8 @@ def _classes(source: Source, data, split: str) -> Classes:
 def _named(names: tuple[str, ...]) -> str:
     if names == tuple(map(str, range(len(names)))):
         return ""
-    shown = ", ".join(f"{k} {name:.30}" for k, name in enumerate(names[:MAX_NAMED]))
-    return f" ({shown}{', ...' if len(names) > MAX_NAMED else ''})" if names else ""
+    named = ", ".join(f"{k} {name:.30}" for k, name in enumerate(names[:MAX_NAMED]))
+    return f" ({named}{', ...' if len(names) > MAX_NAMED else ''})" if names else ""
 
 
 def _source(data, split: str) -> Source:

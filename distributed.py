@@ -49,7 +49,7 @@ def joined() -> Iterator[None]:
 
 
 def _store() -> dist.Store:
-    """What the processes tell each other the addresses with; ConnectionError without torchrun."""
+    """Store through which processes exchange addresses; ConnectionError without torchrun."""
     try:
         store, *_ = next(rendezvous("env://", timeout=START))
     except RuntimeError as error:
@@ -139,7 +139,7 @@ def any_of(flag: bool) -> bool:
 
 
 def barrier() -> None:
-    """Returns when all processes have come here."""
+    """Wait until all processes have reached this call."""
     any_of(False)
 
 

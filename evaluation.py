@@ -265,12 +265,12 @@ class Evaluation:
         rounds = self._rounds([each.space for each in statistics])
         if not rounds:
             return {}
-        number = sum(len(drawn["pool_3"]) for drawn in rounds)
+        number = sum(len(each_round["pool_3"]) for each_round in rounds)
         report = {
             "features": ",".join(each.space.kind for each in statistics),
             "num_samples": number,
             "nonfinite": self.num_samples - number,
-            "sampling_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
+            "sampling_seconds": np.sum([each_round["seconds"] for each_round in rounds]),
             "sampling": json.dumps(self.origin["sampling"], sort_keys=True),
         }
         if report["nonfinite"]:
@@ -281,7 +281,9 @@ class Evaluation:
         if not number:
             log.warning("no sample is finite: there is nothing to compare with the data")
             return report
-        report["nfe"] = np.mean([drawn["nfe"] for drawn in rounds if len(drawn["pool_3"])])
+        report["nfe"] = np.mean(
+            [each_round["nfe"] for each_round in rounds if len(each_round["pool_3"])]
+        )
         log.info(f"comparing {number:,} samples with the data")
         labels = labels_of(rounds) if self.run.classes else None
         for i, each in enumerate(statistics):
@@ -302,7 +304,7 @@ class Evaluation:
     ) -> Comparison:
         """The samples and the data in feature space number `i`."""
         space, on_gpu = statistics.space, self.run.device.type == "cuda"
-        of_space = [drawn["spaces"][i] for drawn in rounds]
+        of_space = [each_round["spaces"][i] for each_round in rounds]
         logits = [features["logits"] for features in of_space if "logits" in features]
         return Comparison(
             np.concatenate([features["pool_3"] for features in of_space]),
@@ -337,13 +339,13 @@ class Evaluation:
         """
         run, folder = self.run, self.folder / f"ckpt_{self.k}"
         numbers = numbers_of_rounds(self.num_samples, self.batch_size)
-        drawn = [folder / f"samples_{r}.npz" for r in range(len(numbers))]
+        sample_paths = [folder / f"samples_{r}.npz" for r in range(len(numbers))]
         suffixes = ["", *(f"_{space.kind}" for space in spaces[1:])]
         measured = [
             [folder / f"statistics{suffix}_{r}.npz" for suffix in suffixes]
             for r in range(len(numbers))
         ]
-        remove_others(folder.glob("*.npz"), [*drawn, *sum(measured, [])])
+        remove_others(folder.glob("*.npz"), [*sample_paths, *sum(measured, [])])
         channels, *sides = run.codec.data_shape
         spec = {"samples": ("u", (None, *sides, channels)), "nfe": ("iuf", ())}
         spec |= {"labels": ("i", (None,))} if run.classes else {}
@@ -355,7 +357,7 @@ class Evaluation:
                 **{name: rows for name, rows in conditions.items() if name != "class_labels"}
             )
             draw = partial(self.draw_round, r, number)
-            samples = cached(drawn[r], key, draw, spec)
+            samples = cached(sample_paths[r], key, draw, spec)
             images, features = samples["samples"], []
             for space, path in zip(spaces, measured[r], strict=True):
                 compute_features = partial(features_of, space, images)
@@ -363,7 +365,7 @@ class Evaluation:
                 features.append(cached(path, origin, compute_features, space.spec(len(images))))
             cost = {"nfe": samples["nfe"], "seconds": samples["seconds"]}
             first = {"pool_3": features[0]["pool_3"], "spaces": features}
-            return cost | first | {"path": drawn[r]}
+            return cost | first | {"path": sample_paths[r]}
 
         tasks = [(number, partial(compute, r, number)) for r, number in enumerate(numbers)]
         return shared("sampling", tasks)
@@ -389,8 +391,8 @@ class Evaluation:
             samples, nfe = torch.empty(0, *run.codec.data_shape), 0
             labels = None if labels is None else labels[:0]
         finite = samples.flatten(1).isfinite().all(1)
-        drawn = {"samples": to_uint8(samples[finite]), "nfe": nfe}
-        return drawn if labels is None else drawn | {"labels": labels[finite].cpu().numpy()}
+        result = {"samples": to_uint8(samples[finite]), "nfe": nfe}
+        return result if labels is None else result | {"labels": labels[finite].cpu().numpy()}
 
     def draw_images(self) -> None:
         """Save a picture of samples, for the eye only."""
@@ -413,9 +415,9 @@ class Evaluation:
         # samples that are closest to the data, then the first ones drawn
         distances, rows = comparison.nearest
         number, strips = min(PAIRS, len(distances)), []
-        for shown in (distances.argsort()[:number], np.arange(number)):
-            index = torch.from_numpy(reference.index[rows[shown]])
-            pairs = np.concatenate([samples_at(rounds, shown), channels_last(data[index])])
+        for sample_rows in (distances.argsort()[:number], np.arange(number)):
+            index = torch.from_numpy(reference.index[rows[sample_rows]])
+            pairs = np.concatenate([samples_at(rounds, sample_rows), channels_last(data[index])])
             strips.append(image_grid(pairs, columns=number))
         save_png(self.picture("nearest"), np.concatenate(strips))
 
@@ -456,14 +458,14 @@ class Evaluation:
         rounds = in_batches("restoration", files, starts, size, len(rows), origin, compute, spec)
         if not rounds:
             return {}
-        images = np.concatenate([drawn["restored"] for drawn in rounds])
+        images = np.concatenate([each_round["restored"] for each_round in rounds])
         images = images.reshape(len(value), RESTORATIONS, *sides, channels)
         measured = to_uint8(run.codec.decode(operator.adjoint(value) / operator.gram))
         report = {
             "restore_images": len(value),
             "restore_spread": np.sqrt((images / 255).var(1, ddof=1).mean()),
-            "restore_nfe": np.mean([drawn["nfe"] for drawn in rounds]),
-            "restore_seconds": np.sum([drawn["seconds"] for drawn in rounds]),
+            "restore_nfe": np.mean([each_round["nfe"] for each_round in rounds]),
+            "restore_seconds": np.sum([each_round["seconds"] for each_round in rounds]),
         }
         columns = [measured[:, None], images]
         if restored.truth is not None:
@@ -499,12 +501,14 @@ def features_of(space: FeatureSpace, images: Images) -> dict:
 
 def labels_of(rounds: list[dict]) -> np.ndarray:
     """The class labels that the samples of the rounds were drawn for, from their files."""
-    return np.concatenate([_read_round(drawn, {"labels": "i"})["labels"] for drawn in rounds])
+    return np.concatenate(
+        [_read_round(each_round, {"labels": "i"})["labels"] for each_round in rounds]
+    )
 
 
 def samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
     """The samples number `rows`, from the files of the rounds, each of which is read once."""
-    ends = np.cumsum([len(drawn["pool_3"]) for drawn in rounds])
+    ends = np.cumsum([len(each_round["pool_3"]) for each_round in rounds])
     round_of = np.searchsorted(ends, rows, side="right")
     images = {}
     for r in np.unique(round_of):
@@ -513,9 +517,9 @@ def samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
     return np.stack([images[row] for row in rows])
 
 
-def _read_round(drawn: dict, kinds: dict[str, str]) -> dict:
+def _read_round(round_: dict, kinds: dict[str, str]) -> dict:
     """The arrays `kinds` of a round's file, with one row for each sample."""
-    path, n = drawn["path"], len(drawn["pool_3"])
+    path, n = round_["path"], len(round_["pool_3"])
     rest = {"samples": (None, None, None)}
     spec = {name: (kind, (n, *rest.get(name, ()))) for name, kind in kinds.items()}
     return check_arrays(path, read_arrays(path), spec)

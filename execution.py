@@ -105,7 +105,7 @@ def set_float32_products(precision: str) -> None:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Within the `with` block float32 matrix products are in full, also where TF32 is allowed."""
+    """Within the `with` block float32 matrix products are full precision, even if TF32 is on."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

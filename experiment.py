@@ -145,8 +145,8 @@ def identity_of(workdir: Path, evaluated: ConfigDict | None = None) -> Identity 
     Raises:
         ValueError: the checkpoint has something else in its place.
     """
-    found = peek(workdir)
-    return None if found is None else _identity_in(*found, evaluated)
+    newest = peek(workdir)
+    return None if newest is None else _identity_in(*newest, evaluated)
 
 
 def _identity_in(path: Path, content: dict, evaluated: ConfigDict | None) -> Identity | None:
@@ -154,8 +154,8 @@ def _identity_in(path: Path, content: dict, evaluated: ConfigDict | None) -> Ide
 
     The log's lines on what the config changes name such a data set.
     """
-    own = content.get("config")
-    name = own.get("data.dataset") if type(own) is dict else None
+    stored_config = content.get("config")
+    name = stored_config.get("data.dataset") if type(stored_config) is dict else None
     same = evaluated is None or str(name).lower() in ("none", evaluated.data.dataset.lower())
     return Identity.read(path, content) if same else None
 
@@ -177,18 +177,21 @@ def decide_precisions(
         return config, []
     stored = None if workdir is None else run_config.find(workdir)
     device, lines = _device(config.device), []
-    own = run_config.flatten(stored[1]) if stored and stored[0].suffix == ".pth" else {}
+    stored_values = run_config.flatten(stored[1]) if stored and stored[0].suffix == ".pth" else {}
     config = config.copy_and_resolve_references()
     model = models.create_model(config).to(device)
     for key in left_open:
-        found, reason = own.get(key, "auto") if key in kept else "auto", "as the run has it"
+        precision, reason = (
+            stored_values.get(key, "auto") if key in kept else "auto",
+            "as the run has it",
+        )
         try:
-            execution.check_precision(found, device, key)
+            execution.check_precision(precision, device, key)
         except ValueError:
             run = _training_pass if key == "training.precision" else _sampling_pass
-            found, reason = execution.measured_precision(model, run(config, model))
-        config.update_from_flattened_dict({key: found})
-        lines.append(f"{key}='auto' is {found!r}: {reason}")
+            precision, reason = execution.measured_precision(model, run(config, model))
+        config.update_from_flattened_dict({key: precision})
+        lines.append(f"{key}='auto' is {precision!r}: {reason}")
     return config, lines
 
 
@@ -412,20 +415,20 @@ def _guide(config, device: torch.device) -> nn.Module:
     content = open_checkpoint(path, intact=True)
     if "config" not in content:
         raise ValueError(f"sampling.guide={path} carries no config")
-    own = run_config.restore(content["config"])
-    old, new = run_config.flatten(own), run_config.flatten(config)
+    guide_config = run_config.restore(content["config"])
+    old, new = run_config.flatten(guide_config), run_config.flatten(config)
     if differs := [key for key in SHARED if old[key] != new[key]]:
         key = differs[0]
         raise ValueError(
             f"sampling.guide={path} is another kind of network: its {key} is {old[key]}, not "
             f"{new[key]}"
         )
-    theirs, ours = get_codec(own).identity, get_codec(config).identity
+    theirs, ours = get_codec(guide_config).identity, get_codec(config).identity
     if theirs != ours:
         raise ValueError(
             f"sampling.guide={path} is another kind of network: its codec is {theirs}, not {ours}"
         )
-    network = models.create_model(own).to(device)
+    network = models.create_model(guide_config).to(device)
     fit(partial(load_ema, network), content, path)
     return network.eval().requires_grad_(False)
 

@@ -55,10 +55,10 @@ def main(argv: list[str]) -> None:
 
     _log_to_stdout()
     workdir, several = Path(FLAGS.workdir), "TORCHELASTIC_RUN_ID" in os.environ
-    given = command_line.overridden(sys.argv[1:])
+    overrides = command_line.overridden(sys.argv[1:])
     if FLAGS.mode == "train":  # how the run will be evaluated is not decided yet
-        given = [key for key in given if not key.startswith("eval.")]
-    for line in without_effect(FLAGS.config, given):
+        overrides = [key for key in overrides if not key.startswith("eval.")]
+    for line in without_effect(FLAGS.config, overrides):
         logging.info(line)
     try:
         signal.signal(signal.SIGINT, INTERRUPT)

@@ -233,36 +233,36 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     # the training's is that of the run; how fast sampling is belongs to this machine
     config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
     run = Experiment.build(config, identity_of(workdir, config))
-    asked, main, sampler = config.eval, distributed.is_main(), run.sampler
+    eval_config, main, sampler = config.eval, distributed.is_main(), run.sampler
     execution.prepare_process(config.training.precision, run.device)
-    if not any(asked[what] for what in evaluation.PARTS) and not config.sampling.restore:
+    if not any(eval_config[what] for what in evaluation.PARTS) and not config.sampling.restore:
         raise ValueError(
             f"nothing is asked for: set one of {', '.join(f'eval.{w}' for w in evaluation.PARTS)}, "
             "sampling.restore"
         )
-    if asked.enable_classification and not config.data.num_classes:
+    if eval_config.enable_classification and not config.data.num_classes:
         raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
     folder = evaluation_folder(workdir, eval_folder)
     checkpoints = checkpoints_to_evaluate(
         workdir,
-        asked.begin_ckpt,
-        asked.end_ckpt,
+        eval_config.begin_ckpt,
+        eval_config.end_ckpt,
         config.training.snapshot_freq,
         config.training.n_iters,
     )
     data, statistics, restored = None, [], None
-    if asked.enable_loss or asked.enable_bpd or asked.enable_classification:
-        data = run.data.get(asked.dataset)
-    if asked.enable_bpd or asked.enable_classification:
+    if eval_config.enable_loss or eval_config.enable_bpd or eval_config.enable_classification:
+        data = run.data.get(eval_config.dataset)
+    if eval_config.enable_bpd or eval_config.enable_classification:
         run.likelihood  # noqa: B018  raises where the method has none
-    if any(map(asked.get, evaluation.DRAWN)):
+    if any(map(eval_config.get, evaluation.DRAWN)):
         run.draw_conditions(1, "check")  # raises where there is no label to sample with
-    if asked.enable_sampling:
+    if eval_config.enable_sampling:
         statistics = ReferenceStatistics.from_config(config, run.device, run.data)
     if config.sampling.restore:
         restored = ToRestore.from_config(config, run)
     if dry_run:
-        parts = [what for what in evaluation.PARTS if asked[what]]
+        parts = [what for what in evaluation.PARTS if eval_config[what]]
         parts += [f"restore {config.sampling.restore}"] if config.sampling.restore else []
         for path in checkpoints.values():
             log.info(f"would evaluate {path} on {run.device}: {', '.join(parts)}")
@@ -283,59 +283,61 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             content = open_checkpoint(path, intact=True)
             changes = run_config.changes(path, content, config)
             step = fit(partial(load_ema, run.network), content, path, changes)
-            if asked.enable_loss:  # an objective may have learned weights too
+            if eval_config.enable_loss:  # an objective may have learned weights too
                 fit(run.load_objective, content, path, changes)
             run.network.eval()
             run.objective.eval()
             for change in [] if said == changes else changes:
                 log.info(f"the config differs from that of the run: {change}")
             said = changes
-            if asked.ema_std:
-                rebuilt = rebuild_ema(run.network, asked.ema_std, workdir, path, content)
+            if eval_config.ema_std:
+                rebuilt = rebuild_ema(run.network, eval_config.ema_std, workdir, path, content)
                 log.info(f"{path.name}: {rebuilt}")
             log.info(f"evaluating {path} on {run.device}")
             if main:
                 evaluation.remove_results(folder, k)
             start = time.perf_counter()
             report = {"step": step}
-            report |= {"ema_std": asked.ema_std} if asked.ema_std else {}
+            report |= {"ema_std": eval_config.ema_std} if eval_config.ema_std else {}
             origin = run.origin()
             made_by = settings.from_config(config, run, step, origin, data, statistics, restored)
             report["settings"] = settings.to_json(made_by)
             run.sampler = sampler
-            if any(map(asked.get, evaluation.DRAWN)):
+            if any(map(eval_config.get, evaluation.DRAWN)):
                 run.sampler = run.fitted_sampler(path)
             parts = evaluation.Evaluation.from_config(
                 config, run, folder, k, origin, origin_of_data, step
             )
-            if asked.enable_bpd:
+            if eval_config.enable_bpd:
                 report |= parts.bits_per_dim(data)
-            if asked.enable_classification:
+            if eval_config.enable_classification:
                 report |= parts.classification(data)
-            if asked.enable_sampling:
+            if eval_config.enable_sampling:
                 report |= parts.samples(statistics)
             if restored:
                 report |= parts.restoration(restored)
             if not main:
                 continue
-            if asked.enable_loss:
+            if eval_config.enable_loss:
                 training = config.training
                 report |= parts.loss(data, training.batch_size, training.to_dict())
-            if asked.save_images and not asked.enable_sampling:
+            if eval_config.save_images and not eval_config.enable_sampling:
                 parts.draw_images()
-            if asked.enable_sampling or asked.save_images:
+            if eval_config.enable_sampling or eval_config.save_images:
                 draw_classes(run, config.seed, parts.picture("classes"))
-            if asked.enable_interpolate:
+            if eval_config.enable_interpolate:
                 draw_interpolation(run, config.seed, parts.picture("interpolation"))
-            if asked.enable_rescale:
-                draw_rescaling(run, config.seed, parts.picture("rescale"), asked.rescale_norms)
+            if eval_config.enable_rescale:
+                draw_rescaling(
+                    run, config.seed, parts.picture("rescale"), eval_config.rescale_norms
+                )
             run.data.close()
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
             save_page(config.to_dict(), run, workdir, folder, k, step)
-            width = f" of width {asked.ema_std:g}" if asked.ema_std else ""
+            width = f" of width {eval_config.ema_std:g}" if eval_config.ema_std else ""
             title = f"{path.name}, EMA weights{width} of step {report['step']}"
-            log.info(report_table(report, asked.dataset, title))
+            log.info(report_table(report, eval_config.dataset, title))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
 
 
@@ -347,7 +349,7 @@ def sample(
     checkpoint: Path | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Draws the samples of `sampling.seeds`, and does what `film`, `encode`, `between` ask for.
+    """Draw the samples of `sampling.seeds`, and the results of `film`, `encode` and `between`.
 
     They are written to `outdir`, by default a folder of the workdir, with the EMA weights of
     `checkpoint`, by default the newest. Files that are there are kept; a folder has those of one
@@ -363,18 +365,20 @@ def sample(
     """
     config, decided = complete(config, workdir)
     config, precisions = decide_precisions(config, workdir, kept=("training.precision",))
-    asked, main = config.sampling, distributed.is_main()
-    if asked.film or asked.between:
-        check_writer(asked.film_format)
-    seeds = sampling.seeds_of(asked.seeds or ("" if asked.encode or asked.between else "0-63"))
-    given = _read_given(config, "sampling.encode", [asked.encode] if asked.encode else [])
-    pair = asked.between.split(",") if asked.between else []
+    options, main = config.sampling, distributed.is_main()
+    if options.film or options.between:
+        check_writer(options.film_format)
+    seeds = sampling.seeds_of(
+        options.seeds or ("" if options.encode or options.between else "0-63")
+    )
+    given = _read_given(config, "sampling.encode", [options.encode] if options.encode else [])
+    pair = options.between.split(",") if options.between else []
     ends = _read_given(config, "sampling.between", pair)
     if ends and len(ends) != 2:
-        raise ValueError(f"sampling.between={asked.between} must be two images, A.png,B.png")
+        raise ValueError(f"sampling.between={options.between} must be two images, A.png,B.png")
     run = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time
     execution.prepare_process(config.training.precision, run.experiment.device)
-    restored = ToRestore.from_config(config, run.experiment) if asked.restore else None
+    restored = ToRestore.from_config(config, run.experiment) if options.restore else None
     folder = outdir.absolute() if outdir else workdir / "samples" / f"step_{run.step}"
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--outdir={folder} is a file; name a folder")
@@ -383,7 +387,7 @@ def sample(
     if dry_run:
         there = len(seeds) - len(_sample_files(run, folder).missing(seeds))
         parts = [f"{len(seeds)} samples, {there} of which are there"] * bool(seeds)
-        parts += [f"a film of {min(len(seeds), FILM_SAMPLES)}"] * bool(seeds and asked.film)
+        parts += [f"a film of {min(len(seeds), FILM_SAMPLES)}"] * bool(seeds and options.film)
         parts += [f"{len(given)} images encoded"] * bool(given)
         parts += [f"a film between {' and '.join(ends)}"] * bool(ends)
         log.info(f"would sample from the EMA weights of step {run.step}, {run.path}, to {folder}")
@@ -440,7 +444,7 @@ def _sample_files(run: Trained, folder: Path) -> SampleFiles:
 
 
 def _settings(config, run: Trained, restored: ToRestore | None) -> dict:
-    """What the samples of a folder have in common, as a flat dictionary."""
+    """Settings that the samples of a folder share, as a flat dictionary."""
     origin = run.experiment.origin()
     del origin["seed"]  # of the training
     if restored:
@@ -476,28 +480,28 @@ def _draw_seeds(
     there = len(seeds) - len(files.missing(seeds))
     distributed.barrier()  # nobody writes before all have counted
 
-    def options(some: list[int]) -> dict:
+    def options(batch_seeds: list[int]) -> dict:
         if restored is None:
             return {}
         measurement, labels = restored.measurement, restored.labels
-        rows = torch.tensor(some, device=measurement.value.device) % len(measurement.value)
+        rows = torch.tensor(batch_seeds, device=measurement.value.device) % len(measurement.value)
         return {
             "measurement": measurement[rows],
             "class_label": None if labels is None else labels[rows],
         }
 
     if run.experiment.config.sampling.film:
-        some = seeds[:FILM_SAMPLES]
+        first = seeds[:FILM_SAMPLES]
         if distributed.is_main():
 
             def draw() -> dict:
-                frames = run.film(some, **options(some))
+                frames = run.film(first, **options(first))
                 return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
 
-            spec = {"frames": ("u", (None, len(some), *files.shape))}
-            frames = cached(folder / "film.npz", settings | {"film": some}, draw, spec)["frames"]
-            for seed in files.missing(some):
-                files.save(seed, frames[-1][some.index(seed)])
+            spec = {"frames": ("u", (None, len(first), *files.shape))}
+            frames = cached(folder / "film.npz", settings | {"film": first}, draw, spec)["frames"]
+            for seed in files.missing(first):
+                files.save(seed, frames[-1][first.index(seed)])
             path = folder / f"film.{run.experiment.config.sampling.film_format}"
             save_film(path, [image_grid(frame) for frame in frames])
             log.info(f"film: {path}")
@@ -511,11 +515,11 @@ def _draw_seeds(
         )
     with progress_bar(total=len(missing), desc="sampling", unit="image") as progress:
         for start in range(0, len(missing), run.at_once):
-            some = missing[start : start + run.at_once]
-            images = to_uint8(run.sample(some, **options(some)))
-            for seed, image in zip(some, images, strict=True):
+            batch_seeds = missing[start : start + run.at_once]
+            images = to_uint8(run.sample(batch_seeds, **options(batch_seeds)))
+            for seed, image in zip(batch_seeds, images, strict=True):
                 files.save(seed, image)
-            progress.update(len(some))
+            progress.update(len(batch_seeds))
     distributed.barrier()
     if not distributed.is_main():
         return
@@ -596,7 +600,7 @@ def _check_division(images: int, accumulate: int = 1) -> None:
 
 
 def _resume(config, workdir: Path, state: TrainState) -> list[int]:
-    """Loads the newest intact state, if any; returns the steps of the numbered ones written."""
+    """Load the newest intact state, if any; return the steps of the numbered checkpoints."""
     found = newest_checkpoint(workdir)
     if found is None:
         if distributed.is_main():

@@ -568,8 +568,8 @@ SAMPLERS: dict[str, type[Sampler]] = {"ode": ODESampler, "pc": PCSampler}
 def choose(name: str, value: str, choices: Iterable[str], method: Method) -> None:
     """Raise ValueError unless `value`, of the key `sampling.{name}`, is one of the `choices`."""
     if value not in choices:
-        known = ", ".join(choices)
-        raise ValueError(f"{method.name} has no sampling.{name}={value!r}; it has: {known}")
+        names = ", ".join(choices)
+        raise ValueError(f"{method.name} has no sampling.{name}={value!r}; it has: {names}")
 
 
 def check_positive(sampler: Sampler, *names: str) -> None:

@@ -341,7 +341,7 @@ def accumulate_gradient(
     generator: torch.Generator | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Adds the gradient of the batch's loss to the parameters'; returns this process's loss.
+    """Add the gradient of the batch's loss to the parameters'; return this process's loss.
 
     The examples of the whole batch are drawn once. Process k of n takes its shard of them in
     `state.accumulate` = A micro-batches, of which number i is shard k A + i of n A. So neither n

@@ -142,7 +142,7 @@ def all_keys() -> dict[str, Key]:
 
 
 def get_default_config() -> ConfigDict:
-    """Returns a new, locked config; the experiment sets data set, method and network."""
+    """Return a new, locked config; the experiment sets data set, method and network."""
     config = ConfigDict()
     for name, key in all_keys().items():
         section, _, last = name.rpartition(".")

@@ -77,7 +77,7 @@ def shown(value: Any) -> str:
 
 
 def shown_key(key: str) -> str:
-    """The same of a key, without quotation marks."""
+    """Text of a key for a message, without quotation marks."""
     return shown(key).strip("'")
 
 

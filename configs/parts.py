@@ -15,7 +15,7 @@ Part = dict | Callable[[ConfigDict], None]
 
 
 def experiment(*parts: Part) -> ConfigDict:
-    """Returns a new, locked config: the defaults, changed by the `parts`; later ones win.
+    """Return a new, locked config: the defaults, changed by the `parts`; later ones win.
 
     Raises:
         AttributeError, KeyError: a part sets a key that `default.py` does not have.
@@ -141,7 +141,7 @@ def quick(config: ConfigDict) -> None:
 
 
 def share_of_steps(config: ConfigDict, snapshots: int, cooldown: int = 30) -> None:
-    """Makes what counts steps a share of `training.n_iters`, also where that is overridden.
+    """Make keys that count steps a share of `training.n_iters`, also where that is overridden.
 
     The run has at most `snapshots` checkpoints at equal distances; the last of these is evaluated.
     The learning rate falls over the last `cooldown` per cent.

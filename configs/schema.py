@@ -1,4 +1,4 @@
-"""What the value of a key may be: checked before any work, and said in words."""
+"""Ranges of the values of keys: checked before any work, and described in text."""
 
 import importlib
 import math

@@ -100,8 +100,8 @@ class Trained:
         images = [torch.empty(0, *self.shape, device=self.experiment.device)]
         for sampler, start in self._batches(seeds, class_label, measurement):
             with self._solving(start.pop("seeds")) as watch:
-                drawn, _ = sampler(self.experiment.network, watch=watch, **start)
-            images.append(drawn)
+                batch, _ = sampler(self.experiment.network, watch=watch, **start)
+            images.append(batch)
         return torch.cat(images)
 
     def film(

@@ -152,7 +152,7 @@ class Method(abc.ABC):
 
     @property
     def name(self) -> str:
-        """What its paper calls it, for people to read."""
+        """Name of the method in papers, for people to read."""
         return type(self).__name__
 
     def __repr__(self) -> str:
@@ -273,7 +273,7 @@ class Method(abc.ABC):
         return (scaled(alpha_rate, examples.clean) + scaled(std_rate, examples.noise)).flatten(1)
 
     def predict(self, net: Network, examples: Batch) -> Tensor:
-        """What `net` predicts for `examples`, (B, K); it has been given their conditions."""
+        """Prediction (B, K) of `net`, which has their conditions bound, for `examples`."""
         return self.precondition(net, examples.images, examples.t).flatten(1)
 
     def weight(self, examples: Batch) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What a reference batch makes of a perturbed image: the empirical Poisson field, posterior means.
+"""Functions of a reference batch at perturbed images: empirical Poisson field, posterior means.
 
 Sources: Xu et al. 2022 (arXiv 2209.11178) and, for any number of augmenting dimensions, 2023
 (arXiv 2302.04265).

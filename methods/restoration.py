@@ -99,7 +99,7 @@ def get_operator(name: str, known: Tensor | None = None) -> Operator:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is known of images: `value` = A x + noise (B, ...), A x in the network's scaling.
+    """Measurement of images x: `value` = A x + noise (B, ...), A x in the network's scaling.
 
     `noise` is the standard deviation of each entry, in the same scaling; at least 0.
     """
@@ -128,7 +128,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Denoised:
-    """What a denoiser D says of y at a noise level.
+    """Result of a denoiser D at y and a noise level.
 
     Attributes:
         image: D(y) = E[x | y], (B, C, H, W).
@@ -231,7 +231,7 @@ def denoise(
     sigma: float,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Denoised:
-    """What the denoiser says of x given `y` (B, C, H, W) at noise level `sigma` > 0.
+    """Result of the denoiser at `y` (B, C, H, W) and noise level `sigma` > 0.
 
     The posterior mean is clamped to the `bounds` of the images: beyond is only a network's error.
 

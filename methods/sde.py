@@ -25,7 +25,7 @@ KEYS = {
 def reverse(
     drift: Tensor, diffusion: Tensor, score: Tensor, probability_flow: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """What runs an SDE backwards (equation 6), or one step of a Markov chain (appendix E).
+    """Drift and diffusion of the reverse of an SDE (eq. 6), or of a Markov chain's step (app. E).
 
     Args:
         drift, diffusion: of `SDE.sde` or `SDE.discretize`, (B, C, H, W) and () or (B,).

@@ -34,7 +34,7 @@ class Gaussian:
 
     @classmethod
     def fit_blocks(cls, blocks: Iterable[NDArray]) -> "Gaussian":
-        """The same of features that come in blocks (n_i, K), none of them kept.
+        """The moments of features that come in blocks (n_i, K), none of them kept.
 
         Blocks are merged as by Chan, Golub and LeVeque (1983), which loses no digits to means that
         are large beside the spread.
@@ -157,9 +157,9 @@ def nearest(
     products over chunks of queries, so memory stays bounded.
     """
     queries, points = (_double(x, device) for x in (queries, points))
-    found = [d.topk(k, largest=False) for d in _squared_distances(queries, points)]
-    distances = torch.cat([f.values for f in found]).sqrt()
-    return distances.cpu().numpy(), torch.cat([f.indices for f in found]).cpu().numpy()
+    chunks = [d.topk(k, largest=False) for d in _squared_distances(queries, points)]
+    distances = torch.cat([f.values for f in chunks]).sqrt()
+    return distances.cpu().numpy(), torch.cat([f.indices for f in chunks]).cpu().numpy()
 
 
 def precision_recall(

@@ -74,7 +74,7 @@ class FeatureSpace:
         return np.concatenate(features), None if logits[0] is None else np.concatenate(logits)
 
     def spec(self, n: int) -> Spec:
-        """What a file with the features of `n` images holds."""
+        """Spec of a file with the features of `n` images."""
         logits = {"logits": ("f", (n, self.classes))} if self.classes else {}
         return {"pool_3": ("f", (n, self.width))} | logits
 
@@ -189,8 +189,8 @@ def _find_saved_model(path: str) -> str:
         if not (Path(path) / "saved_model.pb").is_file():
             raise ValueError(f"eval.inception_path={path!r} is no SavedModel: no saved_model.pb")
         return path
-    kept = os.environ.get("TFHUB_CACHE_DIR") or Path(tempfile.gettempdir()) / "tfhub_modules"
-    cached = Path(kept) / hashlib.sha1(INCEPTION_URL.encode()).hexdigest()
+    cache = os.environ.get("TFHUB_CACHE_DIR") or Path(tempfile.gettempdir()) / "tfhub_modules"
+    cached = Path(cache) / hashlib.sha1(INCEPTION_URL.encode()).hexdigest()
     if not (cached / "saved_model.pb").is_file():
         _check_reachable(f"{INCEPTION_URL}?tf-hub-format=compressed")
     return INCEPTION_URL
@@ -247,12 +247,12 @@ def get_spaces(
 
     Raises ValueError, in one line, where a space is named twice, and as `get_space`.
     """
-    names, left = [name.strip().lower() for name in kinds.split(",")], paths.split(",")
+    names, remaining = [name.strip().lower() for name in kinds.split(",")], paths.split(",")
     if len({*names}) < len(names):
         raise ValueError(f"eval.features={kinds!r} names a space twice")
     spaces = []
     for name in names:
-        path = left.pop(0) if name != "pixels" and left else ""
+        path = remaining.pop(0) if name != "pixels" and remaining else ""
         spaces.append(get_space(name, path, shape, device))
     return spaces
 

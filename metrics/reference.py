@@ -157,11 +157,11 @@ class ReferenceStatistics:
     @property
     def labels(self) -> NDArray | None:
         """The class labels (m,) of the features of the reference, where they are known."""
-        known = getattr(self.data, "labels", None)
-        return None if known is None else known.cpu().numpy()[self.reference.index]
+        all_labels = getattr(self.data, "labels", None)
+        return None if all_labels is None else all_labels.cpu().numpy()[self.reference.index]
 
     def measure(self, progress: Callable[[int], object]) -> None:
-        """Computes the statistics of the data and keeps them; `progress` hears of image counts."""
+        """Compute and cache the statistics of the data; `progress` is called with image counts."""
 
         def blocks() -> Iterator[NDArray]:
             for batch in in_order(self.data, EXTRACTED_AT_ONCE):
@@ -193,8 +193,8 @@ def fingerprint(data: DataSet) -> str:
 def _digest(data: DataSet) -> str:
     if isinstance(data, Stream):
         index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
-        some = data[torch.from_numpy(index)].numpy()
-        return digests.joined(digests.of_source(data.source), digests.of_array(some))[:32]
+        samples = data[torch.from_numpy(index)].numpy()
+        return digests.joined(digests.of_source(data.source), digests.of_array(samples))[:32]
     images = data.images if isinstance(data, Resident) else data
     return digests.of_array(images.cpu().contiguous().numpy(), whole=True)[:32]
 

@@ -117,14 +117,14 @@ def _classified(c: Comparison) -> tuple[NDArray, NDArray] | None:
 
 
 def _agreement(c: Comparison) -> float | None:
-    known = _classified(c)
-    return known and classifier.accuracy(*known, c.features, c.labels)
+    training = _classified(c)
+    return training and classifier.accuracy(*training, c.features, c.labels)
 
 
 def _agreement_of_data(c: Comparison) -> float | None:
-    if (known := _classified(c)) is None:
+    if (training := _classified(c)) is None:
         return None
-    real, labels = known
+    real, labels = training
     half = len(real) // 2
     return classifier.accuracy(real[:half], labels[:half], real[half:], labels[half:])
 

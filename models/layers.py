@@ -239,7 +239,7 @@ class NIN(nn.Module):
         return F.conv2d(x, self.W.t()[:, :, None, None], self.b)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """The same map of pixels in rows: (B, N, in) to (B, N, out)."""
+        """The map for pixels in rows: (B, N, in) to (B, N, out)."""
         return F.linear(x, self.W.t(), self.b)
 
 
@@ -271,7 +271,7 @@ class Attention(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """As `Attention`, with EDM's and ADM's weights: one convolution gives queries, keys and values.
+    """`Attention` with EDM's and ADM's weights: one convolution gives queries, keys and values.
 
     It has `channels // head_width` heads, one where that is None; it must not be 0.
     """

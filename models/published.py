@@ -94,7 +94,7 @@ _EDM_PIECES = {
 
 
 def _edm_names(model: NCSNpp) -> dict[str, str]:
-    """As `reference_names`, for EDM: keys of its `enc` and `dec` begin with the image size."""
+    """`reference_names` for EDM, where keys of `enc` and `dec` begin with the image size."""
     sizes = [model.image_size >> level for level in range(len(model.encoder))]
     at = [f"{size}x{size}_" for size in sizes]
     out = "out_" if isinstance(model, ADM) else f"dec.{at[0]}aux_"

@@ -43,7 +43,7 @@ def kernels(x: torch.Tensor) -> ModuleType | None:
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
-    """That of what an operator gives for `x`: `channels_last` for such images, else contiguous."""
+    """Memory format of an operator's result for `x`: `channels_last` if `x` is, else contiguous."""
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
     return torch.channels_last

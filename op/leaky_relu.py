@@ -9,7 +9,7 @@ from op import extension
 def fused_leaky_relu(
     x: torch.Tensor, bias: torch.Tensor, negative_slope: float = 0.2, scale: float = 2**0.5
 ) -> torch.Tensor:
-    """Returns `scale * leaky_relu(x + bias)`, differentiable to any order.
+    """Return `scale * leaky_relu(x + bias)`, differentiable to any order.
 
     Args:
         x: `(B, C, ...)`, floating point.

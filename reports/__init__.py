@@ -1,1 +1,1 @@
-"""What a person looks at: grids of images, plots, a table, and the page of an evaluation."""
+"""Output for people: grids of images, plots, a table, and the page of an evaluation."""

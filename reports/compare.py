@@ -57,7 +57,7 @@ THE_RUNS = "the run's"  # the seed of an evaluation that uses its run's seed
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a page needs of a run; an empty report or no picture where there is none yet."""
+    """The parts of a run that a page shows; an empty report or no picture if there is none yet."""
 
     name: str
     values: dict[str, Any]

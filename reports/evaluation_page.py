@@ -72,8 +72,8 @@ def save_page(
     reports = {k: read_report(folder / f"report_{k}.npz")}
     for path in folder.glob("report_*.npz"):
         other = path.stem.removeprefix("report_")
-        if other.isdecimal() and int(other) != k and (found := _readable(path)):
-            reports[int(other)] = found
+        if other.isdecimal() and int(other) != k and (other_report := _readable(path)):
+            reports[int(other)] = other_report
     paths = {name: folder / f"{name}_{k}.png" for name in PICTURES}
     paths = {name: path for name, path in paths.items() if path.exists()}
     pictures = [Picture(*PICTURES[name], page_png(path)) for name, path in paths.items()]
@@ -99,10 +99,12 @@ def save_page(
         "evaluated": time.strftime("%Y-%m-%d"),
         "command": shlex.join(sys.orig_argv),
     }
-    drawn = sorted(folder.glob(f"ckpt_{k}/samples_*.npz"), key=lambda path: (len(path.name), path))
+    samples = sorted(
+        folder.glob(f"ckpt_{k}/samples_*.npz"), key=lambda path: (len(path.name), path)
+    )
     files = {
         "numbers of this one": [folder / f"report_{k}.npz"],
-        "samples, uint8 (n, H, W, C)": drawn,
+        "samples, uint8 (n, H, W, C)": samples,
         "pictures, whole": list(paths.values()),
     }
     page = render(
@@ -217,20 +219,20 @@ def _commit() -> str:
 
 def read_report(path: Path) -> dict[str, NDArray]:
     """The arrays of a report that a page shows; ValueError, in one line, where they do not fit."""
-    found, scalar = read_arrays(path), ("iuf", ())
+    arrays, scalar = read_arrays(path), ("iuf", ())
     metrics = [f"{key}{what}" for key in METRICS for what in ("", "_error", "_data")]
     spec = dict.fromkeys((*metrics, "half_first", "half_other"), scalar)
-    spec |= {name: scalar for name in found if split_key(name)[1] in spec}  # in further spaces
+    spec |= {name: scalar for name in arrays if split_key(name)[1] in spec}  # in further spaces
     spec |= {"ema_std": scalar} | dict.fromkeys(("features", "sampling", "settings"), ("U", ()))
-    spec |= dict.fromkeys((name for name in found if name.endswith("_remark")), ("U", ()))
-    spec = {name: kind for name, kind in spec.items() if name in found}
+    spec |= dict.fromkeys((name for name in arrays if name.endswith("_remark")), ("U", ()))
+    spec = {name: kind for name, kind in spec.items() if name in arrays}
     spec |= dict.fromkeys(("step", "seconds"), scalar)
-    if "num_samples" in found:
-        needed = ("num_samples", "nonfinite", "sampling_seconds", *({"nfe"} & found.keys()))
+    if "num_samples" in arrays:
+        needed = ("num_samples", "nonfinite", "sampling_seconds", *({"nfe"} & arrays.keys()))
         spec |= dict.fromkeys(needed, scalar)
-    if "bpd_images" in found:
+    if "bpd_images" in arrays:
         spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), scalar) | {"bpd_images": ("f", (None,))}
-    report = check_arrays(path, found, spec, finite=False)
+    report = check_arrays(path, arrays, spec, finite=False)
     try:
         of_report(report)
     except ValueError as error:

@@ -109,7 +109,7 @@ def section(title: str, content: str) -> str:
 
 
 def _compared(reports: Mapping[int, Report]) -> list[Entry]:
-    """What checkpoints are compared by: the metrics with a direction that some of them have."""
+    """Metrics by which checkpoints are compared: those with a direction that any of them has."""
     return [entry for entry in entries(*reports.values()) if entry.metric.better]
 
 

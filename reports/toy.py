@@ -1,4 +1,4 @@
-"""What the methods do to points of the plane, on one page and as a film.
+"""Methods on points of the plane, shown on one page and as a film.
 
     python3 -m reports.toy WORKDIR ... --out PNG [--film WEBP]
 

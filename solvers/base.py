@@ -1,4 +1,4 @@
-"""What all solvers share: their signature, the callback, and the check of states."""
+"""Common parts of all solvers: signature, callback, and the check of states."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ Slope = Callable[[Tensor, float], Tensor]
 
 
 class Step(NamedTuple):
-    """What a callback is given before each step: the state `x` at `level`, and the slope there."""
+    """Argument of a callback before each step: the state `x` at `level`, and the slope there."""
 
     index: int
     level: float

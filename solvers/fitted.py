@@ -122,7 +122,7 @@ def cheapest_path(cost: Tensor, n: int) -> list[int]:
 
 
 class Fit(NamedTuple):
-    """What is made for a network: its schedule and, for the solver 'fitted', the steps."""
+    """Fit to a network: its schedule and, for the solver 'fitted', the steps."""
 
     schedule: str | Callable[[Method, int, float], Tensor]
     advance: Advance | None = None

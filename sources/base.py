@@ -1,4 +1,4 @@
-"""What every kind of data is made of: the protocol of a source, and classes to build one from."""
+"""Common parts of all data sets: the protocol of a source, and classes to build one."""
 
 import os
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Source(Protocol):
 
 
 class PerProcess:
-    """What `open()` returns, once in each process; where that is a sequence, this is one too.
+    """Result of `open()`, called once in each process; a sequence if the result is one.
 
     Forked processes share the position in an open file, and have none of the threads of its reader.
     What the parent opened is kept, because closing it needs these threads.
@@ -91,11 +91,11 @@ class View:
         return self.prepare(self.source[int(self.index[i])])
 
     def classes(self) -> Classes:
-        """Those of the images `index`; ValueError where an image has none."""
+        """The classes of the images `index`; ValueError where an image has none."""
         if self.classes_of_all is None:
             raise ValueError("it has none")
-        found = self.classes_of_all()
-        return Classes(found.labels[self.index], found.names)
+        all_classes = self.classes_of_all()
+        return Classes(all_classes.labels[self.index], all_classes.names)
 
 
 def held_out(n: int, split: str) -> NDArray[np.int64]:

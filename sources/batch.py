@@ -19,7 +19,7 @@ class Rows:
         return self.map(lambda rows: rows[index])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same with `change` applied to every tensor."""
+        """The rows with `change` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {
             name: value.map(change) if isinstance(value, Conditions) else change(value)

@@ -116,14 +116,14 @@ def of_files(
     one, else from the files below the folder `where`, whose checksums are cached by size and time
     (see `_checks`). Without `content` files are not read, and only names and sizes count.
     """
-    some = [*(names[i] for i in index), *beside]
+    all_names = [*(names[i] for i in index), *beside]
     if archive is not None:
-        entries = [archive().getinfo(name) for name in some]
+        entries = [archive().getinfo(name) for name in all_names]
         sizes = np.array([entry.file_size for entry in entries], np.int64)
         crcs = np.array([entry.CRC for entry in entries], np.int64)
     else:
-        sizes, crcs = _checks(where, some, content, 4 * len(names))
-    words = unicodedata.normalize("NFC", "\0".join(some))
+        sizes, crcs = _checks(where, all_names, content, 4 * len(names))
+    words = unicodedata.normalize("NFC", "\0".join(all_names))
     return joined(words, sizes.tobytes(), crcs.tobytes())
 
 
@@ -165,16 +165,16 @@ def _checks(where: Path, names: list[str], content: bool, most: int) -> tuple[Nu
 
 def _stat(path: str) -> os.stat_result | None:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:  # the image is reported as unreadable when it is decoded
         return None
-    return found if stat.S_ISREG(found.st_mode) else None
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
-def _key(name: str, found: os.stat_result | None) -> bytes:
-    if found is None:
+def _key(name: str, status: os.stat_result | None) -> bytes:
+    if status is None:
         return bytes(KEY)
-    words = f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}"
+    words = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
     return hashlib.blake2b(words.encode(errors="surrogatepass"), digest_size=KEY).digest()
 
 

@@ -384,10 +384,10 @@ def _array(
     """The images of an .npy or .npz, and which of them belong to `split`."""
     mapped = PerProcess(partial(np.load, path, mmap_mode="r", allow_pickle=False))
     try:
-        images, given = mapped(), False
+        images, has_splits = mapped(), False
         if isinstance(images, np.lib.npyio.NpzFile):
             with images as file:
-                images, given = _unpacked(file, split, limit, rules)
+                images, has_splits = _unpacked(file, split, limit, rules)
     except OSError:
         raise
     except Exception as error:  # a damaged file makes numpy fail in any way
@@ -405,7 +405,7 @@ def _array(
         )
     if not images.size:
         raise ValueError(f"data.path={path} holds no images: its shape is {images.shape}")
-    index = np.arange(len(images)) if given else held_out(len(images), split)
+    index = np.arange(len(images)) if has_splits else held_out(len(images), split)
     return mapped if isinstance(images, np.memmap) else images, index
 
 
@@ -416,10 +416,10 @@ def _image_arrays(names: Iterable[str]) -> list[str]:
 def _unpacked(file, split: str, limit: int, rules: Rules) -> tuple[NDArray, bool]:
     """The array of `split` in an .npz, or its only array; and whether the file gives the splits."""
     names = _image_arrays(file.files)
-    given = rules.given_splits(names)
-    if not given and len(names) != 1:
+    by_split = rules.given_splits(names)
+    if not by_split and len(names) != 1:
         raise ValueError(f"it needs one array, or train and test; it has {file.files}")
-    return _read_bounded(file, given.get(split, names[0]), limit), bool(given)
+    return _read_bounded(file, by_split.get(split, names[0]), limit), bool(by_split)
 
 
 def _read_bounded(file, name: str, limit: int) -> NDArray:
@@ -462,10 +462,10 @@ def _array_classes(path: Path, split: str, n: int, limit: int, rules: Rules) -> 
         if not isinstance(content, np.lib.npyio.NpzFile):
             raise ValueError(f"an .npy has none; put images and {LABELS} in an .npz")
         with content as file:
-            given = rules.given_splits(_image_arrays(file.files))
-            name = f"{given[split]}_{LABELS}" if given else LABELS
-            if given and name not in file.files:  # train_labels beside train_images
-                name = re.sub("(_?images?)?$", f"_{LABELS}", given[split], count=1, flags=re.I)
+            by_split = rules.given_splits(_image_arrays(file.files))
+            name = f"{by_split[split]}_{LABELS}" if by_split else LABELS
+            if by_split and name not in file.files:  # train_labels beside train_images
+                name = re.sub("(_?images?)?$", f"_{LABELS}", by_split[split], count=1, flags=re.I)
             if name not in file.files:
                 raise ValueError(f"there is no array {name}")
             labels = _read_bounded(file, name, max(limit, 8 * n + 1024))

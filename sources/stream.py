@@ -147,7 +147,7 @@ class Stream:
         if not self.workers:
             yield from (self.batch(index) for index in indices)
             return
-        indices, asked = iter(indices), collections.deque()
+        indices, pending = iter(indices), collections.deque()
         # A fork of this process would lack the threads that CUDA and ArrayRecord need. Workers are
         # therefore forked from a server that has only imported their modules.
         context = multiprocessing.get_context("forkserver")
@@ -155,7 +155,7 @@ class Stream:
 
         def ask() -> Iterator[list[int]]:
             for index in indices:
-                asked.append(index)
+                pending.append(index)
                 yield index.tolist()
 
         loader = DataLoader(
@@ -175,13 +175,13 @@ class Stream:
             except (RuntimeError, OSError, EOFError) as error:  # a signal to the group, for example
                 reason = one_line(error)
                 log.warning(f"the processes that decode images died; going on without: {reason}")
-                yield from (self.batch(index) for index in itertools.chain(asked, indices))
+                yield from (self.batch(index) for index in itertools.chain(pending, indices))
                 return
             if batch is None:
                 return
             if isinstance(batch, Exception):
                 raise batch
-            asked.popleft()
+            pending.popleft()
             yield self._accept(batch)
 
 
@@ -236,8 +236,8 @@ def decoded(stream: Stream) -> Tensor | Resident:
 
 def processors() -> int:
     """Number of processors for this process, if torchrun started several on this machine."""
-    known = hasattr(os, "sched_getaffinity")
-    processors = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    processors = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

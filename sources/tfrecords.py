@@ -75,7 +75,7 @@ class TFRecords:
         return digests.joined(checks.tobytes())
 
     def parsed(self, i: int, parse: Callable[[bytes], T]) -> T:
-        """What `parse` makes of the data of record i; `Unreadable` where it fails."""
+        """The data of record i, parsed by `parse`; `Unreadable` where that fails."""
         path = self.paths[self.file[i]]
         try:
             with open(path, "rb") as file:

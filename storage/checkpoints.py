@@ -378,20 +378,20 @@ def checkpoints_to_evaluate(
         step = open_checkpoint(by_number)["step"]
         return by_number if step == step_of(k) or step // freq == k else None
 
-    found = {k: find(k) for k in range(first, end + 1)}
-    if beyond := [k for k in found if k > last and found[k] is None]:
+    paths = {k: find(k) for k in range(first, end + 1)}
+    if beyond := [k for k in paths if k > last and paths[k] is None]:
         log.info(
             f"eval.begin_ckpt={first} to eval.end_ckpt={end}: the last checkpoint of "
             f"training.n_iters={n_iters} steps is number {last}"
         )
-        asked = {k: path for k, path in found.items() if k not in beyond}
-        found = dict(sorted(({last: find(last)} | asked).items()))
-    missing = [k for k, path in found.items() if path is None]
-    found = {k: path for k, path in found.items() if path is not None}
+        within = {k: path for k, path in paths.items() if k not in beyond}
+        paths = dict(sorted(({last: find(last)} | within).items()))
+    missing = [k for k, path in paths.items() if path is None]
+    paths = {k: path for k, path in paths.items() if path is not None}
     folder = workdir / "checkpoints"
     others = [*folder.glob("checkpoint_*.pth"), *published.values()]
-    others = sorted(p.name for p in others if p not in found.values())
-    if not found:
+    others = sorted(p.name for p in others if p not in paths.values())
+    if not paths:
         first, end = min(first, last), min(end, last)
         raise FileNotFoundError(
             f"no checkpoint to evaluate: looked in {folder} for checkpoint_{step_of(first)}.pth to "
@@ -402,7 +402,7 @@ def checkpoints_to_evaluate(
         log.warning(f"{checkpoint_path(workdir, step_of(k))} does not exist; passed over")
     if others:
         log.info(f"not asked for in {folder}: {', '.join(others)}")
-    return found
+    return paths
 
 
 def fit(load: Callable[[dict], T], state: dict, path: Path, changes: list[str] = ()) -> T:

@@ -85,7 +85,7 @@ def _read(file: BinaryIO) -> Snapshot:
 
 
 def _persistent_object(meta: object) -> Record:
-    """What EDM's `persistent_class` wrote; its source code is left out."""
+    """Object that EDM's `persistent_class` wrote, without its source code."""
     if type(meta) is not dict or type(meta.get("class_name")) is not str:
         raise ValueError("its pickle is damaged: an object without the name of its class")
     return Record(meta["class_name"], state=meta.get("state"))
@@ -147,7 +147,7 @@ def _views(network: object, name: str) -> dict[str, StoredTensor]:
 
 
 def _options(network: Record) -> dict:
-    """What `network` was constructed with: strings, numbers, lists and dictionaries."""
+    """Constructor arguments of `network`: strings, numbers, lists and dictionaries."""
     state, left = network.state, MAX_OPTIONS
     if state.get("_init_args") not in (None, ()):
         raise ValueError("its network was constructed with options that have no names")

@@ -151,7 +151,7 @@ Spec = Mapping[str, tuple[str, tuple[int | None, ...]]]
 
 
 def check_arrays(path: Path, arrays: dict, spec: Spec, finite: bool = True) -> dict:
-    """Those of `arrays`, from `path`, that `spec` names.
+    """The arrays that `spec` names, of `arrays` from `path`, checked.
 
     Raises:
         ValueError: one is missing, has another kind of dtype or shape, or, where they have to be
@@ -194,5 +194,5 @@ def cached(path: Path, origin: dict, compute: Callable[[], dict], spec: Spec) ->
 
 
 def one_line(error: Exception) -> str:
-    """What `error` says, in one line of bounded length."""
+    """Message of `error` in one line of bounded length."""
     return (" ".join(str(error).split()) or type(error).__name__)[-200:]

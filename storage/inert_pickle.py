@@ -54,7 +54,7 @@ def unpickle(
     persistent: Callable[[object], object] | None = None,
     names: Collection[str] | None = None,
 ) -> object:
-    """What the pickle at the position of `file` describes; the position is then behind it.
+    """The object of the pickle at the position of `file`, which moves behind it.
 
     Args:
         operations: one item is taken for each operation, and running out of them is an error. A

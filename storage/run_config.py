@@ -86,11 +86,11 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
     try:
         if checkpoint and "config" in (content := open_checkpoint(checkpoint)):
             return of(checkpoint, content)
-        found = find(workdir)
+        stored = find(workdir)
     except ValueError as error:
         raise ValueError(f"{error}: --config is needed") from None
-    if found:
-        return found[1]
+    if stored:
+        return stored[1]
     if published := list(snapshots(workdir).values()):
         return _restored(published[-1], open_checkpoint(published[-1])["config"])
     raise ValueError(f"nothing in {workdir} carries a config: --config is needed")
@@ -129,16 +129,16 @@ def restore(flat: Any) -> ConfigDict:
 
 
 def changes(path: Path, checkpoint: dict, config: ConfigDict) -> list[str]:
-    """What `config` changes of the one that `checkpoint`, from `path`, carries; see `differences`.
+    """Changes in `config` from the config of `checkpoint`, from `path`; see `differences`.
 
     A checkpoint of the published programs carries none, and nothing is changed.
 
     Raises:
         ValueError: it carries something that is no config.
     """
-    own = checkpoint.get("config")
+    stored_config = checkpoint.get("config")
     try:
-        return [] if own is None else differences(own, flatten(config))
+        return [] if stored_config is None else differences(stored_config, flatten(config))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

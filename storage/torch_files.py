@@ -1,4 +1,4 @@
-"""What torch.save writes, read as data: no class is imported, nothing in the file is called.
+"""Files of torch.save, read as data: no class is imported, nothing in the file is called.
 
 It is a pickle, which `storage.inert_pickle` reads, and the memory of its tensors. `torch.load` with
 `weights_only` would let a pickle call `bytearray(10**12)`, and where its reader of zip files and
@@ -40,7 +40,7 @@ _DTYPES = {
 
 
 def read_state(file: BinaryIO) -> object:
-    """What `torch.save` wrote to `file`: tensors, numbers, strings, lists, tuples, dictionaries.
+    """Content of a file of `torch.save`: tensors, numbers, strings, lists, tuples, dictionaries.
 
     The tensors are on the CPU, lie within the memory that the file has for them, and share it where
     they did. A hostile file may put a `Record` or another strange object in the place of any of
@@ -110,7 +110,7 @@ def _rebuild_parameter(data, requires_grad, hooks) -> object:
 
 
 def dictionary() -> dict:
-    """What is called to make a dictionary of a class, without arguments."""
+    """Constructor of a dictionary of a class, called without arguments."""
     return {}
 
 
@@ -180,7 +180,7 @@ class _Record(Memory):
 def read_zip(
     file: BinaryIO, operations: Iterator, known: dict, names: Collection[str] | None = None
 ) -> object:
-    """What torch.save wrote since PyTorch 1.6: a zip file of a pickle and of each storage.
+    """Content of a file of torch.save since PyTorch 1.6: a zip of a pickle and each storage.
 
     For the arguments, and what is raised, see `unpickle`. A record's checksum is compared as it is
     read.

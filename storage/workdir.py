@@ -142,7 +142,7 @@ def _words(settings: dict) -> str:
 
 @contextlib.contextmanager
 def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[None]:
-    """Makes the workdir; within the block `folder`, in it, is this process's alone to write to.
+    """Make the workdir; within the block `folder`, in it, is this process's alone to write to.
 
     Of several processes of one run only the `main` one writes; for the others nothing is done.
 
