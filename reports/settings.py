@@ -34,8 +34,14 @@ OF_CHECKPOINT = ("step", "weights")  # differ between the checkpoints of a run
 # Settings, or the beginnings of their names, that have to be the same where values are ranked: of
 # metrics of samples, and of those that are computed over a split.
 OF_SAMPLES = ("eval.num_samples", "eval.features", "reference.", "sampling.class_label")
-OF_SPLIT = ("eval.dataset", "split.")
-OF_SPLIT_TOO = {"loss": ("loss.", "method", "data.centered"), "accuracy": ("classes.",)}
+OF_SPLIT = ("eval.dataset", "split.", "data.codec")
+OF_SPLIT_TOO = {
+    "loss": ("loss.", "method", "data.centered", "data.conditions", "training.objective"),
+    "accuracy": ("classes.",),
+}
+
+# What a report means that lacks these: its program had nothing else.
+BEFORE = {"data.codec": "pixels", "data.conditions": "", "training.objective": "regression"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def of_report(report: Mapping) -> Settings:
         ValueError: its entry `settings` is no JSON of a flat dictionary.
     """
     if "settings" in report:
-        return Settings(_flat("settings", str(report["settings"])))
+        return Settings(BEFORE | _flat("settings", str(report["settings"])))
     values: dict[str, Any] = {"eval.ema_std": float(report.get("ema_std", 0))}
     if "step" in report:
         values["step"] = _whole(report["step"])
@@ -223,6 +229,7 @@ def from_config(
     made_by = {"step": step, "weights": origin["weights"][:DIGITS]}
     made_by |= {"seed": origin["seed"], "eval.ema_std": options.ema_std}
     made_by |= {"data.centered": origin["centered"], "training.precision": origin["precision"]}
+    made_by |= BEFORE | run.parts
     made_by |= {"eval.batch_size": options.batch_size, **of_method(run.method)}
     made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
     made_by |= of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
