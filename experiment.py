@@ -287,6 +287,21 @@ class Experiment:
         """Number of classes that the network is given; 0: none."""
         return self.config.data.num_classes
 
+    @property
+    def objective_settings(self) -> dict[str, Any]:
+        """The objective and its own options, these by their names under its key."""
+        key = "training.objective"
+        name = get(self.config, key).lower()
+        values = {k: get(self.config, k) for k in losses.own_keys(losses.OBJECTIVES[name])}
+        return {key: name} | {f"{key}.{k.rpartition('.')[2]}": v for k, v in values.items()}
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The settings of codec (where one is named), conditions and objective."""
+        data = self.config.data
+        of_codec = {"data.codec": self.codec.identity} if data.codec else {}
+        return of_codec | {"data.conditions": data.conditions} | self.objective_settings
+
     def load_objective(self, checkpoint: dict) -> None:
         """Copy the objective's weights of a `checkpoint`; ValueError where they do not fit."""
         weights = checkpoint.get("objective", {})

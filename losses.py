@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from configs.keys import get, named
+from configs.keys import get, named, of_part
 from configs.schema import SHARE, Flag, Key, OneOf, whole
 from methods.base import Method, Network
 from methods.field import poisson_field, posterior_mean
@@ -133,6 +133,12 @@ class Regression(nn.Module):
 
 # training.objective -> the class of the objective.
 OBJECTIVES: dict[str, type[Regression]] = {"regression": Regression}
+
+
+def own_keys(part: type[Regression]) -> list[str]:
+    """The keys that an objective reads and plain regression does not."""
+    keys = {*of_part(part, "keys"), *of_part(part, "options").values()}
+    return sorted(keys - {*Regression.options.values()})
 
 
 def get_loss_fn(config, method: Method) -> Regression:

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from configs.keys import of_part
+from losses import OBJECTIVES, own_keys
 from metrics.table import Metric, entries
 from metrics.table import remarks as remarks_of
 from reports import settings
@@ -41,15 +43,20 @@ from reports.page import (
 )
 from reports.plots import COLOURS, Points, number, several
 from reports.settings import Settings, obstacle, of_report
+from sources import SOURCES
+from sources.codec import CODECS
 from storage import run_config
 from storage.files import atomic_write
 from storage.tensorboard import read_scalars
 
 # Settings, or prefixes of their names, that decide whether losses can be compared.
 OF_LOSS = (
-    *("data.", "training.sde", "training.batch_size", "training.reduce_mean", "training.target"),
-    *("training.likelihood_weighting", "training.continuous", "training.gamma", "training.tau"),
-    *("training.M", "training.restrict_M", "model.D", "model.sigma_", "model.beta_", "model.P_"),
+    *("data.dataset", "data.image_size", "data.num_channels", "data.num_classes"),
+    *("data.conditions", "data.codec", "data.random_flip", "data.uniform_dequantization"),
+    *("training.objective", "training.sde", "training.batch_size", "training.reduce_mean"),
+    *("training.target", "training.likelihood_weighting", "training.continuous"),
+    *("training.gamma", "training.tau", "training.M", "training.restrict_M", "model.D"),
+    *("model.sigma_", "model.beta_", "model.P_"),
 )
 OF_EVALUATIONS = ("sampling.", "eval.")  # settings of a run that an evaluation may change
 THE_RUNS = "the run's"  # the seed of an evaluation that uses its run's seed
@@ -222,7 +229,7 @@ def compare_page(runs: Sequence[Run], lines: Sequence[str] = ()) -> str:
     groups = grouped(runs)
     differ = differing(groups)
     losses, caption = [], "Over steps; where there are many, means of neighbours."
-    if kinds := [key for key in differ if key.startswith(OF_LOSS)]:
+    if kinds := [key for key in differ if key.startswith(OF_LOSS) or key in of_parts()]:
         caption += f" Losses of another {', '.join(kinds)} are of another kind."
     for tag, title in (("loss/train", "Training loss"), ("loss/test", "Held-out loss")):
         curves = [(k, run.curves.get(tag, ())) for k, group in enumerate(groups) for run in group]
@@ -241,6 +248,16 @@ def compare_page(runs: Sequence[Run], lines: Sequence[str] = ()) -> str:
         section("Samples", f"<div class=strips>{''.join(shown)}</div>" if shown else ""),
     ]
     return document(title, "".join(body))
+
+
+def of_parts() -> set[str]:
+    """The keys that sources, codecs and objectives declare, on which it depends what a loss means.
+
+    Those that `data.` has besides say how data are read, not which they are.
+    """
+    parts = [*SOURCES.values(), *CODECS.values()]
+    of_data = {key for part in parts for key in of_part(part, "keys")}
+    return of_data | {key for objective in OBJECTIVES.values() for key in own_keys(objective)}
 
 
 def _samples(group: Sequence[Run]) -> str:

@@ -34,8 +34,14 @@ OF_CHECKPOINT = ("step", "weights")  # always differ between the checkpoints of 
 # Settings, or prefixes of their names, that must be equal where values are ranked: for metrics of
 # samples, and for metrics over a split.
 OF_SAMPLES = ("eval.num_samples", "eval.features", "reference.", "sampling.class_label")
-OF_SPLIT = ("eval.dataset", "split.")
-OF_SPLIT_TOO = {"loss": ("loss.", "method", "data.centered"), "accuracy": ("classes.",)}
+OF_SPLIT = ("eval.dataset", "split.", "data.codec")
+OF_SPLIT_TOO = {
+    "loss": ("loss.", "method", "data.centered", "data.conditions", "training.objective"),
+    "accuracy": ("classes.",),
+}
+
+# What a report means that lacks these: its program had nothing else.
+BEFORE = {"data.codec": "pixels", "data.conditions": "", "training.objective": "regression"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def of_report(report: Mapping) -> Settings:
         ValueError: its entry `settings` is not the JSON of a flat dictionary.
     """
     if "settings" in report:
-        return Settings(_flat("settings", str(report["settings"])))
+        return Settings(BEFORE | _flat("settings", str(report["settings"])))
     values: dict[str, Any] = {"eval.ema_std": float(report.get("ema_std", 0))}
     if "step" in report:
         values["step"] = _whole(report["step"])
@@ -226,6 +232,7 @@ def from_config(
     made_by = {"step": step, "weights": origin["weights"][:DIGITS]}
     made_by |= {"seed": origin["seed"], "eval.ema_std": options.ema_std}
     made_by |= {"data.centered": origin["centered"], "training.precision": origin["precision"]}
+    made_by |= BEFORE | run.parts
     made_by |= {"eval.batch_size": options.batch_size, **of_method(run.method)}
     made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
     made_by |= of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])

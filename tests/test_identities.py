@@ -1,5 +1,6 @@
 """What tells results of one codec or objective from those of another: caches, guides, reports."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import experiment
 from configs.keys import flatten
 from configs.schema import Key, Number, whole
 from experiment import Experiment
+from losses import OBJECTIVES, Regression
+from reports import settings
+from reports.compare import Run, compare_page
 from sources import codec
 from sources.codec import EightBitImages
 from storage.digests import digest
@@ -123,3 +127,76 @@ def test_what_is_measured_is_of_one_codec(codecs, tmp_path, monkeypatch, changes
     config = tiny(**{"data__codec": "scaled", "training__M": None, **open_keys, **changes})
     completed, _ = experiment.complete(config, tmp_path)
     assert (completed.training.M == 77) is reused
+
+
+class Huber(Regression):
+    keys = {"training.huber": Key(0.03, Number(1e-6, 1e3), "c")}
+    options = Regression.options | {"c": "training.huber"}
+
+    def __init__(self, method, *, c, **numbers):
+        super().__init__(method, **numbers)
+        self.c = c
+
+
+@pytest.fixture
+def huber(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "huber", Huber)
+
+
+def report(value, **changes):
+    """A report with the settings of a run of the config `changes`; without any, of an older one."""
+    made_by = settings.BEFORE | Experiment.build(tiny(**changes)).parts
+    whole_of = {"method": "VPSDE", "eval.dataset": "test", "split.digest": "cd"}
+    values = {"bpd": value, "loss": value, "accuracy": value}
+    return values | {"settings": settings.to_json(whole_of | (made_by if changes else {}))}
+
+
+HAS = {"data__random_flip": False}  # a value that no ranking needs
+
+
+@pytest.mark.parametrize(
+    "changes, bpd, loss",
+    [
+        ({}, "", ""),
+        (HAS, "", ""),
+        ({"data__codec": "scaled"}, "data.codec", "data.codec"),
+        ({"training__objective": "huber"}, "", "training.objective"),
+        ({"data__conditions": "place"}, "", "data.conditions"),
+    ],
+)
+def test_values_of_other_codecs_and_objectives_are_not_ranked(codecs, huber, changes, bpd, loss):
+    """Beside a run of pixels and regression, and beside the report of one without these entries."""
+    other = report(2.0, **changes)
+    for plain in (report(1.0), report(1.0, **HAS)):
+        for key, name in (("bpd", bpd), ("loss", loss)):
+            reason = settings.obstacle(key, [plain, other])
+            assert reason.startswith(f"{name} differs (") if name else reason == ""
+
+
+def test_options_of_codec_and_objective_are_settings(codecs, huber):
+    one, two = (report(1.0, training__objective="huber", training__huber=c) for c in (0.1, 0.2))
+    assert settings.obstacle("loss", [one, two]) == ("training.objective.huber differs (0.1; 0.2)")
+    assert settings.obstacle("bpd", [one, two]) == ""
+    one, two = (report(1.0, data__codec="mirrored", data__codec_seed=s) for s in (0, 1))
+    assert settings.obstacle("bpd", [one, two]).startswith("data.codec differs (Mirrored ")
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"data.num_workers": 1, "data.changed": "allow"}, None),
+        ({"data.digest": "names", "data.resident_bytes": 0}, None),
+        ({"data.codec": "scaled"}, "data.codec"),
+        ({"data.factor": 2.0}, "data.factor"),
+        ({"training.objective": "huber"}, "training.objective"),
+        ({"training.huber": 2.0}, "training.huber"),
+        ({"data.path": "b"}, "data.path"),
+        ({"data.centered": False}, "data.centered"),
+    ],
+)
+def test_a_page_says_which_losses_are_of_another_kind(codecs, huber, changes, named):
+    curves = {"loss/train": [(1, 1.0), (2, 0.5)]}
+    values = flatten(tiny())
+    runs = [Run("a", values, curves, {}, None), Run("b", values | changes, curves, {}, None)]
+    words = re.findall("Losses of another (.*?) are of another kind", compare_page(runs))
+    assert words == [named] * bool(named)
