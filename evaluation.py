@@ -32,8 +32,7 @@ from reports.images import Images, channels_last, image_grid, save_grid, to_uint
 from reports.progress import progress_bar, solver_bar
 from solvers.base import TooManyEvaluations
 from solvers.solve import solve_ode
-from sources.batch import Conditions
-from storage.digests import digests
+from storage.digests import digests, digests_of_conditions
 from storage.files import cached, check_arrays, read_arrays, save_png
 
 log = logging.getLogger(__name__)
@@ -219,8 +218,8 @@ class Evaluation:
 
         @torch.no_grad()
         def compute(i: int, start: int) -> dict:
-            images = batch_at(data, slice(start, start + size)).images.to(run.device)
-            generator = self.generator("classification", 2 * i)
+            batch = batch_at(data, slice(start, start + size)).to(run.device)
+            images, generator = batch.images, self.generator("classification", 2 * i)
             scaled, bits = (
                 run.codec.encode(to_unit_interval(images, generator, dequantize=True)),
                 [],
@@ -228,7 +227,7 @@ class Evaluation:
             for label in range(run.classes):
                 labels = torch.full((len(images),), label, device=run.device)
                 conditions, probe = (
-                    {"class_labels": labels},
+                    batch.conditions | {"class_labels": labels},
                     self.generator("classification", 2 * i + 1),
                 )
                 with solver_bar(run.method) as watch:
@@ -353,9 +352,7 @@ class Evaluation:
         def compute(r: int, number: int) -> dict:
             key = self.origin | {"round": r, "number": number}
             conditions = run.draw_conditions(number, "samples", r)
-            key |= digests(labels=conditions.get("class_labels")) | digests(
-                **{name: rows for name, rows in conditions.items() if name != "class_labels"}
-            )
+            key |= digests_of_conditions(conditions)
             draw = partial(self.draw_round, r, number)
             samples = cached(sample_paths[r], key, draw, spec)
             images, features = samples["samples"], []
@@ -429,10 +426,11 @@ class Evaluation:
         Returns the report's entries `restore...` (docs/architecture.md), in the main process only.
         Raises FloatingPointError where the solver diverges.
         """
-        run, measurement, labels = self.run, restored.measurement, restored.labels
+        run, measurement = self.run, restored.measurement
         value, operator = measurement.value, measurement.operator
         known = operator.forward(torch.ones(1, *run.codec.shape))
-        origin = self.origin | digests(measurements=value, labels=labels, known=known)
+        origin = self.origin | digests(measurements=value, known=known)
+        origin |= digests_of_conditions(restored.conditions)
         channels, *sides = run.codec.data_shape
         size = RESTORATIONS * max(1, self.batch_size // RESTORATIONS)
         rows = torch.arange(len(value), device=value.device).repeat_interleave(RESTORATIONS)
@@ -440,7 +438,7 @@ class Evaluation:
         def compute(i: int, start: int) -> dict:
             part, generator = rows[start : start + size], self.generator("restoration", i)
             sampler = restoring_sampler(run, measurement[part])
-            conditions = Conditions(class_labels=None if labels is None else labels[part])
+            conditions = restored.conditions.map(lambda each: each[part])
             with solver_bar(run.method) as watch:
                 images, nfe = sampler(
                     run.network,

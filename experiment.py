@@ -400,26 +400,30 @@ def load(
 def _condition_drawer(config, device: torch.device, data: Data) -> Callable[..., Conditions]:
     """A function that draws conditions of training images, which are read at its first call.
 
-    A `sampling.class_label` other than -1 is the class label of every row.
+    A `sampling.class_label` other than -1 is the class label of every row; other conditions are
+    drawn beside it.
     """
     seed, classes, label = config.seed, config.data.num_classes, config.sampling.class_label
-    of_training = functools.cache(lambda: data.conditions("train"))
+    named = bool(classes) and label >= 0
+    of_training = functools.cache(lambda: data.conditions("train", labels=not named))
 
     def draw(number: int, purpose: str, *key: int) -> Conditions:
-        if classes and label >= 0:
-            return Conditions(class_labels=torch.full((number,), label, device=device))
+        labels = torch.full((number,), label, device=device) if named else None
+        if not data.condition_names and (named or not classes):
+            return Conditions(class_labels=labels)
         try:
-            conditions = of_training() if classes or data.condition_names else Conditions()
+            conditions = of_training()
         except (ValueError, OSError) as error:
+            if named or not classes:
+                raise
             raise ValueError(f"{error}; sampling.class_label can name a class instead") from error
-        if not conditions:
-            return conditions
         generator = keyed_generator("cpu", f"class labels of {purpose}", seed, *key)
         rows = torch.arange(len(next(iter(conditions.values()))))
-        if (labels := conditions.get("class_labels")) is not None:
-            rows = rows[labels >= 0]  # -1 labels an image that cannot be read
+        if (classes_of := conditions.get("class_labels")) is not None:
+            rows = rows[classes_of >= 0]  # -1 labels an image that cannot be read
         rows = rows[torch.randint(len(rows), (number,), generator=generator)]
-        return conditions.map(lambda condition: condition[rows].to(device))
+        drawn = conditions.map(lambda condition: condition[rows].to(device))
+        return drawn | {"class_labels": labels} if named else drawn
 
     return draw
 

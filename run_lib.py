@@ -52,7 +52,7 @@ from storage.checkpoints import (
     save_to_resume,
     written_steps,
 )
-from storage.digests import digests
+from storage.digests import digests, digests_of_conditions
 from storage.files import cached, save_npz, save_png
 from storage.tensorboard import TensorBoardWriter
 from storage.workdir import (
@@ -378,6 +378,8 @@ def sample(
         raise ValueError(f"sampling.between={options.between} must be two images, A.png,B.png")
     run = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time
     execution.prepare_process(config.training.precision, run.experiment.device)
+    if given or ends:
+        run.conditions_of(None, 1)  # raises where the network needs more conditions of images
     restored = ToRestore.from_config(config, run.experiment) if options.restore else None
     folder = outdir.absolute() if outdir else workdir / "samples" / f"step_{run.step}"
     if folder.exists() and not folder.is_dir():
@@ -449,9 +451,8 @@ def _settings(config, run: Trained, restored: ToRestore | None) -> dict:
     del origin["seed"]  # of the training
     if restored:
         known = restored.measurement.operator.forward(torch.ones(1, *run.shape))
-        origin |= digests(
-            measurements=restored.measurement.value, labels=restored.labels, known=known
-        )
+        origin |= digests(measurements=restored.measurement.value, known=known)
+        origin |= digests_of_conditions(restored.conditions)
     return flatten(ConfigDict(origin))
 
 
@@ -483,11 +484,13 @@ def _draw_seeds(
     def options(batch_seeds: list[int]) -> dict:
         if restored is None:
             return {}
-        measurement, labels = restored.measurement, restored.labels
+        measurement = restored.measurement
         rows = torch.tensor(batch_seeds, device=measurement.value.device) % len(measurement.value)
+        conditions = dict(restored.conditions.map(lambda each: each[rows]))
         return {
             "measurement": measurement[rows],
-            "class_label": None if labels is None else labels[rows],
+            "class_label": conditions.pop("class_labels", None),
+            "conditions": conditions,
         }
 
     if run.experiment.config.sampling.film:

@@ -308,7 +308,7 @@ class Sampler(abc.ABC):
             shape = (num or self.batch_size, *self.codec.shape)
             x = method.prior_sampling(shape, generator, device)
         conditions = dict(conditions or {})
-        if not conditions and self.class_label >= 0:
+        if conditions.get("class_labels") is None and self.class_label >= 0:
             conditions["class_labels"] = torch.full((len(x),), self.class_label, device=x.device)
         network = self._prepared(net, x.device)
         if self.guidance:

@@ -14,7 +14,7 @@ from datasets import Data
 from losses import Regression
 from methods.restoration import RESTORE, Measurement, get_operator
 from sampling import Sampler
-from sources.batch import Batch, Conditions
+from sources.batch import KINDS, Batch, Conditions
 from sources.codec import Codec
 from sources.folder import read_images
 from sources.images import cropped_then_resized
@@ -114,13 +114,18 @@ class ToRestore:
 
     Attributes:
         measurement: of n images, in the network's scaling.
-        labels: the class labels (n,) of the images, -1 for none; None without classes.
+        conditions: of the images, rows (n, ...); a class label of -1 is none.
         truth: the original images in [0, 1]; None where only the measurement exists.
     """
 
     measurement: Measurement
-    labels: Tensor | None
+    conditions: Conditions
     truth: Tensor | None
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class labels (n,); None without classes."""
+        return self.conditions.get("class_labels")
 
     @classmethod
     def from_config(cls, config, run: Run) -> Self:
@@ -187,7 +192,7 @@ class ToRestore:
             value = operator.forward(value)  # sets the missing pixels to 0, their noise too
         measurement = Measurement(operator, value, noise)
         restoring_sampler(run, measurement)  # raises ValueError for options that do not fit
-        return cls(measurement, batch.labels, images if whole else None)
+        return cls(measurement, batch.conditions, images if whole else None)
 
 
 def restoring_sampler(run: Run, measurement: Measurement) -> Sampler:
@@ -196,21 +201,22 @@ def restoring_sampler(run: Run, measurement: Measurement) -> Sampler:
 
 
 def _batch(options: Options, run: Run, channels: int, size: int) -> Batch:
-    """uint8 images (n, channels, size, size), and class labels where the network is given any."""
+    """uint8 images (n, channels, size, size), and the conditions that the network is given."""
     if options.path:
         pictures = read_images("sampling.restore_path", options.path, channels, options.scale)
         sizes = [picture.shape[:2] for picture in pictures.values()]
         for change in changes(sizes, size):
             log.info(f"sampling.restore_path, images of {extent(sizes)} pixels: {change}")
         pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
-        batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+        batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2), _none(run, len(pictures)))
     else:
         batch = batch_at(run.data.get(options.split), slice(options.number))
     if not run.classes:
         return batch
 
     def of_class(label: int) -> Batch:
-        return replace(batch, conditions=Conditions(class_labels=torch.full((len(batch),), label)))
+        labels = {"class_labels": torch.full((len(batch),), label)}
+        return replace(batch, conditions=batch.conditions | labels)
 
     if run.sampler.class_label >= 0:
         return of_class(run.sampler.class_label)
@@ -222,6 +228,28 @@ def _batch(options: Options, run: Run, channels: int, size: int) -> Batch:
             "not trained without (training.label_dropout=0): name one as sampling.class_label"
         )
     return of_class(-1)
+
+
+def _none(run: Run, n: int) -> Conditions:
+    """The conditions but class labels of `n` images of which none are known.
+
+    Raises:
+        ValueError: the network was not trained without them.
+    """
+    names = run.data.condition_names
+    if not names:
+        return Conditions()
+    if not run.objective.label_dropout:
+        raise ValueError(
+            f"the conditions ({', '.join(names)}) of the images of sampling.restore_path are not "
+            "known, and the network was not trained without (training.label_dropout=0): restore "
+            "images of the split, sampling.restore_path=''"
+        )
+    log.info(f"sampling.restore_path: the images are restored without {', '.join(names)}")
+    rows = run.data.conditions("train", labels=False)
+    return Conditions(
+        {name: row.new_full((n, *row.shape[1:]), KINDS[name].none) for name, row in rows.items()}
+    )
 
 
 def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -53,7 +53,8 @@ class Trained:
     Images are float tensors (n, C, H, W) in [0, 1], and noise levels are in the same unit: at 0.1
     the noise is a tenth of the way from black to white. Latents are those of the method's prior.
     Arguments may be on any device; results are on that of the network. A class label is one for all
-    images, or one for each (n,); -1 is none.
+    images, or one for each (n,); -1 is none. `conditions` are those besides class labels, rows
+    (n, ...) by name, of a network that has any (`data.conditions`).
 
     Attributes:
         experiment: the config's `experiment.Experiment`, for what is not here.
@@ -80,6 +81,7 @@ class Trained:
         class_label: ClassLabel = None,
         *,
         measurement: Measurement | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Images (n, C, H, W) in [0, 1], one for each of n `seeds`; each depends on its seed alone.
 
@@ -91,14 +93,16 @@ class Trained:
             seeds: whole numbers from 0 to 2^63 - 1.
             class_label: None for `sampling.class_label`; where that is -1, a class is drawn.
             measurement: of n images; `sampling.restorer` makes the samples agree with it.
+            conditions: rows (n, ...) by name, of `data.conditions`; any other is that of a training
+                image, which the seed draws.
 
         Raises:
-            ValueError: a seed or a class label is not a valid one.
+            ValueError: a seed or a class label is not a valid one, or conditions do not fit.
             FloatingPointError: the solution is not finite, or takes more evaluations than
                 `sampling.max_evaluations`.
         """
         images = [torch.empty(0, *self.shape, device=self.experiment.device)]
-        for sampler, start in self._batches(seeds, class_label, measurement):
+        for sampler, start in self._batches(seeds, class_label, measurement, conditions):
             with self._solving(start.pop("seeds")) as watch:
                 batch, _ = sampler(self.experiment.network, watch=watch, **start)
             images.append(batch)
@@ -110,6 +114,7 @@ class Trained:
         class_label: ClassLabel = None,
         *,
         measurement: Measurement | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
         frames: int = 48,
     ) -> Tensor:
         """Frames of `sample` from prior to image: uint8 (frames, n, C, H, W), on the CPU.
@@ -123,7 +128,7 @@ class Trained:
         ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
         levels = high * (max(low, LOWEST_SHOWN) / high) ** ratio
         films = []
-        for sampler, start in self._batches(seeds, class_label, measurement):
+        for sampler, start in self._batches(seeds, class_label, measurement, conditions):
             states = States(method, levels, sampler.tells_times, codec.show)
             with self._solving(start.pop("seeds")) as watch:
                 images, _ = sampler(self.experiment.network, watch=watch, callback=states, **start)
@@ -132,7 +137,13 @@ class Trained:
             films.append(film)
         return torch.cat(films, 1)
 
-    def encode(self, x: Tensor, class_label: ClassLabel = None) -> Tensor:
+    def encode(
+        self,
+        x: Tensor,
+        class_label: ClassLabel = None,
+        *,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Latents (n, C, H, W) of images `x` (n, C, H, W) in [0, 1]; `decode` leads back.
 
         A tenth of `sampling.rtol` and `atol` bounds a step's error, since latents can be hundreds
@@ -148,9 +159,15 @@ class Trained:
         def latents(net: Network, part: Tensor, watch: Watch) -> Tensor:
             return encode(method, net, part, watch=watch, **limits)[0]
 
-        return self._in_batches(latents, self._encoded(x), class_label)
+        return self._in_batches(latents, self._encoded(x), class_label, conditions)
 
-    def decode(self, z: Tensor, class_label: ClassLabel = None) -> Tensor:
+    def decode(
+        self,
+        z: Tensor,
+        class_label: ClassLabel = None,
+        *,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """The images (n, C, H, W) in [0, 1] of latents `z` (n, C, H, W); see `encode`."""
         method, codec = self.experiment.method, self.experiment.codec
         check_shape(z, codec.shape, "latents")
@@ -159,9 +176,17 @@ class Trained:
         def images(net: Network, part: Tensor, watch: Watch) -> Tensor:
             return codec.decode(solve_ode(method, net, part, watch=watch, **limits)[0])
 
-        return self._in_batches(images, z.to(self.experiment.device, torch.float32), class_label)
+        z = z.to(self.experiment.device, torch.float32)
+        return self._in_batches(images, z, class_label, conditions)
 
-    def log_likelihood(self, x: Tensor, class_label: ClassLabel = None, seed: int = 0) -> Tensor:
+    def log_likelihood(
+        self,
+        x: Tensor,
+        class_label: ClassLabel = None,
+        seed: int = 0,
+        *,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Log density (n,), in nats, of images `x` (n, C, H, W) under the flow, over [0, 1]^D.
 
         The bits/dim of 8-bit images u are -log p / (D ln 2) + 8 at x = (u + noise) / 256, the noise
@@ -170,11 +195,19 @@ class Trained:
 
         Raises as `encode`, and ValueError for a network trained at discrete noise levels.
         """
-        codec, bits = self.experiment.codec, self.bits_per_dim(x, class_label, seed)
+        codec = self.experiment.codec
+        bits = self.bits_per_dim(x, class_label, seed, conditions=conditions)
         per_entry = (math.log2(codec.levels) - bits) * math.log(2)
         return per_entry * math.prod(codec.shape)
 
-    def bits_per_dim(self, x: Tensor, class_label: ClassLabel = None, seed: int = 0) -> Tensor:
+    def bits_per_dim(
+        self,
+        x: Tensor,
+        class_label: ClassLabel = None,
+        seed: int = 0,
+        *,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Bits/dim (n,) of images `x` (n, C, H, W) in [0, 1], as `log_likelihood` describes them.
 
         For data without grey levels, such as latents, they are -log2 p / D.
@@ -185,9 +218,16 @@ class Trained:
         def bits(net: Network, part: Tensor, watch: Watch) -> Tensor:
             return likelihood(net, part, probes, watch=watch)[0]
 
-        return self._in_batches(bits, self._encoded(x), class_label)
+        return self._in_batches(bits, self._encoded(x), class_label, conditions)
 
-    def denoise(self, x: Tensor, sigma: float, class_label: ClassLabel = None) -> Tensor:
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: float,
+        class_label: ClassLabel = None,
+        *,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """E[image | x] (n, C, H, W) for `x` (n, C, H, W), images with noise of the level `sigma`.
 
         `sigma` is the standard deviation of Gaussian noise, and the scale of the Student t noise of
@@ -214,7 +254,7 @@ class Trained:
         def denoised(net: Network, part: Tensor, watch: Watch) -> Tensor:
             return codec.unclamped(method.denoise(net, part, level))
 
-        return self._in_batches(denoised, noisy, class_label)
+        return self._in_batches(denoised, noisy, class_label, conditions)
 
     def labels(
         self, class_label: ClassLabel, n: int, seeds: Sequence[int] | None = None
@@ -242,32 +282,72 @@ class Trained:
             )
         return labels.expand(n)
 
+    def conditions_of(
+        self, class_label: ClassLabel, n: int, given: Mapping[str, Tensor] | None = None
+    ) -> Conditions:
+        """The conditions of n images: class labels, and those `given`.
+
+        Raises:
+            ValueError: as of `labels`, or others than those of `data.conditions` are given.
+        """
+        conditions = self._checked(given, n)
+        missing = [each for each in self.experiment.data.condition_names if each not in conditions]
+        if missing:
+            raise ValueError(
+                f"the network takes {', '.join(missing)} of each image (data.conditions), which is "
+                "not known here: give the library's conditions={name: rows}"
+            )
+        return conditions | {"class_labels": self.labels(class_label, n)}
+
     # --- parts ---
 
     def _fine_limits(self) -> dict[str, float]:
         limits = self.experiment.limits
         return limits | {name: limits[name] / 10 for name in ("rtol", "atol")}
 
-    def _conditions(self, class_label: ClassLabel, seeds: Sequence[int]) -> Conditions:
+    def _checked(self, conditions: Mapping[str, Tensor] | None, n: int) -> Conditions:
+        """Conditions of n images; ValueError for other names or numbers of rows."""
+        names = self.experiment.data.condition_names
+        for name, rows in (conditions or {}).items():
+            if name not in names or len(rows) != n:
+                form = f"{n} rows of each of {', '.join(names)}" if names else "empty"
+                raise ValueError(
+                    f"conditions, without class labels, must be {form} (data.conditions), not "
+                    f"{len(rows)} rows of {name}"
+                )
+        return Conditions(conditions or {}).map(lambda rows: rows.to(self.experiment.device))
+
+    def _conditions(
+        self,
+        class_label: ClassLabel,
+        seeds: Sequence[int],
+        given: Mapping[str, Tensor] | None,
+    ) -> Conditions:
         """Conditions of an image for each seed.
 
-        Class labels come from `labels`, other conditions from a training image drawn by the seed.
+        Class labels come from `labels`, conditions that are not `given` from a training image drawn
+        by the seed.
         """
-        conditions = Conditions(class_labels=self.labels(class_label, len(seeds), seeds))
-        if not self.experiment.data.condition_names or not seeds:
+        labels = {"class_labels": self.labels(class_label, len(seeds), seeds)}
+        conditions = self._checked(given, len(seeds)) | labels
+        if conditions.keys() >= {*self.experiment.data.condition_names} or not seeds:
             return conditions
         of_training = self.experiment.data.conditions("train", labels=False)
         number = len(next(iter(of_training.values())))
         draws = (keyed_generator("cpu", "conditions", seed) for seed in seeds)
         rows = torch.cat([torch.randint(number, (1,), generator=draw) for draw in draws])
-        return conditions | of_training.map(lambda each: each[rows].to(self.experiment.device))
+        return of_training.map(lambda each: each[rows].to(self.experiment.device)) | conditions
 
     def _batches(
-        self, seeds: Iterable[int], class_label: ClassLabel, measurement: Measurement | None
+        self,
+        seeds: Iterable[int],
+        class_label: ClassLabel,
+        measurement: Measurement | None,
+        given: Mapping[str, Tensor] | None,
     ) -> Iterator[tuple[Sampler, dict]]:
         """Prior draws, generators, conditions and seeds for each batch that the sampler draws."""
         seeds, run = checked_seeds(seeds), self.experiment
-        conditions = self._conditions(class_label, seeds)
+        conditions = self._conditions(class_label, seeds, given)
         for start in range(0, len(seeds), self.at_once):
             part = slice(start, start + self.at_once)
             generators = [keyed_generator(run.device, "sample", s) for s in seeds[part]]
@@ -304,13 +384,14 @@ class Trained:
         compute: Callable[[Network, Tensor, Watch], Tensor],
         x: Tensor,
         class_label: ClassLabel,
+        given: Mapping[str, Tensor] | None,
     ) -> Tensor:
         """Results of `compute(network, part, watch)` for the batches of `x`, as one tensor."""
-        labels, parts = self.labels(class_label, len(x)), []
+        conditions, parts = self.conditions_of(class_label, len(x), given), []
         for start in range(0, len(x), self.batch_size):
             part = slice(start, start + self.batch_size)
-            conditions = Conditions(class_labels=None if labels is None else labels[part])
-            net = conditioned(self.experiment.network, conditions)
+            of_part = conditions.map(lambda rows, part=part: rows[part])
+            net = conditioned(self.experiment.network, of_part)
             with self._solving() as watch:
                 parts.append(compute(net, x[part], watch))
         if not parts:

@@ -43,8 +43,13 @@ def draw_classes(run: "Experiment", seed: int, path: Path) -> None:
     rows, shape = min(run.classes, CLASS_ROWS), run.codec.shape
     generator = keyed_generator(run.device, "classes", seed)
     x = run.method.prior_sampling((COLUMNS, *shape), generator, run.device).repeat(rows, 1, 1, 1)
-    labels = Conditions(class_labels=torch.arange(rows, device=run.device))
-    _draw_strips(run, x, path, generator, labels)
+    conditions = Conditions()
+    if run.data.condition_names:  # the others are the same in every row
+        conditions = run.draw_conditions(1, "classes").map(
+            lambda row: row.repeat_interleave(rows, 0)
+        )
+    labels = {"class_labels": torch.arange(rows, device=run.device)}
+    _draw_strips(run, x, path, generator, conditions | labels)
 
 
 def draw_rescaling(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from metrics.reference import fingerprint
 from metrics.table import METRICS, split_key
 from solvers import FITTED, SOLVERS, solver_named
-from storage.digests import digests
+from storage.digests import digests, digests_of_conditions
 
 if TYPE_CHECKING:
     from datasets import DataSet
@@ -257,7 +257,7 @@ def from_config(
             prefix = f"{each.space.kind}:reference." if i else "reference."
             made_by |= {f"{prefix}{name}": value for name, value in each.origin.items()}
     if restored is not None:
-        value, labels = restored.measurement.value, restored.labels
-        measured = digests(measurements=value, labels=labels)
+        measured = digests(measurements=restored.measurement.value)
+        measured |= digests_of_conditions(restored.conditions)
         made_by |= {f"restoration.{name}": digest[:DIGITS] for name, digest in measured.items()}
     return made_by

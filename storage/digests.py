@@ -19,6 +19,12 @@ def digest(tensors: Mapping[str, Tensor | StoredTensor]) -> str:
     return weights.hexdigest()
 
 
+def digests_of_conditions(conditions: Mapping[str, Tensor]) -> dict[str, str]:
+    """`digests` of conditions by name; that of class labels is `labels`."""
+    names = {"class_labels": "labels"}
+    return digests(**{names.get(name, name): rows for name, rows in conditions.items()})
+
+
 def digests(**tensors: Tensor | None) -> dict[str, str]:
     """SHA-256 of each tensor, by name; None is skipped."""
     return {
