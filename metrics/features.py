@@ -234,6 +234,8 @@ def _digest_files(path: Path) -> str:
 
 
 # What loads a space of eval.features: (path of its network, device) -> name, extractor, backend.
+# One whose attribute `needs_path` is true is given a path of eval.inception_path, any other "".
+inception.needs_path = torchscript.needs_path = True
 FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels}
 
 
@@ -242,19 +244,25 @@ def get_spaces(
 ) -> list[FeatureSpace]:
     """The feature spaces `kinds`, names of `FEATURES` with commas between them.
 
-    `paths` are those of the networks of the kinds that need one, in this order, with commas between
-    them; see `get_space`.
+    `paths` is that of the network of the kind that needs one; of several such kinds, those of all
+    in this order, with commas between them; see `get_space`.
 
-    Raises ValueError, in one line, where a space is named twice, as of `get_space` too.
+    Raises ValueError, in one line, where a space is named twice, where there are not as many paths
+    as such kinds, and as of `get_space`.
     """
-    names, left = [name.strip().lower() for name in kinds.split(",")], paths.split(",")
+    names = [name.strip().lower() for name in kinds.split(",")]
     if len({*names}) < len(names):
         raise ValueError(f"eval.features={kinds!r} names a space twice")
-    spaces = []
-    for name in names:
-        path = left.pop(0) if name != "pixels" and left else ""
-        spaces.append(get_space(name, path, shape, device))
-    return spaces
+    loaders = {name: keys.named(FEATURES, "eval.features", name) for name in names}
+    needing = [name for name, load in loaders.items() if getattr(load, "needs_path", False)]
+    separate = [path.strip() for path in paths.split(",")] if len(needing) > 1 else [paths]
+    if len(separate) != max(1, len(needing)):
+        raise ValueError(
+            f"eval.inception_path={paths!r} has another number of commas: eval.features={kinds!r} "
+            f"needs {len(needing)} paths with commas between them, of {', '.join(needing)}"
+        )
+    path_of = dict(zip(needing, separate, strict=False))  # without networks a path is not read
+    return [get_space(name, path_of.get(name, ""), shape, device) for name in names]
 
 
 def get_space(
