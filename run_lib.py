@@ -300,7 +300,9 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             report = {"step": step}
             report |= {"ema_std": eval_config.ema_std} if eval_config.ema_std else {}
             origin = run.origin()
-            made_by = settings.from_config(config, run, step, origin, data, statistics, restored)
+            made_by = settings.from_config(
+                config, run, step, origin, data, statistics, restored, origin_of_data
+            )
             report["settings"] = settings.to_json(made_by)
             run.sampler = sampler
             if any(map(eval_config.get, evaluation.DRAWN)):

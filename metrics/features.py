@@ -234,6 +234,8 @@ def _digest_files(path: Path) -> str:
 
 
 # Loaders of the spaces of eval.features: (path of the network, device) -> name, extractor, backend.
+# One with the attribute `needs_path` gets a path of eval.inception_path, any other "".
+inception.needs_path = torchscript.needs_path = True
 FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels}
 
 
@@ -242,19 +244,25 @@ def get_spaces(
 ) -> list[FeatureSpace]:
     """The feature spaces `kinds`, names of `FEATURES` with commas between them.
 
-    `paths`, with commas between them too, are the networks of those kinds that need one, in the
-    order of `kinds`; see `get_space`.
+    `paths` is the path of the network of the kind that needs one; for several such kinds the paths
+    of all, in the order of `kinds`, with commas between them; see `get_space`.
 
-    Raises ValueError, in one line, where a space is named twice, and as `get_space`.
+    Raises ValueError, in one line, where a space is named twice, where the number of paths is not
+    that of such kinds, and as `get_space`.
     """
-    names, remaining = [name.strip().lower() for name in kinds.split(",")], paths.split(",")
+    names = [name.strip().lower() for name in kinds.split(",")]
     if len({*names}) < len(names):
         raise ValueError(f"eval.features={kinds!r} names a space twice")
-    spaces = []
-    for name in names:
-        path = remaining.pop(0) if name != "pixels" and remaining else ""
-        spaces.append(get_space(name, path, shape, device))
-    return spaces
+    loaders = {name: keys.named(FEATURES, "eval.features", name) for name in names}
+    needing = [name for name, load in loaders.items() if getattr(load, "needs_path", False)]
+    separate = [path.strip() for path in paths.split(",")] if len(needing) > 1 else [paths]
+    if len(separate) != max(1, len(needing)):
+        raise ValueError(
+            f"eval.inception_path={paths!r} has another number of commas: eval.features={kinds!r} "
+            f"needs {len(needing)} paths with commas between them, of {', '.join(needing)}"
+        )
+    path_of = dict(zip(needing, separate, strict=False))  # without networks a path is not read
+    return [get_space(name, path_of.get(name, ""), shape, device) for name in names]
 
 
 def get_space(

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from metrics.reference import fingerprint
 from metrics.table import METRICS, split_key
 from solvers import FITTED, SOLVERS, solver_named
 from storage.digests import digests, digests_of_conditions
@@ -218,6 +217,7 @@ def from_config(
     data: "DataSet | None",
     statistics: "Sequence[ReferenceStatistics]",
     restored: "ToRestore | None",
+    origin_of_data: dict,
 ) -> dict[str, Any]:
     """Settings of a report, flat; those of a part are there only if it is evaluated.
 
@@ -226,6 +226,7 @@ def from_config(
         data: the split that loss and likelihood are computed on; None without these.
         statistics: reference statistics of samples; () without samples.
         restored: the images to restore; None without restoration.
+        origin_of_data: digests of `data`; see `metrics.reference.origin_of`.
     """
     options = config.eval
     passes = options.bpd_num_repeats if options.dataset == "test" else 1
@@ -238,7 +239,7 @@ def from_config(
     made_by |= of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
     if data is not None:
         made_by |= {"eval.dataset": options.dataset, "split.data": run.data.name}
-        made_by |= {"split.images": len(data), "split.digest": fingerprint(data)}
+        made_by |= {"split.images": len(data), "split.digest": origin_of_data["data"]}
     if options.enable_loss:
         made_by["loss.reduce_mean"] = config.training.reduce_mean
         if run.method.uses_reference_batch:

@@ -159,7 +159,7 @@ class Stream:
                 yield index.tolist()
 
         loader = DataLoader(
-            _Reader(self),
+            _Reader(self.source, self.shape),
             batch_size=None,
             sampler=ask(),
             num_workers=self.workers,
@@ -186,10 +186,14 @@ class Stream:
 
 
 class _Reader:
-    """`Stream.read` for DataLoader; it returns errors, so that they keep type and message."""
+    """`Stream.read` for DataLoader; it returns errors, so that they keep type and message.
 
-    def __init__(self, stream: Stream):
-        self.stream = stream
+
+    Each worker gets a copy, without the conditions.
+    """
+
+    def __init__(self, source: Source, shape: tuple[int, int, int]):
+        self.stream = Stream(source, shape)
 
     def __getitem__(self, index: list[int]):
         try:

@@ -1,5 +1,6 @@
 """Order, coverage and range of what training and evaluation read."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from sklearn.datasets import load_digits
 import datasets
 from configs.poisson import digits_ddpmpp
 from sources import stream
+from sources.batch import Conditions
 from sources.codec import from_config as get_codec
 from sources.preparation import Preparation
 
@@ -279,3 +281,18 @@ def test_workers_end_with_a_killed_run(tmp_path):
     while any(worker.exists() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(worker.exists() for worker in workers)
+
+
+def test_workers_get_the_source_and_no_conditions(monkeypatch):
+    n = 10_000
+    conditions = Conditions(class_labels=torch.arange(n))
+    data, sent = datasets.Stream(Numbers(n), (1, 1, 1), 2, conditions), []
+
+    def loader(reader, **more):
+        sent.append(reader)
+        return iter(())
+
+    monkeypatch.setattr(stream, "DataLoader", loader)
+    assert list(datasets.in_order(data, 8)) == []
+    assert len(pickle.dumps(sent[0])) < n  # the labels take 8 n bytes
+    assert sent[0][[3]][0].tolist() == data.read([3])[0].tolist()

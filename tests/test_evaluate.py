@@ -20,6 +20,7 @@ from test_report import dumped
 
 import datasets
 import evaluation
+import metrics.reference
 import run_lib
 import sampling
 from configs.poisson import digits_ddpmpp
@@ -537,3 +538,16 @@ def test_page_of_an_evaluation(workdir, tmp_path):
     for link in re.findall(r'<a href="(.*?)"', page):
         assert (workdir / "eval" / link).exists()
     assert f"{report['fid']:#.4g}" in dumped(workdir / "eval/report.html", tmp_path)
+
+
+def test_data_are_digested_once_for_all_checkpoints(tmp_path, monkeypatch):
+    config, folder, calls = tiny(tmp_path, enable_bpd=False, enable_sampling=False), tmp_path, []
+    save_checkpoints(config, folder, 1, 2)
+    config.eval.update(enable_loss=True, begin_ckpt=1, end_ckpt=2)
+    digest = metrics.reference._digest
+    monkeypatch.setattr(metrics.reference, "_digest", lambda data: calls.append(1) or digest(data))
+    run_lib.evaluate(config, folder)
+    made_by = [json.loads(str(report_of(folder, k)["settings"])) for k in (1, 2)]
+    assert len(calls) == 1
+    expected = metrics.reference.fingerprint(datasets.get_dataset(config, "test"))
+    assert {each["split.digest"] for each in made_by} == {expected}

@@ -15,6 +15,7 @@ import datasets
 import distributed
 from datasets import DataChanged
 from evaluation import plain_restoration
+from metrics.features import FEATURES, get_spaces, pixels
 from metrics.reference import ReferenceStatistics, fingerprint
 from reports.settings import obstacle
 from sources import digests
@@ -135,3 +136,32 @@ def test_the_training_split_is_opened_and_digested_once_for_all_spaces(
     assert calls == ["open", "digest"]
     assert pixels.origin["digest"] == digest
     assert scripted.data is (None if published else pixels.data)
+
+
+def test_paths_go_to_the_spaces_that_need_one(tmp_path, monkeypatch):
+    seen = {}
+
+    def space(name):
+        def load(path, device):
+            seen[name] = path
+            return pixels(path, device)
+
+        return load
+
+    loaders = {name: space(name) for name in ("plain", "first", "second")}
+    loaders["first"].needs_path = loaders["second"].needs_path = True
+    for name, load in loaders.items():
+        monkeypatch.setitem(FEATURES, name, load)
+
+    def paths_of(kinds, paths):
+        seen.clear()
+        get_spaces(kinds, paths, (1, 4, 4), CPU)
+        return {**seen}
+
+    assert paths_of("plain,first", "a, b.pt") == {"plain": "", "first": "a, b.pt"}
+    assert paths_of("second,plain,first", "a, b") == {"second": "a", "plain": "", "first": "b"}
+    assert paths_of("first,second", ",b") == {"first": "", "second": "b"}
+    for paths in ("", "a", "a,b,c"):
+        with pytest.raises(ValueError, match="needs 2 paths .* of first, second") as caught:
+            paths_of("first,second", paths)
+        assert "\n" not in str(caught.value) and not seen
