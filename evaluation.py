@@ -516,16 +516,17 @@ def plain_restoration(run: Experiment, measurement: Measurement) -> Tensor:
     Small images are enlarged by cubic interpolation; else it is the mean training image, changed so
     that it agrees with the measurement.
     """
-    value, (channels, height, width) = measurement.value, run.codec.shape
+    value, (_, height, width) = measurement.value, run.codec.shape
     if value.shape[2:] != (height, width):
         return torch.nn.functional.interpolate(value, (height, width), mode="bicubic")
     try:
         data = run.data.get("train", labels=False)
     except (OSError, ValueError) as error:  # published networks restore without their data
         log.warning(f"the plain restorations start from grey, not the mean image: {error}")
-        mean = run.codec.encode(torch.tensor(0.5)).expand(channels, height, width)
+        grey = torch.full((1, *run.codec.data_shape), 0.5, device=run.device)
+        mean = run.codec.encode(grey)[0]
     else:
-        batch = batch_at(data, slice(AVERAGED))
+        batch = batch_at(data, slice(AVERAGED)).to(run.device)
         mean = run.codec.encode(to_unit_interval(batch.images)).mean(0)
     return measurement.project(mean.to(value).expand(len(value), -1, -1, -1))
 

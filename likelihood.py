@@ -172,9 +172,11 @@ class Likelihood:
         return bits, latent, evaluations
 
 
-def get_likelihood_fn(config, method: Method) -> Likelihood:
+def get_likelihood_fn(config, method: Method, codec: Codec | None = None) -> Likelihood:
     """Bits per dimension of `method`, to be called as `Likelihood.__call__` says.
 
-    Raises ValueError as `Likelihood.from_config` does.
+    `codec` is that of the config if there is one already. Raises ValueError as
+    `Likelihood.from_config` does.
     """
-    return Likelihood.from_config(config, method, get_codec(config))
+    codec = get_codec(config) if codec is None else codec
+    return Likelihood.from_config(config, method, codec)

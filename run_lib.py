@@ -96,7 +96,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     execution.check_precision(training.precision, device)
     run.sampler = sampling.for_snapshots(run.sampler, training.snapshot_solver)
     execution.prepare_process(training.precision, device)
-    prepare = Preparation.from_config(config, shared=run.method.uses_reference_batch)
+    prepare = Preparation.from_config(config, run.codec, shared=run.method.uses_reference_batch)
     data = run.data.identity_of_run().entry() if main and not dry_run else {}
     train_data, test_data = run.data.get("train").to(device), run.data.get("test")
     names = getattr(train_data, "names", ())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.keys import named
 from configs.schema import Flag, Key, OneOf
@@ -19,7 +19,9 @@ Shape = tuple[int, int, int]
 
 
 class Codec(Protocol):
-    """Between data (B, ...) in their units and x (B, C, H, W).
+    """Between data (B, ...) in their units and x (B, C, H, W), on the device of what it is given.
+
+    One with weights is an `nn.Module`, which `from_config` below moves to the device of the run.
 
     Attributes:
         keys: the keys that the codec declares, for `configs.default`.
@@ -121,6 +123,12 @@ KEYS = {
 }
 
 
-def from_config(config) -> Codec:
-    """The codec that `config.data.codec` names; ValueError where it does not fit the data."""
-    return named(CODECS, "data.codec", config.data.codec).from_config(config)
+def from_config(config, device: torch.device | str = "cpu") -> Codec:
+    """The codec that `config.data.codec` names; ValueError where it does not fit the data.
+
+    One that is an `nn.Module` is moved to `device`, and evaluates; its weights are not trained.
+    """
+    codec = named(CODECS, "data.codec", config.data.codec).from_config(config)
+    if isinstance(codec, nn.Module):
+        codec.to(device).eval().requires_grad_(False)
+    return codec

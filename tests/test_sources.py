@@ -30,6 +30,7 @@ import datasets
 from configs.poisson import digits_ddpmpp
 from sources import folder, stylegan, tfrecords
 from sources.base import Unreadable, held_out
+from sources.codec import from_config as get_codec
 from sources.images import (
     cropped_then_resized,
     decode_image,
@@ -331,7 +332,7 @@ def test_the_log_says_what_is_trained_on(tmp_path, kind, given):
     train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
     found = found.format(len(train), len(test))
     mirrored = "mirrored at random" if given else "not mirrored"
-    changed = Preparation.from_config(config, False).words
+    changed = Preparation.from_config(config, get_codec(config), False).words
     assert datasets.Data(config.data).describe(train, test, changed) == (
         f"data: {path}, {found}, 8 x 8, 3 channels, {mirrored} (data.random_flip)"
     )
