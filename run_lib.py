@@ -118,7 +118,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         *precisions,
     ]
     if dry_run:
-        step, newest = 0, newest_checkpoint(workdir, set_aside=False)
+        read = partial(open_checkpoint, intact=True)  # of all that it has, the weights are loaded
+        step, newest = 0, newest_checkpoint(workdir, set_aside=False, read=read)
         if newest:
             path, content = newest
             changes = run_config.changes(path, content, config)
