@@ -21,7 +21,7 @@ from datasets import DataSet, batch_at, in_order, keyed_generator, to_unit_inter
 from experiment import Experiment
 from library.restoration import RESTORATIONS, ToRestore, restoring_sampler
 from library.rounds import in_batches, remove_others, shared
-from likelihood import log_posterior
+from likelihood import log_posterior, passes_of
 from methods.base import conditioned
 from methods.restoration import Measurement
 from metrics.distances import TooFew
@@ -466,11 +466,6 @@ class Evaluation:
         strips = strips.reshape(-1, *sides, channels)
         save_grid(self.picture("restoration"), strips, columns=len(columns) - 1 + RESTORATIONS)
         return report
-
-
-def passes_of(split: str, repeats: int) -> int:
-    """Passes of bits/dim over a split: several over the test split only."""
-    return repeats if split == "test" else 1
 
 
 def numbers_of_rounds(number: int, size: int) -> list[int]:

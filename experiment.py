@@ -266,6 +266,10 @@ class Experiment:
         """Bits/dim under the method's ODE; ValueError where the method has none."""
         return get_likelihood_fn(self.config, self.method, self.codec)
 
+    def check_likelihood(self) -> None:
+        """Raises ValueError where `likelihood` does."""
+        _ = self.likelihood
+
     @property
     def limits(self) -> dict[str, float]:
         """The options of `rk45`."""

@@ -172,6 +172,11 @@ class Likelihood:
         return bits, latent, evaluations
 
 
+def passes_of(split: str, repeats: int) -> int:
+    """Passes of bits/dim over a split: several over the test split only."""
+    return repeats if split == "test" else 1
+
+
 def get_likelihood_fn(config, method: Method, codec: Codec | None = None) -> Likelihood:
     """Bits per dimension of `method`, to be called as `Likelihood.__call__` says.
 

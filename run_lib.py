@@ -255,7 +255,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     if asked.enable_loss or asked.enable_bpd or asked.enable_classification:
         data = run.data.get(asked.dataset)
     if asked.enable_bpd or asked.enable_classification:
-        run.likelihood  # noqa: B018  raises where the method has none
+        run.check_likelihood()
     if any(map(asked.get, evaluation.DRAWN)):
         run.draw_conditions(1, "check")  # raises where there is no label to sample with
     if asked.enable_sampling:

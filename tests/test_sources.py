@@ -276,7 +276,7 @@ def test_given_splits_are_used(tmp_path, kind, train, test):
     for split, expected in (("train", images[:6]), ("test", images[6:])):
         data = datasets.get_dataset(config, split)
         assert (data.permute(0, 2, 3, 1).numpy() == expected).all()
-    assert folder.splits_of(config.data) == {"train": train, "test": test}
+    assert folder.account(config.data)[0] == {"train": train, "test": test}
 
 
 @pytest.mark.parametrize("kind", ["tree", "zip", "npz"])
@@ -298,7 +298,7 @@ def test_other_folders_are_not_splits(tmp_path, names, caplog):
     for number, name in enumerate(names):
         write_tree(tmp_path / name, pictures(10, seed=number))
     config = config_of("folder", path=str(tmp_path))
-    assert folder.splits_of(config.data) == {}
+    assert folder.account(config.data)[0] == {}
     assert sum(both_splits(config)[1]) == 20
     assert not caplog.records
 
