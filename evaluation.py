@@ -21,7 +21,7 @@ from datasets import DataChanged, DataSet, batch_at, in_order, keyed_generator, 
 from experiment import Experiment
 from library.restoration import RESTORATIONS, ToRestore, restoring_sampler
 from library.rounds import in_batches, remove_others, shared
-from likelihood import log_posterior
+from likelihood import log_posterior, passes_of
 from methods.base import conditioned
 from methods.restoration import Measurement
 from metrics.distances import TooFew
@@ -479,11 +479,6 @@ class Evaluation:
         return report
 
 
-def passes_of(split: str, repeats: int) -> int:
-    """Passes of bits/dim over a split: several over the test split only."""
-    return repeats if split == "test" else 1
-
-
 def numbers_of_rounds(number: int, size: int) -> list[int]:
     """Number of samples of each round, at most `size`, `number` in all."""
     return [min(size, number - first) for first in range(0, number, size)]
@@ -529,7 +524,7 @@ def plain_restoration(run: Experiment, measurement: Measurement) -> Tensor:
     Small images are enlarged by cubic interpolation; else it is the mean training image, changed so
     that it agrees with the measurement.
     """
-    value, (channels, height, width) = measurement.value, run.codec.shape
+    value, (_, height, width) = measurement.value, run.codec.shape
     if value.shape[2:] != (height, width):
         return torch.nn.functional.interpolate(value, (height, width), mode="bicubic")
     try:
@@ -538,9 +533,10 @@ def plain_restoration(run: Experiment, measurement: Measurement) -> Tensor:
         raise
     except (OSError, ValueError) as error:  # published networks restore without their data
         log.warning(f"the plain restorations start from grey, not the mean image: {error}")
-        mean = run.codec.encode(torch.tensor(0.5)).expand(channels, height, width)
+        grey = torch.full((1, *run.codec.data_shape), 0.5, device=run.device)
+        mean = run.codec.encode(grey)[0]
     else:
-        batch = batch_at(data, slice(AVERAGED))
+        batch = batch_at(data, slice(AVERAGED)).to(run.device)
         mean = run.codec.encode(to_unit_interval(batch.images)).mean(0)
     return measurement.project(mean.to(value).expand(len(value), -1, -1, -1))
 

@@ -29,7 +29,7 @@ from library.trained import Trained
 from likelihood import Likelihood, get_likelihood_fn
 from models.weights import load_ema
 from sources.batch import Conditions
-from sources.codec import CODECS, Codec
+from sources.codec import CODECS, Codec, Shape
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
 from sources.keyed import keyed_generator
@@ -116,19 +116,20 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     if config.data.num_classes == -1:
         found["data.num_classes"] = config.data.num_classes = data.measure_classes()
     models.check_labels(config.model, config.training.sde, config.training.continuous)
-    dim = math.prod(get_codec(config).shape)
-    measured = method.measure(run_config.flatten(config), dim, lambda: _mean_norm(config))
+    codec = get_codec(config)
+    dim = math.prod(codec.shape)
+    measured = method.measure(run_config.flatten(config), dim, lambda: _mean_norm(config, codec))
     config.update_from_flattened_dict(measured)
     values = ", ".join(f"{key} = {value:.6g}" for key, value in sorted((found | measured).items()))
     decided = [f"the training images decide: {values}"] * bool(values)
     return config, "; ".join(scale_lines + decided + lines) or None
 
 
-def _mean_norm(config) -> float:
+def _mean_norm(config, codec: Codec) -> float:
     with torch.device("meta"):  # mistakes in the network's config show before images are read
-        models.create_model(config)
+        models.create_model(config, codec.shape)
     data = Data(config.data).get("train", labels=False)
-    if norm := mean_norm(data, get_codec(config).encode):
+    if norm := mean_norm(data, codec.encode):
         return norm
     raise ValueError(
         f"all training images are black, of norm 0, so no {', '.join(MEASURED)} can be measured "
@@ -179,7 +180,8 @@ def decide_precisions(
     device, lines = _device(config.device), []
     stored_values = run_config.flatten(stored[1]) if stored and stored[0].suffix == ".pth" else {}
     config = config.copy_and_resolve_references()
-    model = models.create_model(config).to(device)
+    shape = get_codec(config).shape
+    model = models.create_model(config, shape).to(device)
     for key in left_open:
         precision, reason = (
             stored_values.get(key, "auto") if key in kept else "auto",
@@ -189,16 +191,16 @@ def decide_precisions(
             execution.check_precision(precision, device, key)
         except ValueError:
             run = _training_pass if key == "training.precision" else _sampling_pass
-            precision, reason = execution.measured_precision(model, run(config, model))
+            precision, reason = execution.measured_precision(model, run(config, shape, model))
         config.update_from_flattened_dict({key: precision})
         lines.append(f"{key}='auto' is {precision!r}: {reason}")
     return config, lines
 
 
-def _training_pass(config, model: nn.Module) -> Callable[[nn.Module], None]:
+def _training_pass(config, shape: Shape, model: nn.Module) -> Callable[[nn.Module], None]:
     training = config.training
     examples = training.small_batch_size or training.batch_size
-    x, label = _inputs(config, examples // training.accumulate, model)
+    x, label = _inputs(shape, examples // training.accumulate, model)
     model.train()
 
     def run(network: nn.Module) -> None:
@@ -208,15 +210,15 @@ def _training_pass(config, model: nn.Module) -> Callable[[nn.Module], None]:
     return run
 
 
-def _sampling_pass(config, model: nn.Module) -> Callable[[nn.Module], None]:
-    x, label = _inputs(config, config.eval.batch_size, model)
+def _sampling_pass(config, shape: Shape, model: nn.Module) -> Callable[[nn.Module], None]:
+    x, label = _inputs(shape, config.eval.batch_size, model)
     model.eval()
     return torch.no_grad()(lambda network: network(x, label))
 
 
-def _inputs(config, number: int, model: nn.Module) -> tuple[Tensor, Tensor]:
+def _inputs(shape: Shape, number: int, model: nn.Module) -> tuple[Tensor, Tensor]:
     """Images (n, C, H, W) and noise labels (n,); at most `number`, and on a CPU not too many."""
-    device, shape = next(model.parameters()).device, get_codec(config).shape
+    device = next(model.parameters()).device
     if device.type == "cpu":
         number = min(number, max(8, MEASURED_PIXELS // shape[1] ** 2))
     return torch.randn(number, *shape, device=device), torch.ones(number, device=device)
@@ -252,17 +254,18 @@ class Experiment:
         execution.check_precision(config.sampling.precision, device, "sampling.precision")
         method = methods.get_method(config)
         models.check_labels(config.model, config.training.sde, config.training.continuous)
-        network = models.create_model(config).to(device)
-        guide = _guide(config, device) if config.sampling.guide else None
+        codec = get_codec(config, device)
+        network = models.create_model(config, codec.shape).to(device)
+        guide = _guide(config, codec.shape, device) if config.sampling.guide else None
         data = Data(config.data, identity)
         return cls(
             config=config,
             device=device,
             method=method,
-            codec=get_codec(config),
+            codec=codec,
             network=network,
             objective=losses.get_loss_fn(config, method).to(device),
-            sampler=sampling.get_sampling_fn(config, method, guide),
+            sampler=sampling.get_sampling_fn(config, method, guide, codec),
             draw_conditions=_condition_drawer(config, device, data),
             data=data,
         )
@@ -270,7 +273,11 @@ class Experiment:
     @functools.cached_property
     def likelihood(self) -> Likelihood:
         """Bits/dim under the method's ODE; ValueError where the method has none."""
-        return get_likelihood_fn(self.config, self.method)
+        return get_likelihood_fn(self.config, self.method, self.codec)
+
+    def check_likelihood(self) -> None:
+        """Raises ValueError where `likelihood` does."""
+        _ = self.likelihood
 
     @property
     def limits(self) -> dict[str, float]:
@@ -428,7 +435,7 @@ def _condition_drawer(config, device: torch.device, data: Data) -> Callable[...,
     return draw
 
 
-def _guide(config, device: torch.device) -> nn.Module:
+def _guide(config, shape: Shape, device: torch.device) -> nn.Module:
     """The network of `sampling.guide` with its EMA weights; ValueError where it is another kind."""
     path = Path(config.sampling.guide).expanduser()
     content = open_checkpoint(path, intact=True)
@@ -447,7 +454,7 @@ def _guide(config, device: torch.device) -> nn.Module:
         raise ValueError(
             f"sampling.guide={path} is another kind of network: its codec is {theirs}, not {ours}"
         )
-    network = models.create_model(guide_config).to(device)
+    network = models.create_model(guide_config, shape).to(device)
     fit(partial(load_ema, network), content, path)
     return network.eval().requires_grad_(False)
 

@@ -173,9 +173,16 @@ class Likelihood:
         return bits, latent, evaluations
 
 
-def get_likelihood_fn(config, method: Method) -> Likelihood:
+def passes_of(split: str, repeats: int) -> int:
+    """Passes of bits/dim over a split: several over the test split only."""
+    return repeats if split == "test" else 1
+
+
+def get_likelihood_fn(config, method: Method, codec: Codec | None = None) -> Likelihood:
     """Bits per dimension of `method`, to be called as `Likelihood.__call__` says.
 
-    Raises ValueError as `Likelihood.from_config` does.
+    `codec` is that of the config if there is one already. Raises ValueError as
+    `Likelihood.from_config` does.
     """
-    return Likelihood.from_config(config, method, get_codec(config))
+    codec = get_codec(config) if codec is None else codec
+    return Likelihood.from_config(config, method, codec)

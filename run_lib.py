@@ -96,7 +96,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     execution.check_precision(training.precision, device)
     run.sampler = sampling.for_snapshots(run.sampler, training.snapshot_solver)
     execution.prepare_process(training.precision, device)
-    prepare = Preparation.from_config(config, shared=run.method.uses_reference_batch)
+    prepare = Preparation.from_config(config, run.codec, shared=run.method.uses_reference_batch)
     data = run.data.identity_of_run().entry() if main and not dry_run else {}
     train_data, test_data = run.data.get("train").to(device), run.data.get("test")
     names = getattr(train_data, "names", ())
@@ -118,7 +118,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         *precisions,
     ]
     if dry_run:
-        step, newest = 0, newest_checkpoint(workdir, set_aside=False)
+        read = partial(open_checkpoint, intact=True)  # of all that it has, the weights are loaded
+        step, newest = 0, newest_checkpoint(workdir, set_aside=False, read=read)
         if newest:
             path, content = newest
             changes = run_config.changes(path, content, config)
@@ -254,7 +255,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     if eval_config.enable_loss or eval_config.enable_bpd or eval_config.enable_classification:
         data = run.data.get(eval_config.dataset)
     if eval_config.enable_bpd or eval_config.enable_classification:
-        run.likelihood  # noqa: B018  raises where the method has none
+        run.check_likelihood()
     if any(map(eval_config.get, evaluation.DRAWN)):
         run.draw_conditions(1, "check")  # raises where there is no label to sample with
     if eval_config.enable_sampling:

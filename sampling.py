@@ -629,14 +629,18 @@ def for_fitting(sampler: ODESampler) -> ODESampler:
     )
 
 
-def get_sampling_fn(config, method: Method, guide: Network | None = None) -> Sampler:
+def get_sampling_fn(
+    config, method: Method, guide: Network | None = None, codec: Codec | None = None
+) -> Sampler:
     """The sampler of `config.sampling`, to be called as `Sampler.__call__` says.
 
-    `guide` is the network of `sampling.guide`. Raises ValueError as `Sampler.from_config` does.
+    `guide` is the network of `sampling.guide`, `codec` that of the config if there is one already.
+    Raises ValueError as `Sampler.from_config` does.
     """
+    codec = get_codec(config) if codec is None else codec
     name = config.sampling.method
     choose("method", name, SAMPLERS if method.predictors else ("ode",), method)
-    return SAMPLERS[name].from_config(config, method, get_codec(config), guide)
+    return SAMPLERS[name].from_config(config, method, codec, guide)
 
 
 def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Trainer:
             training.compile,
             some_unused=not config.model.conditional,
         )
-        self.prepare = Preparation.from_config(config, run.method.uses_reference_batch)
+        self.prepare = Preparation.from_config(config, run.codec, run.method.uses_reference_batch)
         size, shape = run.objective.batch_size, run.codec.data_shape
         number = max(size, IMAGES // torch.Size(shape).numel())
         generator = torch.Generator().manual_seed(0)

@@ -59,7 +59,7 @@ KEYS = {
 }
 
 
-def create_model(config: ConfigDict) -> nn.Module:
+def create_model(config: ConfigDict, shape: Shape | None = None) -> nn.Module:
     """The network of `config.model.name`, on the CPU, its weights drawn from the global generator.
 
     Call it as `model(x, noise_label)`, with `x` (B, C, H, W) as the data scaler leaves it and
@@ -68,11 +68,13 @@ def create_model(config: ConfigDict) -> nn.Module:
     It returns a tensor of the shape of `x`; where the method needs a channel more, the pair of that
     tensor and the channel's spatial mean (B,), which is the Poisson field.
 
+    `shape` (C, H, W) is that of x; None: that of the config's codec, which is built for it.
+
     Raises:
         ValueError: an option has an unknown value, two options do not go together, or the levels
             do not divide the image size.
     """
-    shape = get_codec(config).shape
+    shape = get_codec(config).shape if shape is None else shape
     if config.data.num_classes < 0:
         raise ValueError("data.num_classes is open: training measures it at its first start")
     extra = method_class(config.training.sde).extra_channels

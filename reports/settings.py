@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from likelihood import passes_of
 from metrics.table import METRICS, split_key
 from solvers import FITTED, SOLVERS, solver_named
 from storage.digests import digests, digests_of_conditions
@@ -229,7 +230,6 @@ def from_config(
         origin_of_data: digests of `data`; see `metrics.reference.origin_of`.
     """
     options = config.eval
-    passes = options.bpd_num_repeats if options.dataset == "test" else 1
     made_by = {"step": step, "weights": origin["weights"][:DIGITS]}
     made_by |= {"seed": origin["seed"], "eval.ema_std": options.ema_std}
     made_by |= {"data.centered": origin["centered"], "training.precision": origin["precision"]}
@@ -247,7 +247,7 @@ def from_config(
     if options.enable_bpd or options.enable_classification:
         made_by["eval.divergence"] = options.divergence
     if options.enable_bpd:
-        made_by["eval.bpd_num_repeats"] = passes
+        made_by["eval.bpd_num_repeats"] = passes_of(options.dataset, options.bpd_num_repeats)
     if options.enable_classification:
         digest = digests(labels=data.labels)["labels"]
         made_by |= {"classes.number": config.data.num_classes, "classes.labels": digest[:DIGITS]}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.keys import named
 from configs.schema import Flag, Key, OneOf
@@ -19,7 +19,9 @@ Shape = tuple[int, int, int]
 
 
 class Codec(Protocol):
-    """Between data (B, ...) in their units and x (B, C, H, W).
+    """Between data (B, ...) in their units and x (B, C, H, W), on the device of what it is given.
+
+    One with weights is an `nn.Module`, which `from_config` below moves to the device of the run.
 
     Attributes:
         keys: the keys that the codec declares, for `configs.default`.
@@ -128,8 +130,10 @@ KEYS = {
 }
 
 
-def from_config(config) -> Codec:
+def from_config(config, device: torch.device | str = "cpu") -> Codec:
     """The codec that `config.data.codec` names.
+
+    One that is an `nn.Module` is moved to `device`, and evaluates; its weights are not trained.
 
     Raises:
         ValueError: it does not fit the data, or has no `identity` to tell its results by.
@@ -140,4 +144,6 @@ def from_config(config) -> Codec:
             f"data.codec={config.data.codec!r}: {type(codec).__name__} has no `identity`, words "
             "that tell its results from those of other codecs; see docs/extending.md"
         )
+    if isinstance(codec, nn.Module):
+        codec.to(device).eval().requires_grad_(False)
     return codec

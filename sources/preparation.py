@@ -10,7 +10,6 @@ from configs.schema import SHARE, Flag, Key
 from sources import augmentation
 from sources.batch import Batch
 from sources.codec import Codec
-from sources.codec import from_config as get_codec
 
 KEYS = {
     "data.random_flip": Key(True, Flag(), "half of the training images are mirrored"),
@@ -66,7 +65,7 @@ class Preparation:
     shared: bool = False
 
     @classmethod
-    def from_config(cls, config, shared: bool) -> Self:
+    def from_config(cls, config, codec: Codec, shared: bool) -> Self:
         """The preparation of `config`; ValueError if the network takes no augmentation labels."""
         data, augment = config.data, config.training.augment
         if augment and config.model.augment_dim != augmentation.LABELS:
@@ -74,7 +73,6 @@ class Preparation:
                 f"training.augment={augment} needs model.augment_dim={augmentation.LABELS}, the "
                 f"entries of its labels, not {config.model.augment_dim}"
             )
-        codec = get_codec(config)
         if augment and codec.shape != codec.data_shape:
             raise ValueError(
                 f"training.augment={augment} transforms images, but the network sees latents of "

@@ -188,7 +188,6 @@ class Stream:
 class _Reader:
     """`Stream.read` for DataLoader; it returns errors, so that they keep type and message.
 
-
     Each worker gets a copy, without the conditions.
     """
 

@@ -14,6 +14,7 @@ from configs.poisson import digits_ddpmpp as poisson_digits
 from models import create_model
 from sources.augmentation import augment, draw_parameters, labels_of, transform
 from sources.batch import Batch
+from sources.codec import from_config as get_codec
 from sources.preparation import Preparation
 
 
@@ -139,7 +140,7 @@ def test_one_transformation_of_a_reference_batch():
 
 def prepared(config, images, seed=0):
     shared = methods.get_method(config).uses_reference_batch
-    prepare = Preparation.from_config(config, shared)
+    prepare = Preparation.from_config(config, get_codec(config), shared)
     return prepare(Batch(images), torch.Generator().manual_seed(seed))
 
 
@@ -211,4 +212,4 @@ def test_a_network_without_the_labels_is_refused():
     config = edm_digits.get_config()
     config.training.augment = 0.12
     with pytest.raises(ValueError, match=r"augment=0\.12 needs model\.augment_dim=9, .* not 0"):
-        Preparation.from_config(config, False)
+        Preparation.from_config(config, get_codec(config), False)

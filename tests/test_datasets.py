@@ -215,7 +215,7 @@ def test_channels_are_measured_over_the_whole_split(monkeypatch):
     train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
     assert train.flatten().tolist() == list(range(200))
     config.data.num_channels = 1
-    changed = Preparation.from_config(config, False).words
+    changed = Preparation.from_config(config, get_codec(config), False).words
     assert datasets.Data(config.data).describe(train, test, changed) == (
         "data: mine, 200 images to train on and 2 to test on, 1 x 1, 1 channel, "
         "not mirrored (data.random_flip)"

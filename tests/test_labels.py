@@ -636,7 +636,7 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
         return bits + torch.rand(1, generator=generator), None, 1  # of one probe for all labels
 
     bits_per_dim.divergence = "exact"
-    monkeypatch.setattr(experiment, "get_likelihood_fn", lambda config, method: bits_per_dim)
+    monkeypatch.setattr(experiment, "get_likelihood_fn", lambda config, method, codec: bits_per_dim)
     for _ in range(2):  # the second time by the files of the first
         run_lib.evaluate(config, workdir, "by_class")
         assert solved == 10 * [60] + 10 * [60] + 10 * [60]

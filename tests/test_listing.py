@@ -67,7 +67,7 @@ def test_what_is_no_image_is_left_out_and_said(tmp_path, path, words):
     place(tmp_path / "x", "0.png", "cats/1.png", path)
     assert both_listings(tmp_path / "x") == (["0.png", "cats/1.png"], words)
     config = config_of("folder", path=str(tmp_path / "x"))
-    assert folder.left_out(config.data) == words
+    assert folder.account(config.data)[1] == words
     data = [datasets.get_dataset(config, split) for split in datasets.SPLITS]
     assert datasets.Data(config.data).describe(*data).endswith(f"; left out: {words}")
 
@@ -254,7 +254,7 @@ def test_images_beside_the_splits_are_said(tmp_path, packed):
     write_zip(tmp_path / "x.zip", tmp_path / "x")
     config = config_of("folder", path=str(tmp_path / ("x.zip" if packed else "x")))
     assert [len(datasets.get_dataset(config, split)) for split in datasets.SPLITS] == [4, 2]
-    assert folder.left_out(config.data) == "9 images beside Train and TEST (extra, val)"
+    assert folder.account(config.data)[1] == "9 images beside Train and TEST (extra, val)"
 
 
 def test_arrays_beside_the_splits_are_said(tmp_path):
@@ -265,7 +265,7 @@ def test_arrays_beside_the_splits_are_said(tmp_path):
     data = [datasets.get_dataset(config, split) for split in datasets.SPLITS]
     assert [part.labels.tolist() for part in data] == [[0, 1, 2, 3], [0, 1]]
     assert (
-        folder.left_out(config.data) == "1 array beside train_images and test_images (val_images)"
+        folder.account(config.data)[1] == "1 array beside train_images and test_images (val_images)"
     )
 
 
@@ -388,7 +388,7 @@ def test_the_rules_of_before(tmp_path):
     assert part.source.names == names
     tenth = np.random.RandomState(0).permutation(len(names))[: round(len(names) / 10)]
     assert part.index.tolist() == tenth.tolist()
-    assert folder.left_out(config.data) == "1 .bmp, 1 link to folders (link)"
+    assert folder.account(config.data)[1] == "1 .bmp, 1 link to folders (link)"
     assert before.given_splits(["train", "testing"]) == {}
     for rules in (0, 2):
         config.data.rules = rules

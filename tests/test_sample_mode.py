@@ -27,6 +27,7 @@ from reports.films import HOLD, check_writer, save_film
 from reports.images import image_grid
 from storage import checkpoints, run_config, safetensors
 from storage.checkpoints import fit, load_checkpoint, save_shared
+from storage.stored_tensors import StoredTensor
 
 DIGITS = np.uint8(load_digits().images[:4] / 16 * 255)
 
@@ -358,6 +359,16 @@ def test_hostile_metadata_are_one_line(shared, tmp_path, change, says, monkeypat
 
 
 # --- what is only said, and what is refused -------------------------------------------------------
+
+
+def test_a_dry_run_of_training_loads_nothing_but_the_weights(trained, monkeypatch):
+    contents, plain_fit = [], run_lib.fit
+    monkeypatch.setattr(
+        run_lib, "fit", lambda *args: (contents.append(args[1]), plain_fit(*args))[1]
+    )
+    assert run_lib.train(run_config.load(trained), trained, dry_run=True)
+    (moments,) = [content["optimizer"]["state"].values() for content in contents]
+    assert {type(value) for entry in moments for value in entry.values()} == {StoredTensor}
 
 
 def test_a_dry_run_writes_nothing(trained, tmp_path, caplog):

@@ -6,12 +6,18 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_configs import load
+from torch import nn
 
 import run_lib
 from configs.keys import flatten
+from experiment import Experiment
+from sources.codec import CODECS, EightBitImages
+from sources.codec import from_config as get_codec
+from sources.preparation import Preparation
 from storage import run_config
 from storage.checkpoints import load_checkpoint
 
@@ -171,3 +177,31 @@ def test_evaluating_needs_no_config_and_tells_what_differs(tmp_path, caplog):
     said = "the config differs from that of the run: sampling.z_max: 17.9 -> 40.0"
     assert [r.getMessage() for r in caplog.records if "differs" in r.getMessage()] == [said]
     assert report_of(workdir, 2, "changed")["fid"] != first["fid"]
+
+
+class Weighted(nn.Module):
+    """A codec with weights, which counts how often it is built."""
+
+    keys, built = {}, 0
+
+    def __init__(self, shape):
+        super().__init__()
+        self.data_shape = self.shape = shape
+        self.shift = nn.Parameter(torch.zeros(shape))
+
+    @classmethod
+    def from_config(cls, config):
+        cls.built += 1
+        return cls(EightBitImages.from_config(config).shape)
+
+
+def test_a_codec_is_built_once_on_the_device_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(CODECS, "weighted", Weighted)
+    config = tiny("poisson/digits_ddpmpp.py", tmp_path, data__codec="weighted")
+    monkeypatch.setattr(Weighted, "built", 0)
+    run = Experiment.build(config)
+    prepare = Preparation.from_config(config, run.codec, run.method.uses_reference_batch)
+    users = run.sampler, run.likelihood, prepare
+    assert Weighted.built == 1 and all(user.codec is run.codec for user in users)
+    assert not run.codec.shift.requires_grad and not run.codec.training
+    assert get_codec(config, "meta").shift.device.type == "meta"

@@ -30,6 +30,7 @@ import datasets
 from configs.poisson import digits_ddpmpp
 from sources import folder, stylegan, tfrecords
 from sources.base import Unreadable, held_out
+from sources.codec import from_config as get_codec
 from sources.images import (
     cropped_then_resized,
     decode_image,
@@ -275,7 +276,7 @@ def test_given_splits_are_used(tmp_path, kind, train, test):
     for split, expected in (("train", images[:6]), ("test", images[6:])):
         data = datasets.get_dataset(config, split)
         assert (data.permute(0, 2, 3, 1).numpy() == expected).all()
-    assert folder.splits_of(config.data) == {"train": train, "test": test}
+    assert folder.account(config.data)[0] == {"train": train, "test": test}
 
 
 @pytest.mark.parametrize("kind", ["tree", "zip", "npz"])
@@ -297,7 +298,7 @@ def test_other_folders_are_not_splits(tmp_path, names, caplog):
     for number, name in enumerate(names):
         write_tree(tmp_path / name, pictures(10, seed=number))
     config = config_of("folder", path=str(tmp_path))
-    assert folder.splits_of(config.data) == {}
+    assert folder.account(config.data)[0] == {}
     assert sum(both_splits(config)[1]) == 20
     assert not caplog.records
 
@@ -331,7 +332,7 @@ def test_the_log_says_what_is_trained_on(tmp_path, kind, given):
     train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
     found = found.format(len(train), len(test))
     mirrored = "mirrored at random" if given else "not mirrored"
-    changed = Preparation.from_config(config, False).words
+    changed = Preparation.from_config(config, get_codec(config), False).words
     assert datasets.Data(config.data).describe(train, test, changed) == (
         f"data: {path}, {found}, 8 x 8, 3 channels, {mirrored} (data.random_flip)"
     )
