@@ -149,18 +149,11 @@ def names_files(path: str) -> bool:
     return bool(path) and not _is_array(Path(path))
 
 
-def splits_of(data) -> dict[str, str]:
-    """{split: folder or array that holds it} at `data.path`; {} without splits."""
-    return account(data)[0]
-
-
-def left_out(data) -> str:
-    """Text on files left out at `data.path`: "30 .txt, 2 hidden folders (.git, .trash)"."""
-    return account(data)[1]
-
-
 def account(data) -> tuple[dict[str, str], str]:
-    """The results of `splits_of` and `left_out`, from one listing."""
+    """Folders or arrays that hold the splits of the images at `data.path`, {} without any.
+
+    The second value is what is left out there, such as "30 .txt, 2 hidden folders (.git, .trash)".
+    """
     path, rules = _path(data), _rules(data)
     if _is_array(path):
         content = np.load(path, mmap_mode="r", allow_pickle=False)
