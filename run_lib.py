@@ -318,8 +318,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             if not main:
                 continue
             if asked.enable_loss:
-                training = config.training
-                report |= parts.loss(data, training.batch_size, training.to_dict())
+                report |= parts.loss(data, config.training.batch_size)
             if asked.save_images and not asked.enable_sampling:
                 parts.draw_images()
             if asked.enable_sampling or asked.save_images:
