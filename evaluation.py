@@ -32,7 +32,7 @@ from reports.images import Images, channels_last, image_grid, save_grid, to_uint
 from reports.progress import progress_bar, solver_bar
 from solvers.base import TooManyEvaluations
 from solvers.solve import solve_ode
-from storage.digests import digests, digests_of_conditions
+from storage.digests import digest, digests, digests_of_conditions
 from storage.files import cached, check_arrays, read_arrays, save_png
 
 log = logging.getLogger(__name__)
@@ -117,11 +117,11 @@ class Evaluation:
     def _encoded(self, images: Tensor) -> Tensor:
         return self.run.codec.encode(to_unit_interval(images.to(self.run.device)))
 
-    def loss(self, data: DataSet, batch_size: int, training: dict) -> dict:
+    def loss(self, data: DataSet, batch_size: int) -> dict:
         """The loss over a whole split: each image is perturbed once.
 
-        Its batch, of `batch_size` images, is the reference batch; `training` are the options that
-        the loss depends on. Returns the report's entry `loss`.
+        Its batch, of `batch_size` images, is the reference batch. Returns the report's entry
+        `loss`.
         """
         run = self.run
 
@@ -140,7 +140,10 @@ class Evaluation:
             return {"loss": total / len(data)}
 
         sizes = {"batch": batch_size, "at once": self.batch_size}
-        origin = self.origin | self.origin_of_data | {"sizes": sizes, "training": training}
+        objective = run.objective_settings | {"reduce_mean": run.objective.reduce_mean}
+        if weights := run.objective.state_dict():
+            objective["weights"] = digest(weights)
+        origin = self.origin | self.origin_of_data | {"sizes": sizes, "objective": objective}
         path = self.folder / f"ckpt_{self.k}_loss.npz"
         results = cached(path, origin, torch.no_grad()(compute), {"loss": ("f", ())})
         return {"loss": results["loss"]}

@@ -322,8 +322,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             if not main:
                 continue
             if eval_config.enable_loss:
-                training = config.training
-                report |= parts.loss(data, training.batch_size, training.to_dict())
+                report |= parts.loss(data, config.training.batch_size)
             if eval_config.save_images and not eval_config.enable_sampling:
                 parts.draw_images()
             if eval_config.enable_sampling or eval_config.save_images:

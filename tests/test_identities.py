@@ -12,6 +12,7 @@ from torch import nn
 import experiment
 from configs.keys import flatten
 from configs.schema import Key, Number, whole
+from evaluation import Evaluation
 from experiment import Experiment
 from losses import OBJECTIVES, Regression
 from reports import settings
@@ -200,3 +201,46 @@ def test_a_page_says_which_losses_are_of_another_kind(codecs, huber, changes, na
     runs = [Run("a", values, curves, {}, None), Run("b", values | changes, curves, {}, None)]
     words = re.findall("Losses of another (.*?) are of another kind", compare_page(runs))
     assert words == [named] * bool(named)
+
+
+def evaluated_loss(folder, **changes):
+    """The loss of an untrained network over the test digits, and whether it was computed."""
+    run = Experiment.build(tiny(data__dataset="digits", **changes))
+    calls, loss = [], run.objective.loss
+    run.objective.loss = lambda *arguments: calls.append(1) or loss(*arguments)
+    numbers = {"seed": 0, "split": "test", "batch_size": 100, "passes": 1, "num_samples": 4}
+    parts = Evaluation(
+        run=run, folder=folder, k=1, origin=run.origin(), origin_of_data={}, **numbers
+    )
+    return parts.loss(run.data.get("test"), 200)["loss"], bool(calls)
+
+
+def test_a_loss_is_computed_again_only_where_it_would_be_another(huber, tmp_path):
+    value, computed = evaluated_loss(tmp_path)
+    assert computed
+    unrelated = {"training__n_iters": 7, "training__snapshot_freq": 3, "training__huber": 1.0}
+    assert evaluated_loss(tmp_path, **unrelated, training__label_dropout=0.5) == (value, False)
+    assert evaluated_loss(tmp_path, training__reduce_mean=False)[1]
+    huber = {"training__objective": "huber"}
+    assert evaluated_loss(tmp_path, **huber, training__huber=0.1)[1]
+    assert evaluated_loss(tmp_path, **huber, training__huber=0.2)[1]
+    assert not evaluated_loss(tmp_path, **huber, training__huber=0.2)[1]
+
+
+def test_a_loss_is_that_of_the_learned_weights(monkeypatch, tmp_path):
+    """Of an objective with weights: those of another training make another loss."""
+
+    class Learned(Regression):
+        def __init__(self, method, **numbers):
+            super().__init__(method, **numbers)
+            self.offset = nn.Parameter(torch.tensor(self.start))
+
+        def loss(self, net, examples, reference):
+            return super().loss(net, examples, reference) + self.offset
+
+    monkeypatch.setitem(OBJECTIVES, "learned", Learned)
+    results = []
+    for Learned.start in (0.0, 0.0, 1e4):
+        results.append(evaluated_loss(tmp_path, training__objective="learned"))
+    assert [computed for _, computed in results] == [True, False, True]
+    assert results[0][0] == results[1][0] != results[2][0]
