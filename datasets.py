@@ -20,7 +20,7 @@ from configs import keys
 from configs.schema import Key, OneOf, Text, whole
 from sources import digests, folder
 from sources.base import Classes, Source, Unreadable
-from sources.batch import Conditions
+from sources.batch import KINDS, Conditions
 from sources.identity import Identity
 from sources.keyed import keyed_generator, keyed_seed
 from sources.preparation import to_unit_interval
@@ -163,7 +163,13 @@ class Data:
         and class labels unless `data.num_classes` is 0.
         """
         self._compare()
-        source, names, rows = self._source(split), self.condition_names, {}
+        names, rows = self.condition_names, {}
+        if unknown := [name for name in names if name not in KINDS]:
+            raise ValueError(
+                f"data.conditions={self.options.conditions!r}: {unknown[0]} is no kind of "
+                f"condition; known: {', '.join(KINDS)} (sources.batch.KINDS takes more)"
+            )
+        source = self._source(split)
         arrays = source.conditions() if names and hasattr(source, "conditions") else {}
         for name in names:
             if name not in arrays or len(arrays[name]) != len(source):

@@ -208,7 +208,9 @@ def _batch(options: Options, run: Run, channels: int, size: int) -> Batch:
         for change in changes(sizes, size):
             log.info(f"sampling.restore_path, images of {extent(sizes)} pixels: {change}")
         pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
-        batch = Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2), _none(run, len(pictures)))
+        batch = Batch(
+            torch.from_numpy(pictures).permute(0, 3, 1, 2), _unknown_conditions(run, len(pictures))
+        )
     else:
         batch = batch_at(run.data.get(options.split), slice(options.number))
     if not run.classes:
@@ -230,7 +232,7 @@ def _batch(options: Options, run: Run, channels: int, size: int) -> Batch:
     return of_class(-1)
 
 
-def _none(run: Run, n: int) -> Conditions:
+def _unknown_conditions(run: Run, n: int) -> Conditions:
     """The conditions but class labels of `n` images of which none are known.
 
     Raises:

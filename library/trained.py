@@ -30,6 +30,7 @@ from sources.keyed import keyed_generator
 LOWEST_SHOWN = 0.03  # noise level in the network's units below which noise hardly shows
 
 ClassLabel = int | Sequence[int] | Tensor | None
+OtherConditions = Mapping[str, Tensor] | None  # than class labels
 
 
 class Parts(Protocol):
@@ -81,7 +82,7 @@ class Trained:
         class_label: ClassLabel = None,
         *,
         measurement: Measurement | None = None,
-        conditions: Mapping[str, Tensor] | None = None,
+        conditions: OtherConditions = None,
     ) -> Tensor:
         """Images (n, C, H, W) in [0, 1], one for each of n `seeds`; each depends on its seed alone.
 
@@ -114,7 +115,7 @@ class Trained:
         class_label: ClassLabel = None,
         *,
         measurement: Measurement | None = None,
-        conditions: Mapping[str, Tensor] | None = None,
+        conditions: OtherConditions = None,
         frames: int = 48,
     ) -> Tensor:
         """Frames of `sample` from prior to image: uint8 (frames, n, C, H, W), on the CPU.
@@ -138,11 +139,7 @@ class Trained:
         return torch.cat(films, 1)
 
     def encode(
-        self,
-        x: Tensor,
-        class_label: ClassLabel = None,
-        *,
-        conditions: Mapping[str, Tensor] | None = None,
+        self, x: Tensor, class_label: ClassLabel = None, *, conditions: OtherConditions = None
     ) -> Tensor:
         """Latents (n, C, H, W) of images `x` (n, C, H, W) in [0, 1]; `decode` leads back.
 
@@ -162,11 +159,7 @@ class Trained:
         return self._in_batches(latents, self._encoded(x), class_label, conditions)
 
     def decode(
-        self,
-        z: Tensor,
-        class_label: ClassLabel = None,
-        *,
-        conditions: Mapping[str, Tensor] | None = None,
+        self, z: Tensor, class_label: ClassLabel = None, *, conditions: OtherConditions = None
     ) -> Tensor:
         """The images (n, C, H, W) in [0, 1] of latents `z` (n, C, H, W); see `encode`."""
         method, codec = self.experiment.method, self.experiment.codec
@@ -185,7 +178,7 @@ class Trained:
         class_label: ClassLabel = None,
         seed: int = 0,
         *,
-        conditions: Mapping[str, Tensor] | None = None,
+        conditions: OtherConditions = None,
     ) -> Tensor:
         """Log density (n,), in nats, of images `x` (n, C, H, W) under the flow, over [0, 1]^D.
 
@@ -206,7 +199,7 @@ class Trained:
         class_label: ClassLabel = None,
         seed: int = 0,
         *,
-        conditions: Mapping[str, Tensor] | None = None,
+        conditions: OtherConditions = None,
     ) -> Tensor:
         """Bits/dim (n,) of images `x` (n, C, H, W) in [0, 1], as `log_likelihood` describes them.
 
@@ -226,7 +219,7 @@ class Trained:
         sigma: float,
         class_label: ClassLabel = None,
         *,
-        conditions: Mapping[str, Tensor] | None = None,
+        conditions: OtherConditions = None,
     ) -> Tensor:
         """E[image | x] (n, C, H, W) for `x` (n, C, H, W), images with noise of the level `sigma`.
 
@@ -283,14 +276,14 @@ class Trained:
         return labels.expand(n)
 
     def conditions_of(
-        self, class_label: ClassLabel, n: int, given: Mapping[str, Tensor] | None = None
+        self, class_label: ClassLabel, n: int, others: OtherConditions = None
     ) -> Conditions:
-        """The conditions of n images: class labels, and those `given`.
+        """The conditions of n images: class labels, and `others`.
 
         Raises:
-            ValueError: as of `labels`, or others than those of `data.conditions` are given.
+            ValueError: as of `labels`, or `others` are not those of `data.conditions`.
         """
-        conditions = self._checked(given, n)
+        conditions = self._checked(others, n)
         missing = [each for each in self.experiment.data.condition_names if each not in conditions]
         if missing:
             raise ValueError(
@@ -305,31 +298,28 @@ class Trained:
         limits = self.experiment.limits
         return limits | {name: limits[name] / 10 for name in ("rtol", "atol")}
 
-    def _checked(self, conditions: Mapping[str, Tensor] | None, n: int) -> Conditions:
-        """Conditions of n images; ValueError for other names or numbers of rows."""
+    def _checked(self, others: OtherConditions, n: int) -> Conditions:
+        """`others` on the device; ValueError unless they are n rows each of `data.conditions`."""
         names = self.experiment.data.condition_names
-        for name, rows in (conditions or {}).items():
+        for name, rows in (others or {}).items():
             if name not in names or len(rows) != n:
                 form = f"{n} rows of each of {', '.join(names)}" if names else "empty"
                 raise ValueError(
                     f"conditions, without class labels, must be {form} (data.conditions), not "
                     f"{len(rows)} rows of {name}"
                 )
-        return Conditions(conditions or {}).map(lambda rows: rows.to(self.experiment.device))
+        return Conditions(others or {}).map(lambda rows: rows.to(self.experiment.device))
 
     def _conditions(
-        self,
-        class_label: ClassLabel,
-        seeds: Sequence[int],
-        given: Mapping[str, Tensor] | None,
+        self, class_label: ClassLabel, seeds: Sequence[int], others: OtherConditions
     ) -> Conditions:
         """Conditions of an image for each seed.
 
-        Class labels come from `labels`, conditions that are not `given` from a training image drawn
-        by the seed.
+        Class labels come from `labels`, conditions that are not among `others` from a training
+        image drawn by the seed.
         """
         labels = {"class_labels": self.labels(class_label, len(seeds), seeds)}
-        conditions = self._checked(given, len(seeds)) | labels
+        conditions = self._checked(others, len(seeds)) | labels
         if conditions.keys() >= {*self.experiment.data.condition_names} or not seeds:
             return conditions
         of_training = self.experiment.data.conditions("train", labels=False)
@@ -343,11 +333,11 @@ class Trained:
         seeds: Iterable[int],
         class_label: ClassLabel,
         measurement: Measurement | None,
-        given: Mapping[str, Tensor] | None,
+        others: OtherConditions,
     ) -> Iterator[tuple[Sampler, dict]]:
         """Prior draws, generators, conditions and seeds for each batch that the sampler draws."""
         seeds, run = checked_seeds(seeds), self.experiment
-        conditions = self._conditions(class_label, seeds, given)
+        conditions = self._conditions(class_label, seeds, others)
         for start in range(0, len(seeds), self.at_once):
             part = slice(start, start + self.at_once)
             generators = [keyed_generator(run.device, "sample", s) for s in seeds[part]]
@@ -384,10 +374,10 @@ class Trained:
         compute: Callable[[Network, Tensor, Watch], Tensor],
         x: Tensor,
         class_label: ClassLabel,
-        given: Mapping[str, Tensor] | None,
+        others: OtherConditions,
     ) -> Tensor:
         """Results of `compute(network, part, watch)` for the batches of `x`, as one tensor."""
-        conditions, parts = self.conditions_of(class_label, len(x), given), []
+        conditions, parts = self.conditions_of(class_label, len(x), others), []
         for start in range(0, len(x), self.batch_size):
             part = slice(start, start + self.batch_size)
             of_part = conditions.map(lambda rows, part=part: rows[part])

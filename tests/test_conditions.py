@@ -15,6 +15,7 @@ from library.restoration import Options, ToRestore
 from library.trained import Trained
 from reports.drawings import draw_classes
 from sources.base import Classes
+from sources.batch import KINDS, Kind
 
 NUMBER = {"train": 12, "test": 6}
 
@@ -190,3 +191,16 @@ def test_rows_of_classes_differ_in_their_class_alone(config, tmp_path):
     assert call["class_labels"].unique().tolist() == [0, 1, 2]
     assert len(call["vector"]) == len(call["class_labels"])
     assert len(call["vector"].unique(dim=0)) == 1
+
+
+def test_a_condition_of_an_unknown_kind_is_refused_before_training(config, monkeypatch):
+    monkeypatch.setattr(Labelled, "conditions", lambda self: {"depth": np.zeros((len(self), 1))})
+    config.data.conditions = "depth"
+    for read in (datasets.Data(config.data).get, datasets.Data(config.data).conditions):
+        with pytest.raises(
+            ValueError, match=r"depth is no kind of condition; known: .*vector"
+        ) as e:
+            read("train")
+        assert "\n" not in str(e.value)
+    monkeypatch.setitem(KINDS, "depth", Kind(none=0))
+    assert datasets.Data(config.data).conditions("train")["depth"].shape == (12, 1)
