@@ -120,6 +120,7 @@ class Data:
         self.options, self.stored = options, stored
         self._sources: dict[str, Source] = {}
         self._classes: dict[str, Classes] = {}
+        self._rows: dict[str, dict[str, Tensor]] = {}  # the named conditions of a split
         self._lines: list[str] | None = None  # None: not compared yet
 
     @property
@@ -163,14 +164,15 @@ class Data:
         and class labels unless `data.num_classes` is 0.
         """
         self._compare()
-        names, rows = self.condition_names, {}
-        if unknown := [name for name in names if name not in KINDS]:
+        if unknown := [name for name in self.condition_names if name not in KINDS]:
             raise ValueError(
                 f"data.conditions={self.options.conditions!r}: {unknown[0]} is no kind of "
                 f"condition; known: {', '.join(KINDS)} (sources.batch.KINDS takes more)"
             )
-        source = self._source(split)
-        arrays = source.conditions() if names and hasattr(source, "conditions") else {}
+        rows = self._rows.setdefault(split, {})
+        names = [name for name in self.condition_names if name not in rows]
+        source = self._source(split) if names else ()
+        arrays = source.conditions() if hasattr(source, "conditions") else {}
         for name in names:
             if name not in arrays or len(arrays[name]) != len(source):
                 raise ValueError(
@@ -179,7 +181,8 @@ class Data:
                 )
             rows[name] = torch.from_numpy(np.asarray(arrays[name]))
         if labels and self.options.num_classes:
-            rows["class_labels"] = torch.from_numpy(self._numbered(split).labels)
+            labelled = {"class_labels": torch.from_numpy(self._numbered(split).labels)}
+            return Conditions(rows | labelled)
         return Conditions(rows)
 
     @property

@@ -19,7 +19,8 @@ from sklearn.datasets import load_digits
 
 import datasets
 from configs.poisson import digits_ddpmpp
-from sources import stream
+from sources import SOURCES, stream
+from sources.base import Classes
 from sources.batch import Conditions
 from sources.codec import from_config as get_codec
 from sources.preparation import Preparation
@@ -296,3 +297,29 @@ def test_workers_get_the_source_and_no_conditions(monkeypatch):
     assert list(datasets.in_order(data, 8)) == []
     assert len(pickle.dumps(sent[0])) < n  # the labels take 8 n bytes
     assert sent[0][[3]][0].tolist() == data.read([3])[0].tolist()
+
+
+def test_conditions_of_a_split_are_read_once(monkeypatch):
+    """They are there after the images are, with no source opened again and none that stays."""
+    opened = []
+
+    class Source(Numbers):
+        def conditions(self):
+            return {"vector": np.ones((12, 2), np.float32)}
+
+        def classes(self):
+            return Classes(np.arange(12) % 3, ())
+
+    monkeypatch.setitem(SOURCES, "made", lambda data, split: opened.append(split) or Source(12))
+    config = digits_ddpmpp.get_config()
+    config.data.update(dataset="made", image_size=1, num_classes=3, conditions="vector")
+    data = datasets.Data(config.data)
+    images = data.get("train")
+    conditions = data.conditions("train")
+    assert opened == ["train"] and not data._sources
+    assert [*conditions] == [*images.conditions] == ["vector", "class_labels"]
+    assert all(torch.equal(conditions[name], images.conditions[name]) for name in conditions)
+    assert [*data.conditions("train", labels=False)] == ["vector"]
+    with pytest.raises(ValueError, match="gives no text"):
+        config.data.conditions = "vector,text"
+        data.conditions("train")
