@@ -1,7 +1,7 @@
 """PFGM++ (Xu et al. 2023, arXiv 2302.04265) and EDM (Karras et al. 2022, arXiv 2206.00364)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -144,11 +144,11 @@ class PFGMPP(Method):
         return self.precondition(conditioned(net, conditions), y, sigma)
 
 
+@dataclass(frozen=True, kw_only=True)
 class EDM(PFGMPP):
     """PFGM++ with D = inf, whatever `model.D` is."""
 
-    keys = {name: key for name, key in KEYS.items() if name != "model.D"}
+    D: float = field(default=math.inf, init=False)
 
-    def __post_init__(self):
-        object.__setattr__(self, "D", math.inf)
-        super().__post_init__()
+    keys = {name: key for name, key in KEYS.items() if name != "model.D"}
+    options = {name: key for name, key in PFGMPP.options.items() if name != "D"}

@@ -433,6 +433,9 @@ def test_edm_is_the_limit_whatever_D_says():
     config.training.sde, config.model.D = "pfgmpp", math.inf
     limit = methods.get_method(config)
     assert edm.D == limit.D == math.inf
+    assert type(edm)(**{name: vars(limit)[name] for name in edm.options}) == edm
+    with pytest.raises(TypeError, match="'D'"):
+        type(edm)(**vars(limit))
     assert [edm.sigma_data, edm.sigma_max] == [limit.sigma_data, limit.sigma_max]
 
 
