@@ -2,7 +2,9 @@
 
 import functools
 import logging
+import os
 import re
+import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -406,13 +408,20 @@ def _image_arrays(names: Iterable[str]) -> list[str]:
     return [name for name in names if not name.lower().endswith(LABELS)]
 
 
+_in_memory: weakref.WeakValueDictionary[tuple, NDArray] = weakref.WeakValueDictionary()
+
+
 def _unpacked(file, split: str, limit: int, rules: Rules) -> tuple[NDArray, bool]:
     """The array of `split` in an .npz, or its only array; and whether the file gives the splits."""
     names = _image_arrays(file.files)
     by_split = rules.given_splits(names)
     if not by_split and len(names) != 1:
         raise ValueError(f"it needs one array, or train and test; it has {file.files}")
-    return _read_bounded(file, by_split.get(split, names[0]), limit), bool(by_split)
+    name, stat = by_split.get(split, names[0]), os.fstat(file.zip.fp.fileno())
+    key = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, name, limit
+    if (images := _in_memory.get(key)) is None:  # both splits of one array hold one copy
+        images = _in_memory[key] = _read_bounded(file, name, limit)
+    return images, bool(by_split)
 
 
 def _read_bounded(file, name: str, limit: int) -> NDArray:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shutil
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -522,3 +523,18 @@ def test_results_of_other_data_are_computed_anew(run):
     run_lib.evaluate(own_config(run, **values), run / "run")
     assert report_of(run / "run", 1)["loss"] != first["loss"]
     assert len(list((run / "stats").iterdir())) == 2
+
+
+def test_splits_of_one_packed_array_hold_one_copy(tmp_path):
+    path = tmp_path / "images.npz"
+    np.savez(path, images=np.arange(20 * 16, dtype=np.uint8).reshape(20, 4, 4, 1))
+    data = datasets.Data(config_of(path).data)
+    first = data.identity
+    train, test = (data._source(split).source for split in datasets.SPLITS)
+    assert np.shares_memory(train, test)
+    unpacked = weakref.ref(train)
+    del train, test
+    data.close()
+    assert unpacked() is None  # none is held for the next time
+    np.savez(path, images=np.arange(20 * 16, dtype=np.uint8).reshape(20, 4, 4, 1)[::-1])
+    assert datasets.Data(config_of(path).data).identity != first
