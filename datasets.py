@@ -116,6 +116,7 @@ class Data:
         self._sources: dict[str, Source] = {}
         self._classes: dict[str, Classes] = {}
         self._lines: list[str] | None = None  # None: not compared yet
+        self._waits = True  # the lines, for `close`: by then a run has opened its log
 
     @property
     def name(self) -> str:
@@ -201,8 +202,15 @@ class Data:
         return replace(self.identity, classes=self.class_names or self.identity.classes)
 
     def close(self) -> None:
-        """Lets go of the opened sources, and logs, once, how the data differ from the run's."""
+        """Lets go of the opened sources, and logs, once, how the data differ from the run's.
+
+        Data that are first compared after it have this logged at once.
+        """
         self._sources.clear()  # they may hold as much memory as the images
+        self._waits = False
+        self._say()
+
+    def _say(self) -> None:
         while self._lines:
             log.warning(self._lines.pop(0))
 
@@ -225,6 +233,8 @@ class Data:
                 f"{self.stored.digest.partition(':')[0]!r} (data.digest)"
             )
         self._lines = lines
+        if not self._waits:
+            self._say()
 
     @functools.cached_property
     def _complete_options(self) -> ConfigDict:
