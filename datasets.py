@@ -122,6 +122,7 @@ class Data:
         self._classes: dict[str, Classes] = {}
         self._rows: dict[str, dict[str, Tensor]] = {}  # the named conditions of a split
         self._lines: list[str] | None = None  # None: not compared yet
+        self._waits = True  # the lines, for `close`: by then a run has opened its log
 
     @property
     def name(self) -> str:
@@ -215,8 +216,15 @@ class Data:
         return replace(self.identity, classes=self.class_names or self.identity.classes)
 
     def close(self) -> None:
-        """Release the opened sources, and log once how the data differ from those of the run."""
+        """Release the opened sources, and log once how the data differ from those of the run.
+
+        Data that are first compared after it have this logged at once.
+        """
         self._sources.clear()  # they may hold as much memory as the images
+        self._waits = False
+        self._say()
+
+    def _say(self) -> None:
         while self._lines:
             log.warning(self._lines.pop(0))
 
@@ -239,6 +247,8 @@ class Data:
                 f"{self.stored.digest.partition(':')[0]!r} (data.digest)"
             )
         self._lines = lines
+        if not self._waits:
+            self._say()
 
     @functools.cached_property
     def _complete_options(self) -> ConfigDict:

@@ -268,6 +268,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         for path in checkpoints.values():
             log.info(f"would evaluate {path} on {run.device}: {', '.join(parts)}")
         log.info(f"the results would be in {folder}")
+        run.data.close()
         return
     with open_workdir(workdir, folder, main):
         distributed.barrier()  # nobody writes before the main process holds the lock

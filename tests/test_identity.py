@@ -324,6 +324,18 @@ def test_what_is_allowed_is_said_once(tmp_path, caplog):
     assert re.fullmatch(r"the data .*27 to .*18 to.*gone: class 'ant'\): .*", record.getMessage())
 
 
+def test_what_is_allowed_is_said_of_data_that_were_closed_before(tmp_path, caplog):
+    class_tree(tmp_path)
+    run = run_of(tmp_path)
+    shutil.rmtree(tmp_path / "ant")
+    data = run(changed="allow")
+    data.close()
+    assert not caplog.records
+    data.get("train"), data.labels("test")
+    (record,) = caplog.records
+    assert "gone: class 'ant'): data.changed='allow'" in record.getMessage()
+
+
 def test_digests_of_two_kinds_are_not_compared(tmp_path, caplog):
     write_tree(tmp_path, grey(1, 20))
     stored = identity(tmp_path)
@@ -380,13 +392,17 @@ def test_checkpoints_have_the_identity(run):
     assert numbered["data"] == newest(run)["data"]
 
 
-def test_a_run_goes_on_with_other_data_where_it_is_allowed_once(run):
+def test_a_run_goes_on_with_other_data_where_it_is_allowed_once(run, caplog):
     shutil.rmtree(run / "data/ant")
     for dry_run in (True, False):
         with pytest.raises(ValueError, match="gone: class 'ant'"):
             run_lib.train(own_config(run, training__n_iters=3), run / "run", dry_run)
     with pytest.raises(ValueError, match="gone: class 'ant'"):
         run_lib.evaluate(own_config(run), run / "run")
+    caplog.clear()
+    allowed = own_config(run, data__changed="allow", eval__enable_loss=True)
+    run_lib.evaluate(allowed, run / "run", dry_run=True)
+    assert caplog.text.count("gone: class 'ant'): data.changed='allow'") == 1
     run_lib.train(own_config(run, training__n_iters=3, data__changed="allow"), run / "run")
     assert "gone: class 'ant'): data.changed='allow'" in (run / "run/stdout.txt").read_text()
     content = newest(run)
