@@ -28,6 +28,7 @@ from library.fitting import Fitting
 from library.trained import Trained
 from likelihood import Likelihood, get_likelihood_fn
 from models.weights import load_ema
+from solvers.rk45 import limits_of
 from sources.batch import Conditions
 from sources.codec import CODECS, Codec, Shape
 from sources.codec import from_config as get_codec
@@ -282,7 +283,7 @@ class Experiment:
     @property
     def limits(self) -> dict[str, float]:
         """The options of `rk45`."""
-        return {name: self.config.sampling[name] for name in ("rtol", "atol", "max_evaluations")}
+        return limits_of(self.config.sampling)
 
     @property
     def seed(self) -> int:

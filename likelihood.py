@@ -13,7 +13,7 @@ from configs.schema import Key, OneOf
 from methods.base import Method, Network, conditioned, noise_like
 from sampling import check_positive
 from solvers.base import Counted, Watch
-from solvers.rk45 import rk45
+from solvers.rk45 import limits_of, rk45
 from solvers.solve import watch_times
 from sources.codec import Codec
 from sources.codec import from_config as get_codec
@@ -164,9 +164,8 @@ class Likelihood:
         """
         net = conditioned(net, conditions or {})
         probes = named(DIVERGENCES, "eval.divergence", self.divergence)(data, generator)
-        limits = {name: getattr(self, name) for name in ("rtol", "atol", "max_evaluations")}
         log_p, latent, evaluations = log_likelihood(
-            self.method, net, data, probes, watch=watch, **limits
+            self.method, net, data, probes, watch=watch, **limits_of(self)
         )
         offset = math.log2(self.codec.levels) - self.codec.log_volume / math.log(2)
         bits = -log_p / (data[0].numel() * math.log(2)) + offset

@@ -20,6 +20,7 @@ from solvers import FITTED, SCHEDULES, SOLVERS, solver_named
 from solvers.base import Callback, Watch
 from solvers.fitted import FINE_STEPS, Fit
 from solvers.fixed_steps import Churn
+from solvers.rk45 import limits_of
 from solvers.solve import encode, solve_ode, solve_sde
 from sources.codec import Codec
 from sources.codec import from_config as get_codec
@@ -450,11 +451,6 @@ class ODESampler(Sampler):
         return solver_named(self.solver).schedule is None
 
     @property
-    def limits(self) -> dict[str, float]:
-        """The options of `rk45`."""
-        return {name: getattr(self, name) for name in ("rtol", "atol", "max_evaluations")}
-
-    @property
     def integrate(self):
         if self.is_fitted and self.fit is None:
             raise ValueError(
@@ -472,7 +468,7 @@ class ODESampler(Sampler):
             advance=advance,
             churn=self.churn if self.churn.S_churn else None,
             noise_removal=self.noise_removal,
-            **self.limits,
+            **limits_of(self),
         )
 
     def without_fit(self) -> Self:

@@ -1,6 +1,7 @@
 """Dormand-Prince 5(4), a solver that chooses its own steps."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ _A = (
 )
 _B = (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
 _E = (-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40)
+
+
+def limits_of(options: Any) -> dict[str, float]:
+    """The options of `rk45` among the attributes of `options`, such as a config's `sampling`."""
+    return {name: getattr(options, name) for name in ("rtol", "atol", "max_evaluations")}
 
 
 def rk45(

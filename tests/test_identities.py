@@ -107,10 +107,10 @@ def test_a_guide_has_codec_and_conditions(codecs, tmp_path, monkeypatch, changes
     monkeypatch.setattr(experiment, "load_ema", lambda network, content: None)
     config = tiny(**{"data__codec": "scaled", "sampling__guide": str(path), **changes})
     if reason is None:
-        assert isinstance(experiment._guide(config, torch.device("cpu")), nn.Module)
+        assert isinstance(experiment._guide(config, (1, 8, 8), torch.device("cpu")), nn.Module)
         return
     with pytest.raises(ValueError) as caught:
-        experiment._guide(config, torch.device("cpu"))
+        experiment._guide(config, (1, 8, 8), torch.device("cpu"))
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -124,7 +124,7 @@ def test_what_is_measured_is_of_one_codec(codecs, tmp_path, monkeypatch, changes
     stored = tiny(data__codec="scaled", training__M=77, **open_keys)
     found = [Path("checkpoint_2.pth"), stored]
     monkeypatch.setattr(experiment.run_config, "find", lambda workdir: found)
-    monkeypatch.setattr(experiment, "_mean_norm", lambda config: 100.0)
+    monkeypatch.setattr(experiment, "_mean_norm", lambda config, codec: 100.0)
     config = tiny(**{"data__codec": "scaled", "training__M": None, **open_keys, **changes})
     completed, _ = experiment.complete(config, tmp_path)
     assert (completed.training.M == 77) is reused

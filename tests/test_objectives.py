@@ -66,7 +66,7 @@ def images_of(number):
 def test_the_loss_of_an_evaluation_is_of_the_draws_of_the_objective(config, tmp_path):
     objective = objective_of(config)
     data = Resident(images_of(6), Conditions())
-    assert evaluation_of(objective, tmp_path, 7).loss(data, 6, {})["loss"] == 7
+    assert evaluation_of(objective, tmp_path, 7).loss(data, 6)["loss"] == 7
     assert not any(objective.modes)
 
 
