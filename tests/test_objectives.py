@@ -51,6 +51,7 @@ def evaluation_of(objective, folder, step):
         device=torch.device("cpu"),
         method=objective.method,
         objective=objective,
+        objective_settings={"training.objective": "own"},
         network=lambda x, label=None, **conditions: torch.zeros_like(x),
         codec=SimpleNamespace(encode=lambda images: 2 * images - 1),
     )
