@@ -9,6 +9,7 @@ from test_small_runs import report_of, tiny
 from torch import nn
 
 import run_lib
+from library.ema import rebuild_ema
 from models import create_model
 from models.ema import (
     ExponentialMovingAverage,
@@ -189,7 +190,7 @@ def test_the_rebuilt_weights_are_those_of_the_checkpoints(tmp_path):
     path = tmp_path / "checkpoints/checkpoint_6.pth"
     content = load_checkpoint(path)
     load_ema(model, content)
-    run_lib.evaluation.rebuild_ema(model, 0.08, tmp_path, path, content)
+    rebuild_ema(model, 0.08, tmp_path, path, content)
     made_of = [
         (step, average["std"], average["shadow_params"][0])
         for step in (2, 4, 6)

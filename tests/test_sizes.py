@@ -38,8 +38,8 @@ def write(folder, shapes=SHAPES):
 
 def described(path, size=16):
     config = configured(path, size)
-    train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
-    return datasets.describe(config, train, test)
+    data = datasets.Data(config.data)
+    return data.describe(data.get("train"), data.get("test"))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -230,8 +230,8 @@ def test_a_signal_ends_a_snapshot_at_its_next_evaluation(tmp_path, monkeypatch, 
     evaluations = []
     build = run_lib.Experiment.build
 
-    def build_and_hook(config):
-        run = build(config)
+    def build_and_hook(*arguments):
+        run = build(*arguments)
 
         def count(module, inputs):
             if not module.training and not torch.is_grad_enabled():
