@@ -320,6 +320,6 @@ def test_conditions_of_a_split_are_read_once(monkeypatch):
     assert [*conditions] == [*images.conditions] == ["vector", "class_labels"]
     assert all(torch.equal(conditions[name], images.conditions[name]) for name in conditions)
     assert [*data.conditions("train", labels=False)] == ["vector"]
-    with pytest.raises(ValueError, match="gives no text"):
-        config.data.conditions = "vector,text"
+    with pytest.raises(ValueError, match="gives no image"):
+        config.data.conditions = "vector,image"
         data.conditions("train")
