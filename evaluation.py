@@ -32,7 +32,7 @@ from reports.images import Images, channels_last, image_grid, save_grid, to_uint
 from reports.progress import progress_bar, solver_bar
 from solvers.base import TooManyEvaluations
 from solvers.solve import solve_ode
-from storage.digests import digest, digests, digests_of_conditions
+from storage.digests import digest, digests_of_conditions
 from storage.files import cached, check_arrays, read_arrays, save_png
 
 log = logging.getLogger(__name__)
@@ -431,9 +431,7 @@ class Evaluation:
         """
         run, measurement = self.run, restored.measurement
         value, operator = measurement.value, measurement.operator
-        known = operator.forward(torch.ones(1, *run.codec.shape))
-        origin = self.origin | digests(measurements=value, known=known)
-        origin |= digests_of_conditions(restored.conditions)
+        origin = self.origin | restored.origin(run.codec.shape)
         channels, *sides = run.codec.data_shape
         size = RESTORATIONS * max(1, self.batch_size // RESTORATIONS)
         rows = torch.arange(len(value), device=value.device).repeat_interleave(RESTORATIONS)

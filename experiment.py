@@ -52,13 +52,13 @@ EARLIER_RULES = (
     "holds out the same files as then"
 )
 
-# What these depend on besides the images themselves.
+# Keys that decide the `MEASURED` values, besides the images themselves.
 DECISIVE = (
     *("data.dataset", "data.image_size", "data.centered", "data.codec"),
     *("model.sigma_end", "training.tau"),
 )
 
-# What a network that guides another has to share with it.
+# Keys whose values a guide shares with the network that it guides.
 SHARED = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
     *("data.codec", "data.conditions"),
@@ -88,41 +88,42 @@ def complete(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, str | None]
     if config.data.num_classes == -1:
         left_open.add("data.num_classes")
     newest = sources.NEWEST_RULES.get(config.data.dataset.lower(), 1)
-    lines, scale_lines, own, found = [], [], {}, {}
+    lines, scale_lines, run_values, values = [], [], {}, {}
     if left_open or (newest > 1 and not config.data.rules):
         stored = run_config.find(workdir)
         # config.json may stem from a start that saved no state
         if stored and stored[0].suffix == ".pth":
-            own = run_config.flatten(stored[1])
+            run_values = run_config.flatten(stored[1])
     if not config.data.rules:
-        of_same = str(own.get("data.dataset")).lower() == config.data.dataset.lower()
-        config.data.rules = (of_same and own["data.rules"]) or newest
+        of_same = str(run_values.get("data.dataset")).lower() == config.data.dataset.lower()
+        config.data.rules = (of_same and run_values["data.rules"]) or newest
     if config.data.rules < newest:
         lines.append(EARLIER_RULES.format(config.data.rules))
     if not left_open:
         return config, "; ".join(lines) or None
     of_codec = {*of_part(CODECS[config.data.codec.lower()], "keys")}
     decisive = {*DECISIVE, *(({"data.scale"} | of_codec) - left_open)}
-    if own and all(own[key] == flat[key] for key in decisive):
-        found = {key: own[key] for key in left_open if own[key]}
-        config.data.scale = tuple(own["data.scale"])  # of images of 8 bits ()
+    if run_values and all(run_values[key] == flat[key] for key in decisive):
+        values = {key: run_values[key] for key in left_open if run_values[key]}
+        config.data.scale = tuple(run_values["data.scale"])  # of images of 8 bits ()
         left_open.discard("data.scale")
-    found.pop("data.scale", None)
-    config.update_from_flattened_dict(found)
+    values.pop("data.scale", None)
+    config.update_from_flattened_dict(values)
     if "data.scale" in left_open:
         config.data.scale, line = data.measure_scale()
         scale_lines += [line] * bool(line)
     if config.data.num_channels == 0:
-        found["data.num_channels"] = config.data.num_channels = data.measure_channels()
+        values["data.num_channels"] = config.data.num_channels = data.measure_channels()
     if config.data.num_classes == -1:
-        found["data.num_classes"] = config.data.num_classes = data.measure_classes()
+        values["data.num_classes"] = config.data.num_classes = data.measure_classes()
     models.check_labels(config.model, config.training.sde, config.training.continuous)
     codec = get_codec(config)
     dim = math.prod(codec.shape)
     measured = method.measure(run_config.flatten(config), dim, lambda: _mean_norm(config, codec))
     config.update_from_flattened_dict(measured)
-    values = ", ".join(f"{key} = {value:.6g}" for key, value in sorted((found | measured).items()))
-    decided = [f"the training images decide: {values}"] * bool(values)
+    values |= measured
+    decided = ", ".join(f"{key} = {value:.6g}" for key, value in sorted(values.items()))
+    decided = [f"the training images decide: {decided}"] * bool(decided)
     return config, "; ".join(scale_lines + decided + lines) or None
 
 
@@ -257,7 +258,7 @@ class Experiment:
         models.check_labels(config.model, config.training.sde, config.training.continuous)
         codec = get_codec(config, device)
         network = models.create_model(config, codec.shape).to(device)
-        guide = _guide(config, codec.shape, device) if config.sampling.guide else None
+        guide = _guide(config, codec, device) if config.sampling.guide else None
         data = Data(config.data, identity)
         return cls(
             config=config,
@@ -436,7 +437,7 @@ def _condition_drawer(config, device: torch.device, data: Data) -> Callable[...,
     return draw
 
 
-def _guide(config, shape: Shape, device: torch.device) -> nn.Module:
+def _guide(config, codec: Codec, device: torch.device) -> nn.Module:
     """The network of `sampling.guide` with its EMA weights; ValueError where it is another kind."""
     path = Path(config.sampling.guide).expanduser()
     content = open_checkpoint(path, intact=True)
@@ -450,12 +451,13 @@ def _guide(config, shape: Shape, device: torch.device) -> nn.Module:
             f"sampling.guide={path} is another kind of network: its {key} is {old[key]}, not "
             f"{new[key]}"
         )
-    theirs, ours = get_codec(guide_config).identity, get_codec(config).identity
-    if theirs != ours:
+    theirs = get_codec(guide_config).identity
+    if theirs != codec.identity:
         raise ValueError(
-            f"sampling.guide={path} is another kind of network: its codec is {theirs}, not {ours}"
+            f"sampling.guide={path} is another kind of network: its codec is {theirs}, not "
+            f"{codec.identity}"
         )
-    network = models.create_model(guide_config, shape).to(device)
+    network = models.create_model(guide_config, codec.shape).to(device)
     fit(partial(load_ema, network), content, path)
     return network.eval().requires_grad_(False)
 

@@ -52,7 +52,7 @@ from storage.checkpoints import (
     save_to_resume,
     written_steps,
 )
-from storage.digests import digests, digests_of_conditions
+from storage.digests import digests
 from storage.files import cached, save_npz, save_png
 from storage.tensorboard import TensorBoardWriter
 from storage.workdir import (
@@ -374,26 +374,26 @@ def sample(
     seeds = sampling.seeds_of(
         options.seeds or ("" if options.encode or options.between else "0-63")
     )
-    given = _read_given(config, "sampling.encode", [options.encode] if options.encode else [])
+    pictures = _read_pictures(config, "sampling.encode", [options.encode] if options.encode else [])
     pair = options.between.split(",") if options.between else []
-    ends = _read_given(config, "sampling.between", pair)
+    ends = _read_pictures(config, "sampling.between", pair)
     if ends and len(ends) != 2:
         raise ValueError(f"sampling.between={options.between} must be two images, A.png,B.png")
     run = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time
     execution.prepare_process(config.training.precision, run.experiment.device)
-    if given or ends:
+    if pictures or ends:
         run.conditions_of(None, 1)  # raises where the network needs more conditions of images
     restored = ToRestore.from_config(config, run.experiment) if options.restore else None
     folder = outdir.absolute() if outdir else workdir / "samples" / f"step_{run.step}"
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--outdir={folder} is a file; name a folder")
     settings = _settings(config, run, restored)
-    known = check_settings(folder, settings)
+    stored = check_settings(folder, settings)
     if dry_run:
         there = len(seeds) - len(_sample_files(run, folder).missing(seeds))
         parts = [f"{len(seeds)} samples, {there} of which are there"] * bool(seeds)
         parts += [f"a film of {min(len(seeds), FILM_SAMPLES)}"] * bool(seeds and options.film)
-        parts += [f"{len(given)} images encoded"] * bool(given)
+        parts += [f"{len(pictures)} images encoded"] * bool(pictures)
         parts += [f"a film between {' and '.join(ends)}"] * bool(ends)
         log.info(f"would sample from the EMA weights of step {run.step}, {run.path}, to {folder}")
         log.info("; ".join(parts))
@@ -402,13 +402,13 @@ def sample(
         for line in [decided] * bool(decided) + precisions:
             log.info(line)
         log.info(f"sampling with the EMA weights of step {run.step}, {run.path}")
-        if main and not known:
+        if main and not stored:
             save_settings(folder, settings)
         distributed.barrier()
         if seeds:
             _draw_seeds(run, seeds, folder, settings, restored)
-        if main and given:
-            _encode(run, given, folder, settings)
+        if main and pictures:
+            _encode(run, pictures, folder, settings)
         if main and ends:
             _draw_between(run, ends, folder, settings)
 
@@ -453,23 +453,21 @@ def _settings(config, run: Trained, restored: ToRestore | None) -> dict:
     origin = run.experiment.origin()
     del origin["seed"]  # of the training
     if restored:
-        known = restored.measurement.operator.forward(torch.ones(1, *run.shape))
-        origin |= digests(measurements=restored.measurement.value, known=known)
-        origin |= digests_of_conditions(restored.conditions)
+        origin |= restored.origin(run.experiment.codec.shape)
     return flatten(ConfigDict(origin))
 
 
-def _read_given(config, key: str, names: list[str]) -> dict[str, Picture]:
+def _read_pictures(config, key: str, names: list[str]) -> dict[str, Picture]:
     """The images of files and folders by name, (H, W, C); ValueError for another size."""
     channels, *size = (config.data.num_channels, config.data.image_size, config.data.image_size)
-    found: dict[str, Picture] = {}
+    pictures: dict[str, Picture] = {}
     for name in names:
         for file, picture in read_images(key, name.strip(), channels, config.data.scale).items():
             if picture.shape[:2] != tuple(size):
                 has, needs = (" x ".join(map(str, s)) for s in (picture.shape[:2], size))
                 raise ValueError(f"{key}: {file} has {has} pixels, the network's images {needs}")
-            found[file if file not in found else f"{name}:{file}"] = picture
-    return found
+            pictures[file if file not in pictures else f"{name}:{file}"] = picture
+    return pictures
 
 
 def _draw_seeds(

@@ -15,13 +15,14 @@ from losses import Regression
 from methods.restoration import RESTORE, Measurement, get_operator
 from sampling import Sampler
 from sources.batch import KINDS, Batch, Conditions
-from sources.codec import Codec
+from sources.codec import Codec, Shape
 from sources.folder import read_images
 from sources.images import cropped_then_resized
 from sources.keyed import keyed_generator
 from sources.preparation import to_unit_interval
 from sources.sizes import changes, extent
 from sources.stream import batch_at
+from storage.digests import digests, digests_of_conditions
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,12 @@ class ToRestore:
     def labels(self) -> Tensor | None:
         """Class labels (n,); None without classes."""
         return self.conditions.get("class_labels")
+
+    def origin(self, shape: Shape) -> dict[str, str]:
+        """Digests of measurement, operator and conditions; `shape` is that of x, (C, H, W)."""
+        known = self.measurement.operator.forward(torch.ones(1, *shape))
+        measured = digests(measurements=self.measurement.value, known=known)
+        return measured | digests_of_conditions(self.conditions)
 
     @classmethod
     def from_config(cls, config, run: Run) -> Self:

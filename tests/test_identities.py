@@ -19,6 +19,7 @@ from reports import settings
 from reports.compare import Run, compare_page
 from sources import codec
 from sources.codec import EightBitImages
+from sources.codec import from_config as get_codec
 from storage.digests import digest
 
 
@@ -106,11 +107,12 @@ def test_a_guide_has_codec_and_conditions(codecs, tmp_path, monkeypatch, changes
     monkeypatch.setattr(experiment, "open_checkpoint", lambda path, intact: content)
     monkeypatch.setattr(experiment, "load_ema", lambda network, content: None)
     config = tiny(**{"data__codec": "scaled", "sampling__guide": str(path), **changes})
+    arguments = config, get_codec(config), torch.device("cpu")
     if reason is None:
-        assert isinstance(experiment._guide(config, (1, 8, 8), torch.device("cpu")), nn.Module)
+        assert isinstance(experiment._guide(*arguments), nn.Module)
         return
     with pytest.raises(ValueError) as caught:
-        experiment._guide(config, (1, 8, 8), torch.device("cpu"))
+        experiment._guide(*arguments)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
