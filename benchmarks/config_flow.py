@@ -76,7 +76,7 @@ class Program:
         return self.layers[module]
 
     def target(self, module: str, node: ast.expr) -> tuple | None:
-        """What a name, module.name or Class.method stands for."""
+        """The definition that a name, module.name or Class.method refers to."""
         if isinstance(node, ast.Attribute):
             kind, place, name = self.target(module, node.value) or ("", "", "")
             if kind == "class":

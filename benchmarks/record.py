@@ -219,7 +219,7 @@ def samples(name: str, folder: Path) -> Results:
 
 
 def library(path: Path) -> Results:
-    """What `load` gives for the checkpoint or shared file at `path`."""
+    """Results of the library on the network loaded from the checkpoint or shared file `path`."""
     images = torch.from_numpy(digits(range(200, 208)))[:, None].float() / 255
     trained, seeds = load(path, {"sampling.ode_solver": "heun"}), range(8)
     yield from attempt("sample", lambda: trained.sample(seeds))

@@ -100,7 +100,7 @@ def measure(workdir: Path, num: int, asked: Steps) -> Results:
     net, results, base, sampler = run.network, {}, np.nan, run.sampler
 
     def made(setting: Setting, n: int) -> Fit:
-        """What is fitted to the network, where the setting asks for it."""
+        """Fit schedule or solver to the network, if the setting has one to fit."""
         if FITTED not in setting:
             return Fit(setting.schedule)
         run.sampler = replace(sampler, **setting._asdict(), n=n, noise_removal=True)

@@ -65,10 +65,6 @@ def with_rate(f: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]
 
 Coefficient = Callable[[Tensor], Tensor]  # of a time (), or of times (B,): a tensor of that shape
 
-# What a network can be made to predict of x = alpha y + std n: the noise n, the clean image y, the
-# velocity dx/dt = alpha' y + std' n, or the score -n / std.
-PREDICTIONS = ("noise", "image", "velocity", "score")
-
 
 @dataclass(frozen=True)
 class Preconditioning:
@@ -121,7 +117,9 @@ class Method(abc.ABC):
     Attributes:
         keys: the keys that the method declares, for `configs.default`.
         options: {field: the key that it is read from}.
-        predicts: one of `PREDICTIONS`: what `precondition` makes of the network's output.
+        predicts: the prediction that `precondition` makes of the network's output, for
+            x = alpha y + std n: "noise" n, "image" y, "velocity" dx/dt = alpha' y + std' n, or
+            "score" -n / std.
         extra_channels: channels that the network gives beyond those of the image.
         uses_reference_batch: `target` depends on the reference batch.
         t_prior, t_data: times at which sampling starts and ends.

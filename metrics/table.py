@@ -236,7 +236,7 @@ def remarks(report: Mapping) -> list[str]:
     return [f"{space}: {text}" if space else text for space, _, text in said]
 
 
-# What `compare_halves` gives.
+# Entries that `compare_halves` gives.
 OF_HALVES = (*(f"{key}_data" for key, m in METRICS.items() if m.halves), "half_first", "half_other")
 
 

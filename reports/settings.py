@@ -40,7 +40,7 @@ OF_SPLIT_TOO = {
     "accuracy": ("classes.",),
 }
 
-# What a report means that lacks these: its program had nothing else.
+# Values of reports that lack these settings: older programs had no others.
 BEFORE = {"data.codec": "pixels", "data.conditions": "", "training.objective": "regression"}
 
 

@@ -17,7 +17,7 @@ TEST = (
     *("test", "testing", "validation", "valid", "val", "eval", "evaluation"),
     *("dev", "development", "heldout", "holdout"),
 )
-# What may stand beside a word: test_images, valset, train2017.
+# Words before or after the name of a split: test_images, valset, train2017.
 _AROUND = "images?|imgs?|pictures?|pics?|photos?|samples?|files?|data|dataset|set|split|folder"
 _WORDS = "|".join((*TRAIN, *TEST))
 _SPLIT = re.compile(rf"(?:{_AROUND})?({_WORDS})(?:{_AROUND})?(?:(?:19|20)\d\d)?")

@@ -162,7 +162,7 @@ def test_messages_name_a_value_whose_text_no_memory_holds(tmp_path, entry):
 
 
 def resolved(entry):
-    """What a checkpoint holds, its tensors read one by one."""
+    """The content of a checkpoint, its tensors read one by one."""
     if isinstance(entry, dict):
         return {key: resolved(value) for key, value in entry.items()}
     if isinstance(entry, list):

@@ -155,7 +155,7 @@ def test_evaluations_of_other_settings_are_two_columns(name, value, ranked, seed
 
 
 def test_settings_of_the_config_that_an_evaluation_replaced():
-    """What both say is one row; what an evaluation was told otherwise stands under its own name."""
+    """Equal values of config and evaluation are one row; others have rows of their own."""
     runs = [run("a", report(1, {"fid": 1.0}), seed=1, sampling__N=18)]
     runs += [run("b", report(1, {"fid": 1.0}, sampling__N=2), seed=1, sampling__N=2)]
     assert differing(grouped(runs)) == {"sampling.N": ["18", "2"]}
