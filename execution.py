@@ -165,6 +165,29 @@ def check_precision(precision: str, device: torch.device, key: str = "training.p
         raise ValueError(f"{key}='tf32': {device} has no TF32; use 'fp32'")
 
 
+def has_precision(precision: str, device: torch.device) -> bool:
+    """Whether `check_precision` accepts `precision` on `device`."""
+    try:
+        check_precision(precision, device)
+    except ValueError:
+        return False
+    return True
+
+
+def named_device(name: str) -> torch.device:
+    """The device that `device`, "auto" or a name of PyTorch, means in this process.
+
+    Raises ValueError where it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=distributed.local_device(torch.device(name))).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r} cannot be used: {reason}") from error
+
+
 def _has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 

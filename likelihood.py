@@ -8,10 +8,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from configs.keys import get, named
+from configs.keys import arguments, named
 from configs.schema import Key, OneOf
 from methods.base import Method, Network, conditioned, noise_like
-from sampling import check_positive
+from samplers.base import check_positive
 from solvers.base import Counted, Watch
 from solvers.rk45 import limits_of, rk45
 from solvers.solve import watch_times
@@ -142,8 +142,7 @@ class Likelihood:
     @classmethod
     def from_config(cls, config, method: Method, codec: Codec) -> Self:
         """The likelihood of `method`; ValueError where it has none, or a number is out of range."""
-        numbers = {field: get(config, key) for field, key in cls.options.items()}
-        return cls(method=method, codec=codec, **numbers)
+        return cls(method=method, codec=codec, **arguments(cls, config))
 
     def __call__(
         self,
@@ -177,11 +176,9 @@ def passes_of(split: str, repeats: int) -> int:
     return repeats if split == "test" else 1
 
 
-def get_likelihood_fn(config, method: Method, codec: Codec | None = None) -> Likelihood:
+def get_likelihood_fn(config, method: Method) -> Likelihood:
     """Bits per dimension of `method`, to be called as `Likelihood.__call__` says.
 
-    `codec` is that of the config if there is one already. Raises ValueError as
-    `Likelihood.from_config` does.
+    Raises ValueError as `Likelihood.from_config` does.
     """
-    codec = get_codec(config) if codec is None else codec
-    return Likelihood.from_config(config, method, codec)
+    return Likelihood.from_config(config, method, get_codec(config))

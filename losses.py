@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from configs.keys import get, named, of_part
+from configs.keys import arguments, named, of_part
 from configs.schema import SHARE, Flag, Key, OneOf, whole
 from methods.base import Method, Network
 from methods.field import poisson_field, posterior_mean
@@ -82,7 +82,7 @@ class Regression(nn.Module):
     @classmethod
     def from_config(cls, config, method: Method) -> Self:
         """The objective of `config`; ValueError where its numbers contradict each other."""
-        return cls(method, **{name: get(config, key) for name, key in cls.options.items()})
+        return cls(method, **arguments(cls, config))
 
     def forward(
         self,

@@ -171,7 +171,7 @@ class Body(ast.NodeVisitor):
         if ast.unparse(callee) == "partial":
             callee, arguments = arguments[0], arguments[1:]
         for function in program.callees(self.function, callee, self.local):
-            if function[1].endswith(".from_config") and not self._counts(callee, function):
+            if function[1].split(".")[-1] == "from_config" and not self._counts(callee, function):
                 continue
             names = program.parameters(function)
             holders = {p for p, a in zip(names, arguments, strict=False) if self.holds(a)}

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
 import execution
-from experiment import Experiment, decide_precisions
+from experiment import Experiment
 from methods import poisson
 from sources.preparation import Preparation
 from training import TrainState, train_step
@@ -196,8 +196,9 @@ def print_table(forms: dict[str, dict]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    config, measured = decide_precisions(FLAGS.config, None)
-    for line in measured:
+    experiment = Experiment.build(FLAGS.config)
+    config = experiment.config  # with its precisions decided
+    for line in experiment.remarks:
         print(line)
     trainers = {"ours": Trainer(config)}
     if FLAGS.plain:

@@ -18,7 +18,7 @@ import sampling
 import training
 from configs.keys import get, of_part, shown
 from configs.schema import LENGTH, Flag, Key, Number, Numbers, OneOf, Text, whole
-from library import restoration
+from library import restoration, sample_folder
 from losses import OBJECTIVES
 from methods import METHODS
 from metrics import features, reference
@@ -64,26 +64,6 @@ LOOPS = {
         False, Flag(), "torch.compile the network of training; needs a compiler, and minutes"
     ),
     "training.channels_last": Key(False, Flag(), "memory format of the network, for tensor cores"),
-    "sampling.seeds": Key(
-        "",
-        Text(r"|\d{1,15}(-\d{1,15})?(,\d{1,15}(-\d{1,15})?)*", "seeds such as 0-63 or 1,2,5-10"),
-        "--mode sample: one sample each; '': 0-63, with encode or between none",
-    ),
-    "sampling.film": Key(
-        False, Flag(), "--mode sample: a film of the first 36 seeds from the prior to the image"
-    ),
-    "sampling.film_format": Key(
-        "webp", OneOf(("webp", "gif", "mp4")), "of films; 'mp4' needs the program ffmpeg"
-    ),
-    "sampling.encode": Key(
-        "",
-        Text(),
-        "--mode sample: an image, or a folder, .zip, .npy or .npz of them: latents, bits/dim, "
-        "reconstructions",
-    ),
-    "sampling.between": Key(
-        "", Text(), "--mode sample: two images A.png,B.png: a film that leads from one to the other"
-    ),
     "eval.begin_ckpt": Key(
         1, whole(0, 10**6), "first checkpoint to evaluate, counted in training.snapshot_freq steps"
     ),
@@ -135,7 +115,7 @@ def all_keys() -> dict[str, Key]:
         *(methods, models, *NETWORKS.values(), sampling, *SAMPLERS.values(), LIMITS),
         *(*SOLVERS.values(), *SCHEDULES.values(), restoration, *METHODS.values()),
         *(losses, *OBJECTIVES.values(), preparation, optimizers, *OPTIMIZERS.values(), training),
-        *(LOOPS, features, reference, likelihood.Likelihood),
+        *(LOOPS, sample_folder, features, reference, likelihood.Likelihood),
     ):
         keys |= owner if isinstance(owner, dict) else getattr(owner, "KEYS", of_part(owner, "keys"))
     return keys

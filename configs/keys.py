@@ -27,6 +27,11 @@ def get(config: ConfigDict, key: str) -> Any:
     return (config[section] if section else config)[name]
 
 
+def arguments(part: Any, config: ConfigDict) -> dict[str, Any]:
+    """Arguments of the constructor of `part`, which its `options` {argument: key} name."""
+    return {argument: get(config, key) for argument, key in part.options.items()}
+
+
 def named(table: dict[str, Any], key: str, value: str) -> Any:
     """The entry of a registry that the `value` of a `key` names, in upper or lower case.
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import distributed
-import sampling
 from reports.progress import solver_bar
-from sampling import ODESampler
+from samplers.ode import ODESampler
 from solvers import FITTED, Schedule, fitted
 from solvers.base import Callback, Step
-from solvers.fitted import Fit
-from solvers.fixed_steps import Advance
+from solvers.fitted import FINE_STEPS, Fit
+from solvers.fixed_steps import Advance, Churn
 from solvers.solve import solver_levels
 from sources.batch import Conditions
 from sources.keyed import keyed_generator
@@ -68,7 +67,7 @@ class Fitting:
         return math.prod(self.sampler.codec.shape)
 
     def _schedule(self) -> Schedule:
-        fine = sampling.for_trajectories(self.sampler)
+        fine = for_trajectories(self.sampler)
         number = fitted.number_of_trajectories(self._dim, fitted.MOST_FOR_LEVELS)
         conditions = self.draw_conditions(number, "fitted")
 
@@ -83,7 +82,7 @@ class Fitting:
         return partial(fitted.schedule, levels, cost)
 
     def _steps(self, schedule: Schedule) -> Advance:
-        fine, taken = sampling.for_trajectories(self.sampler), sampling.for_fitting(self.sampler)
+        fine, taken = for_trajectories(self.sampler), for_fitting(self.sampler)
         n, order = taken.n, taken.order
         levels = solver_levels(taken.method, schedule, n, taken.rho, taken.noise_removal)
         number = fitted.number_of_trajectories(self._dim, fitted.MOST_FOR_STEPS)
@@ -148,6 +147,38 @@ class Fitting:
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"fitting the sampler: {error}") from error
+
+
+def for_trajectories(sampler: ODESampler) -> ODESampler:
+    """The sampler of the trajectories to which schedule and solver are fitted.
+
+    Its schedule has to be set to `solvers.fitted.fine_levels`. With it, for Gaussian data, the
+    relative error of the samples is 2e-4 with `unipc` and 2e-3 with `multistep`.
+    """
+    return replace(
+        sampler,
+        solver="unipc",
+        n=FINE_STEPS + 1,
+        order=None,
+        churn=Churn(0.0),
+        schedule="auto",
+        noise_removal=False,
+        precision="fp32",
+        fit=None,
+    )
+
+
+def for_fitting(sampler: ODESampler) -> ODESampler:
+    """The sampler for fitted steps, which the caller has to add."""
+    return replace(
+        sampler,
+        solver=FITTED,
+        churn=Churn(0.0),
+        schedule="auto",
+        precision="fp32",
+        order=min(sampler.order or 3, sampler.n),
+        fit=None,
+    )
 
 
 def cached_arrays(path: Path, key: dict, compute: Callable[[], dict], spec: Spec) -> list[Tensor]:

@@ -13,7 +13,7 @@ from configs.schema import Flag, Key, Number, OneOf, Text, whole
 from datasets import Data
 from losses import Regression
 from methods.restoration import RESTORE, Measurement, get_operator
-from sampling import Sampler
+from samplers.base import Sampler
 from sources.batch import KINDS, Batch, Conditions
 from sources.codec import Codec, Shape
 from sources.folder import read_images

@@ -1,7 +1,7 @@
 """Work in rounds, each a cached file: a kill costs one round, and processes share them."""
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import distributed
@@ -9,50 +9,71 @@ from reports.progress import progress_bar
 from storage.files import Spec, cached
 
 
-def shared(desc: str, tasks: Sequence[tuple[int, Callable[[], dict]]]) -> list[dict]:
-    """Results of all `tasks`, pairs (number of images, work), in the main process; [] in others.
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds of at most `size` images, of `total` in all, and this several times (`passes`).
 
-    Each process does its share. The main process reads the results of others from the files of
-    `cached`; where these are not on a common disk, it repeats the work.
+    Attributes:
+        name: of the work, for the progress bar.
     """
-    mine = tasks[distributed.rank() :: distributed.world()]
-    results = []
-    with progress_bar(total=sum(n for n, _ in mine), desc=desc, unit="image") as progress:
-        for images, task in mine:
-            results.append(task())
-            progress.update(images)
-    if distributed.world() == 1:
-        return results
-    distributed.barrier()
-    return [task() for _, task in tasks] if distributed.is_main() else []
+
+    name: str
+    total: int
+    size: int
+    passes: int = 1
+
+    @property
+    def parts(self) -> list[slice]:
+        """The images of each round."""
+        starts = range(0, self.total, self.size)
+        return self.passes * [slice(i, min(i + self.size, self.total)) for i in starts]
+
+    def results(self, work: Callable[[int, slice], dict]) -> list[dict]:
+        """Results of `work(number of the round, its images)`, in the main process; [] in others.
+
+        Each process does its share of the rounds. The main one then reads the results of the others
+        from the files that `work` caches; where these are not on a common disk, it repeats it.
+        """
+        rounds = [*enumerate(self.parts)]
+        share, results = rounds[distributed.rank() :: distributed.world()], []
+        images = sum(part.stop - part.start for _, part in share)
+        with progress_bar(total=images, desc=self.name, unit="image") as progress:
+            for i, part in share:
+                results.append(work(i, part))
+                progress.update(part.stop - part.start)
+        if distributed.world() == 1:
+            return results
+        distributed.barrier()
+        return [work(i, part) for i, part in rounds] if distributed.is_main() else []
+
+    def cached(
+        self,
+        files: Path,
+        origin: dict,
+        spec: Callable[[int, int], Spec],
+        work: Callable[[int, slice], dict],
+    ) -> list[dict]:
+        """The `results` of work that is cached in {files}_{i}.npz, of round i.
+
+        Args:
+            files: path of the files, without what follows.
+            origin: everything that the results depend on; see `cached`.
+            spec: the arrays of the file of round i with n images, `spec(i, n)`.
+            work: see `results`.
+        """
+
+        def path(i: int) -> Path:
+            return files.with_name(f"{files.name}_{i}.npz")
+
+        def work_once(i: int, part: slice) -> dict:
+            key, number = origin | {"batch": (i, self.size)}, part.stop - part.start
+            return cached(path(i), key, lambda: work(i, part), spec(i, number))
+
+        remove_others(files.parent, f"{files.name}_*.npz", [*map(path, range(len(self.parts)))])
+        return self.results(work_once)
 
 
-def in_batches(
-    desc: str,
-    files: Path,
-    starts: Sequence[int],
-    size: int,
-    total: int,
-    origin: dict,
-    compute: Callable[[int, int], dict],
-    spec: Callable[[int, int], Spec],
-) -> list[dict]:
-    """Results of `compute(i, start)` for each of `starts`, cached in {files}_{i}.npz; see `shared`.
-
-    Batch i has `size` images, or those that remain of `total` from `start` on. `spec(i, number)` is
-    the spec of the file of a batch of `number` images (see `cached`).
-    """
-    paths = [files.with_name(f"{files.name}_{i}.npz") for i in range(len(starts))]
-    remove_others(files.parent.glob(f"{files.name}_*.npz"), paths)
-    tasks = []
-    for i, (start, path) in enumerate(zip(starts, paths, strict=True)):
-        number, key = min(size, total - start), origin | {"batch": (i, size)}
-        task = partial(cached, path, key, partial(compute, i, start), spec(i, number))
-        tasks.append((number, task))
-    return shared(desc, tasks)
-
-
-def remove_others(files: Iterable[Path], wanted: list[Path]) -> None:
-    """Remove `files` that are not `wanted`: results of an earlier evaluation with other numbers."""
-    for path in set(files) - set(wanted) if distributed.is_main() else ():
+def remove_others(folder: Path, pattern: str, wanted: list[Path]) -> None:
+    """Remove files of an earlier evaluation with other numbers: those that are not `wanted`."""
+    for path in set(folder.glob(pattern)) - set(wanted) if distributed.is_main() else ():
         path.unlink(missing_ok=True)

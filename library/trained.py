@@ -19,7 +19,7 @@ from losses import Regression
 from methods.base import Method, Network, conditioned
 from methods.restoration import Measurement
 from reports.progress import solver_bar
-from sampling import Sampler
+from samplers.base import Sampler
 from solvers.base import Watch
 from solvers.solve import encode, solve_ode
 from solvers.states import States

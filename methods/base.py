@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from configs.keys import get
+from configs.keys import arguments
 from configs.schema import Key
 from methods import student_t
 from sources.batch import Batch
@@ -161,7 +161,7 @@ class Method(abc.ABC):
     @classmethod
     def from_config(cls, config) -> Self:
         """The method with the numbers of `config`; ValueError where they contradict each other."""
-        return cls(**{field: get(config, key) for field, key in cls.options.items()})
+        return cls(**arguments(cls, config))
 
     @classmethod
     def measure(

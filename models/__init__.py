@@ -59,22 +59,27 @@ KEYS = {
 }
 
 
-def create_model(config: ConfigDict, shape: Shape | None = None) -> nn.Module:
-    """The network of `config.model.name`, on the CPU, its weights drawn from the global generator.
+def create_model(config: ConfigDict) -> nn.Module:
+    """The network of `config`, on the CPU; see `from_config`.
 
-    Call it as `model(x, noise_label)`, with `x` (B, C, H, W) as the data scaler leaves it and
+    Its input has the shape that the config's codec gives, which is built for it.
+    """
+    return from_config(config, get_codec(config).shape)
+
+
+def from_config(config: ConfigDict, shape: Shape) -> nn.Module:
+    """The network of `config.model.name`, its weights drawn from the global generator.
+
+    Call it as `model(x, noise_label)`, with `x` (B, *shape) as the codec encodes it and
     `noise_label` (B,). Where the config has `data.num_classes` or `model.augment_dim`, it also
     takes `class_labels` (B,), int64, or `augment_labels` (B, augment_dim); -1, 0 or None for none.
     It returns a tensor of the shape of `x`; where the method needs a channel more, the pair of that
     tensor and the channel's spatial mean (B,), which is the Poisson field.
 
-    `shape` (C, H, W) is that of x; None: that of the config's codec, which is built for it.
-
     Raises:
         ValueError: an option has an unknown value, two options do not go together, or the levels
             do not divide the image size.
     """
-    shape = get_codec(config).shape if shape is None else shape
     if config.data.num_classes < 0:
         raise ValueError("data.num_classes is open: training measures it at its first start")
     extra = method_class(config.training.sde).extra_channels

@@ -17,8 +17,7 @@ from solvers import FITTED, SOLVERS, solver_named
 from storage.digests import digests, digests_of_conditions
 
 if TYPE_CHECKING:
-    from datasets import DataSet
-    from experiment import Experiment
+    from library.evaluated import Evaluated, Split
     from library.restoration import ToRestore
     from metrics.reference import ReferenceStatistics
 
@@ -212,45 +211,40 @@ def sampler_words(settings: Settings, *cost: str) -> str:
 
 def from_config(
     config,
-    run: "Experiment",
-    step: int,
-    origin: dict,
-    data: "DataSet | None",
+    evaluated: "Evaluated",
+    split: "Split | None",
     statistics: "Sequence[ReferenceStatistics]",
     restored: "ToRestore | None",
-    origin_of_data: dict,
 ) -> dict[str, Any]:
     """Settings of a report, flat; those of a part are there only if it is evaluated.
 
     Args:
-        origin: see `Experiment.origin`.
-        data: the split that loss and likelihood are computed on; None without these.
+        split: of loss and likelihood; None without these.
         statistics: reference statistics of samples; () without samples.
         restored: the images to restore; None without restoration.
-        origin_of_data: digests of `data`; see `metrics.reference.origin_of`.
     """
-    options = config.eval
-    made_by = {"step": step, "weights": origin["weights"][:DIGITS]}
+    options, origin, experiment = config.eval, evaluated.origin, evaluated.experiment
+    made_by = {"step": evaluated.step, "weights": origin["weights"][:DIGITS]}
     made_by |= {"seed": origin["seed"], "eval.ema_std": options.ema_std}
     made_by |= {"data.centered": origin["centered"], "training.precision": origin["precision"]}
-    made_by |= BEFORE | run.parts
-    made_by |= {"eval.batch_size": options.batch_size, **of_method(run.method)}
+    made_by |= BEFORE | experiment.parts
+    made_by |= {"eval.batch_size": options.batch_size, **of_method(experiment.method)}
     made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
     made_by |= of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
-    if data is not None:
-        made_by |= {"eval.dataset": options.dataset, "split.data": run.data.name}
-        made_by |= {"split.images": len(data), "split.digest": origin_of_data["data"]}
+    if split is not None:
+        made_by |= {"eval.dataset": split.name, "split.data": experiment.data.name}
+        made_by |= {"split.images": len(split.data), "split.digest": split.origin["data"]}
     if options.enable_loss:
         made_by["loss.reduce_mean"] = config.training.reduce_mean
-        if run.method.uses_reference_batch:
+        if experiment.method.uses_reference_batch:
             made_by["loss.reference_batch"] = config.training.batch_size
     if options.enable_bpd or options.enable_classification:
         made_by["eval.divergence"] = options.divergence
     if options.enable_bpd:
         made_by["eval.bpd_num_repeats"] = passes_of(options.dataset, options.bpd_num_repeats)
     if options.enable_classification:
-        digest = digests(labels=data.labels)["labels"]
-        made_by |= {"classes.number": config.data.num_classes, "classes.labels": digest[:DIGITS]}
+        digest = digests(labels=split.data.labels)["labels"]
+        made_by |= {"classes.number": experiment.classes, "classes.labels": digest[:DIGITS]}
     if statistics:
         spaces = ",".join(each.space.name for each in statistics)
         made_by |= {"eval.num_samples": options.num_samples, "eval.features": spaces}

@@ -26,10 +26,10 @@ PRIMITIVES = (str, int, float, bool, type(None))
 REMOVED = UNREAD.keys()  # which configs of older programs have
 
 
-def store(workdir: Path, config: ConfigDict) -> None:
-    """Stores `config` as config.json of the workdir."""
+def store(workdir: Path, values: dict[str, Any]) -> None:
+    """Store the flat config `values` as config.json of the workdir."""
     with atomic_write(workdir / "config.json") as file:
-        file.write(json.dumps(flatten(config), indent=1).encode())
+        file.write(json.dumps(values, indent=1).encode())
 
 
 def find(workdir: Path) -> tuple[Path, ConfigDict] | None:
@@ -128,17 +128,17 @@ def restore(flat: Any) -> ConfigDict:
     return config
 
 
-def changes(path: Path, checkpoint: dict, config: ConfigDict) -> list[str]:
-    """Changes in `config` from the config of `checkpoint`, from `path`; see `differences`.
+def changes(path: Path, checkpoint: dict, values: dict[str, Any]) -> list[str]:
+    """Changes in the flat config `values` from that of `checkpoint`; see `differences`.
 
-    A checkpoint of the published programs carries none, and nothing is changed.
+    A checkpoint of the published programs, at `path`, carries none, and nothing is changed.
 
     Raises:
         ValueError: it carries something that is no config.
     """
     stored_config = checkpoint.get("config")
     try:
-        return [] if stored_config is None else differences(stored_config, flatten(config))
+        return [] if stored_config is None else differences(stored_config, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -16,8 +16,8 @@ from test_report import Tags, dumped
 from test_small_runs import tiny
 
 import run_lib
-import sampling
 from configs.keys import flatten
+from library import sample_folder
 from reports import compare, settings
 from reports.compare import Run, compare_page, differing, grouped, read_run
 from reports.evaluation_page import read_report
@@ -404,6 +404,6 @@ def test_a_report_has_all_that_made_it(evaluated):
     assert {name: made_by.get(name) for name in expected} == expected
     assert "eval.divergence" not in made_by  # no likelihood was asked for
     sampler = {key for key in run.values if key.startswith("sampling.")}
-    unread = {f"sampling.{key}" for key in sampling.OUTPUTS}
+    unread = {*sample_folder.KEYS}
     unread |= {key for key in sampler if key.startswith("sampling.restore")}
     assert sampler - made_by.keys() == unread

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 import datasets
+import evaluation
 import experiment
 import models
 import sources
 from configs.edm import digits_ddpmpp
-from evaluation import Evaluation
+from library.evaluated import Evaluated, Split
+from library.evaluated_restorations import restore_images
 from library.restoration import Options, ToRestore
 from library.trained import Trained
 from reports.drawings import draw_classes
@@ -98,9 +100,8 @@ def test_a_named_class_alone_reads_no_data(config, monkeypatch):
     assert list(drawn) == ["class_labels"] and drawn["class_labels"].tolist() == [1, 1, 1]
 
 
-def evaluation_of(run, folder):
-    numbers = {"split": "test", "batch_size": 6, "passes": 1, "num_samples": 1, "seed": 0}
-    return Evaluation(run=run, folder=folder, k=1, origin={}, origin_of_data={}, **numbers)
+def evaluated(run, folder):
+    return Evaluated(experiment=run, folder=folder, k=1, origin={}, seed=0, batch_size=6)
 
 
 def test_classification_is_of_images_with_their_other_conditions(config, tmp_path):
@@ -114,7 +115,7 @@ def test_classification_is_of_images_with_their_other_conditions(config, tmp_pat
     likelihood.divergence = "exact"
     run.likelihood = likelihood
     data = run.data.get("test")
-    evaluation_of(run, tmp_path).classification(data)
+    evaluation.classification(evaluated(run, tmp_path), Split("test", data))
     assert [call["class_labels"][0].item() for call in calls] == [0, 1, 2]
     assert all(torch.equal(call["vector"], vectors_of(run, "test")) for call in calls)
 
@@ -131,7 +132,7 @@ def test_restored_images_keep_their_conditions(config, tmp_path, class_label):
     restored, vector = restored_of(run), vectors_of(run, "test")[:2]
     assert torch.equal(restored.conditions["vector"], vector)
     assert restored.labels.tolist() == ([1, 1] if class_label == 1 else [0, 1])
-    evaluation_of(run, tmp_path).restoration(restored)
+    restore_images(evaluated(run, tmp_path), restored)
     seen = torch.cat([call["vector"] for call in run.network.calls])
     assert {row[0] for row in seen.tolist()} == {101.0, 102.0}
 

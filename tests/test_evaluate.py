@@ -24,6 +24,7 @@ import metrics.reference
 import run_lib
 import sampling
 from configs.poisson import digits_ddpmpp
+from library.evaluated_samples import samples_at
 from metrics.distances import Gaussian, frechet_distance
 from metrics.reference import Reference
 from metrics.table import METRICS, Metric
@@ -210,7 +211,7 @@ def test_samples_are_found_in_their_rounds(tmp_path):
         np.savez(tmp_path / f"{r}.npz", samples=samples)
         rounds.append({"path": tmp_path / f"{r}.npz", "pool_3": samples})
     rows = np.array([11, 0, 4, 5, 4, 9, 8])
-    np.testing.assert_array_equal(evaluation.samples_at(rounds, rows), every[rows])
+    np.testing.assert_array_equal(samples_at(rounds, rows), every[rows])
 
 
 def test_the_nearest_picture_shows_pairs(workdir, tmp_path):

@@ -252,10 +252,10 @@ def test_a_resumed_run_keeps_the_precision_that_it_measured(tmp_path, deciding, 
 
 def test_nothing_is_measured_where_nothing_is_open(small, tmp_path):
     config, _ = small
-    assert experiment.decide_precisions(config, tmp_path) == (config, [])
+    assert experiment.Experiment.build(config).remarks == []
     config.sampling.precision = config.training.precision = "auto"
     with pytest.raises(ValueError, match=r"sampling\.precision='auto' is open"):
-        experiment.Experiment.build(config)
+        sampling.get_sampling_fn(config, get_method(config))
     with pytest.raises(ValueError, match=r"training\.precision='auto' is open"):
         execution.for_training(small[1], "auto")
 

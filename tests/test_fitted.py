@@ -20,7 +20,6 @@ from known_laws import FAMILY, gaussian_network
 from scipy.optimize import minimize
 
 import datasets
-import evaluation
 import run_lib
 import sampling
 from configs.edm import digits_ddpmpp
@@ -116,7 +115,7 @@ def test_fine_trajectories_are_those_of_the_ode_from_prior_to_data(name):
     assert levels[[0, -2]].tolist() == pytest.approx([method.sigma_max, method.sigma_min])
     assert (levels.diff() < 0).all()
     sampler = sampling.get_sampling_fn(digits_ddpmpp.get_config(), method)
-    sample = replace(sampling.for_trajectories(sampler), fit=fitted.Fit(fitted.fine_levels))
+    sample = replace(fitting.for_trajectories(sampler), fit=fitted.Fit(fitted.fine_levels))
     x = method.prior_sampling((16, 1, 8, 8), torch.Generator().manual_seed(0))
     sample(gaussian_network(method, std=std), x=x, callback=seen.append)
     assert [step.level for step in seen] == levels[:-1].tolist()
@@ -323,13 +322,13 @@ def test_trajectories_are_solved_in_even_parts(tmp_path, monkeypatch, at_once, s
 def test_samples_take_the_levels_that_cost_least(tmp_path, monkeypatch):
     config, seen = tiny(tmp_path), []
     save(config, tmp_path, seed=1)
-    draw = evaluation.Evaluation.draw_images
+    draw = run_lib.draw_images
 
-    def draw_and_look(parts):
-        draw(parts)
-        parts.run.sampler(parts.run.network, 2, callback=seen.append)
+    def draw_and_look(evaluated, number):
+        draw(evaluated, number)
+        evaluated.experiment.sampler(evaluated.experiment.network, 2, callback=seen.append)
 
-    monkeypatch.setattr(evaluation.Evaluation, "draw_images", draw_and_look)
+    monkeypatch.setattr(run_lib, "draw_images", draw_and_look)
     kept = fit(config, tmp_path)
     # of N = 5 steps, the last one leads from sigma_min to 0
     cost = fitted.step_costs(torch.from_numpy(kept["relative_errors"]))

@@ -12,10 +12,11 @@ from data_files import pictures
 from many_lives import small_config
 
 import run_lib
+from configs.completion import complete
 from configs.default import all_keys, check
 from configs.keys import get
 from configs.schema import Number
-from experiment import Experiment, complete
+from experiment import Experiment
 from sources.batch import Batch
 from storage.checkpoints import load_checkpoint
 from training import TrainState, train_step

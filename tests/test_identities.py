@@ -9,11 +9,14 @@ import torch
 from test_configs import load
 from torch import nn
 
+import evaluation
 import experiment
+from configs import completion
+from configs.completion import complete
 from configs.keys import flatten
 from configs.schema import Key, Number, whole
-from evaluation import Evaluation
 from experiment import Experiment
+from library.evaluated import Evaluated, Split
 from losses import OBJECTIVES, Regression
 from reports import settings
 from reports.compare import Run, compare_page
@@ -125,10 +128,10 @@ def test_what_is_measured_is_of_one_codec(codecs, tmp_path, monkeypatch, changes
     open_keys = {"training__sde": "poisson", "sampling__z_max": 5.0, "sampling__upper_norm": 9.0}
     stored = tiny(data__codec="scaled", training__M=77, **open_keys)
     found = [Path("checkpoint_2.pth"), stored]
-    monkeypatch.setattr(experiment.run_config, "find", lambda workdir: found)
-    monkeypatch.setattr(experiment, "_mean_norm", lambda config, codec: 100.0)
+    monkeypatch.setattr(completion.run_config, "find", lambda workdir: found)
+    monkeypatch.setattr(completion, "mean_norm", lambda data, encode: 100.0)
     config = tiny(**{"data__codec": "scaled", "training__M": None, **open_keys, **changes})
-    completed, _ = experiment.complete(config, tmp_path)
+    completed, *_ = complete(config, tmp_path)
     assert (completed.training.M == 77) is reused
 
 
@@ -210,11 +213,11 @@ def evaluated_loss(folder, **changes):
     run = Experiment.build(tiny(data__dataset="digits", **changes))
     calls, loss = [], run.objective.loss
     run.objective.loss = lambda *arguments: calls.append(1) or loss(*arguments)
-    numbers = {"seed": 0, "split": "test", "batch_size": 100, "passes": 1, "num_samples": 4}
-    parts = Evaluation(
-        run=run, folder=folder, k=1, origin=run.origin(), origin_of_data={}, **numbers
+    evaluated = Evaluated(
+        experiment=run, folder=folder, k=1, origin=run.origin(), seed=0, batch_size=100
     )
-    return parts.loss(run.data.get("test"), 200)["loss"], bool(calls)
+    split = Split("test", run.data.get("test"))
+    return evaluation.loss(evaluated, split, 200)["loss"], bool(calls)
 
 
 def test_a_loss_is_computed_again_only_where_it_would_be_another(huber, tmp_path):

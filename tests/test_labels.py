@@ -17,7 +17,9 @@ from test_small_runs import report_of, tiny
 import datasets
 import experiment
 import run_lib
+from configs.completion import complete
 from configs.vp import digits_ddpmpp, images32_ddpmpp
+from library.conditions import ConditionDrawer
 from library.restoration import ToRestore
 from likelihood import get_likelihood_fn, log_posterior
 from losses import Regression, get_loss_fn
@@ -335,7 +337,7 @@ def test_every_method_learns_and_samples_classes(tmp_path, name, one_thread):
     assert np.isfinite(report_of(tmp_path, 2)["loss"])
     with np.load(tmp_path / "eval/ckpt_2/samples_0.npz") as file:
         labels = file["labels"]
-    expected = experiment.Experiment.build(experiment.complete(config, tmp_path)[0])
+    expected = experiment.Experiment.build(complete(config, tmp_path)[0])
     assert labels.tolist() == expected.draw_conditions(10, "samples", 0)["class_labels"].tolist()
 
 
@@ -566,7 +568,7 @@ def test_labels_are_drawn_as_in_the_data(tmp_path):
 
     def draw(number, *key):
         run_data = datasets.Data(config.data)
-        drawer = experiment._condition_drawer(config, torch.device("cpu"), run_data)
+        drawer = ConditionDrawer(run_data, torch.device("cpu"), config.seed)
         return drawer(number, *key).get("class_labels")
 
     labels = draw(5000, "samples", 3)

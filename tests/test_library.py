@@ -14,7 +14,8 @@ from test_configs import load as load_config
 
 import run_lib
 from experiment import Experiment, Trained, load
-from sampling import encode, seeds_of, solve_ode
+from library.sample_folder import seeds_of
+from sampling import encode, solve_ode
 from solvers.base import Step
 from solvers.states import States
 from storage.checkpoints import load_checkpoint, save_checkpoint

@@ -16,8 +16,8 @@ from test_small_runs import tiny
 from test_sources import config_of
 
 import datasets
-import experiment
 import run_lib
+from configs.completion import complete
 from configs.keys import flatten
 from sources import before, folder, labels, listing, splits
 from storage import run_config
@@ -415,25 +415,25 @@ def test_a_run_keeps_the_rules_that_it_began_with(tmp_path, caplog):
     assert "left out: 1 hidden folder (.hidden)" in caplog.text
     for path in workdir.glob("checkpoints*/*.pth"):
         forget_rules(path)
-    completed, line = experiment.complete(config, workdir)
+    completed, _, lines = complete(config, workdir)
     assert completed.data.rules == 1
-    assert "data.rules=1: the run began before" in line
+    assert "data.rules=1: the run began before" in lines[0]
     config.training.n_iters = 4
     caplog.clear()
     run_lib.train(config, workdir)
     assert run_config.load(workdir).data.rules == 1
     assert "data.rules=1: the run began before" in caplog.text
     assert not re.search("config differs.*data.rules", caplog.text)
-    stored, line = experiment.complete(run_config.load(workdir), workdir)  # as --mode eval
+    stored, _, lines = complete(run_config.load(workdir), workdir)  # as --mode eval
     assert stored.data.rules == 1
-    assert "data.rules=1" in line
-    assert experiment.complete(config, tmp_path / "new")[0].data.rules == 2
+    assert "data.rules=1" in lines[0]
+    assert complete(config, tmp_path / "new")[0].data.rules == 2
 
 
 def test_other_data_have_one_kind_of_rules(tmp_path):
     config = tiny("vp/digits_ddpmpp.py", tmp_path)
-    completed, line = experiment.complete(config, tmp_path)
-    assert (completed.data.rules, line) == (1, None)
+    completed, _, lines = complete(config, tmp_path)
+    assert (completed.data.rules, lines) == (1, [])
     assert flatten(run_config.restore({}))["data.rules"] == 1  # an older run differs in nothing
     assert torch.equal(
         datasets.get_dataset(completed, "test"), datasets.get_dataset(config, "test")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import datasets
 import run_lib
 import sampling
 from configs.poisson import digits_ddpmpp
+from library.training_run import TrainingRun
 from models import create_model, reference_names
 from storage.checkpoints import load_checkpoint
 
@@ -74,16 +76,20 @@ def test_training_leaves_what_the_contract_says(trained):
     assert [event.step for event in board.Images("samples")] == [2, 4, 6, 8]
 
 
+def held_out_loss(experiment, state, images, seed):
+    return TrainingRun(experiment, state, Path("none"), {}, {}, seed).held_out_loss(images)
+
+
 def test_held_out_loss_has_the_same_noise_at_every_step():
     config = digits_ddpmpp.get_config()
     run = run_lib.Experiment.build(config)
     state = train_state(config, run.network, run.objective)
     images = datasets.get_dataset(config, "test")
     state.step = 1
-    first = run_lib._held_out_loss(run, state, images, seed=3)
+    first = held_out_loss(run, state, images, seed=3)
     state.step = 2
-    assert run_lib._held_out_loss(run, state, images, seed=3) == first
-    assert run_lib._held_out_loss(run, state, images, seed=4) != first
+    assert held_out_loss(run, state, images, seed=3) == first
+    assert held_out_loss(run, state, images, seed=4) != first
 
 
 def test_held_out_loss_in_parts_is_that_of_the_whole():
@@ -91,9 +97,9 @@ def test_held_out_loss_in_parts_is_that_of_the_whole():
     images = datasets.get_dataset(config, "test")
     run = run_lib.Experiment.build(config)
     state = train_state(config, run.network, run.objective)
-    whole = run_lib._held_out_loss(run, state, images, seed=3)
+    whole = held_out_loss(run, state, images, seed=3)
     for state.accumulate in (4, 7):  # 7 does not divide the 96 examples
-        assert run_lib._held_out_loss(run, state, images, seed=3) == pytest.approx(whole, rel=1e-5)
+        assert held_out_loss(run, state, images, seed=3) == pytest.approx(whole, rel=1e-5)
 
 
 def test_a_failed_snapshot_does_not_stop_training(tmp_path, monkeypatch):

@@ -8,10 +8,11 @@ from conftest import objective_of, train_state
 from torch import nn
 
 import distributed
+import evaluation
 import losses
 import training
 from configs.edm import digits_ddpmpp
-from evaluation import Evaluation
+from library.evaluated import Evaluated, Split
 from sources.batch import Batch, Conditions
 from sources.stream import Resident
 
@@ -46,8 +47,8 @@ def config(monkeypatch):
     return config
 
 
-def evaluation_of(objective, folder, step):
-    run = SimpleNamespace(
+def evaluated(objective, folder, step):
+    experiment = SimpleNamespace(
         device=torch.device("cpu"),
         method=objective.method,
         objective=objective,
@@ -55,9 +56,9 @@ def evaluation_of(objective, folder, step):
         network=lambda x, label=None, **conditions: torch.zeros_like(x),
         codec=SimpleNamespace(encode=lambda images: 2 * images - 1),
     )
-    numbers = {"split": "test", "batch_size": 4, "passes": 1, "num_samples": 1, "seed": 0}
-    origins = {"origin": {}, "origin_of_data": {}}
-    return Evaluation(run=run, folder=folder, k=1, step=step, **numbers, **origins)
+    return Evaluated(
+        experiment=experiment, folder=folder, k=1, step=step, origin={}, seed=0, batch_size=4
+    )
 
 
 def images_of(number):
@@ -67,7 +68,7 @@ def images_of(number):
 def test_the_loss_of_an_evaluation_is_of_the_draws_of_the_objective(config, tmp_path):
     objective = objective_of(config)
     data = Resident(images_of(6), Conditions())
-    assert evaluation_of(objective, tmp_path, 7).loss(data, 6)["loss"] == 7
+    assert evaluation.loss(evaluated(objective, tmp_path, 7), Split("test", data), 6)["loss"] == 7
     assert not any(objective.modes)
 
 

@@ -14,6 +14,7 @@ from test_sources import config_of
 import datasets
 import experiment
 import run_lib
+from configs.completion import complete
 from sources import sixteen_bits
 from sources.folder import Files, read_images
 from sources.images import decode_image, open_image
@@ -313,25 +314,26 @@ def test_a_run_keeps_its_scale(run, scans, caplog, monkeypatch):
     run_lib.train(config_of_run(scans, **{"training.n_iters": 3}), run, dry_run=True)
     assert "data.scale" not in caplog.text  # nothing differs
     monkeypatch.setattr(Files, "measured", None)  # nor is it measured again
-    config, _ = experiment.complete(config_of_run(scans), run)
+    config, *_ = complete(config_of_run(scans), run)
     assert config.data.scale == (0, 4095)
-    config, _ = experiment.complete(run_config.load(run), run)
+    config, *_ = complete(run_config.load(run), run)
     assert config.data.scale == (0, 4095)
 
 
 def test_the_start_says_it(scans, tmp_path):
-    config, line = experiment.complete(config_of_run(scans), tmp_path)
+    config, _, lines = complete(config_of_run(scans), tmp_path)
     assert config.data.scale == (0, 4095)
-    assert line.startswith("16-bit images: values up to 4,095 count as 12 bits (data.scale); the ")
-    config, line = experiment.complete(config_of_run(scans, **{"data.scale": (0, 9)}), tmp_path)
+    assert lines[0].startswith("the training images decide: ")
+    assert lines[1].startswith("16-bit images: values up to 4,095 count as 12 bits (data.scale); ")
+    config, _, lines = complete(config_of_run(scans, **{"data.scale": (0, 9)}), tmp_path)
     assert config.data.scale == (0, 9)
-    assert "16-bit" not in line
+    assert "16-bit" not in "; ".join(lines)
 
 
 def test_another_scale_measures_the_images_again(run, scans):
     """M is measured on the images as they become."""
-    same, _ = experiment.complete(config_of_run(scans), run)
-    dark, _ = experiment.complete(config_of_run(scans, **{"data.scale": (4094, 4095)}), run)
+    same, *_ = complete(config_of_run(scans), run)
+    dark, *_ = complete(config_of_run(scans, **{"data.scale": (4094, 4095)}), run)
     assert same.training.M == run_config.load(run).training.M != dark.training.M
 
 
@@ -351,14 +353,14 @@ def test_a_run_of_before_keeps_what_it_read(run, scans):
 
 def test_a_run_of_8_bits_is_not_measured_again(tmp_path, monkeypatch):
     write_tree(tmp_path / "x", pictures(12, channels=1)[..., 0])
-    config, line = experiment.complete(config_of_run(tmp_path / "x"), tmp_path)
+    config, _, lines = complete(config_of_run(tmp_path / "x"), tmp_path)
     assert config.data.scale == ()
-    assert "16-bit" not in line
+    assert "16-bit" not in "; ".join(lines)
     assert run_lib.train(config_of_run(tmp_path / "x"), tmp_path / "run")
     monkeypatch.setattr(datasets.Data, "measure_scale", None)
-    assert experiment.complete(config_of_run(tmp_path / "x"), tmp_path / "run")[0].data.scale == ()
+    assert complete(config_of_run(tmp_path / "x"), tmp_path / "run")[0].data.scale == ()
     own = run_config.load(tmp_path / "run")
-    assert experiment.complete(own, tmp_path / "run")[0].data.scale == ()
+    assert complete(own, tmp_path / "run")[0].data.scale == ()
     restored = encoded(random_values(12, (8, 8, 1))[..., 0])
     (tmp_path / "scan.png").write_bytes(restored)
     (scan,) = read_images("x", str(tmp_path / "scan.png"), 1, own.data.scale).values()
@@ -367,13 +369,13 @@ def test_a_run_of_8_bits_is_not_measured_again(tmp_path, monkeypatch):
 
 def test_data_that_are_gone_are_not_looked_for(scans, tmp_path):
     config = config_of_run(tmp_path / "gone", **{"data.num_channels": 1, "training.M": 9})
-    assert experiment.complete(config, tmp_path)[0].data.scale == ()
+    assert complete(config, tmp_path)[0].data.scale == ()
 
 
 def test_other_data_have_no_scale(tmp_path):
     np.save(tmp_path / "x.npy", pictures(12, channels=1))
     for config in (config_of_run(tmp_path / "x.npy"), config_of("digits", channels=1)):
-        assert experiment.complete(config, tmp_path)[0].data.scale == ()
+        assert complete(config, tmp_path)[0].data.scale == ()
 
 
 def test_the_key_is_a_pair_that_rises():
