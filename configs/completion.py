@@ -1,0 +1,174 @@
+"""Values that a config leaves open: those of the run, or measured on its data and its network."""
+
+import logging
+import math
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+import execution
+import methods
+import models
+import sources
+from configs.default import check
+from configs.keys import flatten, get, of_part
+from datasets import Data, mean_norm
+from sources.codec import CODECS, Shape
+from sources.codec import from_config as get_codec
+from sources.identity import Identity
+from storage import run_config
+
+log = logging.getLogger(__name__)
+
+# Left at None these are measured, where the method has them.
+MEASURED = ("training.M", "sampling.z_max", "sampling.upper_norm")
+
+PRECISION_KEYS = ("training.precision", "sampling.precision")
+MEASURED_PIXELS = 2**14  # of the images that a precision is measured with on a CPU
+
+EARLIER_RULES = (
+    "data.rules={}: the run began before the present rules on which files are data; it reads and "
+    "holds out the same files as then"
+)
+
+# Keys that decide the `MEASURED` values, besides the images themselves.
+DECISIVE = (
+    *("data.dataset", "data.image_size", "data.centered", "data.codec"),
+    *("model.sigma_end", "training.tau"),
+)
+
+
+def complete(
+    config: ConfigDict,
+    workdir: Path | None = None,
+    identity: Identity | None = None,
+    precisions: Collection[str] = PRECISION_KEYS,
+) -> tuple[ConfigDict, Data, list[str]]:
+    """`config` with the values that it leaves open, its data, and lines that name these values.
+
+    They are those of the run in `workdir`, where a checkpoint has them and the `DECISIVE` values
+    are the same; else they are measured on the training images. A precision 'auto' stays open where
+    the run has none; see `decide_precisions`.
+
+    Args:
+        config: it stays as it is.
+        identity: of the data of the run; see `datasets.Data`.
+        precisions: keys whose 'auto' is the value of the run, where the device has it.
+
+    Raises:
+        ValueError, OSError: the config is wrong, or the data cannot be read.
+    """
+    check(config)
+    config = config.copy_and_resolve_references()
+    flat, data = flatten(config), Data(config.data, identity)
+    measured_keys = {key for key in MEASURED if flat[key] is None}
+    if data.takes_scale and not config.data.scale:
+        measured_keys.add("data.scale")
+    if config.data.num_channels == 0:
+        measured_keys.add("data.num_channels")
+    if config.data.num_classes == -1:
+        measured_keys.add("data.num_classes")
+    newest = sources.NEWEST_RULES.get(config.data.dataset.lower(), 1)
+    of_run = {key for key in precisions if flat[key] == "auto"}
+    run_values, lines = {}, []
+    if workdir and (measured_keys or of_run or (newest > 1 and not config.data.rules)):
+        stored = run_config.find(workdir)
+        # config.json may stem from a start that saved no state
+        if stored and stored[0].suffix == ".pth":
+            run_values = flatten(stored[1])
+    if not config.data.rules:
+        of_same = str(run_values.get("data.dataset")).lower() == config.data.dataset.lower()
+        config.data.rules = (of_same and run_values["data.rules"]) or newest
+    if config.data.rules < newest:
+        lines.append(EARLIER_RULES.format(config.data.rules))
+    for key in sorted(of_run & run_values.keys()):
+        if execution.has_precision(run_values[key], execution.named_device(config.device)):
+            config.update_from_flattened_dict({key: run_values[key]})
+            lines.append(f"{key}='auto' is {run_values[key]!r}: as the run has it")
+    if not measured_keys:
+        return config, data, lines
+    of_codec = {*of_part(CODECS[config.data.codec.lower()], "keys")}
+    decisive = {*DECISIVE, *(({"data.scale"} | of_codec) - measured_keys)}
+    values = {}
+    if run_values and all(run_values[key] == flat[key] for key in decisive):
+        values = {key: run_values[key] for key in measured_keys if run_values[key]}
+        config.data.scale = tuple(run_values["data.scale"])  # of images of 8 bits ()
+        measured_keys.discard("data.scale")
+    values.pop("data.scale", None)
+    config.update_from_flattened_dict(values)
+    if "data.scale" in measured_keys:
+        config.data.scale, line = data.measure_scale()
+        lines = [line] * bool(line) + lines
+    if config.data.num_channels == 0:
+        values["data.num_channels"] = config.data.num_channels = data.measure_channels()
+    if config.data.num_classes == -1:
+        values["data.num_classes"] = config.data.num_classes = data.measure_classes()
+    values |= _measured_by_method(config, data)
+    config.update_from_flattened_dict(values)
+    if values:
+        words = ", ".join(f"{key} = {value:.6g}" for key, value in sorted(values.items()))
+        lines.insert(0, f"the training images decide: {words}")
+    return config, data, lines
+
+
+def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:
+    """The `MEASURED` values that the method measures, by key."""
+    models.check_labels(config.model, config.training.sde, config.training.continuous)
+    codec = get_codec(config)
+
+    def norm() -> float:
+        with torch.device("meta"):  # mistakes in the network's config show before images are read
+            models.from_config(config, codec.shape)
+        if mean := mean_norm(data.get("train", labels=False), codec.encode):
+            return mean
+        raise ValueError(
+            f"all training images are black, of norm 0, so no {', '.join(MEASURED)} can be "
+            "measured from them: set data.centered=True, or set these keys"
+        )
+
+    method = methods.method_class(config.training.sde)
+    return method.measure(flatten(config), math.prod(codec.shape), norm)
+
+
+def decide_precisions(config: ConfigDict, network: nn.Module, shape: Shape) -> list[str]:
+    """Put a measured precision in place of each 'auto' of `PRECISION_KEYS`; a line on each.
+
+    Args:
+        config: a complete one, which is changed.
+        network: on the device of the run; it is measured as it is, not compiled.
+        shape: (C, H, W) of its input.
+    """
+    lines, device = [], next(network.parameters()).device
+    for key in (key for key in PRECISION_KEYS if get(config, key) == "auto"):
+        of_training = key == "training.precision"
+        number, training = config.eval.batch_size, config.training
+        if of_training:
+            number = (training.small_batch_size or training.batch_size) // training.accumulate
+        if device.type == "cpu":
+            number = min(number, max(8, MEASURED_PIXELS // shape[1] ** 2))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            x = torch.randn(number, *shape, device=device)
+            pass_once = _pass(x, backwards=of_training)
+            network.train(of_training)
+            precision, reason = execution.measured_precision(network, pass_once)
+        network.zero_grad()
+        network.train()
+        config.update_from_flattened_dict({key: precision})
+        lines.append(f"{key}='auto' is {precision!r}: {reason}")
+    return lines
+
+
+def _pass(x: Tensor, backwards: bool) -> Callable[[nn.Module], None]:
+    """A function that passes `x` through a network once, and with `backwards` back again."""
+    label = torch.ones(len(x), device=x.device)
+
+    def run(network: nn.Module) -> None:
+        with torch.set_grad_enabled(backwards):
+            out = network(x, label)
+            if backwards:
+                sum(part.sum() for part in (out if isinstance(out, tuple) else (out,))).backward()
+
+    return run

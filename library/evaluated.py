@@ -1,0 +1,85 @@
+"""A checkpoint that is evaluated, and the split of the data that it is evaluated on."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from datasets import Data, DataSet
+from likelihood import Likelihood
+from losses import Regression
+from methods.base import Method
+from metrics.reference import origin_of
+from sampling import Sampler
+from sources.batch import Conditions
+from sources.codec import Codec
+from sources.keyed import keyed_generator
+
+
+class Parts(Protocol):
+    """The parts of an `experiment.Experiment` that an evaluation uses."""
+
+    device: torch.device
+    method: Method
+    codec: Codec
+    network: nn.Module
+    objective: Regression
+    sampler: Sampler
+    likelihood: Likelihood
+    limits: dict[str, float]
+    objective_settings: dict[str, Any]
+    classes: int
+    data: Data
+    draw_conditions: Callable[..., Conditions]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of the data, on which losses and likelihoods are computed."""
+
+    name: str
+    data: DataSet
+
+    @functools.cached_property
+    def origin(self) -> dict[str, str]:
+        """Digests, which say what results were computed from."""
+        return origin_of(self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """The weights of one checkpoint, and where their results go.
+
+    Attributes:
+        experiment: whose network has the weights.
+        folder, k: of the results, and the checkpoint's number in their names.
+        step: of training, that the weights are of.
+        origin: everything that the results of these weights depend on; see `Experiment.origin`.
+        seed: of everything random.
+        batch_size: images at once.
+    """
+
+    experiment: Parts
+    folder: Path
+    k: int
+    step: int = 0
+    origin: Mapping[str, Any]
+    seed: int
+    batch_size: int
+
+    def generator(self, purpose: str, *key: int) -> torch.Generator:
+        """A generator on the device; see `keyed_generator`."""
+        return keyed_generator(self.experiment.device, purpose, self.seed, *key)
+
+    def picture(self, name: str) -> Path:
+        """The path of a picture."""
+        return self.folder / f"{name}_{self.k}.png"
+
+    def remove_results(self) -> None:
+        """Remove the report and the pictures, which are to be made anew."""
+        for path in (self.folder / f"report_{self.k}.npz", *self.folder.glob(f"*_{self.k}.png")):
+            path.unlink(missing_ok=True)

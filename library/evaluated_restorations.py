@@ -1,0 +1,111 @@
+"""Restorations by the weights of a checkpoint, and how near they come to the truth."""
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets import DataChanged, batch_at, to_unit_interval
+from library.evaluated import Evaluated, Parts
+from library.restoration import RESTORATIONS, ToRestore, restoring_sampler
+from library.rounds import Rounds
+from methods.restoration import Measurement
+from reports.images import save_grid, to_uint8
+from reports.progress import solver_bar
+
+log = logging.getLogger(__name__)
+
+AVERAGED = 2_000  # training images whose mean is a plain restoration
+RESTORED = 10  # images that the picture of restorations shows
+
+
+def restore_images(evaluated: Evaluated, restored: ToRestore) -> dict:
+    """Draw `RESTORATIONS` images for each measurement, and a picture of the first ones.
+
+    Returns the report's entries `restore...` (docs/architecture.md), in the main process only.
+    Raises FloatingPointError where the solver diverges.
+    """
+    experiment, measurement = evaluated.experiment, restored.measurement
+    codec, value, operator = experiment.codec, measurement.value, measurement.operator
+    channels, *sides = codec.data_shape
+    rows = torch.arange(len(value), device=value.device).repeat_interleave(RESTORATIONS)
+
+    def compute(i: int, part: slice) -> dict:
+        part, generator = rows[part], evaluated.generator("restoration", i)
+        sampler = restoring_sampler(experiment, measurement[part])
+        conditions = restored.conditions.map(lambda each: each[part])
+        with solver_bar(experiment.method) as watch:
+            images, nfe = sampler(
+                experiment.network,
+                len(part),
+                generator=generator,
+                conditions=conditions,
+                watch=watch,
+            )
+        return {"restored": to_uint8(images), "nfe": nfe}
+
+    def spec(i: int, number: int) -> dict:
+        return {"restored": ("u", (number, *sides, channels)), "nfe": ("iuf", ())}
+
+    # the restorations of an image in one round
+    size = RESTORATIONS * max(1, evaluated.batch_size // RESTORATIONS)
+    origin = evaluated.origin | restored.origin(codec.shape)
+    files = evaluated.folder / f"ckpt_{evaluated.k}_restored"
+    rounds = Rounds("restoration", len(rows), size).cached(files, origin, spec, compute)
+    if not rounds:
+        return {}
+    images = np.concatenate([each["restored"] for each in rounds])
+    images = images.reshape(len(value), RESTORATIONS, *sides, channels)
+    measured = to_uint8(codec.decode(operator.adjoint(value) / operator.gram))
+    report = {
+        "restore_images": len(value),
+        "restore_spread": np.sqrt((images / 255).var(1, ddof=1).mean()),
+        "restore_nfe": np.mean([each["nfe"] for each in rounds]),
+        "restore_seconds": np.sum([each["seconds"] for each in rounds]),
+    }
+    columns = [measured[:, None], images]
+    if restored.truth is not None:
+        truth = to_uint8(restored.truth)[:, None]
+        columns = [truth, *columns]
+        plain = to_uint8(codec.decode(plain_restoration(experiment, measurement)))
+        report["restore_psnr"] = psnr(images, truth)
+        report["restore_psnr_mean"] = psnr(images.mean(1, keepdims=True), truth)
+        report["restore_psnr_plain"] = psnr(plain[:, None], truth)
+    strips = np.concatenate(columns, axis=1)[:RESTORED]
+    strips = strips.reshape(-1, *sides, channels)
+    width = len(columns) - 1 + RESTORATIONS
+    save_grid(evaluated.picture("restoration"), strips, columns=width)
+    return report
+
+
+def plain_restoration(experiment: Parts, measurement: Measurement) -> Tensor:
+    """Restorations (n, C, H, W) that need no network, to compare with.
+
+    Small images are enlarged by cubic interpolation; else it is the mean training image, changed so
+    that it agrees with the measurement.
+    """
+    value, (_, height, width) = measurement.value, experiment.codec.shape
+    if value.shape[2:] != (height, width):
+        return torch.nn.functional.interpolate(value, (height, width), mode="bicubic")
+    try:
+        data = experiment.data.get("train", labels=False)
+    except DataChanged:
+        raise
+    except (OSError, ValueError) as error:  # published networks restore without their data
+        log.warning(f"the plain restorations start from grey, not the mean image: {error}")
+        grey = torch.full((1, *experiment.codec.data_shape), 0.5, device=experiment.device)
+        mean = experiment.codec.encode(grey)[0]
+    else:
+        batch = batch_at(data, slice(AVERAGED)).to(experiment.device)
+        mean = experiment.codec.encode(to_unit_interval(batch.images)).mean(0)
+    return measurement.project(mean.to(value).expand(len(value), -1, -1, -1))
+
+
+def psnr(images: np.ndarray, truth: np.ndarray) -> float:
+    """Mean peak signal-to-noise ratio, dB, of `images` (n, k, H, W, C) in grey levels of 255.
+
+    The squared error counts as at least that of rounding, 1 / 12.
+    """
+    error = np.square(images - truth.astype(np.float64)).mean((2, 3, 4))
+    return (10 * np.log10(255**2 / np.maximum(error, 1 / 12))).mean()

@@ -1,0 +1,227 @@
+"""Samples of a checkpoint, drawn in rounds and compared with the data in feature spaces."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from datasets import DataSet
+from library.evaluated import Evaluated
+from library.rounds import Rounds, remove_others
+from metrics.distances import TooFew
+from metrics.features import FeatureSpace
+from metrics.reference import ReferenceStatistics
+from metrics.table import OF_HALVES, Comparison, compare, compare_halves
+from reports.images import Images, channels_last, image_grid, save_grid, to_uint8
+from reports.progress import solver_bar
+from solvers.base import TooManyEvaluations
+from storage.digests import digests_of_conditions
+from storage.files import cached, check_arrays, read_arrays, save_png
+
+log = logging.getLogger(__name__)
+
+GRID_SAMPLES = 100  # images of an evaluation that its picture shows
+PAIRS = 10  # samples in a row of the picture of nearest training images
+
+
+def compare_samples(
+    evaluated: Evaluated, statistics: Sequence[ReferenceStatistics], number: int
+) -> dict:
+    """Draw `number` samples and compare their features with those of the data, in each space.
+
+    Returns the report's entries on samples (docs/architecture.md), in the main process only.
+    """
+    rounds = _rounds(evaluated, [each.space for each in statistics], number)
+    if not rounds:
+        return {}
+    finite = sum(len(each["pool_3"]) for each in rounds)
+    report = {
+        "features": ",".join(each.space.kind for each in statistics),
+        "num_samples": finite,
+        "nonfinite": number - finite,
+        "sampling_seconds": np.sum([each["seconds"] for each in rounds]),
+        "sampling": json.dumps(evaluated.origin["sampling"], sort_keys=True),
+    }
+    if finite < number:
+        log.warning(f"{number - finite} of {number} samples are not finite and do not count")
+    if not finite:
+        log.warning("no sample is finite: there is nothing to compare with the data")
+        return report
+    report["nfe"] = np.mean([each["nfe"] for each in rounds if len(each["pool_3"])])
+    log.info(f"comparing {finite:,} samples with the data")
+    labels = labels_of(rounds) if evaluated.experiment.classes else None
+    for i, each in enumerate(statistics):
+        comparison = _comparison(evaluated, each, rounds, i, labels)
+        entries = compare(comparison) | _halves(evaluated, comparison, each.space, i)
+        prefix = "" if i == 0 else f"{each.space.kind}:"
+        report |= {f"{prefix}{key}": value for key, value in entries.items()}
+        if i == 0:
+            _draw(evaluated, comparison, each.data, rounds)
+    return report
+
+
+def draw_round(evaluated: Evaluated, r: int, number: int) -> dict:
+    """Draw `number` samples; the finite ones, uint8, with their class labels if there are any.
+
+    There are none where the solver diverges. Raises TooManyEvaluations where it stops at its
+    limit, since with a larger one these samples could be finite.
+    """
+    experiment, generator = evaluated.experiment, evaluated.generator("samples", r)
+    conditions = experiment.draw_conditions(number, "samples", r)
+    labels = conditions.get("class_labels")
+    try:
+        with solver_bar(experiment.method) as watch:
+            samples, nfe = experiment.sampler(
+                experiment.network, number, generator=generator, conditions=conditions, watch=watch
+            )
+    except TooManyEvaluations:
+        raise
+    except FloatingPointError as error:
+        log.warning(f"round {r}: none of its {number} samples counts: {error}")
+        samples, nfe = torch.empty(0, *experiment.codec.data_shape), 0
+        labels = None if labels is None else labels[:0]
+    finite = samples.flatten(1).isfinite().all(1)
+    result = {"samples": to_uint8(samples[finite]), "nfe": nfe}
+    return result if labels is None else result | {"labels": labels[finite].cpu().numpy()}
+
+
+def draw_images(evaluated: Evaluated, number: int) -> None:
+    """Save a picture of `number` samples at most, for the eye only."""
+    parts = Rounds("", min(GRID_SAMPLES, number), evaluated.batch_size).parts
+    rounds = [draw_round(evaluated, r, part.stop - part.start) for r, part in enumerate(parts)]
+    samples = np.concatenate([each["samples"] for each in rounds])
+    if len(samples):
+        save_grid(evaluated.picture("ode_images"), samples)
+
+
+def _rounds(evaluated: Evaluated, spaces: Sequence[FeatureSpace], number: int) -> list[dict]:
+    """The samples in rounds of `batch_size`: `path`, `nfe`, `seconds`, `spaces`, `pool_3`.
+
+    `spaces` are the features in each space, `pool_3` those in the first. A round has a file of
+    samples, and a file of their features in each space; a kill costs one round at most.
+    """
+    experiment, folder = evaluated.experiment, evaluated.folder / f"ckpt_{evaluated.k}"
+    rounds = Rounds("sampling", number, evaluated.batch_size)
+    sample_paths = [folder / f"samples_{r}.npz" for r in range(len(rounds.parts))]
+    suffixes = ["", *(f"_{space.kind}" for space in spaces[1:])]
+    feature_paths = [
+        [folder / f"statistics{suffix}_{r}.npz" for suffix in suffixes]
+        for r in range(len(rounds.parts))
+    ]
+    remove_others(folder, "*.npz", [*sample_paths, *sum(feature_paths, [])])
+    channels, *sides = experiment.codec.data_shape
+    spec = {"samples": ("u", (None, *sides, channels)), "nfe": ("iuf", ())}
+    spec |= {"labels": ("i", (None,))} if experiment.classes else {}
+
+    def compute(r: int, part: slice) -> dict:
+        number = part.stop - part.start
+        key = evaluated.origin | {"round": r, "number": number}
+        key |= digests_of_conditions(experiment.draw_conditions(number, "samples", r))
+        draw = partial(draw_round, evaluated, r, number)
+        samples = cached(sample_paths[r], key, draw, spec)
+        images, features = samples["samples"], []
+        for space, path in zip(spaces, feature_paths[r], strict=True):
+            origin = key | {"features": space.name}
+            work = partial(features_of, space, images)
+            features.append(cached(path, origin, work, space.spec(len(images))))
+        cost = {"nfe": samples["nfe"], "seconds": samples["seconds"], "path": sample_paths[r]}
+        return cost | {"pool_3": features[0]["pool_3"], "spaces": features}
+
+    return rounds.results(compute)
+
+
+def features_of(space: FeatureSpace, images: Images) -> dict:
+    """The features of `images`, and logits where the space has any."""
+    if not len(images):
+        return {name: np.empty(shape, np.float32) for name, (_, shape) in space.spec(0).items()}
+    pool_3, logits = space(images)
+    return {"pool_3": pool_3} if logits is None else {"pool_3": pool_3, "logits": logits}
+
+
+def _comparison(
+    evaluated: Evaluated,
+    statistics: ReferenceStatistics,
+    rounds: list[dict],
+    i: int,
+    labels: np.ndarray | None,
+) -> Comparison:
+    """The samples and the data in feature space number `i`."""
+    space, device = statistics.space, evaluated.experiment.device
+    of_space = [each["spaces"][i] for each in rounds]
+    logits = [features["logits"] for features in of_space if "logits" in features]
+    return Comparison(
+        np.concatenate([features["pool_3"] for features in of_space]),
+        np.concatenate(logits) if logits else None,
+        statistics.reference,
+        space.backend,
+        device if device.type == "cuda" else torch.device("cpu"),  # which has float64
+        labels,
+        statistics.labels,
+    )
+
+
+def _halves(evaluated: Evaluated, comparison: Comparison, space: FeatureSpace, i: int) -> dict:
+    """The entries of `compare_halves`, cached in the folder: all checkpoints share them."""
+    features = comparison.reference.features
+    if features is None:
+        return {}
+    origin = {"data": hashlib.sha256(features.tobytes()).hexdigest()}
+    origin |= {"samples": len(comparison.features), "entries": OF_HALVES}
+    suffix = f"_{space.kind}" if i else ""
+    path = evaluated.folder / f"data_halves{suffix}.npz"
+    spec = dict.fromkeys(OF_HALVES, ("iuf", ()))
+    try:
+        results = cached(path, origin, partial(compare_halves, comparison), spec)
+    except TooFew as error:
+        return {"half_first_remark": f"left out: data against data: {error}"}
+    return {name: results[name] for name in OF_HALVES}
+
+
+def _draw(
+    evaluated: Evaluated, comparison: Comparison, data: DataSet | None, rounds: list[dict]
+) -> None:
+    """Save pictures of samples, of training images, and of samples beside their nearest."""
+    first = np.arange(min(GRID_SAMPLES, len(comparison.features)))
+    save_grid(evaluated.picture("ode_images"), samples_at(rounds, first))
+    if data is None:
+        return
+    reference = comparison.reference
+    index = torch.from_numpy(reference.index[: len(first)])
+    save_grid(evaluated.picture("data_images"), channels_last(data[index]))
+    # samples, and below each its nearest training image, to look for copies: first those
+    # samples that are closest to the data, then the first ones drawn
+    distances, rows = comparison.nearest
+    number, strips = min(PAIRS, len(distances)), []
+    for sample_rows in (distances.argsort()[:number], np.arange(number)):
+        index = torch.from_numpy(reference.index[rows[sample_rows]])
+        pairs = np.concatenate([samples_at(rounds, sample_rows), channels_last(data[index])])
+        strips.append(image_grid(pairs, columns=number))
+    save_png(evaluated.picture("nearest"), np.concatenate(strips))
+
+
+def labels_of(rounds: list[dict]) -> np.ndarray:
+    """The class labels that the samples of the rounds were drawn for, from their files."""
+    return np.concatenate([_read_round(each, {"labels": "i"})["labels"] for each in rounds])
+
+
+def samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
+    """The samples number `rows`, from the files of the rounds, each of which is read once."""
+    ends = np.cumsum([len(each["pool_3"]) for each in rounds])
+    round_of = np.searchsorted(ends, rows, side="right")
+    images = {}
+    for r in np.unique(round_of):
+        samples = _read_round(rounds[r], {"samples": "u"})["samples"]
+        images |= {row: samples[row - ends[r]] for row in rows[round_of == r]}
+    return np.stack([images[row] for row in rows])
+
+
+def _read_round(round_: dict, kinds: dict[str, str]) -> dict:
+    """The arrays `kinds` of a round's file, with one row for each sample."""
+    path, n = round_["path"], len(round_["pool_3"])
+    rest = {"samples": (None, None, None)}
+    spec = {name: (kind, (n, *rest.get(name, ()))) for name, kind in kinds.items()}
+    return check_arrays(path, read_arrays(path), spec)

@@ -1,0 +1,267 @@
+"""What `--mode sample` draws into a folder: samples, a film of them, encodings, a film between two.
+
+Files that are there are kept; a folder has those of one network and one sampler.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import distributed
+from configs.schema import Flag, Key, OneOf, Text
+from library.restoration import ToRestore
+from library.trained import Trained
+from reports.films import save_film
+from reports.images import image_grid, to_uint8
+from reports.progress import progress_bar
+from reports.samples import SampleFiles
+from sampling import spherical_interpolation
+from sources.base import Picture
+from sources.folder import read_images
+from sources.keyed import keyed_generator
+from sources.preparation import to_unit_interval
+from storage.digests import digests
+from storage.files import cached, save_npz, save_png
+from storage.workdir import check_settings, save_settings
+
+log = logging.getLogger(__name__)
+
+GRID_SAMPLES = 100  # samples that the picture of a folder shows
+FILM_SAMPLES = 36  # samples that a film shows
+FILM_PIXELS = 192  # least side of a film of one image
+FRAMES = 48  # of a film between two images
+MAX_SEEDS = 10**6  # of one command
+
+KEYS = {
+    "sampling.seeds": Key(
+        "",
+        Text(r"|\d{1,15}(-\d{1,15})?(,\d{1,15}(-\d{1,15})?)*", "seeds such as 0-63 or 1,2,5-10"),
+        "--mode sample: one sample each; '': 0-63, with encode or between none",
+    ),
+    "sampling.film": Key(
+        False, Flag(), "--mode sample: a film of the first 36 seeds from the prior to the image"
+    ),
+    "sampling.film_format": Key(
+        "webp", OneOf(("webp", "gif", "mp4")), "of films; 'mp4' needs the program ffmpeg"
+    ),
+    "sampling.encode": Key(
+        "",
+        Text(),
+        "--mode sample: an image, or a folder, .zip, .npy or .npz of them: latents, bits/dim, "
+        "reconstructions",
+    ),
+    "sampling.between": Key(
+        "", Text(), "--mode sample: two images A.png,B.png: a film that leads from one to the other"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """The results of `--mode sample` in a folder.
+
+    Attributes:
+        trained: the network that draws.
+        path: of the folder.
+        settings: those that all files of the folder share, a flat dictionary.
+        restored: the images to restore, seed s that number s modulo their number; None: samples.
+        film_format: of films, the suffix of their files.
+    """
+
+    trained: Trained
+    path: Path
+    settings: dict[str, Any]
+    restored: ToRestore | None = None
+    film_format: str = "webp"
+    files: SampleFiles = field(init=False)
+
+    def __post_init__(self):
+        channels, *sides = self.trained.shape
+        object.__setattr__(self, "files", SampleFiles(self.path, (*sides, channels)))
+
+    def check(self) -> bool:
+        """Whether the folder has files of these settings.
+
+        Raises:
+            ValueError: it has samples of other settings.
+            NotADirectoryError: it is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"--outdir={self.path} is a file; name a folder")
+        return check_settings(self.path, self.settings)
+
+    def save_settings(self) -> None:
+        """Write the settings, by which the next start recognises the folder."""
+        save_settings(self.path, self.settings)
+
+    def draw(self, seeds: list[int], film: bool = False) -> None:
+        """The files of the seeds, samples.npz, grid.png and, if asked for, the film.
+
+        Several processes share the seeds. Raises FloatingPointError where the solver diverges.
+        """
+        trained, files = self.trained, self.files
+        number_before = len(seeds) - len(files.missing(seeds))
+        distributed.barrier()  # nobody writes before all have counted
+        if film:
+            if distributed.is_main():
+                self._draw_film(seeds[:FILM_SAMPLES])
+            distributed.barrier()
+        missing = files.missing(seeds[distributed.rank() :: distributed.world()])
+        if trained.at_once == 1 and len(missing) > 1:
+            log.info(
+                "this sampler has one step size for all it draws, so each sample is drawn alone; "
+                "sampling.ode_solver=heun with sampling.N=18 draws them together"
+            )
+        with progress_bar(total=len(missing), desc="sampling", unit="image") as progress:
+            for start in range(0, len(missing), trained.at_once):
+                batch = missing[start : start + trained.at_once]
+                images = to_uint8(trained.sample(batch, **self._conditions(batch)))
+                for seed, image in zip(batch, images, strict=True):
+                    files.save(seed, image)
+                progress.update(len(batch))
+        distributed.barrier()
+        if not distributed.is_main():
+            return
+        samples = files.read(seeds)
+        labels = trained.labels(self._conditions(seeds).get("class_label"), len(seeds), seeds)
+        arrays = {} if labels is None else {"labels": labels.cpu().numpy()}
+        save_npz(self.path / "samples.npz", samples=samples, seeds=np.array(seeds), **arrays)
+        columns = None
+        if self.restored is not None:
+            columns = min(len(self.restored.measurement.value), 20)
+        grid = self.path / "grid.png"
+        save_png(grid, image_grid(samples[:GRID_SAMPLES], columns))
+        log.info(f"{len(seeds)} samples, {number_before} of which were there: {grid}")
+
+    def _conditions(self, seeds: list[int]) -> dict[str, Any]:
+        """Arguments of `Trained.sample` that restore an image for each seed; {} without any."""
+        if self.restored is None:
+            return {}
+        measurement = self.restored.measurement
+        rows = torch.tensor(seeds, device=measurement.value.device) % len(measurement.value)
+        conditions = dict(self.restored.conditions.map(lambda each: each[rows]))
+        return {
+            "measurement": measurement[rows],
+            "class_label": conditions.pop("class_labels", None),
+            "conditions": conditions,
+        }
+
+    def _draw_film(self, seeds: list[int]) -> None:
+        def draw() -> dict:
+            frames = self.trained.film(seeds, **self._conditions(seeds))
+            return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
+
+        spec = {"frames": ("u", (None, len(seeds), *self.files.shape))}
+        frames = cached(self.path / "film.npz", self.settings | {"film": seeds}, draw, spec)[
+            "frames"
+        ]
+        for seed in self.files.missing(seeds):
+            self.files.save(seed, frames[-1][seeds.index(seed)])
+        path = self.path / f"film.{self.film_format}"
+        save_film(path, [image_grid(frame) for frame in frames])
+        log.info(f"film: {path}")
+
+    def encode(self, pictures: Mapping[str, Picture], divergence: str) -> None:
+        """encoded.npz: latents, bits/dim and reconstructions; encoded.png: these in pairs.
+
+        Args:
+            pictures: (H, W, C), uint8, by name.
+            divergence: of the likelihood, which is part of what the results depend on.
+        """
+        trained, names, stack = self.trained, [*pictures], np.stack([*pictures.values()])
+        images = torch.from_numpy(stack).permute(0, 3, 1, 2)
+
+        def compute() -> dict:
+            generator = keyed_generator("cpu", "dequantisation", 0)
+            continuous = to_unit_interval(images, generator, dequantize=True)
+            bits = trained.bits_per_dim(continuous)
+            latents = trained.encode(to_unit_interval(images))
+            return {
+                "names": np.array(names),
+                "latents": latents.cpu().numpy(),
+                "bpd": bits.double().cpu().numpy(),
+                "decoded": to_uint8(trained.decode(latents)),
+            }
+
+        shape = trained.experiment.codec.shape
+        spec = {"latents": ("f", (len(names), *shape)), "bpd": ("f", (len(names),))}
+        spec |= {"decoded": ("u", stack.shape), "names": ("U", (len(names),))}
+        origin = self.settings | digests(encoded=images)
+        origin |= {"names": names, "divergence": divergence}
+        results = cached(self.path / "encoded.npz", origin, compute, spec)
+        for name, bits in zip(names, results["bpd"], strict=True):
+            log.info(f"{name}: {bits:.4g} bits/dim")
+        columns, strips = min(len(names), 10), []
+        for start in range(0, len(names), columns):
+            pair = [rows[start : start + columns] for rows in (stack, results["decoded"])]
+            blank = np.full((columns - len(pair[0]), *stack.shape[1:]), 128, np.uint8)
+            strips.append(image_grid(np.concatenate([pair[0], blank, pair[1], blank]), columns))
+        path = self.path / "encoded.png"
+        save_png(path, np.concatenate(strips))
+        change = np.abs(results["decoded"].astype(int) - stack).max()
+        log.info(f"images and reconstructions, {change} grey levels apart: {path}")
+
+    def draw_between(self, ends: Mapping[str, Picture]) -> None:
+        """A film along the arc between the latents of two pictures (H, W, C), uint8, by name."""
+        images = torch.from_numpy(np.stack([*ends.values()])).permute(0, 3, 1, 2)
+
+        def draw() -> dict:
+            latents = self.trained.encode(to_unit_interval(images))
+            shares = torch.linspace(0, 1, FRAMES, device=latents.device)
+            (arc,) = spherical_interpolation(latents[:1], latents[1:], shares)
+            return {"frames": to_uint8(self.trained.decode(arc))}
+
+        origin = self.settings | digests(between=images)
+        spec = {"frames": ("u", (FRAMES, *self.files.shape))}
+        frames = cached(self.path / "between.npz", origin, draw, spec)["frames"]
+        path = self.path / f"between.{self.film_format}"
+        save_film(path, [image_grid(frame[None], min_size=FILM_PIXELS) for frame in frames])
+        log.info(f"film between {' and '.join(ends)}: {path}")
+
+
+def read_pictures(
+    key: str, names: list[str], shape: tuple[int, int, int], scale: tuple[float, ...] = ()
+) -> dict[str, Picture]:
+    """The images of files and folders `names` by name, (H, W, C), uint8.
+
+    Args:
+        key: the key that names them, for errors.
+        shape: (C, H, W) that they must have.
+        scale: of 16-bit images; see `sources.sixteen_bits`.
+
+    Raises:
+        ValueError: an image has another size, or cannot be read.
+        OSError: there is no such file.
+    """
+    channels, *size = shape
+    pictures: dict[str, Picture] = {}
+    for name in names:
+        for file, picture in read_images(key, name.strip(), channels, scale).items():
+            if picture.shape[:2] != tuple(size):
+                has, needs = (" x ".join(map(str, sides)) for sides in (picture.shape[:2], size))
+                raise ValueError(f"{key}: {file} has {has} pixels, the network's images {needs}")
+            pictures[file if file not in pictures else f"{name}:{file}"] = picture
+    return pictures
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds that `sampling.seeds` names, such as "0-63" or "1,2,5-10", each once.
+
+    Raises:
+        ValueError: a range falls, or there are more than `MAX_SEEDS`.
+    """
+    seeds: dict[int, None] = {}
+    for piece in text.split(",") if text else ():
+        first, _, last = piece.partition("-")
+        first, last = int(first), int(last or first)
+        if first > last:
+            raise ValueError(f"sampling.seeds={text:.100}: the range {piece} falls")
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise ValueError(f"sampling.seeds={text:.100} are more than {MAX_SEEDS:,}")
+        seeds |= dict.fromkeys(range(first, last + 1))
+    return [*seeds]

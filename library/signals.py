@@ -1,0 +1,32 @@
+"""Signals that ask a program to stop after its step, with all saved."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], str | None]]:
+    """Within the block SIGTERM and SIGINT only ask to stop; a second one ends the process at once.
+
+    Yields a function that gives the name of the signal received, or None. Where another thread
+    than the main one runs this, which cannot handle signals, they do what they did.
+    """
+    received = []
+
+    def receive(number: int, frame) -> None:
+        received.append(signal.Signals(number).name)
+        for each in handlers:
+            signal.signal(each, signal.SIG_DFL)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for each in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                handlers[each] = signal.signal(each, receive)
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)

@@ -1,0 +1,194 @@
+"""What training does beside its steps: saving, resuming, held-out loss, pictures, bad losses."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import distributed
+from datasets import DataSet, batch_at, to_unit_interval
+from library.evaluated import Parts
+from reports.images import image_grid, to_uint8
+from reports.progress import solver_bar
+from sources.keyed import keyed_generator
+from storage import run_config
+from storage.checkpoints import (
+    drop_checkpoints,
+    fit,
+    newest_checkpoint,
+    save_checkpoint,
+    save_to_resume,
+    written_steps,
+)
+from storage.files import save_npz, save_png
+from storage.tensorboard import TensorBoardWriter
+from storage.workdir import checkpoint_path
+from training import TrainState, held_out_loss
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
+
+
+class _Stopped(Exception):
+    """A signal asks to stop."""
+
+
+@dataclass
+class TrainingRun:
+    """The run of a workdir that is trained.
+
+    Attributes:
+        experiment: its sampler is that of the pictures.
+        state: what the steps change.
+        workdir: where it is saved.
+        values: the config that checkpoints carry, flat.
+        data: the entry of checkpoints on the identity of the data (`Identity.entry`).
+        seed: of held-out losses and pictures.
+        keep_checkpoints: newest numbered checkpoints that are kept; 0: all.
+        written: the steps of the numbered checkpoints.
+    """
+
+    experiment: Parts
+    state: TrainState
+    workdir: Path
+    values: dict[str, Any]
+    data: dict[str, Any]
+    seed: int
+    keep_checkpoints: int = 0
+    written: list[int] = field(default_factory=list)
+
+    def resume(self) -> None:
+        """Load the newest intact state, if there is one, else store the config.
+
+        Raises ValueError where the state does not fit.
+        """
+        newest = newest_checkpoint(self.workdir)
+        if newest is None:
+            if distributed.is_main():
+                run_config.store(self.workdir, self.values)
+            return
+        path, content = newest
+        changes = run_config.changes(path, content, self.values)
+        fit(self.state.load_state_dict, content, path, changes)
+        for change in changes:
+            log.warning(f"the config differs from that of the run: {change}")
+        self.written = written_steps(content, path)
+
+    def save(self, numbered: bool = False) -> None:
+        """Save the state to resume from and, if `numbered`, to evaluate.
+
+        Raises FloatingPointError where weights are not finite: they would replace good ones.
+        """
+        state = self.state
+        state.check_agreement()
+        if not state.is_finite():
+            raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
+        written = self.written + [state.step] * numbered
+        content = state.state_dict() | {"written": written, "data": self.data}
+        content["config"] = self.values
+        if distributed.is_main() and numbered:
+            save_checkpoint(checkpoint_path(self.workdir, state.step), content)
+            written = drop_checkpoints(self.workdir, written, self.keep_checkpoints)
+        if distributed.is_main():
+            save_to_resume(self.workdir, content)
+        self.written = written
+
+    def held_out_loss(self, data: DataSet) -> float:
+        """Loss of the EMA weights on the first batch of `data`, with the same noise every time."""
+        experiment = self.experiment
+        batch = batch_at(data, slice(experiment.objective.batch_size)).to(experiment.device)
+        batch = replace(batch, images=experiment.codec.encode(to_unit_interval(batch.images)))
+        generator = keyed_generator(experiment.device, "held out", self.seed)
+        shard = distributed.rank(), distributed.world()
+        with self.state.with_ema():
+            return held_out_loss(self.state, batch, generator, shard).item()
+
+    @property
+    def picture(self) -> Path:
+        """The path of the picture of this step's samples."""
+        return self.workdir / "samples" / f"iter_{self.state.step}" / "sample.png"
+
+    def draw(self, writer: TensorBoardWriter, number: int, stop: Callable[[], str | None]) -> None:
+        """At most `number` samples, from the same prior draw at every call, to compare pictures.
+
+        None where `stop` gives a signal's name before an evaluation of the network.
+        """
+        experiment, step = self.experiment, self.state.step
+        generator = keyed_generator(experiment.device, "snapshot", self.seed)
+        number = min(SNAPSHOT_SAMPLES, number)
+        try:
+            with self.state.with_ema(), solver_bar(experiment.method) as show:
+
+                def watch(evaluations: int, sigma: float) -> None:
+                    show(evaluations, sigma)
+                    if stop():
+                        raise _Stopped
+
+                conditions = experiment.draw_conditions(number, "snapshot")
+                samples, nfe = experiment.sampler(
+                    experiment.network,
+                    number,
+                    generator=generator,
+                    conditions=conditions,
+                    watch=watch,
+                )
+        except _Stopped:
+            log.info(f"step {step}: no samples drawn: {stop()}; the next start draws them")
+            return
+        except FloatingPointError as error:  # a network that is still young may have no smooth flow
+            log.warning(f"step {step}: no samples drawn: {error}")
+            return
+        images = to_uint8(samples)
+        grid = image_grid(images)
+        save_npz(self.picture.with_suffix(".npz"), samples=images)
+        save_png(self.picture, grid)
+        writer.add_image("samples", grid, step)
+        log.info(f"step {step}: samples in {nfe} evaluations: {self.picture}")
+
+
+class LossWatch:
+    """Looks at the losses of several steps at once, so that no step waits for its device.
+
+    Args:
+        max_bad_steps: losses in a row that are not finite, which end the run.
+        nonfinite: value of `optim.nonfinite`, for the messages.
+    """
+
+    def __init__(self, max_bad_steps: int, nonfinite: str):
+        self.nonfinite = nonfinite
+        self.limit, self.bad_in_a_row, self.newest = max_bad_steps, 0, math.nan
+        self.losses: dict[int, Tensor] = {}  # by the batch's number, since the last look
+
+    def add(self, batch: int, loss: Tensor) -> None:
+        """Note the loss of a step on batch number `batch`, as `train_step` returns it."""
+        self.losses[batch] = loss
+        if len(self.losses) >= self.limit:
+            self.look()
+
+    def look(self) -> float:
+        """The newest loss. Warns of each that is not finite, raises at `max_bad_steps` in a row."""
+        if not self.losses:
+            return self.newest
+        losses = distributed.mean(torch.stack([*self.losses.values()])).tolist()
+        for batch, loss in zip(self.losses, losses, strict=True):
+            self.newest = loss
+            self.bad_in_a_row = 0 if math.isfinite(loss) else self.bad_in_a_row + 1
+            if self.bad_in_a_row:
+                log.warning(
+                    f"batch {batch}: the loss or its gradient is not finite "
+                    f"(optim.nonfinite={self.nonfinite!r}, {self.bad_in_a_row} in a row)"
+                )
+            if self.bad_in_a_row == self.limit:
+                raise FloatingPointError(
+                    f"the loss or its gradient was not finite for training.max_bad_steps="
+                    f"{self.limit} batches in a row, the last one number {batch}; the weights "
+                    "before them are not ruined, and the last checkpoint is intact"
+                )
+        self.losses = {}
+        return self.newest
