@@ -19,42 +19,44 @@ flags.DEFINE_float("tau", None, "Instead of training.tau (0.03 without --config)
 
 
 def main(argv: list[str]) -> None:
-    names = ("data_norm", "data_dim", "sigma", "tau")
-    known = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
-    config, configured = FLAGS.config, {}
-    if config is None and not known.keys() >= {"data_norm", "data_dim"}:
+    numbers = {name: FLAGS[name].value for name in ("data_norm", "data_dim", "sigma", "tau")}
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    config, of_config = FLAGS.config, {}
+    if config is None and not numbers.keys() >= {"data_norm", "data_dim"}:
         command_line.fail("give --config, or --data_norm and --data_dim")
     try:
         if config is not None:
-            known = _of_config(config) | known
-            configured = {
-                "M": config.training.M,
-                "z_max": config.sampling.z_max,
-                "upper_norm": config.sampling.upper_norm,
+            training, sampling = config.training, config.sampling
+            of_config = {
+                "training.M": training.M,
+                "sampling.z_max": sampling.z_max,
+                "sampling.upper_norm": sampling.upper_norm,
             }
+            numbers = _measured(config) | numbers
         from methods.poisson import poisson_range  # torch: not before the flags are parsed
 
-        result = poisson_range(**known)
+        result = poisson_range(**numbers)
     except (OSError, ValueError) as error:
         command_line.fail(error)
-    print(f"mean norm {known['data_norm']:.4g} in {known['data_dim']} dimensions")
-    for name, value in result._asdict().items():
-        given = configured.get(name)
-        differs = given is not None and not math.isclose(given, value, rel_tol=0.01)
-        key = f"training.{name}" if name == "M" else f"sampling.{name}"
-        print(f"{key:<20} {value:>8.4g}{f'   the config has {given:g}' if differs else ''}")
+    print(f"mean norm {numbers['data_norm']:.4g} in {numbers['data_dim']} dimensions")
+    keys = ("training.M", "sampling.z_max", "sampling.upper_norm")
+    for key, value in zip(keys, result, strict=True):
+        configured = of_config.get(key)
+        differs = configured is not None and not math.isclose(configured, value, rel_tol=0.01)
+        print(f"{key:<20} {value:>8.4g}{f'   the config has {configured:g}' if differs else ''}")
 
 
-def _of_config(config) -> dict:
-    from datasets import Data, mean_norm
+def _measured(config) -> dict[str, float]:
+    """The arguments of `poisson_range`, measured as training measures them at its first start."""
+    from configs.completion import MEASURED, complete, norm_of
     from sources.codec import from_config as get_codec
 
-    if config.data.num_channels == 0:
-        config.data.num_channels = Data(config.data).measure_channels()
-    data = Data(config.data).get("train", labels=False)
+    config.update_from_flattened_dict(dict.fromkeys(MEASURED, 1))  # so that they are not open
+    config, data, _ = complete(config)
+    codec = get_codec(config)
     return {
-        "data_norm": mean_norm(data, get_codec(config).encode),
-        "data_dim": data[:1].numel(),
+        "data_norm": norm_of(data, codec),
+        "data_dim": math.prod(codec.shape),
         "sigma": config.model.sigma_end,
         "tau": config.training.tau,
     }

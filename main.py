@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from configs import command_line
 
 FLAGS = flags.FLAGS
+VERSION = "2.0.0"  # as in CITATION.cff; docs/changes.md says what it changed
 STORED = ("eval", "sample", "export")  # modes that take the run's own config without --config
 
 flags.DEFINE_enum(
@@ -37,6 +38,7 @@ flags.DEFINE_string(
     "checkpoint", None, "What sample and export take, a file; default: the newest of workdir."
 )
 flags.DEFINE_boolean("dry_run", False, "Say what would be done, and stop.")
+flags.DEFINE_boolean("version", False, "Print the version of the program, and stop.")
 flags.mark_flags_as_required(["mode", "workdir"])
 flags.register_validator("workdir", lambda path: path != "", "It is empty; name a folder.")
 
@@ -91,6 +93,10 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Parses `argv` into FLAGS, as `app.run` asks for; the modes `STORED` find their config."""
+
+    if "--version" in argv:
+        print(VERSION)
+        sys.exit()
 
     def stored() -> ConfigDict | None:
         workdir = command_line.value_of(argv, "workdir")

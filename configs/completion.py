@@ -16,7 +16,7 @@ import sources
 from configs.default import check
 from configs.keys import flatten, get, of_part
 from datasets import Data, mean_norm
-from sources.codec import CODECS, Shape
+from sources.codec import CODECS, Codec, Shape
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
 from storage import run_config
@@ -122,15 +122,20 @@ def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:
     def norm() -> float:
         with torch.device("meta"):  # mistakes in the network's config show before images are read
             models.from_config(config, codec.shape)
-        if mean := mean_norm(data.get("train", labels=False), codec.encode):
-            return mean
-        raise ValueError(
-            f"all training images are black, of norm 0, so no {', '.join(MEASURED)} can be "
-            "measured from them: set data.centered=True, or set these keys"
-        )
+        return norm_of(data, codec)
 
     method = methods.method_class(config.training.sde)
     return method.measure(flatten(config), math.prod(codec.shape), norm)
+
+
+def norm_of(data: Data, codec: Codec) -> float:
+    """Mean Euclidean norm of the training images of `data`, encoded; ValueError where it is 0."""
+    if mean := mean_norm(data.get("train", labels=False), codec.encode):
+        return mean
+    raise ValueError(
+        f"all training images are black, of norm 0, so no {', '.join(MEASURED)} can be measured "
+        "from them: set data.centered=True, or set these keys"
+    )
 
 
 def decide_precisions(config: ConfigDict, network: nn.Module, shape: Shape) -> list[str]:

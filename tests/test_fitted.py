@@ -23,6 +23,7 @@ import datasets
 import run_lib
 import sampling
 from configs.edm import digits_ddpmpp
+from library.fitting import for_trajectories
 from models.weights import load_ema
 from solvers import fitted
 from solvers.base import Step
@@ -115,7 +116,7 @@ def test_fine_trajectories_are_those_of_the_ode_from_prior_to_data(name):
     assert levels[[0, -2]].tolist() == pytest.approx([method.sigma_max, method.sigma_min])
     assert (levels.diff() < 0).all()
     sampler = sampling.get_sampling_fn(digits_ddpmpp.get_config(), method)
-    sample = replace(fitting.for_trajectories(sampler), fit=fitted.Fit(fitted.fine_levels))
+    sample = replace(for_trajectories(sampler), fit=fitted.Fit(fitted.fine_levels))
     x = method.prior_sampling((16, 1, 8, 8), torch.Generator().manual_seed(0))
     sample(gaussian_network(method, std=std), x=x, callback=seen.append)
     assert [step.level for step in seen] == levels[:-1].tolist()
