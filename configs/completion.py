@@ -92,7 +92,7 @@ def complete(
         return config, data, lines
     of_codec = {*of_part(CODECS[config.data.codec.lower()], "keys")}
     decisive = {*DECISIVE, *(({"data.scale"} | of_codec) - measured_keys)}
-    values = {}
+    values, decided = {}, []
     if run_values and all(run_values[key] == flat[key] for key in decisive):
         values = {key: run_values[key] for key in measured_keys if run_values[key]}
         config.data.scale = tuple(run_values["data.scale"])  # of images of 8 bits ()
@@ -101,7 +101,7 @@ def complete(
     config.update_from_flattened_dict(values)
     if "data.scale" in measured_keys:
         config.data.scale, line = data.measure_scale()
-        lines = [line] * bool(line) + lines
+        decided += [line] * bool(line)
     if config.data.num_channels == 0:
         values["data.num_channels"] = config.data.num_channels = data.measure_channels()
     if config.data.num_classes == -1:
@@ -110,8 +110,8 @@ def complete(
     config.update_from_flattened_dict(values)
     if values:
         words = ", ".join(f"{key} = {value:.6g}" for key, value in sorted(values.items()))
-        lines.insert(0, f"the training images decide: {words}")
-    return config, data, lines
+        decided.append(f"the training images decide: {words}")
+    return config, data, decided + lines
 
 
 def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:

@@ -1,40 +1,17 @@
 """A checkpoint that is evaluated, and the split of the data that it is evaluated on."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
-from datasets import Data, DataSet
-from likelihood import Likelihood
-from losses import Regression
-from methods.base import Method
+from datasets import DataSet
+from library.parts import Parts
 from metrics.reference import origin_of
-from sampling import Sampler
-from sources.batch import Conditions
-from sources.codec import Codec
 from sources.keyed import keyed_generator
-
-
-class Parts(Protocol):
-    """The parts of an `experiment.Experiment` that an evaluation uses."""
-
-    device: torch.device
-    method: Method
-    codec: Codec
-    network: nn.Module
-    objective: Regression
-    sampler: Sampler
-    likelihood: Likelihood
-    limits: dict[str, float]
-    objective_settings: dict[str, Any]
-    classes: int
-    data: Data
-    draw_conditions: Callable[..., Conditions]
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,18 @@
 import logging
 import re
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from configs.schema import Flag, Key, Number, OneOf, Text, whole
-from datasets import Data
-from losses import Regression
+from library.parts import Parts
 from methods.restoration import RESTORE, Measurement, get_operator
 from samplers.base import Sampler
 from sources.batch import KINDS, Batch, Conditions
-from sources.codec import Codec, Shape
+from sources.codec import Shape
 from sources.folder import read_images
 from sources.images import cropped_then_resized
 from sources.keyed import keyed_generator
@@ -72,17 +71,6 @@ KEYS = {
 }
 
 
-class Run(Protocol):
-    """The part of an `experiment.Experiment` that restoration uses."""
-
-    device: torch.device
-    data: Data
-    codec: Codec
-    objective: Regression
-    sampler: Sampler
-    classes: int
-
-
 @dataclass(frozen=True)
 class Options:
     """Options of a restoration: its images, and how they are measured.
@@ -135,7 +123,7 @@ class ToRestore:
         return measured | digests_of_conditions(self.conditions)
 
     @classmethod
-    def from_config(cls, config, run: Run) -> Self:
+    def from_config(cls, config, experiment: Parts) -> Self:
         """The images of `sampling.restore` and the keys beside it; raises as `read`."""
         sampling, evaluation = config.sampling, config.eval
         options = Options(
@@ -149,22 +137,22 @@ class ToRestore:
             config.data.scale,
             config.seed,
         )
-        return cls.read(options, run)
+        return cls.read(options, experiment)
 
     @classmethod
-    def read(cls, options: Options, run: Run) -> Self:
-        """The images that `options` name, for the network of `run`.
+    def read(cls, options: Options, experiment: Parts) -> Self:
+        """The images that `options` name, for the network of `experiment`.
 
         Raises:
             ValueError: options contradict each other or the data, or an image cannot be read.
             FileNotFoundError: a file does not exist.
         """
         name, whole = options.name, options.degrade
-        channels, size, _ = run.codec.data_shape
-        if run.codec.shape != run.codec.data_shape:
+        channels, size, _ = experiment.codec.data_shape
+        if experiment.codec.shape != experiment.codec.data_shape:
             raise ValueError(
                 f"sampling.restore={name!r} measures images, but the network sees latents of the "
-                f"shape {run.codec.shape} (data.codec)"
+                f"shape {experiment.codec.shape} (data.codec)"
             )
         factor = RESTORE[name]
         if not (options.path or whole):
@@ -182,32 +170,34 @@ class ToRestore:
             raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
         if not whole:
             channels, size = 1 if name == "colour" else channels, size // factor
-        batch = _batch(options, run, channels, size).to(run.device)
+        batch = _batch(options, experiment, channels, size).to(experiment.device)
         mask = None
         if name == "inpaint":
-            mask = known_pixels(options.mask, run.codec.shape[1:], len(batch)).to(run.device)
+            mask = known_pixels(options.mask, experiment.codec.shape[1:], len(batch)).to(
+                experiment.device
+            )
         operator = get_operator(name, mask)
         images = to_unit_interval(batch.images)
-        low, high = run.codec.bounds
-        noise, value = options.noise * (high - low), run.codec.encode(images)
+        low, high = experiment.codec.bounds
+        noise, value = options.noise * (high - low), experiment.codec.encode(images)
         if whole:
-            generator = keyed_generator(run.device, "measurement", options.seed)
+            generator = keyed_generator(experiment.device, "measurement", options.seed)
             added = operator.forward(value)
-            added = torch.randn(added.shape, generator=generator, device=run.device)
+            added = torch.randn(added.shape, generator=generator, device=experiment.device)
             value = operator.forward(value) + noise * added
         if name == "inpaint":
             value = operator.forward(value)  # sets the missing pixels to 0, their noise too
         measurement = Measurement(operator, value, noise)
-        restoring_sampler(run, measurement)  # raises ValueError for options that do not fit
+        restoring_sampler(experiment, measurement)  # raises ValueError for options that do not fit
         return cls(measurement, batch.conditions, images if whole else None)
 
 
-def restoring_sampler(run: Run, measurement: Measurement) -> Sampler:
+def restoring_sampler(experiment: Parts, measurement: Measurement) -> Sampler:
     """The sampler of restorations; its trajectories are not those that levels are fitted to."""
-    return replace(run.sampler.without_fit(), measurement=measurement)
+    return replace(experiment.sampler.without_fit(), measurement=measurement)
 
 
-def _batch(options: Options, run: Run, channels: int, size: int) -> Batch:
+def _batch(options: Options, experiment: Parts, channels: int, size: int) -> Batch:
     """uint8 images (n, channels, size, size), and the conditions that the network is given."""
     if options.path:
         pictures = read_images("sampling.restore_path", options.path, channels, options.scale)
@@ -216,22 +206,23 @@ def _batch(options: Options, run: Run, channels: int, size: int) -> Batch:
             log.info(f"sampling.restore_path, images of {extent(sizes)} pixels: {change}")
         pictures = np.stack([cropped_then_resized(each, size) for each in pictures.values()])
         batch = Batch(
-            torch.from_numpy(pictures).permute(0, 3, 1, 2), _unknown_conditions(run, len(pictures))
+            torch.from_numpy(pictures).permute(0, 3, 1, 2),
+            _unknown_conditions(experiment, len(pictures)),
         )
     else:
-        batch = batch_at(run.data.get(options.split), slice(options.number))
-    if not run.classes:
+        batch = batch_at(experiment.data.get(options.split), slice(options.number))
+    if not experiment.classes:
         return batch
 
     def of_class(label: int) -> Batch:
         labels = {"class_labels": torch.full((len(batch),), label)}
         return replace(batch, conditions=batch.conditions | labels)
 
-    if run.sampler.class_label >= 0:
-        return of_class(run.sampler.class_label)
+    if experiment.sampler.class_label >= 0:
+        return of_class(experiment.sampler.class_label)
     if batch.labels is not None:
         return batch
-    if not run.objective.label_dropout:
+    if not experiment.objective.label_dropout:
         raise ValueError(
             "the classes of the images of sampling.restore_path are not known, and the network was "
             "not trained without (training.label_dropout=0): name one as sampling.class_label"
@@ -239,23 +230,23 @@ def _batch(options: Options, run: Run, channels: int, size: int) -> Batch:
     return of_class(-1)
 
 
-def _unknown_conditions(run: Run, n: int) -> Conditions:
+def _unknown_conditions(experiment: Parts, n: int) -> Conditions:
     """The conditions but class labels of `n` images of which none are known.
 
     Raises:
         ValueError: the network was not trained without them.
     """
-    names = run.data.condition_names
+    names = experiment.data.condition_names
     if not names:
         return Conditions()
-    if not run.objective.label_dropout:
+    if not experiment.objective.label_dropout:
         raise ValueError(
             f"the conditions ({', '.join(names)}) of the images of sampling.restore_path are not "
             "known, and the network was not trained without (training.label_dropout=0): restore "
             "images of the split, sampling.restore_path=''"
         )
     log.info(f"sampling.restore_path: the images are restored without {', '.join(names)}")
-    rows = run.data.conditions("train", labels=False)
+    rows = experiment.data.conditions("train", labels=False)
     return Conditions(
         {name: row.new_full((n, *row.shape[1:]), KINDS[name].none) for name, row in rows.items()}
     )

@@ -5,18 +5,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import execution
 from configs.keys import shown
-from datasets import Data
-from likelihood import Likelihood
-from losses import Regression
-from methods.base import Method, Network, conditioned
+from library.parts import Parts
+from methods.base import Network, conditioned
 from methods.restoration import Measurement
 from reports.progress import solver_bar
 from samplers.base import Sampler
@@ -24,28 +21,12 @@ from solvers.base import Watch
 from solvers.solve import encode, solve_ode
 from solvers.states import States
 from sources.batch import Conditions
-from sources.codec import Codec
 from sources.keyed import keyed_generator
 
 LOWEST_SHOWN = 0.03  # noise level in the network's units below which noise hardly shows
 
 ClassLabel = int | Sequence[int] | Tensor | None
 OtherConditions = Mapping[str, Tensor] | None  # than class labels
-
-
-class Parts(Protocol):
-    """The parts of an `experiment.Experiment` that a trained network is used with."""
-
-    device: torch.device
-    method: Method
-    codec: Codec
-    network: nn.Module
-    objective: Regression
-    sampler: Sampler
-    likelihood: Likelihood
-    limits: dict[str, float]
-    classes: int
-    data: Data
 
 
 class Trained:
@@ -336,14 +317,14 @@ class Trained:
         others: OtherConditions,
     ) -> Iterator[tuple[Sampler, dict]]:
         """Prior draws, generators, conditions and seeds for each batch that the sampler draws."""
-        seeds, run = checked_seeds(seeds), self.experiment
+        seeds, experiment = checked_seeds(seeds), self.experiment
         conditions = self._conditions(class_label, seeds, others)
         for start in range(0, len(seeds), self.at_once):
             part = slice(start, start + self.at_once)
-            generators = [keyed_generator(run.device, "sample", s) for s in seeds[part]]
-            shape = (1, *run.codec.shape)
-            x = [run.method.prior_sampling(shape, g, run.device) for g in generators]
-            sampler = run.sampler
+            generators = [keyed_generator(experiment.device, "sample", s) for s in seeds[part]]
+            shape = (1, *experiment.codec.shape)
+            x = [experiment.method.prior_sampling(shape, g, experiment.device) for g in generators]
+            sampler = experiment.sampler
             if measurement is not None:
                 sampler = replace(sampler.without_fit(), measurement=measurement[part])
             yield (

@@ -40,7 +40,7 @@ def imported(path, known):
             yield from (name if name in known else node.module for name in names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             module, _, name = node.value.rpartition(".")  # of OneOf(registry="methods.METHODS")
-            if module in known and name.isupper():
+            if module in known and name.isupper() and len(name) > 1:  # no key such as sampling.N
                 yield module
 
 

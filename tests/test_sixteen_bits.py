@@ -323,8 +323,8 @@ def test_a_run_keeps_its_scale(run, scans, caplog, monkeypatch):
 def test_the_start_says_it(scans, tmp_path):
     config, _, lines = complete(config_of_run(scans), tmp_path)
     assert config.data.scale == (0, 4095)
-    assert lines[0].startswith("the training images decide: ")
-    assert lines[1].startswith("16-bit images: values up to 4,095 count as 12 bits (data.scale); ")
+    assert lines[0].startswith("16-bit images: values up to 4,095 count as 12 bits (data.scale)")
+    assert lines[1].startswith("the training images decide: ")
     config, _, lines = complete(config_of_run(scans, **{"data.scale": (0, 9)}), tmp_path)
     assert config.data.scale == (0, 9)
     assert "16-bit" not in "; ".join(lines)

@@ -1,0 +1,33 @@
+"""The parts of an experiment that the library uses; `experiment` builds them."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from datasets import Data
+from likelihood import Likelihood
+from losses import Regression
+from methods.base import Method
+from samplers.base import Sampler
+from sources.batch import Conditions
+from sources.codec import Codec
+
+
+class Parts(Protocol):
+    """The attributes of an `experiment.Experiment`, which see."""
+
+    device: torch.device
+    method: Method
+    codec: Codec
+    network: nn.Module
+    objective: Regression
+    sampler: Sampler
+    likelihood: Likelihood
+    draw_conditions: Callable[..., Conditions]
+    data: Data
+    classes: int
+    limits: dict[str, float]
+    parts: dict[str, Any]
+    objective_settings: dict[str, Any]
