@@ -17,6 +17,7 @@ import losses
 import methods
 import models
 import sampling
+from configs import machine
 from configs.completion import PRECISION_KEYS, complete, decide_precisions
 from configs.default import all_keys, check
 from configs.effects import without_effect
@@ -26,6 +27,7 @@ from library.conditions import ConditionDrawer
 from library.fitting import Fitting
 from library.sample_folder import KEYS as OUTPUTS
 from library.trained import Trained
+from library.training_run import check_codec
 from likelihood import Likelihood
 from models.weights import load_ema
 from solvers.rk45 import limits_of
@@ -232,6 +234,7 @@ def load(
     *,
     config: ConfigDict | None = None,
     fits: bool = True,
+    trust: bool = False,
 ) -> Trained:
     """The trained network of a run, with its EMA weights.
 
@@ -241,23 +244,33 @@ def load(
         overrides: values by key as on the command line, {"sampling.ode_solver": "heun"}; the others
             are the run's own.
         config: takes the place of the run's own; a checkpoint of the published programs has none.
+        trust: take values of the run's config too that run code, or name files to read: its codec
+            and guide, and of a file the path of its data (`configs.machine`).
         fits: fit a schedule or solver 'fitted' to the weights; else see `Sampler.without_fit`.
 
     Raises:
         OSError: there is no checkpoint, or it cannot be read.
         ValueError: it is damaged or does not fit, there is no config, or a value is not allowed.
     """
-    path, content = find_checkpoint(Path(path).expanduser())
-    config = (
-        run_config.of(path, content) if config is None else config.copy_and_resolve_references()
-    )
-    keys = all_keys()
+    folder = Path(path).expanduser()
+    path, content = find_checkpoint(folder)
+    keys, values = all_keys(), {}
+    if config is not None:
+        config = config.copy_and_resolve_references()
+    else:
+        config = run_config.of(path, content)
+        values = {} if trust else machine.reset(config, single_file=folder.is_file())
     for key, value in (overrides or {}).items():
         if key not in keys:
             raise ValueError(explain_unknown(key, keys))
         if not keys[key].accepts(value):
             raise ValueError(f"{key} must be {keys[key].allowed}, not {shown(value)}")
         config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
+    if missing := machine.missing(config, values, overrides or {}, "sample"):
+        raise ValueError(
+            f"{path} names {missing}, which may run code or read files: pass these as overrides, "
+            "or trust=True"
+        )
     for line in without_effect(config, overrides or {}):
         log.info(line)
     # the weights a network starts with are drawn; the caller's generators stay as they are
@@ -265,6 +278,7 @@ def load(
     with torch.random.fork_rng(used):
         identity = _identity_in(path, content, config.data.dataset)
         experiment = Experiment.build(config, Data(config.data, identity))
+    check_codec(experiment.codec, content, path)
     changes = run_config.changes(path, content, run_config.flatten(experiment.config))
     step = fit(partial(load_ema, experiment.network), content, path, changes)
     for change in changes:

@@ -38,6 +38,11 @@ flags.DEFINE_string(
     "checkpoint", None, "What sample and export take, a file; default: the newest of workdir."
 )
 flags.DEFINE_boolean("dry_run", False, "Say what would be done, and stop.")
+flags.DEFINE_boolean(
+    "trust_workdir",
+    False,
+    "Take all values of the workdir's config, those too that run code, write or read files.",
+)
 flags.DEFINE_boolean("version", False, "Print the version of the program, and stop.")
 flags.mark_flags_as_required(["mode", "workdir"])
 flags.register_validator("workdir", lambda path: path != "", "It is empty; name a folder.")
@@ -92,7 +97,11 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses `argv` into FLAGS, as `app.run` asks for; the modes `STORED` find their config."""
+    """Parse `argv` into FLAGS, as `app.run` asks for; the modes `STORED` find their config.
+
+    Values of it that belong to the machine of the run are not taken (`configs.machine`): where one
+    is needed, a line has the command with the flags that set it.
+    """
 
     if "--version" in argv:
         print(VERSION)
@@ -102,12 +111,33 @@ def parse(argv: list[str]) -> list[str]:
         workdir = command_line.value_of(argv, "workdir")
         if command_line.value_of(argv, "mode") not in STORED or not workdir:
             return None
-        from storage import run_config  # it reads checkpoints, which takes torch
+        from configs import machine  # which takes torch
+        from storage import run_config
 
         _log_to_stdout()
-        return run_config.load(Path(workdir), _path(command_line.value_of(argv, "checkpoint")))
+        checkpoint = _path(command_line.value_of(argv, "checkpoint"))
+        config = run_config.load(Path(workdir), checkpoint)
+        if "--trust_workdir" not in argv:
+            values.update(machine.reset(config, single_file=checkpoint is not None))
+        return config
 
-    return command_line.parse(argv, stored)
+    values = {}  # of the run, that were not taken
+    rest = command_line.parse(argv, stored)
+    if values:
+        _refuse_missing(values, command_line.overridden(argv))
+    return rest
+
+
+def _refuse_missing(values: dict, overridden: list[str]) -> None:
+    from configs import machine
+
+    if missing := machine.missing(FLAGS.config, values, overridden, FLAGS.mode):
+        keys = [f"--config.{key}={value}" for key, value in missing.items()]
+        command_line.fail(
+            f"{' and '.join(missing)} may run code or write files, so the workdir's own value is "
+            "not taken; if you trust whoever made the workdir, add --trust_workdir, or start: "
+            f"{shlex.join([*sys.orig_argv, *keys])}"
+        )
 
 
 def _path(name: str | None) -> Path | None:

@@ -25,7 +25,7 @@ from library.evaluated_samples import compare_samples, draw_images
 from library.restoration import ToRestore
 from library.sample_folder import FILM_SAMPLES, SampleFolder, read_pictures, seeds_of
 from library.signals import stop_signals
-from library.training_run import LossWatch, TrainingRun
+from library.training_run import LossWatch, TrainingRun, check_codec
 from metrics.reference import ReferenceStatistics
 from models.weights import load_ema
 from reports import settings
@@ -250,6 +250,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         logged_changes = []
         for k, path in checkpoints.items():
             content = open_checkpoint(path, intact=True)
+            check_codec(experiment.codec, content, path)
             changes = run_config.changes(path, content, flatten(config))
             step = fit(partial(load_ema, experiment.network), content, path, changes)
             if options.enable_loss:  # an objective may have learned weights too

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 EXACT = 2**53  # up to here whole numbers are exact in float64 too
 
@@ -137,12 +137,15 @@ class Key:
     """A key of a config: its default (None: to be measured), allowed values and meaning.
 
     A config stored before the key existed has its value `before`, or the default if that is None.
+    The value of a key `of_machine` is not taken from the config of a workdir ("always"), or not
+    from that of a single file ("file"); see `configs.machine`.
     """
 
     default: Any
     allowed: Number | Numbers | OneOf | Text | Flag
     meaning: str
     before: Any = None
+    of_machine: Literal["", "file", "always"] = ""
 
     def accepts(self, value: Any) -> bool:
         return value is self.default is None or self.allowed.accepts(value)

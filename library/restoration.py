@@ -39,6 +39,7 @@ KEYS = {
         Text(),
         "images to restore: an image, or a folder, .zip, .npy or .npz of them; '': with "
         "restore_degrade the first of the split eval.dataset, a fifth of eval.num_samples at most",
+        of_machine="file",
     ),
     "sampling.restore_degrade": Key(
         False,
@@ -50,6 +51,7 @@ KEYS = {
         Text(),
         "missing pixels of 'inpaint': an image file that is white there, a folder or .zip of one "
         "for each image, or a rectangle 'top,left,height,width'",
+        of_machine="file",
     ),
     "sampling.restore_noise": Key(
         0.0,

@@ -54,9 +54,13 @@ KEYS = {
         Text(),
         "--mode sample: an image, or a folder, .zip, .npy or .npz of them: latents, bits/dim, "
         "reconstructions",
+        of_machine="file",
     ),
     "sampling.between": Key(
-        "", Text(), "--mode sample: two images A.png,B.png: a film that leads from one to the other"
+        "",
+        Text(),
+        "--mode sample: two images A.png,B.png: a film that leads from one to the other",
+        of_machine="file",
     ),
 }
 

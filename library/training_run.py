@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 import distributed
+from configs.keys import shown
 from datasets import DataSet, batch_at, to_unit_interval
 from library.parts import Parts
 from reports.images import image_grid, to_uint8
 from reports.progress import solver_bar
+from sources.codec import Codec
 from sources.keyed import keyed_generator
 from storage import run_config
 from storage.checkpoints import (
@@ -75,6 +77,7 @@ class TrainingRun:
             return
         path, content = newest
         changes = run_config.changes(path, content, self.values)
+        check_codec(self.experiment.codec, content, path)
         fit(self.state.load_state_dict, content, path, changes)
         for change in changes:
             log.warning(f"the config differs from that of the run: {change}")
@@ -92,6 +95,8 @@ class TrainingRun:
         written = self.written + [state.step] * numbered
         content = state.state_dict() | {"written": written, "data": self.data}
         content["config"] = self.values
+        if self.values["data.codec"]:
+            content["codec"] = self.experiment.codec.identity
         if distributed.is_main() and numbered:
             save_checkpoint(checkpoint_path(self.workdir, state.step), content)
             written = drop_checkpoints(self.workdir, written, self.keep_checkpoints)
@@ -150,6 +155,19 @@ class TrainingRun:
         save_png(self.picture, grid)
         writer.add_image("samples", grid, step)
         log.info(f"step {step}: samples in {nfe} evaluations: {self.picture}")
+
+
+def check_codec(codec: Codec, checkpoint: dict, path: Path) -> None:
+    """Raise ValueError unless `codec` is the one that the network of a checkpoint was trained with.
+
+    It is code and weights outside the run, of which the checkpoint, at `path`, has the identity.
+    """
+    identity = checkpoint.get("codec", codec.identity)
+    if identity != codec.identity:
+        raise ValueError(
+            f"{path}: the network was trained with the codec {shown(identity)}, not with "
+            f"{codec.identity} (data.codec)"
+        )
 
 
 class LossWatch:

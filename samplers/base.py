@@ -37,7 +37,10 @@ KEYS = {
         "(low, high): guidance at noise levels above low, up to high; (): at all",
     ),
     "sampling.guide": Key(
-        "", Text(), "checkpoint of a weaker network of the same kind, which guides (autoguidance)"
+        "",
+        Text(),
+        "checkpoint of a weaker network of the same kind, which guides (autoguidance)",
+        of_machine="always",
     ),
     "sampling.precision": Key(
         "fp32",

@@ -126,6 +126,7 @@ KEYS = {
         "",
         OneOf(registry="sources.codec.CODECS"),
         "map between data and the network's x; '': grey levels are scaled",
+        of_machine="always",
     )
 }
 
