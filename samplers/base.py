@@ -191,19 +191,14 @@ class Sampler(abc.ABC):
             ValueError: a sampler that the method does not have, a number out of range, or guidance
                 that the network is not trained for.
         """
-        sampler = cls(
-            method=method,
-            codec=codec,
-            guidance=Guidance.from_config(config, guide),
-            **arguments(cls, config),
-        )
-        classes, label = config.data.num_classes, sampler.class_label
+        classes, label = config.data.num_classes, config.sampling.class_label
         if 0 <= label >= classes:
             has = f"those from 0 to {classes - 1}" if classes else "none (data.num_classes=0)"
             raise ValueError(
                 f"sampling.class_label={label} is no class of the network: it has {has}"
             )
-        return sampler
+        guidance = Guidance.from_config(config, guide)
+        return cls(method=method, codec=codec, guidance=guidance, **arguments(cls, config))
 
     @torch.no_grad()
     def __call__(

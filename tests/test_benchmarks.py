@@ -153,7 +153,7 @@ def test_a_curve_has_runs_that_differ_in_their_seeds_alone(tmp_path, robustness)
     def workdir(name, **changes):
         (tmp_path / name).mkdir()
         config = tiny("pfgmpp/digits_ddpmpp.py", tmp_path, model__D=16.0, **changes)
-        run_config.store(tmp_path / name, config)
+        run_config.store(tmp_path / name, run_config.flatten(config))
         return tmp_path / name
 
     a, b = workdir("a", seed=1), workdir("b", seed=2)

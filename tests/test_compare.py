@@ -265,7 +265,7 @@ def test_from_workdirs_to_a_page(tmp_path, monkeypatch, capsys):
         config.optim.lr = rate
         folder = tmp_path / name
         folder.mkdir()
-        run_config.store(folder, config)
+        run_config.store(folder, run_config.flatten(config))
         with TensorBoardWriter(folder / "tensorboard", 0) as writer:
             writer.add_scalar("loss/train", rate, 5)
         for k in (2, 10):

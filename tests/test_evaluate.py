@@ -19,11 +19,11 @@ from test_metrics import MeanColour, save_inception, save_torchscript
 from test_report import dumped
 
 import datasets
-import evaluation
 import metrics.reference
 import run_lib
 import sampling
 from configs.poisson import digits_ddpmpp
+from library import evaluated_samples
 from library.evaluated_samples import samples_at
 from metrics.distances import Gaussian, frechet_distance
 from metrics.reference import Reference
@@ -349,7 +349,9 @@ def test_data_are_measured_once(workdir, tmp_path, monkeypatch):
         np.testing.assert_allclose(file["sigma"], np.cov(images.T), atol=1e-7)
         np.testing.assert_allclose(file["pool_3"], images[file["index"]], rtol=1e-6)
     monkeypatch.setattr(Reference, "measure", None)
-    monkeypatch.setattr(evaluation, "compare_halves", lambda comparison: pytest.fail("again"))
+    monkeypatch.setattr(
+        evaluated_samples, "compare_halves", lambda comparison: pytest.fail("again")
+    )
     assert_same_metrics(evaluate(config, workdir), report)
 
 

@@ -21,7 +21,7 @@ from configs.completion import complete
 from configs.vp import digits_ddpmpp, images32_ddpmpp
 from library.conditions import ConditionDrawer
 from library.restoration import ToRestore
-from likelihood import get_likelihood_fn, log_posterior
+from likelihood import Likelihood, get_likelihood_fn, log_posterior
 from losses import Regression, get_loss_fn
 from methods import field, get_method
 from methods.field import poisson_field
@@ -638,7 +638,7 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
         return bits + torch.rand(1, generator=generator), None, 1  # of one probe for all labels
 
     bits_per_dim.divergence = "exact"
-    monkeypatch.setattr(experiment, "get_likelihood_fn", lambda config, method, codec: bits_per_dim)
+    monkeypatch.setattr(Likelihood, "from_config", lambda config, method, codec: bits_per_dim)
     for _ in range(2):  # the second time by the files of the first
         run_lib.evaluate(config, workdir, "by_class")
         assert solved == 10 * [60] + 10 * [60] + 10 * [60]

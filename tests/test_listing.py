@@ -417,7 +417,7 @@ def test_a_run_keeps_the_rules_that_it_began_with(tmp_path, caplog):
         forget_rules(path)
     completed, _, lines = complete(config, workdir)
     assert completed.data.rules == 1
-    assert "data.rules=1: the run began before" in lines[0]
+    assert "data.rules=1: the run began before" in lines[-1]
     config.training.n_iters = 4
     caplog.clear()
     run_lib.train(config, workdir)
@@ -426,7 +426,7 @@ def test_a_run_keeps_the_rules_that_it_began_with(tmp_path, caplog):
     assert not re.search("config differs.*data.rules", caplog.text)
     stored, _, lines = complete(run_config.load(workdir), workdir)  # as --mode eval
     assert stored.data.rules == 1
-    assert "data.rules=1" in lines[0]
+    assert "data.rules=1" in lines[-1]
     assert complete(config, tmp_path / "new")[0].data.rules == 2
 
 

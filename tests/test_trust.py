@@ -1,4 +1,4 @@
-"""A stranger's workdir: values of its config that run code, or write or read files, are not taken."""
+"""Values of a stranger's workdir that run code, or write or read files, are not taken."""
 
 import shlex
 import sys
