@@ -139,7 +139,7 @@ def test_500_mutated_states_are_loaded_or_refused(trained, tmp_path):
         before = [tensor.clone() for tensor in tensors(resumed)]
         try:
             loaded = load_checkpoint(path)
-            run_config.changes(path, loaded, config)
+            run_config.changes(path, loaded, run_config.flatten(config))
             written_steps(loaded, path)
             fit(resumed.load_state_dict, loaded, path)
         except ValueError as error:
