@@ -33,11 +33,22 @@ def spread(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
 
 
-def scaled(c: Tensor | None, x: Tensor) -> Tensor:
-    """`x` (B, ...) times a coefficient () or (B,); `x` itself where that is 1, or None."""
-    if c is None or c.dim() == 0 and c.device.type == "cpu" and c.item() == 1:
+def scaled(c: Tensor | float, x: Tensor) -> Tensor:
+    """`x` (B, ...) times a coefficient, a number, () or (B,); `x` itself where that is 1."""
+    if not isinstance(c, Tensor):
+        return x if c == 1 else c * x
+    if c.dim() == 0 and c.device.type == "cpu" and c.item() == 1:
         return x
     return spread(c, x) * x
+
+
+def linear(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
+    """a x + b y for coefficients as of `scaled`; without the first term where `a` is the number 0.
+
+    Where that is so and `b` is 1, the result is `y`, of whatever type.
+    """
+    y = scaled(b, y)
+    return y if not isinstance(a, Tensor) and a == 0 else scaled(a, x) + y
 
 
 def noise_like(
@@ -54,7 +65,7 @@ def noise_like(
 
 
 def conditioned(net: Network, conditions: dict[str, Tensor | None]) -> Network:
-    """`net` that is given the `conditions`, by name, in every call; those that are None are not."""
+    """`net` with the `conditions` bound by name; None leaves a condition out."""
     return partial(net, **{name: value for name, value in conditions.items() if value is not None})
 
 
@@ -63,34 +74,34 @@ def with_rate(f: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]
     return torch.func.jvp(f, (t,), (torch.ones_like(t),))
 
 
-Coefficient = Callable[[Tensor], Tensor]  # of a time (), or of times (B,): a tensor of that shape
+# A function of the time, () or (B,), that gives a tensor of the same shape, or a number.
+Coefficient = Callable[[Tensor], Tensor | float]
 
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """Preconditioning of a network F: c_skip x + c_out F(c_in x, c_noise).
+    """Preconditioning of a network F, whose prediction at x and time t is
 
-    Each coefficient is a function of the method's time `t`, () or (B,), that gives a tensor of the
-    same shape. Without c_skip there is no first term; c_in and c_out are 1 by default, and then the
-    output of F may be of any type. (Karras et al. 2022, arXiv 2206.00364, equation 7 and table 1.)
+        c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t)).
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), equation 7 and table 1.
     """
 
     c_noise: Coefficient
-    c_in: Coefficient | None = None
-    c_out: Coefficient | None = None
-    c_skip: Coefficient | None = None
+    c_in: Coefficient = lambda t: 1.0
+    c_out: Coefficient = lambda t: 1.0
+    c_skip: Coefficient = lambda t: 0.0
 
     def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The arguments of F: c_in x, and a noise label for each image (B,)."""
         label = self.c_noise(t)
         dtype = x.dtype if label.is_floating_point() else label.dtype
         label = label.to(x.device, dtype, non_blocking=True).expand(len(x))
-        return scaled(self.c_in and self.c_in(t), x), label
+        return scaled(self.c_in(t), x), label
 
-    def __call__(self, net: Network, x: Tensor, t: Tensor):
-        """The preconditioned output of `net` at `x` (B, C, H, W) and `t`."""
-        out = scaled(self.c_out and self.c_out(t), net(*self.inputs(x, t)))
-        return out if self.c_skip is None else spread(self.c_skip(t), x) * x + out
+    def __call__(self, net: Network, x: Tensor, t: Tensor) -> Tensor:
+        """The prediction (B, ...) of `net` at `x` (B, C, H, W) and time `t`, () or (B,)."""
+        return linear(self.c_skip(t), x, self.c_out(t), net(*self.inputs(x, t)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +230,8 @@ class Method(abc.ABC):
     ) -> Tensor:
         """A sample x (B, C, H, W) of `images` perturbed to times `t`, () or (B,)."""
         t = torch.as_tensor(t, dtype=torch.float64, device=images.device)
-        normal, wider = self.noise(images, generator)
-        return scaled(self.alpha(t), images) + scaled(self.std(t) * wider, normal)
+        normal, width = self.noise(images, generator)
+        return scaled(self.alpha(t), images) + scaled(self.std(t) * width, normal)
 
     def kernel(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and std at time `t` with which the network is trained."""
@@ -248,10 +259,10 @@ class Method(abc.ABC):
         """
         y = batch.images
         t = self.draw_times(len(y), generator, y.device)
-        normal, wider = self.noise(y, generator)
+        normal, width = self.noise(y, generator)
         alpha, std = self.kernel(t)
-        x = scaled(alpha, y) + scaled(std * wider, normal)
-        noise = scaled(wider, normal)
+        x = scaled(alpha, y) + scaled(std * width, normal)
+        noise = scaled(width, normal)
         return Examples(images=x, conditions=batch.conditions, t=t, clean=y, noise=noise)
 
     def target(self, examples: Batch, reference: Batch) -> Tensor:
@@ -280,29 +291,26 @@ class Method(abc.ABC):
 
     # --- sampling ---
 
-    def slope_factors(self, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The factors of y = x / alpha and of F in the slope at time `t` ().
+    def slope_factors(self, t: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """a and b at time `t` of the slope a y + b F, where F is the output of the network.
 
-        A None stands for 0 as the first and for 1 as the second. The slope is the predicted noise.
+        The slope is n, the predicted noise. By what the network predicts, at x = alpha y,
+
+            image D       n = (y - D) / sigma
+            score s       n = -alpha sigma s
+            velocity v    n = (v - alpha' y) / (alpha sigma').
         """
-        p, alpha, sigma = self.precondition, self.alpha(t), self.sigma(t)
-        out = None if p.c_out is None else p.c_out(t)
-        skip = None if p.c_skip is None else alpha * p.c_skip(t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        skip, out = self.precondition.c_skip(t), self.precondition.c_out(t)
+        skip = alpha * skip if isinstance(skip, Tensor) else skip
         if self.predicts == "noise":
             return skip, out
         if self.predicts == "image":
-            rest = 1 / sigma if skip is None else (1 - skip) / sigma
-            return rest, -1 / sigma if out is None else -out / sigma
+            return (1 - skip) / sigma, -out / sigma
         if self.predicts == "score":
-            scale = -alpha * sigma
-            rest = None if skip is None else scale * skip
-            return rest, scale if out is None else scale * out
-        # x' = alpha' y + std' n, and x = alpha y + std n
+            return -alpha * sigma * skip if isinstance(skip, Tensor) else skip, -alpha * sigma * out
         alpha_rate, sigma_rate = self.rates(t)
-        return (
-            (-alpha * alpha_rate + (0 if skip is None else skip)) / sigma_rate,
-            (1 if out is None else out) / sigma_rate,
-        )
+        return (-alpha * alpha_rate + skip) / sigma_rate, out / sigma_rate
 
     def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
         """dy/dsigma (B, C, H, W) at y = x / alpha and noise level `sigma` (a float or 0-d tensor).
@@ -312,8 +320,7 @@ class Method(abc.ABC):
         t = self.time(torch.as_tensor(sigma, dtype=torch.float64))
         of_state, of_output = self.slope_factors(t)
         output = net(*self.precondition.inputs(scaled(self.alpha(t), y), t))
-        slope = scaled(of_output, output)
-        return slope if of_state is None else spread(of_state, y) * y + slope
+        return linear(of_state, y, of_output, output)
 
     def ode(self, net: Network, x: Tensor, t: float | Tensor) -> Tensor:
         """The sampling ODE's dx/dt (B, C, H, W) at `x` and time `t` (a float or 0-d tensor)."""
@@ -350,8 +357,8 @@ class Method(abc.ABC):
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Samples of `shape` (B, C, H, W) from the distribution at `t_prior`."""
-        normal, wider = self.noise(torch.empty(shape, device=device), generator)
-        return scaled(self.prior_scale * wider, normal)
+        normal, width = self.noise(torch.empty(shape, device=device), generator)
+        return scaled(self.prior_scale * width, normal)
 
     def prior_norms(self, dim: int) -> tuple[float, float]:
         """Lowest and highest norm of a prior sample of `dim` entries when it is rescaled.
@@ -366,48 +373,28 @@ class Method(abc.ABC):
         return student_t.log_density(x, self.prior_scale, self.degrees_of_freedom)
 
 
+def _of_method(name: str) -> property:
+    """An attribute of `WithSlope` that is the attribute `name` of its method."""
+    return property(lambda self: getattr(self.method, name))
+
+
 class WithSlope(Method):
     """A method with another slope, which a subclass defines; path, noise and prior stay.
 
     `ode`, `score` and `denoise` are derived from the new slope.
     """
 
+    name = _of_method("name")
+    t_prior, t_data = _of_method("t_prior"), _of_method("t_data")
+    alpha, sigma, std = _of_method("alpha"), _of_method("sigma"), _of_method("std")
+    time, perturb_at = _of_method("time"), _of_method("perturb_at")
+    degrees_of_freedom, gaussian = _of_method("degrees_of_freedom"), _of_method("gaussian")
+    noisy_end = _of_method("noisy_end")
+    prior_sampling, prior_logp = _of_method("prior_sampling"), _of_method("prior_logp")
+    prior_norms = _of_method("prior_norms")
+
     def __init__(self, method: Method):
         self.method = method
-        self.t_prior, self.t_data = method.t_prior, method.t_data
-        self.degrees_of_freedom, self.gaussian = method.degrees_of_freedom, method.gaussian
-        self.noisy_end = method.noisy_end
-
-    @property
-    def name(self) -> str:
-        return self.method.name
 
     @abc.abstractmethod
     def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor: ...
-
-    def alpha(self, t):
-        return self.method.alpha(t)
-
-    def sigma(self, t):
-        return self.method.sigma(t)
-
-    def time(self, sigma):
-        return self.method.time(sigma)
-
-    def std(self, t):
-        return self.method.std(t)
-
-    def rates(self, t):
-        return self.method.rates(t)
-
-    def perturb_at(self, images, t, generator=None):
-        return self.method.perturb_at(images, t, generator)
-
-    def prior_sampling(self, shape, generator=None, device="cpu"):
-        return self.method.prior_sampling(shape, generator, device)
-
-    def prior_norms(self, dim):
-        return self.method.prior_norms(dim)
-
-    def prior_logp(self, x):
-        return self.method.prior_logp(x)
