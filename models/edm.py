@@ -1,5 +1,6 @@
-"""The networks of EDM: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative
-Models" (arXiv 2206.00364), appendix F.6. They take noise labels of either sign.
+"""The networks of EDM (Karras et al. 2022, arXiv 2206.00364, appendix F.6).
+
+They take noise labels of either sign.
 """
 
 from functools import partial
@@ -11,7 +12,7 @@ from models.ncsnpp import UNET, NCSNpp
 
 
 class EDMUNet(NCSNpp):
-    """EDM's DDPM++ and NCSN++: Song's, with the noise label itself in 'fourier' features."""
+    """EDM's DDPM++ and NCSN++: those of score SDEs, without a log in the 'fourier' features."""
 
     def __init__(self, **options):
         super().__init__(**options, attention=MultiHeadAttention, log_label=False)
@@ -21,7 +22,7 @@ class ADM(NCSNpp):
     """The U-Net of Dhariwal and Nichol (arXiv 2105.05233), appendix B, as EDM has it.
 
     The embedding scales and shifts after the norms, attention has heads of 64 channels (there is
-    none in narrower features), and sums are plain. Arguments are as of `NCSNpp`.
+    none in narrower features), and sums are plain.
     """
 
     keys = UNET
