@@ -15,7 +15,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from solvers.base import Callback, Slope, Step
-from solvers.fixed_steps import combine, interpolating_weights
+from solvers.fixed_steps import combine, interpolating_weights, linear_multistep
 
 
 def dpmpp(
@@ -26,22 +26,15 @@ def dpmpp(
     *,
     order: int = 3,
 ) -> Tensor:
-    """DPM-Solver++ of several steps, of an `order` from 1 to 3 (Lu et al. 2022, arXiv 2211.01095).
+    """DPM-Solver++, multistep, of an `order` from 1 to 3 (Lu et al. 2022, arXiv 2211.01095).
 
     The polynomial goes through the last `order` denoised images; the first steps make do with
     fewer. Its integral is exact: published code takes h / 2 times the first difference at order 2,
     and half the second difference at order 3, which then converges with order 2 only.
     """
-    images, passed = [], []
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        d = slope(x, here)
-        if callback:
-            callback(Step(i, here, x, d))
-        images.insert(0, x - here * d)
-        passed.insert(0, here)
-        x = step(x, images, passed, here, there)
-        del d, images[order - 1 :], passed[order - 1 :]  # before memory goes to the network
-    return x
+    return linear_multistep(
+        slope, x, levels, callback, order=order, advance=advance, term=denoised_image
+    )
 
 
 def unipc(
@@ -54,9 +47,9 @@ def unipc(
 ) -> Tensor:
     """UniPC of an `order` from 1 to 3, which its corrector raises by one (arXiv 2302.04867).
 
-    The predictor is `dpmpp`'s step. Where it arrives the denoised image is evaluated; the corrector
+    The predictor is `dpmpp`'s step. The denoised image is evaluated where it arrives; the corrector
     takes the step again with that image as one more point of the polynomial, and the next step uses
-    it as it is: one evaluation a step. The equations for the weights are solved exactly, so that
+    the same image: one evaluation a step. The equations for the weights are solved exactly, so that
     the paper's B(h) cancels.
     """
     images, passed = [], []
@@ -65,10 +58,10 @@ def unipc(
         d = slope(x, here)
         if callback:
             callback(Step(i, here, x, d))
-        images.insert(0, x - here * d)
+        images.insert(0, denoised_image(x, here, d))
         passed.insert(0, here)
         start = rest + weight * images[0] if i else x
-        x = step(start, images, passed, here, there)
+        x = advance(start, images, passed, there)
         if there > 0:
             weight, *weights = exponential_weights([there, *passed], here, there)
             rest = combine(start * (there / here), images, weights)
@@ -76,14 +69,20 @@ def unipc(
     return x
 
 
-def step(x: Tensor, images: list[Tensor], nodes: list[float], here: float, there: float) -> Tensor:
-    """`x` taken from the level `here` to `there`, with D through `images` at the levels `nodes`.
+def denoised_image(x: Tensor, level: float, slope: Tensor) -> Tensor:
+    """The denoised image D at `x` and `level`."""
+    return x - level * slope
+
+
+def advance(x: Tensor, images: list[Tensor], passed: list[float], there: float) -> Tensor:
+    """The state at the level `there`, from `x` at passed[0] and D through `images` at `passed`.
 
     At `there` = 0 it is images[0], the limit for a constant D.
     """
     if there == 0:
         return images[0]
-    return combine(x * (there / here), images, exponential_weights(nodes, here, there))
+    weights = exponential_weights(passed, passed[0], there)
+    return combine(x * (there / passed[0]), images, weights)
 
 
 def exponential_weights(nodes: list[float], here: float, there: float) -> list[float]:

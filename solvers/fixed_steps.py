@@ -1,4 +1,4 @@
-"""Solvers whose steps are given: one for each pair of neighbouring `levels` (N + 1,)."""
+"""Solvers with fixed steps, one for each pair of neighbouring `levels` (N + 1,)."""
 
 import math
 from collections.abc import Callable
@@ -24,8 +24,8 @@ def euler(slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = N
 class Churn(NamedTuple):
     """How much noise `heun` adds before a step (Karras et al. 2022, arXiv 2206.00364).
 
-    A step from a noise level between S_min and S_max first raises it by the share S_churn / N, at
-    most sqrt(2) - 1, with noise of S_noise times the standard deviation which that takes.
+    Before a step from a noise level between S_min and S_max it is raised by the share S_churn / N,
+    at most sqrt(2) - 1, by noise of S_noise times the standard deviation that this takes.
     """
 
     S_churn: float
@@ -34,7 +34,7 @@ class Churn(NamedTuple):
     S_noise: float = 1.0
 
     def raised(self, level: float, levels: Tensor) -> float:
-        """The level from which the step from `level` starts: never above the first of `levels`."""
+        """The level to which noise raises `level` before a step, at most the first of `levels`."""
         if not self.S_min <= level <= self.S_max:
             return level
         share = min(self.S_churn / (len(levels) - 1), math.sqrt(2) - 1)
@@ -81,7 +81,7 @@ def multistep(
     *,
     order: int = 3,
 ) -> Tensor:
-    """The method of Adams and Bashforth of an `order` from 1 to 4, from N evaluations.
+    """Adams-Bashforth of an `order` from 1 to 4, from N evaluations.
 
     A step integrates the polynomial through the last `order` slopes; the first steps make do with
     fewer. In a method's natural variables this is rho-AB DEIS (Zhang and Chen 2023, arXiv
@@ -101,9 +101,9 @@ def ipndm(
 ) -> Tensor:
     """iPNDM of an `order` from 1 to 4 (Zhang and Chen 2023, arXiv 2204.13902): N evaluations.
 
-    The weights are those of Adams and Bashforth for even steps, whatever the steps are, which keeps
-    them small where steps shrink fast. The error falls with the power `order` of the step where
-    levels are even, else with its square at most.
+    The weights are Adams-Bashforth's for even steps, whatever the steps are, which keeps them small
+    where steps shrink fast. The error falls with the power `order` of the step where levels are
+    even, else with its square at most.
     """
     advance = _with_weights(even_adams_bashforth)
     return linear_multistep(slope, x, levels, callback, order=order, advance=advance)
@@ -121,16 +121,21 @@ def linear_multistep(
     *,
     order: int = 3,
     advance: Advance,
+    term: Callable[[Tensor, float, Tensor], Tensor] = lambda x, level, slope: slope,
 ) -> Tensor:
-    """A method whose steps, by `advance`, use the last `order` slopes: N evaluations."""
-    slopes, passed = [], []
+    """A method whose steps, by `advance`, use the last `order` slopes: N evaluations.
+
+    Another `term`, a function of state, level and slope, stands for the slopes in `advance`.
+    """
+    terms, passed = [], []
     for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        slopes.insert(0, slope(x, here))
-        passed.insert(0, here)
+        d = slope(x, here)
         if callback:
-            callback(Step(i, here, x, slopes[0]))
-        x = advance(x, slopes, passed, there)
-        del slopes[order - 1 :], passed[order - 1 :]  # before memory goes to the network
+            callback(Step(i, here, x, d))
+        terms.insert(0, term(x, here, d))
+        passed.insert(0, here)
+        x = advance(x, terms, passed, there)
+        del d, terms[order - 1 :], passed[order - 1 :]  # before memory goes to the network
     return x
 
 
@@ -144,7 +149,7 @@ def adams_bashforth(passed: list[float], there: float) -> list[float]:
     return interpolating_weights(s, [step / (k + 1) for k in range(len(s))])
 
 
-# For the last slope, the one before it and so on, by how many there are.
+# Number of slopes -> weight of the last one, the one before it and so on, in units of the step.
 _EVEN = {
     1: (1,),
     2: (3 / 2, -1 / 2),
@@ -154,7 +159,7 @@ _EVEN = {
 
 
 def even_adams_bashforth(passed: list[float], there: float) -> list[float]:
-    """The weights that `adams_bashforth` has where the levels are even."""
+    """The weights of `adams_bashforth` where the levels are even."""
     return [(there - passed[0]) * weight for weight in _EVEN[len(passed)]]
 
 
@@ -165,7 +170,7 @@ def interpolating_weights(nodes: list[float], moments: list[float]) -> list[floa
 
 
 def combine(x: Tensor, terms: list[Tensor], weights: list[float]) -> Tensor:
-    """`x` and the `terms` times their `weights`, summed."""
+    """The sum of `x` and the `terms` times their `weights`."""
     for term, weight in zip(terms, weights, strict=True):
         x = x + weight * term
     return x
