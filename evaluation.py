@@ -37,7 +37,7 @@ from storage.files import cached, check_arrays, read_arrays, save_png
 
 log = logging.getLogger(__name__)
 
-# What can be asked for, in config.eval; the last ones need samples.
+# Keys of config.eval that switch a part of an evaluation on; those of `DRAWN` need samples.
 DRAWN = ("enable_sampling", "save_images", "enable_interpolate", "enable_rescale")
 PARTS = ("enable_loss", "enable_bpd", "enable_classification", *DRAWN)
 

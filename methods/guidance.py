@@ -1,7 +1,6 @@
 """Guidance: the sampler's slope is a mixture of the network's and a worse network's."""
 
 import torch
-from torch import Tensor
 
 from methods.base import Method, Network, WithSlope
 
@@ -31,8 +30,7 @@ class Guided(WithSlope):
         super().__init__(method)
         self.other, self.weight, self.interval = other, weight, interval
 
-    def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """dy/dsigma (B, C, H, W) at `y` and noise level `sigma` (a float or 0-d tensor)."""
+    def slope(self, net, y, sigma):
         c, (low, high) = self.method.slope(net, y, sigma), self.interval
         if not low < torch.as_tensor(sigma).max().item() <= high:
             return c

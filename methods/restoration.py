@@ -310,8 +310,7 @@ class Restoring(WithSlope):
         super().__init__(method)
         self.measurement, self.restorer, self.bounds = measurement, restorer, bounds
 
-    def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """dy/dsigma (B, C, H, W) at `y` and noise level `sigma` > 0 (a float or 0-d tensor)."""
+    def slope(self, net, y, sigma):
         denoised = denoise(self.method, net, y, float(sigma), self.bounds)
         image = denoised.image + self.restorer(self.measurement, denoised)
         return (y - image.clamp(*self.bounds)) / sigma

@@ -242,12 +242,7 @@ class Attention(nn.Module):
     """Self-attention of one head among the pixels of (B, C, H, W), added to its input."""
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        init_scale: float,
-        skip_rescale: bool,
-        norm: Norm = group_norm,
+        self, channels: int, *, init_scale: float, skip_rescale: bool, norm: Norm = group_norm
     ):
         super().__init__()
         self.norm = norm(channels)

@@ -18,14 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.keys import named
-from models.layers import (
-    ACTIVATIONS,
-    Norm,
-    check_size,
-    check_whole,
-    geometric_sigmas,
-    refuse,
-)
+from models.layers import ACTIVATIONS, Norm, check_size, check_whole, geometric_sigmas, refuse
 from sources.codec import Shape
 
 
@@ -332,11 +325,7 @@ class RefineNet(nn.Module):
         self.ascent = [level.decoder for level in reversed(levels)]
 
     def forward(
-        self,
-        x: Tensor,
-        noise_label: Tensor,
-        class_labels: None = None,
-        augment_labels: None = None,
+        self, x: Tensor, noise_label: Tensor, class_labels: None = None, augment_labels: None = None
     ) -> Tensor:
         refuse(class_labels=class_labels, augment_labels=augment_labels)
         check_size(*x.shape[2:], halvings=self.halvings)

@@ -19,12 +19,7 @@ from solvers.fixed_steps import combine, interpolating_weights, linear_multistep
 
 
 def dpmpp(
-    slope: Slope,
-    x: Tensor,
-    levels: Tensor,
-    callback: Callback | None = None,
-    *,
-    order: int = 3,
+    slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None, *, order: int = 3
 ) -> Tensor:
     """DPM-Solver++, multistep, of an `order` from 1 to 3 (Lu et al. 2022, arXiv 2211.01095).
 
@@ -38,12 +33,7 @@ def dpmpp(
 
 
 def unipc(
-    slope: Slope,
-    x: Tensor,
-    levels: Tensor,
-    callback: Callback | None = None,
-    *,
-    order: int = 3,
+    slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None, *, order: int = 3
 ) -> Tensor:
     """UniPC of an `order` from 1 to 3, which its corrector raises by one (arXiv 2302.04867).
 

@@ -74,12 +74,7 @@ Advance = Callable[[Tensor, list[Tensor], list[float], float], Tensor]
 
 
 def multistep(
-    slope: Slope,
-    x: Tensor,
-    levels: Tensor,
-    callback: Callback | None = None,
-    *,
-    order: int = 3,
+    slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None, *, order: int = 3
 ) -> Tensor:
     """Adams-Bashforth of an `order` from 1 to 4, from N evaluations.
 
@@ -92,12 +87,7 @@ def multistep(
 
 
 def ipndm(
-    slope: Slope,
-    x: Tensor,
-    levels: Tensor,
-    callback: Callback | None = None,
-    *,
-    order: int = 3,
+    slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None, *, order: int = 3
 ) -> Tensor:
     """iPNDM of an `order` from 1 to 4 (Zhang and Chen 2023, arXiv 2204.13902): N evaluations.
 
