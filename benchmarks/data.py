@@ -81,8 +81,9 @@ def main() -> None:
             plain = common.seconds(lambda: next(b))
             list(itertools.islice(a, ahead))
             times.append((common.seconds(lambda: list(itertools.islice(a, COUNTED))), plain))
-        own, plain = (statistics.median(column) for column in zip(*times, strict=True))
-        table.row(name, COUNTED * batch / own, batch / plain, COUNTED * plain / own)
+        ours_time, plain_time = (statistics.median(column) for column in zip(*times, strict=True))
+        rates = COUNTED * batch / ours_time, batch / plain_time
+        table.row(name, *rates, rates[0] / rates[1])
 
     resident = torch.randint(0, 256, (RESIDENT, 3, 32, 32), dtype=torch.uint8)
     plain = obvious(resident.__getitem__, RESIDENT, batch)

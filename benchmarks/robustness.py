@@ -76,12 +76,12 @@ def noisy_heun(
 ) -> Tensor:
     """Heun's method with Gaussian noise of `alpha` times the noise level before each step."""
     last = len(levels) - 2
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        x = x + alpha * here * noise_like(x, generator)
-        d, h = slope(x, here), there - here
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        x = x + alpha * level * noise_like(x, generator)
+        d, h = slope(x, level), next_level - level
         if callback:
-            callback(Step(i, here, x, d))
-        x = x + (h * d if i == last else h / 2 * (d + slope(x + h * d, there)))
+            callback(Step(i, level, x, d))
+        x = x + (h * d if i == last else h / 2 * (d + slope(x + h * d, next_level)))
     return x
 
 

@@ -197,11 +197,11 @@ def plain_heun(method, net, x: torch.Tensor, options) -> torch.Tensor:
     levels += [0.0] * method.noisy_end
     alpha = method.alpha(method.time(torch.tensor(levels, dtype=torch.float64)))
     x = x / alpha[0]
-    for here, there in pairwise(levels):
-        d = method.slope(net, x, here)
-        moved = x + (there - here) * d
-        if there != levels[-1]:
-            moved = x + (there - here) / 2 * (d + method.slope(net, moved, there))
+    for level, next_level in pairwise(levels):
+        d = method.slope(net, x, level)
+        moved = x + (next_level - level) * d
+        if next_level != levels[-1]:
+            moved = x + (next_level - level) / 2 * (d + method.slope(net, moved, next_level))
         x = moved
         assert x.isfinite().all()
     return alpha[-1] * x

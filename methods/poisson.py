@@ -16,7 +16,7 @@ FARTHEST = 1e9  # reach of perturbations: its square, summed over an image, fits
 
 
 class PoissonRange(NamedTuple):
-    """How far perturbations reach, and the prior plane that follows; see `Poisson`."""
+    """Reach of the perturbations, and the prior plane that follows; see `Poisson`."""
 
     M: int
     z_max: float

@@ -56,7 +56,7 @@ class Stage(nn.Module):
 
 
 class InputSkip(nn.Module):
-    """Of `progressive_input='input_skip'`: the image, halved, joins the features of its size."""
+    """The image, halved, that joins the features of its size (`progressive_input='input_skip'`)."""
 
     def __init__(self, image_channels: int, channels: int, fir_kernel: Taps, combine: str):
         super().__init__()
@@ -88,7 +88,7 @@ class ResidualBranch(nn.ModuleDict):
 
 
 class OutputSkip(nn.Module):
-    """Of `progressive='output_skip'`: every level adds to an image that doubles with each.
+    """An image that doubles and grows with every level (`progressive='output_skip'`).
 
     `progressive='residual'` has one at the coarsest level, where its branch begins.
     """

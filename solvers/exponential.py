@@ -43,18 +43,18 @@ def unipc(
     the paper's B(h) cancels.
     """
     images, passed = [], []
-    rest, weight = x, 0.0  # the corrected state is rest + weight * the image there
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        d = slope(x, here)
+    rest, weight = x, 0.0  # the corrected state is rest + weight * the newest denoised image
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        d = slope(x, level)
         if callback:
-            callback(Step(i, here, x, d))
-        images.insert(0, denoised_image(x, here, d))
-        passed.insert(0, here)
+            callback(Step(i, level, x, d))
+        images.insert(0, denoised_image(x, level, d))
+        passed.insert(0, level)
         start = rest + weight * images[0] if i else x
-        x = advance(start, images, passed, there)
-        if there > 0:
-            weight, *weights = exponential_weights([there, *passed], here, there)
-            rest = combine(start * (there / here), images, weights)
+        x = advance(start, images, passed, next_level)
+        if next_level > 0:
+            weight, *weights = exponential_weights([next_level, *passed], level, next_level)
+            rest = combine(start * (next_level / level), images, weights)
         del start, d, images[order - 1 :], passed[order - 1 :]  # before memory goes to the network
     return x
 
@@ -64,25 +64,27 @@ def denoised_image(x: Tensor, level: float, slope: Tensor) -> Tensor:
     return x - level * slope
 
 
-def advance(x: Tensor, images: list[Tensor], passed: list[float], there: float) -> Tensor:
-    """The state at the level `there`, from `x` at passed[0] and D through `images` at `passed`.
+def advance(x: Tensor, images: list[Tensor], passed: list[float], next_level: float) -> Tensor:
+    """The state at `next_level`, from `x` at passed[0], with D through `images` at `passed` levels.
 
-    At `there` = 0 it is images[0], the limit for a constant D.
+    At level 0 it is images[0], the limit for a constant D.
     """
-    if there == 0:
+    if next_level == 0:
         return images[0]
-    weights = exponential_weights(passed, passed[0], there)
-    return combine(x * (there / passed[0]), images, weights)
+    weights = exponential_weights(passed, passed[0], next_level)
+    return combine(x * (next_level / passed[0]), images, weights)
 
 
-def exponential_weights(nodes: list[float], here: float, there: float) -> list[float]:
+def exponential_weights(nodes: list[float], start: float, end: float) -> list[float]:
     """Weights of the D at the levels `nodes` that integrate exp(u - h) D over u from 0 to h.
 
-    They are exact for powers of s = u / h, whose integrals are I_0 = 1 - exp(-h) and, by parts,
-    I_k = 1 - k / h I_(k-1).
+    The step is from the level `start` to `end`, h = log(start / end). The weights are exact for
+    powers of s = u / h, whose integrals are I_0 = 1 - exp(-h) and, by parts,
+
+        I_k = 1 - k / h I_(k-1).
     """
-    h = math.log(here / there)
+    h = math.log(start / end)
     moments = [-math.expm1(-h)]
     for k in range(1, len(nodes)):
         moments.append(1 - k / h * moments[-1])
-    return interpolating_weights([math.log(here / level) / h for level in nodes], moments)
+    return interpolating_weights([math.log(start / level) / h for level in nodes], moments)

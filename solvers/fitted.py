@@ -68,8 +68,8 @@ def euler_errors(steps: list[Step]) -> Tensor:
     errors = torch.zeros(len(steps), len(steps), dtype=torch.float64)
     for i, step in enumerate(steps[:-1]):
         lengths = torch.tensor([other.level - step.level for other in steps[i + 1 :]])
-        there = states[i] + lengths.to(states)[:, None, None] * step.slope.flatten(1)
-        distances = (there - states[i + 1 :]).norm(dim=2)
+        ends = states[i] + lengths.to(states)[:, None, None] * step.slope.flatten(1)
+        distances = (ends - states[i + 1 :]).norm(dim=2)
         errors[i, i + 1 :] = (distances.double() / apart[i + 1 :]).sum(1).cpu()
     return errors
 
@@ -150,7 +150,7 @@ class Fitting:
         self.offsets: list[Tensor] = []
 
     def __call__(
-        self, x: Tensor, slopes: list[Tensor], passed: list[float], there: float
+        self, x: Tensor, slopes: list[Tensor], passed: list[float], next_level: float
     ) -> Tensor:
         target = self.targets[len(self.weights)].to(x.device)
         weights, offset = fit_step(x, slopes, target)
@@ -209,7 +209,7 @@ def stored_steps(levels: Tensor, weights: Tensor, offsets: Tensor) -> Advance:
     rows = {level: row for row, level in enumerate(levels[:-1].tolist())}
     order = weights.shape[1] - 1
 
-    def advance(x: Tensor, slopes: list[Tensor], passed: list[float], there: float) -> Tensor:
+    def advance(x: Tensor, slopes: list[Tensor], passed: list[float], next_level: float) -> Tensor:
         row = rows[passed[0]]
         if len(slopes) != min(row + 1, order):
             raise ValueError(

@@ -13,16 +13,16 @@ from solvers.base import Callback, Slope, Step
 
 def euler(slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None) -> Tensor:
     """Euler's method: the state at the last level, from N evaluations."""
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        d = slope(x, here)
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        d = slope(x, level)
         if callback:
-            callback(Step(i, here, x, d))
-        x = x + (there - here) * d
+            callback(Step(i, level, x, d))
+        x = x + (next_level - level) * d
     return x
 
 
 class Churn(NamedTuple):
-    """How much noise `heun` adds before a step (Karras et al. 2022, arXiv 2206.00364).
+    """Noise that `heun` adds before a step (Karras et al. 2022, arXiv 2206.00364, algorithm 2).
 
     Before a step from a noise level between S_min and S_max it is raised by the share S_churn / N,
     at most sqrt(2) - 1, by noise of S_noise times the standard deviation that this takes.
@@ -57,14 +57,14 @@ def heun(
     and the state after the noise.
     """
     last = len(levels) - 2
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        if churn and (raised := churn.raised(here, levels)) > here:
-            x = x + churn.S_noise * math.sqrt(raised**2 - here**2) * noise(x)
-            here = raised
-        d, h = slope(x, here), there - here
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        if churn and (raised := churn.raised(level, levels)) > level:
+            x = x + churn.S_noise * math.sqrt(raised**2 - level**2) * noise(x)
+            level = raised
+        d, h = slope(x, level), next_level - level
         if callback:
-            callback(Step(i, here, x, d))
-        change = h * d if i == last else h / 2 * (d + slope(x + h * d, there))
+            callback(Step(i, level, x, d))
+        change = h * d if i == last else h / 2 * (d + slope(x + h * d, next_level))
         x = x + change
     return x
 
@@ -100,7 +100,7 @@ def ipndm(
 
 
 def _with_weights(weights: Callable[[list[float], float], list[float]]) -> Advance:
-    return lambda x, slopes, passed, there: combine(x, slopes, weights(passed, there))
+    return lambda x, slopes, passed, next_level: combine(x, slopes, weights(passed, next_level))
 
 
 def linear_multistep(
@@ -118,23 +118,23 @@ def linear_multistep(
     Another `term`, a function of state, level and slope, stands for the slopes in `advance`.
     """
     terms, passed = [], []
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        d = slope(x, here)
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        d = slope(x, level)
         if callback:
-            callback(Step(i, here, x, d))
-        terms.insert(0, term(x, here, d))
-        passed.insert(0, here)
-        x = advance(x, terms, passed, there)
+            callback(Step(i, level, x, d))
+        terms.insert(0, term(x, level, d))
+        passed.insert(0, level)
+        x = advance(x, terms, passed, next_level)
         del d, terms[order - 1 :], passed[order - 1 :]  # before memory goes to the network
     return x
 
 
-def adams_bashforth(passed: list[float], there: float) -> list[float]:
-    """Weights of the slopes at the levels `passed` that integrate from passed[0] to `there`.
+def adams_bashforth(passed: list[float], next_level: float) -> list[float]:
+    """Weights of the slopes at the levels `passed` that integrate from passed[0] to `next_level`.
 
     They are exact for powers of s = (level - passed[0]) / step, which a step takes from 0 to 1.
     """
-    step = there - passed[0]
+    step = next_level - passed[0]
     s = [(level - passed[0]) / step for level in passed]
     return interpolating_weights(s, [step / (k + 1) for k in range(len(s))])
 
@@ -148,9 +148,9 @@ _EVEN = {
 }
 
 
-def even_adams_bashforth(passed: list[float], there: float) -> list[float]:
+def even_adams_bashforth(passed: list[float], next_level: float) -> list[float]:
     """The weights of `adams_bashforth` where the levels are even."""
-    return [(there - passed[0]) * weight for weight in _EVEN[len(passed)]]
+    return [(next_level - passed[0]) * weight for weight in _EVEN[len(passed)]]
 
 
 def interpolating_weights(nodes: list[float], moments: list[float]) -> list[float]:

@@ -119,8 +119,8 @@ def predictor_corrector(
     times = torch.linspace(sde.t_prior, sde.t_data, sde.N, dtype=torch.float64)
     mean, states = x, FiniteStates()
     for i, t in enumerate(times):
-        there = times[min(i + 1, sde.N - 1)]
-        free = predict and constrain and not constrain.acts(there)
+        t_next = times[min(i + 1, sde.N - 1)]
+        free = predict and constrain and not constrain.acts(t_next)
         for repeat in range(1 if free else resample):
             if repeat:
                 a, b = (spread(c, x) for c in sde.transition(t))
@@ -131,7 +131,7 @@ def predictor_corrector(
                     callback(Step(i, t.item(), x, slope))
                 x, mean = step(sde, x, t, slope, noise_like(x, generator))
                 if constrain:
-                    x = constrain(generator, x, there if predict and step is steps[-1] else t)
+                    x = constrain(generator, x, t_next if predict and step is steps[-1] else t)
         states.note(x, t)
     states.check()
     return mean if noise_removal else x
