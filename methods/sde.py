@@ -41,7 +41,9 @@ def reverse(
 
 @dataclass(frozen=True, kw_only=True)
 class SDE(Method):
-    """Score SDE: data become noise by dx = c(t) x dt + g(t) dw, t in [0, 1], and back by the score.
+    """Score SDE, by which data become noise and, by the learned score, noise becomes data:
+
+        dx = c(t) x dt + g(t) dw,    t in [0, 1].
 
     A subclass gives its marginal (`alpha`, `std`), `coefficients` and `precondition`, which makes
     the network's output the predicted noise. Sampling starts from N(0, prior_scale^2 I).
@@ -94,7 +96,7 @@ class SDE(Method):
         return 1 + c / self.N, g / math.sqrt(self.N)
 
     def check_chain(self) -> None:
-        """Raise ValueError where the Markov chain has no step of that size; 'pc' samples by it."""
+        """Raise ValueError where `transition`, by which 'pc' samples, does not exist."""
 
     def check_likelihood(self):
         if not self.continuous:
@@ -156,7 +158,9 @@ class SDE(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class VESDE(SDE):
-    """Variance exploding: the noise grows geometrically, the data stay (equation 9; SMLD).
+    """Variance exploding: the noise grows and the data stay (equation 9; SMLD):
+
+        std = sigma_min (sigma_max / sigma_min)^t.
 
     Attributes:
         sigma_min, sigma_max: the noise level at t = 0 and 1.
@@ -229,7 +233,9 @@ class VESDE(SDE):
 
 @dataclass(frozen=True, kw_only=True)
 class VPSDE(SDE):
-    """Variance preserving: the data fade while the noise grows to variance 1 (equation 11; DDPM).
+    """Variance preserving: the data fade while the noise grows to variance 1 (equation 11; DDPM):
+
+        alpha^2 = exp(-decay),    std^2 = 1 - exp(-decay),    decay = the integral of beta.
 
     Attributes:
         beta_min, beta_max: the rate beta(t) of forgetting rises linearly between them.
@@ -313,7 +319,7 @@ class VPSDE(SDE):
 
 
 class SubVPSDE(VPSDE):
-    """VP with less noise on the way (equation 12); it has no discrete form."""
+    """VP with less noise on the way, std = 1 - exp(-decay) (equation 12); no discrete form."""
 
     name = "sub-VP SDE"
     predictors = ("euler_maruyama", "reverse_diffusion", "none")
