@@ -17,7 +17,6 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -49,29 +48,18 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def _once_or_none(function: Callable) -> Callable:
-    """`function`, called once for the same arguments; None, after a warning, where it raises."""
-
-    @functools.cache
-    def attempt(*arguments):
-        try:
-            return function(*arguments)
-        except Exception as error:  # whatever a toolchain lacks, plain PyTorch still works
-            lines = str(error).splitlines() or [repr(error)]
-            reason = next((line for line in lines if re.search("error:|fatal", line)), lines[0])
-            log.warning(f"op: plain PyTorch instead of the CUDA kernels: {reason}")
-            return None
-
-    return attempt
-
-
-@_once_or_none
+@functools.cache
 def _trusted(device: torch.device) -> ModuleType | None:
-    """The kernels, after a first launch on `device`."""
-    module = _module()
-    if module is not None:
+    """The kernels, after a first launch on `device`; None, after a warning, where they fail."""
+    try:
+        module = _module()
         _probe(module, device)
-    return module
+        return module
+    except Exception as error:  # whatever a toolchain lacks, plain PyTorch still works
+        lines = str(error).splitlines() or [repr(error)]
+        reason = next((line for line in lines if re.search("error:|fatal", line)), lines[0])
+        log.warning(f"op: plain PyTorch instead of the CUDA kernels: {reason}")
+        return None
 
 
 def _probe(module: ModuleType, device: torch.device) -> None:
@@ -84,7 +72,7 @@ def _probe(module: ModuleType, device: torch.device) -> None:
         raise RuntimeError(f"the kernels compute {results} on {device}")
 
 
-@_once_or_none
+@functools.cache
 def _module() -> ModuleType:
     """The kernels' module from the cache, into which the first process builds it."""
     from torch.utils import cpp_extension  # slow to import, and needed here only
