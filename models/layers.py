@@ -48,7 +48,7 @@ def geometric_sigmas(sigma_max: float, sigma_min: float, num_scales: int) -> Ten
 
 
 def scaled_init(weight: Tensor, scale: float = 1.0) -> None:
-    """Uniform, of variance `scale / mean(fan_in, fan_out)`, in place; 0 stands for almost 0."""
+    """Draw `weight` uniformly, of variance scale / mean(fan_in, fan_out); 0 means almost 0."""
     nn.init.xavier_uniform_(weight, gain=math.sqrt(max(scale, 1e-10)))
 
 
@@ -64,7 +64,7 @@ def dense(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linea
 def conv(
     in_channels: int, out_channels: int, size: int = 3, *, init_scale: float = 1.0, **options
 ) -> nn.Conv2d:
-    """A convolution that keeps the size, its weights drawn by `scaled_init` and its biases 0."""
+    """A convolution, its weights drawn by `scaled_init`, its biases 0; by default it is padded."""
     options = {"padding": size // 2} | options
     layer = nn.Conv2d(in_channels, out_channels, size, **options)
     scaled_init(layer.weight, init_scale)
