@@ -33,22 +33,23 @@ def spread(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
 
 
+def equals(c: Tensor | float, number: float) -> bool:
+    """True if the coefficient `c` is one `number` for all images; the host waits for no device."""
+    on_host = not isinstance(c, Tensor) or (c.dim() == 0 and c.device.type == "cpu")
+    return on_host and bool(c == number)
+
+
 def scaled(c: Tensor | float, x: Tensor) -> Tensor:
     """`x` (B, ...) times a coefficient, a number, () or (B,); `x` itself where that is 1."""
-    if not isinstance(c, Tensor):
-        return x if c == 1 else c * x
-    if c.dim() == 0 and c.device.type == "cpu" and c.item() == 1:
+    if equals(c, 1):
         return x
-    return spread(c, x) * x
+    return (spread(c, x) if isinstance(c, Tensor) else c) * x
 
 
 def linear(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
-    """a x + b y for coefficients as of `scaled`; without the first term where `a` is the number 0.
-
-    Where that is so and `b` is 1, the result is `y`, of whatever type.
-    """
+    """a x + b y for coefficients as of `scaled`; `y` itself where they are 0 and 1."""
     y = scaled(b, y)
-    return y if not isinstance(a, Tensor) and a == 0 else scaled(a, x) + y
+    return y if equals(a, 0) else scaled(a, x) + y
 
 
 def noise_like(
@@ -114,12 +115,15 @@ class Examples(Batch):
 
 
 class Method(abc.ABC):
-    """A way to generate: how data are perturbed, what the network learns, and how it samples.
+    """A generative method: a path from data to noise, and what the network predicts along it.
 
-    At time t an image y has become x = alpha(t) y + std(t) n, where the noise n is a Student t.
-    Sampling follows the ODE dx/dt from `t_prior` to `t_data`. Solvers with fixed steps use natural
-    variables, in which its solutions are straightest: x / alpha over the noise level
-    sigma = std / alpha, with slope (x / alpha - E[y | x]) / sigma.
+    At time t an image y has become
+
+        x = alpha(t) y + std(t) n,    n of a Student t,
+
+    and sampling follows the ODE dx/dt from `t_prior` to `t_data`. Solvers with fixed steps use
+    natural variables, in which its solutions are straightest: x / alpha over the noise level
+    sigma = std / alpha. Their slope is (x / alpha - E[y | x]) / sigma.
 
     A subclass gives `sigma`, `time` and `precondition`, and `alpha` where it is not 1; its numbers
     are dataclass fields, which `options` connects with keys. Times and noise levels are tensors of
@@ -132,14 +136,15 @@ class Method(abc.ABC):
             x = alpha y + std n: "noise" n, "image" y, "velocity" dx/dt = alpha' y + std' n, or
             "score" -n / std.
         extra_channels: channels that the network gives beyond those of the image.
-        uses_reference_batch: `target` depends on the reference batch.
+        uses_reference_batch: true where `target` depends on the reference batch.
         t_prior, t_data: times at which sampling starts and ends.
-        gives_score: the network gives the score, which `model.scale_by_sigma` divides by sigma.
-        positive_labels: noise labels are > 0, so that a "fourier" embedding can take their log.
-        gaussian: Gaussian noise of variance b^2 - a^2 takes y from the noise level a up to b,
-            exactly or nearly, so that a sampler can add some.
+        gives_score: true where the network gives the score, which may be divided by sigma inside
+            it (`model.scale_by_sigma`).
+        positive_labels: true where noise labels are > 0, and a "fourier" embedding takes their log.
+        gaussian: true where Gaussian noise of variance b^2 - a^2 takes y from the noise level a up
+            to b, exactly or nearly, so that a sampler can add noise.
         degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
-        noisy_end: samples at `t_data` still have noise, which one more step to sigma = 0 removes.
+        noisy_end: true where samples at `t_data` have noise, which a step to sigma = 0 removes.
         predictors, correctors: names that `sampling.method='pc'` can use; none without an SDE.
     """
 
@@ -161,11 +166,11 @@ class Method(abc.ABC):
 
     @property
     def name(self) -> str:
-        """Name of the method in papers, for people to read."""
+        """Name of the method in papers."""
         return type(self).__name__
 
     def __repr__(self) -> str:
-        """Class and numbers, which distinguish the results of different methods."""
+        """Class and numbers, by which results of different methods are told apart."""
         numbers = ", ".join(f"{field}={getattr(self, field)!r}" for field in self.options)
         return f"{type(self).__name__}({numbers})"
 
@@ -253,9 +258,7 @@ class Method(abc.ABC):
     def draw(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
         """The examples of a training step: scaled images, perturbed at random noise levels.
 
-        Returns:
-            As many rows as `batch` has: perturbed images, labels, and what else `target` and
-            `predict` need of each example.
+        There are as many as images, with all that `target` and `predict` need of each.
         """
         y = batch.images
         t = self.draw_times(len(y), generator, y.device)
@@ -266,10 +269,10 @@ class Method(abc.ABC):
         return Examples(images=x, conditions=batch.conditions, t=t, clean=y, noise=noise)
 
     def target(self, examples: Batch, reference: Batch) -> Tensor:
-        """The target (B, K) of the prediction for `examples`; `predicts` says of which kind.
+        """The target (B, K) of the prediction for `examples`, of the kind `predicts`.
 
         Targets that depend on other images take them from the batch `reference` of clean images;
-        with labels, only those of the example's class (`methods.field.own_class`).
+        with labels, only from the example's class (`methods.field.own_class`).
         """
         if self.predicts == "noise":
             return examples.noise.flatten(1)
@@ -282,7 +285,7 @@ class Method(abc.ABC):
         return (scaled(alpha_rate, examples.clean) + scaled(std_rate, examples.noise)).flatten(1)
 
     def predict(self, net: Network, examples: Batch) -> Tensor:
-        """Prediction (B, K) of `net`, which has their conditions bound, for `examples`."""
+        """The prediction (B, K) for `examples` of `net`, to which their conditions are bound."""
         return self.precondition(net, examples.images, examples.t).flatten(1)
 
     def weight(self, examples: Batch) -> Tensor | None:
@@ -291,24 +294,23 @@ class Method(abc.ABC):
 
     # --- sampling ---
 
-    def slope_factors(self, t: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    def slope_factors(self, t: Tensor) -> tuple[Tensor, Tensor | float]:
         """a and b at time `t` of the slope a y + b F, where F is the output of the network.
 
-        The slope is n, the predicted noise. By what the network predicts, at x = alpha y,
+        The slope is the predicted noise n, which follows from another prediction at x = alpha y:
 
             image D       n = (y - D) / sigma
             score s       n = -alpha sigma s
             velocity v    n = (v - alpha' y) / (alpha sigma').
         """
         alpha, sigma = self.alpha(t), self.sigma(t)
-        skip, out = self.precondition.c_skip(t), self.precondition.c_out(t)
-        skip = alpha * skip if isinstance(skip, Tensor) else skip
+        skip, out = alpha * self.precondition.c_skip(t), self.precondition.c_out(t)
         if self.predicts == "noise":
             return skip, out
         if self.predicts == "image":
             return (1 - skip) / sigma, -out / sigma
         if self.predicts == "score":
-            return -alpha * sigma * skip if isinstance(skip, Tensor) else skip, -alpha * sigma * out
+            return -alpha * sigma * skip, -alpha * sigma * out
         alpha_rate, sigma_rate = self.rates(t)
         return (-alpha * alpha_rate + skip) / sigma_rate, out / sigma_rate
 
@@ -339,7 +341,7 @@ class Method(abc.ABC):
     ) -> Tensor:
         """The denoised images (B, C, H, W) of `y` at noise level `sigma`: an Euler step to 0.
 
-        Further `conditions` of the network, such as `class_labels` (B,), go by name; None is none.
+        `conditions` of the network, such as `class_labels` (B,), go by name; None is none.
         """
         return y - sigma * self.slope(conditioned(net, conditions), y, sigma)
 
@@ -384,14 +386,12 @@ class WithSlope(Method):
     `ode`, `score` and `denoise` are derived from the new slope.
     """
 
-    name = _of_method("name")
-    t_prior, t_data = _of_method("t_prior"), _of_method("t_data")
+    name, gaussian = _of_method("name"), _of_method("gaussian")
     alpha, sigma, std = _of_method("alpha"), _of_method("sigma"), _of_method("std")
-    time, perturb_at = _of_method("time"), _of_method("perturb_at")
-    degrees_of_freedom, gaussian = _of_method("degrees_of_freedom"), _of_method("gaussian")
-    noisy_end = _of_method("noisy_end")
-    prior_sampling, prior_logp = _of_method("prior_sampling"), _of_method("prior_logp")
-    prior_norms = _of_method("prior_norms")
+    time, t_prior, t_data = _of_method("time"), _of_method("t_prior"), _of_method("t_data")
+    degrees_of_freedom, noisy_end = _of_method("degrees_of_freedom"), _of_method("noisy_end")
+    perturb_at, prior_sampling = _of_method("perturb_at"), _of_method("prior_sampling")
+    prior_logp, prior_norms = _of_method("prior_logp"), _of_method("prior_norms")
 
     def __init__(self, method: Method):
         self.method = method
