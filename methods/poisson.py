@@ -30,7 +30,7 @@ def poisson_range(
 
     Args:
         data_norm: mean Euclidean norm of the scaled images.
-        data_dim: D = C * H * W.
+        data_dim: N = C * H * W, the entries of an image.
         sigma, tau: `model.sigma_end` and `training.tau`.
 
     Raises:
@@ -114,8 +114,8 @@ OPEN = ("training.M", "sampling.z_max", "sampling.upper_norm")  # measured where
 class Poisson(Method):
     """PFGM: data are charges on the plane z = 0, and samples follow field lines back to it.
 
-    Time is log z. The network gives one channel more than the image has, whose spatial mean is the
-    field's z entry.
+    Images have N entries, and the field N + 1, x and z. Time is log z. The network gives one
+    channel more than the image has, whose spatial mean is the field's z entry.
 
     Attributes:
         sigma_end: scale of the smallest perturbation.
@@ -178,7 +178,7 @@ class Poisson(Method):
         return Examples(images=x, conditions=batch.conditions, z=z)
 
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Augmented points (B, D+1) around images `x` (B, C, H, W) (Algorithm 2)."""
+        """Augmented points (B, N+1) around images `x` (B, C, H, W) (Algorithm 2)."""
         draw = {"generator": generator, "device": x.device, "dtype": x.dtype}
         z_noise = torch.randn(len(x), 1, **draw)
         m = self.restrict(
@@ -198,7 +198,11 @@ class Poisson(Method):
     def displace(
         self, x: Tensor, m: Tensor, z_noise: Tensor, radial_noise: Tensor, direction: Tensor
     ) -> Tensor:
-        """Algorithm 2 with its draws: m and z_noise (B, 1), radial_noise and direction (B, D)."""
+        """Algorithm 2 with its draws: m and z_noise (B, 1), radial_noise and direction (B, N).
+
+        s = sigma_end (1 + tau)^m
+        x <- x + s ||radial_noise|| direction / ||direction||,    z = s |z_noise|
+        """
         scale = self.sigma_end * (1 + self.tau) ** m
         radius = scale * radial_noise.norm(dim=1, keepdim=True)
         direction = direction / direction.norm(dim=1, keepdim=True)
@@ -221,8 +225,8 @@ class Poisson(Method):
         Near the plane the small v_z is hard to learn. Below `z_exp` it follows from the length of
         v_x, which fixes the distance rho to the charges (appendix B.2.3 of the paper):
 
-            a = ||v_x|| / sqrt(D),  rho^2 = (gamma a / (1 - a))^2 + z^2,
-            v_z = -sqrt(D) z / (rho + gamma).
+            a = ||v_x|| / sqrt(N),  rho^2 = (gamma a / (1 - a))^2 + z^2,
+            v_z = -sqrt(N) z / (rho + gamma).
 
         In few dimensions, where many lines are nearly flat, a predicted v_z may have the wrong
         sign. The field points to (E[y | x, z], 0), and with all data within `radius` of 0
@@ -262,7 +266,7 @@ class Poisson(Method):
         return sigma.log()
 
     def prior_sampling(self, shape, generator=None, device="cpu"):
-        """Points where the field lines of the data cross z = z_max: a D-variate Cauchy law.
+        """Points where the field lines of the data cross z = z_max: an N-variate Cauchy law.
 
         From so far the data are one point. The heavy tail is cut: norms are clipped to
         [1, upper_norm], as published.
