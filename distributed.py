@@ -1,6 +1,6 @@
-"""Several processes as one: what torchrun starts, trains one network on the batches of one process.
+"""Several processes, started by torchrun, that train one network on the batches of one process.
 
-Every function is also right in a process that runs alone, where it does nothing.
+Every function may be called in a process that runs alone too, where it does nothing.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-# How long a rank waits for the others: rank 0 may measure the features of millions of images. One
-# that died is not waited for: torchrun stops the rest.
+# Longest wait of a rank for the others: rank 0 may measure the features of millions of images. For
+# a rank that died there is no wait: torchrun stops the rest.
 PATIENCE = datetime.timedelta(days=30)
-START = datetime.timedelta(minutes=10)  # how long torchrun's store is looked for: it is there first
+START = datetime.timedelta(minutes=10)  # longest wait for torchrun's store, which starts first
 GRACE = 300  # seconds that a rank has to save and end, once torchrun is no more
 POLL = 0.01  # seconds between looks into the store
 
@@ -30,13 +30,13 @@ POLL = 0.01  # seconds between looks into the store
 def joined() -> Iterator[None]:
     """Within the `with` block the processes that torchrun started are one group.
 
-    It speaks NCCL for CUDA tensors and gloo for those of the CPU, and its processes leave it
-    together; but an error in one leaves the others to torchrun, which stops them.
+    It speaks NCCL for CUDA tensors and gloo for those of the CPU. The processes leave it together;
+    where one ends by an error, torchrun stops the others.
     """
     if world() == 1:
         yield
         return
-    # The store is torchrun's: where it answers, the parent noted before it was torchrun, alive.
+    # The parent is noted before the store answers, which shows that torchrun was alive then.
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     store = _store()
     store = dist.PrefixStore(_new_token(store), store)
@@ -62,10 +62,10 @@ def _store() -> dist.Store:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process once `parent`, torchrun, is no more: nobody else would.
+    """End this process once `parent`, torchrun, is no more: nobody else would.
 
-    SIGTERM lets it save. One that waits for another in a collective never comes to handle it, so
-    SIGKILL follows `GRACE` seconds later.
+    SIGTERM lets it save. A process that waits for another in a collective never comes to handle it,
+    so SIGKILL follows `GRACE` seconds later.
     """
     while os.getppid() == parent:
         time.sleep(1)
@@ -75,45 +75,45 @@ def _end_with(parent: int) -> None:
 
 
 def _new_token(store: dist.Store) -> str:
-    """A word that rank 0 makes up for this start of the job and the others learn from it.
+    """A random word of this start of the job, which rank 0 draws and the others learn from it.
 
     torchrun keeps one store over its restarts, in which processes find the addresses of dead ones
     (github.com/pytorch/pytorch/issues/135712), so every start needs a prefix of its own there. An
-    answer counts where it quotes the word that the asking process has just made up.
+    answer counts where it quotes the word that the asking process has just drawn.
     """
-    mine = uuid.uuid4().hex
+    word = uuid.uuid4().hex
     if rank():
-        store.set(f"ask/{rank()}", mine)
-        while not (answer := store.get(f"answer/{rank()}").decode()).startswith(mine):
+        store.set(f"ask/{rank()}", word)
+        while not (answer := store.get(f"answer/{rank()}").decode()).startswith(word):
             time.sleep(POLL)
-        token = answer.removeprefix(mine)
+        token = answer.removeprefix(word)
         store.set(f"thanks/{rank()}", token)
         return token
     for r in range(1, world()):
         thanks = f"thanks/{r}"
-        while not (store.check([thanks]) and store.get(thanks).decode() == mine):
-            store.set(f"answer/{r}", store.get(f"ask/{r}").decode() + mine)
+        while not (store.check([thanks]) and store.get(thanks).decode() == word):
+            store.set(f"answer/{r}", store.get(f"ask/{r}").decode() + word)
             time.sleep(POLL)
-    return mine
+    return word
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and reports."""
+    """True in the process that writes and reports."""
     return rank() == 0
 
 
 def local_device(device: torch.device) -> torch.device:
-    """`device`; where that is a GPU, of several processes each takes one of its own."""
+    """`device`, but a GPU of its own for each of several processes where it is a GPU."""
     if device.type != "cuda" or world() == 1:
         return device
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # where NCCL looks
@@ -121,7 +121,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of `x` over the processes, in each of them the same."""
+    """The mean of `x` over the processes."""
     if world() == 1:
         return x
     total = x.clone()
@@ -130,7 +130,7 @@ def mean(x: Tensor) -> Tensor:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether `flag` holds in any of the processes; asks their hosts, and touches no GPU."""
+    """True if `flag` is, in any of the processes; their hosts agree on it without a GPU."""
     if world() == 1:
         return flag
     flags = torch.tensor(int(flag))
@@ -144,12 +144,12 @@ def barrier() -> None:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """(world * B, ...), the `rows` (B, ...) of all processes in the order of their ranks."""
+    """The `rows` (B, ...) of all processes in the order of their ranks, (world * B, ...)."""
     if world() == 1:
         return rows
-    everyone = [torch.empty_like(rows) for _ in range(world())]
-    dist.all_gather(everyone, rows.contiguous())
-    return torch.cat(everyone)
+    parts = [torch.empty_like(rows) for _ in range(world())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 def from_main(text: Callable[[], str]) -> str:
@@ -173,17 +173,17 @@ def check_same(name: str, words: str) -> None:
 
 
 def check_agreement(step: int, weights: Iterable[Tensor]) -> None:
-    """Compares step and weights, bit by bit as far as a sum of their words shows, over processes.
+    """Raise FloatingPointError, in every process, unless all have the same step and weights.
 
-    Raises:
-        FloatingPointError: in every process, naming the first that differs from the main one.
+    The error names the first that differs from the main one. Weights are compared by the sums of
+    their bits as whole numbers.
     """
     if world() == 1:
         return
     words = [w.detach().contiguous().flatten().view(torch.int32) for w in weights]
     sums = torch.stack([w.sum(dtype=torch.int64) for w in words])
-    everyone = gather(torch.cat([sums.new_tensor([step]), sums])[None])
-    same = (everyone == everyone[0]).all(1).tolist()
+    of_ranks = gather(torch.cat([sums.new_tensor([step]), sums])[None])
+    same = (of_ranks == of_ranks[0]).all(1).tolist()
     if not all(same):
         raise FloatingPointError(
             f"rank {same.index(False)} has another step or other weights than rank 0 at step "

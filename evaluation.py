@@ -21,7 +21,7 @@ from solvers.solve import solve_ode
 from storage.digests import digest
 from storage.files import cached
 
-# Parts of an evaluation, keys of config.eval; the last ones need samples.
+# Keys of config.eval that switch a part of an evaluation on; those of `DRAWN` need samples.
 DRAWN = ("enable_sampling", "save_images", "enable_interpolate", "enable_rescale")
 PARTS = ("enable_loss", "enable_bpd", "enable_classification", *DRAWN)
 

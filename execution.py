@@ -1,4 +1,4 @@
-"""How a network is run: precision, compiler, memory. What it computes stays the same."""
+"""Precision, compiler and memory of a network, which change how it runs and not its results."""
 
 import contextlib
 import ctypes
@@ -27,7 +27,7 @@ def for_training(
     compiles: bool = False,
     some_unused: bool = False,
 ) -> nn.Module:
-    """`model` as the training step calls it; the weights are shared.
+    """The network that the training step calls, of the weights of `model`.
 
     With `some_unused` its output does not depend on all of its parameters.
 
@@ -51,10 +51,10 @@ def for_sampling(
     channels_last: bool = False,
     compiles: bool = False,
 ) -> Callable[..., Tensor]:
-    """A network as a sampler calls it: its outputs are float32 whatever the `precision`.
+    """The network that a sampler calls, whose outputs are float32 whatever the `precision`.
 
-    The network itself stays as it is, since training may go on with it: with `channels_last` only
-    the images are laid out so, which convolutions pass on.
+    `net` itself stays as it is, since training may go on with it: with `channels_last` only the
+    images are laid out so, which convolutions pass on.
     """
     net = compiled(net, device) if compiles else net
     net = BFloat16(net) if precision == "bf16" else net
@@ -72,10 +72,10 @@ def for_sampling(
 def measured_precision(
     net: nn.Module, run: Callable[[nn.Module], object], rounds: int = 3
 ) -> tuple[str, str]:
-    """The precision of 'auto' for `net`, "fp32" or "bf16", and the reason in words.
+    """Precision that 'auto' means for `net`, "fp32" or "bf16", and the reason in words.
 
-    It is "bf16" where the device has it and `run(network)` is `GAIN` times as fast with it: the
-    fastest of some `rounds` each, in turn, after one that is not counted. Processes agree.
+    It is "bf16" where the device has it and `run(network)` is `GAIN` times as fast with it, by the
+    fastest of `rounds` each, in turn, after one that is not counted. Processes agree.
     """
     device = next(net.parameters()).device
     if not _has_bfloat16(device):
@@ -95,9 +95,9 @@ def measured_precision(
 
 
 def set_float32_products(precision: str) -> None:
-    """For the whole process: TF32, 10 bits of each factor, if `precision` is that; else IEEE's.
+    """Turn on TF32, 10 bits of each factor, in the whole process for 'tf32', else turn it off.
 
-    PyTorch by itself uses TF32 in convolutions and not in matrix products.
+    PyTorch's defaults are TF32 in convolutions and not in matrix products.
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -105,29 +105,18 @@ def set_float32_products(precision: str) -> None:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Within the `with` block float32 matrix products are full precision, even if TF32 is on."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Within the `with` block matrix products and convolutions of float32 are without TF32."""
+    precision, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    set_float32_products("fp32")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-@contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Within the `with` block matrix products and convolutions of float32 have full precision."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with full_float32():
-            yield
-    finally:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
 def prepare_process(precision: str, device: torch.device) -> None:
-    """Set options of the whole process, for a program; a caller of the library sets its own.
+    """Set options of the whole process, as programs do; a caller of the library sets its own.
 
     `precision` is that of `training.precision`; see `set_float32_products`, `keep_freed_memory`.
     """
@@ -137,12 +126,12 @@ def prepare_process(precision: str, device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """For the whole process: memory on the CPU that is freed stays with it, for its next tensors.
+    """Keep memory on the CPU that this process frees for its next tensors, from now on.
 
-    By itself glibc gives blocks of 32 MiB and more back to the system, which then has to zero new
-    pages for every large tensor (mallopt(3)). From now on free memory goes back only above 2 GiB at
-    the top of the heap: a process may stay as large as it once was. Other C libraries are left as
-    they are, and so is glibc before 2.35, which takes no threshold above 32 MiB.
+    By default glibc gives blocks of 32 MiB and more back to the system, which then has to zero new
+    pages for every large tensor (mallopt(3)). Now free memory goes back only above 2 GiB at the top
+    of the heap: a process may stay as large as it once was. Other C libraries are left as they are,
+    and so is glibc before 2.35, which takes no threshold above 32 MiB.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt, largest = ctypes.CDLL(None).mallopt, 2**31 - 1
@@ -151,9 +140,9 @@ def keep_freed_memory() -> None:
 
 
 def check_precision(precision: str, device: torch.device, key: str = "training.precision") -> None:
-    """Raises a ValueError unless `precision`, of `key`, is known and `device` has it in hardware.
+    """Raise ValueError unless `precision`, the value of `key`, is one that `device` has.
 
-    One of 'auto' is open: training and evaluation decide it at their start.
+    'auto' is none: training and evaluation replace it at their start.
     """
     if precision == "auto":
         raise ValueError(f"{key}='auto' is open: training and evaluation measure it at their start")
@@ -214,14 +203,14 @@ class BFloat16(nn.Module):
 
 def compiled(network: nn.Module, device: torch.device) -> nn.Module:
     """`network` through torch.compile; as it is, after one warning, where that does not work."""
-    # Static shapes: batch sizes hardly change, and with dynamic ones Inductor of PyTorch 2.13 fails
-    # ("cannot determine truth value of Relational").
+    # static shapes: batch sizes hardly change, and with dynamic ones Inductor of PyTorch 2.13 fails
+    # ("cannot determine truth value of Relational")
     return torch.compile(network, dynamic=False) if _compiler_works(device) else network
 
 
 @functools.cache
 def _compiler_works(device: torch.device) -> bool:
-    """Whether a small function compiles: it takes a C++ compiler on a CPU, Triton on a GPU."""
+    """True if a small function compiles, which takes a C++ compiler on a CPU, Triton on a GPU."""
     try:
         torch.compile(lambda x: (x.sin() + 1).cos())(torch.ones(8, device=device))
         return True

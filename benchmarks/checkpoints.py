@@ -1,10 +1,10 @@
-"""What saving and loading cost: seconds of a checkpoint, and the share of saving in training.
+"""Measure the time of saving and loading a checkpoint, and the share of saving in training.
 
     python3 benchmarks/checkpoints.py [--config configs/poisson/digits_ddpmpp.py] [--folder DIR]
 
-The plain way is torch.save in place, which a kill or a power cut can leave half written. A save
-here is also flushed to the disk, with its folder's entry, and read back against its checksums. The
-plain way to load is torch.load, which compares no checksums.
+Saving is compared with torch.save in place, which a kill or a power cut can leave half written; a
+save of this program is also flushed to the disk, with its folder's entry, and read back against its
+checksums. Loading is compared with torch.load, which compares no checksums.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ DIGESTS = {"CRC-32": zlib.crc32, "SHA-256": hashlib.sha256, "BLAKE2b": hashlib.b
 
 
 def saves_of_a_run(training) -> int:
-    """How many checkpoints a whole run writes, numbered ones and those to resume from."""
+    """Number of checkpoints that a whole run writes, numbered ones and those to resume from."""
     n = training.n_iters
     numbered, overwritten = (
         {*range(frequency, n + 1, frequency), n}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the path to the framework, options, timing, memory and tables."""
+"""Parts of all benchmarks: the path to the framework, options, timing, memory and tables."""
 
 import argparse
 import contextlib
@@ -25,9 +25,11 @@ CPU = torch.device("cpu")
 
 
 def options(doc: str, paths: str | None = None, /, **defaults) -> argparse.Namespace:
-    """Those of the command line, --{name} for each default, None standing for an unset string.
+    """The command line's options, --{name} for each of the `defaults`; None is an unset string.
 
-    With `paths`, one path or more come before them, and are called so.
+    Args:
+        doc: text of --help.
+        paths: name of one path or more that stand before the options.
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
@@ -40,7 +42,7 @@ def options(doc: str, paths: str | None = None, /, **defaults) -> argparse.Names
 
 
 class Stopwatch:
-    """Seconds by phase; the device is waited for at either end of one."""
+    """Seconds of each phase, by name; it waits for the device where a phase begins and ends."""
 
     def __init__(self, device: torch.device = CPU):
         self.device = device
@@ -48,7 +50,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the time in the `with` block, or in every call of a function it decorates."""
+        """Add the time of the `with` block, or of every call of a function it decorates."""
         self._wait()
         start = time.perf_counter()
         yield
@@ -61,27 +63,28 @@ class Stopwatch:
 
 
 def seconds(action: Callable[[], object], device: torch.device = CPU) -> float:
-    """How long `action` takes on the device."""
+    """Seconds that `action` takes on the device."""
     watch = Stopwatch(device)
     watch.phase("action")(action)()
     return watch.seconds["action"]
 
 
 def medians(*actions: Callable[[], object], rounds: int, device: torch.device = CPU) -> list[float]:
-    """Median seconds of each of the actions, which run in turn `rounds` times."""
+    """Median seconds of each of the `actions`, which run in turn `rounds` times."""
     times = [[seconds(action, device) for action in actions] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def with_peak_memory(action: Callable[[], Any], device: torch.device = CPU) -> tuple[Any, int]:
-    """What `action` returns, and the most bytes that it holds at once.
+    """The result of `action`, and the most bytes that it holds at once.
 
-    On a GPU everything counts, the weights too; on the CPU (Linux) what is added to the process.
+    On a GPU everything counts, the weights too; on the CPU (Linux) only memory that the process
+    takes beyond that from before.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return action(), torch.cuda.max_memory_allocated(device)
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what `action` takes
+    ctypes.CDLL(None).malloc_trim(0)  # `action` would take freed memory without a trace
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
 
     def resident(which: str) -> int:
@@ -102,17 +105,17 @@ def patched(*replacements: tuple[object, str, Callable]) -> Iterator[None]:
 
 
 def setting(device: torch.device = CPU) -> str:
-    """What the figures depend on besides the options: processor, threads, PyTorch."""
+    """Processor, threads and PyTorch, on which figures depend besides the options."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = found[1] if found else "CPU"
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = match[1] if match else "CPU"
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 class Table:
-    """Prints rows as they come, below their titles.
+    """A table that prints its titles at once and each row as it comes.
 
     `columns` are pairs of a title and the format of its values, which starts with alignment and
     width, as in ">8.3f"; a string as value is only aligned.
@@ -131,9 +134,9 @@ class Table:
 
 
 def curves(workdirs: Sequence[Path]) -> dict[Path, str]:
-    """The curve that each run belongs to; runs of one curve differ in their seeds and nothing else.
+    """Name of the curve of each run; runs of one curve differ in their seeds and nothing else.
 
-    It is called as `name_of` says, and by the settings that differ between runs of that name.
+    It is that of `name_of`, with the settings that differ between runs of that name.
 
     Raises:
         ValueError: there is no run in a workdir, or two of a curve have one seed.
@@ -146,19 +149,19 @@ def curves(workdirs: Sequence[Path]) -> dict[Path, str]:
         step = load_checkpoint(path)["step"] if path.suffix == ".pth" else 0
         names[workdir] = name_of(config, methods.get_method(config))
         settings[workdir] = run_config.flatten(config) | {"step": step}
-    found: dict[Path, str] = {}
+    curve_of: dict[Path, str] = {}
     for workdir, name in names.items():
         beside = [settings[other] for other in names if names[other] == name]
         keys = [k for k in beside[0] if k != "seed" and any(s[k] != beside[0][k] for s in beside)]
-        found[workdir] = ", ".join([name, *(f"{k} = {settings[workdir][k]}" for k in keys)])
+        curve_of[workdir] = ", ".join([name, *(f"{k} = {settings[workdir][k]}" for k in keys)])
         seed = settings[workdir]["seed"]
-        for other in list(found)[:-1]:
-            if (found[other], settings[other]["seed"]) == (found[workdir], seed):
+        for other in list(curve_of)[:-1]:
+            if (curve_of[other], settings[other]["seed"]) == (curve_of[workdir], seed):
                 raise ValueError(f"{other} and {workdir} are one seed, {seed}, and count once")
-    return found
+    return curve_of
 
 
 def name_of(config, method) -> str:
-    """The name of the `method`, and its target where that is not the image."""
+    """Name of the `method`, and of its target where that is not the image."""
     means = config.training.target == "posterior_mean"
     return method.name + (", posterior means" if means else "")

@@ -1,10 +1,10 @@
-"""Images a second from memory and from a zip of PNGs, against the obvious loop, in turn.
+"""Measure images a second, from memory and from a zip of PNGs, against the obvious loop.
 
     python3 benchmarks/data.py [--batch 4096] [--rounds 7] [--workers 2]
 
-Counted is what a training step waits for: a shuffled batch of 32 x 32 x 3 images, half of them
+The time is that of a training step's input: a shuffled batch of 32 x 32 x 3 images, half of them
 mirrored, as floats in [0, 1]. The obvious loops fetch (or decode), convert and mirror image by
-image and stack them.
+image and stack them. Both run in turn.
 """
 
 import io
@@ -29,7 +29,7 @@ COUNTED = 8  # batches of ours in a round
 
 
 def write_zip(path: Path) -> None:
-    """PNGs of smooth random images, about as large as those of photographs."""
+    """Write PNGs of smooth random images, about as large as those of photographs."""
     random = np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as file:
         for i in range(ON_DISK):
@@ -41,8 +41,8 @@ def write_zip(path: Path) -> None:
 
 def ours(data, batch: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    for found in datasets.shuffled_batches(data, batch, seed=0):
-        yield datasets.to_unit_interval(found.images, generator, flip=True)
+    for rows in datasets.shuffled_batches(data, batch, seed=0):
+        yield datasets.to_unit_interval(rows.images, generator, flip=True)
 
 
 def obvious(read: Callable[[int], Tensor], n: int, batch: int) -> Iterator[Tensor]:
@@ -81,8 +81,9 @@ def main() -> None:
             plain = common.seconds(lambda: next(b))
             list(itertools.islice(a, ahead))
             times.append((common.seconds(lambda: list(itertools.islice(a, COUNTED))), plain))
-        own, plain = (statistics.median(column) for column in zip(*times, strict=True))
-        table.row(name, COUNTED * batch / own, batch / plain, COUNTED * plain / own)
+        ours_time, plain_time = (statistics.median(column) for column in zip(*times, strict=True))
+        rates = COUNTED * batch / ours_time, batch / plain_time
+        table.row(name, *rates, rates[0] / rates[1])
 
     resident = torch.randint(0, 256, (RESIDENT, 3, 32, 32), dtype=torch.uint8)
     plain = obvious(resident.__getitem__, RESIDENT, batch)

@@ -1,10 +1,10 @@
-"""Time, memory and error of what a reference batch makes, against the broadcast form.
+"""Measure time, memory and error of the targets of a reference batch, against the broadcast form.
 
     python3 benchmarks/field.py
 
-The empirical Poisson field, and the posterior mean of PFGM++ (D = 2048 and inf). The broadcast form
-makes a tensor of size B * n * N, so it runs at small n only. Each measurement is a process of its
-own, so that its peak memory is its own.
+The targets are the empirical Poisson field and the posterior mean of PFGM++ (D = 2048 and inf). The
+broadcast form makes a tensor of size B * n * N, so it runs at small n only. Each measurement is a
+process of its own, and so is its peak memory.
 """
 
 import math
@@ -21,7 +21,7 @@ from methods.field import poisson_field, posterior_mean
 B, N, GAMMA = 128, 3072, 5.0
 OURS = ("matrix", "split")  # float64 products, and float32 ones for devices slow at these
 SIZES = {512: ("broadcast", *OURS), 4096: OURS, 50000: OURS}
-TARGETS = {"field": 1.0, "mean": 2048.0, "EDM's mean": math.inf}  # and their D
+TARGETS = {"field": 1.0, "mean": 2048.0, "EDM's mean": math.inf}  # by name, with their D
 
 
 def broadcast_mean(x: torch.Tensor, y: torch.Tensor, sigma: torch.Tensor, D: float) -> torch.Tensor:
@@ -43,7 +43,7 @@ def broadcast_field(points: torch.Tensor, charges: torch.Tensor, gamma: float) -
 
 
 def functions(target: str, form: str) -> Callable[..., torch.Tensor]:
-    """`(points (B, N + 1), images) -> target`: p = (x, sigma), in the broadcast or in our form."""
+    """The function from points p = (x, sigma), (B, N + 1), and images to a target, in a form."""
     D = TARGETS[target]
 
     def mean(points, images):
@@ -70,7 +70,7 @@ def problem(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def measure(target: str, form: str, n: int) -> None:
-    """Prints seconds, extra bytes and the largest relative error over 16 points."""
+    """Print seconds, extra MiB and the largest relative error over 16 points."""
     function, broadcast = functions(target, form), functions(target, "broadcast")
     field.has_fast_double = lambda device: form == "matrix"
     points, images = problem(n)

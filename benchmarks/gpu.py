@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, measured into one table: `make gpu`.
+"""Measure everything that needs a GPU, in one table: `make gpu`.
 
     python3 benchmarks/gpu.py
 
@@ -32,7 +32,7 @@ from op import extension, fused_leaky_relu, upfirdn2d
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The first form of a part is what the others are compared with.
+# Forms are compared with the first of their part.
 TRAINING = {
     "float32, eager": {},
     "TF32": {"training.precision": "tf32"},
@@ -55,7 +55,7 @@ SAMPLING = {
 
 
 class Figures(NamedTuple):
-    """What was measured of a form; NaN where nothing was."""
+    """Figures of one form; NaN where nothing was measured."""
 
     seconds: float = math.nan
     rate: str = ""
@@ -63,7 +63,7 @@ class Figures(NamedTuple):
     utilisation: float = math.nan  # of the FLOP/s of a large matrix product or convolution
 
 
-Case = tuple[str, str, Callable[[], Figures]]  # part, form, how it is measured
+Case = tuple[str, str, Callable[[], Figures]]  # part, form, and the function that measures it
 
 
 class Row(NamedTuple):
@@ -78,10 +78,10 @@ def training(config, steps: int) -> Iterator[Case]:
         for _ in range(1 + steps):
             trainer.measure()
         peak = train.measure_peak(trainer.device, trainer.config.training.precision)
-        found = trainer.summary(train.count_flops(trainer), peak)
-        rate = f"{found['images_per_second']:,.0f} images/s"
-        utilisation = found["model_flop_utilisation"]
-        return Figures(found["seconds"], rate, found["memory_bytes"], utilisation)
+        summary = trainer.summary(train.count_flops(trainer), peak)
+        rate = f"{summary['images_per_second']:,.0f} images/s"
+        utilisation = summary["model_flop_utilisation"]
+        return Figures(summary["seconds"], rate, summary["memory_bytes"], utilisation)
 
     for form, options in TRAINING.items():
         images = config.training.small_batch_size or config.training.batch_size
@@ -105,7 +105,7 @@ def sampling(config, num: int, steps: int) -> Iterator[Case]:
 
 
 def fields(device: torch.device, sizes: Iterable[tuple[str, int]]) -> Iterator[Case]:
-    """(form, number of charges)s: broadcast or ours."""
+    """Cases of the Poisson field for each (form, number of charges) of `sizes`."""
 
     def measure(form: str, n: int) -> Figures:
         function = field.functions("field", form)
@@ -162,39 +162,39 @@ def with_options(config, options: dict):
 
 
 def attempt(action: Callable[[], Figures]) -> Figures:
-    """What `action` measures; where the card cannot do it, the reason in place of the rate."""
+    """Result of `action`; where the card cannot do it, the reason in place of the rate."""
     try:
         return action()
     except (torch.OutOfMemoryError, ValueError) as error:
         return Figures(rate=str(error).splitlines()[0][:80])
     finally:
-        if torch.cuda.is_available():  # nothing of this form is to count for the next
+        if torch.cuda.is_available():  # so that nothing of this form counts for the next
             torch.compiler.reset()
             gc.collect()
             torch.cuda.empty_cache()
 
 
 def markdown(rows: Iterable[Row]) -> Iterator[str]:
-    """The lines of a table; each form is compared with the first of its part."""
+    """Lines of a table in which each form is compared with the first of its part."""
     yield "| | form | milliseconds | rate | times the first | GiB | MFU |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     first: dict[str, float] = {}
-    for part, form, found in rows:
-        base = first.setdefault(part, found.seconds)
+    for part, form, figures in rows:
+        base = first.setdefault(part, figures.seconds)
         cells = (
-            (1e3 * found.seconds, ",.3f"),
-            (base / found.seconds, ".2f"),
-            (found.memory / 2**30, ".2f"),
-            (found.utilisation, ".1%"),
+            (1e3 * figures.seconds, ",.3f"),
+            (base / figures.seconds, ".2f"),
+            (figures.memory / 2**30, ".2f"),
+            (figures.utilisation, ".1%"),
         )
         seconds, ratio, memory, mfu = (
             "" if math.isnan(value) else format(value, kind) for value, kind in cells
         )
-        yield f"| {part} | {form} | {seconds} | {found.rate} | {ratio} | {memory} | {mfu} |"
+        yield f"| {part} | {form} | {seconds} | {figures.rate} | {ratio} | {memory} | {mfu} |"
 
 
 def write(folder: Path, card: str, facts: Iterable[str], cases: Iterable[Case]) -> Path:
-    """Measures the cases, printing row after row, and writes the page of the card."""
+    """Measure the cases, print row after row, and write the page of the card."""
     today = datetime.date.today().isoformat()
     lines = [f"# {card}", "", f"`make gpu` - {today}", "", *facts, ""]
     for line in markdown(Row(part, form, attempt(action)) for part, form, action in cases):
@@ -215,7 +215,7 @@ def build_operators(device: torch.device) -> str:
 
 
 def run_tests() -> tuple[bool, str]:
-    """Whether the tests marked `cuda` passed, and pytest's last line."""
+    """True if the tests marked `cuda` passed, and pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout)

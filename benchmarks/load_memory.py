@@ -20,7 +20,7 @@ import common
 
 
 def peak() -> int:
-    """The most bytes that this process has held at once."""
+    """Most bytes that this process has held at once."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 

@@ -1,11 +1,11 @@
-"""Time of the CIFAR-10 networks against their plain form, in one process, in turn.
+"""Measure the time of the CIFAR-10 networks against their plain form.
 
     python3 benchmarks/networks.py [--nf 64] [--blocks 4] [--batch 16] [--rounds 7] [--device cpu]
         [--compile 1]
 
 With --compile, which takes minutes, the network through torch.compile as well, in one graph. The
-plain form is the same network, weight for weight, with attention as explicit einsums, 1x1 maps
-as einsums, and resampling by inserting zeros with reshapes, as its ancestors have them.
+plain form is the same network, weight for weight, with attention and 1x1 maps as einsums and
+resampling by zeros that reshapes insert, as in published programs. All run in turn in one process.
 """
 
 from contextlib import AbstractContextManager
@@ -109,13 +109,13 @@ def main() -> None:
             (field_x.square().mean() + field_z.square().mean()).backward()
             return model.stem.weight.grad
 
-        for what, run in (("forward", forward), ("forward+backward", both)):
+        for passes, run in (("forward", forward), ("forward+backward", both)):
             truth = plain()(run)(model).clone()
             differ = [((run(form) - truth).norm() / truth.norm()).item() for form in forms.values()]
             actions = [partial(plain()(run), model), *(partial(run, f) for f in forms.values())]
             plain_t, *times = common.medians(*actions, rounds=options.rounds, device=options.device)
             for form, t, d in zip(forms, times, differ, strict=True):
-                table.row(name, what, form, t, plain_t, plain_t / t, d)
+                table.row(name, passes, form, t, plain_t, plain_t / t, d)
 
 
 if __name__ == "__main__":

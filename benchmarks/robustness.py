@@ -1,4 +1,4 @@
-"""What three kinds of error do to samples of trained networks, for each method and D.
+"""Measure the effect of three kinds of error on samples of trained networks.
 
     python3 benchmarks/robustness.py WORKDIR ... [--num 1000] [--out docs/robustness.png]
 
@@ -15,8 +15,8 @@ training images is measured
 3. with fewer and more steps of Heun's.
 
 All settings start from the prior samples that `--mode eval` takes. Workdirs that differ in their
-seeds only are one curve, of which mean and range are shown. Samples are kept in the folder
-`robustness` of the workdir, so that what is killed goes on where it stopped.
+seeds only are one curve, of which mean and range are shown. Samples are stored in the folder
+`robustness` of the workdir, and a killed run goes on from them.
 """
 
 import contextlib
@@ -74,19 +74,19 @@ def noisy_heun(
     alpha: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """`solvers.heun`, Gaussian noise of `alpha` times the noise level added before each step."""
+    """Heun's method with Gaussian noise of `alpha` times the noise level before each step."""
     last = len(levels) - 2
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        x = x + alpha * here * noise_like(x, generator)
-        d, h = slope(x, here), there - here
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        x = x + alpha * level * noise_like(x, generator)
+        d, h = slope(x, level), next_level - level
         if callback:
-            callback(Step(i, here, x, d))
-        x = x + (h * d if i == last else h / 2 * (d + slope(x + h * d, there)))
+            callback(Step(i, level, x, d))
+        x = x + (h * d if i == last else h / 2 * (d + slope(x + h * d, next_level)))
     return x
 
 
 def quantize(weight: Tensor, bits: int) -> Tensor:
-    """The nearest multiples of max|weight| / (2^(bits - 1) - 1): 2^bits - 1 values around 0."""
+    """Weights rounded to multiples of max|weight| / (2^(bits - 1) - 1), 2^bits - 1 values."""
     step = weight.abs().max() / (2 ** (bits - 1) - 1)
     return (weight / step).round() * step if step > 0 else weight
 
@@ -96,20 +96,20 @@ def quantized(net: nn.Module, bits: int | None) -> Iterator[None]:
     """Within the `with` block the weights of all convolutions of `net` have `bits` bits."""
     layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | NIN)] if bits else []
     weights = [m.W.data if isinstance(m, NIN) else m.weight.data for m in layers]
-    kept = [weight.clone() for weight in weights]
+    originals = [weight.clone() for weight in weights]
     try:
         for weight in weights:
             weight.copy_(quantize(weight, bits))
         yield
     finally:
-        for weight, before in zip(weights, kept, strict=True):
-            weight.copy_(before)
+        for weight, original in zip(weights, originals, strict=True):
+            weight.copy_(original)
 
 
 def draw(run: Experiment, setting: Setting, num: int) -> dict:
     """`num` samples, uint8 (num, H, W, C), of the network of `run`; none if any diverges.
 
-    They come in the rounds of an evaluation, from its prior samples.
+    They start from the prior samples of an evaluation, in its rounds.
     """
     config = run.config.copy_and_resolve_references()
     config.sampling.update(method="ode", ode_solver="noisy_heun", schedule="auto", N=setting.n)
@@ -131,7 +131,7 @@ def draw(run: Experiment, setting: Setting, num: int) -> dict:
 
 
 def distance(samples: Images, statistics: ReferenceStatistics) -> float:
-    """Frechet's, of the samples from the data; NaN without any."""
+    """Frechet distance of the samples from the data; NaN without samples."""
     if not len(samples):
         return np.nan
     features, _ = statistics.space(samples)
@@ -139,7 +139,7 @@ def distance(samples: Images, statistics: ReferenceStatistics) -> float:
 
 
 def measure(workdir: Path, num: int) -> tuple[str, Distances]:
-    """The curve that the run in `workdir` belongs to, and its distances; NaN if it diverges.
+    """Name of the method of the run in `workdir`, and its distances; NaN where it diverges.
 
     Raises:
         ValueError, OSError: there is no finished run in `workdir`, or its data cannot be read.
@@ -148,7 +148,7 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
     statistics, *_ = ReferenceStatistics.from_config(run.config, run.device, run.data)
     if statistics.reference is None:
         statistics.measure(lambda images: None)
-    folder, found = evaluation_folder(workdir, "robustness"), {}
+    folder, distances = evaluation_folder(workdir, "robustness"), {}
     channels, *sides = run.codec.data_shape
     spec = {"samples": ("u", (None, *sides, channels))}
     curve = common.name_of(run.config, run.method)
@@ -156,11 +156,11 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
     for setting in dict.fromkeys(s for panel in PANELS.values() for s in panel.values()):
         name = f"n{setting.n}_alpha{setting.alpha}_bits{setting.bits}"
         compute = partial(draw, run, setting, num)
-        drawn = cached(folder / f"{name}.npz", origin | setting._asdict(), compute, spec)
-        found[setting] = d = distance(drawn["samples"], statistics)
-        seconds = f"{float(drawn['seconds']):.1f} s"
+        result = cached(folder / f"{name}.npz", origin | setting._asdict(), compute, spec)
+        distances[setting] = d = distance(result["samples"], statistics)
+        seconds = f"{float(result['seconds']):.1f} s"
         print(f"{workdir} ({curve}): {name}: {d:.4f}, {seconds}", flush=True)
-    return curve, found
+    return curve, distances
 
 
 def over_seeds(runs: list[Distances], setting: Setting) -> tuple[float, float, float]:
@@ -170,7 +170,7 @@ def over_seeds(runs: list[Distances], setting: Setting) -> tuple[float, float, f
 
 
 def print_tables(curves: dict[str, list[Distances]]) -> None:
-    """A table for each panel: a row for each curve, the mean and the range over its seeds."""
+    """Print a table of each panel: a row for each curve, with mean and range over its seeds."""
     for title, panel in PANELS.items():
         print(f"\n{title}")
         width = ">22" if any(len(runs) > 1 for runs in curves.values()) else ">8"
@@ -184,7 +184,7 @@ def print_tables(curves: dict[str, list[Distances]]) -> None:
 
 
 def plot(curves: dict[str, list[Distances]], path: str) -> None:
-    """A PNG of the panels: the mean of each curve over a band from least to largest."""
+    """Save a PNG of the panels: the mean of each curve, in a band from least to largest."""
     import matplotlib
 
     matplotlib.use("Agg")

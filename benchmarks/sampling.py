@@ -1,22 +1,23 @@
-"""Quality and error of every solver and schedule against its evaluations, on trained networks.
+"""Measure quality and error of every solver and schedule against its evaluations.
 
     python3 benchmarks/sampling.py WORKDIR ... [--num 1000] [--solvers ipndm,unipc] [--plot PNG]
     python3 benchmarks/sampling.py WORKDIR ... [--num 1000] --speed 3 [--compile 1]
 
-All solvers, or those named, start from the same prior samples. The distance is Frechet's between
-pixels and those of the training images; the error is the root mean square, over pixels in [0, 1] of
-the first 100 samples, of the difference from the solution of rk45 with tolerances of 1e-6 in
-float64. The last column is the share of the time that is spent outside the network. Workdirs that
-differ in their seeds only are one curve, of which mean and range are shown.
+All solvers, or those of --solvers, start from the same prior samples. The distance is the Frechet
+distance between the pixels of samples and training images; the error is the root mean square, over
+pixels in [0, 1] of the first 100 samples, of the difference from the solution of rk45 with
+tolerances of 1e-6 in float64. The last column is the share of the time that is spent outside the
+network. Workdirs that differ in their seeds only are one curve, of which mean and range are shown.
 
-With --speed it is the time instead, the median of so many rounds in turn, of 18 steps of heun as
-`sampling.precision`, `channels_last` and, with --compile 1, `compile` run the network, beside a
-plain loop: Heun's method written out, the state looked at after each step, and the network in its
-plain form (benchmarks/networks.py). The difference is from the samples of that loop, the root mean
-square over pixels in [0, 1].
+With --speed the time of 18 steps of heun is measured instead, the median of so many rounds, in each
+form of the network: by `sampling.precision`, `channels_last` and, with --compile 1, `compile`. They
+are compared with a plain loop: Heun's method written out, the state checked after each step, and
+the network in its plain form (benchmarks/networks.py). The difference is the root mean square, over
+pixels in [0, 1], from the samples of that loop.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -36,7 +37,7 @@ from solvers.fitted import Fit
 from sources.keyed import keyed_generator
 
 FEW = (5, 6, 7, 8, 10, 15, 20)
-# A sampler that the others are made of.
+# Values of the sampler whose solver and schedule are then replaced.
 PLAIN = {
     "sampling.method": "ode",
     "sampling.ode_solver": "heun",
@@ -74,19 +75,19 @@ STEPS = {
 
 
 class Measured(NamedTuple):
-    """What a setting gave: distance over that of rk45, and error."""
+    """Results of a setting: its distance over the distance of rk45, and its error."""
 
     ratio: float
     error: float
 
 
 Steps = dict[Setting, tuple[int, ...]]
-Results = dict[tuple[str, int], Measured]  # (setting, evaluations) -> what it gave
+Results = dict[tuple[str, int], Measured]  # by (setting, evaluations)
 
 
 @torch.no_grad()
-def measure(workdir: Path, num: int, asked: Steps) -> Results:
-    """Prints the table of a run, and gives its results."""
+def measure(workdir: Path, num: int, steps_of: Steps) -> Results:
+    """Print the table of a run, and return its results."""
     trained = experiment.load(workdir, PLAIN, fits=False)
     run, to_unit = trained.experiment, trained.experiment.codec.unclamped
     generator = keyed_generator(run.device, "benchmark", 0)
@@ -99,8 +100,8 @@ def measure(workdir: Path, num: int, asked: Steps) -> Results:
 
     net, results, base, sampler = run.network, {}, np.nan, run.sampler
 
-    def made(setting: Setting, n: int) -> Fit:
-        """Fit schedule or solver to the network, if the setting has one to fit."""
+    def fit(setting: Setting, n: int) -> Fit:
+        """The schedule of a setting, fitted to the network where that is "fitted"."""
         if FITTED not in setting:
             return Fit(setting.schedule)
         run.sampler = replace(sampler, **setting._asdict(), n=n, noise_removal=True)
@@ -119,11 +120,11 @@ def measure(workdir: Path, num: int, asked: Steps) -> Results:
     columns = ("solver", "<18"), ("steps", ">5"), ("evaluations", ">11"), ("distance", ">8.4f")
     more = ("/ rk45", ">7.3f"), ("error", ">8.1e"), ("seconds", ">7.2f"), ("outside", ">7.1%")
     table = common.Table(*columns, *more)
-    cases = [(setting, n) for setting, steps in asked.items() for n in steps]
+    cases = [(setting, n) for setting, steps in steps_of.items() for n in steps]
     for setting, n in [(Setting("rk45"), 0), *cases]:
         watch = common.Stopwatch(run.device)
         timed = watch.phase("network")(net)
-        fitting = made(setting, n)
+        fitting = fit(setting, n)
         with watch.phase("all"):
             samples, evaluations = sampling.solve_ode(
                 run.method,
@@ -137,11 +138,11 @@ def measure(workdir: Path, num: int, asked: Steps) -> Results:
             )
         inside, seconds = watch.seconds["network"], watch.seconds["all"]
         difference = to_unit(samples[:COMPARED]) - to_unit(exact)
-        found, error = distance(samples), difference.square().mean().sqrt().item()
-        base = found if setting.solver == "rk45" else base
-        results[str(setting), evaluations] = Measured(found / base, error)
+        error, d = difference.square().mean().sqrt().item(), distance(samples)
+        base = d if setting.solver == "rk45" else base
+        results[str(setting), evaluations] = Measured(d / base, error)
         outside = 1 - inside / seconds
-        table.row(str(setting), n or "", evaluations, found, found / base, error, seconds, outside)
+        table.row(str(setting), n or "", evaluations, d, d / base, error, seconds, outside)
     return results
 
 
@@ -158,7 +159,7 @@ FORMS = {
 
 @torch.no_grad()
 def measure_speed(workdir: Path, num: int, rounds: int, compiles: bool) -> None:
-    """Prints images per second of a run's network, in each of `FORMS`."""
+    """Print images per second of a run's network in each of `FORMS`."""
     run = experiment.load(workdir, PLAIN | {"sampling.N": 18}, fits=False).experiment
     config, images, actions = run.config, {}, {}
     generator = keyed_generator(run.device, "benchmark", 0)
@@ -190,40 +191,40 @@ def measure_speed(workdir: Path, num: int, rounds: int, compiles: bool) -> None:
 
 
 def plain_heun(method, net, x: torch.Tensor, options) -> torch.Tensor:
-    """What `sampling.solve_ode` computes with heun, as it is written in papers."""
+    """Heun's method as papers write it, with the results of `sampling.solve_ode`."""
     solver = SOLVERS["heun"]
     levels = SCHEDULES[solver.schedule](method, options.N - method.noisy_end, options.rho).tolist()
     levels += [0.0] * method.noisy_end
     alpha = method.alpha(method.time(torch.tensor(levels, dtype=torch.float64)))
     x = x / alpha[0]
-    for here, there in pairwise(levels):
-        d = method.slope(net, x, here)
-        moved = x + (there - here) * d
-        if there != levels[-1]:
-            moved = x + (there - here) / 2 * (d + method.slope(net, moved, there))
+    for level, next_level in pairwise(levels):
+        d = method.slope(net, x, level)
+        moved = x + (next_level - level) * d
+        if next_level != levels[-1]:
+            moved = x + (next_level - level) / 2 * (d + method.slope(net, moved, next_level))
         x = moved
         assert x.isfinite().all()
     return alpha[-1] * x
 
 
-def plot(found: dict[str, list[Results]], asked: Steps, path: str) -> None:
-    """Distance and error against evaluations, a column for each method, as a PNG."""
+def plot(curves: dict[str, list[Results]], settings: Iterable[Setting], path: str) -> None:
+    """Save a PNG of distance and error against evaluations, a column for each curve."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        2, len(found), figsize=(5 * len(found), 8), layout="constrained", squeeze=False
+        2, len(curves), figsize=(5 * len(curves), 8), layout="constrained", squeeze=False
     )
-    for column, (name, seeds) in zip(axes.T, found.items(), strict=True):
+    for column, (name, seeds) in zip(axes.T, curves.items(), strict=True):
         for axis, key, label in zip(
             column,
             Measured._fields,
             ("distance / that of rk45", "error, RMS of pixels"),
             strict=True,
         ):
-            for k, setting in enumerate(map(str, asked)):
+            for k, setting in enumerate(map(str, settings)):
                 counts = sorted(n for other, n in seeds[0] if other == setting)
                 values = np.array([[getattr(s[setting, n], key) for n in counts] for s in seeds])
                 style = {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--"}
@@ -250,19 +251,19 @@ def main() -> None:
         for workdir in options.workdirs:
             measure_speed(workdir, options.num, options.speed, bool(options.compile))
         return
-    known = {one.solver for one in STEPS}
-    named = options.solvers.split(",") if options.solvers else known
-    if not known.issuperset(named):
-        raise SystemExit(f"--solvers must be among {', '.join(sorted(known))}")
-    asked = {one: steps for one, steps in STEPS.items() if one.solver in named}
-    found: dict[str, list[Results]] = defaultdict(list)
+    solvers = {setting.solver for setting in STEPS}
+    names = options.solvers.split(",") if options.solvers else solvers
+    if not solvers.issuperset(names):
+        raise SystemExit(f"--solvers must be among {', '.join(sorted(solvers))}")
+    steps_of = {setting: steps for setting, steps in STEPS.items() if setting.solver in names}
+    curves: dict[str, list[Results]] = defaultdict(list)
     try:
-        curves = common.curves(options.workdirs)
+        curve_of = common.curves(options.workdirs)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    for workdir, curve in curves.items():
-        found[curve].append(measure(workdir, options.num, asked))
-    for name, seeds in found.items():
+    for workdir, curve in curve_of.items():
+        curves[curve].append(measure(workdir, options.num, steps_of))
+    for name, seeds in curves.items():
         print(f"\n{name}: mean (range) of {len(seeds)} seeds")
         columns = ("solver", "<18"), ("evaluations", ">11"), ("distance / rk45", "<21")
         table = common.Table(*columns, ("error", "<27"), ("/ multistep", ">11.2f"))
@@ -278,7 +279,7 @@ def main() -> None:
                 np.mean(np.divide(errors, plain)),
             )
     if options.plot:
-        plot(found, asked, options.plot)
+        plot(curves, steps_of, options.plot)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""A training step of a config, phase by phase, against its plain form, in one process, in turn.
+"""Measure a training step of a config, phase by phase, against its plain form.
 
     python3 benchmarks/train.py --config configs/poisson/cifar10_ddpmpp.py [--config.x=y ...]
         [--steps 3] [--noplain] [--json FILE]
 
-With --config.training.precision=auto the precision is measured first, as a run would.
+With --config.training.precision=auto the precision is measured first, as in a run.
 
-The plain form is the step as its ancestors have it: the same network, weight for weight, with
+The plain form is the step of published programs: the same network, weight for weight, with
 attention and 1x1 maps as einsums and resampling by reshapes (benchmarks/networks.py), the field by
 broadcasting, Adam and the EMA weights tensor by tensor, the loss read at every step; float32 and
-not compiled. Both start from the same weights and draw the same noise, so that their losses agree.
-Images are random: what they show costs nothing.
+not compiled. Both run in turn in one process, from the same weights and with the same noise, so
+that their losses agree. Images are random, which does not change the time.
 """
 
 import functools
@@ -47,7 +47,7 @@ IMAGES = 2**26  # bytes of random images, or a batch where that is more
 
 
 class Trainer:
-    """What `run_lib.train` does in a step, on random images, and what each step took."""
+    """Steps of `run_lib.train` on random images, and the time of each."""
 
     def __init__(self, config):
         self.config, self.run = config, Experiment.build(config)
@@ -90,13 +90,13 @@ class Trainer:
             return train_step(state, batch, generator)
 
     def measure(self, waits: bool = False) -> None:
-        """One step; with `waits` the phases are told apart on a GPU, at the cost of its speed."""
+        """Take a step; with `waits` phases on a GPU are timed apart, which slows it down."""
         watch = common.Stopwatch(self.device if waits else common.CPU)
         whole = common.Stopwatch(self.device)
         step = whole.phase("step")(lambda: self.step(watch))
         loss, peak = common.with_peak_memory(step, self.device)
-        taken = dict.fromkeys(PHASES, 0.0) | watch.seconds | whole.seconds
-        self.steps.append({"waits": waits, "loss": loss.item(), "peak": peak, **taken})
+        seconds = dict.fromkeys(PHASES, 0.0) | watch.seconds | whole.seconds
+        self.steps.append({"waits": waits, "loss": loss.item(), "peak": peak, **seconds})
 
     def summary(self, flops_per_image: float, peak_flops: float) -> dict:
         steps = self.steps[1:]  # in the first, libraries load and kernels are chosen and compiled
@@ -116,7 +116,7 @@ class Trainer:
 
 
 class PlainTrainer(Trainer):
-    """The plain form; see above."""
+    """A `Trainer` of the plain form; see the module."""
 
     def __init__(self, config):
         config = config.copy_and_resolve_references()
@@ -136,7 +136,7 @@ class PlainTrainer(Trainer):
 
 
 def plain_field(points: Tensor, charges: Tensor, gamma: float, among: None) -> Tensor:
-    """Random images have no labels, so that all charges count for each point."""
+    """The field by broadcasting; all charges count for each point, as images have no labels."""
     return torch.cat([broadcast_field(p, charges, gamma) for p in points.split(PLAIN_POINTS)])
 
 
@@ -155,7 +155,7 @@ def plain_ema(ema, parameters, applied: Tensor) -> None:
 
 
 def count_flops(trainer: Trainer) -> float:
-    """Of the network's forward and backward pass, for one image."""
+    """Operations of the network's forward and backward pass for one image."""
     x = torch.zeros(1, *trainer.run.codec.shape, device=trainer.device)
     with FlopCounterMode(display=False) as counter:
         out = trainer.state.model(x, torch.ones(1, device=trainer.device))
@@ -165,7 +165,7 @@ def count_flops(trainer: Trainer) -> float:
 
 
 def measure_peak(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product or convolution, whichever the device is faster at."""
+    """FLOP/s of a large matrix product or convolution, whichever has more on the device."""
     execution.set_float32_products(precision)
     n, images = (8192, 256) if device.type == "cuda" else (2048, 8)
     options = {"device": device, "dtype": torch.bfloat16 if precision == "bf16" else None}

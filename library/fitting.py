@@ -107,7 +107,7 @@ class Fitting:
         key |= {"levels": levels.tolist(), "trajectory sampler": fine.settings}
         path = fitted_path(self.checkpoint, n)
         weights, offsets = cached_arrays(path, key, compute, spec)
-        return fitted.steps_as_kept(levels, weights, offsets.to(self.device))
+        return fitted.stored_steps(levels, weights, offsets.to(self.device))
 
     def _key(self, sampler: ODESampler, number: int, conditions: Conditions) -> dict:
         key = self.origin | {"sampling": sampler.settings, "trajectories": number}

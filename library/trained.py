@@ -341,7 +341,7 @@ class Trained:
     def _solving(self, seeds: Sequence[int] = ()) -> Iterator[Watch]:
         """Context of a solve: full float32, a progress bar, and the seeds in an error's message."""
         try:
-            with execution.float32_products(), solver_bar(self.experiment.method) as watch:
+            with execution.full_float32(), solver_bar(self.experiment.method) as watch:
                 yield watch
         except FloatingPointError as error:
             if not seeds:

@@ -17,9 +17,7 @@ METHODS: dict[str, type[Method]] = {
     "subvpsde": SubVPSDE,
 }
 
-KEYS = {
-    "training.sde": Key("", OneOf(registry="methods.METHODS"), "the method"),
-}
+KEYS = {"training.sde": Key("", OneOf(registry="methods.METHODS"), "the method")}
 
 
 def method_class(name: str) -> type[Method]:

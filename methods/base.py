@@ -33,11 +33,23 @@ def spread(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
 
 
-def scaled(c: Tensor | None, x: Tensor) -> Tensor:
-    """`x` (B, ...) times a coefficient () or (B,); `x` itself where that is 1, or None."""
-    if c is None or c.dim() == 0 and c.device.type == "cpu" and c.item() == 1:
+def equals(c: Tensor | float, number: float) -> bool:
+    """True if the coefficient `c` is one `number` for all images; the host waits for no device."""
+    on_host = not isinstance(c, Tensor) or (c.dim() == 0 and c.device.type == "cpu")
+    return on_host and bool(c == number)
+
+
+def scaled(c: Tensor | float, x: Tensor) -> Tensor:
+    """`x` (B, ...) times a coefficient, a number, () or (B,); `x` itself where that is 1."""
+    if equals(c, 1):
         return x
-    return spread(c, x) * x
+    return (spread(c, x) if isinstance(c, Tensor) else c) * x
+
+
+def linear(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
+    """a x + b y for coefficients as of `scaled`; `y` itself where they are 0 and 1."""
+    y = scaled(b, y)
+    return y if equals(a, 0) else scaled(a, x) + y
 
 
 def noise_like(
@@ -54,7 +66,7 @@ def noise_like(
 
 
 def conditioned(net: Network, conditions: dict[str, Tensor | None]) -> Network:
-    """`net` that is given the `conditions`, by name, in every call; those that are None are not."""
+    """`net` with the `conditions` bound by name; None leaves a condition out."""
     return partial(net, **{name: value for name, value in conditions.items() if value is not None})
 
 
@@ -63,34 +75,34 @@ def with_rate(f: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]
     return torch.func.jvp(f, (t,), (torch.ones_like(t),))
 
 
-Coefficient = Callable[[Tensor], Tensor]  # of a time (), or of times (B,): a tensor of that shape
+# A function of the time, () or (B,), that gives a tensor of the same shape, or a number.
+Coefficient = Callable[[Tensor], Tensor | float]
 
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """Preconditioning of a network F: c_skip x + c_out F(c_in x, c_noise).
+    """Preconditioning of a network F, whose prediction at x and time t is
 
-    Each coefficient is a function of the method's time `t`, () or (B,), that gives a tensor of the
-    same shape. Without c_skip there is no first term; c_in and c_out are 1 by default, and then the
-    output of F may be of any type. (Karras et al. 2022, arXiv 2206.00364, equation 7 and table 1.)
+        c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t)).
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), equation 7 and table 1.
     """
 
     c_noise: Coefficient
-    c_in: Coefficient | None = None
-    c_out: Coefficient | None = None
-    c_skip: Coefficient | None = None
+    c_in: Coefficient = lambda t: 1.0
+    c_out: Coefficient = lambda t: 1.0
+    c_skip: Coefficient = lambda t: 0.0
 
     def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The arguments of F: c_in x, and a noise label for each image (B,)."""
         label = self.c_noise(t)
         dtype = x.dtype if label.is_floating_point() else label.dtype
         label = label.to(x.device, dtype, non_blocking=True).expand(len(x))
-        return scaled(self.c_in and self.c_in(t), x), label
+        return scaled(self.c_in(t), x), label
 
-    def __call__(self, net: Network, x: Tensor, t: Tensor):
-        """The preconditioned output of `net` at `x` (B, C, H, W) and `t`."""
-        out = scaled(self.c_out and self.c_out(t), net(*self.inputs(x, t)))
-        return out if self.c_skip is None else spread(self.c_skip(t), x) * x + out
+    def __call__(self, net: Network, x: Tensor, t: Tensor) -> Tensor:
+        """The prediction (B, ...) of `net` at `x` (B, C, H, W) and time `t`, () or (B,)."""
+        return linear(self.c_skip(t), x, self.c_out(t), net(*self.inputs(x, t)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +115,15 @@ class Examples(Batch):
 
 
 class Method(abc.ABC):
-    """A way to generate: how data are perturbed, what the network learns, and how it samples.
+    """A generative method: a path from data to noise, and what the network predicts along it.
 
-    At time t an image y has become x = alpha(t) y + std(t) n, where the noise n is a Student t.
-    Sampling follows the ODE dx/dt from `t_prior` to `t_data`. Solvers with fixed steps use natural
-    variables, in which its solutions are straightest: x / alpha over the noise level
-    sigma = std / alpha, with slope (x / alpha - E[y | x]) / sigma.
+    At time t an image y has become
+
+        x = alpha(t) y + std(t) n,    n of a Student t,
+
+    and sampling follows the ODE dx/dt from `t_prior` to `t_data`. Solvers with fixed steps use
+    natural variables, in which its solutions are straightest: x / alpha over the noise level
+    sigma = std / alpha. Their slope is (x / alpha - E[y | x]) / sigma.
 
     A subclass gives `sigma`, `time` and `precondition`, and `alpha` where it is not 1; its numbers
     are dataclass fields, which `options` connects with keys. Times and noise levels are tensors of
@@ -121,14 +136,15 @@ class Method(abc.ABC):
             x = alpha y + std n: "noise" n, "image" y, "velocity" dx/dt = alpha' y + std' n, or
             "score" -n / std.
         extra_channels: channels that the network gives beyond those of the image.
-        uses_reference_batch: `target` depends on the reference batch.
+        uses_reference_batch: true where `target` depends on the reference batch.
         t_prior, t_data: times at which sampling starts and ends.
-        gives_score: the network gives the score, which `model.scale_by_sigma` divides by sigma.
-        positive_labels: noise labels are > 0, so that a "fourier" embedding can take their log.
-        gaussian: Gaussian noise of variance b^2 - a^2 takes y from the noise level a up to b,
-            exactly or nearly, so that a sampler can add some.
+        gives_score: true where the network gives the score, which may be divided by sigma inside
+            it (`model.scale_by_sigma`).
+        positive_labels: true where noise labels are > 0, and a "fourier" embedding takes their log.
+        gaussian: true where Gaussian noise of variance b^2 - a^2 takes y from the noise level a up
+            to b, exactly or nearly, so that a sampler can add noise.
         degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
-        noisy_end: samples at `t_data` still have noise, which one more step to sigma = 0 removes.
+        noisy_end: true where samples at `t_data` have noise, which a step to sigma = 0 removes.
         predictors, correctors: names that `sampling.method='pc'` can use; none without an SDE.
     """
 
@@ -150,11 +166,11 @@ class Method(abc.ABC):
 
     @property
     def name(self) -> str:
-        """Name of the method in papers, for people to read."""
+        """Name of the method in papers."""
         return type(self).__name__
 
     def __repr__(self) -> str:
-        """Class and numbers, which distinguish the results of different methods."""
+        """Class and numbers, by which results of different methods are told apart."""
         numbers = ", ".join(f"{field}={getattr(self, field)!r}" for field in self.options)
         return f"{type(self).__name__}({numbers})"
 
@@ -219,8 +235,8 @@ class Method(abc.ABC):
     ) -> Tensor:
         """A sample x (B, C, H, W) of `images` perturbed to times `t`, () or (B,)."""
         t = torch.as_tensor(t, dtype=torch.float64, device=images.device)
-        normal, wider = self.noise(images, generator)
-        return scaled(self.alpha(t), images) + scaled(self.std(t) * wider, normal)
+        normal, width = self.noise(images, generator)
+        return scaled(self.alpha(t), images) + scaled(self.std(t) * width, normal)
 
     def kernel(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and std at time `t` with which the network is trained."""
@@ -242,23 +258,21 @@ class Method(abc.ABC):
     def draw(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
         """The examples of a training step: scaled images, perturbed at random noise levels.
 
-        Returns:
-            As many rows as `batch` has: perturbed images, labels, and what else `target` and
-            `predict` need of each example.
+        There are as many as images, with all that `target` and `predict` need of each.
         """
         y = batch.images
         t = self.draw_times(len(y), generator, y.device)
-        normal, wider = self.noise(y, generator)
+        normal, width = self.noise(y, generator)
         alpha, std = self.kernel(t)
-        x = scaled(alpha, y) + scaled(std * wider, normal)
-        noise = scaled(wider, normal)
+        x = scaled(alpha, y) + scaled(std * width, normal)
+        noise = scaled(width, normal)
         return Examples(images=x, conditions=batch.conditions, t=t, clean=y, noise=noise)
 
     def target(self, examples: Batch, reference: Batch) -> Tensor:
-        """The target (B, K) of the prediction for `examples`; `predicts` says of which kind.
+        """The target (B, K) of the prediction for `examples`, of the kind `predicts`.
 
         Targets that depend on other images take them from the batch `reference` of clean images;
-        with labels, only those of the example's class (`methods.field.own_class`).
+        with labels, only from the example's class (`methods.field.own_class`).
         """
         if self.predicts == "noise":
             return examples.noise.flatten(1)
@@ -271,7 +285,7 @@ class Method(abc.ABC):
         return (scaled(alpha_rate, examples.clean) + scaled(std_rate, examples.noise)).flatten(1)
 
     def predict(self, net: Network, examples: Batch) -> Tensor:
-        """Prediction (B, K) of `net`, which has their conditions bound, for `examples`."""
+        """The prediction (B, K) for `examples` of `net`, to which their conditions are bound."""
         return self.precondition(net, examples.images, examples.t).flatten(1)
 
     def weight(self, examples: Batch) -> Tensor | None:
@@ -280,29 +294,25 @@ class Method(abc.ABC):
 
     # --- sampling ---
 
-    def slope_factors(self, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The factors of y = x / alpha and of F in the slope at time `t` ().
+    def slope_factors(self, t: Tensor) -> tuple[Tensor, Tensor | float]:
+        """a and b at time `t` of the slope a y + b F, where F is the output of the network.
 
-        A None stands for 0 as the first and for 1 as the second. The slope is the predicted noise.
+        The slope is the predicted noise n, which follows from another prediction at x = alpha y:
+
+            image D       n = (y - D) / sigma
+            score s       n = -alpha sigma s
+            velocity v    n = (v - alpha' y) / (alpha sigma').
         """
-        p, alpha, sigma = self.precondition, self.alpha(t), self.sigma(t)
-        out = None if p.c_out is None else p.c_out(t)
-        skip = None if p.c_skip is None else alpha * p.c_skip(t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        skip, out = alpha * self.precondition.c_skip(t), self.precondition.c_out(t)
         if self.predicts == "noise":
             return skip, out
         if self.predicts == "image":
-            rest = 1 / sigma if skip is None else (1 - skip) / sigma
-            return rest, -1 / sigma if out is None else -out / sigma
+            return (1 - skip) / sigma, -out / sigma
         if self.predicts == "score":
-            scale = -alpha * sigma
-            rest = None if skip is None else scale * skip
-            return rest, scale if out is None else scale * out
-        # x' = alpha' y + std' n, and x = alpha y + std n
+            return -alpha * sigma * skip, -alpha * sigma * out
         alpha_rate, sigma_rate = self.rates(t)
-        return (
-            (-alpha * alpha_rate + (0 if skip is None else skip)) / sigma_rate,
-            (1 if out is None else out) / sigma_rate,
-        )
+        return (-alpha * alpha_rate + skip) / sigma_rate, out / sigma_rate
 
     def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
         """dy/dsigma (B, C, H, W) at y = x / alpha and noise level `sigma` (a float or 0-d tensor).
@@ -312,8 +322,7 @@ class Method(abc.ABC):
         t = self.time(torch.as_tensor(sigma, dtype=torch.float64))
         of_state, of_output = self.slope_factors(t)
         output = net(*self.precondition.inputs(scaled(self.alpha(t), y), t))
-        slope = scaled(of_output, output)
-        return slope if of_state is None else spread(of_state, y) * y + slope
+        return linear(of_state, y, of_output, output)
 
     def ode(self, net: Network, x: Tensor, t: float | Tensor) -> Tensor:
         """The sampling ODE's dx/dt (B, C, H, W) at `x` and time `t` (a float or 0-d tensor)."""
@@ -332,7 +341,7 @@ class Method(abc.ABC):
     ) -> Tensor:
         """The denoised images (B, C, H, W) of `y` at noise level `sigma`: an Euler step to 0.
 
-        Further `conditions` of the network, such as `class_labels` (B,), go by name; None is none.
+        `conditions` of the network, such as `class_labels` (B,), go by name; None is none.
         """
         return y - sigma * self.slope(conditioned(net, conditions), y, sigma)
 
@@ -350,8 +359,8 @@ class Method(abc.ABC):
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Samples of `shape` (B, C, H, W) from the distribution at `t_prior`."""
-        normal, wider = self.noise(torch.empty(shape, device=device), generator)
-        return scaled(self.prior_scale * wider, normal)
+        normal, width = self.noise(torch.empty(shape, device=device), generator)
+        return scaled(self.prior_scale * width, normal)
 
     def prior_norms(self, dim: int) -> tuple[float, float]:
         """Lowest and highest norm of a prior sample of `dim` entries when it is rescaled.
@@ -366,48 +375,26 @@ class Method(abc.ABC):
         return student_t.log_density(x, self.prior_scale, self.degrees_of_freedom)
 
 
+def _of_method(name: str) -> property:
+    """An attribute of `WithSlope` that is the attribute `name` of its method."""
+    return property(lambda self: getattr(self.method, name))
+
+
 class WithSlope(Method):
     """A method with another slope, which a subclass defines; path, noise and prior stay.
 
     `ode`, `score` and `denoise` are derived from the new slope.
     """
 
+    name, gaussian = _of_method("name"), _of_method("gaussian")
+    alpha, sigma, std = _of_method("alpha"), _of_method("sigma"), _of_method("std")
+    time, t_prior, t_data = _of_method("time"), _of_method("t_prior"), _of_method("t_data")
+    degrees_of_freedom, noisy_end = _of_method("degrees_of_freedom"), _of_method("noisy_end")
+    perturb_at, prior_sampling = _of_method("perturb_at"), _of_method("prior_sampling")
+    prior_logp, prior_norms = _of_method("prior_logp"), _of_method("prior_norms")
+
     def __init__(self, method: Method):
         self.method = method
-        self.t_prior, self.t_data = method.t_prior, method.t_data
-        self.degrees_of_freedom, self.gaussian = method.degrees_of_freedom, method.gaussian
-        self.noisy_end = method.noisy_end
-
-    @property
-    def name(self) -> str:
-        return self.method.name
 
     @abc.abstractmethod
     def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor: ...
-
-    def alpha(self, t):
-        return self.method.alpha(t)
-
-    def sigma(self, t):
-        return self.method.sigma(t)
-
-    def time(self, sigma):
-        return self.method.time(sigma)
-
-    def std(self, t):
-        return self.method.std(t)
-
-    def rates(self, t):
-        return self.method.rates(t)
-
-    def perturb_at(self, images, t, generator=None):
-        return self.method.perturb_at(images, t, generator)
-
-    def prior_sampling(self, shape, generator=None, device="cpu"):
-        return self.method.prior_sampling(shape, generator, device)
-
-    def prior_norms(self, dim):
-        return self.method.prior_norms(dim)
-
-    def prior_logp(self, x):
-        return self.method.prior_logp(x)

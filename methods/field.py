@@ -1,4 +1,4 @@
-"""Functions of a reference batch at perturbed images: empirical Poisson field, posterior means.
+"""Targets that a reference batch makes at perturbed images: Poisson field and posterior mean.
 
 Sources: Xu et al. 2022 (arXiv 2209.11178) and, for any number of augmenting dimensions, 2023
 (arXiv 2302.04265).
@@ -12,23 +12,22 @@ from torch import Tensor
 from execution import full_float32
 from sources.batch import Batch
 
-# Data that are converted to float64 at a time: bounds memory to this many rows.
-DATA_CHUNK = 2048
+DATA_CHUNK = 2048  # rows of the data that are float64 at a time, which bounds the memory
 
-# CUDA devices whose float64 runs at half the rate of float32 (or the like): the data-centre cards
-# P100, V100, A100, H100 and B200, and AMD's CDNA 3. All others have 1/32 or 1/64 of it. Source: the
-# throughput table of NVIDIA's CUDA C++ Programming Guide; AMD's MI300X data sheet.
+# Compute capabilities of the GPUs with float64 at about half the rate of float32: P100, V100, A100,
+# H100, B200 and AMD's CDNA 3. All others have 1/32 or 1/64 of it. Source: the throughput table of
+# NVIDIA's CUDA C++ Programming Guide; AMD's MI300X data sheet.
 FAST_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (9, 4), (10, 0)}
 
-# Columns of which `split_products` sums the leading bits exactly: 2^12 products of 6 by 6 bits and
-# their sums fit the 24 bits of a float32.
+# Columns of which `split_products` sums the leading bits exactly: a sum of 2^12 products of 6 by 6
+# bits fits the 24 bits of a float32.
 SPLIT_COLUMNS, SPLIT_BITS = 4096, 6
 
 
 def own_class(examples: Batch, reference: Batch) -> Tensor | None:
-    """Which images of the `reference` batch make the target of each example, (B, n) or None.
+    """Mask (B, n) of the `reference` images that make the target of each example.
 
-    Those of its class, and all of them for an example without (label -1); None without labels.
+    They are those of the example's class, or all where its label is -1. None without labels.
     """
     if examples.labels is None or reference.labels is None:
         return None
@@ -41,8 +40,10 @@ def poisson_field(
 ) -> Tensor:
     """The normalised empirical Poisson field that `data` make at `perturbed` (Algorithm 1).
 
-    The field of a charge falls with the (N+1)-th power of its distance, so that it points from
-    p = (x, z) to (E[y | x, z], 0), the posterior mean of a Student t with D = 1 and scale z.
+    The field of a charge falls with the N-th power of its distance, so that the sum of all points
+    from p = (x, z) to (E[y | x, z], 0), the posterior mean of a Student t with D = 1 and scale z:
+
+        sqrt(N) g / (||g|| + gamma),    g = (E[y | x, z], 0) - p.
 
     Args:
         perturbed: augmented points p = (x, z), (B, N+1).
@@ -51,8 +52,7 @@ def poisson_field(
         among: which of the charges count for each point, (B, n) bool, at least one; None for all.
 
     Returns:
-        sqrt(N) g / (||g|| + gamma), (B, N+1), with g = (E[y | x, z], 0) - p, in the dtype of
-        `perturbed`.
+        The field (B, N+1), in the dtype of `perturbed`.
     """
     x, z = perturbed[:, :-1], perturbed[:, -1:].double()
     field = torch.cat([weighted_mean(x, data, z, 1.0, among) - x, -z], dim=1)
@@ -63,9 +63,9 @@ def poisson_field(
 def posterior_mean(
     x: Tensor, data: Tensor, sigma: float | Tensor, D: float, among: Tensor | None = None
 ) -> Tensor:
-    """E[y | x, sigma] where x is one of `data`, each as likely, perturbed by a Student t.
+    """E[y | x, sigma] where y is one of `data`, each as likely, and x - y a Student t.
 
-    As a training target it is that of least variance ("stable target field", arXiv 2302.00670).
+    It is the training target of least variance ("stable target field", arXiv 2302.00670).
 
     Args:
         x: perturbed images (B, C, H, W).
@@ -84,7 +84,11 @@ def posterior_mean(
 def weighted_mean(
     x: Tensor, data: Tensor, sigma: Tensor, D: float, among: Tensor | None = None
 ) -> Tensor:
-    """sum_j w_j y_j with w = softmax_j(-(N+D)/2 log(||x - y_j||^2 + D sigma^2)), float64.
+    """The posterior mean (B, N), float64, of the y_j given `x`:
+
+        sum_j w_j y_j,    w = softmax_j(-(N+D)/2 log(||x - y_j||^2 + D sigma^2)),
+
+    and for D = inf the softmax of -||x - y_j||^2 / (2 sigma^2).
 
     Distances and sum are matrix products, accumulated over chunks of the data (a running softmax):
     nothing of size B * n * N exists. Distances come as differences of squares, and the weights are
@@ -96,7 +100,7 @@ def weighted_mean(
         x: (B, N).
         data: the y_j, (n, ...) with N entries each.
         sigma: (B, 1), float64.
-        D: for `math.inf` the weights are softmax_j(-||x - y_j||^2 / (2 sigma^2)).
+        D: degrees of freedom > 0, or `math.inf`.
         among: which of the data have a weight in each row, (B, n) bool, at least one; None for all.
     """
     whole = x.dtype == torch.float64 or has_fast_double(x.device)
@@ -127,17 +131,17 @@ def weighted_mean(
 
 
 def has_fast_double(device: torch.device) -> bool:
-    """Whether float64 matrix products are the fast way to accurate ones on `device`."""
+    """True if float64 is the fast way to accurate matrix products on `device`."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in FAST_DOUBLE
 
 
 def split_products(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y.T (B, n), float64, from float32 matrix products of `x` (B, D) and `y` (n, D), float32.
+    """x @ y.T (B, n), float64, from float32 matrix products of `x` (B, N) and `y` (n, N), float32.
 
-    Each operand is its leading bits, on one grid for a row, and a rest. Products of leading bits
-    are sums of integers, at most 2^24, exact in whichever order; those with a rest are 2^6 times
-    smaller, and with them the rounding: some 2^-30 of the terms. The idea is that of Ozaki et al.
-    (Numerical Algorithms 59, 2012), cut off after the first slice.
+    Each operand is split into its leading bits, on one grid for a row, and a rest. Products of
+    leading bits are sums of integers, at most 2^24, exact in whichever order; those with a rest are
+    2^6 times smaller, and with them the rounding: some 2^-30 of the terms. This is the first slice
+    of the method of Ozaki et al. (Numerical Algorithms 59, 2012).
     """
     total = x.new_zeros(len(x), len(y), dtype=torch.float64)
     with full_float32():

@@ -36,18 +36,21 @@ KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PFGMPP(Method):
-    """Data in N dimensions are charges in N + D; by symmetry only the distance r of the D counts.
+    """PFGM++: data of N dimensions are charges in N + D, whose field lines lead back to them.
 
-    An image becomes x = y + sigma t, t a Student t with D degrees of freedom and r = sigma sqrt(D).
-    D = 1 is PFGM's kernel, D = inf a Gaussian, that of EDM. Time is the noise level sigma. For
-    every D the sampling ODE is dx/dsigma = (x - E[y | x, sigma]) / sigma, and preconditioning, law
-    of the noise levels and weight of the loss are EDM's.
+    By symmetry only the distance r from the data in the D augmenting dimensions counts. Time is the
+    noise level sigma = r / sqrt(D), and with n of a Student t with D degrees of freedom
+
+        x = y + sigma n                                 the kernel: PFGM's for D = 1, EDM's for inf
+        dx/dsigma = (x - E[y | x, sigma]) / sigma       the sampling ODE, for every D.
+
+    Preconditioning, law of the noise levels and weight of the loss are EDM's.
 
     Attributes:
-        D: augmenting dimensions, a number > 0 (configs allow 0.5 to 1e12) or `math.inf`.
+        D: augmenting dimensions > 0, or `math.inf`.
         sigma_min, sigma_max: noise levels where sampling ends, before a step to 0, and starts.
         sigma_data: standard deviation of the scaled images' entries.
-        P_mean, P_std: of ln sigma in training, which is normal.
+        P_mean, P_std: mean and standard deviation of ln sigma in training, which is normal.
         target_kind: "image", the clean one; or its "posterior_mean" over the reference batch.
     """
 
@@ -72,8 +75,9 @@ class PFGMPP(Method):
     def __post_init__(self):
         self.check_rising("sigma_min", "sigma_max")
         if self.target_kind not in TARGETS:
-            known = ", ".join(TARGETS)
-            raise ValueError(f"unknown training.target={self.target_kind!r}; known: {known}")
+            raise ValueError(
+                f"unknown training.target={self.target_kind!r}; known: {', '.join(TARGETS)}"
+            )
         for name in ("D", "sigma_data", "P_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} must be positive, not {getattr(self, name)}")
@@ -92,7 +96,7 @@ class PFGMPP(Method):
 
     @cached_property
     def precondition(self) -> Preconditioning:
-        """The network's output as the denoised image (arXiv 2206.00364, table 1)."""
+        """Network's output to the denoised image (arXiv 2206.00364, table 1, last column)."""
         sd = self.sigma_data
         return Preconditioning(
             c_noise=lambda sigma: sigma.log() / 4,
@@ -130,7 +134,7 @@ class PFGMPP(Method):
         return posterior_mean(x, reference.images, examples.t, self.D, among).flatten(1)
 
     def weight(self, examples):
-        """1 / c_out^2, so that the error of the network's own output has the weight 1."""
+        """1 / c_out^2, by which the error of the network's output itself has the weight 1."""
         sigma, sd = examples.t, self.sigma_data
         return (sigma**2 + sd**2) / (sigma * sd) ** 2
 
@@ -146,7 +150,7 @@ class PFGMPP(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class EDM(PFGMPP):
-    """PFGM++ with D = inf, whatever `model.D` is."""
+    """PFGM++ with D = inf, which reads no `model.D`."""
 
     D: float = field(default=math.inf, init=False)
 

@@ -12,12 +12,11 @@ from methods.base import Method, spread
 from methods.field import own_class, poisson_field
 from sources.batch import Batch
 
-# How far perturbations may reach: squares of it, summed over an image, fit a float32.
-FARTHEST = 1e9
+FARTHEST = 1e9  # reach of perturbations: its square, summed over an image, fits a float32
 
 
 class PoissonRange(NamedTuple):
-    """How far perturbations reach, and the prior plane that follows."""
+    """Reach of the perturbations, and the prior plane that follows; see `Poisson`."""
 
     M: int
     z_max: float
@@ -31,12 +30,11 @@ def poisson_range(
 
     Args:
         data_norm: mean Euclidean norm of the scaled images.
-        data_dim: D = C * H * W.
+        data_dim: N = C * H * W, the entries of an image.
         sigma, tau: `model.sigma_end` and `training.tau`.
 
     Raises:
-        ValueError: a number is not positive and finite, tau is below 1e-12, the data are no larger
-            than their perturbation, or as of `range_of`.
+        ValueError: a number is out of its range, or the data are no larger than their perturbation.
 
     Source: Xu et al. 2022 (arXiv 2209.11178), appendix B.1.1.
     """
@@ -51,7 +49,7 @@ def poisson_range(
 
 
 def range_of(m: int, data_dim: int, sigma: float, tau: float) -> PoissonRange:
-    """z_max and upper_norm for `M = m`; arguments and source as of `poisson_range`.
+    """The range for `M = m`; see `poisson_range`.
 
     Raises:
         ValueError: a number is not positive, or perturbations reach farther than `FARTHEST`.
@@ -114,20 +112,20 @@ OPEN = ("training.M", "sampling.z_max", "sampling.upper_norm")  # measured where
 
 @dataclass(frozen=True, kw_only=True)
 class Poisson(Method):
-    """Poisson flow: data are charges on the plane z = 0, samples follow field lines back to it.
+    """PFGM: data are charges on the plane z = 0, and samples follow field lines back to it.
 
-    Time is log z. The network gives one channel more than the image has; the field's z entry is its
-    spatial mean.
+    Images have N entries, and the field N + 1, x and z. Time is log z. The network gives one
+    channel more than the image has, whose spatial mean is the field's z entry.
 
     Attributes:
         sigma_end: scale of the smallest perturbation.
         tau, M: perturbations grow as (1 + tau)^m, m in [0, M].
         restrict_M: points that start within 0.005 of the plane keep m below 0.7 M.
-        gamma: see `poisson_field`.
+        gamma: added to the field's norm; see `poisson_field`.
         z_max, z_min: height of the prior plane, and where sampling stops.
         z_exp: below this height the z entry of the field is inferred from the x entries.
         upper_norm: largest norm of a prior sample.
-        radius: of a ball around 0 that has all data, if it is known; 0 if not.
+        radius: of a ball around 0 that has all data in it; 0: unknown.
     """
 
     sigma_end: float
@@ -152,8 +150,9 @@ class Poisson(Method):
     def __post_init__(self):
         if None in (self.M, self.z_max, self.upper_norm):
             raise ValueError(
-                f"{', '.join(OPEN[:2])} and {OPEN[2]} are not all set: training measures them at "
-                "its first start; python3 hyper_parameters.py --config FILE prints them"
+                "training.M, sampling.z_max and sampling.upper_norm are not all set: training "
+                "measures them at its first start; python3 hyper_parameters.py --config FILE "
+                "prints them"
             )
         self.check_rising("z_min", "z_max")
         range_of(self.M, 1, self.sigma_end, self.tau)  # ValueError where out of range
@@ -179,7 +178,7 @@ class Poisson(Method):
         return Examples(images=x, conditions=batch.conditions, z=z)
 
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Augmented points (B, D+1) around images `x` (B, C, H, W) (Algorithm 2)."""
+        """Augmented points (B, N+1) around images `x` (B, C, H, W) (Algorithm 2)."""
         draw = {"generator": generator, "device": x.device, "dtype": x.dtype}
         z_noise = torch.randn(len(x), 1, **draw)
         m = self.restrict(
@@ -199,7 +198,11 @@ class Poisson(Method):
     def displace(
         self, x: Tensor, m: Tensor, z_noise: Tensor, radial_noise: Tensor, direction: Tensor
     ) -> Tensor:
-        """Algorithm 2 given its draws: m, z_noise (B, 1), radial_noise and direction (B, D)."""
+        """Algorithm 2 with its draws: m and z_noise (B, 1), radial_noise and direction (B, N).
+
+        s = sigma_end (1 + tau)^m
+        x <- x + s ||radial_noise|| direction / ||direction||,    z = s |z_noise|
+        """
         scale = self.sigma_end * (1 + self.tau) ** m
         radius = scale * radial_noise.norm(dim=1, keepdim=True)
         direction = direction / direction.norm(dim=1, keepdim=True)
@@ -219,12 +222,16 @@ class Poisson(Method):
     def slope(self, net, y, sigma):
         """dx/dz = v_x / v_z (B, C, H, W) along the field line at (y, z = sigma) (equation 6).
 
-        Near the plane the small v_z is hard to learn; below `z_exp` it follows from the length of
-        v_x, which fixes the distance rho to the charges (appendix B.2.3 of the paper).
+        Near the plane the small v_z is hard to learn. Below `z_exp` it follows from the length of
+        v_x, which fixes the distance rho to the charges (appendix B.2.3 of the paper):
 
-        The field points to (E[y | x, z], 0), so that with data within `radius` of 0 its z entry is
-        at least z / (||x|| + radius) of the length of v_x. In few dimensions, where many lines are
-        nearly flat, the predicted v_z would otherwise change its sign.
+            a = ||v_x|| / sqrt(N),  rho^2 = (gamma a / (1 - a))^2 + z^2,
+            v_z = -sqrt(N) z / (rho + gamma).
+
+        In few dimensions, where many lines are nearly flat, a predicted v_z may have the wrong
+        sign. The field points to (E[y | x, z], 0), and with all data within `radius` of 0
+
+            |v_z| >= ||v_x|| z / (||x|| + radius).
         """
         z = torch.as_tensor(sigma, dtype=y.dtype).to(y.device, non_blocking=True)
         v_x, v_z = net(y, z.expand(len(y)).clamp(min=1e-10))
@@ -252,16 +259,17 @@ class Poisson(Method):
         return math.log(self.z_min)
 
     def sigma(self, t):
-        """The height z: the kernel of a charge at height z is a Cauchy distribution of scale z."""
+        """The height z, which is the scale of the Cauchy distribution that a charge makes there."""
         return t.exp()
 
     def time(self, sigma):
         return sigma.log()
 
     def prior_sampling(self, shape, generator=None, device="cpu"):
-        """Where field lines of a far point charge cross z = z_max: a D-variate Cauchy distribution.
+        """Points where the field lines of the data cross z = z_max: an N-variate Cauchy law.
 
-        Its heavy tail is cut: norms are kept within [1, upper_norm], as published.
+        From so far the data are one point. The heavy tail is cut: norms are clipped to
+        [1, upper_norm], as published.
         """
         draw = {"generator": generator, "device": device}
         x = torch.randn(shape, **draw).flatten(1)
@@ -271,5 +279,5 @@ class Poisson(Method):
         return (x * (norm.clamp(1, self.upper_norm) / norm)).view(shape)
 
     def prior_norms(self, dim):
-        """Up to the largest; with larger ones the network has not been trained."""
+        """`upper_norm` and a quarter of it; the network is not trained for larger norms."""
         return self.upper_norm / 4, self.upper_norm

@@ -1,7 +1,7 @@
 """Restoration: images x of which a linear measurement m = A x + noise is known.
 
-Guidance turns a method's ODE and SDE into those of the images given m: their denoised image is
-E[x | y, m], which `RESTORERS` approximate by one step from the denoised image E[x | y].
+`Restoring` turns a method's ODE and SDE into those of the images given m, whose denoised image is
+E[x | y, m]. A restorer approximates it by one step from the method's own, E[x | y].
 """
 
 import math
@@ -15,9 +15,8 @@ from methods.base import Method, Network, WithSlope, noise_like, spread
 
 GREY = (0.299, 0.587, 0.114)  # of R, G and B (ITU-R BT.601), as image files are turned to grey
 
-
-# Noise of the measurement that `moment_matching` adds, as a share of the noise in y. At large noise
-# levels the true V / variance is smaller than a network's error, and its inverse without a bound.
+# Variance that `moment_matching` adds to the measurement, as a share of that of the noise in y. At
+# large noise levels the true V / variance is below a network's error, and its inverse unbounded.
 DAMPING = 1e-4
 
 Rows = slice | Tensor  # of a batch
@@ -44,21 +43,21 @@ class Operator:
         return self if self.rows is None else self.rows(rows)
 
 
-def inpainting(known: Tensor) -> Operator:
-    """The operator that keeps the pixels where `known` and sets the others to 0.
+def inpainting(mask: Tensor) -> Operator:
+    """The operator that keeps the pixels in the `mask` and sets the others to 0.
 
-    `known`, bool, is (H, W) for all images, or (n, 1, H, W) with one mask for each of n images.
+    The mask, bool, is (H, W) for all images, or (n, 1, H, W) with one for each of n images.
     """
 
     def keep(x: Tensor) -> Tensor:
-        return torch.where(known.to(x.device), x, 0.0)
+        return torch.where(mask.to(x.device), x, 0.0)
 
-    of_rows = (lambda rows: inpainting(known[rows])) if known.dim() == 4 else None
+    of_rows = (lambda rows: inpainting(mask[rows])) if mask.dim() == 4 else None
     return Operator(keep, keep, rows=of_rows)
 
 
 def colouring() -> Operator:
-    """The grey image (B, 1, H, W) of a colour image (B, 3, H, W)."""
+    """The operator from a colour image (B, 3, H, W) to its grey one (B, 1, H, W)."""
 
     def weights(x: Tensor) -> Tensor:
         return x.new_tensor(GREY).view(3, 1, 1)
@@ -71,7 +70,7 @@ def colouring() -> Operator:
 
 
 def superresolution(factor: int) -> Operator:
-    """The means of squares of `factor` by `factor` pixels, (B, C, H / factor, W / factor)."""
+    """The operator to means of `factor` x `factor` pixels, (B, C, H / factor, W / factor)."""
 
     def repeat(m: Tensor) -> Tensor:
         return m.repeat_interleave(factor, -1).repeat_interleave(factor, -2) / factor**2
@@ -80,7 +79,7 @@ def superresolution(factor: int) -> Operator:
 
 
 def denoising() -> Operator:
-    """The image itself."""
+    """The operator that leaves images as they are."""
     return Operator(lambda x: x, lambda m: m)
 
 
@@ -88,10 +87,10 @@ def denoising() -> Operator:
 RESTORE = {"inpaint": 1, "colour": 1, "super2": 2, "super4": 4, "super8": 8, "denoise": 1}
 
 
-def get_operator(name: str, known: Tensor | None = None) -> Operator:
-    """The operator of `name`, one of `RESTORE`; `known` is the mask of "inpaint" (`inpainting`)."""
+def get_operator(name: str, mask: Tensor | None = None) -> Operator:
+    """The operator of `name`, one of `RESTORE`; "inpaint" needs a `mask`, see `inpainting`."""
     if name == "inpaint":
-        return inpainting(known)
+        return inpainting(mask)
     if name.startswith("super"):
         return superresolution(RESTORE[name])
     return {"colour": colouring, "denoise": denoising}[name]()
@@ -99,9 +98,9 @@ def get_operator(name: str, known: Tensor | None = None) -> Operator:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Measurement of images x: `value` = A x + noise (B, ...), A x in the network's scaling.
+    """Measurement of images x: `value` = A x + noise, (B, ...), in the network's scaling.
 
-    `noise` is the standard deviation of each entry, in the same scaling; at least 0.
+    `noise` is the standard deviation of each entry, at least 0.
     """
 
     operator: Operator
@@ -119,8 +118,8 @@ class Measurement:
     def project(self, x: Tensor) -> Tensor:
         """The images closest to `x` (B, C, H, W) that have exactly this measurement."""
         A = self.operator
-        kept = x - A.adjoint(A.forward(x)) / A.gram  # for inpainting exactly 0 where m is known
-        return kept + A.adjoint(self.value) / A.gram
+        unmeasured = x - A.adjoint(A.forward(x)) / A.gram  # exactly 0 where inpainting has a pixel
+        return unmeasured + A.adjoint(self.value) / A.gram
 
 
 # --- guidance -------------------------------------------------------------------------------------
@@ -144,11 +143,13 @@ class Denoised:
 
 
 def moment_matching(m: Measurement, d: Denoised, iterations: int = 5) -> Tensor:
-    """E[x | y, m] - E[x | y] where x given y is normal: V A^T (A V A^T + noise^2)^-1 (m - A D).
+    """E[x | y, m] - E[x | y] where x given y is normal, of covariance V:
 
-    V is its covariance. Both sides are divided by the variance of the noise in y, and the equation
-    is solved by `iterations` of conjugate gradients. Exact for Gaussian data and noise, up to
-    `DAMPING`. Source: Rozet et al. 2024 (arXiv 2405.13712).
+        V A^T (A V A^T + noise^2)^-1 (m - A D).
+
+    V and noise^2 are divided by the variance of the noise in y, and `iterations` of conjugate
+    gradients solve the equation. Exact for Gaussian data and noise, up to `DAMPING`.
+    Source: Rozet et al. 2024 (arXiv 2405.13712).
     """
     forward, adjoint = m.operator.forward, m.operator.adjoint
     ridge = m.noise**2 / d.variance + DAMPING * m.operator.gram
@@ -161,22 +162,26 @@ def moment_matching(m: Measurement, d: Denoised, iterations: int = 5) -> Tensor:
 
 
 def pigdm(m: Measurement, d: Denoised) -> Tensor:
-    """variance dlog p(m | y)/dy with V = r^2 I, r^2 = variance / (variance + 1).
+    """Change of the denoised image by PiGDM: variance dlog p(m | y)/dy with
 
-    That is the variance of white Gaussian data of variance 1, given y. Source: Song et al. 2023
-    ("Pseudoinverse-guided diffusion models", ICLR 2023).
+        V = r^2 I,    r^2 = variance / (variance + 1),
+
+    which is right for white Gaussian data of variance 1. Source: Song et al. 2023 ("Pseudoinverse-
+    guided diffusion models for inverse problems", ICLR 2023).
     """
     covariance = d.variance / (d.variance + 1) * m.operator.gram + m.noise**2
     return d.variance * d.covariance(m.operator.adjoint(m.residual(d.image) / covariance))
 
 
 def dps(m: Measurement, d: Denoised) -> Tensor:
-    """variance dlog p(m | y)/dy with p(m | y) = p(m | x = D(y)).
+    """Change of the denoised image by DPS: variance dlog p(m | y)/dy with
 
-    That is exact where the noise of m is much larger than what y leaves open of x. Its gradient has
-    no bound as the noise vanishes; as published, the step is then divided by the norm of the
-    residual, here relative to the noise level: the variance of m is taken as noise^2, and at least
-    as sigma times the root mean square of m - A D. Source: Chung et al. 2023 (arXiv 2209.14687).
+        p(m | y) = p(m | x = D(y)),
+
+    which is exact where the noise of m is much larger than what y leaves open of x. The gradient
+    has no bound as the noise vanishes. As published, the step is then divided by the norm of the
+    residual, here relative to the noise level: the variance of m is noise^2, but at least sigma
+    times the root mean square of m - A D. Source: Chung et al. 2023 (arXiv 2209.14687).
     """
     residual = m.residual(d.image)
     size = residual.flatten(1).norm(dim=1) / rank(m.operator, d.image).to(residual).sqrt()
@@ -189,7 +194,7 @@ def rank(operator: Operator, images: Tensor) -> Tensor:
     return operator.forward(torch.ones_like(images)).flatten(1).count_nonzero(1)
 
 
-# sampling.restorer -> what it adds to the denoised image; see `Replacement` for None.
+# sampling.restorer -> the change of the denoised image; None is `Replacement`, which has none.
 RESTORERS: dict[str, Callable[[Measurement, Denoised], Tensor] | None] = {
     "moment_matching": moment_matching,
     "pigdm": pigdm,
@@ -201,7 +206,7 @@ RESTORERS: dict[str, Callable[[Measurement, Denoised], Tensor] | None] = {
 def conjugate_gradients(
     apply: Callable[[Tensor], Tensor], right: Tensor, iterations: int
 ) -> Tensor:
-    """u with `apply(u)` close to `right`, both (B, ...); each row is an equation of its own.
+    """A solution u, (B, ...), of `apply(u)` = `right`, in which each row is its own equation.
 
     `apply` should be symmetric and positive; a row ends where it is not, or where it is solved.
     """
@@ -233,11 +238,15 @@ def denoise(
 ) -> Denoised:
     """Result of the denoiser at `y` (B, C, H, W) and noise level `sigma` > 0.
 
-    The posterior mean is clamped to the `bounds` of the images: beyond is only a network's error.
+    The posterior mean E is clamped to the `bounds` of the images: beyond is only a network's error.
 
-    The noise is a Student t with D degrees of freedom and scale sigma; w = (N + D) / (||y - x||^2 +
-    D sigma^2) is the precision it has, given x. Differentiating the posterior mean E, with its
-    kernel's d(log k)/dy = -w (y - x) and d(log k)/dsigma = -w D sigma, gives
+    The noise y - x is a Student t with D degrees of freedom and scale sigma. Given x, its precision
+    is w, and the kernel k = p(y | x) has the derivatives
+
+        w = (N + D) / (||y - x||^2 + D sigma^2),
+        d(log k)/dy = -w (y - x),    d(log k)/dsigma = -w D sigma + a term without x.
+
+    Differentiating the posterior mean with these gives
 
         E[w (x - E)(x - E)^T] = dE/dy + c (y - E)^T,  c = Cov(x, w) = -dE/dsigma / (D sigma),
 
@@ -276,17 +285,17 @@ def denoise(
         generator = torch.Generator().manual_seed(0)
         signs = (torch.randint(2, y.shape[1:], generator=generator).to(y) * 2 - 1).expand_as(y)
         trace = (signs * products(signs)[0]).flatten(1).sum(1)
-        left = n + degrees - spread(trace, y) + products(deviation)[1]
+        precision = n + degrees - spread(trace, y) + products(deviation)[1]  # times the numerator
         square = spread(deviation.flatten(1).square().sum(1), y)
-        variance = (square + degrees * sigma**2) / left.clamp(min=min(degrees, 1.0))
+        variance = (square + degrees * sigma**2) / precision.clamp(min=min(degrees, 1.0))
     return Denoised(clamped, covariance, sigma, variance)
 
 
 class Restoring(WithSlope):
     """A method whose ODE, and SDE where it has one, lead to images that agree with `measurement`.
 
-    A restorer gives the denoised image of y as E[x | y] + change, so that the slope is
-    (y - E[x | y, m]) / sigma; where the noise is Gaussian, change = sigma^2 dlog p(m | y)/dy. Both
+    Its slope is (y - E[x | y, m]) / sigma, where the restorer gives E[x | y, m] - E[x | y], the
+    change of the denoised image; for Gaussian noise the change is sigma^2 dlog p(m | y)/dy. Both
     means lie within the `bounds` of the images, and are clamped to them: far from the data a small
     relative error of the slope puts the denoised image far outside.
     """
@@ -301,8 +310,7 @@ class Restoring(WithSlope):
         super().__init__(method)
         self.measurement, self.restorer, self.bounds = measurement, restorer, bounds
 
-    def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """dy/dsigma (B, C, H, W) at `y` and noise level `sigma` > 0 (a float or 0-d tensor)."""
+    def slope(self, net, y, sigma):
         denoised = denoise(self.method, net, y, float(sigma), self.bounds)
         image = denoised.image + self.restorer(self.measurement, denoised)
         return (y - image.clamp(*self.bounds)) / sigma
@@ -313,7 +321,7 @@ class Restoring(WithSlope):
 
 @dataclass(frozen=True)
 class Replacement:
-    """Replaces the measured part of a state by the measurement, perturbed to the state's time.
+    """Replacement of a state's measured part by the measurement, perturbed to the state's time.
 
     Source: Song et al. 2021 (arXiv 2011.13456), appendix I.2.
     """
@@ -322,23 +330,23 @@ class Replacement:
     measurement: Measurement
 
     def acts(self, t: Tensor) -> bool:
-        """Whether A x / alpha at time `t` () is at least as noisy as the measurement.
+        """True if A x / alpha at time `t` () is at least as noisy as the measurement.
 
         Where both are equally noisy, the measurement is a sample of A x / alpha. Given x the image
         does not depend on it any further: from then on one pass of the reverse SDE draws it.
         """
-        return self._missing(t) >= 0
+        return self._lack(t) >= 0
 
     def __call__(self, generator: torch.Generator | None, x: Tensor, t: Tensor) -> Tensor:
         """`x` (B, C, H, W) at time `t` (), its measured part replaced if `acts(t)`."""
-        missing = self._missing(t)
-        if missing < 0:
+        lack = self._lack(t)
+        if lack < 0:
             return x
         m, alpha = self.measurement, self.sde.alpha(t).item()
-        noise = m.operator.forward(noise_like(x, generator)) * math.sqrt(missing / m.operator.gram)
+        noise = m.operator.forward(noise_like(x, generator)) * math.sqrt(lack / m.operator.gram)
         return alpha * Measurement(m.operator, m.value + noise).project(x / alpha)
 
-    def _missing(self, t: Tensor) -> float:
-        """Variance to add to the measurement to make it as noisy as A x / alpha; or negative."""
+    def _lack(self, t: Tensor) -> float:
+        """Variance that the measurement lacks to be as noisy as A x / alpha; may be negative."""
         m = self.measurement
         return m.operator.gram * self.sde.sigma(t).item() ** 2 - m.noise**2

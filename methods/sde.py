@@ -25,15 +25,14 @@ KEYS = {
 def reverse(
     drift: Tensor, diffusion: Tensor, score: Tensor, probability_flow: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Drift and diffusion of the reverse of an SDE (eq. 6), or of a Markov chain's step (app. E).
+    """Drift and diffusion of the reverse SDE dx = (f - g^2 score) dt + g dw (equation 6).
+
+    With `probability_flow` those of the ODE of the same marginals (equation 13), where half of
+    g^2 score is left and no diffusion. A Markov chain's step is reversed alike (appendix E).
 
     Args:
-        drift, diffusion: of `SDE.sde` or `SDE.discretize`, (B, C, H, W) and () or (B,).
+        drift, diffusion: f (B, C, H, W) and g, () or (B,), of `SDE.sde` or `SDE.discretize`.
         score: at the same x and t, (B, C, H, W).
-        probability_flow: give the ODE of the same marginals (equation 13).
-
-    Returns:
-        Drift and diffusion, of the same shapes; time runs backwards, so x <- x - drift + noise.
     """
     share = 0.5 if probability_flow else 1.0
     drift = drift - share * spread(diffusion**2, score) * score
@@ -42,11 +41,12 @@ def reverse(
 
 @dataclass(frozen=True, kw_only=True)
 class SDE(Method):
-    """Noise is added by dx = c(t) x dt + g(t) dw, t in [0, 1], and removed by the learned score.
+    """Score SDE, by which data become noise and, by the learned score, noise becomes data:
 
-    An SDE is its marginal (`alpha`, `std`), its coefficients (`coefficients`), its prior
-    N(0, prior_scale^2 I) and the preconditioning that makes the network's output the predicted
-    noise; everything else, the reverse SDE included, is derived from these here.
+        dx = c(t) x dt + g(t) dw,    t in [0, 1].
+
+    A subclass gives its marginal (`alpha`, `std`), `coefficients` and `precondition`, which makes
+    the network's output the predicted noise. Sampling starts from N(0, prior_scale^2 I).
 
     Attributes:
         N: steps of the discretisation, or noise levels of a discretely trained network; >= 2.
@@ -88,14 +88,15 @@ class SDE(Method):
         """c and g of the SDE at time `t`, each of its shape."""
 
     def transition(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """a and b of the Markov chain's step to time `t`, x <- a x + b noise: here Euler's."""
+        """a and b of the discretised SDE, a Markov chain whose step to time `t` is x <- a x + b e.
+
+        Here e ~ N(0, I) and the step is Euler's; a method with a chain of its own overrides it.
+        """
         c, g = self.coefficients(t)
         return 1 + c / self.N, g / math.sqrt(self.N)
 
     def check_chain(self) -> None:
-        """Raise ValueError where the SDE cannot be taken in steps, as 'pc' does."""
-
-    # What follows is the same for every SDE.
+        """Raise ValueError where `transition`, by which 'pc' samples, does not exist."""
 
     def check_likelihood(self):
         if not self.continuous:
@@ -105,7 +106,7 @@ class SDE(Method):
             )
 
     def sde(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Drift (B, C, H, W) and diffusion (B,) at `x` and times `t` (B,)."""
+        """Drift c x (B, C, H, W) and diffusion g (B,) at `x` and times `t` (B,)."""
         c, g = self.coefficients(t)
         return spread(c, x) * x, g.to(x, non_blocking=True)
 
@@ -114,7 +115,7 @@ class SDE(Method):
         return spread(self.alpha(t), x) * x, self.std(t)
 
     def discretize(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """f (B, C, H, W) and G (B,) of the chain's step x <- x + f + G noise to times `t` (B,)."""
+        """f (B, C, H, W) and G (B,) of the chain's step x <- x + f + G e to times `t` (B,)."""
         a, b = self.transition(t)
         return spread(a - 1, x) * x, b.to(x, non_blocking=True)
 
@@ -130,12 +131,12 @@ class SDE(Method):
         return self.std(t) / self.alpha(t)
 
     def slope_factors(self, t):
-        """Factors as in `Method`, where a discretely trained network has its chain's noise."""
+        """`Method.slope_factors`, scaled where a discrete network predicts noise of another std."""
         of_state, of_output = super().slope_factors(t)
         if self.continuous:
             return of_state, of_output
         ratio = self.std(t) / self.kernel(t)[1]
-        return of_state, ratio if of_output is None else ratio * of_output
+        return of_state, ratio * of_output
 
     def weight(self, examples):
         """1, or with `likelihood_weighting` g^2 / std^2, which gives the score's error g^2."""
@@ -147,18 +148,19 @@ class SDE(Method):
         """Times (n,), uniform in [t_data, 1] or among those of the N levels."""
         if self.continuous:
             return super().draw_times(n, generator, device)
-        return torch.randint(self.N, (n,), generator=generator, device=device).double() / (
-            self.N - 1
-        )
+        numbers = torch.randint(self.N, (n,), generator=generator, device=device)
+        return numbers.double() / (self.N - 1)
 
     def index(self, t: Tensor) -> Tensor:
-        """The last k (int64) of 0 .. N-1 whose time k / (N-1) is not after `t` but for rounding."""
+        """Number k (int64) of the last of the times k / (N-1) up to `t`, with room for rounding."""
         return (t.double() * (self.N - 1) + 5e-4).long()
 
 
 @dataclass(frozen=True, kw_only=True)
 class VESDE(SDE):
-    """Variance exploding: the noise grows geometrically, the data stay (equation 9; SMLD).
+    """Variance exploding: the noise grows and the data stay (equation 9; SMLD):
+
+        std = sigma_min (sigma_max / sigma_min)^t.
 
     Attributes:
         sigma_min, sigma_max: the noise level at t = 0 and 1.
@@ -196,12 +198,12 @@ class VESDE(SDE):
         return torch.zeros_like(t), self.std(t) * math.sqrt(2 * self.log_ratio)
 
     def transition(self, t):
-        """One noise level up (equation 8)."""
+        """a and b of SMLD's step up to the noise level of `t` (equation 8)."""
         sigma, lower = self.adjacent(t)
         return torch.ones_like(sigma), (sigma**2 - lower**2).sqrt()
 
     def ancestral_std(self, t: Tensor) -> Tensor:
-        """Noise of an ancestral step from `t`: that of x one level down, given x and the data."""
+        """Standard deviation of x one noise level below `t`, given x at `t` and the data."""
         sigma, lower = self.adjacent(t)
         return lower / sigma * (sigma**2 - lower**2).sqrt()
 
@@ -221,7 +223,7 @@ class VESDE(SDE):
 
     @property
     def precondition(self):
-        """The network gives the score; it is told sigma, or the level's number from the top."""
+        """Network: the score, given sigma or, of discrete levels, their numbers from the top."""
         label = self.std if self.continuous else self._label
         return Preconditioning(c_noise=label, c_out=lambda t: -self.std(t))
 
@@ -231,7 +233,9 @@ class VESDE(SDE):
 
 @dataclass(frozen=True, kw_only=True)
 class VPSDE(SDE):
-    """Variance preserving: data fade while noise comes up to variance 1 (equation 11; DDPM).
+    """Variance preserving: the data fade while the noise grows to variance 1 (equation 11; DDPM):
+
+        alpha^2 = exp(-decay),    std^2 = 1 - exp(-decay),    decay = the integral of beta.
 
     Attributes:
         beta_min, beta_max: the rate beta(t) of forgetting rises linearly between them.
@@ -279,12 +283,12 @@ class VPSDE(SDE):
         return -0.5 * self.beta(t), self.beta(t).sqrt()
 
     def transition(self, t):
-        """A step of DDPM (equation 10)."""
+        """a and b of DDPM's step (equation 10)."""
         beta = self.beta(self.index(t).double() / (self.N - 1)) / self.N
         return (1 - beta).sqrt(), beta.sqrt()
 
     def ancestral_std(self, t: Tensor) -> Tensor:
-        """Noise of an ancestral step from `t`: as published, as much as the forward step adds."""
+        """Standard deviation of an ancestral step's noise: the forward step's, as published."""
         return self.transition(t)[1]
 
     def kernel(self, t):
@@ -301,20 +305,21 @@ class VPSDE(SDE):
         return (1 - b**2).cumprod(0)
 
     def time(self, sigma):
-        return self._time_of_decay((sigma**2).log1p())
+        return self.time_of_decay((sigma**2).log1p())
 
-    def _time_of_decay(self, decay: Tensor) -> Tensor:
+    def time_of_decay(self, decay: Tensor) -> Tensor:
+        """The time at which the integral of beta is `decay`, the inverse of `decay(t)`."""
         growth = self.beta_max - self.beta_min
         return 2 * decay / (self.beta_min + (self.beta_min**2 + 2 * growth * decay).sqrt())
 
     @property
     def precondition(self):
-        """The network gives the noise; it is told 999 t, or t (N - 1)."""
+        """Network: the noise, given 999 t or, of discrete times, their numbers t (N - 1)."""
         return Preconditioning(c_noise=lambda t: t * (999 if self.continuous else self.N - 1))
 
 
 class SubVPSDE(VPSDE):
-    """sub-VP: VP with less noise on the way (equation 12). It has no discrete form."""
+    """VP with less noise on the way, std = 1 - exp(-decay) (equation 12); no discrete form."""
 
     name = "sub-VP SDE"
     predictors = ("euler_maruyama", "reverse_diffusion", "none")
@@ -335,4 +340,4 @@ class SubVPSDE(VPSDE):
         return SDE.transition(self, t)
 
     def time(self, sigma):
-        return self._time_of_decay(2 * (sigma / 2).asinh())
+        return self.time_of_decay(2 * (sigma / 2).asinh())

@@ -5,8 +5,7 @@ Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +20,8 @@ Norm = Callable[[int], nn.Module]  # made for a number of channels
 ACTIVATIONS = {"elu": nn.ELU(), "lrelu": nn.LeakyReLU(0.2), "relu": nn.ReLU(), "swish": nn.SiLU()}
 
 
-def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
-    """`value`, if it is among the `known` values of the model's `option`; else a ValueError."""
-    if value not in known:
-        choices = ", ".join(map(repr, known))
-        raise ValueError(f"model.{option} must be one of {choices}, not {value!r}")
-    return value
-
-
 def check_whole(model: ConfigDict, *options: str) -> None:
-    """Command lines can put anything into a tuple, and a network of no levels is no network."""
+    """Raise ValueError unless these options are whole numbers of at least 1, `ch_mult` several."""
     for option in options:
         values = model[option] if option == "ch_mult" else (model[option],)
         if not values or not all(isinstance(value, int) and value >= 1 for value in values):
@@ -41,7 +32,7 @@ def check_whole(model: ConfigDict, *options: str) -> None:
 
 
 def check_size(height: int, width: int, *, halvings: int) -> None:
-    """Raises a ValueError unless an image can be halved `halvings` times."""
+    """Raise ValueError unless an image can be halved `halvings` times."""
     if height % 2**halvings or width % 2**halvings:
         raise ValueError(
             f"images of {height} x {width} cannot be halved {halvings} times; make data.image_size "
@@ -57,11 +48,12 @@ def geometric_sigmas(sigma_max: float, sigma_min: float, num_scales: int) -> Ten
 
 
 def scaled_init(weight: Tensor, scale: float = 1.0) -> None:
-    """Uniform, of variance `scale / mean(fan_in, fan_out)`, in place; 0 stands for almost 0."""
+    """Draw `weight` uniformly, of variance scale / mean(fan_in, fan_out); 0 means almost 0."""
     nn.init.xavier_uniform_(weight, gain=math.sqrt(max(scale, 1e-10)))
 
 
 def dense(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+    """A linear layer, its weights drawn by `scaled_init` and its biases 0."""
     layer = nn.Linear(in_features, out_features, bias)
     scaled_init(layer.weight)
     if bias:
@@ -72,6 +64,7 @@ def dense(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linea
 def conv(
     in_channels: int, out_channels: int, size: int = 3, *, init_scale: float = 1.0, **options
 ) -> nn.Conv2d:
+    """A convolution, its weights drawn by `scaled_init`, its biases 0; by default it is padded."""
     options = {"padding": size // 2} | options
     layer = nn.Conv2d(in_channels, out_channels, size, **options)
     scaled_init(layer.weight, init_scale)
@@ -80,7 +73,7 @@ def conv(
 
 
 def group_norm(channels: int, *, group_width: int = 4, eps: float = 1e-6) -> nn.GroupNorm:
-    """At most 32 groups of at least `group_width` channels, as many as divide `channels`."""
+    """A norm of at most 32 groups of at least `group_width` channels each, as many as possible."""
     most = max(1, min(channels // group_width, 32))
     groups = next(n for n in range(most, 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=eps)
@@ -93,7 +86,7 @@ def residual_sum(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
 
 
 def refuse(**conditions: Tensor | None) -> None:
-    """Raises a ValueError where one of the conditions is given, which the network does not take."""
+    """Raise ValueError for conditions other than None, which the network does not take."""
     keys = {"class_labels": "data.num_classes", "augment_labels": "model.augment_dim"}
     for name, value in conditions.items():
         if value is not None:
@@ -103,7 +96,7 @@ def refuse(**conditions: Tensor | None) -> None:
 
 
 def one_hot(class_labels: Tensor | None, num_classes: int, rows: Tensor) -> Tensor:
-    """Labels (B,), int64, to one-hot vectors (B, num_classes) of the dtype and device of `rows`.
+    """One-hot vectors (B, num_classes) of labels (B,), int64, of the dtype and device of `rows`.
 
     They are 0 for the label -1, and for all B rows where `class_labels` is None.
     """
@@ -113,8 +106,10 @@ def one_hot(class_labels: Tensor | None, num_classes: int, rows: Tensor) -> Tens
 
 
 class FourierFeatures(nn.Module):
-    """Noise labels (B,) to random Fourier features (B, 2 * size) of them or, with `log`, for which
-    they must be positive, of their logarithm."""
+    """Random Fourier features (B, 2 * size) of noise labels (B,) or, with `log`, of their logs.
+
+    With `log` the labels must be positive.
+    """
 
     def __init__(self, size: int, scale: float, *, log: bool = True):
         super().__init__()
@@ -127,11 +122,11 @@ class FourierFeatures(nn.Module):
 
 
 class PositionalFeatures(nn.Module):
-    """Labels (B,), of any scale up to 10^4, to sines and cosines (B, size): transformer positions.
+    """Sines and cosines (B, size) of labels (B,) up to 10^4: the positions of a transformer.
 
     Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.5. The smallest
-    frequency is 10^-4 or, with `endpoint=False`, the one before it of a series that is longer by
-    one; then cosines come first (both as in ADM).
+    frequency is 10^-4. With `endpoint=False`, as in ADM, the series of frequencies has one more,
+    the last of which is left out, and cosines come first.
     """
 
     def __init__(self, size: int, *, endpoint: bool = True):
@@ -165,7 +160,7 @@ class _Filter(nn.Module):
 
 
 class Double(_Filter):
-    """(B, C, H, W) to (B, C, 2H, 2W): by the filter of `fir_kernel`, or by repeating pixels."""
+    """Images of twice the size, by the filter of `fir_kernel` or, for None, by repeating pixels."""
 
     gain = 4
 
@@ -177,7 +172,7 @@ class Double(_Filter):
 
 
 class Halve(_Filter):
-    """(B, C, H, W) to (B, C, H/2, W/2): by the filter of `fir_kernel`, or by 2x2 means."""
+    """Images of half the size, by the filter of `fir_kernel` or, for None, by 2x2 means."""
 
     gain = 1
 
@@ -189,9 +184,9 @@ class Halve(_Filter):
 
 
 class Resampling(nn.Module):
-    """(B, in, H, W) to (B, out, 2H, 2W) or (B, out, H/2, W/2); a 3x3 convolution if `with_conv`.
+    """From (B, in, H, W) to twice (`up`) or half the size, with a 3x3 convolution if `with_conv`.
 
-    Called like a residual block; the embedding is not used.
+    It is called like a residual block, and does not use the embedding.
     """
 
     def __init__(
@@ -239,7 +234,7 @@ class NIN(nn.Module):
         return F.conv2d(x, self.W.t()[:, :, None, None], self.b)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """The map for pixels in rows: (B, N, in) to (B, N, out)."""
+        """The result (B, N, out) for pixels in rows (B, N, in)."""
         return F.linear(x, self.W.t(), self.b)
 
 
@@ -247,12 +242,7 @@ class Attention(nn.Module):
     """Self-attention of one head among the pixels of (B, C, H, W), added to its input."""
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        init_scale: float,
-        skip_rescale: bool,
-        norm: Norm = group_norm,
+        self, channels: int, *, init_scale: float, skip_rescale: bool, norm: Norm = group_norm
     ):
         super().__init__()
         self.norm = norm(channels)
@@ -273,7 +263,7 @@ class Attention(nn.Module):
 class MultiHeadAttention(nn.Module):
     """`Attention` with EDM's and ADM's weights: one convolution gives queries, keys and values.
 
-    It has `channels // head_width` heads, one where that is None; it must not be 0.
+    It has heads of `head_width` channels, at least one, or a single head where that is None.
     """
 
     def __init__(
@@ -288,7 +278,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.heads = 1 if head_width is None else channels // head_width
         self.norm = norm(channels)
-        self.qkv = conv(channels, 3 * channels, 1, init_scale=0.2)  # each part as `NIN`
+        self.qkv = conv(channels, 3 * channels, 1, init_scale=0.2)  # the variance of three `NIN`
         self.proj = conv(channels, channels, 1, init_scale=init_scale)
         self.skip_rescale = skip_rescale
 
@@ -301,21 +291,21 @@ class MultiHeadAttention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block (B, in, H, W) to (B, out, H, W), or to twice or half the resolution.
+    """Residual block from (B, in, H, W) to (B, out, H, W), or to twice or half the resolution.
 
-    `emb` (B, emb_channels), the activated noise embedding, is added between the convolutions or,
-    with `adaptive_scale`, gives a scale and a shift after the norm there (as in ADM).
-    `skip`, where it is given, makes up the `in` channels together with `x`.
-    Without resampling and with `nin_shortcut` it is the block of DDPM, else that of BigGAN
-    (Brock et al., arXiv 1809.11096), which resamples both of its branches.
+    With `nin_shortcut` and without resampling it is the block of DDPM, else that of BigGAN (Brock
+    et al., arXiv 1809.11096), which resamples both of its branches. It is called with `x`; `emb`
+    (B, emb_channels), the activated noise embedding, which is added between the convolutions or,
+    with `adaptive_scale`, gives a scale and a shift after the norm there (as in ADM); and `skip`,
+    which makes up the `in` channels together with `x`.
 
     Args:
-        emb_channels: width of the embedding. Published networks have its layer in every block, also
-            where they are not conditional and call the block without one.
+        emb_channels: width of the embedding. Every block has its layer, as in published networks,
+            also where the network is not conditional and calls the block without one.
         resample: None, `Double(...)` or `Halve(...)`.
         skip_rescale: divide the sum by sqrt(2).
         nin_shortcut: the shortcut's 1x1 convolution is a `NIN`, else a `Conv2d`.
-        resample_conv: a shortcut that resamples has the convolution also where `in` is `out`.
+        resample_conv: a shortcut that resamples has a convolution even where `in` is `out`.
     """
 
     def __init__(

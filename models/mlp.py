@@ -6,10 +6,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from models.layers import ACTIVATIONS, PositionalFeatures, check_whole, one_of, refuse
+from configs.keys import named
+from models.layers import ACTIVATIONS, PositionalFeatures, check_whole, refuse
 from sources.codec import Shape
 
-OCTAVES = 4  # frequencies at which a coordinate is given beside itself
+OCTAVES = 4  # frequencies of the sines and cosines of each coordinate
 
 
 class Block(nn.Module):
@@ -26,11 +27,13 @@ class Block(nn.Module):
 
 
 class MLP(nn.Module):
-    """From images (B, *shape) and noise labels (B,) to (B, out_channels, H, W).
+    """Residual layers from images (B, *shape) and noise labels (B,) to (B, out_channels, H, W).
 
-    Images may be of any norm r, as those of a Poisson flow far from the data are: the layers see
-    x asinh(r) / r, which grows as log r, sines and cosines (arXiv 2006.10739) of x / sqrt(1 + r^2),
-    which stays in the unit ball, and of the direction of p = (x, noise label), p / (1 + |p|).
+    Images may be of any norm r, as those of a Poisson flow far from the data are. The layers see
+
+        x asinh(r) / r              which grows as log r,
+        p / (1 + |p|)               the direction of p = (x, noise label), and
+        sin, cos (x / sqrt(1 + r^2))    at several frequencies (arXiv 2006.10739), in the unit ball.
 
     Args:
         shape: (C, H, W) of the images.
@@ -47,8 +50,7 @@ class MLP(nn.Module):
         """The network that the config describes; ValueError for a number that is not positive."""
         model = config.model
         check_whole(model, "nf", "num_res_blocks")
-        nonlinearity = model.nonlinearity.lower()
-        return cls(shape, out_channels, model.nf, model.num_res_blocks, nonlinearity)
+        return cls(shape, out_channels, model.nf, model.num_res_blocks, model.nonlinearity)
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class MLP(nn.Module):
         nonlinearity: str = "swish",
     ):
         super().__init__()
-        act = ACTIVATIONS[one_of("nonlinearity", nonlinearity, ACTIVATIONS)]
+        act = named(ACTIVATIONS, "model.nonlinearity", nonlinearity)
         self.shape = (out_channels, *shape[1:])
         octaves = math.pi / 2 * 2.0 ** torch.arange(OCTAVES)
         self.register_buffer("octaves", octaves, persistent=False)
@@ -83,8 +85,8 @@ class MLP(nn.Module):
         r = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-6)
         direction = torch.cat([x, label], 1) / (1 + (r**2 + label**2).sqrt())
         angles = ((x * (1 + r**2).rsqrt())[..., None] * self.octaves).flatten(1)
-        seen = [x * (r.asinh() / r), direction, angles.sin(), angles.cos()]
-        h = self.stem(torch.cat(seen, 1))
+        inputs = [x * (r.asinh() / r), direction, angles.sin(), angles.cos()]
+        h = self.stem(torch.cat(inputs, 1))
         for block in self.blocks:
             h = block(h, emb)
         return self.head(h).unflatten(1, self.shape)

@@ -1,4 +1,6 @@
-"""The RefineNets of NCSN and NCSNv2, which see the noise level in their norms or not at all.
+"""The RefineNets of NCSN and NCSNv2.
+
+NCSN's norms depend on the noise level; NCSNv2 does not see it, and divides its output by it.
 
 Sources: Song and Ermon, "Generative Modeling by Estimating Gradients of the Data Distribution"
 (arXiv 1907.05600), appendix A; "Improved Techniques for Training Score-Based Generative Models"
@@ -8,7 +10,6 @@ The modules have the names and the order of the published weights.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Self
 
@@ -16,23 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import ACTIVATIONS, check_size, check_whole, geometric_sigmas, one_of, refuse
+from configs.keys import named
+from models.layers import ACTIVATIONS, Norm, check_size, check_whole, geometric_sigmas, refuse
 from sources.codec import Shape
-
-Norm = Callable[[int], nn.Module]
 
 
 class Level(NamedTuple):
-    """One level of a RefineNet: its block in the encoder, the one in the decoder that fuses its
-    features, their width in units of `nf`, and the dilation of the encoder's convolutions.
+    """One level of a RefineNet.
 
     Each level but the first halves the resolution, or, where dilated, widens its view instead.
     """
 
-    encoder: str
-    decoder: str
-    width: int
-    dilation: int = 1
+    encoder: str  # name of its block in the encoder
+    decoder: str  # name of the block in the decoder that fuses its features
+    width: int  # of its features, in units of `nf`
+    dilation: int = 1  # of the encoder's convolutions
 
 
 LAYOUTS = {
@@ -52,17 +51,16 @@ LAYOUTS = {
 }
 LAYOUTS["256"] = (*LAYOUTS["128"][:3], Level("res31", "refine31", 2), *LAYOUTS["128"][3:])
 
-
-# It keeps the resolution whatever its dilation.
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding="same")
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding="same")  # "same" for every dilation
 
 
 class InstanceNormPlus(nn.Module):
-    """InstanceNorm++ (arXiv 1907.05600, appendix A): also tells what the channels' means were.
+    """InstanceNorm++ (arXiv 1907.05600, appendix A), which keeps the means of the channels:
 
-    `gamma * (instance_norm(x) + alpha * standardised means) + beta`, for `x` (B, C, H, W). With
-    `num_classes` the three are looked up for each image by its label (B,); else they are learned
-    vectors and the labels are not used.
+        gamma * (instance_norm(x) + alpha * standardised means) + beta,  x (B, C, H, W).
+
+    With `num_classes` gamma, alpha and beta are looked up for each image by its label (B,); else
+    they are learned vectors and the labels are not used.
     """
 
     def __init__(self, channels: int, *, num_classes: int | None = None):
@@ -91,7 +89,7 @@ class InstanceNormPlus(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """Stands where NCSNv2 has no norm."""
+    """Identity, where NCSNv2 has no norm."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -180,7 +178,7 @@ class MultiResolutionFusion(nn.Module):
 
 
 class ChainedPooling(nn.Module):
-    """Sum of the features and of what two rounds of norm, 5x5 pooling and convolution see.
+    """The features and the results of two rounds of norm, 5x5 pooling and convolution, summed.
 
     It pools by the mean where it norms, else by the maximum.
     """
@@ -229,24 +227,28 @@ class RefineBlock(nn.Module):
 
 
 class RefineNet(nn.Module):
-    """From images (B, channels, H, W) and the numbers (B,) of their noise levels to the same shape.
+    """Network from images (B, channels, H, W) and the numbers (B,) of their noise levels to scores.
 
     Args:
-        layout: encoder of `LAYOUTS`, named by the image size it was made for.
-        image_size: height and width it is meant for.
+        layout: key of `LAYOUTS`, the image size for which its levels were made.
+        image_size: height and width of the images.
         conditional: every norm depends on the noise level (NCSN); else none does, and the output is
             divided by the noise level instead (NCSNv2).
         sigmas: the noise levels (num_scales,) that the labels number.
         centered: `x` is in [-1, 1]; else in [0, 1], and is centred first.
-        nf, channels, nonlinearity: as of `NCSNpp`.
+        nf, channels, nonlinearity: see `models.unet.UNet`.
 
     Raises:
         ValueError: the nonlinearity is unknown, or the image cannot be halved as often as needed.
     """
 
-    # NCSN has an entry of its norms for each level, NCSNv2 divides by the levels.
-    reads = dict.fromkeys(("data.centered", "training.continuous", "model.num_scales")) | {
-        **dict.fromkeys(("model.checkpoint_activations", "model.augment_dim")),
+    # Keys that others declare; the levels themselves only where the output is divided by them.
+    reads = {
+        "data.centered": None,
+        "training.continuous": None,
+        "model.num_scales": None,
+        "model.checkpoint_activations": None,
+        "model.augment_dim": None,
         "model.scale_by_sigma": None,
         "model.sigma_min": "model.scale_by_sigma",
         "model.sigma_max": "model.scale_by_sigma",
@@ -256,19 +258,19 @@ class RefineNet(nn.Module):
     def from_config(
         cls, config, shape: Shape, out_channels: int, *, layout: str, conditional: bool = False
     ) -> Self:
-        """The network that `config.model` describes; see `NETWORKS`."""
+        """The network that `config.model` describes; ValueError for options it does not have."""
         data, model = config.data, config.model
         check_whole(model, "nf", "num_scales")
-        for problem, found in (
+        for rule, is_broken in (
             ("gives the channels of the image and no more", out_channels != shape[0]),
             ("needs training.continuous = False", config.training.continuous),
             ("needs model.checkpoint_activations = False", model.checkpoint_activations),
             ("takes no class or augmentation labels", data.num_classes or model.augment_dim),
             (f"has model.scale_by_sigma = {not conditional}", model.scale_by_sigma == conditional),
         ):
-            if found:
+            if is_broken:
                 raise ValueError(
-                    f"model.name = {model.name!r} {problem}; if that does not fit, use 'ncsnpp'"
+                    f"model.name = {model.name!r} {rule}; if that does not fit, use 'ncsnpp'"
                 )
         return cls(
             layout=layout,
@@ -277,7 +279,7 @@ class RefineNet(nn.Module):
             sigmas=geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
             channels=shape[0],
             nf=model.nf,
-            nonlinearity=model.nonlinearity.lower(),
+            nonlinearity=model.nonlinearity,
             centered=data.centered,
         )
 
@@ -294,7 +296,7 @@ class RefineNet(nn.Module):
         centered: bool = False,
     ):
         super().__init__()
-        act = ACTIVATIONS[one_of("nonlinearity", nonlinearity, ACTIVATIONS)]
+        act = named(ACTIVATIONS, "model.nonlinearity", nonlinearity)
         levels = LAYOUTS[layout]
         self.act, self.centered = act, centered
         self.halvings = sum(level.dilation == 1 for level in levels[1:])
@@ -315,7 +317,7 @@ class RefineNet(nn.Module):
             self.encoder[level.encoder] = nn.ModuleList(
                 [block(finer, width, down=i > 0), block(width, width)]
             )
-            # Fuses the level's features and those refined below it; the coarsest has its own only.
+            # It fuses the level's features and those refined below it; the coarsest has no others.
             decoder[level.decoder] = refine(
                 [width] * (1 if i == last else 2), finer, output_units=3 if i == 0 else 1
             )
@@ -323,11 +325,7 @@ class RefineNet(nn.Module):
         self.ascent = [level.decoder for level in reversed(levels)]
 
     def forward(
-        self,
-        x: Tensor,
-        noise_label: Tensor,
-        class_labels: None = None,
-        augment_labels: None = None,
+        self, x: Tensor, noise_label: Tensor, class_labels: None = None, augment_labels: None = None
     ) -> Tensor:
         refuse(class_labels=class_labels, augment_labels=augment_labels)
         check_size(*x.shape[2:], halvings=self.halvings)

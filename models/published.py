@@ -16,7 +16,8 @@ from configs.keys import shown
 from models import layers
 from models.edm import ADM, EDMUNet
 from models.ncsn import RefineNet
-from models.ncsnpp import InputSkip, NCSNpp
+from models.ncsnpp import NCSNpp
+from models.unet import InputSkip
 from storage.stored_tensors import StoredTensor
 
 # What counts as an entry of `all_modules`.

@@ -17,7 +17,6 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -32,13 +31,13 @@ NAME = "pfgm_op"
 
 
 def enabled(x: torch.Tensor) -> bool:
-    """Whether the operators are to use kernels for `x`, which may be fake, if they can be had."""
+    """True if the operators should use kernels for `x`, which may be fake, where they exist."""
     on_cuda = x.is_cuda and torch.version.cuda is not None
     return on_cuda and os.environ.get("PFGM_FUSED_OPS") != "0"
 
 
 def kernels(x: torch.Tensor) -> ModuleType | None:
-    """The compiled kernels if they are to be used for `x` and can be, else None."""
+    """The compiled kernels for `x`; None where they are not to be used or do not work."""
     return _trusted(x.device) if enabled(x) else None
 
 
@@ -49,46 +48,33 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def _once_or_none(function: Callable) -> Callable:
-    """`function`, computed once for its arguments; None, after a warning, where it raises."""
-
-    @functools.cache
-    def attempt(*arguments):
-        try:
-            return function(*arguments)
-        except (
-            Exception
-        ) as error:  # whatever is wrong with the toolchain, plain PyTorch still works
-            lines = str(error).splitlines() or [repr(error)]
-            reason = next((line for line in lines if re.search("error:|fatal", line)), lines[0])
-            log.warning(f"op: plain PyTorch instead of the CUDA kernels: {reason}")
-            return None
-
-    return attempt
-
-
-@_once_or_none
+@functools.cache
 def _trusted(device: torch.device) -> ModuleType | None:
-    """The kernels, after a first launch on `device`."""
-    module = _module()
-    if module is not None:
+    """The kernels, after a first launch on `device`; None, after a warning, where they fail."""
+    try:
+        module = _module()
         _probe(module, device)
-    return module
+        return module
+    except Exception as error:  # whatever a toolchain lacks, plain PyTorch still works
+        lines = str(error).splitlines() or [repr(error)]
+        reason = next((line for line in lines if re.search("error:|fatal", line)), lines[0])
+        log.warning(f"op: plain PyTorch instead of the CUDA kernels: {reason}")
+        return None
 
 
 def _probe(module: ModuleType, device: torch.device) -> None:
-    """Raises where a kernel does not run (built for another GPU, say) or computes wrongly."""
+    """Raise an error where a kernel does not run (built for another GPU, say) or is wrong."""
     ones = torch.ones(1, 1, 2, 2, device=device)
     total = module.upfirdn2d(ones, ones[0, 0], (1, 1), (1, 1), (0, 0), (1, 1))
     halved = module.fused_leaky_relu(-ones, ones[0, 0, 0, :1] * 0, None, 0.5, 1.0)
-    found = total.flatten().tolist() + halved.flatten().tolist()
-    if found != [4.0] + [-0.5] * 4:
-        raise RuntimeError(f"the kernels compute {found} on {device}")
+    results = total.flatten().tolist() + halved.flatten().tolist()
+    if results != [4.0] + [-0.5] * 4:
+        raise RuntimeError(f"the kernels compute {results} on {device}")
 
 
-@_once_or_none
+@functools.cache
 def _module() -> ModuleType:
-    """The module at its place in the cache, built by the first process that wants it."""
+    """The kernels' module from the cache, into which the first process builds it."""
     from torch.utils import cpp_extension  # slow to import, and needed here only
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
@@ -110,14 +96,15 @@ def _module() -> ModuleType:
 
 
 def _build(library: Path) -> None:
-    """Compiles to `library`, which appears when it is whole; to be called by one at a time."""
+    """Compile `library`, which appears when it is whole; only by one process at a time."""
     from torch.utils import cpp_extension
 
     # A ninja that pip installed lies beside the interpreter, which need not be on the path.
     folders = (os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts"))
     os.environ["PATH"] = os.pathsep.join(folders)
-    for left in library.parent.glob("build-*"):  # of a build that was killed; its compiler may
-        shutil.rmtree(left, ignore_errors=True)  # still run, so a place is never used again
+    # A build that was killed leaves its folder; its compiler may still run, so each has a new one.
+    for remains in library.parent.glob("build-*"):
+        shutil.rmtree(remains, ignore_errors=True)
     place = tempfile.mkdtemp(prefix="build-", dir=library.parent)
     log.info(f"building the CUDA kernels of op/, once, in {library.parent}")
     try:
@@ -135,7 +122,7 @@ def _build(library: Path) -> None:
 
 
 def _fingerprint() -> str:
-    """Of all that the library depends on: sources, flags, PyTorch, Python, architectures."""
+    """Digest of all that the library depends on: sources, flags, PyTorch, Python, architectures."""
     gpus = range(torch.cuda.device_count())
     capabilities = sorted({torch.cuda.get_device_capability(gpu) for gpu in gpus})
     facts = [FLAGS, torch.__version__, torch.version.cuda, sys.implementation.cache_tag]

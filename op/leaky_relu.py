@@ -19,7 +19,7 @@ def fused_leaky_relu(
             the slope is small.
 
     Raises:
-        ValueError: `x` has no axis of channels, or `bias` has another length than they number.
+        ValueError: `x` has no axis of channels, or `bias` has not one entry for each.
 
     Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020.
     """

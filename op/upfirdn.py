@@ -19,7 +19,7 @@ PIXELS = 2**30 - 1  # fewer in a plane with its zeros, so that the kernels' 32 b
 def upfirdn2d(
     x: torch.Tensor, kernel: torch.Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)
 ) -> torch.Tensor:
-    """Inserts zeros, pads, convolves with an FIR filter, and keeps every `down`-th pixel.
+    """Insert zeros, pad, convolve with an FIR filter, and keep every `down`-th pixel.
 
     Every channel is filtered alike and both axes have the same factors and padding. It is a true
     convolution: the filter is flipped. Differentiable to any order with respect to `x`.
@@ -63,7 +63,7 @@ class Pass(NamedTuple):
     pad: Sequence[int]  # top, bottom, left, right
 
     def axes(self) -> Iterator[tuple]:
-        """(number of taps, up, down, (before, after)) of either axis."""
+        """Number of taps, up, down and (before, after), the padding, of each axis."""
         return zip(self.kernel.shape, self.up, self.down, (self.pad[:2], self.pad[2:]), strict=True)
 
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
@@ -144,8 +144,8 @@ def _convolve(x: torch.Tensor, step: Pass) -> torch.Tensor:
             x, padding = _pad(x, step.pad), 0
         return F.conv2d(x, weight.flip(2, 3), None, step.down, padding, groups=channels)
 
-    # The transposed convolution is the full one, without the zeros after the last pixel. What it
-    # has too much is cropped by its own padding where that can be said so, else afterwards.
+    # The transposed convolution is the full one, without the zeros after the last pixel. The excess
+    # is cropped by its own padding where that has such a form, else afterwards.
     crop = [n for taps, up, _, pad in step.axes() for n in (taps - 1 - pad[0], taps - up - pad[1])]
     padding = crop[::2]
     extra = [before - after for before, after in zip(padding, crop[1::2], strict=True)]
@@ -158,7 +158,7 @@ def _convolve(x: torch.Tensor, step: Pass) -> torch.Tensor:
 
 
 def _pad(x: torch.Tensor, pad: Sequence[int]) -> torch.Tensor:
-    """Pads with zeros, then crops: in this order a crop may reach into the padding."""
+    """Pad with zeros, then crop: in this order a crop may reach into the padding."""
     widths = (*pad[2:], *pad[:2])
     x = F.pad(x, [max(n, 0) for n in widths])
     return F.pad(x, [min(n, 0) for n in widths])
@@ -170,7 +170,7 @@ def _separate(whole: Pass) -> list[Pass]:
     if min(rows, columns) == 1 or rows * columns < SEPARATE_FROM_TAPS:
         return [whole]
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return [whole]  # the filter's values are not to be had while a graph is traced
+        return [whole]  # a graph that is traced has no values of the filter
     kernel = whole.kernel.double().cpu()
     row, column = divmod(int(kernel.abs().argmax()), columns)
     vertical, horizontal = kernel[:, column], kernel[row] / kernel[row, column]
@@ -205,7 +205,7 @@ def _check(x: torch.Tensor, kernel: torch.Tensor, up: int, down: int, pad: tuple
 
 
 def _check_size(whole: Pass, size: Sequence[int]) -> None:
-    """There are output pixels, and the kernels can count those in between in 32 bits."""
+    """Raise ValueError unless there are output pixels, and fewer in between than 2^30."""
     out = whole.output_size(size)
     (up, _), (down, _), pad = whole.up, whole.down, tuple(whole.pad[:2])
     if min(out) < 1:

@@ -39,7 +39,7 @@ KEYS = {
 def adam(
     parameters: NamedParameters, options: Mapping[str, Any], matrices: Sequence[nn.Parameter] = ()
 ) -> torch.optim.Adam:
-    """Adam with moments of zero from the start, even for parameters that never get a gradient.
+    """Adam whose moments exist from the start, also of parameters that never get a gradient.
 
     With `matrices` it is Muon, which updates these.
     """
@@ -53,10 +53,10 @@ def adam(
         amsgrad=options["amsgrad"],
         fused=True,
     )
-    alone = {id(matrix) for matrix in matrices}
+    of_muon = {id(matrix) for matrix in matrices}
     for _, p in parameters:
         names = ["exp_avg"]
-        if id(p) not in alone:
+        if id(p) not in of_muon:
             names += ["exp_avg_sq"] + ["max_exp_avg_sq"] * options["amsgrad"]
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),

@@ -15,7 +15,7 @@ SMALLEST_NORM = 1e-18  # of a divisor: squares of entries below 1e-19 underflow 
 
 
 def mark_tables(network: nn.Module) -> None:
-    """Mark the weights of embedding tables in `network`, which `is_matrix` excludes."""
+    """Mark the weights of embedding tables in `network`, for `is_matrix` to exclude them."""
     for module in network.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.weight.is_table = True
@@ -33,11 +33,13 @@ def is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
-    """`matrices` (rows, columns) with singular values brought to about 1, by Newton-Schulz.
+    """`matrices` (rows, columns) with their singular values brought to about 1, by Newton-Schulz.
 
     A singular value s of x / |x|, in the Frobenius norm, is replaced `STEPS` times by
-    a s + b s^3 + c s^5, with (a, b, c) = `COEFFICIENTS`. The result lies between 0.68 and 1.21
-    where s is above 0.0015, and is about 485 times s below.
+
+        a s + b s^3 + c s^5,    (a, b, c) = `COEFFICIENTS`.
+
+    The result lies between 0.68 and 1.21 where s is above 0.0015, and is about 485 s below.
 
     Each step multiplies x by a polynomial of x x^T. The product of these polynomials is computed
     first, for all matrices of the same smaller side at once, so that the larger side takes part in
@@ -72,11 +74,13 @@ class Muon(torch.optim.Adam):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, Adam for the rest.
 
     A matrix, here, is a weight whose state has no `exp_avg_sq`; `optimizers.muon` makes the state.
-    Convolutions are matrices (outputs, inputs x height x width). The update of a matrix is lr x 0.2
-    sqrt(max(rows, columns)) x the orthogonalised momentum: its entries then change about as much as
-    by Adam, and one learning rate fits both (Liu et al. 2025, arXiv 2502.16982). Of Adam's options,
-    matrices use `lr`, and `weight_decay`, which is added to the gradient. As in Adam's fused step,
-    nothing changes where `found_inf` is 1.
+    Convolutions are matrices (outputs, inputs x height x width). The update of a matrix is
+
+        lr * 0.2 sqrt(max(rows, columns)) * the orthogonalised momentum,
+
+    which changes its entries about as much as Adam does, so that one learning rate fits both (Liu
+    et al. 2025, arXiv 2502.16982). Of Adam's options, matrices use `lr`, and `weight_decay`, which
+    is added to the gradient. As in Adam's fused step, nothing changes where `found_inf` is 1.
     """
 
     @torch.no_grad()
@@ -102,7 +106,7 @@ class Muon(torch.optim.Adam):
         skipped = torch.as_tensor(getattr(self, "found_inf", 0.0), device=matrices[0].device) > 0
         gradients = [
             torch.where(skipped, m, g) for m, g in zip(averages, gradients, strict=True)
-        ]  # an average with itself leaves the momentum as it is
+        ]  # averaged with itself, the momentum stays as it is
         torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
         steps = torch._foreach_lerp(gradients, averages, MOMENTUM)  # Nesterov's
         lr = lr * ~skipped

@@ -1,4 +1,4 @@
-"""Solvers and schedules, by name. A further one of either is a file and a line of its table."""
+"""Solvers and schedules, by name. A further one is a file and a line of its table."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,15 +13,16 @@ from solvers.schedules import logsnr, polynomial, uniform
 
 
 class Solver(NamedTuple):
-    """A solver of a method's sampling ODE, and the schedule that `sampling.schedule='auto'` means.
+    """A solver of a method's sampling ODE.
 
     `solve(slope, x, levels, callback=None)` integrates `x` along `levels` and returns the state at
-    the last. With a schedule it sees the ODE in natural variables, over the noise level. Without
-    one it chooses its steps by the options of `rk45`, and sees the ODE over the method's
-    time, with the ends as `levels`.
+    the last. The ODE is that of natural variables over the noise level; a solver without a schedule
+    chooses its steps by the options of `rk45`, over the method's time, with both ends as `levels`.
 
-    One of several `orders` takes the option `order`; one that `churns`, `churn` and `noise` (see
-    `solvers.fixed_steps.heun`).
+    Attributes:
+        schedule: the schedule that `sampling.schedule='auto'` means; None: it chooses its steps.
+        orders: values of its option `order`, where it has several.
+        churns: it has the options `churn` and `noise` of `solvers.fixed_steps.heun`.
     """
 
     solve: Callable[..., Tensor]
@@ -42,14 +43,14 @@ SOLVERS: dict[str, Solver] = {
     "unipc": Solver(unipc, orders=(1, 2, 3)),
 }
 
-# This names one more solver and one more schedule; both are made for a given network. The steps of
-# the solver are its option `advance`.
+# Name of one more solver and one more schedule, which are made for a network. The steps of the
+# solver are its option `advance`.
 FITTED = "fitted"
 _FITTED_STEPS = Solver(linear_multistep, schedule=FITTED, orders=(1, 2, 3, 4))
 
 
 def solver_named(name: str) -> Solver:
-    """The solver that `sampling.ode_solver` means by its `name`."""
+    """The solver `name`, a value of `sampling.ode_solver`."""
     return _FITTED_STEPS if name == FITTED else SOLVERS[name]
 
 

@@ -1,4 +1,4 @@
-"""Common parts of all solvers: signature, callback, and the check of states."""
+"""Parts of all solvers: signature, callback, count of evaluations, and the check of states."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ Slope = Callable[[Tensor, float], Tensor]
 
 
 class Step(NamedTuple):
-    """Argument of a callback before each step: the state `x` at `level`, and the slope there."""
+    """State `x` at `level` before a step, and the slope there: the argument of a callback."""
 
     index: int
     level: float
@@ -26,23 +26,23 @@ Watch = Callable[[int, float], object]
 
 
 class TooManyEvaluations(FloatingPointError):
-    """A solver that chooses its own steps is not at the end after as many as it may take."""
+    """A solver that chooses its steps is not at the end after as many as it may take."""
 
 
 class FiniteStates:
-    """Notes on their device whether states are finite; the host asks once, so no step waits."""
+    """Record, on the device, of whether states are finite; the host reads it once, at the end."""
 
     def __init__(self):
         self.levels: list[float | Tensor] = []
         self.finite: list[Tensor] = []
 
     def note(self, x: Tensor, level: float | Tensor) -> None:
-        """The state `x`, after the step to `level`."""
+        """Record the state `x` after the step to `level`."""
         self.levels.append(level)
         self.finite.append(x.isfinite().all())
 
     def check(self) -> None:
-        """Raises FloatingPointError where a state was not finite, and names the first."""
+        """Raise FloatingPointError, which names the first level, where a state was not finite."""
         finite = torch.stack(self.finite).tolist()
         if not all(finite):
             level = self.levels[finite.index(False)]
@@ -50,18 +50,18 @@ class FiniteStates:
 
 
 class Counted:
-    """A slope that counts its calls: the number of function evaluations of a solver.
+    """A slope that counts its calls, the number of function evaluations of a solver.
 
     Args:
         function: the slope, of x and the level.
-        watch: called with the number of calls so far and the level, before each call.
+        watch: see `Watch`.
         states: records whether each x is finite.
     """
 
     def __init__(
         self,
         function: Callable[..., Tensor],
-        watch: Callable[[int, float], object] | None = None,
+        watch: Watch | None = None,
         states: FiniteStates | None = None,
     ):
         self.function, self.watch, self.states, self.calls = function, watch, states, 0

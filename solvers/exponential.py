@@ -15,85 +15,76 @@ from itertools import pairwise
 from torch import Tensor
 
 from solvers.base import Callback, Slope, Step
-from solvers.fixed_steps import combine, interpolating_weights
+from solvers.fixed_steps import combine, interpolating_weights, linear_multistep
 
 
 def dpmpp(
-    slope: Slope,
-    x: Tensor,
-    levels: Tensor,
-    callback: Callback | None = None,
-    *,
-    order: int = 3,
+    slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None, *, order: int = 3
 ) -> Tensor:
-    """DPM-Solver++ of several steps, of an `order` from 1 to 3 (Lu et al. 2022, arXiv 2211.01095).
+    """DPM-Solver++, multistep, of an `order` from 1 to 3 (Lu et al. 2022, arXiv 2211.01095).
 
     The polynomial goes through the last `order` denoised images; the first steps make do with
     fewer. Its integral is exact: published code takes h / 2 times the first difference at order 2,
     and half the second difference at order 3, which then converges with order 2 only.
     """
-    images, passed = [], []
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        d = slope(x, here)
-        if callback:
-            callback(Step(i, here, x, d))
-        images.insert(0, x - here * d)
-        passed.insert(0, here)
-        x = step(x, images, passed, here, there)
-        del d, images[order - 1 :], passed[order - 1 :]  # before memory goes to the network
-    return x
+    return linear_multistep(
+        slope, x, levels, callback, order=order, advance=advance, term=denoised_image
+    )
 
 
 def unipc(
-    slope: Slope,
-    x: Tensor,
-    levels: Tensor,
-    callback: Callback | None = None,
-    *,
-    order: int = 3,
+    slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None, *, order: int = 3
 ) -> Tensor:
     """UniPC of an `order` from 1 to 3, which its corrector raises by one (arXiv 2302.04867).
 
-    The predictor is `dpmpp`'s step. Where it arrives the denoised image is evaluated; the corrector
+    The predictor is `dpmpp`'s step. The denoised image is evaluated where it arrives; the corrector
     takes the step again with that image as one more point of the polynomial, and the next step uses
-    it as it is: one evaluation a step. The equations for the weights are solved exactly, so that
+    the same image: one evaluation a step. The equations for the weights are solved exactly, so that
     the paper's B(h) cancels.
     """
     images, passed = [], []
-    rest, weight = x, 0.0  # the corrected state is rest + weight * the image there
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        d = slope(x, here)
+    rest, weight = x, 0.0  # the corrected state is rest + weight * the newest denoised image
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        d = slope(x, level)
         if callback:
-            callback(Step(i, here, x, d))
-        images.insert(0, x - here * d)
-        passed.insert(0, here)
+            callback(Step(i, level, x, d))
+        images.insert(0, denoised_image(x, level, d))
+        passed.insert(0, level)
         start = rest + weight * images[0] if i else x
-        x = step(start, images, passed, here, there)
-        if there > 0:
-            weight, *weights = exponential_weights([there, *passed], here, there)
-            rest = combine(start * (there / here), images, weights)
+        x = advance(start, images, passed, next_level)
+        if next_level > 0:
+            weight, *weights = exponential_weights([next_level, *passed], level, next_level)
+            rest = combine(start * (next_level / level), images, weights)
         del start, d, images[order - 1 :], passed[order - 1 :]  # before memory goes to the network
     return x
 
 
-def step(x: Tensor, images: list[Tensor], nodes: list[float], here: float, there: float) -> Tensor:
-    """`x` taken from the level `here` to `there`, with D through `images` at the levels `nodes`.
+def denoised_image(x: Tensor, level: float, slope: Tensor) -> Tensor:
+    """The denoised image D at `x` and `level`."""
+    return x - level * slope
 
-    At `there` = 0 it is images[0], the limit for a constant D.
+
+def advance(x: Tensor, images: list[Tensor], passed: list[float], next_level: float) -> Tensor:
+    """The state at `next_level`, from `x` at passed[0], with D through `images` at `passed` levels.
+
+    At level 0 it is images[0], the limit for a constant D.
     """
-    if there == 0:
+    if next_level == 0:
         return images[0]
-    return combine(x * (there / here), images, exponential_weights(nodes, here, there))
+    weights = exponential_weights(passed, passed[0], next_level)
+    return combine(x * (next_level / passed[0]), images, weights)
 
 
-def exponential_weights(nodes: list[float], here: float, there: float) -> list[float]:
+def exponential_weights(nodes: list[float], start: float, end: float) -> list[float]:
     """Weights of the D at the levels `nodes` that integrate exp(u - h) D over u from 0 to h.
 
-    They are exact for powers of s = u / h, whose integrals are I_0 = 1 - exp(-h) and, by parts,
-    I_k = 1 - k / h I_(k-1).
+    The step is from the level `start` to `end`, h = log(start / end). The weights are exact for
+    powers of s = u / h, whose integrals are I_0 = 1 - exp(-h) and, by parts,
+
+        I_k = 1 - k / h I_(k-1).
     """
-    h = math.log(here / there)
+    h = math.log(start / end)
     moments = [-math.expm1(-h)]
     for k in range(1, len(nodes)):
         moments.append(1 - k / h * moments[-1])
-    return interpolating_weights([math.log(here / level) / h for level in nodes], moments)
+    return interpolating_weights([math.log(start / level) / h for level in nodes], moments)

@@ -1,8 +1,8 @@
 """Schedule and solver 'fitted': noise levels and steps made for one network, by its trajectories.
 
-Some samples are solved in many fine steps. Between any two of these levels a single step of Euler's
-method has a known error, and dynamic programming finds the n + 1 levels between which the sum of
-costs is least (GITS, Chen et al. 2024, arXiv 2405.11326, section 4; the cost is another, see
+Some samples are solved in many fine steps. These tell the error of a single Euler step between any
+two of their levels, and dynamic programming finds the n + 1 levels between which the sum of costs
+is least (GITS, Chen et al. 2024, arXiv 2405.11326, section 4; the cost is another, see
 `step_costs`).
 
 The solver then follows the same samples along these levels. Each step gives the next state as a
@@ -30,19 +30,19 @@ LEAST_TRAJECTORIES = 16
 
 
 def number_of_trajectories(dim: int, most: int) -> int:
-    """How many are enough for images of `dim` entries: more entries average over more."""
+    """Number of trajectories of images of `dim` entries: fewer where each averages over more."""
     return max(LEAST_TRAJECTORIES, min(most, 2**20 // dim))
 
 
 def at_once(dim: int) -> int:
-    """How many of them fit in some hundred MB, states and slopes at every level."""
+    """Number of trajectories whose states and slopes at every level fit in some hundred MB."""
     return max(2, 2**18 // dim)
 
 
 def fine_levels(method: Method, n: int, rho: float) -> Tensor:
-    """Fine levels of `n` steps, of which the last one begins where the ODE ends; `rho` is not used.
+    """Fine levels of `n` steps, the last of which begins where the ODE ends; `rho` is not used.
 
-    So a callback, which sees the state before each step, also sees that at the end.
+    A callback, which sees the state before each step, then also sees the one at the end.
     """
     levels = polynomial(method, n - 1, FINE_RHO)
     return torch.cat([levels, 0.99 * levels[-1:]])
@@ -68,19 +68,18 @@ def euler_errors(steps: list[Step]) -> Tensor:
     errors = torch.zeros(len(steps), len(steps), dtype=torch.float64)
     for i, step in enumerate(steps[:-1]):
         lengths = torch.tensor([other.level - step.level for other in steps[i + 1 :]])
-        there = states[i] + lengths.to(states)[:, None, None] * step.slope.flatten(1)
-        distances = (there - states[i + 1 :]).norm(dim=2)
+        ends = states[i] + lengths.to(states)[:, None, None] * step.slope.flatten(1)
+        distances = (ends - states[i + 1 :]).norm(dim=2)
         errors[i, i + 1 :] = (distances.double() / apart[i + 1 :]).sum(1).cpu()
     return errors
 
 
 def step_costs(errors: Tensor) -> Tensor:
-    """The cost (K, K) of a step between two of K levels, by the relative `errors` of Euler's steps.
+    """Cost (K, K) of a step between any two of K levels: the fourth power of Euler's `errors`.
 
     Where Euler's step of length h errs by h^2, one of order 3 errs by h^4, and squares of errors
-    add up: the cost is the fourth power. GITS adds Euler's errors themselves, and does not count
-    that they shrink; the last step then comes to be so long that samples shrink towards the mean of
-    the data given a noisy image.
+    add up. GITS adds Euler's errors themselves, and does not count that they shrink on the way; its
+    last step is so long that samples shrink towards the mean of the data given a noisy image.
     """
     return errors**4
 
@@ -122,16 +121,16 @@ def cheapest_path(cost: Tensor, n: int) -> list[int]:
 
 
 class Fit(NamedTuple):
-    """Fit to a network: its schedule and, for the solver 'fitted', the steps."""
+    """Schedule that is fitted to a network and, for the solver 'fitted', the steps."""
 
     schedule: str | Callable[[Method, int, float], Tensor]
     advance: Advance | None = None
 
 
 def states_at(levels: Tensor, steps: list[Step]) -> list[Tensor]:
-    """Where fine trajectories are at some of their `levels` (n,), on the CPU, (B, ...) each.
+    """States (B, ...), on the CPU, of fine trajectories at some of their `levels` (n,).
 
-    At level 0 it is where a step of Euler's method leads from the last level.
+    At level 0 it is the end of an Euler step from the last level.
     """
     last = steps[-1]
     states = {step.level: step.x for step in steps} | {0.0: last.x - last.level * last.slope}
@@ -142,16 +141,16 @@ class Fitting:
     """Steps that are fitted as they are taken: an `Advance` that keeps them.
 
     Args:
-        targets: where each step should lead, (B, ...).
+        targets: the states (B, ...) that each step should reach.
     """
 
     def __init__(self, targets: list[Tensor]):
         self.targets = targets
-        self.weights: list[Tensor] = []  # (1 + k,) of each step: see `fit_step`
+        self.weights: list[Tensor] = []  # of each step: see `fit_step`
         self.offsets: list[Tensor] = []
 
     def __call__(
-        self, x: Tensor, slopes: list[Tensor], passed: list[float], there: float
+        self, x: Tensor, slopes: list[Tensor], passed: list[float], next_level: float
     ) -> Tensor:
         target = self.targets[len(self.weights)].to(x.device)
         weights, offset = fit_step(x, slopes, target)
@@ -165,14 +164,14 @@ def _step(x: Tensor, slopes: list[Tensor], weights: Tensor, offset: Tensor) -> T
 
 
 def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
-    """The step from `x` (B, ...) to `target` (B, ...) by the `slopes`, each (B, ...).
+    """Fit the step from `x` (B, ...) to `target` (B, ...) by the `slopes`, each (B, ...).
 
     Its weights are those of least squares, where each squared distance to the target is divided by
     the squared distance of that target from the mean of all, so that those far out do not dominate.
-    What these weights predict varies too little about the weighted mean: the weighted second moment
-    is too small by exactly the squared error, and a Frechet distance is sensitive to that. So all
-    weights are multiplied by the factor that restores it. Of all steps with this moment the result
-    is the one that errs least.
+    Predictions with these weights vary too little about the weighted mean: the weighted second
+    moment is too small by exactly the squared error, and a Frechet distance is sensitive to that.
+    So all weights are multiplied by the factor that restores it. Of all steps with this moment the
+    result is the one that errs least.
 
     Returns:
         Weights (1 + k,) of the state and the k slopes, float64, on the CPU, and an offset (...).
@@ -182,35 +181,35 @@ def fit_step(x: Tensor, slopes: list[Tensor], target: Tensor) -> tuple[Tensor, T
     shares = _above_zero(apart) ** -2
     shares = shares / shares.sum()
     means = torch.stack([shares @ row for row in rows])
-    wanted, *terms = (
+    deviations, *terms = (
         ((row - mean) * shares.sqrt()[:, None]).flatten()
         for row, mean in zip(rows, means, strict=True)
     )
     terms = torch.stack(terms, 1)
     sizes = _above_zero(terms.norm(dim=0))
     terms = terms / sizes  # the state is larger than a slope by a factor of about the noise level
-    # Normal equations: at most 5 unknowns. Where state and slopes are parallel, as for white
-    # Gaussian data, many solutions exist and the smallest is taken: rtol counts eigenvalues that
-    # come from storing the terms in float32, some 1e-14 of the largest, as 0.
+    # Normal equations of at most 5 unknowns. Where state and slopes are parallel, as for white
+    # Gaussian data, many solutions exist and the smallest is taken: to rtol, eigenvalues that come
+    # from storing the terms in float32, some 1e-14 of the largest, are 0.
     inverse = torch.linalg.pinv(terms.T @ terms, rtol=1e-12, hermitian=True)
-    weights = inverse @ (terms.T @ wanted)
+    weights = inverse @ (terms.T @ deviations)
     predicted = (terms @ weights).square().sum()
     weights = weights / sizes
     if predicted > 0:
-        weights = weights * (wanted.square().sum() / predicted).sqrt()
+        weights = weights * (deviations.square().sum() / predicted).sqrt()
     offset = means[0] - weights @ means[1:]
     return weights.cpu(), offset.to(x.dtype).unflatten(0, x.shape[1:])
 
 
-def steps_as_kept(levels: Tensor, weights: Tensor, offsets: Tensor) -> Advance:
-    """The steps along `levels` (n + 1,): `weights` (n, 1 + k), `offsets` (n, ...); see `fit_step`.
+def stored_steps(levels: Tensor, weights: Tensor, offsets: Tensor) -> Advance:
+    """Steps along `levels` (n + 1,) by `weights` (n, 1 + k) and `offsets` (n, ...) of `fit_step`.
 
     Where fewer than k slopes exist, at the first levels, the last weights are not used.
     """
     rows = {level: row for row, level in enumerate(levels[:-1].tolist())}
     order = weights.shape[1] - 1
 
-    def advance(x: Tensor, slopes: list[Tensor], passed: list[float], there: float) -> Tensor:
+    def advance(x: Tensor, slopes: list[Tensor], passed: list[float], next_level: float) -> Tensor:
         row = rows[passed[0]]
         if len(slopes) != min(row + 1, order):
             raise ValueError(

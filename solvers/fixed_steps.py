@@ -1,4 +1,4 @@
-"""Solvers whose steps are given: one for each pair of neighbouring `levels` (N + 1,)."""
+"""Solvers with fixed steps, one for each pair of neighbouring `levels` (N + 1,)."""
 
 import math
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from solvers.base import Callback, Slope, Step
 
 def euler(slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None) -> Tensor:
     """Euler's method: the state at the last level, from N evaluations."""
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        d = slope(x, here)
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        d = slope(x, level)
         if callback:
-            callback(Step(i, here, x, d))
-        x = x + (there - here) * d
+            callback(Step(i, level, x, d))
+        x = x + (next_level - level) * d
     return x
 
 
 class Churn(NamedTuple):
-    """How much noise `heun` adds before a step (Karras et al. 2022, arXiv 2206.00364).
+    """Noise that `heun` adds before a step (Karras et al. 2022, arXiv 2206.00364, algorithm 2).
 
-    A step from a noise level between S_min and S_max first raises it by the share S_churn / N, at
-    most sqrt(2) - 1, with noise of S_noise times the standard deviation which that takes.
+    Before a step from a noise level between S_min and S_max it is raised by the share S_churn / N,
+    at most sqrt(2) - 1, by noise of S_noise times the standard deviation that this takes.
     """
 
     S_churn: float
@@ -34,7 +34,7 @@ class Churn(NamedTuple):
     S_noise: float = 1.0
 
     def raised(self, level: float, levels: Tensor) -> float:
-        """The level from which the step from `level` starts: never above the first of `levels`."""
+        """The level to which noise raises `level` before a step, at most the first of `levels`."""
         if not self.S_min <= level <= self.S_max:
             return level
         share = min(self.S_churn / (len(levels) - 1), math.sqrt(2) - 1)
@@ -57,14 +57,14 @@ def heun(
     and the state after the noise.
     """
     last = len(levels) - 2
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        if churn and (raised := churn.raised(here, levels)) > here:
-            x = x + churn.S_noise * math.sqrt(raised**2 - here**2) * noise(x)
-            here = raised
-        d, h = slope(x, here), there - here
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        if churn and (raised := churn.raised(level, levels)) > level:
+            x = x + churn.S_noise * math.sqrt(raised**2 - level**2) * noise(x)
+            level = raised
+        d, h = slope(x, level), next_level - level
         if callback:
-            callback(Step(i, here, x, d))
-        change = h * d if i == last else h / 2 * (d + slope(x + h * d, there))
+            callback(Step(i, level, x, d))
+        change = h * d if i == last else h / 2 * (d + slope(x + h * d, next_level))
         x = x + change
     return x
 
@@ -74,14 +74,9 @@ Advance = Callable[[Tensor, list[Tensor], list[float], float], Tensor]
 
 
 def multistep(
-    slope: Slope,
-    x: Tensor,
-    levels: Tensor,
-    callback: Callback | None = None,
-    *,
-    order: int = 3,
+    slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None, *, order: int = 3
 ) -> Tensor:
-    """The method of Adams and Bashforth of an `order` from 1 to 4, from N evaluations.
+    """Adams-Bashforth of an `order` from 1 to 4, from N evaluations.
 
     A step integrates the polynomial through the last `order` slopes; the first steps make do with
     fewer. In a method's natural variables this is rho-AB DEIS (Zhang and Chen 2023, arXiv
@@ -92,25 +87,20 @@ def multistep(
 
 
 def ipndm(
-    slope: Slope,
-    x: Tensor,
-    levels: Tensor,
-    callback: Callback | None = None,
-    *,
-    order: int = 3,
+    slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None, *, order: int = 3
 ) -> Tensor:
     """iPNDM of an `order` from 1 to 4 (Zhang and Chen 2023, arXiv 2204.13902): N evaluations.
 
-    The weights are those of Adams and Bashforth for even steps, whatever the steps are, which keeps
-    them small where steps shrink fast. The error falls with the power `order` of the step where
-    levels are even, else with its square at most.
+    The weights are Adams-Bashforth's for even steps, whatever the steps are, which keeps them small
+    where steps shrink fast. The error falls with the power `order` of the step where levels are
+    even, else with its square at most.
     """
     advance = _with_weights(even_adams_bashforth)
     return linear_multistep(slope, x, levels, callback, order=order, advance=advance)
 
 
 def _with_weights(weights: Callable[[list[float], float], list[float]]) -> Advance:
-    return lambda x, slopes, passed, there: combine(x, slopes, weights(passed, there))
+    return lambda x, slopes, passed, next_level: combine(x, slopes, weights(passed, next_level))
 
 
 def linear_multistep(
@@ -121,30 +111,35 @@ def linear_multistep(
     *,
     order: int = 3,
     advance: Advance,
+    term: Callable[[Tensor, float, Tensor], Tensor] = lambda x, level, slope: slope,
 ) -> Tensor:
-    """A method whose steps, by `advance`, use the last `order` slopes: N evaluations."""
-    slopes, passed = [], []
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        slopes.insert(0, slope(x, here))
-        passed.insert(0, here)
+    """A method whose steps, by `advance`, use the last `order` slopes: N evaluations.
+
+    Another `term`, a function of state, level and slope, stands for the slopes in `advance`.
+    """
+    terms, passed = [], []
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        d = slope(x, level)
         if callback:
-            callback(Step(i, here, x, slopes[0]))
-        x = advance(x, slopes, passed, there)
-        del slopes[order - 1 :], passed[order - 1 :]  # before memory goes to the network
+            callback(Step(i, level, x, d))
+        terms.insert(0, term(x, level, d))
+        passed.insert(0, level)
+        x = advance(x, terms, passed, next_level)
+        del d, terms[order - 1 :], passed[order - 1 :]  # before memory goes to the network
     return x
 
 
-def adams_bashforth(passed: list[float], there: float) -> list[float]:
-    """Weights of the slopes at the levels `passed` that integrate from passed[0] to `there`.
+def adams_bashforth(passed: list[float], next_level: float) -> list[float]:
+    """Weights of the slopes at the levels `passed` that integrate from passed[0] to `next_level`.
 
     They are exact for powers of s = (level - passed[0]) / step, which a step takes from 0 to 1.
     """
-    step = there - passed[0]
+    step = next_level - passed[0]
     s = [(level - passed[0]) / step for level in passed]
     return interpolating_weights(s, [step / (k + 1) for k in range(len(s))])
 
 
-# For the last slope, the one before it and so on, by how many there are.
+# Number of slopes -> weight of the last one, the one before it and so on, in units of the step.
 _EVEN = {
     1: (1,),
     2: (3 / 2, -1 / 2),
@@ -153,9 +148,9 @@ _EVEN = {
 }
 
 
-def even_adams_bashforth(passed: list[float], there: float) -> list[float]:
-    """The weights that `adams_bashforth` has where the levels are even."""
-    return [(there - passed[0]) * weight for weight in _EVEN[len(passed)]]
+def even_adams_bashforth(passed: list[float], next_level: float) -> list[float]:
+    """The weights of `adams_bashforth` where the levels are even."""
+    return [(next_level - passed[0]) * weight for weight in _EVEN[len(passed)]]
 
 
 def interpolating_weights(nodes: list[float], moments: list[float]) -> list[float]:
@@ -165,7 +160,7 @@ def interpolating_weights(nodes: list[float], moments: list[float]) -> list[floa
 
 
 def combine(x: Tensor, terms: list[Tensor], weights: list[float]) -> Tensor:
-    """`x` and the `terms` times their `weights`, summed."""
+    """The sum of `x` and the `terms` times their `weights`."""
     for term, weight in zip(terms, weights, strict=True):
         x = x + weight * term
     return x

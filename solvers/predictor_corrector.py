@@ -1,7 +1,7 @@
 """Predictors and correctors of a score SDE (Song et al. 2021, arXiv 2011.13456).
 
-One step at `x` (B, C, H, W) and time `t` () or (B,), given the score there and standard normal
-noise, both of the shape of `x`. Each returns the new x, and the new x without its noise.
+Each takes one step at `x` (B, C, H, W) and time `t`, () or (B,), by the score there and standard
+normal noise, both of the shape of `x`, and returns the new x with its noise and without.
 """
 
 import math
@@ -20,7 +20,7 @@ from solvers.base import Callback, FiniteStates, Step
 def euler_maruyama(
     sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, probability_flow: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A step of 1 / N of the reverse SDE, or of the probability flow."""
+    """Euler-Maruyama's step of length 1 / N of the reverse SDE, or of the probability flow."""
     drift, diffusion = reverse(*sde.sde(x, t), score, probability_flow)
     mean = x - drift / sde.N
     return mean + spread(diffusion, x) / math.sqrt(sde.N) * noise, mean
@@ -38,7 +38,7 @@ def reverse_diffusion(
 def ancestral_sampling(
     sde: SDE, x: Tensor, t: Tensor, score: Tensor, noise: Tensor, probability_flow: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A draw from the Markov chain one step back (equation 4, appendix F)."""
+    """The Markov chain's step back, drawn given the score (equation 4, appendix F)."""
     a, b = (spread(c, x) for c in sde.transition(t))
     mean = (x + b**2 * score) / a
     return mean + spread(sde.ancestral_std(t), x) * noise, mean
@@ -108,7 +108,7 @@ def predictor_corrector(
             leads to. Where it does not act at the end of a predictor's step, that step is taken
             once and without a corrector, since samples would drift away from the constraint.
         resample: times that each of the N steps is taken while `constrain` acts, with a step of the
-            SDE back between them (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
+            chain back to noise between them (RePaint, arXiv 2201.09865, algorithm 1).
 
     Raises:
         FloatingPointError: the sample is not finite; the message says since which time.
@@ -117,11 +117,10 @@ def predictor_corrector(
     steps = [partial(correct, snr=snr)] * n_steps_each if correct else []
     steps += [partial(predict, probability_flow=probability_flow)] if predict else []
     times = torch.linspace(sde.t_prior, sde.t_data, sde.N, dtype=torch.float64)
-    mean = x
-    states = FiniteStates()
+    mean, states = x, FiniteStates()
     for i, t in enumerate(times):
-        there = times[min(i + 1, sde.N - 1)]
-        free = predict and constrain and not constrain.acts(there)
+        t_next = times[min(i + 1, sde.N - 1)]
+        free = predict and constrain and not constrain.acts(t_next)
         for repeat in range(1 if free else resample):
             if repeat:
                 a, b = (spread(c, x) for c in sde.transition(t))
@@ -132,7 +131,7 @@ def predictor_corrector(
                     callback(Step(i, t.item(), x, slope))
                 x, mean = step(sde, x, t, slope, noise_like(x, generator))
                 if constrain:
-                    x = constrain(generator, x, there if predict and step is steps[-1] else t)
+                    x = constrain(generator, x, t_next if predict and step is steps[-1] else t)
         states.note(x, t)
     states.check()
     return mean if noise_removal else x

@@ -39,7 +39,7 @@ _E = (-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40)
 
 
 def limits_of(options: Any) -> dict[str, float]:
-    """The options of `rk45` among the attributes of `options`, such as a config's `sampling`."""
+    """Options of `rk45`, by name, from attributes of `options`, such as a config's `sampling`."""
     return {name: getattr(options, name) for name in ("rtol", "atol", "max_evaluations")}
 
 
@@ -121,7 +121,7 @@ def rk45(
 
 
 def _first_step(slope, x, t_start, t_end, d, norm) -> float:
-    """A step whose error should be a hundredth of the tolerance (one evaluation of `slope`)."""
+    """Length of a step of about a hundredth of the tolerated error; evaluates `slope` once."""
     length = t_end - t_start
     size, speed = norm(x, x.abs()), norm(d, x.abs())
     if not math.isfinite(speed):

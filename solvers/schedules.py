@@ -1,4 +1,4 @@
-"""Schedules: the noise levels of the solvers with given steps."""
+"""Schedules: the noise levels of the solvers with fixed steps."""
 
 import torch
 from torch import Tensor

@@ -48,13 +48,13 @@ def solve_ode(
         schedule: one of `SCHEDULES` or its name, or "auto" for the solver's own.
         rho: see `solvers.schedules.polynomial`.
         rtol, atol, max_evaluations: see `rk45`.
-        order: of a solver that has several; None for its own choice.
+        order: of a solver that has several; None for its default.
         advance: the steps of the solver "fitted"; see `solvers.fixed_steps.linear_multistep`.
         churn: options of the noise that a churning solver adds; None for the ODE.
         generator: source of that noise, on the device of `x`.
         noise_removal: if the ODE stops above noise level 0, the last of the n steps leads from
-            there to 0; after `rk45` an additional Euler step does. An Euler step gives the mean
-            of the data given x (Tweedie's formula).
+            there to 0; after `rk45` one more step, Euler's, does. An Euler step gives the mean of
+            the data given x (Tweedie's formula).
         callback: called before each step; see `solvers.base.Step`.
         watch: called before each evaluation; see `solvers.base.Watch`.
 
@@ -65,12 +65,12 @@ def solve_ode(
         FloatingPointError: the solution is not finite, or (`TooManyEvaluations`) needs more than
             `max_evaluations`; the message says where it stopped.
     """
-    solve, own_schedule = solver_named(solver).solve, solver_named(solver).schedule
+    solve, solver_schedule, *_ = solver_named(solver)
     denoises = noise_removal and method.noisy_end
     slope = Counted(partial(method.slope, net), watch, FiniteStates())
-    if own_schedule:
+    if solver_schedule:
         if isinstance(schedule, str):
-            schedule = SCHEDULES[own_schedule if schedule == "auto" else schedule]
+            schedule = SCHEDULES[solver_schedule if schedule == "auto" else schedule]
         levels = solver_levels(method, schedule, n, rho, noise_removal)
         if order is not None:
             solve = partial(solve, order=order)
@@ -105,7 +105,7 @@ def solver_levels(
 
 
 def watch_times(method: Method, watch: Watch | None) -> Callable[[int, float], object] | None:
-    """A watch for a solver that steps in time; it passes the noise level to `watch`."""
+    """A watch for a solver over time, which tells `watch` the noise level; None for None."""
     if watch is None:
         return None
     return lambda evaluations, t: watch(
@@ -125,7 +125,7 @@ def encode(
 ) -> tuple[Tensor, int]:
     """Integrate scaled images `x` (B, C, H, W) along the sampling ODE from the data to the prior.
 
-    `solve_ode` leads back; arguments and errors are described there. The solver is `rk45`.
+    The solver is `rk45`. `solve_ode` leads back, and describes the arguments and errors.
 
     Returns:
         The latents (B, C, H, W), and the number of network evaluations.

@@ -12,21 +12,22 @@ from solvers.base import Step
 class States:
     """A solver's callback that stores the states of a solution at falling noise `levels` (k,).
 
-    Between two steps y = x / alpha is linear in the noise level, as in Euler's method.
+    Between two steps y = x / alpha is interpolated linearly in the noise level, as Euler's method
+    has it.
 
     Args:
         method: whose ODE or SDE is solved.
         levels: the noise levels, all above 0.
         timed: the callback gets x and times, not y and noise levels; see `Sampler.tells_times`.
-        keep: a function of a state y (B, C, H, W), whose result is stored.
+        keep: function of a state y (B, C, H, W), the result of which is stored.
     """
 
     def __init__(
         self, method: Method, levels: Tensor, timed: bool, keep: Callable[[Tensor], Tensor]
     ):
         self.method, self.levels, self.timed, self.keep = method, levels.tolist(), timed, keep
-        self.kept: list[Tensor] = []
-        self.before: tuple[float, Tensor] | None = None
+        self.results: list[Tensor] = []
+        self.last: tuple[float, Tensor] | None = None
 
     def __call__(self, step: Step) -> None:
         level, y = step.level, step.x
@@ -36,17 +37,17 @@ class States:
         self._reach(level, y)
 
     def end(self, x: Tensor) -> Tensor:
-        """Stored results (k + 1, B, ...); the last is that of the solution's end `x`."""
+        """Stored results (k + 1, B, ...), with one of the solution's end `x` as the last."""
         self._reach(0.0, x)
-        return torch.stack([*self.kept, self.keep(x)])
+        return torch.stack([*self.results, self.keep(x)])
 
     def _reach(self, level: float, y: Tensor) -> None:
-        while len(self.kept) < len(self.levels) and self.levels[len(self.kept)] >= level:
-            if self.before is None:
+        while len(self.results) < len(self.levels) and self.levels[len(self.results)] >= level:
+            if self.last is None:
                 state = y
             else:
-                above, start = self.before
-                share = (above - self.levels[len(self.kept)]) / (above - level)
+                above, start = self.last
+                share = (above - self.levels[len(self.results)]) / (above - level)
                 state = start.lerp(y, share)
-            self.kept.append(self.keep(state))
-        self.before = level, y
+            self.results.append(self.keep(state))
+        self.last = level, y

@@ -234,7 +234,7 @@ def test_fitted_steps_lead_other_samples_to_the_law_of_a_gaussian(name):
     given = {"schedule": lambda *_: levels, "noise_removal": False}
     follow(x, "fitted", n, advance=steps, **given)
     weights = torch.stack([torch.nn.functional.pad(w, (0, 4 - len(w))) for w in steps.weights])
-    kept = fitted.steps_as_kept(levels, weights, torch.stack(steps.offsets))
+    kept = fitted.stored_steps(levels, weights, torch.stack(steps.offsets))
     other = method.prior_sampling(shape, generator)
     sample, evaluations = follow(other, "fitted", n, advance=kept, **given)
     assert evaluations == n
@@ -415,7 +415,7 @@ def test_fewer_steps_than_the_order_are_fitted(tmp_path, n):
 
 
 def test_a_solve_with_another_order_than_the_fit_is_refused():
-    steps = fitted.steps_as_kept(torch.tensor([2.0, 1.0, 0.0]), torch.ones(2, 2), torch.zeros(2, 1))
+    steps = fitted.stored_steps(torch.tensor([2.0, 1.0, 0.0]), torch.ones(2, 2), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="^the steps were fitted with order 1, but"):
         linear_multistep(
             lambda x, s: x, torch.ones(1, 1), torch.tensor([2.0, 1.0, 0.0]), advance=steps

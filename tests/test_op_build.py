@@ -175,9 +175,11 @@ exec c++ "$@"
 
 
 def number():
-    """What the stand-in for the kernels gives, of the build of this process or another's."""
-    module = extension._module()
-    return module and module.number()
+    """The stand-in's number, of the build of this process or another's; None where it fails."""
+    try:
+        return extension._module().number()
+    except Exception:
+        return None
 
 
 @pytest.fixture
