@@ -95,6 +95,16 @@ def test_the_objective_trains_and_evaluates_with_the_network(config):
     assert modes == [True, True, False, False]
 
 
+def test_an_objective_is_told_the_number_of_the_step(config):
+    """From 0; the held-out loss after it has the number of the next."""
+    config.optim.warmup = 10**6  # its parameter stays 1
+    state = train_state(config, nn.Linear(2, 2))
+    state.step, batch = 7, Batch(torch.zeros(4, 1, 2, 2))
+    losses = [training.train_step(state, batch).item() for _ in range(2)]
+    losses.append(training.held_out_loss(state, batch, torch.Generator()).item())
+    assert losses == pytest.approx([7, 8, 9], rel=1e-4)
+
+
 def test_processes_agree_on_the_parameters_of_the_objective_too(config, monkeypatch):
     state, compared = train_state(config, nn.Linear(2, 2)), []
     monkeypatch.setattr(distributed, "check_agreement", lambda _, rows: compared.extend(rows))
