@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import pictures, write_tree, write_zip
-from known_laws import FAMILY, SDES, gaussian_network
+from known_laws import FAMILY, SDES, gaussian_network, pfgmpp
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_small_runs import report_of, tiny
@@ -22,6 +22,7 @@ from library.restoration import ToRestore
 from likelihood import get_likelihood_fn, log_posterior
 from losses import Regression, get_loss_fn
 from methods import field, get_method
+from methods.base import Examples
 from methods.field import poisson_field
 from methods.guidance import Guided
 from metrics.reference import Reference
@@ -259,6 +260,9 @@ def test_the_posterior_mean_of_a_class(monkeypatch, chunk, D):
     sigma = torch.linspace(0.05, 3, 6, dtype=torch.float64)
     among = field.own_class(examples, reference)
     found = field.posterior_mean(examples.images, reference.images, sigma, D, among)
+    drawn = Examples(**vars(examples), t=sigma, clean=examples.images, noise=examples.images)
+    target = pfgmpp(D, target_kind="posterior_mean").target(drawn, reference)
+    assert torch.equal(target, found.flatten(1))
     for i, label in enumerate(examples.labels.tolist()):
         own = reference_of(label, reference)
         expected = slow_mean(examples.images[i], own, sigma[i], D)
