@@ -111,6 +111,8 @@ def test_a_codec_and_its_inverse(centered, low, high):
     beyond = torch.tensor([low - 1.0, high + 1.0])
     assert codec.decode(beyond).tolist() == [0, 1]
     torch.testing.assert_close(codec.encode(codec.unclamped(beyond)), beyond)
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(codec.show(codec.encode(datasets.to_unit_interval(levels))), levels)
 
 
 def test_mistakes_are_named():

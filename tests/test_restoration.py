@@ -21,6 +21,7 @@ from methods.base import spread
 from methods.guidance import Guided
 from methods.restoration import (
     RESTORERS,
+    Denoised,
     Measurement,
     Replacement,
     Restoring,
@@ -207,6 +208,19 @@ def test_dps_is_close_where_the_measurement_is_noisier_than_the_data_vary(name):
     mean, covariance = errors(name, "denoise", "dps", noise=3.0, n=1000)
     assert mean < 0.05
     assert covariance < 0.04
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_dps_takes_the_variance_as_at_least_the_level_times_the_mean_error(noise):
+    """The root mean square error of the two pixels that are measured."""
+    generator = torch.Generator().manual_seed(0)
+    image, value = torch.randn(2, 8, 1, 2, 2, generator=generator)
+    measurement = Measurement(get_operator("inpaint", KNOWN), value * KNOWN, noise)
+    denoised = Denoised(image, lambda v: v / 3, 0.5, torch.full((8, 1, 1, 1), 0.25))
+    error = (value - image) * KNOWN
+    rms = (error[:, :, 0].square().sum((1, 2)) / 2).sqrt().view(-1, 1, 1, 1)
+    expected = 0.25 / 3 * error / (0.5 * rms).clamp(min=noise**2)
+    torch.testing.assert_close(RESTORERS["dps"](measurement, denoised), expected)
 
 
 @pytest.mark.parametrize(
