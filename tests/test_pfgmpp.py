@@ -1,6 +1,7 @@
 """PFGM++ of any D and EDM: laws, densities and flows in closed form; published numbers."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -190,6 +191,12 @@ def config_of(D, **training):
 
 def loss_of(config, net, images):
     return get_loss_fn(config, methods.get_method(config))(net, images, seeded(0))
+
+
+def test_noise_levels_of_training_are_log_normal():
+    method = replace(pfgmpp(4.0), P_mean=-0.7, P_std=0.4)
+    logs = method.draw_times(10_000, seeded(0)).log()
+    assert stats.kstest(logs.numpy(), stats.norm(-0.7, 0.4).cdf).pvalue > 1e-3
 
 
 def test_loss_of_a_large_D_is_that_of_edm():
