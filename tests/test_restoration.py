@@ -249,6 +249,22 @@ def test_moment_matching_for_student_t_noise(name, of_mean, of_covariance):
     assert (found.T.cov() - expected.T.cov()).norm() < of_covariance * covariance.norm()
 
 
+@pytest.mark.parametrize("D", [1.0, 4.0, 64.0])
+def test_the_variance_of_student_t_noise_given_the_noisy_image(D):
+    """1 / E[w | y] of points on a line, each with its w = (1 + D) / ((y - x)^2 + D sigma^2)."""
+    points = torch.tensor([-0.8, 0.1, 0.6], dtype=torch.float64)
+
+    def shares(y, sigma):
+        squared = (y.view(-1, 1) - points).square() + D * sigma**2
+        return (-(1 + D) / 2 * squared.log()).softmax(1), (1 + D) / squared
+
+    net = denoising_network(lambda y, sigma: (shares(y, sigma[:, None])[0] @ points).view_as(y))
+    y, sigma = torch.linspace(-3, 3, 9, dtype=torch.float64).view(-1, 1, 1, 1), 0.7
+    probability, precision = shares(y, sigma)
+    expected = 1 / (probability * precision).sum(1)
+    torch.testing.assert_close(denoise(pfgmpp(D), net, y, sigma).variance.flatten(), expected)
+
+
 @pytest.mark.parametrize("name", ["vp", "edm", "poisson"])
 def test_restoration_under_guidance(name):
     """Denoisers of Gaussians of one covariance, mixed, are that of a Gaussian of the mixed mean."""
