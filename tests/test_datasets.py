@@ -21,7 +21,7 @@ import datasets
 from configs.poisson import digits_ddpmpp
 from sources import SOURCES, stream
 from sources.base import Classes
-from sources.batch import Conditions
+from sources.batch import Batch, Conditions
 from sources.codec import from_config as get_codec
 from sources.preparation import Preparation
 
@@ -89,6 +89,16 @@ def test_floats_are_in_the_unit_interval():
     within = (noisy * 256) % 1
     assert abs(within.mean() - 0.5) < 0.01
     assert abs(within.var() - 1 / 12) < 0.01
+
+
+def test_the_config_says_whether_training_images_are_dequantised():
+    config = digits_ddpmpp.get_config()
+    batch = Batch(torch.full((100, 1, 8, 8), 128, dtype=torch.uint8))
+    for dequantises, ends in ((False, (128 / 255, 128 / 255)), (True, (128 / 256, 129 / 256))):
+        config.data.uniform_dequantization = dequantises
+        prepare = Preparation.from_config(config, get_codec(config), shared=False)
+        data = (prepare(batch, torch.Generator().manual_seed(0)).images + 1) / 2
+        assert (data.min().item(), data.max().item()) == pytest.approx(ends, abs=1e-5)
 
 
 def test_half_of_the_images_are_mirrored():

@@ -132,6 +132,26 @@ def test_every_step_has_draws_of_its_own_and_a_resumed_run_the_same(monkeypatch,
         assert len({*numbers}) == 4
 
 
+@pytest.mark.parametrize("target, transformations", [("image", 32), ("posterior_mean", 1)])
+def test_a_reference_batch_is_transformed_as_one(monkeypatch, tmp_path, target, transformations):
+    """For posterior means; where the image is the target, each has a transformation of its own."""
+    labels = []
+
+    class Recorded(losses.Regression):
+        def draw(self, batch, step=0, generator=None):
+            if self.training:
+                labels.append(batch.conditions["augment_labels"])
+            return super().draw(batch, step, generator)
+
+    monkeypatch.setitem(losses.OBJECTIVES, "recorded", Recorded)
+    options = {"objective": "recorded", "augment": 1.0, "target": target, "n_iters": 1}
+    options["snapshot_sampling"] = False
+    options = {f"training__{key}": value for key, value in options.items()}
+    config = tiny("pfgmpp/digits_ddpmpp.py", tmp_path, model__augment_dim=9, **options)
+    assert run_lib.train(config, tmp_path)
+    assert len(labels[0].unique(dim=0)) == transformations
+
+
 def test_processes_agree_on_the_parameters_of_the_objective_too(config, monkeypatch):
     state, compared = train_state(config, nn.Linear(2, 2)), []
     monkeypatch.setattr(distributed, "check_agreement", lambda _, rows: compared.extend(rows))

@@ -86,6 +86,17 @@ def test_learning_rate_rises_and_falls():
     assert training.learning_rate_factor(10**6, n_iters=1300001) == 1.0
 
 
+def test_the_learning_rate_follows_the_config():
+    config = cifar10_ddpmpp.get_config()
+    config.training.n_iters = 10
+    config.optim.update(lr=0.8, warmup=2, cooldown=4)
+    state, rates = train_state(config, Line()), []
+    for state.step in range(10):
+        state.set_learning_rate()
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.0, 0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.6, 0.4, 0.2])
+
+
 IMAGES = Batch(torch.zeros(1, 1, 1, 1))
 
 
