@@ -622,6 +622,21 @@ def test_config_chooses_both_tolerances():
     assert evaluations == used
 
 
+def test_noise_removal_leaves_out_the_noise_of_the_last_step():
+    """Whose variance is beta(t) / N at the last t, 1e-3."""
+    sde = replace(VP, N=5)
+    score, x = partial(sde.score, gaussian_network(sde)), torch.randn(4, 1, 2, 2)
+    noisy, clean = (
+        predictor_corrector(
+            sde, score, x, "euler_maruyama", "none", seeded(1), noise_removal=removes
+        )
+        for removes in (False, True)
+    )
+    generator = seeded(1)
+    *_, last = (torch.randn(x.shape, generator=generator) for _ in range(5))
+    torch.testing.assert_close(noisy - clean, math.sqrt((0.1 + 1e-3 * 19.9) / 5) * last)
+
+
 def test_diverging_samples_say_when():
     with pytest.raises(FloatingPointError, match=r"not finite after the step to 0\.95"):
         net = lambda x, label: x * math.inf if label[0] < 950 else x  # noqa: E731
