@@ -52,8 +52,8 @@ the density of a Student t falls with the power N + D - 1: test_pfgmpp
 + 0.5 * (dim + D - 1) * (squared
 
 the prior's constant lacks a term of Stirling's series: test_pfgmpp
-- + rest(a + m) - rest(a)
-+ + rest(a + m)
+- - m + ...(a + m) - ...(a)
++ - m + ...(a + m)
 
 PFGM: norms of the prior are cut at twice their bound: test_methods
 - .clamp(1, self.upper_norm)
@@ -99,9 +99,9 @@ churn is shared among one step too many: test_solvers
 - self.S_churn / (len(levels) - 1)
 + self.S_churn / len(levels)
 
-multistep methods remember one slope too many: test_solvers
-- del slopes[order - 1 :], passed[order - 1 :]
-+ del slopes[order:], passed[order:]
+UniPC remembers one denoised image too many: test_solvers
+- del start, d, images[order - 1 :], passed[order - 1 :]
++ del start, d, images[order:], passed[order:]
 
 the schedule has rho = 7 whatever is set: test_sampling -k 'levels or schedule'
 - ** (1 / rho)).tolist()
@@ -155,21 +155,21 @@ the learning rate does not fall at the end: test_training
 - cooldown=optim.cooldown
 + cooldown=0
 
-a resumed run begins with its first batch: test_objectives
-- run.objective.batch_size, seed, state.step, shard
-+ run.objective.batch_size, seed, 0, shard
+a resumed run begins with its first batch: test_objectives test_ema
+- state.step, shard if on_disk
++ 0, shard if on_disk
 
-every step has the same noise: test_objectives
-- "training", seed, state.step)
-+ "training", seed)
+every step has the same noise: test_objectives test_ema
+- "training", ...seed, state.step)
++ "training", ...seed)
 
 each image of a reference batch has its own transformation: test_objectives test_augmentation
-- shared=run.method.uses_reference_batch
+- shared...method.uses_reference_batch
 + shared=False
 
 the EMA's half-life counts the images of the reference batch: test_training
-- (training.small_batch_size or training.batch_size) /
-+ training.batch_size /
+- 0.5 ** (... / half_life)
++ 0.5 ** (training.batch_size / half_life)
 
 the EMA's ramp starts anew in a resumed run: test_training
 - state["ema"]["num_updates"]
