@@ -198,6 +198,8 @@ pictures are rounded down: test_datasets
 
 
 class Fault(NamedTuple):
+    """The parts of an entry of `FAULTS`."""
+
     words: str
     tests: str
     fragment: str
@@ -210,7 +212,7 @@ def parsed(text: str) -> list[Fault]:
     for block in text.strip().split("\n\n"):
         title, fragment, replacement = block.split("\n")
         words, _, tests = title.rpartition(": ")
-        faults.append(Fault(words, tests, fragment.removeprefix("- "), replacement[2:]))
+        faults.append(Fault(words, tests, fragment[2:], replacement[2:]))
     return faults
 
 
@@ -258,6 +260,7 @@ def run_tests(tests: str, tree: Path, seconds: float) -> tuple[str, str]:
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         output.seek(0)
         lines = output.read().splitlines()
     failed = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR"))]
