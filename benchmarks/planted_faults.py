@@ -35,7 +35,7 @@ OUTSIDE = ("tests", "benchmarks")
 # program, and what stands in its place. In a fragment ... is any text within a line, which ... in
 # the other stands for again. Where lines are broken and indented does not count.
 FAULTS = r"""
-the slope of the ODE lacks alpha: test_sde
+the slope of the ODE lacks alpha: test_seams -k rectified
 - alpha_rate / alpha, alpha * with_rate(
 + alpha_rate / alpha, with_rate(
 
