@@ -21,7 +21,7 @@ import datasets
 from configs.poisson import digits_ddpmpp
 from sources import SOURCES, stream
 from sources.base import Classes
-from sources.batch import Conditions
+from sources.batch import Batch, Conditions
 from sources.codec import from_config as get_codec
 from sources.preparation import Preparation
 
@@ -91,6 +91,16 @@ def test_floats_are_in_the_unit_interval():
     assert abs(within.var() - 1 / 12) < 0.01
 
 
+def test_the_config_says_whether_training_images_are_dequantised():
+    config = digits_ddpmpp.get_config()
+    batch = Batch(torch.full((100, 1, 8, 8), 128, dtype=torch.uint8))
+    for dequantises, ends in ((False, (128 / 255, 128 / 255)), (True, (128 / 256, 129 / 256))):
+        config.data.uniform_dequantization = dequantises
+        prepare = Preparation.from_config(config, get_codec(config), shared=False)
+        data = (prepare(batch, torch.Generator().manual_seed(0)).images + 1) / 2
+        assert (data.min().item(), data.max().item()) == pytest.approx(ends, abs=1e-5)
+
+
 def test_half_of_the_images_are_mirrored():
     images = torch.arange(8, dtype=torch.uint8).view(1, 1, 1, 8).expand(2000, 1, 8, 8)
     out = datasets.to_unit_interval(images, torch.Generator().manual_seed(0), flip=True)
@@ -111,6 +121,8 @@ def test_a_codec_and_its_inverse(centered, low, high):
     beyond = torch.tensor([low - 1.0, high + 1.0])
     assert codec.decode(beyond).tolist() == [0, 1]
     torch.testing.assert_close(codec.encode(codec.unclamped(beyond)), beyond)
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(codec.show(codec.encode(datasets.to_unit_interval(levels))), levels)
 
 
 def test_mistakes_are_named():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import pictures, write_tree, write_zip
-from known_laws import FAMILY, SDES, gaussian_network
+from known_laws import FAMILY, SDES, gaussian_network, pfgmpp
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_small_runs import report_of, tiny
@@ -24,15 +24,17 @@ from library.restoration import ToRestore
 from likelihood import Likelihood, get_likelihood_fn, log_posterior
 from losses import Regression, get_loss_fn
 from methods import field, get_method
+from methods.base import Examples
 from methods.field import poisson_field
 from methods.guidance import Guided
 from metrics.reference import Reference
 from metrics.table import Comparison, compare
 from models.weights import load_ema
-from sampling import solve_ode
+from sampling import Guidance, ODESampler, solve_ode
 from solvers.solve import solve_sde
 from sources.base import held_out
 from sources.batch import Batch, Conditions
+from sources.codec import EightBitImages
 from storage.checkpoints import load_checkpoint
 
 CLASSES = {"cat": 10, "dog": 20, "emu": 30}  # names, and the grey of their images
@@ -261,6 +263,9 @@ def test_the_posterior_mean_of_a_class(monkeypatch, chunk, D):
     sigma = torch.linspace(0.05, 3, 6, dtype=torch.float64)
     among = field.own_class(examples, reference)
     found = field.posterior_mean(examples.images, reference.images, sigma, D, among)
+    drawn = Examples(**vars(examples), t=sigma, clean=examples.images, noise=examples.images)
+    target = pfgmpp(D, target_kind="posterior_mean").target(drawn, reference)
+    assert torch.equal(target, found.flatten(1))
     for i, label in enumerate(examples.labels.tolist()):
         own = reference_of(label, reference)
         expected = slow_mean(examples.images[i], own, sigma[i], D)
@@ -388,9 +393,9 @@ UNCONDITIONAL = 0.1
 EVERYWHERE = (0.0, math.inf)
 
 
-def class_network(method):
+def class_network(method, means=(*MEANS, UNCONDITIONAL), std=STD):
     """The exact network of two Gaussian classes, and of a Gaussian in between without a label."""
-    nets = [gaussian_network(method, mean, STD) for mean in (*MEANS, UNCONDITIONAL)]
+    nets = [gaussian_network(method, mean, std) for mean in means]
 
     def net(x, noise_label, class_labels=None):
         labels = torch.full((len(x),), -1) if class_labels is None else class_labels
@@ -432,6 +437,22 @@ def test_the_law_of_a_class_under_guidance(name, solver, weight, one_thread):
     options = {"solver": solver, "n": 40, "noise_removal": True}
     samples, _ = solve_ode(followed, conditional(net, labels), x, **options)
     check_law(samples, labels, weight, allowed=0.01)
+
+
+def test_a_guide_is_told_the_class():
+    """Its classes are elsewhere; without a label it would lead far away."""
+    method, labels = METHODS["edm"], torch.arange(400) % 2
+    net, guide = (class_network(method, (*at, 9.0), 0.05) for at in ((-0.4, 0.5), (-0.2, 0.1)))
+    sampler = ODESampler(
+        method=method,
+        codec=EightBitImages((1, 1, 2)),
+        guidance=Guidance(2.0, guide=guide),
+        solver="heun",
+    )
+    x = method.prior_sampling((400, 1, 1, 2), torch.Generator().manual_seed(0))
+    samples, _ = sampler(net, x=x, conditions={"class_labels": labels})
+    for k, expected in ((0, -0.6), (1, 0.9)):
+        assert 2 * samples[labels == k].mean() - 1 == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])

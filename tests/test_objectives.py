@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import objective_of, train_state
+from test_small_runs import tiny
 from torch import nn
 
 import distributed
 import evaluation
 import losses
+import run_lib
 import training
 from configs.edm import digits_ddpmpp
 from library.evaluated import Evaluated, Split
@@ -94,6 +96,61 @@ def test_the_objective_trains_and_evaluates_with_the_network(config):
     with state.with_ema():
         training.held_out_loss(state, batch, torch.Generator())
     assert modes == [True, True, False, False]
+
+
+def test_an_objective_is_told_the_number_of_the_step(config):
+    """From 0; the held-out loss after it has the number of the next."""
+    config.optim.warmup = 10**6  # its parameter stays 1
+    state = train_state(config, nn.Linear(2, 2))
+    state.step, batch = 7, Batch(torch.zeros(4, 1, 2, 2))
+    losses = [training.train_step(state, batch).item() for _ in range(2)]
+    losses.append(training.held_out_loss(state, batch, torch.Generator()).item())
+    assert losses == pytest.approx([7, 8, 9], rel=1e-4)
+
+
+def test_every_step_has_draws_of_its_own_and_a_resumed_run_the_same(monkeypatch, tmp_path):
+    """Of the step's batch, of its generator, and of the global one, which dropout draws from."""
+    draws = []
+
+    class Recorded(losses.Regression):
+        def draw(self, batch, step=0, generator=None):
+            if self.training:
+                numbers = torch.rand((), generator=generator), torch.rand(())
+                draws.append((batch.images.double().sum().item(), *map(float, numbers)))
+            return super().draw(batch, step, generator)
+
+    monkeypatch.setitem(losses.OBJECTIVES, "recorded", Recorded)
+    options = {"training__objective": "recorded", "training__snapshot_sampling": False}
+    runs = {}
+    for workdir, stops in (("whole", (4,)), ("resumed", (2, 4))):
+        for n_iters in stops:
+            config = tiny("vp/digits_ddpmpp.py", tmp_path, **options, training__n_iters=n_iters)
+            assert run_lib.train(config, tmp_path / workdir)
+        runs[workdir] = draws[:]
+        draws.clear()
+    assert runs["whole"] == runs["resumed"]
+    for numbers in zip(*runs["whole"], strict=True):  # of the four steps
+        assert len({*numbers}) == 4
+
+
+@pytest.mark.parametrize("target, transformations", [("image", 32), ("posterior_mean", 1)])
+def test_a_reference_batch_is_transformed_as_one(monkeypatch, tmp_path, target, transformations):
+    """For posterior means; where the image is the target, each has a transformation of its own."""
+    labels = []
+
+    class Recorded(losses.Regression):
+        def draw(self, batch, step=0, generator=None):
+            if self.training:
+                labels.append(batch.conditions["augment_labels"])
+            return super().draw(batch, step, generator)
+
+    monkeypatch.setitem(losses.OBJECTIVES, "recorded", Recorded)
+    options = {"objective": "recorded", "augment": 1.0, "target": target, "n_iters": 1}
+    options["snapshot_sampling"] = False
+    options = {f"training__{key}": value for key, value in options.items()}
+    config = tiny("pfgmpp/digits_ddpmpp.py", tmp_path, model__augment_dim=9, **options)
+    assert run_lib.train(config, tmp_path)
+    assert len(labels[0].unique(dim=0)) == transformations
 
 
 def test_processes_agree_on_the_parameters_of_the_objective_too(config, monkeypatch):

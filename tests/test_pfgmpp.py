@@ -1,6 +1,7 @@
 """PFGM++ of any D and EDM: laws, densities and flows in closed form; published numbers."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,6 +22,7 @@ from methods.student_t import log_density
 from sampling import get_sampling_fn, solve_ode
 from solvers import SCHEDULES
 from solvers.fixed_steps import Churn, heun
+from sources.batch import Batch
 
 EVERY_D = (0.5, 1.0, 2.0, 8.0, 128.0, 2048.0, 3e6, math.inf)
 
@@ -54,13 +56,18 @@ def published():
 @pytest.mark.parametrize("dim", [2, 64, 3072])
 @pytest.mark.parametrize("D", EVERY_D)
 def test_radii_follow_their_law(D, dim):
-    """||x - y||^2 / (N sigma^2) has Fisher's F law of N and D degrees of freedom."""
+    """||x - y||^2 / (N sigma^2) has Fisher's F law of N and D degrees of freedom.
+
+    Of perturbed images, and of the examples of a training step.
+    """
     y = torch.full((2000, dim, 1, 1), 0.3, dtype=torch.float64)
     sigma = torch.linspace(0.1, 5, 2000, dtype=torch.float64)
-    x = pfgmpp(D).perturb_at(y, sigma, seeded(0))
-    ratio = (x - y).flatten(1).square().sum(1) / (dim * sigma**2)
     law = stats.f(dim, D) if math.isfinite(D) else stats.chi2(dim, scale=1 / dim)
-    assert stats.kstest(ratio.numpy(), law.cdf).pvalue > 1e-3
+    examples = pfgmpp(D).draw(Batch(y), seeded(1))
+    perturbed = pfgmpp(D).perturb_at(y, sigma, seeded(0))
+    for x, level in ((perturbed, sigma), (examples.images, examples.t)):
+        ratio = (x - y).flatten(1).square().sum(1) / (dim * level**2)
+        assert stats.kstest(ratio.numpy(), law.cdf).pvalue > 1e-3
 
 
 def test_directions_are_uniform_and_independent_of_radii():
@@ -190,6 +197,12 @@ def config_of(D, **training):
 
 def loss_of(config, net, images):
     return get_loss_fn(config, methods.get_method(config))(net, images, seeded(0))
+
+
+def test_noise_levels_of_training_are_log_normal():
+    method = replace(pfgmpp(4.0), P_mean=-0.7, P_std=0.4)
+    logs = method.draw_times(10_000, seeded(0)).log()
+    assert stats.kstest(logs.numpy(), stats.norm(-0.7, 0.4).cdf).pvalue > 1e-3
 
 
 def test_loss_of_a_large_D_is_that_of_edm():

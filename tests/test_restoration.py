@@ -21,6 +21,7 @@ from methods.base import spread
 from methods.guidance import Guided
 from methods.restoration import (
     RESTORERS,
+    Denoised,
     Measurement,
     Replacement,
     Restoring,
@@ -209,6 +210,19 @@ def test_dps_is_close_where_the_measurement_is_noisier_than_the_data_vary(name):
     assert covariance < 0.04
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_dps_takes_the_variance_as_at_least_the_level_times_the_mean_error(noise):
+    """The root mean square error of the two pixels that are measured."""
+    generator = torch.Generator().manual_seed(0)
+    image, value = torch.randn(2, 8, 1, 2, 2, generator=generator)
+    measurement = Measurement(get_operator("inpaint", KNOWN), value * KNOWN, noise)
+    denoised = Denoised(image, lambda v: v / 3, 0.5, torch.full((8, 1, 1, 1), 0.25))
+    error = (value - image) * KNOWN
+    rms = (error[:, :, 0].square().sum((1, 2)) / 2).sqrt().view(-1, 1, 1, 1)
+    expected = 0.25 / 3 * error / (0.5 * rms).clamp(min=noise**2)
+    torch.testing.assert_close(RESTORERS["dps"](measurement, denoised), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "of_mean", "of_covariance"),
     [("pfgmpp2048", 0.01, 0.03), ("pfgmpp", 0.06, 0.15), ("poisson", 0.1, 0.05)],
@@ -233,6 +247,22 @@ def test_moment_matching_for_student_t_noise(name, of_mean, of_covariance):
     expected = solve_ode(method, exact.network(method), x, **options)[0].flatten(1)
     assert (found.mean(0) - expected.mean(0)).norm() < of_mean * mean.norm()
     assert (found.T.cov() - expected.T.cov()).norm() < of_covariance * covariance.norm()
+
+
+@pytest.mark.parametrize("D", [1.0, 4.0, 64.0])
+def test_the_variance_of_student_t_noise_given_the_noisy_image(D):
+    """1 / E[w | y] of points on a line, each with its w = (1 + D) / ((y - x)^2 + D sigma^2)."""
+    points = torch.tensor([-0.8, 0.1, 0.6], dtype=torch.float64)
+
+    def shares(y, sigma):
+        squared = (y.view(-1, 1) - points).square() + D * sigma**2
+        return (-(1 + D) / 2 * squared.log()).softmax(1), (1 + D) / squared
+
+    net = denoising_network(lambda y, sigma: (shares(y, sigma[:, None])[0] @ points).view_as(y))
+    y, sigma = torch.linspace(-3, 3, 9, dtype=torch.float64).view(-1, 1, 1, 1), 0.7
+    probability, precision = shares(y, sigma)
+    expected = 1 / (probability * precision).sum(1)
+    torch.testing.assert_close(denoise(pfgmpp(D), net, y, sigma).variance.flatten(), expected)
 
 
 @pytest.mark.parametrize("name", ["vp", "edm", "poisson"])

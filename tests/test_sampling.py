@@ -18,7 +18,7 @@ from configs.subvp import cifar10_ddpmpp_continuous as subvp_config
 from configs.ve import cifar10_ncsnpp_continuous as ve_config
 from configs.vp import cifar10_ddpmpp_continuous as vp_config
 from methods import get_method
-from sampling import get_sampling_fn, solve_ode, spherical_interpolation
+from sampling import encode, get_sampling_fn, solve_ode, spherical_interpolation
 from solvers import SCHEDULES, SOLVERS
 from solvers.base import Counted
 from solvers.fixed_steps import euler, heun, multistep
@@ -602,6 +602,39 @@ def test_tighter_tolerances_cost_more_evaluations():
         config.sampling.rtol = config.sampling.atol = tolerance
         used.append(get_sampling_fn(config, method)(gaussian_network(method), x=x)[1])
     assert used[0] < used[1]
+
+
+def test_config_chooses_both_tolerances():
+    """The absolute one far below the relative one; an image leads back by the same steps."""
+    config, tolerances = vp_config.get_config(), {"rtol": 1e-2, "atol": 1e-7}
+    config.data.image_size = 4
+    config.sampling.update({"method": "ode", "noise_removal": False} | tolerances)
+    method = get_method(config)
+    net, x = gaussian_network(method), torch.randn(2, 3, 4, 4, generator=seeded(0))
+    drift, times = partial(method.ode, net), [method.t_prior, method.t_data]
+    expected, used = solve(rk45, drift, x, times, **tolerances)
+    samples, evaluations = get_sampling_fn(config, method)(net, x=x)
+    torch.testing.assert_close(samples, ((expected + 1) / 2).clamp(0, 1))
+    assert evaluations == used
+    latents, evaluations = encode(method, net, expected, **tolerances)
+    expected, used = solve(rk45, drift, expected, times[::-1], **tolerances)
+    torch.testing.assert_close(latents, expected)
+    assert evaluations == used
+
+
+def test_noise_removal_leaves_out_the_noise_of_the_last_step():
+    """Whose variance is beta(t) / N at the last t, 1e-3."""
+    sde = replace(VP, N=5)
+    score, x = partial(sde.score, gaussian_network(sde)), torch.randn(4, 1, 2, 2)
+    noisy, clean = (
+        predictor_corrector(
+            sde, score, x, "euler_maruyama", "none", seeded(1), noise_removal=removes
+        )
+        for removes in (False, True)
+    )
+    generator = seeded(1)
+    *_, last = (torch.randn(x.shape, generator=generator) for _ in range(5))
+    torch.testing.assert_close(noisy - clean, math.sqrt((0.1 + 1e-3 * 19.9) / 5) * last)
 
 
 def test_diverging_samples_say_when():

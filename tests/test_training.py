@@ -16,7 +16,7 @@ from configs.ve import digits_ncsnpp as ve_digits
 from configs.vp import digits_ddpmpp as vp_digits
 from datasets import keyed_generator
 from models import create_model
-from models.ema import ExponentialMovingAverage
+from models.ema import ExponentialMovingAverage, exponent_of
 from models.weights import load_ema
 from sources.batch import Batch, Conditions
 
@@ -40,10 +40,15 @@ def test_ema_of_another_shape_is_refused():
         load_ema(state.model, saved)
 
 
-def test_ema_with_a_half_life_in_images():
-    """As EDM's: half-life min(half_life, 5 % of the images seen), decay 0.5^(batch / half-life)."""
+@pytest.mark.parametrize("batch_size, small_batch_size", [(50, 0), (4000, 50)])
+def test_ema_with_a_half_life_in_images(batch_size, small_batch_size):
+    """As EDM's: half-life min(half_life, 5 % of the images seen), decay 0.5^(batch / half-life).
+
+    Images of the reference batch are not seen.
+    """
     config = pfgmpp_digits.get_config()
-    config.training.batch_size, config.model.ema_half_life = 50, 1000.0
+    config.training.update(batch_size=batch_size, small_batch_size=small_batch_size)
+    config.model.ema_half_life = 1000.0
     model = Line()
     state = train_state(config, model)
     expected, seen = state.parameters[0].detach().clone(), 0
@@ -79,6 +84,17 @@ def test_learning_rate_rises_and_falls():
     assert factors[90] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.05)
     assert training.learning_rate_factor(10**6, n_iters=1300001) == 1.0
+
+
+def test_the_learning_rate_follows_the_config():
+    config = cifar10_ddpmpp.get_config()
+    config.training.n_iters = 10
+    config.optim.update(lr=0.8, warmup=2, cooldown=4)
+    state, rates = train_state(config, Line()), []
+    for state.step in range(10):
+        state.set_learning_rate()
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.0, 0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.6, 0.4, 0.2])
 
 
 IMAGES = Batch(torch.zeros(1, 1, 1, 1))
@@ -129,6 +145,18 @@ def test_step_clips_the_gradient_by_its_norm_and_warms_up():
     assert 1 - state.model.weight.item() == pytest.approx(moved, rel=1e-3)
 
 
+def test_the_gradient_is_clipped_by_the_norm_of_all_that_is_trained():
+    """(10, 20, 20, 0) of the network and 40 of the objective have the norm 50."""
+    config = cifar10_ddpmpp.get_config()
+    config.optim.grad_clip = 0.5
+    objective = LossOf(lambda net: net.weight @ torch.tensor([10.0, 20, 20, 0]) + 40 * offset)
+    objective.offset = offset = nn.Parameter(torch.zeros(()))
+    state = train_state(config, Points(), objective)
+    training.train_step(state, IMAGES)
+    torch.testing.assert_close(state.model.weight.grad, torch.tensor([0.1, 0.2, 0.2, 0]))
+    torch.testing.assert_close(offset.grad, torch.tensor(0.4))
+
+
 @pytest.mark.parametrize(
     "spoilt",
     [
@@ -173,6 +201,22 @@ def test_a_skipped_step_leaves_the_next_ones_as_they_would_be():
             step_of(state, loss)
     assert torch.equal(*(state.model.weight for state in states))
     assert not torch.equal(states[0].model.weight, torch.ones(1))
+
+
+def test_a_skipped_step_counts_in_the_power_function_averages():
+    """Each weighs the weights after steps 1 to 3 by s^g, of which the third are the second's."""
+    config = cifar10_ddpmpp.get_config()
+    config.optim.update(warmup=0, lr=0.1)
+    config.model.ema_stds = (0.1, 0.25)
+    state, weights = train_state(config, Line()), []
+    for loss in (torch.square, torch.square, lambda weight: weight / 0):
+        step_of(state, lambda net, loss=loss: loss(net.weight).sum())
+        weights.append(state.model.weight.detach().clone())
+    assert weights[0] != weights[1] == weights[2]
+    for std, average in state.averages.items():
+        ends = (torch.arange(4) / 3) ** (exponent_of(std) + 1)
+        expected = ends.diff() @ torch.stack(weights)
+        torch.testing.assert_close(average.shadow_params[0], expected)
 
 
 class Points(nn.Module):
@@ -222,6 +266,22 @@ def test_a_resumed_run_follows_the_config(tmp_path):
     (group,) = state.optimizer.param_groups
     assert (group["weight_decay"], group["betas"]) == (0.25, (0.5, 0.999))
     assert state.ema.decay == 0.75
+
+
+def test_a_resumed_ema_goes_on_at_its_update():
+    """Update k = 4 moves the EMA by 1 - (1 + k) / (10 + k) of the way, as without the stop."""
+    config = cifar10_ddpmpp.get_config()
+    state = train_state(config, Line())
+    for _ in range(3):
+        step_of(state, lambda net: net.weight.square().sum())
+    saved = copy.deepcopy(state.state_dict())
+    state = train_state(config, Line())
+    state.load_state_dict(saved)
+    before = state.ema.shadow_params[0].clone()
+    with torch.no_grad():
+        state.model.weight.fill_(5.0)
+    state.ema.update(state.parameters, torch.ones(()))
+    torch.testing.assert_close(state.ema.shadow_params[0], before + 9 / 14 * (5 - before))
 
 
 def test_ruined_weights_are_noticed():
