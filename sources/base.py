@@ -84,6 +84,10 @@ class View:
     classes_of_all: Callable[[], Classes] | None = None
     digest_of: Callable[[NDArray[np.int64]], str] | None = None
 
+    def __getstate__(self) -> dict:
+        """The images alone, which are all that a worker process reads."""
+        return self.__dict__ | {"classes_of_all": None, "digest_of": None}
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -96,18 +100,3 @@ class View:
             raise ValueError("it has none")
         all_classes = self.classes_of_all()
         return Classes(all_classes.labels[self.index], all_classes.names)
-
-
-def held_out(n: int, split: str) -> NDArray[np.int64]:
-    """Indices of `split` where nobody has split n images: "test" is a fixed random tenth.
-
-    Raises ValueError where there are fewer than two.
-    """
-    if n < 2:
-        raise ValueError(
-            f"{n} image(s) cannot be split into data to train and to test on: add images, or make "
-            "the splits yourself, train and test, which may hold the same image"
-        )
-    order = np.random.RandomState(0).permutation(n)
-    tenth = max(1, round(n / 10))
-    return order[tenth:] if split == "train" else order[:tenth]

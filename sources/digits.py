@@ -4,7 +4,8 @@ from functools import cache
 
 import numpy as np
 
-from sources.base import Classes, Source, View, held_out
+from sources.base import Classes, Source, View
+from sources.splits import held_out
 
 
 def open_digits(data, split: str) -> Source:

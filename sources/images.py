@@ -3,10 +3,10 @@
 import io
 import warnings
 from functools import partial
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sources import sixteen_bits
 from sources.base import Picture
@@ -15,6 +15,16 @@ from sources.sixteen_bits import Range
 Filter = Image.Resampling
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # as Pillow names them
+SWAPPED = (5, 6, 7, 8)  # values of EXIF's orientation where height and width are swapped
+
+Size = tuple[int, int]  # height and width
+
+
+class Header(NamedTuple):
+    """An image's `size`, upright as EXIF says, and whether it `may_have_16_bits` a channel."""
+
+    size: Size
+    may_have_16_bits: bool
 
 
 def resize(image: Picture, height: int, width: int, kernel: Filter = Filter.BILINEAR) -> Picture:
@@ -70,6 +80,16 @@ def open_image(file: IO[bytes]) -> Image.Image:
         except UnidentifiedImageError as error:
             kinds = "no PNG, JPEG or WebP file, nor a BMP, TIFF or GIF of a usual kind"
             raise ValueError(f"{kinds}: save it as PNG") from error
+
+
+def read_header(file: IO[bytes]) -> Header:
+    """The header of an image file, of which no pixels are read; raises as `open_image`."""
+    image = open_image(file)
+    width, height = image.size
+    # a PNG may have its EXIF after the pixels
+    swapped = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation) in SWAPPED
+    size = (width, height) if swapped else (height, width)
+    return Header(size, sixteen_bits.may_have_16_bits(image))
 
 
 def decode_image(data: bytes, channels: int, scale: Range | tuple[()] = ()) -> Picture:

@@ -6,7 +6,8 @@ import numpy as np
 
 from configs.schema import Key, Text
 from sources import tfrecords
-from sources.base import Picture, Source, View, held_out
+from sources.base import Picture, Source, View
+from sources.splits import held_out
 
 
 def stylegan_image(data: bytes) -> Picture:
