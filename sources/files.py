@@ -1,7 +1,6 @@
 """Image files of a folder or zip, each read when it is indexed."""
 
 import contextlib
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,11 +85,6 @@ def open_below(folder: Path, name: str) -> IO[bytes]:
     if not path.is_file():  # a pipe or a device could be read for ever
         raise ValueError("not a file")
     return open(path, "rb")
-
-
-def open_zip(path: Path) -> PerProcess:
-    """The zip file at `path`, opened anew in each process."""
-    return PerProcess(partial(zipfile.ZipFile, path))
 
 
 def open_in(archive: PerProcess, name: str) -> IO[bytes]:

@@ -2,20 +2,22 @@
 
 import functools
 import logging
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.schema import Key, Number, Numbers, Text, whole
 from sources import digests, labels, listing, splits
 from sources.arrays import Arrays, is_array, read_array
 from sources.base import Classes, PerProcess, Picture, Source, View
-from sources.files import Files, open_below, open_in, open_zip, read_bounded
+from sources.files import Files, open_below, open_in, read_bounded
 from sources.images import cropped_then_resized
-from sources.listing import Listing, Omitted
+from sources.listing import Omitted
 from sources.rules import NEWEST, RULES, Rules
 from sources.sixteen_bits import Measured, Range
 from storage.files import one_line
@@ -83,13 +85,24 @@ class Folder:
 
     def __init__(self, path: Path, rules: Rules, key: str = "data.path"):
         """List the files at `path`, the value of `key`; ValueError where there are no images."""
-        self.path, self._rules = path, rules
-        archive, self.listing = _list(path, rules, key)
-        self._archive = archive
-        self.names = [*self.listing.files]
-        opener = partial(open_below, path) if archive is None else partial(open_in, archive)
-        self.files = Files(path, [*self.listing.files.values()], opener)
+        self.path, self._rules, self._archive = path, rules, None
         self._measured: Measured | None = None
+        if path.is_file():
+            self._archive = archive = PerProcess(partial(zipfile.ZipFile, path))
+            try:
+                names = archive().namelist()
+            except Exception as error:  # a damaged directory makes it fail in any way
+                says = f"is no folder, .npy, .npz or zip file: {one_line(error)}"
+                raise ValueError(f"{key}={path} {says}") from error
+            self.listing, opener = rules.list_zip(names), partial(open_in, archive)
+        else:
+            self.listing, opener = rules.list_folder(path), partial(open_below, path)
+        self.names = [*self.listing.files]
+        self.files = Files(path, [*self.listing.files.values()], opener)
+        if not self.names:
+            words = listing.in_words(self.listing.omitted)
+            beside = f"; left out: {words}" if words else ""
+            raise ValueError(f"{key}={path} holds no images ({', '.join(rules.suffixes)}){beside}")
 
     @functools.cached_property
     def _tops(self) -> list[str]:
@@ -123,8 +136,11 @@ class Folder:
         return self._measured
 
     def open(self, data, split: str) -> View:
-        """The images of `split`; ValueError where there are too few, or for a number of channels
-        that files do not have."""
+        """The images of `split`.
+
+        Raises ValueError where there are too few, or where `data.num_channels` is not that of
+        files.
+        """
         if data.num_channels not in (0, 1, 3):
             raise ValueError(f"data.num_channels must be 1 or 3, not {data.num_channels}")
         if self.split_names:
@@ -134,24 +150,29 @@ class Folder:
             if names := splits.lookalikes(self._tops):
                 _warn_of_splits(self.path, *names)
         scale = tuple(data.scale) or self.measure_scale().scale
-        metadata = self.listing.metadata
         return View(
             source=replace(self.files, channels=data.num_channels, scale=scale),
             prepare=partial(cropped_then_resized, size=data.image_size),
             index=index,
-            classes_of_all=self._classes,
-            digest_of=partial(
-                digests.of_files,
-                self.path,
-                self._archive,
-                self.files.names,
-                [metadata[1]] if metadata and data.num_classes else [],
-                data.digest == "content",
-            ),
+            classes_of_all=lambda: self._classes,
+            digest_of=partial(self._digest, data.digest == "content", bool(data.num_classes)),
         )
 
+    def _digest(self, content: bool, labelled: bool, index: NDArray[np.int64]) -> str:
+        """The digest of the files number `index`, and of a `dataset.json` if they are `labelled`.
+
+        Without `content` no file of a folder is read; see `digests.of_files`.
+        """
+        names = [self.files.names[i] for i in index]
+        if labelled and self.listing.metadata:
+            names.append(self.listing.metadata[1])
+        if self._archive is None:
+            return digests.of_files(self.path, names, content, 4 * len(self.names))
+        return digests.of_entries(self._archive(), names)
+
+    @functools.cached_property
     def _classes(self) -> Classes:
-        """Classes of all files, those of a split must have one."""
+        """Classes of all files, read once; those of a split must have one."""
         names, metadata, where = self.names, self.listing.metadata, f"data.path={self.path}"
         in_split = names
         if self.split_names:
@@ -172,26 +193,6 @@ class Folder:
             classes = labels.of_folders(names, in_split, bool(self.split_names), order)
         labels.check(where, names, classes, in_split)
         return classes
-
-
-def _list(path: Path, rules: Rules, key: str) -> tuple[PerProcess | None, Listing]:
-    """The zip file, None for a folder, and its image files; ValueError where there are none."""
-    archive = None
-    if path.is_file():
-        archive = open_zip(path)
-        try:
-            names = archive().namelist()
-        except Exception as error:  # a damaged directory makes it fail in any way
-            says = f"is no folder, .npy, .npz or zip file: {one_line(error)}"
-            raise ValueError(f"{key}={path} {says}") from error
-        content = rules.list_zip(names)
-    else:
-        content = rules.list_folder(path)
-    if not content.files:
-        words = listing.in_words(content.omitted)
-        beside = f"; left out: {words}" if words else ""
-        raise ValueError(f"{key}={path} holds no images ({', '.join(rules.suffixes)}){beside}")
-    return archive, content
 
 
 @functools.cache  # once for each place

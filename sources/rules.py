@@ -4,7 +4,7 @@ A run keeps the rules that it began with (`data.rules`), since others would chan
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,15 @@ from sources.listing import Listing, Omitted
 
 @dataclass(frozen=True)
 class Rules:
-    """A version of the rules.
+    """A version of the rules."""
 
-    Attributes:
-        suffixes: of image files.
-        list_folder: the images of a folder.
-        list_zip: the images among the names in a zip.
-        clean: the name of an image, from its path in a `dataset.json`.
-        find_splits: see `splits.find_splits`.
-        held_out: indices of a split, "train" or "test", of images that nobody has split.
-        class_order: sort key of the names of classes.
-    """
-
-    suffixes: Sequence[str]
+    suffixes: Sequence[str]  # of image files
     list_folder: Callable[[Path], Listing]
-    list_zip: Callable[[Iterable[str]], Listing]
-    clean: Callable[[str], str]
+    list_zip: Callable[[Iterable[str]], Listing]  # of the names in it
+    clean: Callable[[str], str]  # the name of an image, from its path in a `dataset.json`
     find_splits: Callable[[Iterable[str]], dict[str, str]]
-    held_out: Callable[[Sequence[str], str], NDArray[np.int64]]
-    class_order: Callable[[str], Any]
+    held_out: Callable[[Sequence[str], str], NDArray[np.int64]]  # where there are no splits
+    class_order: Callable[[str], Any]  # sort key of the names of classes
 
 
 # --- the first rules ------------------------------------------------------------------------------
@@ -47,25 +37,21 @@ FIRST_TEST_NAMES = ("test", "validation", "valid", "val")  # the first one that 
 
 def _list_folder(root: Path) -> Listing:
     """Image files by their names as they are; links to folders are not followed."""
-    omitted = Omitted()
-    return _listing(_files_below(root, omitted), omitted)
-
-
-def _list_zip(names: Iterable[str]) -> Listing:
-    return _listing((name for name in set(names) if not name.endswith("/")), Omitted())
-
-
-def _files_below(root: Path, omitted: Omitted) -> Iterator[str]:
+    omitted, paths = Omitted(), []
     for folder, folders, files in os.walk(root, onerror=_raise):
-        for name in folders:
-            if os.path.islink(os.path.join(folder, name)):
-                omitted["link{s} to folders", name] += 1
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        omitted.update(("link{s} to folders", name) for name in links)
         below = Path(folder).relative_to(root)
-        yield from ((below / file).as_posix() for file in files)
+        paths += [(below / file).as_posix() for file in files]
+    return _listing(paths, omitted)
 
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _list_zip(names: Iterable[str]) -> Listing:
+    return _listing([name for name in set(names) if not name.endswith("/")], Omitted())
 
 
 def _listing(paths: Iterable[str], omitted: Omitted) -> Listing:
