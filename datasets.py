@@ -23,11 +23,11 @@ from sources import digests, folder
 from sources.arrays import Arrays, is_array
 from sources.base import Classes, Source, Unreadable
 from sources.batch import KINDS, Conditions
+from sources.files import Measured
 from sources.folder import Folder
 from sources.identity import Identity
 from sources.keyed import keyed_generator, keyed_seed
 from sources.preparation import to_unit_interval
-from sources.sixteen_bits import Measured
 from sources.sizes import made_of
 from sources.stream import (
     MAX_NAMED,
@@ -111,14 +111,14 @@ class DataChanged(ValueError):
 class Data:
     """The data that `options`, a config's `data`, name; each split is opened when it is needed.
 
-    One object serves a start from its first measurement on: a folder is listed once, and the values
-    that `options` leave open may be filled in between. A run continues on the data it began with,
-    whose identity is `stored`. Other data are refused or, with `data.changed='allow'`, accepted and
+    One object serves all of a start, which lists a folder once; values that `options` leave open
+    are measured, and may be filled in later. A run continues on the data it began with, whose
+    identity is `stored`. Other data are refused or, with `data.changed='allow'`, accepted and
     logged by `close`; classes keep the numbers that the run gave their names. Of several processes
     the main one compares.
 
-    Methods that read raise ValueError where data are refused or malformed, and OSError where they
-    are missing; see `get_dataset`.
+    All that reads raises ValueError where data are refused or malformed, and OSError where they are
+    missing; see `get_dataset`.
     """
 
     def __init__(self, options: ConfigDict, stored: Identity | None = None):
@@ -332,7 +332,7 @@ class Data:
         """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
 
         The images are spread over the split; grey ones have R = G = B in every pixel. Arrays keep
-        the channels they are stored with. Raises ValueError and OSError as `get_dataset`.
+        the channels they are stored with.
         """
         if self._channels:
             return self._channels
@@ -348,10 +348,7 @@ class Data:
         return self._channels
 
     def measure_scale(self) -> Measured:
-        """The `data.scale` of 16-bit images of either split; see `sixteen_bits`.
-
-        () where there are none, or no image files. Raises ValueError and OSError as `get_dataset`.
-        """
+        """The `data.scale` of 16-bit images of either split; () where there are no such files."""
         if not (self.takes_scale and Path(self.options.path).expanduser().exists()):
             return Measured(())
         options = {"delay": 1, "disable": not distributed.is_main()}
@@ -359,10 +356,7 @@ class Data:
         return self._find().measure_scale(watch)
 
     def measure_classes(self) -> int:
-        """Number of classes of the training images: of the named ones, or as many as labels need.
-
-        Raises ValueError and OSError as `get_dataset`.
-        """
+        """Number of classes of the training images: with names, or as many as labels need."""
         classes = self._read_classes("train")
         return max(len(classes.names), int(classes.labels.max()) + 1)
 

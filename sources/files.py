@@ -5,16 +5,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, NamedTuple, TypeVar
+
+import numpy as np
 
 from sources.base import PerProcess, Picture, Unreadable
 from sources.images import Header, decode_image, extent_of_16_bits, read_header
-from sources.sixteen_bits import Measured, Range, measure
+from sources.sixteen_bits import WHOLE, Range, range_of_bits
 from storage.files import one_line, open_entry
 
 T = TypeVar("T")
 
 MAX_FILE_BYTES = 2**28  # of one image, as it is read or unpacked; Pillow bounds the pixels
+LOOKED_AT = 64  # images of a set whose headers tell whether any have 16 bits
+
+
+class Measured(NamedTuple):
+    """The `scale` of a set of images and, where some have 16 bits, a line on it."""
+
+    scale: Range | tuple[()]
+    line: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,23 +55,36 @@ class Files:
         return self.headers[i]
 
     def measure_scale(self, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
-        """The scale of 16-bit images among them; see `sixteen_bits.measure`."""
+        """`range_of_bits` of the largest value in these images; () where none has 16 bits.
+
+        Up to `LOOKED_AT` headers, spread evenly, are read first; if none has 16 bits, no more is
+        read. Reading also ends once a value needs all bits. `watch` shows the progress of a loop
+        over the images, such as `tqdm`. Raises ValueError where a value is below 0.
+        """
+        first = np.linspace(0, len(self) - 1, min(len(self), LOOKED_AT)).astype(int).tolist()
+        if not any(map(self._may_have_16_bits, first)):
+            return Measured(())
+        smallest = largest = 0
+        for i in watch([*first, *sorted({*range(len(self))} - {*first})]):
+            with contextlib.suppress(Unreadable):  # reported when it is decoded
+                low, high = self._read(i, lambda file: extent_of_16_bits(read_bounded(file)))
+                smallest, largest = min(smallest, low), max(largest, high)
+            if smallest < 0 or largest > WHOLE[1] // 2:
+                break
         try:
-            return measure(len(self), self._may_have_16_bits, self._extent, watch)
+            scale = range_of_bits(smallest, largest)
         except ValueError as error:
             raise ValueError(f"the images of {self.where}: {error}") from error
-
-    # an image that cannot be read is reported when it is decoded
+        bits = (scale[1] + 1).bit_length() - 1
+        top = f"{scale[1] if scale == WHOLE else largest:,}"
+        line = f"16-bit images: values up to {top} count as {bits} bits (data.scale)"
+        return Measured(scale, line)
 
     def _may_have_16_bits(self, i: int) -> bool:
-        with contextlib.suppress(Unreadable):
+        try:
             return self.header(i).may_have_16_bits
-        return False
-
-    def _extent(self, i: int) -> tuple[int, int] | None:
-        with contextlib.suppress(Unreadable):
-            return self._read(i, lambda file: extent_of_16_bits(read_bounded(file)))
-        return None
+        except Unreadable:  # reported when it is decoded
+            return False
 
     def _read(self, i: int, parse: Callable[[IO[bytes]], T]) -> T:
         try:

@@ -15,11 +15,11 @@ from configs.schema import Key, Number, Numbers, Text, whole
 from sources import digests, labels, listing, splits
 from sources.arrays import Arrays, is_array, read_array
 from sources.base import Classes, PerProcess, Picture, Source, View
-from sources.files import Files, open_below, open_in, read_bounded
+from sources.files import Files, Measured, open_below, open_in, read_bounded
 from sources.images import cropped_then_resized
 from sources.listing import Omitted
 from sources.rules import NEWEST, RULES, Rules
-from sources.sixteen_bits import Measured, Range
+from sources.sixteen_bits import Range
 from storage.files import one_line
 
 log = logging.getLogger(__name__)

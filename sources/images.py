@@ -115,13 +115,13 @@ def decode_image(data: bytes, channels: int, scale: Range | tuple[()] = ()) -> P
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def extent_of_16_bits(data: bytes) -> tuple[int, int] | None:
-    """Smallest and largest value of the file of a 16-bit image; None where it has 8 bits.
+def extent_of_16_bits(data: bytes) -> tuple[int, int]:
+    """Smallest and largest value of the file of a 16-bit image; (0, 0) where it has 8 bits.
 
     Raises as `decode_image`.
     """
     deep = sixteen_bits.read(partial(_opened, data))
-    return deep.extent() if deep else None
+    return deep.extent() if deep else (0, 0)
 
 
 def _opened(data: bytes) -> Image.Image:

@@ -5,6 +5,7 @@ import os
 import re
 import unicodedata
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import experiment
 import run_lib
 from configs.keys import flatten
 from sources import folder, labels, listing, rules, splits
+from sources.images import read_header
 from storage import run_config
 from storage.checkpoints import load_checkpoint, save_checkpoint
 
@@ -135,6 +137,30 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path):
     place(tmp_path, *(f"runs/a/{path}" for path in RUN), "notes.txt")
     with pytest.raises(ValueError, match=r"no images .*; left out: 1 \.txt, 1 run .*\(runs/a\)$"):
         datasets.get_dataset(config_of("folder", path=str(tmp_path)), "train")
+
+
+def test_a_start_lists_a_folder_once_and_reads_each_header_once(tmp_path, monkeypatch):
+    write_tree(tmp_path / "x", pictures(30, 6, 8))
+    config = config_of("folder", channels=0, path=str(tmp_path / "x"))
+    scandir, folders, headers = os.scandir, [], []
+    monkeypatch.setattr(os, "scandir", lambda path: folders.append(Path(path)) or scandir(path))
+
+    def read(file):
+        headers.append(Path(file.name).name)
+        return read_header(file)
+
+    monkeypatch.setattr("sources.files.read_header", read)
+    data = datasets.Data(config.data)
+    config.data.scale, _ = data.measure_scale()
+    config.data.num_channels = data.measure_channels()
+    identity, train, test = data.identity_of_run(), data.get("train"), data.get("test")
+    assert (identity.train, identity.test) == (len(train), len(test))
+    assert "cut to the central square" in data.describe(train, test)
+    assert folders == [tmp_path / "x"]
+    assert sorted(headers) == [f"{i:03d}.png" for i in range(30)]
+    data.close()
+    assert data.get("train").shape == train.shape
+    assert folders == 2 * [tmp_path / "x"]  # what was closed is read again
 
 
 # --- links ----------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from test_sources import config_of
 import datasets
 import experiment
 import run_lib
-from sources import sixteen_bits
-from sources.files import Files, read_bounded
+from sources.files import LOOKED_AT, Files, read_bounded
 from sources.folder import read_images
 from sources.images import decode_image, read_header
 from storage import run_config
@@ -217,7 +216,7 @@ def test_images_of_8_bits_cost_their_headers(tmp_path, monkeypatch):
     monkeypatch.setattr("sources.files.read_bounded", None)
     for _ in range(2):  # each header is read once
         assert files.measure_scale() == ((), None)
-    assert len(set(looked_at)) == len(looked_at) == sixteen_bits.LOOKED_AT
+    assert len(set(looked_at)) == len(looked_at) == LOOKED_AT
 
 
 def test_what_needs_all_bits_ends_the_search(tmp_path, monkeypatch):
