@@ -37,7 +37,7 @@ from sources.stream import (
     Resident,
     Stream,
     batch_at,
-    decoded,
+    decode,
     in_order,
     processors,
     shuffled_batches,
@@ -174,7 +174,7 @@ class Data:
             return stream
         if size <= SMALL:
             stream.workers = 0
-        return decoded(stream)
+        return decode(stream)
 
     def conditions(self, split: str, labels: bool = True) -> Conditions:
         """Conditions of each image of `split`; no image is decoded.

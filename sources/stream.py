@@ -63,6 +63,18 @@ class Resident:
         conditions = self.conditions.map(lambda rows: rows.to(device))
         return Resident(self.images.to(device), conditions, self.names)
 
+    def batch(self, index: Tensor | slice) -> Batch:
+        """The images of `index`, and their conditions."""
+        return Batch(self.images, self.conditions)[index]
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """`self.batch(index)` for each index, which is copied to the images' device."""
+        return map(self._select, indices)
+
+    def _select(self, index: Tensor) -> Batch:
+        index = index.to(self.images.device, non_blocking=True)
+        return Batch(self.images, self.conditions).map(lambda rows: rows.index_select(0, index))
+
 
 class Stream:
     """Images that stay on disk and are decoded when they are indexed.
@@ -128,8 +140,10 @@ class Stream:
                 continue
             if image.shape == self.shape:
                 return j, image
-            wanted = f"data.num_channels and data.image_size say {self.shape}"
-            unreadable[j] = f"number {j} is {image.shape} (C, H, W), but {wanted}"
+            unreadable[j] = (
+                f"number {j} is {image.shape} (C, H, W), but data.num_channels and "
+                f"data.image_size say {self.shape}"
+            )
         raise ValueError(f"{tries} images in a row cannot be used; the last: {unreadable[j]}")
 
     def _accept(self, read: tuple[Tensor, list[int], dict[int, str]]) -> Batch:
@@ -153,7 +167,7 @@ class Stream:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
 
-        def ask() -> Iterator[list[int]]:
+        def requests() -> Iterator[list[int]]:
             for index in indices:
                 pending.append(index)
                 yield index.tolist()
@@ -161,7 +175,7 @@ class Stream:
         loader = DataLoader(
             _Reader(self.source, self.shape),
             batch_size=None,
-            sampler=ask(),
+            sampler=requests(),
             num_workers=self.workers,
             pin_memory=self.pinned,
             generator=torch.Generator(),  # the global generator is for dropout
@@ -219,8 +233,8 @@ def _follow_parent(worker: int) -> None:
 DataSet = Tensor | Resident | Stream
 
 
-def decoded(stream: Stream) -> Tensor | Resident:
-    """All images of `stream` that can be read, (n, C, H, W), with their conditions."""
+def decode(stream: Stream) -> Tensor | Resident:
+    """Read all images of `stream` that can be read, (n, C, H, W), with their conditions."""
     images = torch.empty(len(stream), *stream.shape, dtype=torch.uint8)
     interval = 0.2 if sys.stderr.isatty() else 10
     options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
@@ -246,15 +260,12 @@ def processors() -> int:
 
 def batch_at(data: DataSet, index: Tensor | slice) -> Batch:
     """The uint8 images of `index`, and their conditions."""
-    if isinstance(data, Stream):
-        return data.batch(index)
-    resident = Batch(data.images, data.conditions) if isinstance(data, Resident) else Batch(data)
-    return resident[index]
+    return _batched(data).batch(index)
 
 
 def in_order(data: DataSet, size: int) -> Iterator[Batch]:
     """Every image once, in uint8 batches of `size`; the last one may be smaller."""
-    return _fetched(data, torch.arange(len(data)).split(size))
+    return _batched(data).batches(torch.arange(len(data)).split(size))
 
 
 def shuffled_batches(
@@ -276,7 +287,11 @@ def shuffled_batches(
         raise ValueError(f"a batch of {size} images cannot be shared equally by {world} processes")
     part = slice(rank * size // world, (rank + 1) * size // world)
     indices = (batch[part] for batch in _shuffled(len(data), size, seed, step))
-    return _fetched(data, indices)
+    return _batched(data).batches(indices)
+
+
+def _batched(data: DataSet) -> Resident | Stream:
+    return Resident(data) if isinstance(data, Tensor) else data
 
 
 def _shuffled(n: int, size: int, seed: int, step: int) -> Iterator[Tensor]:
@@ -286,15 +301,6 @@ def _shuffled(n: int, size: int, seed: int, step: int) -> Iterator[Tensor]:
         orders = {e: orders[e] if e in orders else _order(n, seed, e) for e in epochs}
         starts = {e: first - e * n for e in epochs}
         yield torch.cat([orders[e][max(at, 0) : at + size] for e, at in starts.items()])
-
-
-def _fetched(data: DataSet, indices: Iterable[Tensor]) -> Iterator[Batch]:
-    if isinstance(data, Stream):
-        return data.batches(indices)
-    resident = Batch(data.images, data.conditions) if isinstance(data, Resident) else Batch(data)
-    device = resident.images.device
-    indices = (index.to(device, non_blocking=True) for index in indices)
-    return map(lambda i: resident.map(lambda rows: rows.index_select(0, i)), indices)
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:
