@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from sources import digests, listing
@@ -62,7 +63,7 @@ class Arrays:
     def open(self, data, split: str) -> View:
         """The images of `split`; ValueError where the array is none of images."""
         with _opened(self.path, f"data.path={self.path} cannot be read") as content:
-            is_packed = isinstance(content, np.lib.npyio.NpzFile)
+            is_packed = isinstance(content, NpzFile)
             images = self._unpack(content, split, data.resident_bytes) if is_packed else content
         says = ", as data.num_channels says" if data.num_channels else ""
         _check("data.path", self.path, images, data.num_channels, says)
@@ -81,7 +82,7 @@ class Arrays:
             digest_of=partial(digests.of_zip, self.path) if is_packed else None,
         )
 
-    def _unpack(self, file: np.lib.npyio.NpzFile, split: str, limit: int) -> NDArray:
+    def _unpack(self, file: NpzFile, split: str, limit: int) -> NDArray:
         if not self.split_names and len(self._names) != 1:
             raise ValueError(f"it needs one array, or train and test; it has {file.files}")
         name = self.split_names.get(split, self._names[0])
@@ -92,7 +93,7 @@ class Arrays:
     def _classes(self, split: str, n: int, limit: int) -> Classes:
         """The classes of the `n` images of the array of `split`."""
         with _opened(self.path, f"data.path={self.path} gives no class labels") as content:
-            if not isinstance(content, np.lib.npyio.NpzFile):
+            if not isinstance(content, NpzFile):
                 raise ValueError(f"an .npy has none; put images and {LABELS} in an .npz")
             images = self.split_names.get(split)
             name = f"{images}_{LABELS}" if images else LABELS
@@ -117,7 +118,7 @@ def read_array(key: str, path: Path, channels: int) -> dict[str, Picture]:
     `channels` unless that is 0.
     """
     with _opened(path, f"{key}={path} cannot be read") as content:
-        if isinstance(content, np.lib.npyio.NpzFile):
+        if isinstance(content, NpzFile):
             name = "samples" if "samples" in content.files else content.files[0]
             if name != "samples" and len(content.files) > 1:
                 raise ValueError(f"it needs one array, or samples; it has {content.files}")
@@ -129,16 +130,16 @@ def read_array(key: str, path: Path, channels: int) -> dict[str, Picture]:
     return {f"{path.name}:{i}": np.array(image) for i, image in enumerate(images)}
 
 
-def _mapped(path: Path) -> NDArray | np.lib.npyio.NpzFile:
+def _mapped(path: Path) -> NDArray | NpzFile:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 @contextlib.contextmanager
-def _opened(path: Path, message: str) -> Iterator[NDArray | np.lib.npyio.NpzFile]:
+def _opened(path: Path, message: str) -> Iterator[NDArray | NpzFile]:
     """The content of the file; an error in reading it becomes one that begins with `message`."""
     try:
         content = _mapped(path)
-        with content if isinstance(content, np.lib.npyio.NpzFile) else contextlib.nullcontext():
+        with content if isinstance(content, NpzFile) else contextlib.nullcontext():
             yield content
     except OSError:
         raise
@@ -156,7 +157,7 @@ def _check(key: str, path: Path, images: NDArray, channels: int, says: str = "")
         raise ValueError(f"{key}={path} holds no images: its shape is {images.shape}")
 
 
-def _read_bounded(file: np.lib.npyio.NpzFile, name: str, limit: int) -> NDArray:
+def _read_bounded(file: NpzFile, name: str, limit: int) -> NDArray:
     size = file.zip.getinfo(f"{name}.npy").file_size
     if size > limit:
         beyond = f"more than data.resident_bytes={limit:,}; an .npy is read from disk"

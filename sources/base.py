@@ -1,4 +1,4 @@
-"""Common parts of all data sets: the protocol of a source, and classes to build one."""
+"""The protocol of a source of images, and classes to build one."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Unreadable(ValueError):
 class Classes:
     """The class `labels` (n,) of n images, numbered from 0, and the `names` of the classes, if any.
 
-    -1 stands for that of a record which is damaged, whose image cannot be read either.
+    The label of a damaged record, whose image cannot be read either, is -1.
     """
 
     labels: NDArray[np.int64]
@@ -45,10 +45,10 @@ class Source(Protocol):
 
 
 class PerProcess:
-    """Result of `open()`, called once in each process; a sequence if the result is one.
+    """An open file or sequence, which each process gets by a call of `open()` of its own.
 
     Forked processes share the position in an open file, and have none of the threads of its reader.
-    What the parent opened is kept, because closing it needs these threads.
+    The parent's file stays open in them, because closing it needs these threads.
     """
 
     def __init__(self, open: Callable):

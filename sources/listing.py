@@ -156,8 +156,8 @@ def _listing(
             elif path in images or path in others:
                 omitted[SAME_NAME, ""] += 1
             else:
-                kind = images if is_image(name) and not name.startswith(".") else others
-                kind[path] = stored.get(path, below + name)
+                is_data = is_image(name) and not name.startswith(".")
+                (images if is_data else others)[path] = stored.get(path, below + name)
     return Listing.build(images, others, omitted)
 
 
@@ -203,13 +203,14 @@ def _tree(paths: Iterable[str]) -> dict[str, Entries]:
     """The entries of each folder, "" or "a/b/", of these paths of files."""
     tree = {"": Entries({}, [])}
     for path in paths:
-        *folders, file = path.split("/")
-        below = ""
-        for folder in folders:
-            tree[below].folders[folder] = False
-            below += f"{folder}/"
-            tree.setdefault(below, Entries({}, []))
-        tree[below].files.append(file)
+        folder, slash, file = path.rpartition("/")
+        if folder + slash not in tree:
+            below = ""
+            for name in folder.split("/"):
+                tree[below].folders[name] = False
+                below += f"{name}/"
+                tree.setdefault(below, Entries({}, []))
+        tree[folder + slash].files.append(file)
     return tree
 
 

@@ -45,7 +45,7 @@ def changes(sizes: Sequence[Size], size: int) -> list[str]:
 
     One text for each kind of change, with the number of images: cut, reduced, enlarged.
     """
-    sides = [min(each) for each in sizes]
+    sides = [min(height, width) for height, width in sizes]
     counts = {
         "cut to the central square": sum(height != width for height, width in sizes),
         f"reduced to {size} x {size}": sum(side > size for side in sides),
