@@ -100,7 +100,6 @@ KEYS = {
 }
 
 SPLITS = ("train", "test")
-NO_LABELS = "data.num_classes asks for class labels, which {} does not give ({} split)"
 MEASURED = 64  # images that `Data.measure_channels` looks at
 
 
@@ -272,16 +271,16 @@ class Data:
 
     @property
     def _is_folder(self) -> bool:
-        return self.options.dataset.lower() == "folder"
+        return sources.SOURCES.get(self.options.dataset.lower()) is folder.open_folder
 
     def _find(self) -> Folder | Arrays:
-        """The images at `data.path`, listed once."""
+        """The images at `data.path`, listed at the first call."""
         if self._folder is None:
             self._folder = folder.find(self.options)
         return self._folder
 
     def _open(self, split: str, channels: int) -> Source:
-        """The images of `split`, of as many `channels`; 0: as the data have."""
+        """The images of `split` with so many `channels`; 0: as many as they have."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         name = self.options.dataset
@@ -303,7 +302,10 @@ class Data:
     def _read_classes(self, split: str) -> Classes:
         if split not in self._classes:
             source = self._source(split)
-            message = NO_LABELS.format(self.options.dataset, split)
+            message = (
+                f"data.num_classes asks for class labels, which {self.options.dataset} does not "
+                f"give ({split} split)"
+            )
             if not hasattr(source, "classes"):
                 raise ValueError(message)
             try:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
@@ -60,7 +61,7 @@ class Arrays:
         beside = [name for name in self._names if name not in self.split_names.values()]
         return listing.in_words(Omitted((kind, name) for name in beside))
 
-    def open(self, data, split: str) -> View:
+    def open(self, data: ConfigDict, split: str) -> View:
         """The images of `split`; ValueError where the array is none of images."""
         with _opened(self.path, f"data.path={self.path} cannot be read") as content:
             is_packed = isinstance(content, NpzFile)

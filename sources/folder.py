@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
 from configs.schema import Key, Number, Numbers, Text, whole
@@ -34,7 +35,7 @@ KEYS = {  # for image files of data, and of other keys such as sampling.encode
 }
 
 
-def open_folder(data, split: str) -> Source:
+def open_folder(data: ConfigDict, split: str) -> Source:
     """The images at `data.path`: files of a folder or a zip, or arrays of an .npy or an .npz.
 
     `sources.listing` says which files count, in the order of their names, and `sources.splits`
@@ -62,7 +63,7 @@ open_folder.keys = {
 }
 
 
-def find(data) -> "Folder | Arrays":
+def find(data: ConfigDict) -> "Folder | Arrays":
     """The images at `data.path`, which open either split; raises as `open_folder`."""
     if not data.path:
         kinds = "a folder or .zip of images, .npy or .npz"
@@ -135,7 +136,7 @@ class Folder:
             self._measured = self.files.measure_scale(watch)
         return self._measured
 
-    def open(self, data, split: str) -> View:
+    def open(self, data: ConfigDict, split: str) -> View:
         """The images of `split`.
 
         Raises ValueError where there are too few, or where `data.num_channels` is not that of

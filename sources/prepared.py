@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs.schema import Key, OneOf, Text
 from sources import digests, images, tfrecords
@@ -47,7 +48,11 @@ def stored_label(data: bytes) -> int:
 
 
 def open_prepared(
-    data, split: str, name: str, prepare: Callable[[Picture, int], Picture], test: str = "test"
+    data: ConfigDict,
+    split: str,
+    name: str,
+    prepare: Callable[[Picture, int], Picture],
+    test: str = "test",
 ) -> Source:
     """A data set of tensorflow_datasets, which has to be on disk.
 
@@ -125,7 +130,7 @@ def _builder(name: str, data_dir: str):
     return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
 
 
-def open_lsun(data, split: str) -> Source:
+def open_lsun(data: ConfigDict, split: str) -> Source:
     """The LSUN category `data.category`, cut as published for its size."""
     if data.category not in ("bedroom", "church_outdoor"):
         raise ValueError(f"data.category={data.category!r}; known: bedroom, church_outdoor")

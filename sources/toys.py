@@ -11,6 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
@@ -126,7 +127,7 @@ def _points(toy: str, split: str) -> NDArray[np.uint8]:
     return np.stack(np.unravel_index(flat, p.shape), 1).astype(np.uint8)
 
 
-def open_toy(data, split: str, toy: str) -> Source:
+def open_toy(data: ConfigDict, split: str, toy: str) -> Source:
     """20,000 points of a distribution to train on, 2,000 to test on, (1, 1, 2) each.
 
     Raises ValueError where the config does not have this shape.
