@@ -115,8 +115,8 @@ class Arrays:
 def read_array(key: str, path: Path, channels: int) -> dict[str, Picture]:
     """The images of an .npy or .npz, the value of `key`, by the file's name and their number.
 
-    Raises ValueError where it holds others than uint8 (n, H, W, C) or one (H, W, C), C being
-    `channels` unless that is 0.
+    They are uint8 (n, H, W, C), or one (H, W, C), with as many `channels` unless that is 0; of an
+    .npz its only array or `samples`. Raises ValueError where there are no such images.
     """
     with _opened(path, f"{key}={path} cannot be read") as content:
         if isinstance(content, NpzFile):

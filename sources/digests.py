@@ -47,9 +47,7 @@ def joined(*parts: str | bytes | NDArray[np.uint8]) -> str:
 def of_source(source: Source) -> str:
     """The digest of the images of `source` in their order.
 
-    It is the source's `digest()` if it has one, and for an array that of its bytes (`of_array`).
-    For any other source it covers the number of images and up to 64 of them: a change of another
-    image goes unseen.
+    It is the source's `digest()`, or `of_array`, or else `of_samples`.
     """
     if isinstance(source, View):
         if source.digest_of is not None:
@@ -63,8 +61,8 @@ def of_source(source: Source) -> str:
 
 
 def of_samples(source: Source) -> str:
-    """The digest of the number of images of `source` and of up to 64 of them, decoded."""
-    parts: list[str | bytes] = [str(len(source))]
+    """The digest of the number of images and of up to 64 of them; other changes go unseen."""
+    parts = [str(len(source))]
     for i in np.unique(np.linspace(0, len(source) - 1, SAMPLES).astype(int)).tolist():
         try:
             image = np.ascontiguousarray(source[i])
@@ -76,16 +74,12 @@ def of_samples(source: Source) -> str:
 
 
 def of_array(array: NDArray, whole: bool = False) -> str:
-    """The digest of all bytes of `array` or, above 64 MiB, of 1,024 fixed blocks.
-
-    With `whole` it always covers all bytes.
-    """
-    content, blocks = array.ravel(order="K").view(np.uint8), []
-    if whole or len(content) <= BLOCKS * BLOCK:
-        blocks.append(content)
-    else:
+    """The digest of all bytes of `array` or, above 64 MiB unless `whole`, of 1,024 blocks."""
+    content = array.ravel(order="K").view(np.uint8)
+    blocks = [content]
+    if not whole and len(content) > BLOCKS * BLOCK:
         starts = np.linspace(0, len(content) - BLOCK, BLOCKS).astype(int)
-        blocks += [content[start : start + BLOCK] for start in starts]
+        blocks = [content[start : start + BLOCK] for start in starts]
     return joined(array.dtype.str, str(array.shape), *blocks)
 
 
@@ -104,8 +98,8 @@ def of_zip(path: Path, index: Numbers) -> str:
 def of_entries(archive: zipfile.ZipFile, names: list[str]) -> str:
     """The digest of names, sizes and CRC-32 of entries of a zip, which are in its directory."""
     entries = [archive.getinfo(name) for name in names]
-    sizes, crcs = ([e.file_size for e in entries], [e.CRC for e in entries])
-    return _of_checks(names, np.array(sizes, np.int64), np.array(crcs, np.int64))
+    sizes = np.array([entry.file_size for entry in entries], np.int64)
+    return _of_checks(names, sizes, np.array([entry.CRC for entry in entries], np.int64))
 
 
 def of_files(where: Path, names: list[str], content: bool, limit: int) -> str:

@@ -38,13 +38,10 @@ KEYS = {  # for image files of data, and of other keys such as sampling.encode
 def open_folder(data: ConfigDict, split: str) -> Source:
     """The images at `data.path`: files of a folder or a zip, or arrays of an .npy or an .npz.
 
-    `sources.listing` says which files count, in the order of their names, and `sources.splits`
-    which folders on top, or arrays of an .npz, are the splits; without them about a tenth of the
-    files, or a random tenth of an array, is held out to test on. `data.rules` may name older rules
-    (`sources.rules`). Where `data.num_channels` is 0, a file gives as many as it needs (see
-    `decode_image`), an array those it has. Class labels are those of a `dataset.json`, else the
-    folders below those of the splits (`sources.labels`); of an .npz the array `labels`, or
-    `train_labels` and `test_labels`.
+    See `sources.listing` for which files count, `sources.splits` for what is tested on, and
+    `sources.labels` for class labels; of an .npz they are the array `labels`, or `train_labels` and
+    `test_labels`. With a `data.num_channels` of 0 a file gives as many as it needs (see
+    `decode_image`), an array those it has.
 
     Raises ValueError or OSError where there is nothing to read, or not what it should be.
     """
@@ -137,11 +134,7 @@ class Folder:
         return self._measured
 
     def open(self, data: ConfigDict, split: str) -> View:
-        """The images of `split`.
-
-        Raises ValueError where there are too few, or where `data.num_channels` is not that of
-        files.
-        """
+        """The images of `split`; ValueError for too few, or for channels that no file has."""
         if data.num_channels not in (0, 1, 3):
             raise ValueError(f"data.num_channels must be 1 or 3, not {data.num_channels}")
         if self.split_names:
@@ -210,9 +203,8 @@ def read_images(
     """The images of a file, a folder, a .zip or an array file by their names, in their order.
 
     `key` is the key with the value `name`; `channels` and `scale` are those of `decode_image`, but
-    a scale of () is measured on all images. Files follow the same rules as data, and the log says
-    which are left out. An .npy, or an .npz with one array or `samples`, holds images of any number
-    of channels, uint8 (n, H, W, C) or one (H, W, C).
+    a scale of () is measured on all images. Files follow the rules of data, and the log says which
+    are left out. See `arrays.read_array` for an .npy or .npz.
 
     Raises FileNotFoundError where `name` does not exist, ValueError where an image cannot be read.
     """

@@ -37,8 +37,7 @@ class Identity:
     def read(cls, path: Path, checkpoint: dict) -> Self | None:
         """The identity in the entry `data` of `checkpoint`, from `path`; None without the entry.
 
-        Raises:
-            ValueError: the entry is not an identity.
+        Raises ValueError where the entry is something else.
         """
         entry = checkpoint.get("data")
         if entry is None:
@@ -77,17 +76,13 @@ class Identity:
         return "; ".join(changes)
 
     def new_classes(self, names: Sequence[str]) -> list[str]:
-        """Classes among `names` that a run with this identity does not have.
-
-        [] where the run's classes have no names, or are not read.
-        """
+        """Classes among `names` that the run does not have; [] where its own have no names."""
         return sorted(set(names) - set(self.classes)) if self.classes else []
 
     def renumbered(self, classes: Classes) -> Classes:
         """`classes` with the numbers of this identity's classes; unchanged without names.
 
-        Raises:
-            ValueError: the run does not have a class.
+        Raises ValueError for a class that the run does not have.
         """
         if not self.classes or not classes.names:
             return classes

@@ -36,17 +36,11 @@ Omitted = Counter[tuple[str, str]]  # by (kind, example or ""); "{s}" in a kind 
 
 
 class Listing(NamedTuple):
-    """The image files of a folder or zip.
+    """The image files of a folder or zip."""
 
-    Attributes:
-        files: {name: path as stored}, sorted by name.
-        metadata: name of a `dataset.json` and its path as stored; None without one.
-        omitted: numbers of the other files and folders.
-    """
-
-    files: dict[str, str]
-    metadata: tuple[str, str] | None
-    omitted: Omitted
+    files: dict[str, str]  # {name: path as stored}, sorted by name
+    metadata: tuple[str, str] | None  # name of a `dataset.json` and its path as stored
+    omitted: Omitted  # other files and folders
 
     @classmethod
     def build(cls, images: dict[str, str], others: dict[str, str], omitted: Omitted) -> "Listing":
@@ -60,9 +54,9 @@ class Listing(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Entries of a folder: names of `folders`, with whether each is a link, and of `files`."""
+    """Names of what lies in a folder."""
 
-    folders: dict[str, bool]
+    folders: dict[str, bool]  # True for a link
     files: list[str]
 
 

@@ -1,4 +1,4 @@
-"""Images of 16 bits a channel: their values, the range of these, and conversion to 8 bits.
+"""Images of 16 bits a channel: their values, and conversion to 8 bits.
 
 Few use the whole range: a scanner of 12 bits writes 0 to 4,095. Pillow reads all 16 bits of grey
 images, but only the high bytes of others. These are therefore read twice, the second time as if

@@ -39,14 +39,11 @@ SMALL = 2**24  # bytes of images that one process decodes faster than worker pro
 
 @dataclass(frozen=True)
 class Resident:
-    """Images in memory (n, C, H, W), uint8, their `conditions`, and `names` of classes.
-
-    Indexing gives the images alone.
-    """
+    """Images in memory, (n, C, H, W), uint8, with conditions; indexing gives the images alone."""
 
     images: Tensor
     conditions: Conditions = field(default_factory=Conditions)
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # of classes
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,28 +73,28 @@ class Resident:
         return Batch(self.images, self.conditions).map(lambda rows: rows.index_select(0, index))
 
 
+@dataclass(eq=False)
 class Stream:
     """Images that stay on disk and are decoded when they are indexed.
 
     An image that cannot be read, or has another shape, is replaced by the next one that can be
     used, and is named in a warning; so length and order do not depend on when damage is noticed.
-    `shape` is (C, H, W); `names` are those of the classes, if there are any. `workers` is the
-    number of processes that decode the batches of `in_order` and `shuffled_batches`; with 0 the
-    calling process decodes them.
+
+    Attributes:
+        shape: (C, H, W) of an image.
+        workers: processes that decode the batches of `batches`; 0: the calling one does.
+        conditions, names: conditions of the images, and names of their classes.
+        pinned: batches are in memory that is copied to a GPU while it computes.
+        unreadable: why an image could not be read, by its number, so far.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        shape: tuple[int, int, int],
-        workers: int = 0,
-        conditions: Conditions | None = None,
-        names: tuple[str, ...] = (),
-    ):
-        self.source, self.shape, self.workers = source, shape, workers
-        self.conditions, self.names = conditions or Conditions(), names
-        self.pinned = False
-        self.unreadable: dict[int, str] = {}  # reasons, by number of the image, so far
+    source: Source
+    shape: tuple[int, int, int]
+    workers: int = 0
+    conditions: Conditions = field(default_factory=Conditions)
+    names: tuple[str, ...] = ()
+    pinned: bool = False
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -117,15 +114,12 @@ class Stream:
         return self._accept(self.read(index.tolist()))
 
     def to(self, device: torch.device | str) -> "Stream":
-        """The stream itself, whose batches will be in memory that is copied to `device` async."""
+        """Prepare the batches for `device`; returns the stream itself."""
         self.pinned = torch.device(device).type == "cuda"
         return self
 
     def read(self, index: list[int]) -> tuple[Tensor, list[int], dict[int, str]]:
-        """Images (k, C, H, W), their numbers, and which of `index` were replaced, with the reason.
-
-        The numbers are `index`, except where an image was replaced by another.
-        """
+        """Images (k, C, H, W), their numbers, and why those of `index` that differ are replaced."""
         unreadable: dict[int, str] = {}
         numbers, images = zip(*(self._readable(i, unreadable) for i in index), strict=True)
         return torch.from_numpy(np.stack(images)), list(numbers), unreadable
@@ -173,7 +167,7 @@ class Stream:
                 yield index.tolist()
 
         loader = DataLoader(
-            _Reader(self.source, self.shape),
+            _Reader(self),
             batch_size=None,
             sampler=requests(),
             num_workers=self.workers,
@@ -200,13 +194,10 @@ class Stream:
 
 
 class _Reader:
-    """`Stream.read` for DataLoader; it returns errors, so that they keep type and message.
+    """`Stream.read` for DataLoader; it returns errors, so that they keep type and message."""
 
-    Each worker gets a copy, without the conditions.
-    """
-
-    def __init__(self, source: Source, shape: tuple[int, int, int]):
-        self.stream = Stream(source, shape)
+    def __init__(self, stream: Stream):
+        self.stream = Stream(stream.source, stream.shape)  # workers need no conditions
 
     def __getitem__(self, index: list[int]):
         try:
