@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ import sources
 from configs import keys
 from configs.schema import Key, OneOf, Text, whole
 from sources import digests, folder
+from sources.arrays import Arrays, is_array
 from sources.base import Classes, Source, Unreadable
 from sources.batch import KINDS, Conditions
+from sources.files import Measured
+from sources.folder import Folder
 from sources.identity import Identity
 from sources.keyed import keyed_generator, keyed_seed
 from sources.preparation import to_unit_interval
-from sources.sixteen_bits import Measured
 from sources.sizes import made_of
 from sources.stream import (
     MAX_NAMED,
@@ -34,7 +37,7 @@ from sources.stream import (
     Resident,
     Stream,
     batch_at,
-    decoded,
+    decode,
     in_order,
     processors,
     shuffled_batches,
@@ -97,7 +100,6 @@ KEYS = {
 }
 
 SPLITS = ("train", "test")
-NO_LABELS = "data.num_classes asks for class labels, which {} does not give ({} split)"
 MEASURED = 64  # images that `Data.measure_channels` looks at
 
 
@@ -108,21 +110,25 @@ class DataChanged(ValueError):
 class Data:
     """The data that `options`, a config's `data`, name; each split is opened when it is needed.
 
-    A run continues on the data it began with, whose identity is `stored`. Other data are refused
-    or, with `data.changed='allow'`, accepted and logged by `close`; classes keep the numbers that
-    the run gave their names. Of several processes the main one compares.
+    One object serves all of a start, which lists a folder once; values that `options` leave open
+    are measured, and may be filled in later. A run continues on the data it began with, whose
+    identity is `stored`. Other data are refused or, with `data.changed='allow'`, accepted and
+    logged by `close`; classes keep the numbers that the run gave their names. Of several processes
+    the main one compares.
 
-    Methods that read raise ValueError where data are refused or malformed, and OSError where they
-    are missing; see `get_dataset`.
+    All that reads raises ValueError where data are refused or malformed, and OSError where they are
+    missing; see `get_dataset`.
     """
 
     def __init__(self, options: ConfigDict, stored: Identity | None = None):
         self.options, self.stored = options, stored
+        self._folder: Folder | Arrays | None = None
         self._sources: dict[str, Source] = {}
         self._classes: dict[str, Classes] = {}
         self._rows: dict[str, dict[str, Tensor]] = {}  # the named conditions of a split
-        self._lines: list[str] | None = None  # None: not compared yet
-        self._waits = True  # the lines, for `close`: by then a run has opened its log
+        self._channels = 0  # 0: not measured yet
+        self._is_compared = self._is_closed = False
+        self._warnings: list[str] = []  # for `close`: by then a run has opened its log
 
     @property
     def name(self) -> str:
@@ -133,18 +139,29 @@ class Data:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        options = self._complete_options
-        return options.num_channels, options.image_size, options.image_size
+        channels = self.options.num_channels or self.measure_channels()
+        return channels, self.options.image_size, self.options.image_size
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the run's classes in the order of their numbers, where it has any."""
         return self.stored.classes if self.stored else ()
 
+    @property
+    def condition_names(self) -> list[str]:
+        """Names of the conditions besides class labels, from `data.conditions`."""
+        return [name.strip() for name in self.options.conditions.split(",") if name.strip()]
+
+    @property
+    def takes_scale(self) -> bool:
+        """True where `data.scale` has an effect: the data are image files."""
+        path = self.options.path if self._is_folder else ""
+        return bool(path) and not is_array(Path(path))
+
     def get(self, split: str, labels: bool = True) -> DataSet:
         """The images of `split`, with conditions as of `get_dataset`."""
         self._compare()
-        data, source = self._complete_options, self._source(split)
+        data, source = self.options, self._source(split)
         workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, processors())
         conditions = self.conditions(split, labels)
         names = self._numbered(split).names if "class_labels" in conditions else ()
@@ -156,7 +173,7 @@ class Data:
             return stream
         if size <= SMALL:
             stream.workers = 0
-        return decoded(stream)
+        return decode(stream)
 
     def conditions(self, split: str, labels: bool = True) -> Conditions:
         """Conditions of each image of `split`; no image is decoded.
@@ -186,16 +203,23 @@ class Data:
             return Conditions(rows | labelled)
         return Conditions(rows)
 
-    @property
-    def condition_names(self) -> list[str]:
-        """Names of the conditions besides class labels, from `data.conditions`."""
-        return [name.strip() for name in self.options.conditions.split(",") if name.strip()]
-
     def labels(self, split: str) -> Tensor:
         """Class labels (n,), int64, of a split; no image is decoded."""
         self._compare()
         labels = torch.from_numpy(self._numbered(split).labels)
         return labels[labels >= 0]
+
+    def close(self) -> None:
+        """Release what was opened, and log once how the data differ from those of the run.
+
+        Data that are first compared after it have this logged at once.
+        """
+        self._folder = None
+        self._sources.clear()  # they may hold as much memory as the images
+        self._is_closed = True
+        self._warn()
+
+    # --- identity ---------------------------------------------------------------------------------
 
     @functools.cached_property
     def identity(self) -> Identity:
@@ -215,23 +239,10 @@ class Data:
         """Identity that the run stores: that of these data, with the class numbers of the run."""
         return replace(self.identity, classes=self.class_names or self.identity.classes)
 
-    def close(self) -> None:
-        """Release the opened sources, and log once how the data differ from those of the run.
-
-        Data that are first compared after it have this logged at once.
-        """
-        self._sources.clear()  # they may hold as much memory as the images
-        self._waits = False
-        self._say()
-
-    def _say(self) -> None:
-        while self._lines:
-            log.warning(self._lines.pop(0))
-
     def _compare(self) -> None:
-        if self.stored is None or self._lines is not None or not distributed.is_main():
+        if self.stored is None or self._is_compared or not distributed.is_main():
             return
-        changes, lines = self.stored.changes(self.identity), []
+        changes = self.stored.changes(self.identity)
         if changes and self.options.changed != "allow":
             new = self.stored.new_classes(self.identity.classes)  # which have no number
             allow = "" if new else ", or go on with these: --config.data.changed=allow"
@@ -240,30 +251,67 @@ class Data:
                 f"workdir{allow}"
             )
         if changes:
-            lines.append(f"the data are not those of the run ({changes}): data.changed='allow'")
+            self._warnings.append(
+                f"the data are not those of the run ({changes}): data.changed='allow'"
+            )
         if not self.stored.comparable(self.identity):
-            lines.append(
+            self._warnings.append(
                 "the contents of the data are not compared with those of the run, whose digest is "
                 f"{self.stored.digest.partition(':')[0]!r} (data.digest)"
             )
-        self._lines = lines
-        if not self._waits:
-            self._say()
+        self._is_compared = True
+        if self._is_closed:
+            self._warn()
 
-    @functools.cached_property
-    def _complete_options(self) -> ConfigDict:
-        if self.options.num_channels:
-            return self.options
-        return _with_channels(self.options, self.measure_channels())
+    def _warn(self) -> None:
+        while self._warnings:
+            log.warning(self._warnings.pop(0))
+
+    # --- sources and classes ----------------------------------------------------------------------
+
+    @property
+    def _is_folder(self) -> bool:
+        return sources.SOURCES.get(self.options.dataset.lower()) is folder.open_folder
+
+    def _find(self) -> Folder | Arrays:
+        """The images at `data.path`, listed at the first call."""
+        if self._folder is None:
+            self._folder = folder.find(self.options)
+        return self._folder
+
+    def _open(self, split: str, channels: int) -> Source:
+        """The images of `split` with so many `channels`; 0: as many as they have."""
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        name = self.options.dataset
+        open_split = keys.named(sources.SOURCES, "data.dataset", name)
+        if self._is_folder:
+            open_split = self._find().open
+        options = self.options.copy_and_resolve_references()
+        options.num_channels = channels
+        source = open_split(options, split)
+        if not len(source):
+            raise ValueError(f"{name} holds no images for the split {split}")
+        return source
 
     def _source(self, split: str) -> Source:
         if split not in self._sources:
-            self._sources[split] = _source(self._complete_options, split)
+            self._sources[split] = self._open(split, self.shape[0])
         return self._sources[split]
 
     def _read_classes(self, split: str) -> Classes:
         if split not in self._classes:
-            self._classes[split] = _classes(self._source(split), self.options, split)
+            source = self._source(split)
+            message = (
+                f"data.num_classes asks for class labels, which {self.options.dataset} does not "
+                f"give ({split} split)"
+            )
+            if not hasattr(source, "classes"):
+                raise ValueError(message)
+            try:
+                self._classes[split] = source.classes()
+            except ValueError as error:
+                raise ValueError(f"{message}: {error}") from error
         return self._classes[split]
 
     def _numbered(self, split: str) -> Classes:
@@ -280,68 +328,64 @@ class Data:
             )
         return classes
 
+    # --- measured values --------------------------------------------------------------------------
+
     def measure_channels(self) -> int:
         """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
 
         The images are spread over the split; grey ones have R = G = B in every pixel. Arrays keep
-        the channels they are stored with. Raises ValueError and OSError as `get_dataset`.
+        the channels they are stored with.
         """
-        source = _source(_with_channels(self.options, 0), "train")
-        channels, last = [], None
-        for i in np.linspace(0, len(source) - 1, min(len(source), MEASURED)).astype(int).tolist():
+        if self._channels:
+            return self._channels
+        source, error = self._open("train", 0), None
+        number = min(len(source), MEASURED)
+        for i in np.linspace(0, len(source) - 1, number).astype(int).tolist():
             try:
-                channels.append(source[i].shape[2])
-            except Unreadable as error:
-                last = error
-        if not channels:
-            tried = min(len(source), MEASURED)
-            raise ValueError(f"none of {tried} images can be used; the last: {last}")
-        return max(channels)
+                self._channels = max(self._channels, source[i].shape[2])
+            except Unreadable as unreadable:
+                error = unreadable
+        if not self._channels:
+            raise ValueError(f"none of {number} images can be used; the last: {error}")
+        return self._channels
 
     def measure_scale(self) -> Measured:
-        """The `data.scale` of 16-bit images of either split; see `sixteen_bits`.
-
-        () where there are none, or no image files. Raises ValueError and OSError as `get_dataset`.
-        """
+        """The `data.scale` of 16-bit images of either split; () where there are no such files."""
+        if not (self.takes_scale and Path(self.options.path).expanduser().exists()):
+            return Measured(())
         options = {"delay": 1, "disable": not distributed.is_main()}
         watch = partial(tqdm, desc="range of 16-bit images", unit="image", **options)
-        return folder.measure_scale(self.options, watch)
+        return self._find().measure_scale(watch)
 
     def measure_classes(self) -> int:
-        """Number of classes of the training images: of the named ones, or as many as labels need.
-
-        Raises ValueError and OSError as `get_dataset`.
-        """
+        """Number of classes of the training images: with names, or as many as labels need."""
         classes = self._read_classes("train")
         return max(len(classes.names), int(classes.labels.max()) + 1)
 
-    @property
-    def takes_scale(self) -> bool:
-        """True where `data.scale` has an effect: the data are image files."""
-        named_folder = self.options.dataset.lower() == "folder"
-        return named_folder and folder.names_files(self.options.path)
+    # --- the log ----------------------------------------------------------------------------------
 
     def describe(self, train: DataSet, test: DataSet, changed: str = "") -> str:
         """One line for the log: where the data of a run are, and how images are made from them.
 
         `changed` says how a training step changes the images.
         """
-        data, held_out, left_out = self.options, "", ""
+        data, name, sizes, omitted = self.options, self.options.dataset.lower(), "", ""
         channels, height, width = train[:1].shape[1:]
-        name, sizes = data.dataset.lower(), ""
-        if name == "folder":
-            name, (given, left_out) = str(data.path), folder.account(data)
-            sizes = made_of(_source(data, "train"), data.image_size)
-            by_name = folder.names_files(data.path) and data.rules != 1
-            share = "a tenth is held out by names" if by_name else "a random tenth is held out"
-            held_out = " ({train} and {test})".format(**given) if given else f" ({share})"
+        held_out = "a random tenth is held out"
+        if self._is_folder:
+            name, found = str(data.path), self._find()
+            sizes, omitted = made_of(self._source("train"), data.image_size), found.omitted
+            if found.split_names:
+                held_out = "{train} and {test}".format(**found.split_names)
+            elif self.takes_scale and data.rules != 1:
+                held_out = "a tenth is held out by names"
         return (
             f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on"
-            f"{held_out}, {height} x {width}, {channels} channel{'s' * (channels > 1)}, "
-            f"{changed}"
+            + (f" ({held_out})" if self._is_folder else "")
+            + f", {height} x {width}, {channels} channel{'s' * (channels > 1)}, {changed}"
             + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
             + (f"; {sizes}" if sizes else "")
-            + (f"; left out: {left_out}" if left_out else "")
+            + (f"; left out: {omitted}" if omitted else "")
         )
 
 
@@ -368,33 +412,8 @@ def mean_norm(data: DataSet, encode: Callable[[Tensor], Tensor]) -> float:
     return total / len(data)
 
 
-def _classes(source: Source, data, split: str) -> Classes:
-    try:
-        classes = source.classes() if hasattr(source, "classes") else None
-    except ValueError as error:
-        raise ValueError(f"{NO_LABELS.format(data.dataset, split)}: {error}") from error
-    if classes is None:
-        raise ValueError(f"{NO_LABELS.format(data.dataset, split)}")
-    return classes
-
-
 def _named(names: tuple[str, ...]) -> str:
     if names == tuple(map(str, range(len(names)))):
         return ""
     named = ", ".join(f"{k} {name:.30}" for k, name in enumerate(names[:MAX_NAMED]))
     return f" ({named}{', ...' if len(names) > MAX_NAMED else ''})" if names else ""
-
-
-def _source(data, split: str) -> Source:
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    source = keys.named(sources.SOURCES, "data.dataset", data.dataset)(data, split)
-    if not len(source):
-        raise ValueError(f"{data.dataset} holds no images for the split {split}")
-    return source
-
-
-def _with_channels(data, channels: int):
-    data = data.copy_and_resolve_references()
-    data.num_channels = channels
-    return data

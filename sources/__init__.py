@@ -12,7 +12,7 @@ A new kind of data is a function `(data, split) -> Source` and an entry here: `d
 from collections.abc import Callable
 from functools import partial
 
-from sources import digits, folder, images, prepared, stylegan, toys
+from sources import digits, folder, images, prepared, rules, stylegan, toys
 from sources.base import Source
 
 _prepared = prepared.open_prepared
@@ -32,4 +32,4 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 # Newest rules on which files are data (`data.rules`), for data sets that have had older ones.
-NEWEST_RULES = {"folder": folder.NEWEST}
+NEWEST_RULES = {"folder": rules.NEWEST}

@@ -63,8 +63,8 @@ def draw_parameters(
     turn, axis = (math.pi * (2 * uniform[:, 2:] - 1)).T
     scale, ratio, right, down = normal.T
     a, b, c, d, e = (torch.rand(number, 5, **draw) < probability).float().T
-    others = (a * flip_y, b * scale, c * turn, d * axis, d * ratio, e * right, e * down)
-    return torch.stack([flip_x, *others], 1)
+    masked = (a * flip_y, b * scale, c * turn, d * axis, d * ratio, e * right, e * down)
+    return torch.stack([flip_x, *masked], 1)
 
 
 def labels_of(parameters: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ def _rotation(angle: Tensor) -> Tensor:
 def _filtered(x: Tensor, half: tuple[float, ...], step: int = 1) -> Tensor:
     """Every `step`-th pixel of `x` (B, C, n, n) under a filter, without the edges it sticks out of.
 
-    `half` of its symmetric taps are given, from the centre outwards. The taps are numbers, since a
-    tensor of them would have to be copied to the device, which waits.
+    `half` holds its symmetric taps from the centre outwards. They are numbers, since a tensor of
+    them would have to be copied to the device, which waits.
     """
     taps = [*half[:0:-1], *half]
     for _ in range(2):

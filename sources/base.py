@@ -1,4 +1,4 @@
-"""Common parts of all data sets: the protocol of a source, and classes to build one."""
+"""The protocol of a source of images, and classes to build one."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Unreadable(ValueError):
 class Classes:
     """The class `labels` (n,) of n images, numbered from 0, and the `names` of the classes, if any.
 
-    -1 stands for that of a record which is damaged, whose image cannot be read either.
+    The label of a damaged record, whose image cannot be read either, is -1.
     """
 
     labels: NDArray[np.int64]
@@ -45,10 +45,10 @@ class Source(Protocol):
 
 
 class PerProcess:
-    """Result of `open()`, called once in each process; a sequence if the result is one.
+    """An open file or sequence, which each process gets by a call of `open()` of its own.
 
     Forked processes share the position in an open file, and have none of the threads of its reader.
-    What the parent opened is kept, because closing it needs these threads.
+    The parent's file stays open in them, because closing it needs these threads.
     """
 
     def __init__(self, open: Callable):
@@ -84,6 +84,10 @@ class View:
     classes_of_all: Callable[[], Classes] | None = None
     digest_of: Callable[[NDArray[np.int64]], str] | None = None
 
+    def __getstate__(self) -> dict:
+        """The images alone, which are all that a worker process reads."""
+        return self.__dict__ | {"classes_of_all": None, "digest_of": None}
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -96,18 +100,3 @@ class View:
             raise ValueError("it has none")
         all_classes = self.classes_of_all()
         return Classes(all_classes.labels[self.index], all_classes.names)
-
-
-def held_out(n: int, split: str) -> NDArray[np.int64]:
-    """Indices of `split` where nobody has split n images: "test" is a fixed random tenth.
-
-    Raises ValueError where there are fewer than two.
-    """
-    if n < 2:
-        raise ValueError(
-            f"{n} image(s) cannot be split into data to train and to test on: add images, or make "
-            "the splits yourself, train and test, which may hold the same image"
-        )
-    order = np.random.RandomState(0).permutation(n)
-    tenth = max(1, round(n / 10))
-    return order[tenth:] if split == "train" else order[:tenth]

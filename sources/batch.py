@@ -32,7 +32,7 @@ class Rows:
         return self.map(lambda rows: rows.to(device, non_blocking=non_blocking))
 
     def split(self, size: int) -> list[Self]:
-        """Consecutive pieces of `size` rows, and a last one of what is left."""
+        """Consecutive pieces of `size` rows; the last one may be smaller."""
         return [self[i : i + size] for i in range(0, len(self), size)]
 
     def shard(self, k: int, n: int) -> Self:
@@ -44,15 +44,10 @@ class Rows:
 
 
 class Kind(NamedTuple):
-    """A kind of condition.
+    """A kind of condition."""
 
-    Attributes:
-        none: value of the entries of a row without a condition.
-        drops: `training.label_dropout` drops rows, so that the network also learns without them.
-    """
-
-    none: float
-    drops: bool = True
+    none: float  # value of the entries of a row without a condition
+    drops: bool = True  # `training.label_dropout` drops rows, to learn without them too
 
 
 # The name under which a network takes a condition -> its kind.

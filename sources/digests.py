@@ -11,7 +11,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +47,7 @@ def joined(*parts: str | bytes | NDArray[np.uint8]) -> str:
 def of_source(source: Source) -> str:
     """The digest of the images of `source` in their order.
 
-    It is the source's `digest()` if it has one, and for an array that of its bytes (`of_array`).
-    For any other source it covers the number of images and up to 64 of them: a change of another
-    image goes unseen.
+    It is the source's `digest()`, or `of_array`, or else `of_samples`.
     """
     if isinstance(source, View):
         if source.digest_of is not None:
@@ -64,8 +61,8 @@ def of_source(source: Source) -> str:
 
 
 def of_samples(source: Source) -> str:
-    """The digest of the number of images of `source` and of up to 64 of them, decoded."""
-    parts: list[str | bytes] = [str(len(source))]
+    """The digest of the number of images and of up to 64 of them; other changes go unseen."""
+    parts = [str(len(source))]
     for i in np.unique(np.linspace(0, len(source) - 1, SAMPLES).astype(int)).tolist():
         try:
             image = np.ascontiguousarray(source[i])
@@ -77,16 +74,12 @@ def of_samples(source: Source) -> str:
 
 
 def of_array(array: NDArray, whole: bool = False) -> str:
-    """The digest of all bytes of `array` or, above 64 MiB, of 1,024 fixed blocks.
-
-    With `whole` it always covers all bytes.
-    """
-    content, blocks = array.ravel(order="K").view(np.uint8), []
-    if whole or len(content) <= BLOCKS * BLOCK:
-        blocks.append(content)
-    else:
+    """The digest of all bytes of `array` or, above 64 MiB unless `whole`, of 1,024 blocks."""
+    content = array.ravel(order="K").view(np.uint8)
+    blocks = [content]
+    if not whole and len(content) > BLOCKS * BLOCK:
         starts = np.linspace(0, len(content) - BLOCK, BLOCKS).astype(int)
-        blocks += [content[start : start + BLOCK] for start in starts]
+        blocks = [content[start : start + BLOCK] for start in starts]
     return joined(array.dtype.str, str(array.shape), *blocks)
 
 
@@ -99,68 +92,60 @@ def of_zip(path: Path, index: Numbers) -> str:
     """The digest of the images `index` of arrays in a zip file, by the CRCs in its directory."""
     with zipfile.ZipFile(path) as archive:
         entries = sorted((e.filename, e.file_size, e.CRC) for e in archive.infolist())
-    return joined(*(f"{name}\0{size}\0{crc}" for name, size, crc in entries), index.tobytes())
+    return of_words([f"{name}\0{size}\0{crc}" for name, size, crc in entries], index)
 
 
-def of_files(
-    where: Path,
-    archive: PerProcess | None,
-    names: list[str],
-    beside: Sequence[str],
-    content: bool,
-    index: Numbers,
-) -> str:
-    """The digest of the files number `index` of `names`, and of the files `beside` them.
+def of_entries(archive: zipfile.ZipFile, names: list[str]) -> str:
+    """The digest of names, sizes and CRC-32 of entries of a zip, which are in its directory."""
+    entries = [archive.getinfo(name) for name in names]
+    sizes = np.array([entry.file_size for entry in entries], np.int64)
+    return _of_checks(names, sizes, np.array([entry.CRC for entry in entries], np.int64))
 
-    It covers their names, sizes and CRC-32. These come from the directory of `archive`, if there is
-    one, else from the files below the folder `where`, whose checksums are cached by size and time
-    (see `_checks`). Without `content` files are not read, and only names and sizes count.
+
+def of_files(where: Path, names: list[str], content: bool, limit: int) -> str:
+    """The digest of names, sizes and CRC-32 of the files `names` below `where`.
+
+    Without `content` no file is read, and only names and sizes count. Checksums of files with
+    unchanged size and times come from a cache, which is emptied when it has `limit` entries. What
+    is no file, or cannot be read, has the size -1.
     """
-    all_names = [*(names[i] for i in index), *beside]
-    if archive is not None:
-        entries = [archive().getinfo(name) for name in all_names]
-        sizes = np.array([entry.file_size for entry in entries], np.int64)
-        crcs = np.array([entry.CRC for entry in entries], np.int64)
-    else:
-        sizes, crcs = _checks(where, all_names, content, 4 * len(names))
-    words = unicodedata.normalize("NFC", "\0".join(all_names))
+    stats = [_stat(f"{where}/{name}") for name in names]
+    sizes = np.array([-1 if s is None else s.st_size for s in stats], np.int64)
+    crcs = np.zeros(len(names), np.int64)
+    if content:
+        crcs = _cached_crcs(where, names, stats, limit)
+        sizes[crcs < 0] = -1
+    return _of_checks(names, sizes, crcs.clip(0))
+
+
+def _of_checks(names: list[str], sizes: Numbers, crcs: Numbers) -> str:
+    words = unicodedata.normalize("NFC", "\0".join(names))
     return joined(words, sizes.tobytes(), crcs.tobytes())
 
 
 # --- files of a folder ----------------------------------------------------------------------------
 
 
-def _checks(where: Path, names: list[str], content: bool, most: int) -> tuple[Numbers, Numbers]:
-    """Size and CRC-32 (n,) of the n files `names` below `where`; 0 for a CRC that is not computed.
-
-    Checksums of files with unchanged size and times come from a cache, which is emptied when it has
-    `most` entries. What is no file, or cannot be read, has the size -1.
-    """
-    stats = [_stat(f"{where}/{name}") for name in names]
-    sizes = np.array([-1 if s is None else s.st_size for s in stats], np.int64)
-    crcs = np.zeros(len(names), np.int64)
-    if not content:
-        return sizes, crcs
-    cache, path = _read_cache(where), _cache_path(where)
+def _cached_crcs(
+    where: Path, names: list[str], stats: list[os.stat_result | None], limit: int
+) -> Numbers:
+    """CRC-32 of each file, from the cache where it has them; -1 where one cannot be read."""
+    cache = _read_cache(where)
     keys = np.frombuffer(b"".join(map(_key, names, stats)), np.int64)
     at = np.searchsorted(cache[:, 0], keys).clip(max=len(cache) - 1)
-    hit = cache[at, 0] == keys
-    crcs[hit] = cache[at[hit], 1]
-    missing, now = np.flatnonzero(~hit & (sizes >= 0)), time.time_ns()
-    amount, entries = sizes[missing].sum(), []
+    crcs = np.where(cache[at, 0] == keys, cache[at, 1], -1)
+    missing = [i for i in np.flatnonzero(crcs < 0) if stats[i]]
+    amount, now, entries = sum(stats[i].st_size for i in missing), time.time_ns(), []
     try:
         for i, crc in zip(missing, _crcs(where, [names[i] for i in missing]), strict=True):
-            if crc is None:
-                sizes[i] = -1
-                continue
             crcs[i] = crc
-            if now - max(stats[i].st_mtime_ns, stats[i].st_ctime_ns) > FRESH:
+            if crc >= 0 and now - max(stats[i].st_mtime_ns, stats[i].st_ctime_ns) > FRESH:
                 entries.append((keys[i], crc))
     finally:  # also where an interrupt ends the reading of many files
         if entries and (len(missing) >= MANY or amount >= MUCH):
-            old = cache if len(cache) < most else cache[:1]  # drops stale entries
-            _write_cache(path, np.concatenate([old, entries]))
-    return sizes, crcs
+            old = cache if len(cache) < limit else cache[:1]  # drops stale entries
+            _write_cache(where, np.concatenate([old, entries]))
+    return crcs
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -178,18 +163,18 @@ def _key(name: str, status: os.stat_result | None) -> bytes:
     return hashlib.blake2b(words.encode(errors="surrogatepass"), digest_size=KEY).digest()
 
 
-def _crcs(where: Path, names: list[str]) -> Iterator[int | None]:
-    """CRC-32 of each file, in order; None for a file that cannot be read."""
-    interval = 0.2 if sys.stderr.isatty() else 10
+def _crcs(where: Path, names: list[str]) -> Iterator[int]:
+    """CRC-32 of each file, in order; -1 for a file that cannot be read."""
     if not names:
         return
     chunks = [names[i : i + CHUNK] for i in range(0, len(names), CHUNK)]
+    interval = 0.2 if sys.stderr.isatty() else 10
     with (
         ThreadPoolExecutor(THREADS) as pool,
         tqdm(total=len(names), desc="digest", unit="file", delay=1, mininterval=interval) as bar,
     ):
         try:
-            for crcs in pool.map(partial(_crcs_of, where), chunks):
+            for crcs in pool.map(lambda chunk: [_crc(f"{where}/{name}") for name in chunk], chunks):
                 bar.update(len(crcs))
                 yield from crcs
         except BaseException:
@@ -197,18 +182,14 @@ def _crcs(where: Path, names: list[str]) -> Iterator[int | None]:
             raise
 
 
-def _crcs_of(where: Path, names: list[str]) -> list[int | None]:
-    return [_crc(f"{where}/{name}") for name in names]
-
-
-def _crc(path: str) -> int | None:
+def _crc(path: str) -> int:
     crc, rest = 0, LARGEST
     try:
         with open(path, "rb", buffering=0) as file:
             while piece := file.read(min(PIECE, rest)):
                 crc, rest = zlib.crc32(piece, crc), rest - len(piece)
     except OSError:  # as in `_stat`
-        return None
+        return -1
     return crc
 
 
@@ -219,26 +200,23 @@ def _cache_path(where: Path) -> Path:
 
 def _read_cache(where: Path) -> Numbers:
     """Keys and CRC-32 (n, 2) by rising keys; the row (0, 0) for a missing or damaged cache."""
-    path, empty = _cache_path(where), np.zeros((1, 2), np.int64)
+    path = _cache_path(where)
     try:
-        if not path.is_file():
-            return empty
-        cache = np.load(path, allow_pickle=False)
-        if cache.dtype != np.int64 or cache.ndim != 2 or cache.shape[1] != 2 or not len(cache):
-            raise ValueError(f"it is {cache.dtype} {cache.shape}")
+        if path.is_file():
+            return np.load(path, allow_pickle=False).reshape(-1, 2)
     except (OSError, ValueError, EOFError) as error:
         log.warning(f"{path} is not used: {one_line(error)}")
-        return empty
-    return cache
+    return np.zeros((1, 2), np.int64)
 
 
-def _write_cache(path: Path, cache: Numbers) -> None:
-    mine = path.with_suffix(f".{os.getpid()}.npy")  # runs on the same data may start together
+def _write_cache(where: Path, cache: Numbers) -> None:
+    path = _cache_path(where)
+    own_path = path.with_suffix(f".{os.getpid()}.npy")  # runs on the same data may start together
     try:
         if not path.is_absolute():
             raise FileNotFoundError("there is no home folder")
-        with atomic_write(mine) as file:
+        with atomic_write(own_path) as file:
             np.save(file, cache[np.argsort(cache[:, 0], kind="stable")])
-        mine.replace(path)
+        own_path.replace(path)
     except OSError as error:
         log.warning(f"the checksums of the data are not kept for the next start: {error}")

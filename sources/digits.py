@@ -3,11 +3,13 @@
 from functools import cache
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from sources.base import Classes, Source, View, held_out
+from sources.base import Classes, Source, View
+from sources.splits import held_out
 
 
-def open_digits(data, split: str) -> Source:
+def open_digits(data: ConfigDict, split: str) -> Source:
     """1,797 images, 8 x 8 grey: 1,617 to train, 180 to test on. The class of a digit is itself."""
     images = np.round(_digits().images * (255 / 16)).astype(np.uint8)[..., None]
     return View(images, np.asarray, held_out(len(images), split), _classes)

@@ -20,11 +20,12 @@ MAX_SHOWN = 5  # classes that a message names
 
 @dataclass(frozen=True)
 class Identity:
-    """Identity of data: numbers of images, names of classes, and a digest.
+    """Identity of data.
 
-    `train` and `test` are the numbers of images of the splits. `classes` are names by class number,
-    empty where no classes are read or they have no names. The `digest` begins with its kind, one of
-    `KINDS`.
+    Attributes:
+        train, test: numbers of images of the splits.
+        classes: names by class number; empty where no classes are read or they have no names.
+        digest: its kind, one of `KINDS`, a colon, and a SHA-256.
     """
 
     train: int
@@ -36,8 +37,7 @@ class Identity:
     def read(cls, path: Path, checkpoint: dict) -> Self | None:
         """The identity in the entry `data` of `checkpoint`, from `path`; None without the entry.
 
-        Raises:
-            ValueError: the entry is not an identity.
+        Raises ValueError where the entry is something else.
         """
         entry = checkpoint.get("data")
         if entry is None:
@@ -63,48 +63,43 @@ class Identity:
         numbers = (self.train, self.test), (now.train, now.test)
         if numbers[0] == numbers[1] and self.digest == now.digest:
             return ""
-        words = []
+        changes = []
         if numbers[0] != numbers[1]:
             then, today = (f"{train:,} to train and {test:,} to test on" for train, test in numbers)
-            words.append(f"{then} then, {today} now")
-        gone = sorted(set(self.classes) - set(now.classes))
-        if gone:
-            words.append(f"gone: {_classes(gone)}")
+            changes.append(f"{then} then, {today} now")
+        if missing := sorted(set(self.classes) - set(now.classes)):
+            changes.append(f"gone: {_named(missing)}")
         if new := self.new_classes(now.classes):
-            words.append(f"new: {_classes(new)}")
-        if not words and self.comparable(now):
-            words.append("as many images as then, but other contents or names of files")
-        return "; ".join(words)
+            changes.append(f"new: {_named(new)}")
+        if not changes and self.comparable(now):
+            changes.append("as many images as then, but other contents or names of files")
+        return "; ".join(changes)
 
     def new_classes(self, names: Sequence[str]) -> list[str]:
-        """Classes among `names` that a run with this identity does not have.
-
-        [] where the run's classes have no names, or are not read.
-        """
+        """Classes among `names` that the run does not have; [] where its own have no names."""
         return sorted(set(names) - set(self.classes)) if self.classes else []
 
     def renumbered(self, classes: Classes) -> Classes:
         """`classes` with the numbers of this identity's classes; unchanged without names.
 
-        Raises:
-            ValueError: the run does not have a class.
+        Raises ValueError for a class that the run does not have.
         """
         if not self.classes or not classes.names:
             return classes
         if new := self.new_classes(classes.names):
             raise ValueError(
-                f"the network of this run has no number for the {_classes(new)}: take away its "
-                f"images, or start a new workdir; the run has the {_classes(self.classes)}"
+                f"the network of this run has no number for the {_named(new)}: take away its "
+                f"images, or start a new workdir; the run has the {_named(self.classes)}"
             )
         numbers = {name: number for number, name in enumerate(self.classes)}
         table = np.array([*(numbers[name] for name in classes.names), -1], np.int64)
         return Classes(table[classes.labels], self.classes)  # -1 of a damaged record stays
 
 
-def _classes(names: Sequence[str]) -> str:
-    words = ", ".join(shown(name) for name in names[:MAX_SHOWN])
-    more = f" and {len(names) - MAX_SHOWN:,} more" if len(names) > MAX_SHOWN else ""
-    return f"{'classes' if len(names) > 1 else 'class'} {words}{more}"
+def _named(classes: Sequence[str]) -> str:
+    names = ", ".join(shown(name) for name in classes[:MAX_SHOWN])
+    more = f" and {len(classes) - MAX_SHOWN:,} more" if len(classes) > MAX_SHOWN else ""
+    return f"{'classes' if len(classes) > 1 else 'class'} {names}{more}"
 
 
 def _are_names(names: Sequence[Any]) -> bool:

@@ -3,10 +3,10 @@
 import io
 import warnings
 from functools import partial
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sources import sixteen_bits
 from sources.base import Picture
@@ -15,6 +15,16 @@ from sources.sixteen_bits import Range
 Filter = Image.Resampling
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # as Pillow names them
+SWAPPED = (5, 6, 7, 8)  # values of EXIF's orientation where height and width are swapped
+
+Size = tuple[int, int]  # height and width
+
+
+class Header(NamedTuple):
+    """An image's `size`, upright as EXIF says, and whether it `may_have_16_bits` a channel."""
+
+    size: Size
+    may_have_16_bits: bool
 
 
 def resize(image: Picture, height: int, width: int, kernel: Filter = Filter.BILINEAR) -> Picture:
@@ -72,6 +82,16 @@ def open_image(file: IO[bytes]) -> Image.Image:
             raise ValueError(f"{kinds}: save it as PNG") from error
 
 
+def read_header(file: IO[bytes]) -> Header:
+    """The header of an image file, of which no pixels are read; raises as `open_image`."""
+    image = open_image(file)
+    width, height = image.size
+    # a PNG may have its EXIF after the pixels
+    swapped = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation) in SWAPPED
+    size = (width, height) if swapped else (height, width)
+    return Header(size, sixteen_bits.may_have_16_bits(image))
+
+
 def decode_image(data: bytes, channels: int, scale: Range | tuple[()] = ()) -> Picture:
     """The pixels of a file of `FORMATS`, uint8 (H, W, C), upright as EXIF says.
 
@@ -95,13 +115,13 @@ def decode_image(data: bytes, channels: int, scale: Range | tuple[()] = ()) -> P
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def extent_of_16_bits(data: bytes) -> tuple[int, int] | None:
-    """Smallest and largest value of the file of a 16-bit image; None where it has 8 bits.
+def extent_of_16_bits(data: bytes) -> tuple[int, int]:
+    """Smallest and largest value of the file of a 16-bit image; (0, 0) where it has 8 bits.
 
     Raises as `decode_image`.
     """
     deep = sixteen_bits.read(partial(_opened, data))
-    return deep.extent() if deep else None
+    return deep.extent() if deep else (0, 0)
 
 
 def _opened(data: bytes) -> Image.Image:

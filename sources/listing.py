@@ -1,4 +1,4 @@
-"""Listing of a folder or zip: the image files that are data, and the files left out.
+"""Listing of a folder or zip: the image files that are data, and the files that are omitted.
 
 Names are paths below the folder or zip, with '/' between folders and in Unicode's composed form
 (NFC), so that they do not depend on the system that wrote them.
@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,56 +26,69 @@ SYSTEM_FOLDERS = {
     *("$recycle.bin", "recycler", "system volume information", "lost+found", "__pycache__"),
     *("network trash folder", "temporary items"),
 }
-MAX_KINDS, MAX_EXAMPLES = 12, 3  # of left-out files that a message names
+MAX_KINDS, MAX_EXAMPLES = 12, 3  # of omitted files that a message names
 
-# Kinds of left-out files.
+# Kinds of omitted files.
 SAME_NAME = "file{s} of a name that another has"
 RUN, OF_RUN = "run{s} of this program", "folder{s} of a run of this program"
 
-LeftOut = Counter[tuple[str, str]]  # by (kind, example or ""); "{s}" in a kind is for its plural
+Omitted = Counter[tuple[str, str]]  # by (kind, example or ""); "{s}" in a kind is for its plural
 
 
-class Listed(NamedTuple):
-    """The image files of a folder or zip.
+class Listing(NamedTuple):
+    """The image files of a folder or zip."""
 
-    `files` are {name: path as stored}, sorted by name. `metadata` is the name of a `dataset.json`
-    and its path as stored, if there is one.
-    """
-
-    files: dict[str, str]
-    metadata: tuple[str, str] | None
-    left_out: LeftOut
+    files: dict[str, str]  # {name: path as stored}, sorted by name
+    metadata: tuple[str, str] | None  # name of a `dataset.json` and its path as stored
+    omitted: Omitted  # other files and folders
 
     @classmethod
-    def build(cls, images: dict[str, str], others: dict[str, str], left_out: LeftOut) -> "Listed":
-        """Choose the metadata among the `others`, and count the rest as left out."""
+    def build(cls, images: dict[str, str], others: dict[str, str], omitted: Omitted) -> "Listing":
+        """Choose the metadata among the `others`, and count the rest as omitted."""
         images = dict(sorted(images.items()))
         top = next(iter(images), "").partition("/")[0]  # of a zip that holds one folder
         name = next((n for n in (METADATA, f"{top}/{METADATA}") if n in others), None)
         for other in others:
-            left_out[kind_of_file(other), ""] += other != name
-        return cls(images, name and (name, others[name]), +left_out)
+            omitted[kind_of_file(other), ""] += other != name
+        return cls(images, name and (name, others[name]), +omitted)
 
 
-def list_folder(root: Path) -> Listed:
+class Entries(NamedTuple):
+    """Names of what lies in a folder."""
+
+    folders: dict[str, bool]  # True for a link
+    files: list[str]
+
+
+def list_folder(root: Path) -> Listing:
     """The images below `root`; OSError where a folder cannot be read.
 
     Links to folders are followed. A folder that is reached more than once is read once: at its own
     place if that is below `root`, else by the first link.
     """
-    left_out = LeftOut()
-    return _listed(_walk(root, left_out), left_out, {})
+    omitted, visited = Omitted(), set()
+
+    def read(below: str) -> Entries | None:
+        path = os.path.join(root, below)
+        status = os.stat(path)
+        if (inode := (status.st_dev, status.st_ino)) in visited:
+            omitted["further link{s} to a folder that is read", below[:-1]] += 1
+            return None
+        visited.add(inode)
+        return _read_folder(path, omitted)
+
+    return _listing(read, omitted)
 
 
-def list_names(names: Iterable[str]) -> Listed:
+def list_zip(names: Iterable[str]) -> Listing:
     """The images among the entries of a zip, by their names as they are stored."""
-    left_out, stored = LeftOut(), {}
+    omitted, stored = Omitted(), {}
     for entry in names:
         name = clean(entry)
         if name and not entry.endswith(("/", "\\")):  # an entry of a folder ends so
-            left_out[SAME_NAME, ""] += name in stored
+            omitted[SAME_NAME, ""] += name in stored
             stored[name] = entry  # the last one counts, as for programs that extract them
-    return _listed(_grouped(stored, left_out), left_out, stored)
+    return _listing(_tree(stored).get, omitted, stored)
 
 
 def clean(name: str) -> str:
@@ -91,25 +104,25 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def in_words(left_out: LeftOut) -> str:
-    """Text such as "30 .txt, 2 hidden folders (.git, .trash)"; "" if nothing is left out."""
+def in_words(omitted: Omitted) -> str:
+    """Text such as "30 .txt, 2 hidden folders (.git, .trash)"; "" if nothing is omitted."""
     numbers, examples = Counter(), {}
-    for (kind, example), number in left_out.items():
+    for (kind, example), number in omitted.items():
         numbers[kind] += number
-        examples.setdefault(kind, []).extend([_printable(example)] * bool(example))
+        examples.setdefault(kind, set()).update([_printable(example)] if example else [])
     kinds, words = sorted(numbers, key=lambda kind: (-numbers[kind], kind)), []
     for kind in kinds[:MAX_KINDS]:
-        number, names = numbers[kind], sorted(set(examples[kind]))
-        named = names[:MAX_EXAMPLES] + ["..."] * (len(names) > MAX_EXAMPLES)
-        kind = kind.replace("{s}", "s" * (number > 1))
-        words.append(f"{number:,} {kind}" + f" ({', '.join(named)})" * bool(names))
+        number, names = numbers[kind], sorted(examples[kind])
+        more = ["..."] if len(names) > MAX_EXAMPLES else []
+        named = f" ({', '.join(names[:MAX_EXAMPLES] + more)})" if names else ""
+        words.append(f"{number:,} {kind.replace('{s}', 's' if number > 1 else '')}{named}")
     if others := sum(numbers[kind] for kind in kinds[MAX_KINDS:]):
         words.append(f"{others:,} of other kinds")
     return ", ".join(words)
 
 
 def kind_of_file(path: str) -> str:
-    """The kind, for `LeftOut`, of a file that is no image."""
+    """The kind, for `Omitted`, of a file that is no image."""
     name = path.rpartition("/")[2]
     if name.startswith("."):
         return "hidden file{s}"
@@ -120,71 +133,83 @@ def kind_of_file(path: str) -> str:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
+def _listing(
+    read: Callable[[str], Entries | None], omitted: Omitted, stored: Mapping[str, str] = {}
+) -> Listing:
+    """The images below the folder "", of which `read` gives each folder's entries.
+
+    `stored` gives the stored path of a name that differs from it.
+    """
+    images, others = {}, {}
+    for below, files in _walk(read, omitted):
+        pictures = own_pictures(files)
+        for name in sorted(files):
+            path = clean(below + name)
+            if name in pictures:
+                omitted["picture{s} of this program", name] += 1
+            elif path in images or path in others:
+                omitted[SAME_NAME, ""] += 1
+            else:
+                is_data = is_image(name) and not name.startswith(".")
+                (images if is_data else others)[path] = stored.get(path, below + name)
+    return Listing.build(images, others, omitted)
+
+
+def _walk(
+    read: Callable[[str], Entries | None], omitted: Omitted
+) -> Iterator[tuple[str, list[str]]]:
     """Folders that may hold data, "" or "a/b/", and the names of the files in each.
 
     Folders that are reached by a link wait until all others are read.
     """
-    seen, queue = set(), [(False, "")]
+    queue = [(False, "")]
     while queue:
         _, below = heapq.heappop(queue)
-        path = os.path.join(root, below)
-        status = os.stat(path)
-        if (identity := (status.st_dev, status.st_ino)) in seen:
-            left_out["further link{s} to a folder that is read", below[:-1]] += 1
+        entries = read(below)
+        if entries is None:
             continue
-        seen.add(identity)
-        folders, files = {}, []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if (kind := _kind_of_entry(entry)) == "folder":
-                    folders[entry.name] = entry.is_symlink()
-                elif kind == "file":
-                    files.append(entry.name)
-                else:
-                    left_out[kind, ""] += 1
-        in_run = is_workdir(folders, files)
+        in_run = is_workdir(*entries)
         if in_run and below:
-            left_out[RUN, below[:-1]] += 1
+            omitted[RUN, below[:-1]] += 1
             continue
-        for name, is_link in folders.items():
+        for name, is_link in entries.folders.items():
             if kind := _kind_of_folder(name) or (in_run and name in TRAININGS_OWN and OF_RUN):
-                left_out[kind, name] += 1
+                omitted[kind, name] += 1
             else:
                 heapq.heappush(queue, (is_link, f"{below}{name}/"))
-        yield below, files
+        yield below, entries.files
 
 
-def _grouped(names: Iterable[str], left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
-    """The folders of these files that may hold data, and the names of the files; see `_walk`."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        folder, slash, last = name.rpartition("/")
-        groups.setdefault(folder + slash, []).append(last)
-    inside: dict[str, set[str]] = {}  # the folders of those that hold a config.json
-    for folder in groups:
-        above, slash, last = folder[:-1].rpartition("/")
-        if "config.json" in groups.get(above + slash, ()):
-            inside.setdefault(above + slash, set()).add(last)
-    runs = {folder for folder, folders in inside.items() if is_workdir(folders, groups[folder])}
-    lengths = {len(run) for run in runs} - {0}
-    skipped = set()
-    for folder, files in groups.items():
-        top, parts = folder.partition("/")[0], folder.split("/")[:-1]
-        bad = next((i for i, part in enumerate(parts) if _kind_of_folder(part)), None)
-        if run := next((folder[:n] for n in lengths if folder[:n] in runs), None):
-            skipped.add((RUN, run[:-1], run))
-        elif bad is not None:
-            skipped.add((_kind_of_folder(parts[bad]), parts[bad], tuple(parts[: bad + 1])))
-        elif "" in runs and top in TRAININGS_OWN:
-            skipped.add((OF_RUN, top, top))
-        else:
-            yield folder, files
-    left_out.update((kind, example) for kind, example, _ in skipped)
+def _read_folder(path: str, omitted: Omitted) -> Entries:
+    folders, files = {}, []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if (kind := _kind_of_entry(entry)) == "folder":
+                folders[entry.name] = entry.is_symlink()
+            elif kind == "file":
+                files.append(entry.name)
+            else:
+                omitted[kind, ""] += 1
+    return Entries(folders, files)
+
+
+def _tree(paths: Iterable[str]) -> dict[str, Entries]:
+    """The entries of each folder, "" or "a/b/", of these paths of files."""
+    tree = {"": Entries({}, [])}
+    for path in paths:
+        folder, slash, file = path.rpartition("/")
+        if folder + slash not in tree:
+            below = ""
+            for name in folder.split("/"):
+                tree[below].folders[name] = False
+                below += f"{name}/"
+                tree.setdefault(below, Entries({}, []))
+        tree[folder + slash].files.append(file)
+    return tree
 
 
 def _kind_of_entry(entry: os.DirEntry) -> str:
-    """Either "folder", "file", or a kind for `LeftOut`."""
+    """Either "folder", "file", or a kind for `Omitted`."""
     try:
         if entry.is_dir():
             return "folder"
@@ -199,29 +224,10 @@ def _kind_of_entry(entry: os.DirEntry) -> str:
 
 
 def _kind_of_folder(name: str) -> str | None:
-    """The kind, for `LeftOut`, of a folder that holds no data; None where it may."""
+    """The kind, for `Omitted`, of a folder that holds no data; None where it may."""
     if name.startswith(".") and name != "..":
         return "hidden folder{s}"
     return "folder{s} of the system" if name.lower() in SYSTEM_FOLDERS else None
-
-
-def _listed(
-    groups: Iterable[tuple[str, list[str]]], left_out: LeftOut, stored: dict[str, str]
-) -> Listed:
-    """The images among the files of folders; `stored` gives the stored path by name."""
-    images, others = {}, {}
-    for below, files in groups:
-        pictures = own_pictures(files)
-        for name in sorted(files):
-            path = clean(below + name)
-            if name in pictures:
-                left_out["picture{s} of this program", name] += 1
-            elif path in images or path in others:
-                left_out[SAME_NAME, ""] += 1
-            else:
-                kind = images if is_image(name) and not name.startswith(".") else others
-                kind[path] = stored.get(path, below + name)
-    return Listed.build(images, others, left_out)
 
 
 def _printable(name: str) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs.schema import Key, OneOf, Text
 from sources import digests, images, tfrecords
@@ -17,19 +18,19 @@ from storage.files import one_line
 
 @dataclass(frozen=True)
 class Prepared:
-    """A split of a data set that tensorflow_datasets prepared for random access."""
+    """A `feature` of the examples of a split that was prepared for random access."""
 
     where: str
-    stored: PerProcess
+    examples: PerProcess
     feature: str = "image"
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return len(self.examples)
 
     def __getitem__(self, i: int) -> Picture:
-        stored = self.stored()
+        examples = self.examples()
         try:
-            return stored[i][self.feature]
+            return examples[i][self.feature]
         except Exception as error:  # a damaged record makes the decoder fail in any way
             raise Unreadable(f"{self.where}, image {i}: {one_line(error)}") from error
 
@@ -47,7 +48,11 @@ def stored_label(data: bytes) -> int:
 
 
 def open_prepared(
-    data, split: str, name: str, prepare: Callable[[Picture, int], Picture], test: str = "test"
+    data: ConfigDict,
+    split: str,
+    name: str,
+    prepare: Callable[[Picture, int], Picture],
+    test: str = "test",
 ) -> Source:
     """A data set of tensorflow_datasets, which has to be on disk.
 
@@ -63,12 +68,12 @@ def open_prepared(
     if builder.info.file_format.value == "tfrecord" and stored in builder.info.splits:
         paths = [Path(path) for path in builder.info.splits[stored].filepaths]
         source = tfrecords.TFRecords(paths, partial(encoded_image, channels=data.num_channels))
-        label, digest_of = partial(source.parsed, parse=stored_label), source.digest_of
+        read_label, digest_of = partial(source.parsed, parse=stored_label), source.digest_of
     else:
         opened = PerProcess(partial(_data_source, name, stored, data.data_dir))
         source = Prepared(f"{name} ({stored})", opened)
         undecoded = PerProcess(partial(_data_source, name, stored, data.data_dir, decoded=False))
-        label = Prepared(source.where, undecoded, "label").__getitem__
+        read_label = Prepared(source.where, undecoded, "label").__getitem__
         digest_of = partial(digests.of_words, _files(builder.info, stored))
     try:
         index = np.arange(len(source))
@@ -82,7 +87,7 @@ def open_prepared(
     classes = None
     if "label" in builder.info.features:
         names = tuple(builder.info.features["label"].names)
-        classes = partial(_classes, label, len(source), names)
+        classes = partial(_classes, read_label, len(source), names)
     return View(source, partial(prepare, size=data.image_size), index, classes, digest_of)
 
 
@@ -100,11 +105,11 @@ def _files(info, stored: str) -> list[str]:
     return [info.full_name, *(f"{Path(p).name} {n}" for p, n in zip(paths, sizes, strict=True))]
 
 
-def _classes(label: Callable[[int], int], n: int, names: tuple[str, ...]) -> Classes:
+def _classes(read_label: Callable[[int], int], n: int, names: tuple[str, ...]) -> Classes:
     labels = np.full(n, -1, np.int64)
     for i in range(n):
-        with contextlib.suppress(Unreadable):  # as the image is, which is named when it is read
-            labels[i] = label(i)
+        with contextlib.suppress(Unreadable):  # a warning names it when its image is read
+            labels[i] = read_label(i)
     return Classes(labels, names)
 
 
@@ -125,7 +130,7 @@ def _builder(name: str, data_dir: str):
     return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
 
 
-def open_lsun(data, split: str) -> Source:
+def open_lsun(data: ConfigDict, split: str) -> Source:
     """The LSUN category `data.category`, cut as published for its size."""
     if data.category not in ("bedroom", "church_outdoor"):
         raise ValueError(f"data.category={data.category!r}; known: bedroom, church_outdoor")

@@ -1,4 +1,4 @@
-"""Images of 16 bits a channel: their values, the range of these, and conversion to 8 bits.
+"""Images of 16 bits a channel: their values, and conversion to 8 bits.
 
 Few use the whole range: a scanner of 12 bits writes 0 to 4,095. Pillow reads all 16 bits of grey
 images, but only the high bytes of others. These are therefore read twice, the second time as if
@@ -6,10 +6,9 @@ their bytes were in the other order.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,6 @@ Range = tuple[float, float]  # what becomes black, and what becomes white
 
 WHOLE: Range = (0, 2**16 - 1)
 AT_ONCE = 2**20  # values that are turned into bytes
-LOOKED_AT = 64  # images of a set whose headers tell whether any have 16 bits
 
 NATIVE = "L" if sys.byteorder == "little" else "B"  # the order of bytes, as Pillow names it
 
@@ -109,15 +107,15 @@ def read(open_image: Callable[[], Image.Image]) -> SixteenBits | None:
             f"it holds {kind} numbers of 32 bits, whose range is not known: save them as 8 bits, "
             "or as 16 bits with data.scale"
         )
-    grey, one_by_one = image.mode.startswith("I"), tags.get(PLANES) == SEPARATE
-    if one_by_one and (image.mode == "I" or not grey and image.tile[0].codec_name == "libtiff"):
+    is_grey, has_planes = image.mode.startswith("I"), tags.get(PLANES) == SEPARATE
+    if has_planes and (image.mode == "I" or not is_grey and image.tile[0].codec_name == "libtiff"):
         raise ValueError("its channels lie one after another in 16 bits: save it as PNG")
     transparent = image.info.get("transparency")  # PNG's tRNS: the value of transparent pixels
-    if grey:
+    if is_grey:
         values, alpha = _decoded(image, partial(_raw_grey, image))[..., None], None
     elif _raw_mode(image.tile[0]) == "LA;16B":
-        both = _decoded(image, lambda mode: "RGBA").view(">u2")  # four bytes of a pixel, as stored
-        values, alpha = both[..., :1], _scaled(both[..., 1], WHOLE)
+        stored = _decoded(image, lambda mode: "RGBA").view(">u2")  # four bytes of a pixel
+        values, alpha = stored[..., :1], _scaled(stored[..., 1], WHOLE)
     else:
         values, alpha = _from_halves(image, open_image())
     if transparent is not None:
@@ -135,9 +133,9 @@ def _raw_grey(image: Image.Image, raw: str) -> str:
 
 
 def _from_halves(
-    image: Image.Image, again: Image.Image
+    image: Image.Image, reopened: Image.Image
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint8] | None]:
-    """RGB values and alpha of `image`, which is opened `again` for the low bytes."""
+    """RGB values and alpha: the high bytes of `image`, the low ones of the same file `reopened`."""
     modes = {_raw_mode(tile) for tile in image.tile}
     _, _, order = min(modes).partition(";16")
     if not order:  # separate planes R, G and B, which Pillow would read as bytes
@@ -147,13 +145,9 @@ def _from_halves(
     def read_as(order: str) -> Callable[[str], str]:
         return lambda mode: f"{mode.partition(';')[0].replace('a', 'A')};16{order}"
 
-    high, low = (
-        _decoded(each, read_as(letter))
-        for each, letter in ((image, order), (again, {"L": "B", "B": "L"}[order]))
-    )
-    values = high.astype(np.uint16)
+    values = _decoded(image, read_as(order)).astype(np.uint16)
     values <<= 8
-    values |= low
+    values |= _decoded(reopened, read_as({"L": "B", "B": "L"}[order]))
     if values.shape[2] == 3:
         return values, None
     colours, alpha = values[..., :3], values[..., 3:]
@@ -177,48 +171,3 @@ def _decoded(image: Image.Image, mode: Callable[[str], str]) -> NDArray:
     image.tile = [changed(tile) for tile in image.tile]
     ImageOps.exif_transpose(image, in_place=True)
     return np.ascontiguousarray(image)
-
-
-# --- the range of a set of images -----------------------------------------------------------------
-
-
-class Measured(NamedTuple):
-    """The `scale` of a set of images and, where some have 16 bits, a line on it."""
-
-    scale: Range | tuple[()]
-    line: str | None = None
-
-
-def measure(
-    n: int,
-    has_16_bits: Callable[[int], bool],
-    extent: Callable[[int], tuple[int, int] | None],
-    watch: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> Measured:
-    """`range_of_bits` of the largest value in n images; () where none has 16 bits.
-
-    Up to `LOOKED_AT` headers, spread evenly, are read first; if none has 16 bits, no more is read.
-    Reading also ends once a value needs all bits.
-
-    Args:
-        has_16_bits: whether the header of an image, by its number, says so.
-        extent: its smallest and largest value; None where it has 8 bits or cannot be read.
-        watch: what shows the progress of a loop over the numbers, such as `tqdm`.
-
-    Raises:
-        ValueError: a value is below 0.
-    """
-    first = np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int).tolist()
-    if not any(map(has_16_bits, first)):
-        return Measured(())
-    rest = sorted(set(range(n)) - set(first))
-    smallest = largest = 0
-    for i in watch([*first, *rest]):
-        low, high = extent(i) or (0, 0)
-        smallest, largest = min(smallest, low), max(largest, high)
-        if smallest < 0 or largest > WHOLE[1] // 2:
-            break
-    scale = range_of_bits(smallest, largest)
-    bits = (scale[1] + 1).bit_length() - 1
-    top = f"{scale[1] if scale == WHOLE else largest:,}"
-    return Measured(scale, f"16-bit images: values up to {top} count as {bits} bits (data.scale)")

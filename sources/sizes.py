@@ -1,36 +1,15 @@
 """Sizes of images before they are cut and resized, and text on what is done to them."""
 
-import io
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from sources.base import Unreadable, View
+from sources.files import Files
+from sources.images import Size
 
 SAMPLED = 64  # images whose sizes are read, if there are more than FEW
 FEW = 1024  # up to so many images all sizes are read
-HEADER_BYTES = 2**17  # of a file, which should contain its size
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-
-Size = tuple[int, int]  # height and width
-ORIENTATION = 0x0112  # EXIF's tag
-TURNED = (5, 6, 7, 8)  # its values where height and width are swapped
-
-
-def size_in_header(header: bytes) -> Size:
-    """The size of an image file that begins with `header`, upright as EXIF says.
-
-    Raises any exception where the header is damaged or has no size.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(header), formats=FORMATS)
-    width, height = image.size
-    # a PNG may have its EXIF after the pixels
-    turned = image.format != "PNG" and image.getexif().get(ORIENTATION) in TURNED
-    return (width, height) if turned else (height, width)
 
 
 def sizes_of(view: View) -> list[Size]:
@@ -40,10 +19,10 @@ def sizes_of(view: View) -> list[Size]:
     """
     number, sizes = len(view.index), []
     for i in np.linspace(0, number - 1, number if number <= FEW else SAMPLED).astype(int):
-        at = int(view.index[i])
+        at, images = int(view.index[i]), view.source
         try:
-            read = getattr(view.source, "size", None)  # an array's own `size` is a number
-            sizes.append(read(at) if callable(read) else view.source[at].shape[:2])
+            is_file = isinstance(images, Files)
+            sizes.append(images.header(at).size if is_file else images[at].shape[:2])
         except Unreadable:
             continue
     return sizes
@@ -55,10 +34,10 @@ def made_of(view: View, size: int) -> str:
     It covers the images of `sizes_of`, and says so where these are not all.
     """
     sizes = sizes_of(view)
-    if not (changed := changes(sizes, size)):
+    if not (texts := changes(sizes, size)):
         return ""
-    looked = "" if len(view.index) <= FEW else f" of those looked at, {len(sizes)} in all"
-    return f"made of {extent(sizes)} pixels{looked}: {', '.join(changed)}"
+    number = "" if len(view.index) <= FEW else f" of those looked at, {len(sizes)} in all"
+    return f"made of {extent(sizes)} pixels{number}: {', '.join(texts)}"
 
 
 def changes(sizes: Sequence[Size], size: int) -> list[str]:
@@ -66,13 +45,13 @@ def changes(sizes: Sequence[Size], size: int) -> list[str]:
 
     One text for each kind of change, with the number of images: cut, reduced, enlarged.
     """
-    sides = [min(each) for each in sizes]
+    sides = [min(height, width) for height, width in sizes]
     counts = {
         "cut to the central square": sum(height != width for height, width in sizes),
         f"reduced to {size} x {size}": sum(side > size for side in sides),
         f"enlarged to {size} x {size}": sum(side < size for side in sides),
     }
-    return [f"{count:,} of {len(sizes):,} {what}" for what, count in counts.items() if count]
+    return [f"{count:,} of {len(sizes):,} {change}" for change, count in counts.items() if count]
 
 
 def extent(sizes: Sequence[Size]) -> str:

@@ -1,4 +1,4 @@
-"""Training and test images: by names of folders or arrays, else by a hash of file names."""
+"""Training and test images: by names of folders or arrays, else about a tenth is held out."""
 
 import hashlib
 import re
@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from sources.base import held_out
 
 SHARE = 0.1  # of the images, held out where nobody has split them
 
@@ -24,7 +22,7 @@ _SPLIT = re.compile(rf"(?:{_AROUND})?({_WORDS})(?:{_AROUND})?(?:(?:19|20)\d\d)?"
 _HINT = re.compile("train|test|val|dev|held|hold", re.IGNORECASE)  # is in all words, and cheap
 
 
-def given_splits(names: Iterable[str]) -> dict[str, str]:
+def find_splits(names: Iterable[str]) -> dict[str, str]:
     """Names of the splits "train" and "test" among `names` of folders or arrays; {} without both.
 
     Of several for one split the first in the order of `TRAIN` or `TEST` counts.
@@ -44,10 +42,10 @@ def _rank(name: str) -> tuple[int, int] | None:
     return match and ((*TRAIN, *TEST).index(match[1]), len(bare) - len(match[1]))
 
 
-def unknown_splits(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two of `names` that look like splits but are unknown to `given_splits`, or None."""
+def lookalikes(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two of `names` that look like splits but are none to `find_splits`; None without any."""
     names = [name for name in sorted(set(names)) if _HINT.search(name)]
-    if given_splits(names):
+    if find_splits(names):
         return None
     train, test = ([name for name in names if _contains(name, words)] for words in (TRAIN, TEST))
     return next(((a, b) for a in train for b in test if a != b), None)
@@ -57,6 +55,21 @@ def _contains(name: str, words: Sequence[str]) -> bool:
     """True if `name` contains one of the words, as in a_train, trainB, or test1."""
     spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).casefold()
     return re.search(rf"(?<![a-z])({'|'.join(words)})(?![a-z])", spaced) is not None
+
+
+def held_out(n: int, split: str) -> NDArray[np.int64]:
+    """Indices of `split` where nobody has split n images: "test" is a fixed random tenth.
+
+    Raises ValueError where there are fewer than two.
+    """
+    if n < 2:
+        raise ValueError(
+            f"{n} image(s) cannot be split into data to train and to test on: add images, or make "
+            "the splits yourself, train and test, which may hold the same image"
+        )
+    order = np.random.RandomState(0).permutation(n)
+    tenth = max(1, round(n / 10))
+    return order[tenth:] if split == "train" else order[:tenth]
 
 
 def held_out_by_name(names: Sequence[str], split: str) -> NDArray[np.int64]:

@@ -39,14 +39,11 @@ SMALL = 2**24  # bytes of images that one process decodes faster than worker pro
 
 @dataclass(frozen=True)
 class Resident:
-    """Images in memory (n, C, H, W), uint8, their `conditions`, and `names` of classes.
-
-    Indexing gives the images alone.
-    """
+    """Images in memory, (n, C, H, W), uint8, with conditions; indexing gives the images alone."""
 
     images: Tensor
     conditions: Conditions = field(default_factory=Conditions)
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # of classes
 
     def __len__(self) -> int:
         return len(self.images)
@@ -63,29 +60,41 @@ class Resident:
         conditions = self.conditions.map(lambda rows: rows.to(device))
         return Resident(self.images.to(device), conditions, self.names)
 
+    def batch(self, index: Tensor | slice) -> Batch:
+        """The images of `index`, and their conditions."""
+        return Batch(self.images, self.conditions)[index]
 
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """`self.batch(index)` for each index, which is copied to the images' device."""
+        return map(self._select, indices)
+
+    def _select(self, index: Tensor) -> Batch:
+        index = index.to(self.images.device, non_blocking=True)
+        return Batch(self.images, self.conditions).map(lambda rows: rows.index_select(0, index))
+
+
+@dataclass(eq=False)
 class Stream:
     """Images that stay on disk and are decoded when they are indexed.
 
     An image that cannot be read, or has another shape, is replaced by the next one that can be
     used, and is named in a warning; so length and order do not depend on when damage is noticed.
-    `shape` is (C, H, W); `names` are those of the classes, if there are any. `workers` is the
-    number of processes that decode the batches of `in_order` and `shuffled_batches`; with 0 the
-    calling process decodes them.
+
+    Attributes:
+        shape: (C, H, W) of an image.
+        workers: processes that decode the batches of `batches`; 0: the calling one does.
+        conditions, names: conditions of the images, and names of their classes.
+        pinned: batches are in memory that is copied to a GPU while it computes.
+        unreadable: why an image could not be read, by its number, so far.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        shape: tuple[int, int, int],
-        workers: int = 0,
-        conditions: Conditions | None = None,
-        names: tuple[str, ...] = (),
-    ):
-        self.source, self.shape, self.workers = source, shape, workers
-        self.conditions, self.names = conditions or Conditions(), names
-        self.pinned = False
-        self.unreadable: dict[int, str] = {}  # reasons, by number of the image, so far
+    source: Source
+    shape: tuple[int, int, int]
+    workers: int = 0
+    conditions: Conditions = field(default_factory=Conditions)
+    names: tuple[str, ...] = ()
+    pinned: bool = False
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -105,15 +114,12 @@ class Stream:
         return self._accept(self.read(index.tolist()))
 
     def to(self, device: torch.device | str) -> "Stream":
-        """The stream itself, whose batches will be in memory that is copied to `device` async."""
+        """Prepare the batches for `device`; returns the stream itself."""
         self.pinned = torch.device(device).type == "cuda"
         return self
 
     def read(self, index: list[int]) -> tuple[Tensor, list[int], dict[int, str]]:
-        """Images (k, C, H, W), their numbers, and which of `index` were replaced, with the reason.
-
-        The numbers are `index`, except where an image was replaced by another.
-        """
+        """Images (k, C, H, W), their numbers, and why those of `index` that differ are replaced."""
         unreadable: dict[int, str] = {}
         numbers, images = zip(*(self._readable(i, unreadable) for i in index), strict=True)
         return torch.from_numpy(np.stack(images)), list(numbers), unreadable
@@ -128,8 +134,10 @@ class Stream:
                 continue
             if image.shape == self.shape:
                 return j, image
-            wanted = f"data.num_channels and data.image_size say {self.shape}"
-            unreadable[j] = f"number {j} is {image.shape} (C, H, W), but {wanted}"
+            unreadable[j] = (
+                f"number {j} is {image.shape} (C, H, W), but data.num_channels and "
+                f"data.image_size say {self.shape}"
+            )
         raise ValueError(f"{tries} images in a row cannot be used; the last: {unreadable[j]}")
 
     def _accept(self, read: tuple[Tensor, list[int], dict[int, str]]) -> Batch:
@@ -153,15 +161,15 @@ class Stream:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
 
-        def ask() -> Iterator[list[int]]:
+        def requests() -> Iterator[list[int]]:
             for index in indices:
                 pending.append(index)
                 yield index.tolist()
 
         loader = DataLoader(
-            _Reader(self.source, self.shape),
+            _Reader(self),
             batch_size=None,
-            sampler=ask(),
+            sampler=requests(),
             num_workers=self.workers,
             pin_memory=self.pinned,
             generator=torch.Generator(),  # the global generator is for dropout
@@ -186,13 +194,10 @@ class Stream:
 
 
 class _Reader:
-    """`Stream.read` for DataLoader; it returns errors, so that they keep type and message.
+    """`Stream.read` for DataLoader; it returns errors, so that they keep type and message."""
 
-    Each worker gets a copy, without the conditions.
-    """
-
-    def __init__(self, source: Source, shape: tuple[int, int, int]):
-        self.stream = Stream(source, shape)
+    def __init__(self, stream: Stream):
+        self.stream = Stream(stream.source, stream.shape)  # workers need no conditions
 
     def __getitem__(self, index: list[int]):
         try:
@@ -219,8 +224,8 @@ def _follow_parent(worker: int) -> None:
 DataSet = Tensor | Resident | Stream
 
 
-def decoded(stream: Stream) -> Tensor | Resident:
-    """All images of `stream` that can be read, (n, C, H, W), with their conditions."""
+def decode(stream: Stream) -> Tensor | Resident:
+    """Read all images of `stream` that can be read, (n, C, H, W), with their conditions."""
     images = torch.empty(len(stream), *stream.shape, dtype=torch.uint8)
     interval = 0.2 if sys.stderr.isatty() else 10
     options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
@@ -246,15 +251,12 @@ def processors() -> int:
 
 def batch_at(data: DataSet, index: Tensor | slice) -> Batch:
     """The uint8 images of `index`, and their conditions."""
-    if isinstance(data, Stream):
-        return data.batch(index)
-    resident = Batch(data.images, data.conditions) if isinstance(data, Resident) else Batch(data)
-    return resident[index]
+    return _batched(data).batch(index)
 
 
 def in_order(data: DataSet, size: int) -> Iterator[Batch]:
     """Every image once, in uint8 batches of `size`; the last one may be smaller."""
-    return _fetched(data, torch.arange(len(data)).split(size))
+    return _batched(data).batches(torch.arange(len(data)).split(size))
 
 
 def shuffled_batches(
@@ -276,7 +278,11 @@ def shuffled_batches(
         raise ValueError(f"a batch of {size} images cannot be shared equally by {world} processes")
     part = slice(rank * size // world, (rank + 1) * size // world)
     indices = (batch[part] for batch in _shuffled(len(data), size, seed, step))
-    return _fetched(data, indices)
+    return _batched(data).batches(indices)
+
+
+def _batched(data: DataSet) -> Resident | Stream:
+    return Resident(data) if isinstance(data, Tensor) else data
 
 
 def _shuffled(n: int, size: int, seed: int, step: int) -> Iterator[Tensor]:
@@ -286,15 +292,6 @@ def _shuffled(n: int, size: int, seed: int, step: int) -> Iterator[Tensor]:
         orders = {e: orders[e] if e in orders else _order(n, seed, e) for e in epochs}
         starts = {e: first - e * n for e in epochs}
         yield torch.cat([orders[e][max(at, 0) : at + size] for e, at in starts.items()])
-
-
-def _fetched(data: DataSet, indices: Iterable[Tensor]) -> Iterator[Batch]:
-    if isinstance(data, Stream):
-        return data.batches(indices)
-    resident = Batch(data.images, data.conditions) if isinstance(data, Resident) else Batch(data)
-    device = resident.images.device
-    indices = (index.to(device, non_blocking=True) for index in indices)
-    return map(lambda i: resident.map(lambda rows: rows.index_select(0, i)), indices)
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:

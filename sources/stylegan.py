@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs.schema import Key, Text
 from sources import tfrecords
-from sources.base import Picture, Source, View, held_out
+from sources.base import Picture, Source, View
+from sources.splits import held_out
 
 
 def stylegan_image(data: bytes) -> Picture:
@@ -16,7 +18,7 @@ def stylegan_image(data: bytes) -> Picture:
     return np.frombuffer(pixels, np.uint8).reshape(features["shape"]).transpose(1, 2, 0)
 
 
-def open_faces(data, split: str) -> Source:
+def open_faces(data: ConfigDict, split: str) -> Source:
     """The images of the file `data.tfrecords_path`; a fixed random tenth is held out to test on.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged.

@@ -82,12 +82,12 @@ class TFRecords:
                 data = os.pread(file.fileno(), self.size[i] + 4, self.start[i])
             return parse(checked(data))
         except Exception as error:  # a damaged record makes the parser fail in any way
-            at = f"record at byte {self.start[i] - 12}"
-            raise Unreadable(f"{path}, {at}: {one_line(error)}") from error
+            start = self.start[i] - 12
+            raise Unreadable(f"{path}, record at byte {start}: {one_line(error)}") from error
 
 
 def record_index(path: Path) -> NDArray[np.int64]:
-    """Where the data of each record start, and their size: (n, 2)."""
+    """First byte and size of the data of each record, (n, 2)."""
     index = []
     with open(path, "rb") as file:
         at, end = 0, os.fstat(file.fileno()).st_size
@@ -97,9 +97,9 @@ def record_index(path: Path) -> NDArray[np.int64]:
                 if at + size + 16 > end:
                     raise ValueError("the file ends within it")
             except ValueError as error:
-                where = f"record {len(index)}, at byte {at} of {end}"
                 raise ValueError(
-                    f"{path} is damaged or no TFRecord file: {where}: {error}"
+                    f"{path} is damaged or no TFRecord file: record {len(index)}, at byte {at} of "
+                    f"{end}: {error}"
                 ) from error
             index.append((at + 12, size))
             at += size + 16

@@ -11,6 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
@@ -45,8 +46,10 @@ class Mixture(NamedTuple):
         return across @ up.T / len(self.centres)
 
     def bits_per_dim(self) -> float:
-        """The entropy of the pairs of bytes, in bits for each of the two: what no model of their
-        distribution is below on average."""
+        """The entropy of the pairs of bytes, in bits for each of the two.
+
+        No model of their distribution has fewer bits/dim on average.
+        """
         p = self.cells()
         return -np.sum(p * np.log2(p, where=p > 0, out=np.zeros_like(p))) / 2
 
@@ -55,8 +58,8 @@ def _lattice(inside: Callable[..., NDArray[np.bool_]], step: float, std: float) 
     """A region of the plane, filled evenly: with std >= step it varies by 1e-8 inside."""
     ticks = np.arange(-1 + step / 2, 1, step)
     a, b = np.meshgrid(ticks, ticks, indexing="ij")
-    kept = inside(a, b)
-    return Mixture(np.stack([a[kept], b[kept]], 1), std)
+    mask = inside(a, b)
+    return Mixture(np.stack([a[mask], b[mask]], 1), std)
 
 
 def _curve(a: NDArray, b: NDArray, std: float, number: int = 200) -> Mixture:
@@ -118,13 +121,13 @@ TOYS: dict[str, Callable[[], Mixture]] = {
 
 
 @cache
-def _drawn(toy: str, split: str) -> NDArray[np.uint8]:
+def _points(toy: str, split: str) -> NDArray[np.uint8]:
     p, key = TOYS[toy]().cells(), (list(SIZES).index(split), list(TOYS).index(toy))
     flat = np.random.default_rng(key).choice(p.size, SIZES[split], p=p.ravel() / p.sum())
     return np.stack(np.unravel_index(flat, p.shape), 1).astype(np.uint8)
 
 
-def open_toy(data, split: str, toy: str) -> Source:
+def open_toy(data: ConfigDict, split: str, toy: str) -> Source:
     """20,000 points of a distribution to train on, 2,000 to test on, (1, 1, 2) each.
 
     Raises ValueError where the config does not have this shape.
@@ -134,4 +137,4 @@ def open_toy(data, split: str, toy: str) -> Source:
             f"data.dataset={toy!r} has points, images of one pixel and two channels: set "
             "data.image_size=1, data.num_channels=2"
         )
-    return _drawn(toy, split).reshape(-1, 1, 1, 2)
+    return _points(toy, split).reshape(-1, 1, 1, 2)

@@ -32,9 +32,9 @@ from metrics.table import Comparison, compare
 from models.weights import load_ema
 from sampling import Guidance, ODESampler, solve_ode
 from solvers.solve import solve_sde
-from sources.base import held_out
 from sources.batch import Batch, Conditions
 from sources.codec import EightBitImages
+from sources.splits import held_out
 from storage.checkpoints import load_checkpoint
 
 CLASSES = {"cat": 10, "dog": 20, "emu": 30}  # names, and the grey of their images

@@ -5,6 +5,7 @@ import os
 import re
 import unicodedata
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ import datasets
 import run_lib
 from configs.completion import complete
 from configs.keys import flatten
-from sources import before, folder, labels, listing, splits
+from sources import folder, labels, listing, rules, splits
+from sources.images import read_header
 from storage import run_config
 from storage.checkpoints import load_checkpoint, save_checkpoint
 
@@ -37,11 +39,11 @@ def both_listings(root):
     """The names of the images in a folder and in a zip of it, and what is left out; both equal."""
     write_zip(root.with_suffix(".zip"), root, top=False)
     with zipfile.ZipFile(root.with_suffix(".zip")) as archive:
-        packed = listing.list_names(archive.namelist())
+        packed = listing.list_zip(archive.namelist())
     plain = listing.list_folder(root)
     assert packed.files == plain.files
-    assert listing.in_words(packed.left_out) == listing.in_words(plain.left_out)
-    return [*plain.files], listing.in_words(plain.left_out)
+    assert listing.in_words(packed.omitted) == listing.in_words(plain.omitted)
+    return [*plain.files], listing.in_words(plain.omitted)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_what_is_no_image_is_left_out_and_said(tmp_path, path, words):
     place(tmp_path / "x", "0.png", "cats/1.png", path)
     assert both_listings(tmp_path / "x") == (["0.png", "cats/1.png"], words)
     config = config_of("folder", path=str(tmp_path / "x"))
-    assert folder.account(config.data)[1] == words
+    assert folder.find(config.data).omitted == words
     data = [datasets.get_dataset(config, split) for split in datasets.SPLITS]
     assert datasets.Data(config.data).describe(*data).endswith(f"; left out: {words}")
 
@@ -81,11 +83,11 @@ def test_kinds_are_counted(tmp_path):
 
 
 def test_many_kinds_are_one_line():
-    listed = listing.list_names(["0.png", *(f"a.{i:03d}\n" for i in range(99)), "\x1b/.b\n/1.png"])
-    words = listing.in_words(listed.left_out)
+    listed = listing.list_zip(["0.png", *(f"a.{i:03d}\n" for i in range(99)), "\x1b/.b\n/1.png"])
+    words = listing.in_words(listed.omitted)
     assert words == "99 files without a suffix, 1 hidden folder (.b?)"
-    listed = listing.list_names(["0.png", *(f"a.{i:03d}" for i in range(99))])
-    words = listing.in_words(listed.left_out)
+    listed = listing.list_zip(["0.png", *(f"a.{i:03d}" for i in range(99))])
+    words = listing.in_words(listed.omitted)
     assert words.startswith("1 .000, 1 .001, ")
     assert words.endswith(", 1 .011, 87 of other kinds")
 
@@ -100,12 +102,12 @@ def test_formats_that_are_taken(tmp_path, suffix):
 
 def test_a_picture_of_ours_needs_company():
     """Images of a user may all be called sample.png, each in a folder of its own."""
-    assert [*listing.list_names(["1/sample.png", "2/sample.png"]).files] == [
+    assert [*listing.list_zip(["1/sample.png", "2/sample.png"]).files] == [
         "1/sample.png",
         "2/sample.png",
     ]
-    assert not listing.list_names(["1/sample.png", "1/sample.npz"]).files
-    assert not listing.list_names(["eval/nearest_2.png", "eval/report_2.npz"]).files
+    assert not listing.list_zip(["1/sample.png", "1/sample.npz"]).files
+    assert not listing.list_zip(["eval/nearest_2.png", "eval/report_2.npz"]).files
 
 
 RUN = ("config.json", "checkpoints/checkpoint_5.pth", "samples/step_5/000000.png", "eval/a.png")
@@ -137,6 +139,30 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path):
         datasets.get_dataset(config_of("folder", path=str(tmp_path)), "train")
 
 
+def test_a_start_lists_a_folder_once_and_reads_each_header_once(tmp_path, monkeypatch):
+    write_tree(tmp_path / "x", pictures(30, 6, 8))
+    config = config_of("folder", channels=0, path=str(tmp_path / "x"))
+    scandir, folders, headers = os.scandir, [], []
+    monkeypatch.setattr(os, "scandir", lambda path: folders.append(Path(path)) or scandir(path))
+
+    def read(file):
+        headers.append(Path(file.name).name)
+        return read_header(file)
+
+    monkeypatch.setattr("sources.files.read_header", read)
+    data = datasets.Data(config.data)
+    config.data.scale, _ = data.measure_scale()
+    config.data.num_channels = data.measure_channels()
+    identity, train, test = data.identity_of_run(), data.get("train"), data.get("test")
+    assert (identity.train, identity.test) == (len(train), len(test))
+    assert "cut to the central square" in data.describe(train, test)
+    assert folders == [tmp_path / "x"]
+    assert sorted(headers) == [f"{i:03d}.png" for i in range(30)]
+    data.close()
+    assert data.get("train").shape == train.shape
+    assert folders == 2 * [tmp_path / "x"]  # what was closed is read again
+
+
 # --- links ----------------------------------------------------------------------------------------
 
 
@@ -148,7 +174,7 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "far/deep/up").symlink_to("..")
     listed = listing.list_folder(tmp_path / "x")
     assert [*listed.files] == ["a/1.png", "a/deep/2.png", "real/3.png"]
-    assert listing.in_words(listed.left_out) == (
+    assert listing.in_words(listed.omitted) == (
         "5 further links to a folder that is read (0, a/back, a/deep/up, ...)"
     )
 
@@ -159,7 +185,7 @@ def test_broken_links_are_counted(tmp_path, target):
     (tmp_path / "x/me.png").symlink_to(tmp_path / target)
     listed = listing.list_folder(tmp_path / "x")
     assert [*listed.files] == ["0.png", "1.png"]
-    assert listing.in_words(listed.left_out) == "1 broken link"
+    assert listing.in_words(listed.omitted) == "1 broken link"
 
 
 def test_links_to_files_are_followed(tmp_path):
@@ -168,7 +194,7 @@ def test_links_to_files_are_followed(tmp_path):
     os.mkfifo(tmp_path / "x/2.png")
     listed = listing.list_folder(tmp_path / "x")
     assert [*listed.files] == ["0.png", "1.png"]
-    assert listing.in_words(listed.left_out) == "1 pipe or device"
+    assert listing.in_words(listed.omitted) == "1 pipe or device"
 
 
 def test_links_into_a_hidden_folder_are_followed(tmp_path):
@@ -190,15 +216,15 @@ def test_links_into_a_hidden_folder_are_followed(tmp_path):
     ],
 )
 def test_names_of_entries(stored, name):
-    listed = listing.list_names([stored, "a\\", "b/"])
+    listed = listing.list_zip([stored, "a\\", "b/"])
     assert listed.files == {name: stored}
-    assert not listed.left_out
+    assert not listed.omitted
 
 
 def test_entries_of_one_name_are_said():
-    listed = listing.list_names(["a/1.png", "a\\1.png", "a/1.png", "2.png"])
+    listed = listing.list_zip(["a/1.png", "a\\1.png", "a/1.png", "2.png"])
     assert listed.files == {"2.png": "2.png", "a/1.png": "a/1.png"}
-    assert listing.in_words(listed.left_out) == "2 files of a name that another has"
+    assert listing.in_words(listed.omitted) == "2 files of a name that another has"
 
 
 def test_backslashes_are_separators(tmp_path):
@@ -218,7 +244,7 @@ def test_backslashes_are_separators(tmp_path):
 
 def test_entries_in_30000_folders_are_read():
     names = [f"{'a/' * 30_000}{i}.png" for i in range(20)]
-    assert len(listing.list_names([*names, "config.json", "checkpoints/1.pth"]).files) == 20
+    assert len(listing.list_zip([*names, "config.json", "checkpoints/1.pth"]).files) == 20
 
 
 # --- splits ---------------------------------------------------------------------------------------
@@ -243,7 +269,7 @@ def test_entries_in_30000_folders_are_read():
 )
 def test_names_of_splits(names, expected):
     expected = dict(zip(("train", "test"), expected, strict=True)) if expected else {}
-    assert splits.given_splits(names) == splits.given_splits(names[::-1]) == expected
+    assert splits.find_splits(names) == splits.find_splits(names[::-1]) == expected
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -254,7 +280,7 @@ def test_images_beside_the_splits_are_said(tmp_path, packed):
     write_zip(tmp_path / "x.zip", tmp_path / "x")
     config = config_of("folder", path=str(tmp_path / ("x.zip" if packed else "x")))
     assert [len(datasets.get_dataset(config, split)) for split in datasets.SPLITS] == [4, 2]
-    assert folder.account(config.data)[1] == "9 images beside Train and TEST (extra, val)"
+    assert folder.find(config.data).omitted == "9 images beside Train and TEST (extra, val)"
 
 
 def test_arrays_beside_the_splits_are_said(tmp_path):
@@ -265,7 +291,8 @@ def test_arrays_beside_the_splits_are_said(tmp_path):
     data = [datasets.get_dataset(config, split) for split in datasets.SPLITS]
     assert [part.labels.tolist() for part in data] == [[0, 1, 2, 3], [0, 1]]
     assert (
-        folder.account(config.data)[1] == "1 array beside train_images and test_images (val_images)"
+        folder.find(config.data).omitted
+        == "1 array beside train_images and test_images (val_images)"
     )
 
 
@@ -388,10 +415,10 @@ def test_the_rules_of_before(tmp_path):
     assert part.source.names == names
     tenth = np.random.RandomState(0).permutation(len(names))[: round(len(names) / 10)]
     assert part.index.tolist() == tenth.tolist()
-    assert folder.account(config.data)[1] == "1 .bmp, 1 link to folders (link)"
-    assert before.given_splits(["train", "testing"]) == {}
-    for rules in (0, 2):
-        config.data.rules = rules
+    assert folder.find(config.data).omitted == "1 .bmp, 1 link to folders (link)"
+    assert rules.RULES[1].find_splits(["train", "testing"]) == {}
+    for version in (0, 2):
+        config.data.rules = version
         assert folder.open_folder(config.data, "test").source.names != names
 
 

@@ -1,6 +1,7 @@
 """Images of 16 bits: every value, whatever the file, and the range that becomes 0 to 255."""
 
 import logging
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -15,9 +16,9 @@ import datasets
 import experiment
 import run_lib
 from configs.completion import complete
-from sources import sixteen_bits
-from sources.folder import Files, read_images
-from sources.images import decode_image, open_image
+from sources.files import LOOKED_AT, Files, read_bounded
+from sources.folder import read_images
+from sources.images import decode_image, read_header
 from storage import run_config
 from storage.checkpoints import load_checkpoint
 
@@ -190,7 +191,7 @@ def test_compressed_planes_are_refused():
 
 def files_of(images, path):
     write_tree(path, images)
-    return Files(path, sorted(p.name for p in path.iterdir()), lambda n: open(path / n, "rb"), 1)
+    return Files(path, sorted(p.name for p in path.iterdir()), lambda n: open(path / n, "rb"))
 
 
 @pytest.mark.parametrize("at", [0, 37, 99])
@@ -198,7 +199,7 @@ def files_of(images, path):
 def test_the_largest_value_of_all_files_decides(tmp_path, at, bits):
     images = [png_of_16_bits(random_values(9, seed=i)) for i in range(100)]
     images[at] = png_of_16_bits(random_values(bits))
-    measured = files_of(images, tmp_path / "x").measured()
+    measured = files_of(images, tmp_path / "x").measure_scale()
     assert measured.scale == (0, 2**bits - 1)
     assert measured.line == (
         f"16-bit images: values up to {2**bits - 1:,} count as {bits} bits (data.scale)"
@@ -210,20 +211,21 @@ def test_images_of_8_bits_cost_their_headers(tmp_path, monkeypatch):
 
     def look(file):
         looked_at.append(file.name)
-        return open_image(file)
+        return read_header(file)
 
-    monkeypatch.setattr("sources.folder.open_image", look)
-    monkeypatch.setattr(Files, "_read", None)
-    assert files.measured() == ((), None)
-    assert len(set(looked_at)) == len(looked_at) == sixteen_bits.LOOKED_AT
+    monkeypatch.setattr("sources.files.read_header", look)
+    monkeypatch.setattr("sources.files.read_bounded", None)
+    for _ in range(2):  # each header is read once
+        assert files.measure_scale() == ((), None)
+    assert len(set(looked_at)) == len(looked_at) == LOOKED_AT
 
 
 def test_what_needs_all_bits_ends_the_search(tmp_path, monkeypatch):
     images = [png_of_16_bits(random_values(16, seed=i)) for i in range(100)]
     files, read = files_of(images, tmp_path / "x"), []
-    whole = Files._read
-    monkeypatch.setattr(Files, "_read", lambda *a: read.append(a[1]) or whole(*a))
-    assert files.measured().scale == (0, 65535)
+    whole = read_bounded
+    monkeypatch.setattr("sources.files.read_bounded", lambda f: read.append(f) or whole(f))
+    assert files.measure_scale().scale == (0, 65535)
     assert len(read) == 1
 
 
@@ -231,8 +233,9 @@ def test_files_that_are_mixed_or_damaged(tmp_path):
     images = [*pictures(8, channels=1)[..., 0], b"damaged", png_of_16_bits(random_values(12))]
     images += [png_of_16_bits(random_values(10))[:-40], tiff(np.ones((4, 4, 1), np.float32))]
     files = files_of(images, tmp_path / "x")
-    assert files.measured().scale == (0, 4095)
-    assert (files.scaled(())[0] == images[0][..., None]).all()  # 8 bits are as they are
+    assert files.measure_scale().scale == (0, 4095)
+    scaled = replace(files, channels=1, scale=(0, 4095))
+    assert (scaled[0] == images[0][..., None]).all()  # 8 bits are as they are
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -313,7 +316,7 @@ def test_a_run_keeps_its_scale(run, scans, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     run_lib.train(config_of_run(scans, **{"training.n_iters": 3}), run, dry_run=True)
     assert "data.scale" not in caplog.text  # nothing differs
-    monkeypatch.setattr(Files, "measured", None)  # nor is it measured again
+    monkeypatch.setattr(Files, "measure_scale", None)  # nor is it measured again
     config, *_ = complete(config_of_run(scans), run)
     assert config.data.scale == (0, 4095)
     config, *_ = complete(run_config.load(run), run)

@@ -28,8 +28,8 @@ from PIL import Image
 
 import datasets
 from configs.poisson import digits_ddpmpp
-from sources import folder, stylegan, tfrecords
-from sources.base import Unreadable, held_out
+from sources import files, folder, stylegan, tfrecords
+from sources.base import Unreadable
 from sources.codec import from_config as get_codec
 from sources.images import (
     cropped_then_resized,
@@ -39,6 +39,7 @@ from sources.images import (
     resized_whole,
 )
 from sources.preparation import Preparation
+from sources.splits import held_out
 
 
 def config_of(dataset, size=8, channels=3, **data):
@@ -276,7 +277,7 @@ def test_given_splits_are_used(tmp_path, kind, train, test):
     for split, expected in (("train", images[:6]), ("test", images[6:])):
         data = datasets.get_dataset(config, split)
         assert (data.permute(0, 2, 3, 1).numpy() == expected).all()
-    assert folder.account(config.data)[0] == {"train": train, "test": test}
+    assert folder.find(config.data).split_names == {"train": train, "test": test}
 
 
 @pytest.mark.parametrize("kind", ["tree", "zip", "npz"])
@@ -298,7 +299,7 @@ def test_other_folders_are_not_splits(tmp_path, names, caplog):
     for number, name in enumerate(names):
         write_tree(tmp_path / name, pictures(10, seed=number))
     config = config_of("folder", path=str(tmp_path))
-    assert folder.account(config.data)[0] == {}
+    assert folder.find(config.data).split_names == {}
     assert sum(both_splits(config)[1]) == 20
     assert not caplog.records
 
@@ -425,7 +426,7 @@ def test_arrays_are_resized_like_files(tmp_path, name):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ValueError, match="not a file"):
-        folder.open_below(tmp_path, "pipe.png")
+        files.open_below(tmp_path, "pipe.png")
 
 
 def test_data_of_edm(tmp_path):
@@ -448,7 +449,7 @@ def test_entries_are_bounded_and_never_extracted(tmp_path, monkeypatch):
         file.writestr("../../evil.png", encoded(pictures(1)[0]))
         file.writestr("bomb.png", bytes(10**6))
         file.writestr("good.png", encoded(pictures(1)[0]))
-    monkeypatch.setattr(folder, "MAX_FILE_BYTES", 10**5)
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 10**5)
     config = config_of("folder", path=str(tmp_path / "x.zip"))
     source = folder.open_folder(config.data, "train").source
     assert source.names == ["../../evil.png", "bomb.png", "good.png"]

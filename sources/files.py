@@ -1,0 +1,115 @@
+"""Image files of a folder or zip, each read when it is indexed."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, NamedTuple, TypeVar
+
+import numpy as np
+
+from sources.base import PerProcess, Picture, Unreadable
+from sources.images import Header, decode_image, extent_of_16_bits, read_header
+from sources.sixteen_bits import WHOLE, Range, range_of_bits
+from storage.files import one_line, open_entry
+
+T = TypeVar("T")
+
+MAX_FILE_BYTES = 2**28  # of one image, as it is read or unpacked; Pillow bounds the pixels
+LOOKED_AT = 64  # images of a set whose headers tell whether any have 16 bits
+
+
+class Measured(NamedTuple):
+    """The `scale` of a set of images and, where some have 16 bits, a line on it."""
+
+    scale: Range | tuple[()]
+    line: str | None = None
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files by name, each opened by `open`; nothing is extracted to disk.
+
+    `channels` and `scale` are those of `decode_image`. `headers` are those read so far.
+    """
+
+    where: Path
+    names: list[str]
+    open: Callable[[str], IO[bytes]]
+    channels: int = 0
+    scale: Range | tuple[()] = ()
+    headers: dict[int, Header] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Picture:
+        decode = partial(decode_image, channels=self.channels, scale=self.scale)
+        return self._read(i, lambda file: decode(read_bounded(file)))
+
+    def header(self, i: int) -> Header:
+        """The header of image i; `Unreadable` where it cannot be read."""
+        if i not in self.headers:
+            self.headers[i] = self._read(i, read_header)
+        return self.headers[i]
+
+    def measure_scale(self, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
+        """`range_of_bits` of the largest value in these images; () where none has 16 bits.
+
+        Up to `LOOKED_AT` headers, spread evenly, are read first; if none has 16 bits, no more is
+        read. Reading also ends once a value needs all bits. `watch` shows the progress of a loop
+        over the images, such as `tqdm`. Raises ValueError where a value is below 0.
+        """
+        first = np.linspace(0, len(self) - 1, min(len(self), LOOKED_AT)).astype(int).tolist()
+        if not any(map(self._may_have_16_bits, first)):
+            return Measured(())
+        smallest = largest = 0
+        for i in watch([*first, *sorted({*range(len(self))} - {*first})]):
+            with contextlib.suppress(Unreadable):  # reported when it is decoded
+                low, high = self._read(i, lambda file: extent_of_16_bits(read_bounded(file)))
+                smallest, largest = min(smallest, low), max(largest, high)
+            if smallest < 0 or largest > WHOLE[1] // 2:
+                break
+        try:
+            scale = range_of_bits(smallest, largest)
+        except ValueError as error:
+            raise ValueError(f"the images of {self.where}: {error}") from error
+        bits = (scale[1] + 1).bit_length() - 1
+        top = f"{scale[1] if scale == WHOLE else largest:,}"
+        line = f"16-bit images: values up to {top} count as {bits} bits (data.scale)"
+        return Measured(scale, line)
+
+    def _may_have_16_bits(self, i: int) -> bool:
+        try:
+            return self.header(i).may_have_16_bits
+        except Unreadable:  # reported when it is decoded
+            return False
+
+    def _read(self, i: int, parse: Callable[[IO[bytes]], T]) -> T:
+        try:
+            with self.open(self.names[i]) as file:
+                return parse(file)
+        except Exception as error:  # a damaged file makes the decoder fail in any way
+            raise Unreadable(f"{self.where}/{self.names[i]}: {one_line(error)}") from error
+
+
+def read_bounded(file: IO[bytes]) -> bytes:
+    """The bytes of a file; ValueError where there are more than `MAX_FILE_BYTES`."""
+    content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    return content
+
+
+def open_below(folder: Path, name: str) -> IO[bytes]:
+    """A regular file below `folder`; ValueError where it is none."""
+    path = folder / name
+    if not path.is_file():  # a pipe or a device could be read for ever
+        raise ValueError("not a file")
+    return open(path, "rb")
+
+
+def open_in(archive: PerProcess, name: str) -> IO[bytes]:
+    """The entry `name` of a zip file; raises as `open_entry`."""
+    return open_entry(archive(), name)
