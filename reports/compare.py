@@ -36,12 +36,13 @@ from reports.page import (
     document,
     figure,
     html_table,
+    legend,
     not_ranked,
     notes,
     picture_html,
     section,
 )
-from reports.plots import COLOURS, Points, number, several
+from reports.plots import Points, number, several
 from reports.settings import Settings, obstacle, of_report
 from sources import SOURCES
 from sources.codec import CODECS
@@ -236,12 +237,9 @@ def compare_page(runs: Sequence[Run], lines: Sequence[str] = ()) -> str:
         if plot := several(curves, ("step", "loss")):
             losses.append(figure(plot, title, caption))
     shown = [_samples(group) for group in groups if any(run.picture is not None for run in group)]
-    key = "".join(
-        f"<span>{_key(k)}{escape(_names(group))}</span>" for k, group in enumerate(groups)
-    )
     title = f"{len(runs)} run{'s' * (len(runs) > 1)} side by side"
     body = [
-        f"<header><h1>{title}</h1><div class=legend>{key}</div></header>",
+        f"<header><h1>{title}</h1>{legend(map(_names, groups))}</header>",
         section("Settings that differ", _settings(groups, differ, lines)),
         section("Metrics", _metrics(groups)),
         section("Losses", f"<div class=figures>{''.join(losses)}</div>" if losses else ""),
@@ -265,10 +263,6 @@ def _samples(group: Sequence[Run]) -> str:
     run = next(run for run in group if run.picture is not None)
     caption = f"Seed {run.values['seed']}, none chosen{'; ' * bool(run.drawn)}{run.drawn}."
     return picture_html(Picture(run.name, caption, run.picture))
-
-
-def _key(k: int) -> str:
-    return f'<i class="key c{k % COLOURS}"></i>'
 
 
 def _names(runs: Iterable[Run]) -> str:

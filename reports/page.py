@@ -7,10 +7,9 @@ import base64
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -18,12 +17,20 @@ from numpy.typing import NDArray
 
 from metrics.table import METRICS, Entry, entries
 from metrics.table import remarks as remarks_of
-from reports.plots import COLOURS, SMALL, Points, drawable, histogram, loss_plot, number, several
+from reports.plots import (
+    CSS,
+    SMALL,
+    Points,
+    curve_colour,
+    drawable,
+    histogram,
+    loss_plot,
+    number,
+    several,
+)
 from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
 
 Report = Mapping[str, float | str | NDArray]
-
-STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def document(title: str, body: str) -> str:
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>\n{STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>\n{CSS}</style></head>\n"
         f"<body><main>{body}</main></body></html>\n"
     )
 
@@ -244,15 +251,11 @@ def _distances(curves: Mapping[str, Points], report: Report) -> list[str]:
         floor=report.get("fid_data"),
         logarithmic_x=True,
     )
-    keys = [
-        f'<span><i class="key c{k % COLOURS}"></i>{escape(n)}</span>' for k, n in enumerate(curves)
-    ]
-    legend = f"<div class=legend>{''.join(keys)}</div>"
     caption = (
         "The evaluations of this checkpoint in all folders of the run, with as many samples, "
         "compared with the same data. Dashed: data against data."
     )
-    return [figure(plot + legend, f"{label} against evaluations", caption)]
+    return [figure(plot + legend(curves), f"{label} against evaluations", caption)]
 
 
 def _downloads(reports: Mapping[int, Report], files: Mapping[str, Sequence[str]]) -> str:
@@ -317,6 +320,15 @@ def picture_html(picture: Picture) -> str:
     source = f"data:image/{picture.kind};base64,{data}"
     image = f'<img alt="{escape(picture.title)}" src="{source}">'
     return figure(image, picture.title, picture.caption)
+
+
+def legend(names: Iterable[str]) -> str:
+    """The colours of curves, from that of number 0 on, with their `names`."""
+    keys = (
+        f'<span><i class=key style="background:var(--{curve_colour(k)})"></i>{escape(name)}</span>'
+        for k, name in enumerate(names)
+    )
+    return f"<div class=legend>{''.join(keys)}</div>"
 
 
 def figure(content: str, title: str, caption: str) -> str:

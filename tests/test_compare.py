@@ -97,8 +97,8 @@ def test_page_marks_the_best_mean(runs):
     assert [marked for _, marked in loss] == [False, False, False]
     assert "No best Loss: method differs (VPSDE; EDM)" in page
     assert found["optim.lr"] == [("0.002", False)] * 2 + [("0.5", False)]
-    assert page.count('<path class="line c0"') == 2  # two seeds
-    assert page.count('<path class="line c2"') == 1
+    assert page.count('class="curve-0"') == 2  # two seeds
+    assert page.count('class="curve-2"') == 1
     assert len(tags.links) == 3  # a picture for each setting
 
 
