@@ -27,6 +27,7 @@ from library.ema import rebuild_ema
 from library.restoration import ToRestore
 from library.trained import Trained
 from metrics.reference import ReferenceStatistics, origin_of
+from models import paper_name
 from models.weights import load_ema
 from reports import settings
 from reports.drawings import draw_classes, draw_interpolation, draw_rescaling
@@ -337,7 +338,17 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             run.data.close()
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
-            save_page(config.to_dict(), run, workdir, folder, k, step)
+            save_page(
+                run,
+                workdir,
+                folder,
+                k,
+                network=paper_name(config.model.name, config.model.fir),
+                learning_rate=config.optim.lr,
+                warmup=config.optim.warmup,
+                cooldown=config.optim.cooldown,
+                settings=config.to_dict(),
+            )
             width = f" of width {eval_config.ema_std:g}" if eval_config.ema_std else ""
             title = f"{path.name}, EMA weights{width} of step {report['step']}"
             log.info(report_table(report, eval_config.dataset, title))

@@ -19,8 +19,9 @@ import run_lib
 import sampling
 from configs.keys import flatten
 from reports import compare, settings
-from reports.compare import Run, compare_page, differing, grouped, read_run
+from reports.compare import compare_page
 from reports.evaluation_page import read_report
+from reports.runs import Run, differing, grouped, read_run
 from storage import run_config
 from storage.files import save_npz, save_png
 from storage.tensorboard import TensorBoardWriter
@@ -273,7 +274,7 @@ def test_from_workdirs_to_a_page(tmp_path, monkeypatch, capsys):
         save_png(folder / "samples/iter_9/sample.png", np.full((8, 8, 3), 9, np.uint8))
         save_png(folder / "samples/iter_10/sample.png", np.full((8, 8, 3), 200, np.uint8))
     found = read_run(tmp_path / "one", "one", "eval")
-    assert found.drawn == "drawn in training, at step 10"
+    assert found.caption == "drawn in training, at step 10"
     assert (found.report["step"], found.curves["loss/train"][0][0]) == (1000, 5)
     assert np.asarray(Image.open(io.BytesIO(found.picture))).max() == 200
     out = tmp_path / "page.html"

@@ -101,7 +101,7 @@ def test_200_mutated_reports_are_shown_or_refused(tmp_path):
             continue
         for shown in (1, 2):
             points = [(float(r["nfe"]), float(r["fid"])) for r in (report, found) if "nfe" in r]
-            page = render("run", {}, {1: report, 2: found}, shown, {}, [], {}, {"": points}, {})
+            page = render("run", {1: report, 2: found}, shown, distances={"": points})
             drawn = re.findall("<svg.+?</svg>", page)
             assert len(drawn) == page.count("<svg")
             assert not any(word in plot for plot in drawn for word in ("nan", "inf"))
@@ -111,9 +111,7 @@ def test_200_mutated_reports_are_shown_or_refused(tmp_path):
 def test_losses_beyond_all_measure_are_drawn():
     for numbers in ([1e29, -1e29], [5e-324, 0], [1e16, 1e16 + 2], [1e-320] * 2, NUMBERS):
         curve = [(step, number) for step, number in enumerate(numbers)]
-        page = render(
-            "run", {}, {1: {"step": 1, "seconds": 1}}, 1, {"train": curve}, [], {}, {}, {}
-        )
+        page = render("run", {1: {"step": 1, "seconds": 1}}, 1, losses={"train": curve})
         assert "loss over step" in page
 
 

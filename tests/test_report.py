@@ -21,8 +21,9 @@ from metrics.reference import Reference
 from metrics.table import METRICS, OF_HALVES, Comparison, compare_halves
 from models import NETWORKS, paper_name
 from reports import evaluation_page
+from reports.html import Picture
 from reports.images import image_grid
-from reports.page import Picture, render
+from reports.page import render
 from reports.plots import PALETTE, loss_plot, number, several
 from reports.settings import to_json
 from reports.table import format_table, report_table
@@ -84,17 +85,17 @@ def made_by(**changes):
 
 def page_of(reports):
     return render(
-        title="a <b>bold</b> run",
+        "a <b>bold</b> run",
+        reports,
+        max(reports),
         facts={"network": "ncsnpp & co"},
-        reports=reports,
-        shown=max(reports),
-        curves={
+        losses={
             "train": [(s, 100 / s) for s in range(1, 2001)],
             "test": [(s, 100 / s) for s in range(200, 2001, 200)],
         },
         pictures=[Picture("Samples", 'of "red"', png((250, 0, 0)))],
-        values={"seed": 42, "model": {"name": "<script>alert(1)</script>"}},
-        by_evaluations={"<heun>": [(9, 0.5), (35, 0.75)], "dpmpp": [(10, 0.3)]},
+        settings={"seed": 42, "model": {"name": "<script>alert(1)</script>"}},
+        distances={"<heun>": [(9, 0.5), (35, 0.75)], "dpmpp": [(10, 0.3)]},
         files={"samples": ["ckpt_4/samples_0.npz", 'a "b".npz']},
     )
 
@@ -288,7 +289,7 @@ def test_startup_imports_no_matplotlib():
 
 def test_a_single_checkpoint_has_no_curve_over_checkpoints():
     report = {"step": 10, "loss": 1.0, "seconds": 1.0}
-    page = render("run", {}, {1: report}, 1, {"train": [(5, np.nan)]}, [], {}, {}, {})
+    page = render("run", {1: report}, 1, losses={"train": [(5, np.nan)]})
     assert "<svg" not in page
     assert "<figure" not in page
     assert "1" in page
