@@ -1,4 +1,4 @@
-"""The spaces in which samples are compared with data.
+"""Spaces in which samples are compared with data.
 
 A feature space turns images into features (n, K) and, where its network classifies, logits (n, L).
 """
@@ -115,8 +115,8 @@ def torchscript(path: str, device: torch.device) -> tuple[str, Extractor, Backen
     @torch.no_grad()
     def extract(images: Images) -> tuple[NDArray, NDArray | None]:
         x = torch.from_numpy(np.ascontiguousarray(_three_channels(images))).permute(0, 3, 1, 2)
-        found = call(x.to(device))
-        return tuple(y if y is None else y.flatten(1).float().cpu().numpy() for y in found)
+        outputs = call(x.to(device))
+        return tuple(y if y is None else y.flatten(1).float().cpu().numpy() for y in outputs)
 
     return f"torchscript-{_digest_files(Path(path))}", extract, OURS
 
@@ -125,8 +125,8 @@ def inception(path: str, device: torch.device) -> tuple[str, Extractor, Backend]
     """The 2015 Inception graph of tensorflow-gan, with its metrics.
 
     The SavedModel lies in the folder `path`, or where TF-Hub keeps it (TFHUB_CACHE_DIR), or is
-    fetched. Images are resized to 299 x 299 as TensorFlow 1 did it, bilinearly without half pixels:
-    what the graph itself does to smaller ones.
+    fetched. Images are resized to 299 x 299 bilinearly without half pixels, like TensorFlow 1 and
+    the graph itself.
     """
     missing = [name for name in TENSORFLOW if importlib.util.find_spec(name) is None]
     if missing:
@@ -225,7 +225,7 @@ def _three_channels(images: Images) -> Images:
 
 
 def _digest_files(path: Path) -> str:
-    """Eight hexadecimal digits of the content of a file, or of all files in a folder."""
+    """Digest, eight hexadecimal digits, of the content of a file, or of all files in a folder."""
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
@@ -245,23 +245,23 @@ def get_spaces(
     """The feature spaces `kinds`, names of `FEATURES` with commas between them.
 
     `paths` is the path of the network of the kind that needs one; for several such kinds the paths
-    of all, in the order of `kinds`, with commas between them; see `get_space`.
+    of all, in the order of `kinds`, with commas between them.
 
     Raises ValueError, in one line, where a space is named twice, where the number of paths is not
-    that of such kinds, and as `get_space`.
+    that of such kinds, and where `get_space` does.
     """
     names = [name.strip().lower() for name in kinds.split(",")]
     if len({*names}) < len(names):
         raise ValueError(f"eval.features={kinds!r} names a space twice")
     loaders = {name: keys.named(FEATURES, "eval.features", name) for name in names}
-    needing = [name for name, load in loaders.items() if getattr(load, "needs_path", False)]
-    separate = [path.strip() for path in paths.split(",")] if len(needing) > 1 else [paths]
-    if len(separate) != max(1, len(needing)):
+    networks = [name for name, load in loaders.items() if getattr(load, "needs_path", False)]
+    separate_paths = [path.strip() for path in paths.split(",")] if len(networks) > 1 else [paths]
+    if len(separate_paths) != max(1, len(networks)):
         raise ValueError(
             f"eval.inception_path={paths!r} has another number of commas: eval.features={kinds!r} "
-            f"needs {len(needing)} paths with commas between them, of {', '.join(needing)}"
+            f"needs {len(networks)} paths with commas between them, of {', '.join(networks)}"
         )
-    path_of = dict(zip(needing, separate, strict=False))  # without networks a path is not read
+    path_of = dict(zip(networks, separate_paths, strict=False))  # no network reads no path
     return [get_space(name, path_of.get(name, ""), shape, device) for name in names]
 
 
@@ -270,8 +270,8 @@ def get_space(
 ) -> FeatureSpace:
     """The feature space `kind` of `FEATURES`, tried on two blank images of `shape` (C, H, W).
 
-    `path` is that of its network. Raises ValueError, in one line that says what to do, where the
-    network cannot be loaded or used.
+    `path` is that of its network. Raises ValueError, in one line, where the network cannot be
+    loaded or used, or has more than `WIDEST` features.
     """
     channels, *sides = shape
     name, extract, backend = keys.named(FEATURES, "eval.features", kind)(path, device)
