@@ -31,6 +31,7 @@ from networks import plain
 import experiment
 import sampling
 from metrics.distances import Gaussian, frechet_distance
+from reports.plots import draw_range
 from solvers import FITTED, SCHEDULES, SOLVERS
 from solvers.fitted import Fit
 from sources.keyed import keyed_generator
@@ -208,14 +209,10 @@ def plain_heun(method, net, x: torch.Tensor, options) -> torch.Tensor:
 
 def plot(found: dict[str, list[Results]], asked: Steps, path: str) -> None:
     """Distance and error against evaluations, a column for each method, as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        2, len(found), figsize=(5 * len(found), 8), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(5 * len(found), 8), layout="constrained")
+    axes = figure.subplots(2, len(found), squeeze=False)
     for column, (name, seeds) in zip(axes.T, found.items(), strict=True):
         for axis, key, label in zip(
             column,
@@ -226,11 +223,9 @@ def plot(found: dict[str, list[Results]], asked: Steps, path: str) -> None:
             for k, setting in enumerate(map(str, asked)):
                 counts = sorted(n for other, n in seeds[0] if other == setting)
                 values = np.array([[getattr(s[setting, n], key) for n in counts] for s in seeds])
-                style = {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--"}
-                axis.plot(counts, values.mean(0), marker="o", markersize=3, label=setting, **style)
-                axis.fill_between(
-                    counts, values.min(0), values.max(0), alpha=0.15, color=style["color"]
-                )
+                line = {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--"}
+                line |= {"marker": "o", "markersize": 3, "label": setting}
+                draw_range(axis, counts, values.mean(0), values.min(0), values.max(0), **line)
             axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel=label)
             axis.set_xticks(FEW, FEW)
             axis.minorticks_off()
