@@ -24,7 +24,7 @@ from metrics.table import entries
 from metrics.table import remarks as remarks_on_metrics
 from reports.html import Picture, document, figure, legend, notes, row, section, table
 from reports.page import best_of, not_ranked
-from reports.plots import number, several
+from reports.plots import curve_plot, number
 from reports.runs import Group, Run, by_seed, differing, grouped, names_of, read_run, remarks
 from reports.settings import obstacle
 from sources import SOURCES
@@ -128,7 +128,7 @@ def _losses(groups: Sequence[Group], differ: Iterable[str]) -> str:
         caption += f" Losses of another {', '.join(kinds)} are of another kind."
     for tag, title in (("loss/train", "Training loss"), ("loss/test", "Held-out loss")):
         curves = [(k, run.curves.get(tag, ())) for k, group in enumerate(groups) for run in group]
-        if plot := several(curves, ("step", "loss")):
+        if plot := curve_plot(curves, ("step", "loss")):
             figures.append(figure(plot, title, caption))
     return f"<div class=figures>{''.join(figures)}</div>" if figures else ""
 

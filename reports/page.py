@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from metrics.table import METRICS, Entry, entries, remarks
 from reports.html import Picture, document, figure, legend, notes, pairs, row, section, table
-from reports.plots import SMALL, Points, drawable, histogram, loss_plot, number, several
+from reports.plots import SMALL, Points, curve_plot, drawable, histogram, number
 from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
 
 Report = Mapping[str, float | str | NDArray]
@@ -171,7 +171,7 @@ def _trends(reports: Mapping[int, Report], current: int) -> str:
         if len(points) > 1:
             floor = having[-1].get(f"{key}_data")
             arrow = "lower is better" if metric.better < 0 else "higher is better"
-            plot = several([(0, points)], ("step", name), size=SMALL, floor=floor)
+            plot = curve_plot([(0, points)], ("step", name), size=SMALL, floor=floor)
             plots.append(f"<div><h3>{escape(label)} <small>{arrow}</small></h3>{plot}</div>")
     return f"<div class=trends>{''.join(plots)}</div>" if plots else ""
 
@@ -182,7 +182,7 @@ def _distances(curves: Mapping[str, Points], report: Report) -> list[str]:
         return []
     labels = {entry.key: entry.label for entry in entries(report)}
     label = labels.get("fid", METRICS["fid"].label)
-    plot = several(
+    plot = curve_plot(
         list(enumerate(curves.values())),
         ("evaluations of the network for a sample", label),
         floor=report.get("fid_data"),
@@ -196,7 +196,8 @@ def _distances(curves: Mapping[str, Points], report: Report) -> list[str]:
 
 
 def _losses(curves: Mapping[str, Points]) -> list[str]:
-    plot = loss_plot(curves)
+    train, test = curves.get("train", ()), curves.get("test", ())
+    plot = curve_plot([(0, train)], ("step", "loss"), with_range=True, dots=test)
     caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
     return [figure(plot, "Loss", caption)] if plot else []
 

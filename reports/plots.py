@@ -8,7 +8,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ LARGE, SMALL = (520, 270), (300, 210)  # width and height of a plot, in its own 
 MARGINS = (78, 14, 14, 50)  # left, right, top, bottom: where the axes' numbers and titles are
 MOST_POINTS = 400  # of a curve; more are averaged
 MOST_COLUMNS = 40  # of a histogram
-MOST_DOTS = 20  # of a curve; the points of a longer one are not marked
+MOST_KNOTS = 20  # of a curve; the points of a longer one are not marked
 
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 PALETTE = dict(re.findall(r"--(\w+):(#\w{6})", CSS[: CSS.index("@media")]))  # of the light page
@@ -58,6 +58,8 @@ STYLE = {
     "axes.labelpad": 7,
     "axes.axisbelow": True,
     "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "lines.markeredgewidth": 1.8,
 }
 
 
@@ -143,11 +145,13 @@ def _to_svg(axes: "Axes") -> str:
     return f'<svg viewBox="0 0 {width} {height}" role=img aria-label="{words}">{content}'
 
 
-def _binned(points: Points) -> NDArray:
-    """Rows (step, mean, lowest, highest) of `points`, of runs of them where there are many."""
-    parts = np.array_split(np.asarray(points, dtype=float), min(len(points), MOST_POINTS))
-    means = [(p[:, 0].mean(), p[:, 1].mean(), p[:, 1].min(), p[:, 1].max()) for p in parts]
-    return np.array(means)
+def _binned(points: Points) -> NDArray[np.float64]:
+    """Rows (x, mean, lowest, highest) of the drawable points, or of neighbours among many."""
+    points = np.reshape(np.asarray(points, dtype=float), (-1, 2))
+    points = points[drawable(points).all(1)]
+    parts = np.array_split(points, min(max(len(points), 1), MOST_POINTS))
+    rows = [[p[:, 0].mean(), p[:, 1].mean(), p[:, 1].min(), p[:, 1].max()] for p in parts if len(p)]
+    return np.reshape(rows, (-1, 4))
 
 
 def draw_range(
@@ -159,24 +163,53 @@ def draw_range(
 
 
 @_in_style
-def loss_plot(curves: Mapping[str, Points]) -> str:
-    """The curve of training, `train`, as mean and range, and `test` as dots; "" without any."""
-    train, test = ([p for p in curves.get(n, ()) if drawable(p[1])] for n in ("train", "test"))
-    if not train and not test:
+def curve_plot(
+    curves: Sequence[tuple[int, Points]],
+    titles: tuple[str, str],
+    *,
+    size: Size = LARGE,
+    floor: float | None = None,
+    logarithmic_x: bool = False,
+    with_range: bool = False,
+    dots: Points = (),
+) -> str:
+    """Curves over each other, each with its number k, which chooses its colour; "" without points.
+
+    Args:
+        titles: of the axes.
+        floor: where a line across is drawn, if anywhere.
+        logarithmic_x: whether the x axis may be logarithmic, as the y axis is for values that are
+            far apart.
+        with_range: whether a band shows the range of neighbours; of many points only their mean is
+            drawn.
+        dots: further points, without a line.
+    """
+    curves = [(k, _binned(points)) for k, points in curves]
+    dots = _binned(dots)
+    every = np.concatenate([*(rows for _, rows in curves), dots])
+    if not len(every):
         return ""
-    axes, (steps, losses) = _new_axes(LARGE, ("step", "loss")), zip(*train, *test, strict=True)
-    _scale(axes.xaxis, steps, may_be_logarithmic=False)
-    _scale(axes.yaxis, losses)
-    if train:
-        draw_range(axes, *_binned(train).T, color=PALETTE["blue"], gid="train")
-    if test:
-        axes.plot(*_binned(test).T[:2], "o", markersize=5, color=PALETTE["amber"], gid="test")
+    axes = _new_axes(size, titles)
+    floors = [] if floor is None or not drawable(floor) else [floor]
+    _scale(axes.xaxis, every[:, 0], logarithmic_x)
+    _scale(axes.yaxis, [*every[:, 1:].flat, *floors])
+    for height in floors:
+        axes.axhline(height, color=PALETTE["soft"], linewidth=1, linestyle=(0, (5, 4)), gid="floor")
+    for k, (x, mean, low, high) in ((k, rows.T) for k, rows in curves if len(rows)):
+        line = {"color": PALETTE[curve_colour(k)], "gid": f"curve-{k}"}
+        if with_range:
+            draw_range(axes, x, mean, low, high, **line)
+        else:
+            knots = "o" if len(x) <= MOST_KNOTS else ""
+            axes.plot(x, mean, marker=knots, markerfacecolor=PALETTE["paper"], **line)
+    if len(dots):
+        axes.plot(*dots.T[:2], "o", markersize=3, color=PALETTE["amber"], gid="dots")
     return _to_svg(axes)
 
 
 @_in_style
 def histogram(values: NDArray, titles: tuple[str, str]) -> str:
-    """Of `values` (n,), with a line at their mean; `titles` are those of its axes."""
+    """Histogram of `values` (n,), with a line at their mean; `titles` are those of its axes."""
     columns = min(MOST_COLUMNS, max(5, round(2 * math.sqrt(len(values)))))
     axes, mean = _new_axes(LARGE, titles), float(np.mean(values))
     counts, edges, _ = axes.hist(values, columns, color=PALETTE["blue"], alpha=0.75, rwidth=0.9)
@@ -185,42 +218,4 @@ def histogram(values: NDArray, titles: tuple[str, str]) -> str:
     axes.axvline(mean, color=PALETTE["amber"], gid="mean")
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
     axes.annotate(f"mean {number(mean)}", (mean, 1), (6, -6), color=PALETTE["amber"], **place)
-    return _to_svg(axes)
-
-
-@_in_style
-def several(
-    curves: Sequence[tuple[int, Points]],
-    titles: tuple[str, str],
-    *,
-    size: Size = LARGE,
-    floor: float | None = None,
-    logarithmic_x: bool = False,
-) -> str:
-    """Curves over each other, each with its number k, which chooses its colour.
-
-    Of many points means of neighbours are drawn. "" where there is no point.
-
-    Args:
-        titles: of the axes.
-        floor: where a line across is drawn, if anywhere.
-        logarithmic_x: whether the x axis may be logarithmic, as the y axis is for values that are
-            far apart.
-    """
-    curves = [(k, [p for p in points if drawable(p).all()]) for k, points in curves]
-    if not any(points for _, points in curves):
-        return ""
-    xs, ys = zip(*(point for _, points in curves for point in points), strict=True)
-    axes = _new_axes(size, titles)
-    floors = [] if floor is None or not drawable(floor) else [floor]
-    _scale(axes.xaxis, xs, logarithmic_x)
-    _scale(axes.yaxis, [*ys, *floors])
-    for height in floors:
-        axes.axhline(height, color=PALETTE["soft"], linewidth=1, linestyle=(0, (5, 4)), gid="floor")
-    for k, points in curves:
-        dots = {"markersize": 6, "markerfacecolor": PALETTE["paper"], "markeredgewidth": 1.8}
-        dots["marker"] = "o" if len(points) <= MOST_DOTS else ""
-        if points:
-            colour = PALETTE[curve_colour(k)]
-            axes.plot(*_binned(points).T[:2], color=colour, gid=f"curve-{k}", **dots)
     return _to_svg(axes)

@@ -24,7 +24,7 @@ from reports import evaluation_page
 from reports.html import Picture
 from reports.images import image_grid
 from reports.page import render
-from reports.plots import PALETTE, loss_plot, number, several
+from reports.plots import PALETTE, curve_plot, number
 from reports.settings import to_json
 from reports.table import format_table, report_table
 from storage.files import save_npz
@@ -258,7 +258,7 @@ def test_numbers(value, text):
     ],
 )
 def test_ticks_are_round_numbers(low, high, marks):
-    plot = several([(0, [(5, low), (6, high)])], ("step", "loss"))
+    plot = curve_plot([(0, [(5, low), (6, high)])], ("step", "loss"))
     of_y = plot[plot.index('class="matplotlib.axis_2"') : plot.index('class="curve-0"')]
     texts = re.findall(r"<text style=\"([^\"]*)\" x=\"\S+\" y=\"(\S+)\"[^>]*>(.*?)</text>", of_y)
     *ticks, (style, _, title) = texts
@@ -273,9 +273,12 @@ def test_ticks_are_round_numbers(low, high, marks):
 
 
 def test_a_plot_is_the_same_svg_each_time_and_of_the_pages_colours():
-    curves = {"train": [(s, 100 / s) for s in range(1, 50)], "test": [(9, 3.0)]}
-    plot = loss_plot(curves)
-    assert plot == loss_plot(curves)
+    def draw():
+        points = [(s, 100 / s) for s in range(1, 50)]
+        return curve_plot([(0, points)], ("x", "y"), floor=2.0, with_range=True, dots=[(9, 3.0)])
+
+    plot = draw()
+    assert plot == draw()
     assert "#" not in re.sub(r"href=\"#\w+\"", "", plot) and "var(--blue)" in plot
     assert set(re.findall(r"var\(--(\w+)\)", plot)) <= PALETTE.keys()
 
