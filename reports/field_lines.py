@@ -60,7 +60,7 @@ def field_lines(data: Tensor, number: int, far: float, steps: int = 60) -> Point
 
 
 def in_space(points: Points) -> Points:
-    """Where points (x, z), (..., 3), lie on paper, seen from above and aside without vanishing."""
+    """Places on paper of points (x, z), (..., 3), in a parallel projection from above and aside."""
     a, b, z = np.moveaxis(points, -1, 0)
     across = math.cos(AZIMUTH) * a + math.sin(AZIMUTH) * b
     depth = depth_of(points)
@@ -68,5 +68,5 @@ def in_space(points: Points) -> Points:
 
 
 def depth_of(points: Points) -> NDArray[np.float64]:
-    """How far behind the middle points (x, z), (..., 3), lie, as seen from aside."""
+    """Distances behind the middle of points (x, z), (..., 3), seen from aside."""
     return math.cos(AZIMUTH) * points[..., 1] - math.sin(AZIMUTH) * points[..., 0]
