@@ -1,6 +1,5 @@
 """report.html: gathers from the files of a run what the page of an evaluation shows."""
 
-import io
 import logging
 import shlex
 import subprocess
@@ -13,21 +12,19 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from experiment import Experiment
-from metrics.table import METRICS, split_key
 from reports.html import Picture
 from reports.images import SIDE_BY_SIDE
 from reports.page import render
 from reports.plots import number
+from reports.report_file import page_png, read_report
 from reports.settings import Settings, differing, obstacle, of_report, sampler_words
-from storage.files import atomic_write, check_arrays, read_arrays
+from storage.files import atomic_write
 from storage.tensorboard import read_scalars, seconds_of_training
 
 log = logging.getLogger(__name__)
 
-PAGE_PIXELS = 1400  # side of the largest picture in report.html
 FILM_BYTES = 2**22  # of the largest film in it
 
 # SAME: settings that must be equal, besides samples and data, where distances are compared. COSTS:
@@ -220,35 +217,3 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def read_report(path: Path) -> dict[str, NDArray]:
-    """The arrays of a report that a page shows; ValueError, in one line, where they do not fit."""
-    arrays, scalar = read_arrays(path), ("iuf", ())
-    metrics = [f"{key}{what}" for key in METRICS for what in ("", "_error", "_data")]
-    spec = dict.fromkeys((*metrics, "half_first", "half_other"), scalar)
-    spec |= {name: scalar for name in arrays if split_key(name)[1] in spec}  # in further spaces
-    spec |= {"ema_std": scalar} | dict.fromkeys(("features", "sampling", "settings"), ("U", ()))
-    spec |= dict.fromkeys((name for name in arrays if name.endswith("_remark")), ("U", ()))
-    spec = {name: kind for name, kind in spec.items() if name in arrays}
-    spec |= dict.fromkeys(("step", "seconds"), scalar)
-    if "num_samples" in arrays:
-        needed = ("num_samples", "nonfinite", "sampling_seconds", *({"nfe"} & arrays.keys()))
-        spec |= dict.fromkeys(needed, scalar)
-    if "bpd_images" in arrays:
-        spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), scalar) | {"bpd_images": ("f", (None,))}
-    report = check_arrays(path, arrays, spec, finite=False)
-    try:
-        of_report(report)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return report
-
-
-def page_png(path: Path) -> bytes:
-    """The picture at `path`, made smaller where it is larger than a page shows."""
-    with Image.open(path) as image:
-        image.thumbnail((PAGE_PIXELS, PAGE_PIXELS))
-        buffer = io.BytesIO()
-        image.save(buffer, format="png", optimize=True)
-    return buffer.getvalue()

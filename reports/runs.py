@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from reports.evaluation_page import page_png, read_report
 from reports.page import Report
 from reports.plots import Points
+from reports.report_file import page_png, read_report
 from reports.settings import UNKNOWN, Settings, of_report
 from reports.settings import differing as differing_settings
 from storage import run_config

@@ -20,7 +20,7 @@ import sampling
 from configs.keys import flatten
 from reports import compare, settings
 from reports.compare import compare_page
-from reports.evaluation_page import read_report
+from reports.report_file import read_report
 from reports.runs import Run, differing, grouped, read_run
 from storage import run_config
 from storage.files import save_npz, save_png

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from reports import page
-from reports.evaluation_page import read_report
+from reports.report_file import read_report
 from storage.files import cached, read_arrays, save_npz
 
 NUMBERS = (0, -1, np.nan, np.inf, -np.inf, 1e29, -1e29, 1e30, 1e308, -1e308, 5e-324, 1 + 1e-12)

@@ -25,6 +25,7 @@ from reports.html import Picture
 from reports.images import image_grid
 from reports.page import render
 from reports.plots import PALETTE, curve_plot, number
+from reports.report_file import read_report
 from reports.settings import to_json
 from reports.table import format_table, report_table
 from storage.files import save_npz
@@ -353,7 +354,7 @@ def test_distances_of_one_checkpoint_are_gathered(tmp_path, caplog):
     def save(folder, changes, **settings):
         report = heun | {"settings": made_by(**settings)} | changes
         save_npz(tmp_path / folder / "report_4.npz", **report)
-        return evaluation_page.read_report(tmp_path / folder / "report_4.npz")
+        return read_report(tmp_path / folder / "report_4.npz")
 
     def gathered():
         return evaluation_page.by_evaluations(tmp_path / "a", 4, shown)

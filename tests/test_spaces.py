@@ -14,8 +14,8 @@ from test_small_runs import report_of, tiny
 import run_lib
 from metrics.table import METRICS, entries, remarks
 from reports.compare import compare_page
-from reports.evaluation_page import read_report
 from reports.plots import number
+from reports.report_file import read_report
 from reports.runs import read_run
 from reports.settings import obstacle, of_report
 from reports.table import report_table
