@@ -104,7 +104,7 @@ def _new_axes(size: Size, titles: tuple[str, str]) -> "Axes":
 
 
 def _scale(axis: "Axis", values: Sequence[float], may_be_logarithmic: bool = True) -> None:
-    """Round numbers along `axis`, which is logarithmic where positive `values` are far apart."""
+    """Put round numbers on `axis`; it is logarithmic where positive `values` are far apart."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     low, high = min(values), max(values)
@@ -125,10 +125,10 @@ def _tick(value: float, _: int) -> str:
 
 
 def _to_svg(axes: "Axes") -> str:
-    """The figure of `axes`, to be put into HTML: its groups have their gid as class."""
+    """The figure of `axes` as HTML, in which the gid of an artist is the class of its group."""
     figure, file = axes.figure, io.StringIO()
     for artist in axes.findobj():
-        artist.set_clip_on(False)
+        artist.set_clip_on(False)  # everything is within the axes
     figure.patch.set_visible(False)
     axes.patch.set_visible(False)
     figure.savefig(
