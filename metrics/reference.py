@@ -226,7 +226,7 @@ class Training:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of `data`, which the main process opens; and of which it tells the others.
+        """Digest of `data`, which the main process opens and tells to the others: all go one way.
 
         Raises, in all processes, DataChanged, and ValueError where the data cannot be read.
         """
