@@ -41,6 +41,7 @@ from methods.base import noise_like
 from metrics.reference import ReferenceStatistics
 from models.layers import NIN
 from reports.images import Images, to_uint8
+from reports.plots import draw_range
 from solvers import SOLVERS, Solver
 from solvers.base import Callback, Slope, Step
 from sources.keyed import keyed_generator
@@ -185,18 +186,15 @@ def print_tables(curves: dict[str, list[Distances]]) -> None:
 
 def plot(curves: dict[str, list[Distances]], path: str) -> None:
     """Save a PNG of the panels: the mean of each curve, in a band from least to largest."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, len(PANELS))
     for axis, (title, panel) in zip(axes, PANELS.items(), strict=True):
         for curve, runs in curves.items():
             rows = [over_seeds(runs, setting) for setting in panel.values()]
-            mean, low, high = zip(*rows, strict=True)
-            axis.fill_between(range(len(panel)), low, high, alpha=0.2)
-            axis.plot(list(panel), mean, marker="o", markersize=4, label=curve)
+            means_lows_highs = zip(*rows, strict=True)
+            draw_range(axis, [*panel], *means_lows_highs, marker="o", markersize=4, label=curve)
         axis.set(yscale="log", xlabel=title)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("Frechet distance")

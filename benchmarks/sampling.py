@@ -32,6 +32,7 @@ from networks import plain
 import experiment
 import sampling
 from metrics.distances import Gaussian, frechet_distance
+from reports.plots import draw_range
 from solvers import FITTED, SCHEDULES, SOLVERS
 from solvers.fitted import Fit
 from sources.keyed import keyed_generator
@@ -209,14 +210,10 @@ def plain_heun(method, net, x: torch.Tensor, options) -> torch.Tensor:
 
 def plot(curves: dict[str, list[Results]], settings: Iterable[Setting], path: str) -> None:
     """Save a PNG of distance and error against evaluations, a column for each curve."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        2, len(curves), figsize=(5 * len(curves), 8), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(5 * len(curves), 8), layout="constrained")
+    axes = figure.subplots(2, len(curves), squeeze=False)
     for column, (name, seeds) in zip(axes.T, curves.items(), strict=True):
         for axis, key, label in zip(
             column,
@@ -227,11 +224,9 @@ def plot(curves: dict[str, list[Results]], settings: Iterable[Setting], path: st
             for k, setting in enumerate(map(str, settings)):
                 counts = sorted(n for other, n in seeds[0] if other == setting)
                 values = np.array([[getattr(s[setting, n], key) for n in counts] for s in seeds])
-                style = {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--"}
-                axis.plot(counts, values.mean(0), marker="o", markersize=3, label=setting, **style)
-                axis.fill_between(
-                    counts, values.min(0), values.max(0), alpha=0.15, color=style["color"]
-                )
+                line = {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--"}
+                line |= {"marker": "o", "markersize": 3, "label": setting}
+                draw_range(axis, counts, values.mean(0), values.min(0), values.max(0), **line)
             axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel=label)
             axis.set_xticks(FEW, FEW)
             axis.minorticks_off()

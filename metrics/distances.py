@@ -1,4 +1,4 @@
-"""The metrics that papers quote, as functions of features (n, K) and logits (n, L), in float64."""
+"""Metrics that papers quote, as functions of features (n, K) and logits (n, L), in float64."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -83,10 +83,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     shift = np.square(a.mean - b.mean).sum()
     traces = np.trace(a.covariance) + np.trace(b.covariance)
     distance = float(shift + traces - 2 * np.sqrt(cross).sum())
-    if (
-        distance
-        < -math.sqrt(ROUNDING) * np.abs(np.diag(a.covariance) + np.diag(b.covariance)).sum()
-    ):
+    variances = np.diag(a.covariance) + np.diag(b.covariance)
+    if distance < -math.sqrt(ROUNDING) * np.abs(variances).sum():
         raise ValueError(f"a Frechet distance of {distance:.4g}: a covariance is not positive")
     return max(distance, 0.0)
 
@@ -108,9 +106,9 @@ def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> 
     """Unbiased squared maximum mean discrepancy with the kernel (x . y / K + 1)^3.
 
     The kernel Inception distance (Binkowski et al. 2018, arXiv 1801.01401) of features (n, K) and
-    (m, K), averaged over blocks of at most `block` samples as in tensorflow-gan. Blocks
-    are consecutive, so the order of the samples should be random. Raises `TooFew` where a block
-    would have fewer than 2 samples of either.
+    (m, K), averaged over blocks of at most `block` samples as in tensorflow-gan. Blocks are
+    consecutive, so the order of the samples should be random. Raises `TooFew` where a block would
+    have fewer than 2 samples of either.
     """
     blocks = math.ceil(max(len(real), len(fake)) / block)
     if (fewer := min(len(real), len(fake))) < 2 * blocks:
@@ -121,7 +119,7 @@ def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> 
 
 
 def _split(features: NDArray, blocks: int) -> list[NDArray]:
-    """`blocks` runs of `features` whose sizes differ by one at most, the longer ones last."""
+    """Consecutive `blocks` of `features`, of sizes that differ by one at most, longer ones last."""
     return np.array_split(np.asarray(features, dtype=np.float64)[::-1], blocks)
 
 
@@ -185,7 +183,7 @@ def precision_recall(
 
 @dataclass(frozen=True)
 class Backend:
-    """Who computes the metrics that exist twice.
+    """Implementation of the metrics that exist twice, here and in tensorflow-gan.
 
     Of the Frechet distance the arguments are the samples' features (n, K), the Gaussian of the
     data's, and these themselves (m, K), or None where not all of them are known.

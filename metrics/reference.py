@@ -1,4 +1,4 @@
-"""Statistics of the data with which samples are compared: measured once, and kept."""
+"""Statistics of the data with which samples are compared: measured once, and cached."""
 
 import functools
 import hashlib
@@ -49,24 +49,20 @@ class Reference:
     index: NDArray | None = None
     complete: bool = False
 
-    def names_images_of(self, data) -> bool:
-        """Whether `index` says for all of `features` which image of `data` they are of."""
-        if self.features is None or self.index is None or self.index.dtype.kind != "i":
-            return False
-        within = (self.index >= 0) & (self.index < len(data))
-        return self.index.shape == self.features.shape[:1] and bool(within.all())
-
     @classmethod
     def measure(cls, blocks: Iterable[NDArray], count: int, keep: int) -> "Reference":
-        """From features of `count` images that come in blocks (n_i, K), `keep` of them kept."""
+        """The reference of `count` images whose features come in blocks (n_i, K).
+
+        Of the features those of `keep` images are kept.
+        """
         index = np.random.default_rng(0).permutation(count)[:keep]
-        chosen = np.isin(np.arange(count), index)
-        kept = []
+        is_kept = np.isin(np.arange(count), index)
+        parts: list[NDArray] = []
 
         def keeping() -> Iterator[NDArray]:
             start = 0
             for block in blocks:
-                kept.append(block[chosen[start : start + len(block)]])
+                parts.append(block[is_kept[start : start + len(block)]])
                 start += len(block)
                 yield block
 
@@ -74,7 +70,7 @@ class Reference:
             gaussian = Gaussian.fit_blocks(keeping())
         except TooFew:
             gaussian = None
-        features = np.concatenate(kept)[np.argsort(np.argsort(index))]  # from the data's order
+        features = np.concatenate(parts)[np.argsort(np.argsort(index))]  # from the data's order
         return cls(gaussian, features, index, complete=len(index) == count)
 
 
@@ -128,31 +124,40 @@ class ReferenceStatistics:
         names = f"{name}_{size}{suffix}", f"{name}{suffix}"
         for published in (folder / each for each in names):
             if published.exists():
-                arrays = read_arrays(published)
-                reference, unsaid = _statistics(published, arrays, space, identity)
-                unsaid += _check_data(published, arrays, train)
-                doubt = f", nor its {', '.join(unsaid)}" if unsaid else ""
-                log.info(
-                    f"statistics of the data: {published}, which names no training images{doubt}"
-                )
-                with published.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
-                origin = {"data": published.name, "split": "published", "digest": digest}
-                return cls(space, replace(reference, index=None), origin=origin)
+                return cls._published(space, published, identity, train)
         identity["data"], data = train.fingerprint, train.data
-        origin = {"data": name, "split": "train", "images": len(data), "digest": identity["data"]}
         path = folder / f"{name}_train_{identity['shape']}_{space.name}_{identity['data']}.npz"
-        there = path.exists()
+        cached = path.exists()
         log.info(
-            f"statistics of the data: {path}, {'kept' if there else 'to be measured'}, as there is "
-            f"no {' or '.join(names)}"
+            f"statistics of the data: {path}, {'kept' if cached else 'to be measured'}, as there "
+            f"is no {' or '.join(names)}"
         )
-        reference = None
-        if there:
-            reference, _ = _statistics(path, read_arrays(path), space, identity)
-        if reference and not reference.names_images_of(data):
-            raise ValueError(f"{path} does not say which images its features are of; delete it")
+        reference = _reference(path, read_arrays(path), space, identity) if cached else None
+        origin = {"data": name, "split": "train", "images": len(data), "digest": identity["data"]}
         return cls(space, reference, data, path, identity, origin)
+
+    @classmethod
+    def _published(
+        cls, space: FeatureSpace, path: Path, identity: dict[str, str], train: "Training"
+    ) -> "ReferenceStatistics":
+        """The statistics in the file at `path`, whose data are compared with those in `train`."""
+        arrays = read_arrays(path)
+        if "data" in arrays:
+            try:
+                identity["data"] = train.fingerprint
+            except DataChanged:
+                raise
+            except ValueError as error:
+                log.info(f"{path} cannot be compared with the training images: {error}")
+        reference = _reference(path, arrays, space, identity)
+        compared = identity.keys() & arrays.keys()
+        missing = [word for name, word in IDENTITY.items() if name not in compared]
+        doubt = f", nor its {', '.join(missing)}" if missing else ""
+        log.info(f"statistics of the data: {path}, which names no training images{doubt}")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+        origin = {"data": path.name, "split": "published", "digest": digest}
+        return cls(space, replace(reference, index=None), origin=origin)
 
     @property
     def labels(self) -> NDArray | None:
@@ -169,14 +174,14 @@ class ReferenceStatistics:
                 progress(len(batch))
 
         count = len(self.data)
-        self.reference = found = Reference.measure(blocks(), count, FEATURES_KEPT)
-        arrays = {"pool_3": found.features, "index": found.index, "count": count, **self.identity}
-        if gaussian := found.gaussian:
+        self.reference = measured = Reference.measure(blocks(), count, FEATURES_KEPT)
+        arrays = {"pool_3": measured.features, "index": measured.index, "count": count}
+        if gaussian := measured.gaussian:
             arrays |= {"mu": gaussian.mean, "sigma": gaussian.covariance}
         # evaluations of two workdirs may measure the same data at the same time
-        own = self.path.with_suffix(f".{os.getpid()}.npz")
-        save_npz(own, **arrays)
-        own.replace(self.path)
+        beside = self.path.with_suffix(f".{os.getpid()}.npz")
+        save_npz(beside, **arrays, **self.identity)
+        beside.replace(self.path)
         log.info(f"statistics of the data: {self.path}")
 
 
@@ -186,7 +191,6 @@ def fingerprint(data: DataSet) -> str:
     For images in memory it covers all bytes. For images on disk it covers the digest of their
     source and, since decoding changes them, 64 of them decoded.
     """
-
     return distributed.from_main(lambda: _digest(data))
 
 
@@ -222,7 +226,7 @@ class Training:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of `data`, which the main process opens; it tells the others, so that all go one way.
+        """Digest of `data`, which the main process opens and tells to the others: all go one way.
 
         Raises, in all processes, DataChanged, and ValueError where the data cannot be read.
         """
@@ -241,45 +245,15 @@ class Training:
         return text
 
 
-SAID = {"data": "digest", "space": "feature space", "shape": "image size"}
+# The entries of a file that say what its statistics are of, and how messages call them.
+IDENTITY = {"space": "feature space", "shape": "image size", "data": "digest"}
 
 
-def _check_data(path: Path, arrays: dict, train: Training) -> list[str]:
-    """Raises ValueError where the `arrays` from `path` say that they are of other data.
+def _reference(path: Path, arrays: dict, space: FeatureSpace, identity: Mapping) -> Reference:
+    """Reference from the `arrays` of a file: `mu` and `sigma`, or features `pool_3`, or both.
 
-    Returns what could not be compared, for the log: the digest, if the file has none or the data
-    are missing.
-    """
-    if "data" not in arrays:
-        return [SAID["data"]]
-    try:
-        digest = train.fingerprint
-    except DataChanged:
-        raise
-    except ValueError as error:
-        log.info(f"{path} cannot be compared with the training images: {error}")
-        return [SAID["data"]]
-    _check_identity(path, arrays, {"data": digest})
-    return []
-
-
-def _check_identity(path: Path, arrays: dict, identity: Mapping[str, str]) -> list[str]:
-    """Names of the entries of `identity` that `arrays` lack; ValueError where any differs."""
-    for name in (says := identity.keys() & arrays.keys()):
-        if (value := str(check_arrays(path, arrays, {name: ("U", ())})[name])) != identity[name]:
-            raise ValueError(
-                f"{path} holds statistics of other data: their {SAID[name]} is {value:.80}, not "
-                f"{identity[name]}; remove it, or name another folder in eval.stats_dir"
-            )
-    return [SAID[name] for name in identity if name not in says]
-
-
-def _statistics(
-    path: Path, arrays: dict, space: FeatureSpace, identity: Mapping[str, str]
-) -> tuple[Reference, list[str]]:
-    """Reference from `mu` and `sigma`, or features `pool_3`; and the missing entries of `identity`.
-
-    Raises ValueError where `arrays` do not fit, or are no statistics.
+    Raises ValueError where they do not fit, are no statistics, or say that they are of another
+    `identity`.
     """
     features, moments = arrays.get("pool_3"), {"mu", "sigma"} <= arrays.keys()
     if not moments and features is None:
@@ -290,10 +264,15 @@ def _statistics(
             f"{path} holds statistics of {width} features, but eval.features={space.name!r} has "
             f"{space.width}: name another folder in eval.stats_dir, or the network they are of"
         )
-    unsaid = _check_identity(path, arrays, identity)
-    spec = {"mu": ("f", (width,)), "sigma": ("f", (width, width)), "count": ("iu", ())}
-    spec |= {"pool_3": ("f", (None, width))}
+    spec = {"mu": ("f", (width,)), "sigma": ("f", (width, width)), "pool_3": ("f", (None, width))}
+    spec |= {"count": ("iu", ())} | dict.fromkeys(identity, ("U", ()))
     check_arrays(path, arrays, {name: kind for name, kind in spec.items() if name in arrays})
+    for name, expected in identity.items():
+        if (value := str(arrays.get(name, expected))) != expected:
+            raise ValueError(
+                f"{path} holds statistics of other data: their {IDENTITY[name]} is {value:.80}, "
+                f"not {expected}; remove it, or name another folder in eval.stats_dir"
+            )
     number = 0 if features is None else len(features)
     count, gaussian = int(arrays.get("count", max(number, 2))), None
     if features is not None and number < min(2, count):
@@ -309,4 +288,4 @@ def _statistics(
     elif number > 1:
         gaussian = Gaussian.fit(features)
     complete = features is not None and number == count
-    return Reference(gaussian, features, arrays.get("index"), complete), unsaid
+    return Reference(gaussian, features, arrays.get("index"), complete)

@@ -1,4 +1,4 @@
-"""The table of metrics: what each is called, which direction is better, how it is computed."""
+"""Table of metrics: their names, their better direction, their computation."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ CLASSIFIED = 5_000  # training images that a classifier is fitted to, whose time
 
 @dataclass
 class Comparison:
-    """Samples and data in one feature space: what a metric is computed from."""
+    """Samples and data in one feature space, from which metrics are computed."""
 
     features: NDArray  # of the samples, (n, K), n > 0
     logits: NDArray | None  # of the samples, (n, L), where the space has any
@@ -27,7 +27,7 @@ class Comparison:
     backend: Backend = OURS
     device: torch.device | str = "cpu"  # where distances to neighbours are computed
     labels: NDArray | None = None  # class labels that the samples were drawn for, (n,)
-    reference_labels: NDArray | None = None  # those of the features of `reference`, (m,)
+    reference_labels: NDArray | None = None  # class labels of the features of `reference`, (m,)
 
     @cached_property
     def precision_recall(self) -> tuple[float | None, float | None]:
@@ -48,8 +48,8 @@ class Comparison:
         real = self.reference
         if real.features is None or real.index is None:
             return None
-        found, rows = distances.nearest(self.features, real.features, 1, self.device)
-        return found[:, 0], rows[:, 0]
+        reaches, rows = distances.nearest(self.features, real.features, 1, self.device)
+        return reaches[:, 0], rows[:, 0]
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Metric:
 def _frechet(c: Comparison) -> float:
     if c.reference.gaussian is None or len(c.features) < 2:
         raise TooFew("covariances need at least 2 training images and 2 samples")
-    every = c.reference.features if c.reference.complete else None
-    return c.backend.frechet_distance(c.features, c.reference.gaussian, every)
+    real = c.reference.features if c.reference.complete else None
+    return c.backend.frechet_distance(c.features, c.reference.gaussian, real)
 
 
 def _kernel(c: Comparison) -> float | None:
@@ -165,7 +165,7 @@ def compare(comparison: Comparison) -> dict[str, float | str]:
 
     An entry {key}_remark names those that too few images prevent; see `remarks`.
     """
-    values, left_out = {}, {}
+    values, prevented = {}, {}
     for key, metric in METRICS.items():
         for name, compute in ((key, metric.compute), (f"{key}_data", metric.of_data)):
             try:
@@ -173,8 +173,8 @@ def compare(comparison: Comparison) -> dict[str, float | str]:
                     values[name] = value
             except TooFew as error:
                 label = metric.label + (" of the data" if name != key else "")
-                left_out.setdefault(str(error), {})[name] = label
-    for reason, labels in left_out.items():
+                prevented.setdefault(str(error), {})[name] = label
+    for reason, labels in prevented.items():
         values[f"{min(labels)}_remark"] = f"left out: {', '.join(labels.values())}: {reason}"
     if "nearest_data" in values:
         values |= _memorised(values["nearest"], values["nearest_data"])
@@ -232,8 +232,8 @@ def split_key(key: str) -> tuple[str, str]:
 
 def remarks(report: Mapping) -> list[str]:
     """Remarks of a report on missing or conspicuous numbers: its entries {key}_remark."""
-    said = [(*split_key(key), str(text)) for key, text in report.items() if key.endswith("_remark")]
-    return [f"{space}: {text}" if space else text for space, _, text in said]
+    texts = [(split_key(k)[0], str(text)) for k, text in report.items() if k.endswith("_remark")]
+    return [f"{space}: {text}" if space else text for space, text in texts]
 
 
 # Entries that `compare_halves` gives.
@@ -248,7 +248,7 @@ def compare_halves(c: Comparison) -> dict[str, float]:
     `NEIGHBOURS`. `half_first` and `half_other` are the numbers of images compared.
     """
     real = c.reference.features
-    first, other = np.array_split(real[np.random.default_rng(0).permutation(len(real))], 2)
+    first, other = np.array_split(np.random.default_rng(0).permutation(real), 2)
     first = first[: len(c.features)]
     if len(first) <= NEIGHBOURS or len(other) <= NEIGHBOURS:
         needed = f"{2 * NEIGHBOURS + 2} training images and {NEIGHBOURS + 1} samples"

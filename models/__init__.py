@@ -120,6 +120,6 @@ def _field(network: nn.Module, inputs: tuple, output: Tensor) -> tuple[Tensor, T
 
 
 def paper_name(name: str, fir: bool) -> str:
-    """Name in papers of the network `name`, with or without the filter `fir`; else `name` itself."""
+    """Name in papers of the network `name`, with or without the filter `fir`; else `name`."""
     names = PAPER_NAMES.get(name, (name,))
     return names[-1 if fir else 0]

@@ -3,87 +3,85 @@
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from experiment import Experiment
 from reports.images import save_grid, to_uint8
 from reports.progress import solver_bar
 from sampling import spherical_interpolation
 from sources.batch import Conditions
 from sources.keyed import keyed_generator
 
-if TYPE_CHECKING:
-    from experiment import Experiment
-
 log = logging.getLogger(__name__)
 
 ROWS, COLUMNS = 8, 10  # of the pictures of interpolation and rescaling
-CLASS_ROWS = 10  # classes that a picture shows
+CLASS_ROWS = 10  # classes in a picture
 
 
-def draw_interpolation(run: "Experiment", seed: int, path: Path) -> None:
+def draw_interpolation(experiment: Experiment, seed: int, path: Path) -> None:
     """Draw rows of one class each, along the arc from one prior sample to another."""
-    shape = 2 * ROWS, *run.codec.shape
-    generator = keyed_generator(run.device, "interpolation", seed)
-    ends = run.method.prior_sampling(shape, generator, run.device)
-    shares = torch.linspace(0, 1, COLUMNS, device=run.device)
+    generator = keyed_generator(experiment.device, "interpolation", seed)
+    ends = _prior_samples(experiment, 2 * ROWS, generator)
+    shares = torch.linspace(0, 1, COLUMNS, device=experiment.device)
     x = spherical_interpolation(*ends.chunk(2), shares).flatten(0, 1)
-    _draw_strips(run, x, path, generator)
+    _draw_strips(experiment, x, path, generator, experiment.draw_conditions(ROWS, "rows"))
 
 
-def draw_classes(run: "Experiment", seed: int, path: Path) -> None:
+def draw_classes(experiment: Experiment, seed: int, path: Path) -> None:
     """Draw a row for each class, at most `CLASS_ROWS`; a column has one prior sample.
 
     Without classes, or where `sampling.class_label` is set, there is no picture.
     """
-    if not run.classes or run.sampler.class_label >= 0:
+    if not experiment.classes or experiment.sampler.class_label >= 0:
         return
-    rows, shape = min(run.classes, CLASS_ROWS), run.codec.shape
-    generator = keyed_generator(run.device, "classes", seed)
-    x = run.method.prior_sampling((COLUMNS, *shape), generator, run.device).repeat(rows, 1, 1, 1)
+    rows = min(experiment.classes, CLASS_ROWS)
+    generator = keyed_generator(experiment.device, "classes", seed)
+    x = _prior_samples(experiment, COLUMNS, generator).repeat(rows, 1, 1, 1)
     conditions = Conditions()
-    if run.data.condition_names:  # the others are the same in every row
-        conditions = run.draw_conditions(1, "classes").map(
-            lambda row: row.repeat_interleave(rows, 0)
-        )
-    labels = {"class_labels": torch.arange(rows, device=run.device)}
-    _draw_strips(run, x, path, generator, conditions | labels)
+    if experiment.data.condition_names:  # the others are the same in every row
+        conditions = experiment.draw_conditions(1, "classes")
+        conditions = conditions.map(lambda row: row.repeat_interleave(rows, 0))
+    labels = {"class_labels": torch.arange(rows, device=experiment.device)}
+    _draw_strips(experiment, x, path, generator, conditions | labels)
 
 
 def draw_rescaling(
-    run: "Experiment", seed: int, path: Path, norms: tuple[float, float] | None = None
+    experiment: Experiment, seed: int, path: Path, norms: tuple[float, float] | None = None
 ) -> None:
     """Draw rows of one prior sample each, whose norm (the temperature) rises from left to right.
 
     The norms lie between the two `norms`, by default the method's own.
     """
-    shape = run.codec.shape
-    generator = keyed_generator(run.device, "rescaling", seed)
-    x = run.method.prior_sampling((ROWS, *shape), generator, run.device)
-    low, high = norms or run.method.prior_norms(math.prod(shape))
-    lengths = torch.linspace(low, high, COLUMNS, device=run.device)
+    generator = keyed_generator(experiment.device, "rescaling", seed)
+    x = _prior_samples(experiment, ROWS, generator)
+    low, high = norms or experiment.method.prior_norms(math.prod(x.shape[1:]))
+    lengths = torch.linspace(low, high, COLUMNS, device=experiment.device)
     direction = x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     x = (direction[:, None] * lengths.view(1, -1, 1, 1, 1)).flatten(0, 1)
-    _draw_strips(run, x, path, generator)
+    _draw_strips(experiment, x, path, generator, experiment.draw_conditions(ROWS, "rows"))
+
+
+def _prior_samples(experiment: Experiment, number: int, generator: torch.Generator) -> Tensor:
+    shape = number, *experiment.codec.shape
+    return experiment.method.prior_sampling(shape, generator, experiment.device)
 
 
 def _draw_strips(
-    run: "Experiment",
+    experiment: Experiment,
     x: Tensor,
     path: Path,
     generator: torch.Generator,
-    conditions: Conditions | None = None,
+    conditions: Conditions,
 ) -> None:
-    """Draw rows of `COLUMNS` samples from `x`; row i has conditions i, random ones if None."""
-    if conditions is None:
-        conditions = run.draw_conditions(len(x) // COLUMNS, "rows")
+    """Draw rows of `COLUMNS` samples from `x`; row i has conditions i."""
     conditions = conditions.map(lambda rows: rows.repeat_interleave(COLUMNS, 0))
+    sampler, network = experiment.sampler, experiment.network
     try:
-        with solver_bar(run.method) as watch:
-            samples, _ = run.sampler(
-                run.network, x=x, generator=generator, conditions=conditions, watch=watch
+        with solver_bar(experiment.method) as watch:
+            samples, _ = sampler(
+                network, x=x, generator=generator, conditions=conditions, watch=watch
             )
     except FloatingPointError as error:
         log.warning(f"{path} is not drawn: {error}")

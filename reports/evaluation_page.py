@@ -1,6 +1,5 @@
 """report.html: gathers from the files of a run what the page of an evaluation shows."""
 
-import io
 import logging
 import shlex
 import subprocess
@@ -13,21 +12,19 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from experiment import Experiment
-from metrics.table import METRICS, split_key
-from models import paper_name
+from reports.html import Picture
 from reports.images import SIDE_BY_SIDE
-from reports.page import Picture, render
+from reports.page import render
 from reports.plots import number
+from reports.report_file import page_png, read_report
 from reports.settings import Settings, differing, obstacle, of_report, sampler_words
-from storage.files import atomic_write, check_arrays, read_arrays
+from storage.files import atomic_write
 from storage.tensorboard import read_scalars, seconds_of_training
 
 log = logging.getLogger(__name__)
 
-PAGE_PIXELS = 1400  # side of the largest picture in report.html
 FILM_BYTES = 2**22  # of the largest film in it
 
 # SAME: settings that must be equal, besides samples and data, where distances are compared. COSTS:
@@ -63,63 +60,70 @@ PICTURES = {
 
 
 def save_page(
-    values: Mapping[str, Any], run: Experiment, workdir: Path, folder: Path, k: int, step: int
+    experiment: Experiment,
+    workdir: Path,
+    folder: Path,
+    k: int,
+    *,
+    network: str,
+    learning_rate: float,
+    warmup: int,
+    cooldown: int,
+    settings: Mapping[str, Any],
 ) -> None:
     """Write report.html: the numbers of all checkpoints in the folder, the pictures of number k.
 
-    `values` are those of the config, in nested mappings; `step` is that of checkpoint k.
+    `network` is its name in papers; the learning rate rises over `warmup` steps and falls over the
+    last `cooldown`. `settings` are shown as they are: every key of the config, in nested mappings.
     """
-    reports = {k: read_report(folder / f"report_{k}.npz")}
+    report = read_report(folder / f"report_{k}.npz")
+    reports = {k: report}
     for path in folder.glob("report_*.npz"):
         other = path.stem.removeprefix("report_")
-        if other.isdecimal() and int(other) != k and (other_report := _readable(path)):
-            reports[int(other)] = other_report
+        if other.isdecimal() and int(other) != k and (readable := _readable(path)):
+            reports[int(other)] = readable
+    step, board = int(report["step"]), workdir / "tensorboard"
+    scalars = read_scalars(board)
     paths = {name: folder / f"{name}_{k}.png" for name in PICTURES}
     paths = {name: path for name, path in paths.items() if path.exists()}
     pictures = [Picture(*PICTURES[name], page_png(path)) for name, path in paths.items()]
-    pictures += _film(folder, workdir, step)
-    board = workdir / "tensorboard"
-    scalars, trained = read_scalars(board), seconds_of_training(board, step)
-    parameters = sum(p.numel() for p in run.network.parameters())
-    channels, size, _ = run.data.shape
-    optim, model, ema_std = values["optim"], values["model"], values["eval"]["ema_std"]
-    cost = [f"{number(reports[k]['nfe'])} evaluations"] if "nfe" in reports[k] else []
-    ema = "EMA weights" + (f" of width {ema_std:g}" if ema_std else "")
+    samples = folder.glob(f"ckpt_{k}/samples_*.npz")
+    files = {
+        "numbers of this one": [folder / f"report_{k}.npz"],
+        "samples, uint8 (n, H, W, C)": sorted(samples, key=lambda path: (len(path.name), path)),
+        "pictures, whole": list(paths.values()),
+    }
+    parameters = sum(p.numel() for p in experiment.network.parameters())
+    channels, size, _ = experiment.data.shape
+    width = f" of width {report['ema_std']:g}" if "ema_std" in report else ""
+    cost = [f"{number(report['nfe'])} evaluations"] if "nfe" in report else []
     facts = {
-        "method": run.method.name,
-        "network": f"{paper_name(model['name'], model['fir'])}, {parameters:,} parameters",
-        "data": f"{run.data.name}, {size} × {size}, {_colours(size, channels)}",
-        "checkpoint": f"step {step:,}, {ema}",
-        "training time": duration(trained),
-        "learning rate": f"{optim['lr']:g}, {optim['warmup']:,} steps of warm-up"
-        + (f", {optim['cooldown']:,} of cooldown" if optim["cooldown"] else ""),
-        "sampler": sampler_words(of_report(reports[k]), *cost),
-        "device": _device(run.device),
+        "method": experiment.method.name,
+        "network": f"{network}, {parameters:,} parameters",
+        "data": f"{experiment.data.name}, {size} × {size}, {_colours(size, channels)}",
+        "checkpoint": f"step {step:,}, EMA weights{width}",
+        "training time": duration(seconds_of_training(board, step)),
+        "learning rate": f"{learning_rate:g}, {warmup:,} steps of warm-up"
+        + (f", {cooldown:,} of cooldown" if cooldown else ""),
+        "sampler": sampler_words(of_report(report), *cost),
+        "device": _device(experiment.device),
         "commit": _commit(),
         "evaluated": time.strftime("%Y-%m-%d"),
         "command": shlex.join(sys.orig_argv),
     }
-    samples = sorted(
-        folder.glob(f"ckpt_{k}/samples_*.npz"), key=lambda path: (len(path.name), path)
-    )
-    files = {
-        "numbers of this one": [folder / f"report_{k}.npz"],
-        "samples, uint8 (n, H, W, C)": samples,
-        "pictures, whole": list(paths.values()),
-    }
     page = render(
-        title=f"{workdir.resolve().name}: evaluation",
+        f"{workdir.resolve().name}: evaluation",
+        dict(sorted(reports.items())),
+        k,
         facts={name: fact for name, fact in facts.items() if fact},
-        reports=dict(sorted(reports.items())),
-        shown=k,
-        curves={name: scalars.get(f"loss/{name}", []) for name in ("train", "test")},
-        pictures=pictures,
-        values=values,
-        by_evaluations=by_evaluations(folder, k, reports[k]),
+        losses={name: scalars.get(f"loss/{name}", []) for name in ("train", "test")},
+        pictures=pictures + _film(folder, workdir, step),
+        settings=settings,
+        distances=by_evaluations(folder, k, report),
         files={
-            what: [path.relative_to(folder).as_posix() for path in some]
-            for what, some in files.items()
-            if some
+            name: [path.relative_to(folder).as_posix() for path in group]
+            for name, group in files.items()
+            if group
         },
     )
     with atomic_write(folder / "report.html") as file:
@@ -144,41 +148,40 @@ def _readable(path: Path) -> dict[str, NDArray] | None:
         return None
 
 
-def by_evaluations(folder: Path, k: int, shown: Mapping) -> dict[str, list[tuple[float, float]]]:
-    """{sampler: [(evaluations, Frechet distance)]} of the weights of the report `shown`.
+def by_evaluations(folder: Path, k: int, current: Mapping) -> dict[str, list[tuple[float, float]]]:
+    """{sampler: [(evaluations, Frechet distance)]} of the weights of the report `current`.
 
     Points come from the reports on checkpoint `k` in `folder` and its sibling folders that have as
     many samples, compared with the same data in the same feature space; the log names the others.
     Samplers that differ only in their `COSTS` make one curve.
     """
-    points: list[tuple[Settings, tuple[float, float]]] = []
+    samplers: list[Settings] = []
+    points: list[tuple[float, float]] = []
     for path in sorted(folder.parent.glob(f"*/report_{k}.npz")):
-        report = shown if path.parent == folder else _readable(path) or {}
+        report = current if path.parent == folder else _readable(path) or {}
         if not {"fid", "nfe"} <= report.keys():
             continue
-        reason = obstacle("fid", [shown, report]) or _of_other_weights(shown, report)
-        if reason:
+        if reason := obstacle("fid", [current, report]) or _of_other_weights(current, report):
             log.info(f"{path} is not among the distances by evaluations: {reason}")
         else:
-            of_sampler = of_report(report).without(*COSTS)
-            points.append((of_sampler, (float(report["nfe"]), float(report["fid"]))))
-    names = differing([of_sampler for of_sampler, _ in points])
-    curves = defaultdict(list)
-    for of_sampler, point in points:
-        words = (f"{name.removeprefix('sampling.')}={of_sampler.text(name)}" for name in names)
-        curves[", ".join(words) or of_sampler.text("sampling.ode_solver")].append(point)
+            samplers.append(of_report(report).without(*COSTS))
+            points.append((float(report["nfe"]), float(report["fid"])))
+    names, curves = differing(samplers), defaultdict(list)
+    for sampler, point in zip(samplers, points, strict=True):
+        words = (f"{name.removeprefix('sampling.')}={sampler.text(name)}" for name in names)
+        curves[", ".join(words) or sampler.text("sampling.ode_solver")].append(point)
     return {name: sorted(points) for name, points in curves.items()}
 
 
-def _of_other_weights(shown: Mapping, report: Mapping) -> str:
+def _of_other_weights(current: Mapping, report: Mapping) -> str:
     """Differences that show that two reports are on different weights; "" if there are none."""
-    differ = differing([of_report(shown), of_report(report)])
+    differ = differing([of_report(current), of_report(report)])
     return ", ".join(f"{name} is {differ[name][1]}" for name in SAME if name in differ)
 
 
 def _film(folder: Path, workdir: Path, step: int) -> list[Picture]:
     """A film of this step that lies in one of the folders, if it is not too large for a page."""
-    for place in (folder, workdir, workdir / "samples" / f"step_{step}"):
+    for place in (folder, workdir, workdir / f"samples/step_{step}"):
         for kind in ("webp", "gif"):
             path = place / f"film.{kind}"
             if path.is_file() and path.stat().st_size <= FILM_BYTES:
@@ -211,39 +214,6 @@ def _commit() -> str:
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip()
-
-
-def read_report(path: Path) -> dict[str, NDArray]:
-    """The arrays of a report that a page shows; ValueError, in one line, where they do not fit."""
-    arrays, scalar = read_arrays(path), ("iuf", ())
-    metrics = [f"{key}{what}" for key in METRICS for what in ("", "_error", "_data")]
-    spec = dict.fromkeys((*metrics, "half_first", "half_other"), scalar)
-    spec |= {name: scalar for name in arrays if split_key(name)[1] in spec}  # in further spaces
-    spec |= {"ema_std": scalar} | dict.fromkeys(("features", "sampling", "settings"), ("U", ()))
-    spec |= dict.fromkeys((name for name in arrays if name.endswith("_remark")), ("U", ()))
-    spec = {name: kind for name, kind in spec.items() if name in arrays}
-    spec |= dict.fromkeys(("step", "seconds"), scalar)
-    if "num_samples" in arrays:
-        needed = ("num_samples", "nonfinite", "sampling_seconds", *({"nfe"} & arrays.keys()))
-        spec |= dict.fromkeys(needed, scalar)
-    if "bpd_images" in arrays:
-        spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), scalar) | {"bpd_images": ("f", (None,))}
-    report = check_arrays(path, arrays, spec, finite=False)
-    try:
-        of_report(report)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return report
-
-
-def page_png(path: Path) -> bytes:
-    """The picture at `path`, made smaller where it is larger than a page shows."""
-    with Image.open(path) as image:
-        image.thumbnail((PAGE_PIXELS, PAGE_PIXELS))
-        buffer = io.BytesIO()
-        image.save(buffer, format="png", optimize=True)
-    return buffer.getvalue()

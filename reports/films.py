@@ -19,11 +19,15 @@ HOLD = 20  # times as long the last one stays
 
 def check_writer(kind: str) -> None:
     """Raise ValueError where nothing here writes films of this `kind`, webp, gif or mp4."""
-    asked = f"sampling.film_format={kind!r}"
     if kind == "mp4" and shutil.which("ffmpeg") is None:
-        raise ValueError(f"{asked} needs the program ffmpeg, which is not found; 'webp' does not")
+        raise ValueError(
+            "sampling.film_format='mp4' needs the program ffmpeg, which is not found; 'webp' does "
+            "not"
+        )
     if kind == "webp" and not features.check("webp"):
-        raise ValueError(f"{asked}: this Pillow is built without WebP; 'gif' needs nothing")
+        raise ValueError(
+            "sampling.film_format='webp': this Pillow is built without WebP; 'gif' needs nothing"
+        )
 
 
 def save_film(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
@@ -43,13 +47,13 @@ def save_film(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
 def _write_mp4(file: BinaryIO, path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
     """ffmpeg writes to the name of `file`, since an MP4's head is written last."""
     height, width, _ = frames[0].shape
-    even = ((0, height % 2), (0, width % 2), (0, 0))  # as its colours at half the size need
-    frames = [np.pad(frame, even, mode="edge") for frame in frames]
+    to_even = ((0, height % 2), (0, width % 2), (0, 0))  # colours are stored at half the size
+    frames = [np.pad(frame, to_even, mode="edge") for frame in frames]
     size = f"{width + width % 2}x{height + height % 2}"
-    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(RATE), "-i", "-"]
-    made = ["-pix_fmt", "yuv420p", "-f", "mp4", str(Path(file.name).absolute())]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(RATE), "-i", "-"]
+    target = ["-pix_fmt", "yuv420p", "-f", "mp4", str(Path(file.name).absolute())]
     done = subprocess.run(
-        ["ffmpeg", "-loglevel", "error", "-y", *raw, *made],
+        ["ffmpeg", "-loglevel", "error", "-y", *source, *target],
         input=b"".join(frame.tobytes() for frame in [*frames, *[frames[-1]] * (HOLD - 1)]),
         capture_output=True,
     )

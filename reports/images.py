@@ -26,7 +26,7 @@ def to_uint8(images: Tensor) -> Images:
 
 
 def channels_last(images: Tensor) -> NDArray:
-    """(B, C, H, W) on any device as an array (B, H, W, C)."""
+    """The array (B, H, W, C) of images (B, C, H, W) on any device."""
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 

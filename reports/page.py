@@ -1,6 +1,6 @@
 """An evaluation on one HTML page: numbers, curves, pictures, downloads, settings.
 
-Data in, text out. Whatever comes from outside is escaped.
+Data in, text out.
 """
 
 import base64
@@ -8,115 +8,68 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metrics.table import METRICS, Entry, entries
-from metrics.table import remarks as remarks_of
-from reports.plots import COLOURS, SMALL, Points, drawable, histogram, loss_plot, number, several
+from metrics.table import METRICS, Entry, entries, remarks
+from reports.html import Picture, document, figure, legend, notes, pairs, row, section, table
+from reports.plots import SMALL, Points, curve_plot, drawable, histogram, number
 from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
 
 Report = Mapping[str, float | str | NDArray]
 
-STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture of the page, in an image format called `kind`, with the words below it."""
-
-    title: str
-    caption: str
-    content: bytes
-    kind: str = "png"
-
 
 def render(
     title: str,
-    facts: Mapping[str, str],
     reports: Mapping[int, Report],
-    shown: int,
-    curves: Mapping[str, Points],
-    pictures: Sequence[Picture],
-    values: Mapping,
-    by_evaluations: Mapping[str, Points],
-    files: Mapping[str, Sequence[str]],
+    current: int,
+    *,
+    facts: Mapping[str, str] = {},
+    losses: Mapping[str, Points] = {},
+    pictures: Sequence[Picture] = (),
+    settings: Mapping = {},
+    distances: Mapping[str, Points] = {},
+    files: Mapping[str, Sequence[str]] = {},
 ) -> str:
     """The whole page, under the heading `title`.
 
-    `facts` describe what was evaluated. `reports` are {k: arrays of report_{k}.npz}, by rising k;
-    figures, large numbers and `pictures` are of checkpoint `shown`. `curves` are {name: [(step,
-    loss)]} of training, and `values` has every setting, in nested mappings. `by_evaluations` are
-    {sampler: [(evaluations of a sample, Frechet distance)]}, and `files` {name: paths relative to
-    the page's folder}.
+    Args:
+        reports: the arrays of report_{k}.npz by checkpoint k, rising.
+        current: the checkpoint whose numbers are large, and of which figures and `pictures` are.
+        facts: descriptions of what was evaluated, by name.
+        losses: points (step, loss) of training, under "train" and "test".
+        settings: all keys of the config, in nested mappings.
+        distances: points (evaluations of a sample, Frechet distance), by sampler.
+        files: paths relative to the page's folder, by their common name.
     """
-    report = reports[shown]
-    figures = [picture_html(p) for p in pictures]
-    figures += _distances(by_evaluations, report)
-    if loss := loss_plot(curves):
-        caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
-        figures.append(figure(loss, "Loss", caption))
-    bits = np.asarray(report.get("bpd_images", ()))
-    bits = bits[drawable(bits)]
-    if len(bits):
-        caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
-        plot = histogram(bits, ("bits/dim", "images"))
-        figures.append(figure(plot, "Likelihood", caption))
+    report = reports[current]
+    figures = [picture.html() for picture in pictures]
+    figures += [*_distances(distances, report), *_losses(losses), *_likelihoods(report)]
     figures = [f.replace("<b>", f"<b>Figure {i}. ", 1) for i, f in enumerate(figures, 1)]
     pair, rest = "".join(figures[:2]), "".join(figures[2:])
-    shown_figures = f"<div class=pair>{pair}</div><div class=figures>{rest}</div>"
-    body = [
-        f"<header><h1>{escape(title)}</h1><dl class=facts>{_pairs(facts)}</dl></header>",
+    content = [
+        f"<header><h1>{escape(title)}</h1>{pairs(facts, 'facts')}</header>",
         _cards(report),
-        section("Checkpoints", _table(reports, shown) + _trends(reports, shown)),
-        section("Figures", shown_figures if figures else ""),
+        section("Checkpoints", _checkpoints(reports, current) + _trends(reports, current)),
+        section(
+            "Figures",
+            f"<div class=pair>{pair}</div><div class=figures>{rest}</div>" * bool(figures),
+        ),
         section("Cost", _cost(report)),
         section("Downloads", _downloads(reports, files)),
-        section("Settings", _settings(values)),
+        section("Settings", _settings(settings)),
     ]
-    return document(title, "".join(body))
-
-
-def document(title: str, body: str) -> str:
-    """A page that needs no other file: `body` is HTML, the `title` is escaped."""
-    return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>\n{STYLE}</style></head>\n"
-        f"<body><main>{body}</main></body></html>\n"
-    )
-
-
-def _pairs(pairs: Mapping) -> str:
-    return "".join(
-        f"<div><dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd></div>"
-        for key, value in pairs.items()
-    )
-
-
-def html_table(names: Sequence[str], rows: Sequence[str]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>\n" if content else ""
-
-
-def _compared(reports: Mapping[int, Report]) -> list[Entry]:
-    """Metrics by which checkpoints are compared: those with a direction that any of them has."""
-    return [entry for entry in entries(*reports.values()) if entry.metric.better]
+    return document(title, "".join(content))
 
 
 def _cards(report: Report) -> str:
+    """The numbers of a report in large type, and remarks on them."""
     cards = []
     for key, metric, *_, label in entries(report):
-        error, of_data = (report.get(f"{key}_{what}") for what in ("error", "data"))
+        error, of_data = report.get(f"{key}_error"), report.get(f"{key}_data")
         spread = "" if error is None else f"<small> ± {float(error):.2g}</small>"
         note = metric.note
         if of_data is not None:
@@ -125,67 +78,72 @@ def _cards(report: Report) -> str:
             f"<div class=card><h3>{escape(label)}</h3>"
             f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span></div>"
         )
-    remarks = "".join(f"<p class=warning>{escape(each)}.</p>" for each in remarks_of(report))
+    content = f"<div class=cards>{''.join(cards)}</div>"
+    content += notes((f"{remark}." for remark in remarks(report)), "warning")
     if "half_first" in report:
-        remarks += (
-            "<p class=note>Data against data is the floor, dashed in curves: what samples "
-            f"without fault have. {number(report['half_first'])} training images take the place of "
-            f"samples, and {number(report['half_other'])} others that of the data. More images "
-            "have smaller Fréchet distances, as their moments are more exact.</p>"
+        line = (
+            "Data against data is the floor, dashed in curves: what samples without fault have. "
+            f"{number(report['half_first'])} training images take the place of samples, and "
+            f"{number(report['half_other'])} others that of the data. More images have smaller "
+            "Fréchet distances, as their moments are more exact."
         )
+        content += notes([line])
     if report.get("nonfinite", 0) > 0:
-        drawn = float(report["num_samples"]) + float(report["nonfinite"])
-        remarks += (
-            f"<p class=warning>{number(report['nonfinite'])} of {number(drawn)} samples were not "
-            "finite; they are in no number of this page.</p>"
+        samples = float(report["num_samples"]) + float(report["nonfinite"])
+        line = (
+            f"{number(report['nonfinite'])} of {number(samples)} samples were not finite; they are "
+            "in no number of this page."
         )
-    return f"<div class=cards>{''.join(cards)}</div>{remarks}"
+        content += notes([line], "warning")
+    return content
 
 
-def _table(reports: Mapping[int, Report], shown: int) -> str:
+def _compared(reports: Mapping[int, Report]) -> list[Entry]:
+    """Metrics by which checkpoints are compared: those with a direction that any of them has."""
+    return [entry for entry in entries(*reports.values()) if entry.metric.better]
+
+
+def _checkpoints(reports: Mapping[int, Report], current: int) -> str:
     """Table of checkpoints, the best of several in bold, with a last row for the data themselves.
 
     Settings in which evaluations differ are columns. Where they forbid ranking the values of a
     metric, none is in bold, and a line says why.
     """
-    compared = _compared(reports)
-    differ, metrics = _differing(reports), [entry.key for entry in compared]
-    best = {entry.key: _best(reports, entry) for entry in compared}
-    names = [f"{e.label}\u00a0{'↓' if e.metric.better < 0 else '↑'}" for e in compared]
+    metrics, differ = _compared(reports), _differing(reports)
+    best, obstacles, lines = {}, {}, []
+    for entry in metrics:
+        values = {k: float(r[entry.key]) for k, r in reports.items() if entry.key in r}
+        reason = obstacle(entry.key, [reports[k] for k in values])
+        if reason and len(values) > 1:
+            obstacles.setdefault(reason, []).append(entry.name)
+        best[entry.key] = [] if reason else best_of(values, entry.metric.better)[:1]
+    keys = ["step", "num_samples", *best]
     rows = []
     for i, (k, report) in enumerate(reports.items()):
-        mark = " class=shown" if k == shown and len(reports) > 1 else ""
-        cells = [f"<td>{k}</td>"]
-        for key in ("step", "num_samples", *metrics):
-            value = number(report[key]) if key in report else ""
-            cells.append(f"<td{' class=best' if best.get(key) == k else ''}>{value}</td>")
-        cells += [f"<td>{escape(texts[i])}</td>" for texts in differ.values()]
-        rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
-    if any(f"{key}_data" in reports[shown] for key in metrics):
-        values = (reports[shown].get(f"{key}_data") for key in metrics)
-        cells = "".join(f"<td>{'' if value is None else number(value)}</td>" for value in values)
-        rows.append(
-            f"<tr class=data><td>data against data</td><td></td><td></td>{cells}"
-            f"{'<td></td>' * len(differ)}</tr>"
-        )
-    table = html_table(("checkpoint", "step", "samples", *names, *differ), rows)
-    return f"<div class=wide>{table}</div>{_remarks(reports, shown, differ)}"
-
-
-def _remarks(reports: Mapping[int, Report], shown: int, differ: Mapping) -> str:
-    """Lines on settings in which evaluations differ, and on metrics without a best."""
-    obstacles, lines = {}, []
+        cells = [str(k), *(number(report[key]) if key in report else "" for key in keys)]
+        marked = [column for column, key in enumerate(keys, 1) if k in best.get(key, ())]
+        kind = "shown" if k == current and len(reports) > 1 else ""
+        rows.append(row([*cells, *(texts[i] for texts in differ.values())], marked, kind))
+    of_data = [reports[current].get(f"{key}_data") for key in best]
+    if any(value is not None for value in of_data):
+        cells = ["" if value is None else number(value) for value in of_data]
+        cells = ["data against data", "", "", *cells, *[""] * len(differ)]
+        rows.append(row(cells, kind="data"))
     if differ:
         lines.append(
             f"These checkpoints were not evaluated alike ({', '.join(differ)}): curves are of "
-            f"those evaluated as checkpoint {shown}."
+            f"those evaluated as checkpoint {current}."
         )
-    for entry in _compared(reports):
-        having = [report for report in reports.values() if entry.key in report]
-        if len(having) > 1 and (reason := obstacle(entry.key, having)):
-            obstacles.setdefault(reason, []).append(entry.name)
-    lines += not_ranked(obstacles)
-    return notes(lines)
+    names = [f"{e.label}\u00a0{'↓' if e.metric.better < 0 else '↑'}" for e in metrics]
+    names = ["checkpoint", "step", "samples", *names, *differ]
+    return table(names, rows) + notes([*lines, *not_ranked(obstacles)])
+
+
+def best_of(values: Mapping[int, float], better: int) -> list[int]:
+    """The keys of the best of several finite `values`; `better` as in `Metric`."""
+    values = {k: better * value for k, value in values.items() if math.isfinite(value)}
+    best = [k for k, value in values.items() if value == max(values.values())]
+    return best if len(values) > 1 else []
 
 
 def not_ranked(obstacles: Mapping[str, Sequence[str]]) -> list[str]:
@@ -193,8 +151,9 @@ def not_ranked(obstacles: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"No best {', '.join(labels)}: {reason}." for reason, labels in obstacles.items()]
 
 
-def notes(lines: Sequence[str]) -> str:
-    return "".join(f"<p class=note>{escape(line)}</p>" for line in lines)
+def _of_checkpoint(report: Report) -> Settings:
+    """Settings of an evaluation without those that always differ between checkpoints."""
+    return of_report(report).without(*OF_CHECKPOINT)
 
 
 def _differing(reports: Mapping[int, Report]) -> dict[str, list[str]]:
@@ -202,31 +161,17 @@ def _differing(reports: Mapping[int, Report]) -> dict[str, list[str]]:
     return differing([_of_checkpoint(r) for r in reports.values()]) if len(reports) > 1 else {}
 
 
-def _of_checkpoint(report: Report) -> Settings:
-    """Settings of an evaluation without those that always differ between checkpoints."""
-    return of_report(report).without(*OF_CHECKPOINT)
-
-
-def _best(reports: Mapping[int, Report], entry: Entry) -> int | None:
-    """The checkpoint with the best value; None where there is only one, or no ranking."""
-    values = {k: float(r[entry.key]) for k, r in reports.items() if entry.key in r}
-    if obstacle(entry.key, [reports[k] for k in values]):
-        return None
-    values = {k: entry.metric.better * v for k, v in values.items() if math.isfinite(v)}
-    return max(values, key=values.get) if len(values) > 1 else None
-
-
-def _trends(reports: Mapping[int, Report], shown: int) -> str:
-    """Small curves of the metrics over the checkpoints evaluated with the settings of `shown`."""
-    made_by, plots = _of_checkpoint(reports[shown]), []
-    reports = {k: r for k, r in reports.items() if not differing([made_by, _of_checkpoint(r)])}
-    for key, metric, _, name, label in _compared(reports):
-        having = [r for r in reports.values() if key in r]
+def _trends(reports: Mapping[int, Report], current: int) -> str:
+    """Small curves of the metrics over the checkpoints evaluated with the settings of `current`."""
+    made_by, plots = _of_checkpoint(reports[current]), []
+    alike = {k: r for k, r in reports.items() if not differing([made_by, _of_checkpoint(r)])}
+    for key, metric, _, name, label in _compared(alike):
+        having = [r for r in alike.values() if key in r]
         points = [(float(r["step"]), float(r[key])) for r in having if drawable(r[key])]
         if len(points) > 1:
             floor = having[-1].get(f"{key}_data")
             arrow = "lower is better" if metric.better < 0 else "higher is better"
-            plot = several([(0, points)], ("step", name), size=SMALL, floor=floor)
+            plot = curve_plot([(0, points)], ("step", name), size=SMALL, floor=floor)
             plots.append(f"<div><h3>{escape(label)} <small>{arrow}</small></h3>{plot}</div>")
     return f"<div class=trends>{''.join(plots)}</div>" if plots else ""
 
@@ -236,23 +181,56 @@ def _distances(curves: Mapping[str, Points], report: Report) -> list[str]:
     if len({evaluations for points in curves.values() for evaluations, _ in points}) < 2:
         return []
     labels = {entry.key: entry.label for entry in entries(report)}
-    name = "evaluations of the network for a sample"
     label = labels.get("fid", METRICS["fid"].label)
-    plot = several(
+    plot = curve_plot(
         list(enumerate(curves.values())),
-        (name, label),
+        ("evaluations of the network for a sample", label),
         floor=report.get("fid_data"),
         logarithmic_x=True,
     )
-    keys = [
-        f'<span><i class="key c{k % COLOURS}"></i>{escape(n)}</span>' for k, n in enumerate(curves)
-    ]
-    legend = f"<div class=legend>{''.join(keys)}</div>"
     caption = (
         "The evaluations of this checkpoint in all folders of the run, with as many samples, "
         "compared with the same data. Dashed: data against data."
     )
-    return [figure(plot + legend, f"{label} against evaluations", caption)]
+    return [figure(plot + legend(curves), f"{label} against evaluations", caption)]
+
+
+def _losses(curves: Mapping[str, Points]) -> list[str]:
+    train, test = curves.get("train", ()), curves.get("test", ())
+    plot = curve_plot([(0, train)], ("step", "loss"), with_range=True, dots=test)
+    caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
+    return [figure(plot, "Loss", caption)] if plot else []
+
+
+def _likelihoods(report: Report) -> list[str]:
+    bits = np.asarray(report.get("bpd_images", ()))
+    bits = bits[drawable(bits)]
+    caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
+    if not len(bits):
+        return []
+    return [figure(histogram(bits, ("bits/dim", "images")), "Likelihood", caption)]
+
+
+def _cost(report: Report) -> str:
+    """Images, evaluations of the network and seconds of what was drawn and measured."""
+    costs = {}
+    if "num_samples" in report:
+        samples = report["num_samples"] + report["nonfinite"]
+        costs["samples"] = samples, report.get("nfe", math.nan), report["sampling_seconds"]
+    if "bpd_images" in report:
+        images = len(report["bpd_images"])
+        costs["likelihoods"] = images, report["bpd_nfe"], report["bpd_seconds"]
+
+    def text(value: float) -> str:
+        return number(round(float(value), 1))
+
+    rows = [row([name, *map(text, values)]) for name, values in costs.items()]
+    line = (
+        f"{text(report['seconds'])} seconds for this checkpoint since the last start; what an "
+        "earlier one left on disk is not in them."
+    )
+    names = ("", "images", "network evaluations", "seconds")
+    return (table(names, rows) if rows else "") + notes([line])
 
 
 def _downloads(reports: Mapping[int, Report], files: Mapping[str, Sequence[str]]) -> str:
@@ -262,63 +240,29 @@ def _downloads(reports: Mapping[int, Report], files: Mapping[str, Sequence[str]]
         for k, r in reports.items()
     }
     for name, texts in _differing(reports).items():
-        for row, text in zip(numbers.values(), texts, strict=True):
-            row[name] = text
-    names = ["checkpoint", *dict.fromkeys(name for row in numbers.values() for name in row)]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, names)
+        for row_of, text in zip(numbers.values(), texts, strict=True):
+            row_of[name] = text
+    names = ["checkpoint", *dict.fromkeys(name for each in numbers.values() for name in each)]
+    content = io.StringIO()
+    writer = csv.DictWriter(content, names)
     writer.writeheader()
-    writer.writerows({"checkpoint": k, **row} for k, row in numbers.items())
-    content = base64.b64encode(table.getvalue().encode()).decode("ascii")
-    link = f'<a download="metrics.csv" href="data:text/csv;base64,{content}">metrics.csv</a>'
-    rows = [f"<div><dt>numbers of all checkpoints</dt><dd>{link}</dd></div>"]
-    for what, paths in files.items():
+    writer.writerows({"checkpoint": k, **each} for k, each in numbers.items())
+    encoded = base64.b64encode(content.getvalue().encode()).decode("ascii")
+    link = f'<a download="metrics.csv" href="data:text/csv;base64,{encoded}">metrics.csv</a>'
+    items = [f"<div><dt>numbers of all checkpoints</dt><dd>{link}</dd></div>"]
+    for name, paths in files.items():
         links = " ".join(f'<a href="{quote(path)}">{escape(path)}</a>' for path in paths)
-        rows.append(f"<div><dt>{escape(what)}, beside this page</dt><dd>{links}</dd></div>")
-    return f"<dl class=files>{''.join(rows)}</dl>"
-
-
-def _cost(report: Report) -> str:
-    """Images, evaluations of the network and seconds of what was drawn and measured."""
-    rows = {}
-    if "num_samples" in report:
-        drawn = report["num_samples"] + report["nonfinite"]
-        rows["samples"] = (drawn, report.get("nfe", math.nan), report["sampling_seconds"])
-    if "bpd_images" in report:
-        images = len(report["bpd_images"])
-        rows["likelihoods"] = (images, report["bpd_nfe"], report["bpd_seconds"])
-    lines = []
-    for what, values in rows.items():
-        cells = "".join(f"<td>{number(round(float(v), 1))}</td>" for v in values)
-        lines.append(f"<tr><td>{what}</td>{cells}</tr>")
-    names = ("", "images", "network evaluations", "seconds")
-    table = html_table(names, lines) if rows else ""
-    seconds = number(round(float(report["seconds"]), 1))
-    return (
-        f"<div class=wide>{table}</div><p class=note>{seconds} seconds for this checkpoint since "
-        "the last start; what an earlier one left on disk is not in them.</p>"
-    )
+        items.append(f"<div><dt>{escape(name)}, beside this page</dt><dd>{links}</dd></div>")
+    return f"<dl class=files>{''.join(items)}</dl>"
 
 
 def _settings(values: Mapping) -> str:
     """One folded list for each section of the config, and one for what is in none."""
     sections = {name: value for name, value in values.items() if isinstance(value, Mapping)}
-    alone = {name: value for name, value in values.items() if name not in sections}
-    lists = []
-    for name, values in {"general": alone, **sections}.items():
-        pairs = f"<dl class=pairs>{_pairs(dict(sorted(values.items())))}</dl>"
-        lists.append(f"<details><summary>{escape(name)}</summary>{pairs}</details>")
+    general = {name: value for name, value in values.items() if name not in sections}
+    lists = (
+        f"<details><summary>{escape(name)}</summary>{pairs(dict(sorted(keys.items())), 'pairs')}"
+        "</details>"
+        for name, keys in {"general": general, **sections}.items()
+    )
     return "".join(lists)
-
-
-def picture_html(picture: Picture) -> str:
-    """A figure that holds the picture itself."""
-    data = base64.b64encode(picture.content).decode("ascii")
-    source = f"data:image/{picture.kind};base64,{data}"
-    image = f'<img alt="{escape(picture.title)}" src="{source}">'
-    return figure(image, picture.title, picture.caption)
-
-
-def figure(content: str, title: str, caption: str) -> str:
-    words = f"<figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption>"
-    return f"<figure>{content}{words}</figure>"

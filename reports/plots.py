@@ -1,24 +1,66 @@
-"""Plots as SVG: curves and histograms over axes with round numbers. Names are escaped."""
+"""Plots of the pages as SVG, drawn by matplotlib, which is imported with the first of them.
 
+The light colours of page.css are drawn, and in the SVG its variables take their place, so that a
+plot turns dark with its page.
+"""
+
+import functools
+import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from html import escape
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from storage.files import LARGEST
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
 Points = Sequence[tuple[float, float]]
 Size = tuple[int, int]
 
 LARGE, SMALL = (520, 270), (300, 210)  # width and height of a plot, in its own units
-MARGIN = (78, 14, 14, 50)  # left, right, top, bottom: where the axes' numbers and titles are
+MARGINS = (78, 14, 14, 50)  # left, right, top, bottom: where the axes' numbers and titles are
 MOST_POINTS = 400  # of a curve; more are averaged
 MOST_COLUMNS = 40  # of a histogram
-MOST_DOTS = 20  # of a curve; the points of a longer one are not marked
-COLOURS = 6  # classes c0, c1, ... of page.css for curves over each other
+MOST_KNOTS = 20  # of a curve; the points of a longer one are not marked
+
+CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+PALETTE = dict(re.findall(r"--(\w+):(#\w{6})", CSS[: CSS.index("@media")]))  # of the light page
+CURVES = ("blue", "amber", "green", "pink", "sky", "gold")  # curves over each other, in this order
+
+STYLE = {
+    "svg.fonttype": "none",  # text remains text
+    "svg.hashsalt": "page",  # one plot is the same SVG each time
+    "font.sans-serif": "DejaVu Sans",
+    "font.size": 12,
+    "text.parse_math": False,
+    "axes.spines.left": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": PALETTE["soft"],
+    "axes.labelcolor": PALETTE["soft"],
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": PALETTE["rule"],
+    "xtick.color": PALETTE["soft"],
+    "ytick.color": PALETTE["soft"],
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "xtick.major.pad": 8,
+    "ytick.major.pad": 6,
+    "axes.labelpad": 7,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "lines.markeredgewidth": 1.8,
+}
 
 
 def number(value: float) -> str:
@@ -34,172 +76,146 @@ def drawable(values: ArrayLike) -> NDArray[np.bool_]:
     return np.abs(values) < LARGEST
 
 
-class Axis(NamedTuple):
-    """Where the values from `low` to `high` lie between the pixels `start` and `end`."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    logarithmic: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, value = (
-            math.log(v) if self.logarithmic else v for v in (self.low, self.high, value)
-        )
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-    def ticks(self) -> list[float]:
-        """A few round numbers from `low` to `high`."""
-        if self.logarithmic:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1, 2, 5) if self.high < 100 * self.low else (1,)
-            marks = [step * 10.0**decade for decade in decades for step in steps]
-            return [m for m in marks if self.low <= m * (1 + 1e-9) and m <= self.high * (1 + 1e-9)]
-        rough = (self.high - self.low) / 5
-        unit = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough)
-        first = math.ceil(self.low / step - 1e-9)
-        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+def curve_colour(k: int) -> str:
+    """The name in `PALETTE` of the colour of curve k."""
+    return CURVES[k % len(CURVES)]
 
 
-def _axis(values: Sequence[float], start: float, end: float, logarithmic: bool = False) -> Axis:
-    """An axis over `values` with some room; around a single value where there is but one."""
+def _in_style(draw: Callable[..., str]) -> Callable[..., str]:
+    """`draw` in the style of the pages, whatever the user's matplotlibrc says."""
+
+    @functools.wraps(draw)
+    def styled(*args, **options) -> str:
+        import matplotlib.style
+
+        with matplotlib.style.context(["default", STYLE]):
+            return draw(*args, **options)
+
+    return styled
+
+
+def _new_axes(size: Size, titles: tuple[str, str]) -> "Axes":
+    from matplotlib.figure import Figure
+
+    (width, height), (left, right, top, bottom) = size, MARGINS
+    figure = Figure((width / 72, height / 72))  # inches; the unit of an SVG is a 72nd of one
+    inside = left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height
+    return figure.add_axes(inside, xlabel=titles[0], ylabel=titles[1])
+
+
+def _scale(axis: "Axis", values: Sequence[float], may_be_logarithmic: bool = True) -> None:
+    """Put round numbers on `axis`; it is logarithmic where positive `values` are far apart."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
     low, high = min(values), max(values)
-    if math.isclose(low, high, abs_tol=1 / LARGEST):
-        room = abs(low) / 10 if abs(low) > 1 / LARGEST else 1.0
-        low, high = low - room, high + room
-    elif logarithmic:
-        low, high = low / 1.05, high * 1.05
+    if may_be_logarithmic and low > 1 / LARGEST and high > 8 * low:
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     else:
-        low, high = low - (high - low) * 0.04, high + (high - low) * 0.06
-    return Axis(low, high, start, end, logarithmic)
+        axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    axis.set_major_formatter(_tick)
+    axis.axes.minorticks_off()
 
 
-def _logarithmic(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) > 8 * min(values)
-
-
-def _axes(
-    size: Size, xs: Sequence[float], ys: Sequence[float], logarithmic: tuple[bool, bool]
-) -> list[Axis]:
-    (width, height), (left, right, top, bottom) = size, MARGIN
-    return [
-        _axis(xs, left, width - right, logarithmic[0]),
-        _axis(ys, height - bottom, top, logarithmic[1]),
-    ]
-
-
-def _frame(size: Size, x: Axis, y: Axis, titles: tuple[str, str], marks: str) -> str:
-    """A plot: `marks` over the grid, numbers and `titles` of its axes."""
-    width, height = size
-    left, right, _, bottom = MARGIN
-    parts = []
-    for tick in y.ticks():
-        at = f"{y(tick):.1f}"
-        parts.append(f'<path class=grid d="M{left},{at}H{width - right}"/>')
-        parts.append(f'<text class=y x="{left - 8}" y="{at}" dy=".32em">{_tick(tick)}</text>')
-    for tick in x.ticks():
-        parts.append(
-            f'<text class=x x="{x(tick):.1f}" y="{height - bottom + 18}">{_tick(tick)}</text>'
-        )
-    parts.append(f'<path class=base d="M{left},{height - bottom}H{width - right}"/>')
-    of_x, of_y = map(escape, titles)
-    middle = (y.start + y.end) / 2
-    parts.append(f'<text class=x x="{(x.start + x.end) / 2}" y="{height - 8}">{of_x}</text>')
-    parts.append(f'<text class=x transform="translate(12,{middle})rotate(-90)">{of_y}</text>')
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role=img aria-label="{of_y} over {of_x}">'
-        f"{''.join(parts)}{marks}</svg>"
-    )
-
-
-def _tick(value: float) -> str:
+def _tick(value: float, _: int) -> str:
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:g}{letter}"
+            return f"{value / size:g}{letter}".replace("-", "−")
     return f"{value:.3g}".replace("-", "−")
 
 
-def _path(points: Points) -> str:
-    return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+def _to_svg(axes: "Axes") -> str:
+    """The figure of `axes` as HTML, in which the gid of an artist is the class of its group."""
+    figure, file = axes.figure, io.StringIO()
+    for artist in axes.findobj():
+        artist.set_clip_on(False)  # everything is within the axes
+    figure.patch.set_visible(False)
+    axes.patch.set_visible(False)
+    figure.savefig(
+        file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    width, height = (round(72 * side) for side in figure.get_size_inches())
+    content = file.getvalue()
+    content = content[content.index("<g id=") :].replace("<g id=", "<g class=")
+    content = re.sub(r" font-family: .*?sans-serif;", "", content)  # page.css has it
+    content = re.sub(r"\s+", " ", content)
+    for name, colour in PALETTE.items():
+        content = content.replace(colour, f"var(--{name})")
+    words = escape(f"{axes.get_ylabel()} over {axes.get_xlabel()}")
+    return f'<svg viewBox="0 0 {width} {height}" role=img aria-label="{words}">{content}'
 
 
-def _binned(points: Points) -> NDArray:
-    """Rows (step, mean, lowest, highest) of `points`, of runs of them where there are many."""
-    parts = np.array_split(np.asarray(points, dtype=float), min(len(points), MOST_POINTS))
-    means = [(p[:, 0].mean(), p[:, 1].mean(), p[:, 1].min(), p[:, 1].max()) for p in parts]
-    return np.array(means)
+def _binned(points: Points) -> NDArray[np.float64]:
+    """Rows (x, mean, lowest, highest) of the drawable points, or of neighbours among many."""
+    points = np.reshape(np.asarray(points, dtype=float), (-1, 2))
+    points = points[drawable(points).all(1)]
+    parts = np.array_split(points, min(max(len(points), 1), MOST_POINTS))
+    rows = [[p[:, 0].mean(), p[:, 1].mean(), p[:, 1].min(), p[:, 1].max()] for p in parts if len(p)]
+    return np.reshape(rows, (-1, 4))
 
 
-def loss_plot(curves: Mapping[str, Points]) -> str:
-    """The curve of training, `train`, as mean and range, and `test` as dots; "" without any."""
-    train, test = ([p for p in curves.get(n, ()) if drawable(p[1])] for n in ("train", "test"))
-    if not train and not test:
-        return ""
-    steps, values = zip(*train, *test, strict=True)
-    x, y = _axes(LARGE, steps, values, (False, _logarithmic(values)))
-    marks = ""
-    if train:
-        rows = _binned(train)
-        band = [(x(s), y(low)) for s, _, low, _ in rows] + [(x(s), y(h)) for s, *_, h in rows[::-1]]
-        marks += f'<path class=band d="{_path(band)}Z"/>'
-        marks += f'<path class=line d="{_path([(x(s), y(mean)) for s, mean, *_ in rows])}"/>'
-    for step, value, *_ in _binned(test) if test else ():
-        marks += f'<circle class=dot cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>'
-    return _frame(LARGE, x, y, ("step", "loss"), marks)
+def draw_range(
+    axes: "Axes", x: ArrayLike, mean: ArrayLike, low: ArrayLike, high: ArrayLike, **line
+):
+    """Draw a curve, with the options `line`, over a band from `low` to `high`."""
+    (curve,) = axes.plot(x, mean, **line)
+    axes.fill_between(x, low, high, color=curve.get_color(), alpha=0.16, linewidth=0, gid="band")
 
 
-def histogram(values: NDArray, titles: tuple[str, str]) -> str:
-    """Of `values` (n,), with a line at their mean; `titles` are those of its axes."""
-    columns = min(MOST_COLUMNS, max(5, round(2 * math.sqrt(len(values)))))
-    counts, edges = np.histogram(values, bins=columns)
-    x, y = _axes(LARGE, edges, counts, (False, False))
-    y = y._replace(low=0.0, high=float(counts.max()) * 1.08)
-    marks = ""
-    for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        width, top = max(x(high) - x(low) - 1, 0.5), y(count)
-        marks += f'<rect class=bar x="{x(low) + 0.5:.1f}" y="{top:.1f}" width="{width:.1f}"'
-        marks += f' height="{y(0.0) - top:.1f}"/>'
-    mean = float(np.mean(values))
-    marks += f'<path class=mean d="M{x(mean):.1f},{y.start}V{y.end}"/>'
-    marks += f'<text class=mean x="{x(mean) + 6:.1f}" y="{y.end + 10}">mean {number(mean)}</text>'
-    return _frame(LARGE, x, y, titles, marks)
-
-
-def several(
+@_in_style
+def curve_plot(
     curves: Sequence[tuple[int, Points]],
     titles: tuple[str, str],
     *,
     size: Size = LARGE,
     floor: float | None = None,
     logarithmic_x: bool = False,
+    with_range: bool = False,
+    dots: Points = (),
 ) -> str:
-    """Curves over each other, each with the number k of its colour, class c{k} of the page's style.
-
-    Of many points means of neighbours are drawn. "" where there is no point.
+    """Curves over each other, each with its number k, which chooses its colour; "" without points.
 
     Args:
         titles: of the axes.
         floor: where a line across is drawn, if anywhere.
         logarithmic_x: whether the x axis may be logarithmic, as the y axis is for values that are
             far apart.
+        with_range: whether a band shows the range of neighbours; of many points only their mean is
+            drawn.
+        dots: further points, without a line.
     """
-    kept = [(k, [p for p in points if drawable(p).all()]) for k, points in curves]
-    every = [point for _, points in kept for point in points]
-    if not every:
+    curves = [(k, _binned(points)) for k, points in curves]
+    dots = _binned(dots)
+    every = np.concatenate([*(rows for _, rows in curves), dots])
+    if not len(every):
         return ""
-    xs, ys = zip(*every, strict=True)
-    floor = floor if floor is not None and drawable(floor) else None
-    ys = ys if floor is None else (*ys, floor)
-    x, y = _axes(size, xs, ys, (logarithmic_x and _logarithmic(xs), _logarithmic(ys)))
-    marks = ""
-    if floor is not None:
-        marks += f'<path class=floor d="M{x.start},{y(floor):.1f}H{x.end}"/>'
-    for k, points in kept:
-        if points:
-            places = [(x(step), y(mean)) for step, mean, *_ in _binned(points)]
-            marks += f'<path class="line c{k % COLOURS}" d="{_path(places)}"/>'
-            for a, b in places if len(points) <= MOST_DOTS else ():
-                marks += f'<circle class="knot c{k % COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>'
-    return _frame(size, x, y, titles, marks)
+    axes = _new_axes(size, titles)
+    floors = [] if floor is None or not drawable(floor) else [floor]
+    _scale(axes.xaxis, every[:, 0], logarithmic_x)
+    _scale(axes.yaxis, [*every[:, 1:].flat, *floors])
+    for height in floors:
+        axes.axhline(height, color=PALETTE["soft"], linewidth=1, linestyle=(0, (5, 4)), gid="floor")
+    for k, (x, mean, low, high) in ((k, rows.T) for k, rows in curves if len(rows)):
+        line = {"color": PALETTE[curve_colour(k)], "gid": f"curve-{k}"}
+        if with_range:
+            draw_range(axes, x, mean, low, high, **line)
+        else:
+            knots = "o" if len(x) <= MOST_KNOTS else ""
+            axes.plot(x, mean, marker=knots, markerfacecolor=PALETTE["paper"], **line)
+    if len(dots):
+        axes.plot(*dots.T[:2], "o", markersize=3, color=PALETTE["amber"], gid="dots")
+    return _to_svg(axes)
+
+
+@_in_style
+def histogram(values: NDArray, titles: tuple[str, str]) -> str:
+    """Histogram of `values` (n,), with a line at their mean; `titles` are those of its axes."""
+    columns = min(MOST_COLUMNS, max(5, round(2 * math.sqrt(len(values)))))
+    axes, mean = _new_axes(LARGE, titles), float(np.mean(values))
+    counts, edges, _ = axes.hist(values, columns, color=PALETTE["blue"], alpha=0.75, rwidth=0.9)
+    _scale(axes.xaxis, edges, may_be_logarithmic=False)
+    _scale(axes.yaxis, counts, may_be_logarithmic=False)
+    axes.axvline(mean, color=PALETTE["amber"], gid="mean")
+    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+    axes.annotate(f"mean {number(mean)}", (mean, 1), (6, -6), color=PALETTE["amber"], **place)
+    return _to_svg(axes)

@@ -13,7 +13,7 @@ from solvers.base import Watch
 
 
 def progress_bar(**options) -> tqdm:
-    """A progress bar that redraws often on a terminal and seldom in a file."""
+    """Bar of the main process, which redraws often on a terminal and seldom in a file."""
     interactive = sys.stderr.isatty()
     options |= {"disable": not distributed.is_main()}
     return tqdm(mininterval=0.2 if interactive else 10, dynamic_ncols=interactive, **options)

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 UNKNOWN = "not known"
 ABSENT = "–"  # value of settings of a part that was not evaluated
 REST = "other settings"  # stands for settings that an older report lacks
-ORDER = 3  # what sampling.order=None means
-LARGEST = 2**20  # letters of the JSON
-SCALARS = (str, int, float, bool, type(None))
+ORDER = 3  # of a solver where sampling.order is None
+MOST_LETTERS = 2**20  # of JSON that is read
 DIGITS = 12  # of a digest in settings
-OF_CHECKPOINT = ("step", "weights")  # always differ between the checkpoints of a run
+OF_CHECKPOINT = ("step", "weights")  # settings in which the checkpoints of a run always differ
 
 # Settings, or prefixes of their names, that must be equal where values are ranked: for metrics of
 # samples, and for metrics over a split.
@@ -51,11 +50,11 @@ class Settings:
     complete: bool = True
 
     def text(self, name: str) -> str:
-        if name in self.values:
-            return str(self.values[name])
-        return ABSENT if self.complete else UNKNOWN
+        """The value of a setting, or the word for a missing one."""
+        return str(self.values.get(name, ABSENT if self.complete else UNKNOWN))
 
     def without(self, *names: str) -> "Settings":
+        """All settings but those called `names`."""
         rest = {name: value for name, value in self.values.items() if name not in names}
         return dataclasses.replace(self, values=rest)
 
@@ -72,7 +71,7 @@ def _plain(value: Any) -> Any:
 
 
 def of_method(method) -> dict[str, Any]:
-    """The numbers of a method, one by one where it is a dataclass."""
+    """Settings of a method: its numbers, one by one where it is a dataclass."""
     if not dataclasses.is_dataclass(method):
         return {"method": repr(method)}
     names = [field.name for field in dataclasses.fields(method) if field.repr]
@@ -133,12 +132,11 @@ def _whole(number) -> int | str:
 
 def _flat(name: str, text: str) -> dict[str, Any]:
     try:
-        flat = json.loads(text if len(text) <= LARGEST else "")
-    except (ValueError, RecursionError):
-        flat = None
-    entries = flat.values() if isinstance(flat, dict) else [{}]
-    rows = (value if isinstance(value, list) else [value] for value in entries)
-    if not all(isinstance(entry, SCALARS) for row in rows for entry in row):
+        flat = json.loads(text if len(text) <= MOST_LETTERS else "")
+        lists = [value if isinstance(value, list) else [value] for value in flat.values()]
+    except (ValueError, RecursionError, AttributeError):  # the last where it is no dictionary
+        lists = [[{}]]
+    if any(isinstance(entry, list | dict) for entries in lists for entry in entries):
         raise ValueError(f"the report's {name} are no JSON of a flat dictionary; evaluate it again")
     return flat
 
@@ -150,14 +148,14 @@ def differing(settings: Sequence[Settings]) -> dict[str, list[str]]:
     """
     names = dict.fromkeys(name for one in settings for name in one.values)
     rows = {name: [one.text(name) for one in settings] for name in names}
-    differ = {k: row for k, row in rows.items() if len({t for t in row if t != UNKNOWN}) > 1}
+    differ = {name: row for name, row in rows.items() if len({*row} - {UNKNOWN}) > 1}
     if any(not one.complete for one in settings):
         differ[REST] = ["known" if one.complete else UNKNOWN for one in settings]
     return differ
 
 
 def _in_space(report: Mapping, space: str) -> Settings:
-    """Settings of a report for one of its feature spaces, the first where `space` is ""."""
+    """Settings of a report in one of its feature spaces, the first where `space` is ""."""
     settings, kinds = of_report(report), str(report.get("features", "")).split(",")
     names = str(settings.values.get("eval.features", "")).split(",")
     if not settings.complete or len(names) != len(kinds) or len(kinds) == 1:
@@ -176,12 +174,12 @@ def obstacle(key: str, reports: Sequence[Mapping]) -> str:
     """
     space, metric = split_key(key)
     of_samples = METRICS[metric].compute is not None
-    needed = OF_SAMPLES if of_samples else OF_SPLIT + OF_SPLIT_TOO.get(metric, ())
+    equal = OF_SAMPLES if of_samples else OF_SPLIT + OF_SPLIT_TOO.get(metric, ())
     settings, reasons = [_in_space(report, space) for report in reports], []
-    differ = {k: texts for k, texts in differing(settings).items() if k.startswith(needed)}
-    finite = [str(_whole(report.get("num_samples", 0))) for report in reports]
-    if of_samples and len(set(finite)) > 1:
-        differ.setdefault("eval.num_samples", [f"{number} finite" for number in finite])
+    differ = {name: texts for name, texts in differing(settings).items() if name.startswith(equal)}
+    numbers = [_whole(report.get("num_samples", 0)) for report in reports]
+    if of_samples and len({*numbers}) > 1:
+        differ.setdefault("eval.num_samples", [f"{number} finite" for number in numbers])
     if not all(one.complete for one in settings):
         reasons.append(f"the data that an older report compares with are {UNKNOWN}")
     for name, texts in differ.items():

@@ -15,7 +15,7 @@ RESTORED = {
 
 
 def report_table(report: Mapping, split: str, title: str) -> str:
-    """The numbers of a report (the arrays of report_{k}.npz) that was made over `split`."""
+    """Text of the numbers of a report (arrays of report_{k}.npz), of which some are of `split`."""
     rows = []
     for key, metric, *_, label in entries(report):
         value = f"{float(report[key]):.6g}"
@@ -38,14 +38,14 @@ def report_table(report: Mapping, split: str, title: str) -> str:
             rows.append(("  sampler", sampler_words(of_report(report))))
     if "restore_images" in report:
         rows.append(("images restored", str(report["restore_images"])))
-        for key, what in RESTORED.items():
+        for key, label in RESTORED.items():
             if key in report:
-                rows.append((f"  {what}", f"{float(report[key]):.4g}"))
+                rows.append((f"  {label}", f"{float(report[key]):.4g}"))
     rows.append(("seconds", f"{report['seconds']:.1f}"))
     return "\n  ".join([format_table(rows, title), *remarks(report)])
 
 
 def format_table(rows: list[tuple[str, str]], title: str) -> str:
-    """`rows` of (what, value) under `title`, aligned in two columns."""
-    width = max(len(what) for what, _ in rows)
-    return "\n".join([title, *(f"  {what:<{width}}  {value}" for what, value in rows)])
+    """The `rows`, labels and values, aligned in two columns under `title`."""
+    width = max(len(label) for label, _ in rows)
+    return "\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in rows)])

@@ -19,8 +19,9 @@ import run_lib
 from configs.keys import flatten
 from library import sample_folder
 from reports import compare, settings
-from reports.compare import Run, compare_page, differing, grouped, read_run
-from reports.evaluation_page import read_report
+from reports.compare import compare_page
+from reports.report_file import read_report
+from reports.runs import Run, differing, grouped, read_run
 from storage import run_config
 from storage.files import save_npz, save_png
 from storage.tensorboard import TensorBoardWriter
@@ -97,8 +98,8 @@ def test_page_marks_the_best_mean(runs):
     assert [marked for _, marked in loss] == [False, False, False]
     assert "No best Loss: method differs (VPSDE; EDM)" in page
     assert found["optim.lr"] == [("0.002", False)] * 2 + [("0.5", False)]
-    assert page.count('<path class="line c0"') == 2  # two seeds
-    assert page.count('<path class="line c2"') == 1
+    assert page.count('class="curve-0"') == 2  # two seeds
+    assert page.count('class="curve-2"') == 1
     assert len(tags.links) == 3  # a picture for each setting
 
 
@@ -273,7 +274,7 @@ def test_from_workdirs_to_a_page(tmp_path, monkeypatch, capsys):
         save_png(folder / "samples/iter_9/sample.png", np.full((8, 8, 3), 9, np.uint8))
         save_png(folder / "samples/iter_10/sample.png", np.full((8, 8, 3), 200, np.uint8))
     found = read_run(tmp_path / "one", "one", "eval")
-    assert found.drawn == "drawn in training, at step 10"
+    assert found.caption == "drawn in training, at step 10"
     assert (found.report["step"], found.curves["loss/train"][0][0]) == (1000, 5)
     assert np.asarray(Image.open(io.BytesIO(found.picture))).max() == 200
     out = tmp_path / "page.html"

@@ -12,8 +12,9 @@ import run_lib
 from metrics.distances import Gaussian
 from metrics.reference import Reference
 from metrics.table import METRICS, Comparison, compare, compare_halves, remarks
-from reports.compare import compare_page, read_run
+from reports.compare import compare_page
 from reports.page import render
+from reports.runs import read_run
 from reports.table import report_table
 from storage import run_config
 
@@ -175,7 +176,7 @@ def test_samples_nearer_to_training_images_than_these_to_each_other(shift, words
     assert bool(words) == ("nearest_remark" in scores)
     assert bool(words) == (scores["nearest"] < scores["nearest_data"])
     report = scores | {"step": 1, "seconds": 1.0}
-    page = render("t", {}, {1: report}, 1, {}, [], {}, {}, {})
+    page = render("t", {1: report}, 1)
     assert (words or "nearer to training") in page if words else "nearer" not in page
     assert not words or words in report_table(report, "test", "t")
 

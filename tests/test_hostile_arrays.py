@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from reports.evaluation_page import read_report
-from reports.page import render
+from reports import page
+from reports.report_file import read_report
 from storage.files import cached, read_arrays, save_npz
 
 NUMBERS = (0, -1, np.nan, np.inf, -np.inf, 1e29, -1e29, 1e30, 1e308, -1e308, 5e-324, 1 + 1e-12)
@@ -83,7 +83,22 @@ def test_200_mutated_cached_files_are_used_or_made_again(tmp_path, caplog):
     assert 50 < again < 190
 
 
-def test_200_mutated_reports_are_shown_or_refused(tmp_path):
+@pytest.fixture
+def plots_are_drawn_once(monkeypatch):
+    """A plot of the same arguments is the same plot."""
+    for name in ("curve_plot", "histogram"):
+        draw, plots = getattr(page, name), {}
+
+        def remembered(*args, draw=draw, plots=plots, **options):
+            key = repr((args, options))
+            if key not in plots:
+                plots[key] = draw(*args, **options)
+            return plots[key]
+
+        monkeypatch.setattr(page, name, remembered)
+
+
+def test_200_mutated_reports_are_shown_or_refused(tmp_path, plots_are_drawn_once):
     path, chance, refused = tmp_path / "report_2.npz", random.Random(1), 0
     report = {"step": 500, "seconds": 9.5, "features": "pixels", "loss": 0.25, "fid": 3.5}
     report |= {"num_samples": 99, "nonfinite": 1, "nfe": 35.0, "sampling_seconds": 2.0}
@@ -101,20 +116,18 @@ def test_200_mutated_reports_are_shown_or_refused(tmp_path):
             continue
         for shown in (1, 2):
             points = [(float(r["nfe"]), float(r["fid"])) for r in (report, found) if "nfe" in r]
-            page = render("run", {}, {1: report, 2: found}, shown, {}, [], {}, {"": points}, {})
-            drawn = re.findall("<svg.+?</svg>", page)
-            assert len(drawn) == page.count("<svg")
-            assert not any(word in plot for plot in drawn for word in ("nan", "inf"))
+            html = page.render("run", {1: report, 2: found}, shown, distances={"": points})
+            plots = re.findall("<svg.+?</svg>", html)
+            assert len(plots) == html.count("<svg")
+            assert not any(word in plot for plot in plots for word in ("nan", "inf"))
     assert 50 < refused < 190
 
 
 def test_losses_beyond_all_measure_are_drawn():
     for numbers in ([1e29, -1e29], [5e-324, 0], [1e16, 1e16 + 2], [1e-320] * 2, NUMBERS):
         curve = [(step, number) for step, number in enumerate(numbers)]
-        page = render(
-            "run", {}, {1: {"step": 1, "seconds": 1}}, 1, {"train": curve}, [], {}, {}, {}
-        )
-        assert "loss over step" in page
+        html = page.render("run", {1: {"step": 1, "seconds": 1}}, 1, losses={"train": curve})
+        assert "loss over step" in html
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])

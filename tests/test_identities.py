@@ -19,7 +19,8 @@ from experiment import Experiment
 from library.evaluated import Evaluated, Split
 from losses import OBJECTIVES, Regression
 from reports import settings
-from reports.compare import Run, compare_page
+from reports.compare import compare_page
+from reports.runs import Run
 from sources import codec
 from sources.codec import EightBitImages
 from sources.codec import from_config as get_codec

@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from metrics import distances, features
+from metrics import distances, features, networks
 from metrics.distances import (
     OURS,
     Gaussian,
@@ -161,7 +161,7 @@ def test_kernel_distance_has_no_bias():
 
 def test_both_implementations_of_the_metrics_agree():
     pytest.importorskip("tensorflow_gan")
-    theirs = features.tensorflow_gan()
+    theirs = networks.tensorflow_gan()
     random = np.random.RandomState(0)
     real = random.gamma(0.5, size=(2100, 48)).astype(np.float32)
     fake = random.gamma(0.7, size=(1500, 48)).astype(np.float32) @ random.standard_normal((48, 48))
@@ -361,7 +361,7 @@ def test_the_name_tells_weights_apart(tmp_path):
         with torch.no_grad():
             module.weight.fill_(scale)
         module.save(str(tmp_path / "network.pt"))
-        names.add(features.torchscript(str(tmp_path / "network.pt"), CPU)[0])
+        names.add(networks.torchscript(str(tmp_path / "network.pt"), CPU)[0])
     assert len(names) == 2
 
 
@@ -406,7 +406,7 @@ def test_inception_is_found_where_tfhub_keeps_it(tmp_path, monkeypatch):
     import hashlib
 
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
-    name = hashlib.sha1(features.INCEPTION_URL.encode()).hexdigest()
+    name = hashlib.sha1(networks.INCEPTION_URL.encode()).hexdigest()
     save_inception(tmp_path / name)
     assert space_of("inception").width == 3
 
@@ -414,11 +414,11 @@ def test_inception_is_found_where_tfhub_keeps_it(tmp_path, monkeypatch):
 def test_inception_that_cannot_be_fetched_is_told_soon(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_gan")
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(features, "FETCH_SECONDS", 0.5)
+    monkeypatch.setattr(networks, "FETCH_SECONDS", 0.5)
     monkeypatch.setenv("no_proxy", "*")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, says nothing
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/inception"
-        monkeypatch.setattr(features, "INCEPTION_URL", address)
+        monkeypatch.setattr(networks, "INCEPTION_URL", address)
         start = time.monotonic()
         with pytest.raises(ValueError, match="cannot be fetched.*eval.inception_path.*torchscript"):
             space_of("inception")
@@ -429,7 +429,7 @@ def test_inception_that_cannot_be_fetched_is_told_soon(tmp_path, monkeypatch):
 
 
 def test_without_tensorflow_the_way_is_named(monkeypatch):
-    monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(networks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs tensorflow, .*'torchscript' does without"):
         space_of("inception")
 

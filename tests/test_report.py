@@ -8,10 +8,12 @@ import logging
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from test_configs import load
 
@@ -19,9 +21,11 @@ from metrics.reference import Reference
 from metrics.table import METRICS, OF_HALVES, Comparison, compare_halves
 from models import NETWORKS, paper_name
 from reports import evaluation_page
+from reports.html import Picture
 from reports.images import image_grid
-from reports.page import Picture, render
-from reports.plots import Axis, number
+from reports.page import render
+from reports.plots import PALETTE, curve_plot, number
+from reports.report_file import read_report
 from reports.settings import to_json
 from reports.table import format_table, report_table
 from storage.files import save_npz
@@ -82,17 +86,17 @@ def made_by(**changes):
 
 def page_of(reports):
     return render(
-        title="a <b>bold</b> run",
+        "a <b>bold</b> run",
+        reports,
+        max(reports),
         facts={"network": "ncsnpp & co"},
-        reports=reports,
-        shown=max(reports),
-        curves={
+        losses={
             "train": [(s, 100 / s) for s in range(1, 2001)],
             "test": [(s, 100 / s) for s in range(200, 2001, 200)],
         },
         pictures=[Picture("Samples", 'of "red"', png((250, 0, 0)))],
-        values={"seed": 42, "model": {"name": "<script>alert(1)</script>"}},
-        by_evaluations={"<heun>": [(9, 0.5), (35, 0.75)], "dpmpp": [(10, 0.3)]},
+        settings={"seed": 42, "model": {"name": "<script>alert(1)</script>"}},
+        distances={"<heun>": [(9, 0.5), (35, 0.75)], "dpmpp": [(10, 0.3)]},
         files={"samples": ["ckpt_4/samples_0.npz", 'a "b".npz']},
     )
 
@@ -147,9 +151,10 @@ def test_page_shows_the_floor(page):
     assert "of Gaussian fits to the features; data against data: 0.2500" in page
     assert "998 training images take the place of samples, and 1,234 others" in page
     assert re.search(r"<td>data against data</td>.*?<td>0.2500</td>", page)
-    assert page.count("class=floor") == 3  # two over steps, one over evaluations
-    curve = page[page.index("evaluations of the network for a sample") :]
-    assert [curve.count(f'class="knot c{k}"') for k in (0, 1)] == [2, 1]
+    assert page.count('class="floor"') == 3  # two over steps, one over evaluations
+    plot = page[page.index("over evaluations of the network for a sample") :]
+    marks = [plot.split(f'class="curve-{k}"')[1].split("</g> </g>")[0] for k in (0, 1)]
+    assert [mark.count("<use ") for mark in marks] == [2, 1]
     assert "&lt;heun&gt;" in page
 
 
@@ -245,24 +250,50 @@ def test_numbers(value, text):
 
 
 @pytest.mark.parametrize(
-    "low, high, logarithmic, marks",
+    "low, high, marks",
     [
-        (0, 10, False, [0, 2, 4, 6, 8, 10]),
-        (-1, 1, False, [-1, -0.5, 0, 0.5, 1]),
-        (0.07, 3, True, [0.1, 0.2, 0.5, 1, 2]),
-        (1, 1e5, True, [1, 10, 100, 1000, 1e4, 1e5]),
+        (0, 10, ["0", "2", "4", "6", "8", "10"]),
+        (-1, 1, ["−1", "−0.5", "0", "0.5", "1"]),
+        (0.07, 3, ["0.1", "0.2", "0.5", "1", "2"]),  # far apart: logarithmic
+        (1, 1e5, ["1", "10", "100", "1k", "10k", "100k"]),
     ],
 )
-def test_ticks_are_round_numbers(low, high, logarithmic, marks):
-    axis = Axis(low, high, 100, 200, logarithmic)
-    assert axis.ticks() == pytest.approx(marks)
-    assert axis(low) == pytest.approx(100)
-    assert axis(high) == pytest.approx(200)
+def test_ticks_are_round_numbers(low, high, marks):
+    plot = curve_plot([(0, [(5, low), (6, high)])], ("step", "loss"))
+    of_y = plot[plot.index('class="matplotlib.axis_2"') : plot.index('class="curve-0"')]
+    texts = re.findall(r"<text style=\"([^\"]*)\" x=\"\S+\" y=\"(\S+)\"[^>]*>(.*?)</text>", of_y)
+    *ticks, (style, _, title) = texts
+    assert ([text for *_, text in ticks], title) == (marks, "loss")
+    assert "text-anchor: middle" in style
+    heights = np.array([float(y) for _, y, _ in ticks])
+    values = np.array([float(m.replace("−", "-").replace("k", "e3")) for m in marks])
+    if low > 0:
+        values = np.log(values)
+    slopes = np.diff(heights) / np.diff(values)
+    assert (slopes < 0).all() and slopes == pytest.approx(slopes[0], rel=1e-3)
+
+
+def test_a_plot_is_the_same_svg_each_time_and_of_the_pages_colours():
+    def draw():
+        points = [(s, 100 / s) for s in range(1, 50)]
+        return curve_plot([(0, points)], ("x", "y"), floor=2.0, with_range=True, dots=[(9, 3.0)])
+
+    plot = draw()
+    assert plot == draw()
+    assert "#" not in re.sub(r"href=\"#\w+\"", "", plot) and "var(--blue)" in plot
+    assert set(re.findall(r"var\(--(\w+)\)", plot)) <= PALETTE.keys()
+
+
+def test_startup_imports_no_matplotlib():
+    """Only a page that has a plot does."""
+    words = "import sys, run_lib, reports.compare; print('matplotlib' in sys.modules)"
+    command = [sys.executable, "-c", words]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout == b"False\n"
 
 
 def test_a_single_checkpoint_has_no_curve_over_checkpoints():
     report = {"step": 10, "loss": 1.0, "seconds": 1.0}
-    page = render("run", {}, {1: report}, 1, {"train": [(5, np.nan)]}, [], {}, {}, {})
+    page = render("run", {1: report}, 1, losses={"train": [(5, np.nan)]})
     assert "<svg" not in page
     assert "<figure" not in page
     assert "1" in page
@@ -323,7 +354,7 @@ def test_distances_of_one_checkpoint_are_gathered(tmp_path, caplog):
     def save(folder, changes, **settings):
         report = heun | {"settings": made_by(**settings)} | changes
         save_npz(tmp_path / folder / "report_4.npz", **report)
-        return evaluation_page.read_report(tmp_path / folder / "report_4.npz")
+        return read_report(tmp_path / folder / "report_4.npz")
 
     def gathered():
         return evaluation_page.by_evaluations(tmp_path / "a", 4, shown)

@@ -13,9 +13,10 @@ from test_small_runs import report_of, tiny
 
 import run_lib
 from metrics.table import METRICS, entries, remarks
-from reports.compare import compare_page, read_run
-from reports.evaluation_page import read_report
+from reports.compare import compare_page
 from reports.plots import number
+from reports.report_file import read_report
+from reports.runs import read_run
 from reports.settings import obstacle, of_report
 from reports.table import report_table
 from storage.files import save_npz

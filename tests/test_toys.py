@@ -16,6 +16,7 @@ import run_lib
 from methods import Poisson
 from models.mlp import MLP
 from reports import toy as page
+from reports.field_lines import exact_slope, field_lines
 from reports.images import image_grid
 from sources.toys import TOYS
 
@@ -128,7 +129,7 @@ def test_exact_slope_is_that_of_the_exact_field(exact_network):
     charges = 0.5 * torch.randn(50, 2, 1, 1, dtype=torch.float64)
     y, net = 2 * torch.randn(8, 2, 1, 1, dtype=torch.float64), exact_network(charges, 1e-4)
     for z in (0.05, 1.0, 10.0):
-        expected = page.exact_slope(charges, 1.0)(y, z)
+        expected = exact_slope(charges, 1.0)(y, z)
         # Poisson flow adds 1e-5 to the field's z entry
         assert torch.allclose(plane_poisson().slope(net, y, z), expected, rtol=1e-2, atol=1e-3)
 
@@ -152,7 +153,7 @@ def test_flat_lines_are_bounded(exact_network):
 
 def test_field_lines_end_at_data_in_proportion():
     where = torch.tensor([[-0.7, 0.1]] * 3 + [[0.5, 0.4]]).view(4, 2, 1, 1)
-    lines = page.field_lines(where, 300, far=50.0)
+    lines = field_lines(where, 300, far=50.0)
     assert np.allclose(np.linalg.norm(lines[0], axis=1), 50.0)
     ends = lines[-1, :, :2]
     distance = np.linalg.norm(ends[:, None] - where[[0, 3]].flatten(1).numpy(), axis=2)

@@ -1,0 +1,45 @@
+"""Files of an evaluation, read and checked for a page: report_{k}.npz, and pictures."""
+
+import io
+from pathlib import Path
+
+from numpy.typing import NDArray
+from PIL import Image
+
+from metrics.table import METRICS, split_key
+from reports.settings import of_report
+from storage.files import check_arrays, read_arrays
+
+PAGE_PIXELS = 1400  # side of the largest picture on a page
+
+
+def read_report(path: Path) -> dict[str, NDArray]:
+    """The arrays of a report that a page shows; ValueError, in one line, where they do not fit."""
+    arrays, scalar = read_arrays(path), ("iuf", ())
+    metrics = [f"{key}{what}" for key in METRICS for what in ("", "_error", "_data")]
+    spec = dict.fromkeys((*metrics, "half_first", "half_other"), scalar)
+    spec |= {name: scalar for name in arrays if split_key(name)[1] in spec}  # in further spaces
+    spec |= {"ema_std": scalar} | dict.fromkeys(("features", "sampling", "settings"), ("U", ()))
+    spec |= dict.fromkeys((name for name in arrays if name.endswith("_remark")), ("U", ()))
+    spec = {name: kind for name, kind in spec.items() if name in arrays}
+    spec |= dict.fromkeys(("step", "seconds"), scalar)
+    if "num_samples" in arrays:
+        needed = ("num_samples", "nonfinite", "sampling_seconds", *({"nfe"} & arrays.keys()))
+        spec |= dict.fromkeys(needed, scalar)
+    if "bpd_images" in arrays:
+        spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), scalar) | {"bpd_images": ("f", (None,))}
+    report = check_arrays(path, arrays, spec, finite=False)
+    try:
+        of_report(report)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return report
+
+
+def page_png(path: Path) -> bytes:
+    """The picture at `path`, made smaller where it is larger than a page shows."""
+    with Image.open(path) as image:
+        image.thumbnail((PAGE_PIXELS, PAGE_PIXELS))
+        buffer = io.BytesIO()
+        image.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
