@@ -30,6 +30,7 @@ KEYS = {
         Text(),
         "the network: for 'inception' the folder of a SavedModel ('': fetched), for 'torchscript' "
         "its file; for both, with a comma between them in the order of eval.features",
+        of_machine="always",
     ),
 }
 

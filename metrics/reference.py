@@ -29,6 +29,7 @@ KEYS = {
         "assets/stats",
         Text(r"[^\0\n]+", "the name of a folder"),
         "reference statistics: published ones, and those made here",
+        of_machine="always",
     ),
 }
 

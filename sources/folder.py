@@ -49,7 +49,12 @@ def open_folder(data: ConfigDict, split: str) -> Source:
 
 
 open_folder.keys = {
-    "data.path": Key("", Text(), "of 'folder': a folder or .zip of images, an .npy or .npz"),
+    "data.path": Key(
+        "",
+        Text(),
+        "of 'folder': a folder or .zip of images, an .npy or .npz",
+        of_machine="file",
+    ),
     "data.rules": Key(
         0,
         whole(0, 2),

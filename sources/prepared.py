@@ -93,7 +93,10 @@ def open_prepared(
 
 open_prepared.keys = {
     "data.data_dir": Key(
-        "", Text(), "where other data lie; '' for the default folder of the data set"
+        "",
+        Text(),
+        "where other data lie; '' for the default folder of the data set",
+        of_machine="file",
     ),
 }
 

@@ -35,5 +35,7 @@ def open_faces(data: ConfigDict, split: str) -> Source:
 
 
 open_faces.keys = {
-    "data.tfrecords_path": Key("", Text(), "of CelebAHQ and FFHQ: their TFRecord file"),
+    "data.tfrecords_path": Key(
+        "", Text(), "of CelebAHQ and FFHQ: their TFRecord file", of_machine="file"
+    ),
 }
