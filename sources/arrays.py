@@ -17,7 +17,6 @@ from sources import digests, listing
 from sources.base import Classes, PerProcess, Picture, View
 from sources.files import MAX_FILE_BYTES
 from sources.images import cropped_then_resized
-from sources.listing import Omitted
 from sources.rules import Rules
 from sources.splits import held_out
 from storage.files import one_line, read_entry_array
@@ -55,11 +54,7 @@ class Arrays:
     @property
     def omitted(self) -> str:
         """Text on the arrays beside the splits."""
-        if not self.split_names:
-            return ""
-        kind = f"array{{s}} beside {' and '.join(self.split_names.values())}"
-        beside = [name for name in self._names if name not in self.split_names.values()]
-        return listing.in_words(Omitted((kind, name) for name in beside))
+        return listing.in_words(listing.beside_splits("array", self._names, self.split_names))
 
     def open(self, data: ConfigDict, split: str) -> View:
         """The images of `split`; ValueError where the array is none of images."""

@@ -18,7 +18,6 @@ from sources.arrays import Arrays, is_array, read_array
 from sources.base import Classes, PerProcess, Picture, Source, View
 from sources.files import Files, Measured, open_below, open_in, read_bounded
 from sources.images import cropped_then_resized
-from sources.listing import Omitted
 from sources.rules import NEWEST, RULES, Rules
 from sources.sixteen_bits import Range
 from storage.files import one_line
@@ -125,12 +124,8 @@ class Folder:
     @property
     def omitted(self) -> str:
         """Text on what is omitted, such as "30 .txt, 2 hidden folders (.git, .trash)"."""
-        omitted = self.listing.omitted
-        if names := self.split_names.values():
-            kind = f"image{{s}} beside {' and '.join(names)}"
-            beside = zip(self._tops, self._is_in(names), strict=True)
-            omitted = omitted + Omitted((kind, top) for top, in_split in beside if not in_split)
-        return listing.in_words(omitted)
+        beside = listing.beside_splits("image", self._tops, self.split_names)
+        return listing.in_words(self.listing.omitted + beside)
 
     def measure_scale(self, watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> Measured:
         """The scale of 16-bit images, measured at the first call; see `Files.measure_scale`."""

@@ -121,6 +121,15 @@ def in_words(omitted: Omitted) -> str:
     return ", ".join(words)
 
 
+def beside_splits(kind: str, parts: Iterable[str], split_names: Mapping[str, str]) -> Omitted:
+    """Images or arrays, by the name of their folder or array in `parts`, that are in no split."""
+    if not split_names:
+        return Omitted()
+    kind = f"{kind}{{s}} beside {' and '.join(split_names.values())}"
+    used = {name.lower() for name in split_names.values()}
+    return Omitted((kind, part) for part in parts if part.lower() not in used)
+
+
 def kind_of_file(path: str) -> str:
     """The kind, for `Omitted`, of a file that is no image."""
     name = path.rpartition("/")[2]

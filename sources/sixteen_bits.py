@@ -5,7 +5,6 @@ images, but only the high bytes of others. These are therefore read twice, the s
 their bytes were in the other order.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +17,6 @@ Range = tuple[float, float]  # what becomes black, and what becomes white
 
 WHOLE: Range = (0, 2**16 - 1)
 AT_ONCE = 2**20  # values that are turned into bytes
-
-NATIVE = "L" if sys.byteorder == "little" else "B"  # the order of bytes, as Pillow names it
 
 # TIFF's tags
 BITS, PHOTOMETRIC, WHITE_IS_ZERO, PLANES, SEPARATE = 258, 262, 0, 284, 2
@@ -128,7 +125,7 @@ def _raw_grey(image: Image.Image, raw: str) -> str:
     if raw == "I":
         return image.mode
     if raw == "I;16BS" and image.tile[0].codec_name == "libtiff":
-        return {"L": "I;16S", "B": raw}[NATIVE]
+        return "I;16S"
     return raw
 
 
@@ -137,17 +134,17 @@ def _from_halves(
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint8] | None]:
     """RGB values and alpha: the high bytes of `image`, the low ones of the same file `reopened`."""
     modes = {_raw_mode(tile) for tile in image.tile}
-    _, _, order = min(modes).partition(";16")
+    _, _, order = min(modes).partition(";16")  # "L", "B", or "N" for the machine's, "L"
     if not order:  # separate planes R, G and B, which Pillow would read as bytes
         order = "B" if image.tag_v2.prefix == b"MM" else "L"
-    order = {"N": NATIVE}.get(order, order)
+    order, other_order = ("B", "L") if order == "B" else ("L", "B")
 
     def read_as(order: str) -> Callable[[str], str]:
         return lambda mode: f"{mode.partition(';')[0].replace('a', 'A')};16{order}"
 
     values = _decoded(image, read_as(order)).astype(np.uint16)
     values <<= 8
-    values |= _decoded(reopened, read_as({"L": "B", "B": "L"}[order]))
+    values |= _decoded(reopened, read_as(other_order))
     if values.shape[2] == 3:
         return values, None
     colours, alpha = values[..., :3], values[..., 3:]

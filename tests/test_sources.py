@@ -270,7 +270,7 @@ def write_splits(root, **splits):
 
 @pytest.mark.parametrize("kind", ["tree", "zip", "npz"])
 @pytest.mark.parametrize("train, test", SPLIT_NAMES)
-def test_given_splits_are_used(tmp_path, kind, train, test):
+def test_named_splits_are_used(tmp_path, kind, train, test):
     images = pictures(9)
     path = write_splits(tmp_path, **{train: images[:6], test: images[6:]})[kind]
     config = config_of("folder", path=str(path))
