@@ -19,15 +19,11 @@ HOLD = 20  # times as long the last one stays
 
 def check_writer(kind: str) -> None:
     """Raise ValueError where nothing here writes films of this `kind`, webp, gif or mp4."""
+    option = f"sampling.film_format={kind!r}"
     if kind == "mp4" and shutil.which("ffmpeg") is None:
-        raise ValueError(
-            "sampling.film_format='mp4' needs the program ffmpeg, which is not found; 'webp' does "
-            "not"
-        )
+        raise ValueError(f"{option} needs the program ffmpeg, which is not found; 'webp' does not")
     if kind == "webp" and not features.check("webp"):
-        raise ValueError(
-            "sampling.film_format='webp': this Pillow is built without WebP; 'gif' needs nothing"
-        )
+        raise ValueError(f"{option}: this Pillow is built without WebP; 'gif' needs nothing")
 
 
 def save_film(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:

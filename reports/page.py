@@ -235,18 +235,16 @@ def _cost(report: Report) -> str:
 
 def _downloads(reports: Mapping[int, Report], files: Mapping[str, Sequence[str]]) -> str:
     """Links: the numbers of all checkpoints within the page, and `files` beside it."""
-    numbers = {
-        k: {n: v for n, v in r.items() if np.ndim(v) == 0 and np.asarray(v).dtype.kind in "iuf"}
-        for k, r in reports.items()
-    }
-    for name, texts in _differing(reports).items():
-        for row_of, text in zip(numbers.values(), texts, strict=True):
-            row_of[name] = text
-    names = ["checkpoint", *dict.fromkeys(name for each in numbers.values() for name in each)]
+    differ, rows = _differing(reports), []
+    for i, (k, report) in enumerate(reports.items()):
+        arrays = {name: np.asarray(value) for name, value in report.items()}
+        numbers = {n: a for n, a in arrays.items() if a.ndim == 0 and a.dtype.kind in "iuf"}
+        settings = {name: texts[i] for name, texts in differ.items()}
+        rows.append({"checkpoint": k} | numbers | settings)
     content = io.StringIO()
-    writer = csv.DictWriter(content, names)
+    writer = csv.DictWriter(content, list(dict.fromkeys(name for each in rows for name in each)))
     writer.writeheader()
-    writer.writerows({"checkpoint": k, **each} for k, each in numbers.items())
+    writer.writerows(rows)
     encoded = base64.b64encode(content.getvalue().encode()).decode("ascii")
     link = f'<a download="metrics.csv" href="data:text/csv;base64,{encoded}">metrics.csv</a>'
     items = [f"<div><dt>numbers of all checkpoints</dt><dd>{link}</dd></div>"]

@@ -156,7 +156,7 @@ def _binned(points: Points) -> NDArray[np.float64]:
 
 def draw_range(
     axes: "Axes", x: ArrayLike, mean: ArrayLike, low: ArrayLike, high: ArrayLike, **line
-):
+) -> None:
     """Draw a curve, with the options `line`, over a band from `low` to `high`."""
     (curve,) = axes.plot(x, mean, **line)
     axes.fill_between(x, low, high, color=curve.get_color(), alpha=0.16, linewidth=0, gid="band")
