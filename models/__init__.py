@@ -39,7 +39,7 @@ NETWORKS: dict[str, Callable[[ConfigDict, Shape, int], nn.Module]] = {
     "mlp": MLP.from_config,
 }
 
-# model.name -> what papers call it, without and with the filter `model.fir`, which tells two apart.
+# model.name -> its name in papers; of two names the second is that with the filter `model.fir`.
 PAPER_NAMES = {
     "ncsnpp": ("DDPM++", "NCSN++"),
     "edm_unet": ("DDPM++", "NCSN++"),
@@ -115,9 +115,6 @@ def _field(network: nn.Module, inputs: tuple, output: Tensor) -> tuple[Tensor, T
 
 
 def paper_name(name: str, fir: bool) -> str:
-    """The name in papers of the network `model.name`, with or without the filter `model.fir`.
-
-    It is `name` itself where papers have none.
-    """
+    """Name in papers of the network `name`, with or without the filter `fir`; else `name`."""
     names = PAPER_NAMES.get(name, (name,))
     return names[-1 if fir else 0]
