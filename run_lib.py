@@ -40,20 +40,17 @@ from sources.base import Picture
 from sources.folder import read_images
 from sources.preparation import Preparation
 from storage import run_config
-from storage.checkpoints import (
-    SHARED,
+from storage.checkpoints import fit, open_checkpoint, save_checkpoint
+from storage.digests import digests
+from storage.files import cached, save_npz, save_png
+from storage.run_checkpoints import (
     checkpoints_to_evaluate,
     drop_checkpoints,
-    fit,
     newest_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-    save_shared,
     save_to_resume,
     written_steps,
 )
-from storage.digests import digests
-from storage.files import cached, save_npz, save_png
+from storage.shared_files import SHARED, save_shared
 from storage.tensorboard import TensorBoardWriter
 from storage.workdir import (
     check_settings,

@@ -21,9 +21,9 @@ from solvers.fixed_steps import Advance
 from solvers.solve import solver_levels
 from sources.batch import Conditions
 from sources.keyed import keyed_generator
-from storage.checkpoints import fitted_path
 from storage.digests import digests
 from storage.files import Spec, cached
+from storage.run_checkpoints import fitted_path
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from configs.default import all_keys, get_default_config
 from configs.keys import explain_unknown, flatten, shown, shown_key
 from configs.published import UNREAD
-from storage.checkpoints import numbered_checkpoints, open_checkpoint, snapshots
-from storage.files import atomic_write
-from storage.workdir import resume_paths
+from storage.checkpoints import open_checkpoint
+from storage.files import atomic_write, read_json
+from storage.run_checkpoints import snapshots, states
 
 __all__ = ["changes", "differences", "find", "flatten", "load", "restore", "store"]
 
@@ -27,7 +27,7 @@ REMOVED = UNREAD.keys()  # which configs of older programs have
 
 
 def store(workdir: Path, config: ConfigDict) -> None:
-    """Stores `config` as config.json of the workdir."""
+    """Store `config` as config.json of the workdir."""
     with atomic_write(workdir / "config.json") as file:
         file.write(json.dumps(flatten(config), indent=1).encode())
 
@@ -40,7 +40,7 @@ def find(workdir: Path) -> tuple[Path, ConfigDict] | None:
     Raises:
         ValueError: the file's config is not valid; the message names the file.
     """
-    for path in (*resume_paths(workdir), *reversed(numbered_checkpoints(workdir).values())):
+    for path in states(workdir):
         try:
             content = open_checkpoint(path)
         except FileNotFoundError:
@@ -52,11 +52,9 @@ def find(workdir: Path) -> tuple[Path, ConfigDict] | None:
             return path, _restored(path, content["config"])
     path = workdir / "config.json"
     try:
-        flat = json.loads(path.read_bytes())
+        flat = read_json(path, "is no config")
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no config: {error}") from None
     return path, _restored(path, flat)
 
 

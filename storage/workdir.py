@@ -1,4 +1,4 @@
-"""The workdir of a run: what its files are called, who may write to it, and what is left of it.
+"""The workdir of a run: names of its files, and one writer at a time.
 
 .checkpoints.lock                     held by the process that trains
 config.json                           the config of the first start
@@ -27,13 +27,13 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from storage.files import atomic_write, naming
+from storage.files import atomic_write, naming, open_regular, read_json
 
 log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"  # of a folder of samples
 
-TRAININGS_OWN = {
+TRAININGS_OWN = {  # places in a workdir that no evaluation may take
     "checkpoints",
     "checkpoints-meta",
     "config.json",
@@ -98,28 +98,23 @@ def evaluation_folder(workdir: Path, name: str) -> Path:
 
 
 def check_settings(folder: Path, settings: dict) -> bool:
-    """Whether `folder` is known to hold samples of these `settings`, a flat dictionary.
+    """True if `folder` holds samples of these `settings`, a flat dictionary; False if none.
 
     Raises:
         ValueError: it holds samples of others, or of what is not known.
     """
     path, another = folder / SETTINGS, "name another folder as --outdir"
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if strange := sorted(folder.glob("*.png")):
-            raise ValueError(
-                f"it is not known what {strange[0]} is a sample of: {another}"
-            ) from None
+    if not path.exists():
+        if samples := sorted(folder.glob("*.png")):
+            raise ValueError(f"it is not known what {samples[0]} is a sample of: {another}")
         return False
-    except (ValueError, RecursionError):
-        found = None
-    if type(found) is not dict:
+    stored = read_json(path, f"is damaged, so it is not known what is in the folder: {another}")
+    if type(stored) is not dict:
         raise ValueError(f"{path} is damaged, so it is not known what is in the folder: {another}")
     settings = json.loads(_words(settings))
-    keys = sorted(settings.keys() | found.keys())
-    if changed := [key for key in keys if settings.get(key) != found.get(key)]:
-        which = [f"{k}: {found.get(k)!r:.20} -> {settings.get(k)!r:.20}" for k in changed[:3]]
+    keys = sorted(settings.keys() | stored.keys())
+    if changed := [key for key in keys if settings.get(key) != stored.get(key)]:
+        which = [f"{k}: {stored.get(k)!r:.20} -> {settings.get(k)!r:.20}" for k in changed[:3]]
         others = f" and {len(changed) - 3} more" if changed[3:] else ""
         raise ValueError(
             f"{folder} holds samples of other settings ({', '.join(which)}{others}): {another}"
@@ -164,14 +159,18 @@ def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[Non
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Holds `.{name}.lock` beside `folder`, which names the process that does.
+    """Hold `.{name}.lock` beside `folder`; the file names the process that does.
 
     The lock is the kernel's, so it ends with the process, however that ends, and is not inherited
     by workers. Over NFS it holds between machines.
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b", buffering=0) as file:
+    try:
+        file = open_regular(path, "a+b", follow=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is no lock of this program: {error}") from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -188,6 +187,7 @@ def _lock(folder: Path) -> Iterator[None]:
         with naming(path):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
         yield
 
 

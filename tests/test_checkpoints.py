@@ -15,16 +15,11 @@ from configs.ve import digits_ncsnpp
 from models import create_model, reference_names
 from models.weights import load_ema
 from storage import run_config
-from storage.checkpoints import (
-    checkpoints_to_evaluate,
-    find_checkpoint,
-    load_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-    save_shared,
-)
+from storage.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 from storage.files import atomic_write
-from storage.stored_tensors import StoredTensor
+from storage.run_checkpoints import checkpoints_to_evaluate, find_checkpoint
+from storage.shared_files import save_shared
+from storage.stored_tensors import StoredTensor, StoredView
 
 
 def state():
@@ -127,7 +122,8 @@ def test_nothing_that_a_state_does_not_hold_is_made(tmp_path, call):
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from storage.checkpoints import load_checkpoint, written_steps
+from storage.checkpoints import load_checkpoint
+from storage.run_checkpoints import written_steps
 from storage.checks import check_like
 
 resource.setrlimit(resource.RLIMIT_AS, 2 * (resource.RLIM_INFINITY,))
@@ -267,8 +263,8 @@ def test_a_network_takes_its_ema_weights_one_by_one_and_nothing_else(tmp_path, m
         alive[:] = [weakref.ref(tensor)]
         return tensor
 
-    read = StoredTensor.load
-    monkeypatch.setattr(StoredTensor, "load", load)
+    read = StoredView.load
+    monkeypatch.setattr(StoredView, "load", load)
     model = create_model(config)
     assert load_ema(model, open_checkpoint(path, intact=True)) == 0
     assert len(loads) == len(frozen) + len(saved.parameters)

@@ -25,8 +25,9 @@ from experiment import Trained, load
 from models.weights import load_ema
 from reports.films import HOLD, check_writer, save_film
 from reports.images import image_grid
-from storage import checkpoints, run_config, safetensors
-from storage.checkpoints import fit, load_checkpoint, save_shared
+from storage import run_config, shared_files
+from storage.checkpoints import fit, load_checkpoint
+from storage.shared_files import save_shared
 from storage.stored_tensors import StoredTensor
 
 DIGITS = np.uint8(load_digits().images[:4] / 16 * 255)
@@ -341,16 +342,16 @@ def test_300_mutated_files_are_refused_or_are_the_same(shared, tmp_path):
 def test_hostile_metadata_are_one_line(shared, tmp_path, change, says, monkeypatch):
     """By an author who knows how to make the checksum."""
     weights = load_checkpoint(shared)["model"]
-    write = safetensors.write
+    write = shared_files.write
 
     def write_changed(file, tensors, metadata):
         metadata = dict(metadata)
         change(metadata)
         metadata.pop("checksum")
-        metadata["checksum"] = checkpoints._checksum(tensors, metadata)
+        metadata["checksum"] = shared_files.checksum(tensors, metadata)
         write(file, tensors, metadata)
 
-    monkeypatch.setattr(safetensors, "write", write_changed)
+    monkeypatch.setattr(shared_files, "write", write_changed)
     path = tmp_path / "hostile.safetensors"
     save_shared(path, weights, load_checkpoint(shared)["config"], 12)
     with pytest.raises(ValueError, match=says) as raised:
