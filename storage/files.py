@@ -40,14 +40,15 @@ def open_regular(path: Path, mode: str = "rb", follow: bool = True) -> BinaryIO:
         OSError: it cannot be opened, or is a link that is not to be followed.
         ValueError: it is no regular file.
     """
-    flags = os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-    file = open(  # noqa: SIM115
-        path, mode, opener=lambda name, usual: os.open(name, usual | flags, 0o666)
-    )
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError("it is a FIFO or a device, no regular file")
-    return file
+
+    def open_descriptor(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW), 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise ValueError("it is a folder, a FIFO or a device, no regular file")
+        return descriptor
+
+    return open(path, mode, opener=open_descriptor)
 
 
 @contextlib.contextmanager

@@ -185,9 +185,8 @@ def _lock(folder: Path) -> Iterator[None]:
                 f"writes to {folder}"
             )
         with naming(path):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            file.flush()
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
