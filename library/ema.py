@@ -8,6 +8,7 @@ from torch import nn
 from models.ema import rebuilding_weights
 from storage.checkpoints import open_checkpoint
 from storage.checks import loaded
+from storage.files import about
 from storage.run_checkpoints import written_steps
 from storage.workdir import checkpoint_path
 from training import checked_averages
@@ -37,10 +38,8 @@ def rebuild_ema(
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     step = content["step"]
-    try:
+    with about(f"eval.ema_std={std}: {checkpoint}"):
         stds = [*checked_averages(content, parameters)]
-    except ValueError as error:
-        raise ValueError(f"eval.ema_std={std}: {checkpoint}: {error}") from error
     paths = {s: checkpoint_path(workdir, s) for s in written_steps(content, checkpoint)}
     paths = {s: p for s, p in paths.items() if s < step and p.exists()}
     paths[step] = checkpoint

@@ -12,7 +12,7 @@ import torch
 from configs.keys import flatten
 from storage.checks import check_like
 from storage.edm_snapshots import complete_config, read_snapshot
-from storage.files import atomic_write, naming, open_regular, refusing
+from storage.files import about, atomic_write, naming, open_regular, refusing
 from storage.shared_files import SHARED, open_shared
 from storage.stored_tensors import StoredTensor
 from storage.torch_files import read_state
@@ -103,21 +103,17 @@ def open_checkpoint(path: Path, intact: bool = False) -> dict:
 def _checked(path: Path, state: object) -> dict:
     """The `state` from `path`; ValueError where it lacks an entry that every checkpoint has."""
     missing = [k for k in CHECKPOINT_KEYS if not isinstance(state, dict) or k not in state]
-    try:
+    with about(f"{path} is not a training checkpoint"):
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}")
         check_like(state["step"], 0, "step")
-    except ValueError as error:
-        raise ValueError(f"{path} is not a training checkpoint: {error}") from error
     return state
 
 
 def _load_snapshot(path: Path) -> dict:
     snapshot = read_snapshot(path)
-    try:
+    with about(path):
         config = flatten(complete_config(snapshot))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     return {"model": snapshot.weights, "step": snapshot_number(path), "config": config}
 
 

@@ -79,6 +79,15 @@ def refusing(path: Path, says: str) -> Iterator[None]:
         raise ValueError(f"{path} {says}: {damaged}{one_line(error)}") from error
 
 
+@contextlib.contextmanager
+def about(title: object) -> Iterator[None]:
+    """Within the `with` block, the message of a ValueError begins with `title`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{title}: {error}") from error
+
+
 def read_json(path: Path, says: str) -> Any:
     """The content of the JSON file at `path`, of at most `MAX_JSON` bytes; see `refusing`."""
     with refusing(path, says), open_regular(path) as file:

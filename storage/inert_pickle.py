@@ -106,8 +106,6 @@ class Unpickler:
                 self.memo[argument] = self.stack[-1]
             case "BINGET" | "LONG_BINGET":
                 push(self.memo[argument])
-            case "DUP":
-                push(self.stack[-1])
             case "POP":
                 pop()
             case "POP_MARK":

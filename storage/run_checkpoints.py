@@ -31,7 +31,7 @@ def numbered_checkpoints(workdir: Path) -> dict[int, Path]:
 
 
 def states(workdir: Path) -> list[Path]:
-    """Where the states of a run are, the newest first: those to go on from, then the numbered ones.
+    """Paths of a run's states, the newest first: those to go on from, then the numbered ones.
 
     The first two need not exist.
     """
@@ -170,8 +170,8 @@ def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:
     dropped = written[:-keep] if keep else []
     for step in dropped:
         path = checkpoint_path(workdir, step)
-        for each in (path, *path.parent.glob(f"{path.stem}.fitted*.npz")):
-            each.unlink(missing_ok=True)
+        for file in (path, *path.parent.glob(f"{path.stem}.fitted*.npz")):
+            file.unlink(missing_ok=True)
     return written[len(dropped) :]
 
 

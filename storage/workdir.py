@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from storage.files import atomic_write, naming, open_regular, read_json
+from storage.files import about, atomic_write, naming, open_regular, read_json
 
 log = logging.getLogger(__name__)
 
@@ -103,21 +103,21 @@ def check_settings(folder: Path, settings: dict) -> bool:
     Raises:
         ValueError: it holds samples of others, or of what is not known.
     """
-    path, another = folder / SETTINGS, "name another folder as --outdir"
+    path, advice = folder / SETTINGS, "name another folder as --outdir"
     if not path.exists():
         if samples := sorted(folder.glob("*.png")):
-            raise ValueError(f"it is not known what {samples[0]} is a sample of: {another}")
+            raise ValueError(f"it is not known what {samples[0]} is a sample of: {advice}")
         return False
-    stored = read_json(path, f"is damaged, so it is not known what is in the folder: {another}")
+    stored = read_json(path, f"is damaged, so it is not known what is in the folder: {advice}")
     if type(stored) is not dict:
-        raise ValueError(f"{path} is damaged, so it is not known what is in the folder: {another}")
+        raise ValueError(f"{path} is damaged, so it is not known what is in the folder: {advice}")
     settings = json.loads(_words(settings))
     keys = sorted(settings.keys() | stored.keys())
     if changed := [key for key in keys if settings.get(key) != stored.get(key)]:
         which = [f"{k}: {stored.get(k)!r:.20} -> {settings.get(k)!r:.20}" for k in changed[:3]]
-        others = f" and {len(changed) - 3} more" if changed[3:] else ""
+        more = f" and {len(changed) - 3} more" if changed[3:] else ""
         raise ValueError(
-            f"{folder} holds samples of other settings ({', '.join(which)}{others}): {another}"
+            f"{folder} holds samples of other settings ({', '.join(which)}{more}): {advice}"
         )
     return True
 
@@ -166,10 +166,8 @@ def _lock(folder: Path) -> Iterator[None]:
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with about(path):
         file = open_regular(path, "a+b", follow=False)
-    except ValueError as error:
-        raise ValueError(f"{path} is no lock of this program: {error}") from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
