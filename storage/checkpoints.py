@@ -20,7 +20,7 @@ from storage.torch_files import read_state
 T = TypeVar("T")
 
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step")
-SNAPSHOTS = (".pkl", ".pt", SHARED)  # EMA weights alone: of EDM and PFGM++, and our own
+SNAPSHOTS = (".pkl", ".pt", SHARED)  # EMA weights alone: of EDM and PFGM++, and shared files
 
 
 def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:
@@ -127,7 +127,9 @@ def fit(load: Callable[[dict], T], state: dict, path: Path, changes: Sequence[st
     """`load(state)`, the content of `path`; where it does not fit, a ValueError says why.
 
     Args:
-        changes: the differences of the config from the run's own, to be named then.
+        load: a function of the state that raises ValueError where it does not fit.
+        state, path: content and path of a checkpoint.
+        changes: where the config differs from the run's, which the message names too.
     """
     try:
         with naming(path):

@@ -165,7 +165,7 @@ def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:
         keep: number of checkpoints.
 
     Returns:
-        The steps that are left.
+        The steps of the checkpoints that remain.
     """
     dropped = written[:-keep] if keep else []
     for step in dropped:
@@ -176,7 +176,7 @@ def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:
 
 
 def fitted_path(checkpoint: Path, n: int = 0) -> Path:
-    """The file beside the `checkpoint` of measured errors or, for `n` > 0, of n fitted steps."""
+    """Path, beside a checkpoint, of its measured errors or, for `n` > 0, of n fitted steps."""
     return checkpoint.with_suffix(f".fitted-{n}.npz" if n else ".fitted.npz")
 
 

@@ -20,15 +20,15 @@ from sources import tfrecords
 
 log = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 10  # what TensorBoard shows is at most so old
+FLUSH_SECONDS = 10  # TensorBoard shows curves that are at most so old
 
 
 class TensorBoardWriter:
-    """TensorBoard's log, as a context manager; it may fail, and the run goes on without it.
+    """TensorBoard's log, as a context manager; where writing fails, the run goes on without it.
 
     `tensorboardX.SummaryWriter` writes from a thread that a full disk ends, whereupon the run waits
-    for it for ever; and what it holds when the process is killed is lost. Here events are written
-    by the caller, and on disk at most `FLUSH_SECONDS` later or with `flush`.
+    for it for ever; and a kill loses the events that it still holds. Here the caller writes events,
+    which are on disk at most `FLUSH_SECONDS` later or with `flush`.
     """
 
     def __init__(self, folder: Path | None, step: int):

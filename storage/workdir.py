@@ -2,16 +2,16 @@
 
 .checkpoints.lock                     held by the process that trains
 config.json                           the config of the first start
-stdout.txt                            what was logged, over all starts
+stdout.txt                            the log of all starts
 tensorboard/                          curves and pictures
 checkpoints/checkpoint_{step}.pth     numbered states, to evaluate
 checkpoints/*.pkl, *.pt               snapshots of EDM and PFGM++, placed there to be evaluated
 checkpoints-meta/checkpoint.pth       the newest state, to go on from
 checkpoints-meta/checkpoint.prev.pth  the one before, where the newest is damaged
 samples/iter_{step}/                  pictures along the way
-samples/step_{step}/                  what --mode sample draws, where no --outdir is given
-model.safetensors                     what --mode export writes
-.{eval_folder}.lock, {eval_folder}/   the same for an evaluation
+samples/step_{step}/                  samples of --mode sample without --outdir
+model.safetensors                     the shared file of --mode export
+.{eval_folder}.lock, {eval_folder}/   lock and results of an evaluation
 """
 
 import contextlib
@@ -123,7 +123,7 @@ def check_settings(folder: Path, settings: dict) -> bool:
 
 
 def save_settings(folder: Path, settings: dict) -> None:
-    """Write down of which `settings` the samples in `folder` will be."""
+    """Write the `settings` of the samples that will be in `folder`."""
     with atomic_write(folder / SETTINGS) as file:
         file.write(_words(settings).encode())
 
@@ -137,12 +137,11 @@ def _words(settings: dict) -> str:
 
 @contextlib.contextmanager
 def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[None]:
-    """Make the workdir; within the block `folder`, in it, is this process's alone to write to.
+    """Make the workdir; within the `with` block, no other process writes to `folder` in it.
 
-    Of several processes of one run only the `main` one writes; for the others nothing is done.
-
-    What is logged meanwhile is appended to stdout.txt. Training and an evaluation name different
-    folders, so one does not keep the other out.
+    The log is appended to stdout.txt. Training and an evaluation name different folders, so that
+    one does not keep the other out. Of several processes of one run only the `main` one writes; for
+    the others nothing is done.
 
     Raises:
         OSError: the workdir cannot be written, or another process writes to `folder`.
@@ -159,9 +158,9 @@ def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[Non
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold `.{name}.lock` beside `folder`; the file names the process that does.
+    """Within the `with` block, lock `.{name}.lock` beside `folder`; the file names the process.
 
-    The lock is the kernel's, so it ends with the process, however that ends, and is not inherited
+    The kernel holds the lock, so it ends with the process, however that ends, and is not inherited
     by workers. Over NFS it holds between machines.
     """
     path = folder.with_name(f".{folder.name}.lock")
