@@ -53,7 +53,7 @@ def open_regular(path: Path, mode: str = "rb", follow: bool = True) -> BinaryIO:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Within the `with` block, an OSError that names no file (a full disk) gets the name `path`."""
+    """Within the `with` block, name `path` in an OSError that names no file (a full disk)."""
     try:
         yield
     except OSError as error:
@@ -65,9 +65,9 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusing(path: Path, says: str) -> Iterator[None]:
-    """Within the `with` block, any error of a damaged file is the ValueError "`path` `says`: ...".
+    """Within the `with` block, turn any error of a damaged file into a ValueError.
 
-    OSErrors stay, and name `path`.
+    Its message is "{path} {says}: {reason}". An OSError stays one, and names `path`.
     """
     try:
         with naming(path):
@@ -81,7 +81,7 @@ def refusing(path: Path, says: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def about(title: object) -> Iterator[None]:
-    """Within the `with` block, the message of a ValueError begins with `title`."""
+    """Within the `with` block, put `title` before the message of a ValueError."""
     try:
         yield
     except ValueError as error:

@@ -217,14 +217,15 @@ def checkpoints_to_evaluate(
         return by_number if step == step_of(k) or step // freq == k else None
 
     candidates = {k: find(k) for k in range(first, end + 1)}
-    if beyond := [k for k in candidates if k > last and candidates[k] is None]:
+    if beyond := [k for k, path in candidates.items() if k > last and path is None]:
         log.info(
             f"eval.begin_ckpt={first} to eval.end_ckpt={end}: the last checkpoint of "
             f"training.n_iters={n_iters} steps is number {last}"
         )
-        within = {k: path for k, path in candidates.items() if k not in beyond}
-        candidates = dict(sorted(({last: find(last)} | within).items()))
-    paths = {k: path for k, path in candidates.items() if path is not None}
+        for k in beyond:
+            del candidates[k]
+        candidates[last] = find(last)
+    paths = {k: path for k, path in sorted(candidates.items()) if path is not None}
     folder = workdir / "checkpoints"
     others = {*folder.glob("checkpoint_*.pth"), *published.values()} - {*paths.values()}
     other_names = ", ".join(sorted(path.name for path in others))
@@ -235,7 +236,7 @@ def checkpoints_to_evaluate(
             f"checkpoint_{step_of(end)}.pth (eval.begin_ckpt and eval.end_ckpt count "
             f"training.snapshot_freq={freq} steps); found {other_names or 'none'}"
         )
-    for k in (k for k in candidates if k not in paths):
+    for k in sorted(candidates.keys() - paths.keys()):
         log.warning(f"{checkpoint_path(workdir, step_of(k))} does not exist; passed over")
     if others:
         log.info(f"not asked for in {folder}: {other_names}")

@@ -53,7 +53,7 @@ def _view(storage, offset, size, stride, requires_grad, hooks, metadata=None) ->
         raise ValueError("the shape of a tensor is damaged")
     numel = math.prod(size)
     extent = sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if numel else 0
-    # An expanded tensor (stride 0) has more elements than memory; no published weights have.
+    # An expanded tensor (stride 0) has more numbers than its memory; published weights have not.
     if max(numel, offset + extent) > storage.numel:
         raise ValueError("a tensor reaches beyond its memory")
     return StoredView(storage, offset, size, stride)
@@ -133,16 +133,15 @@ def _read_zip(file: BinaryIO, unpickler: Unpickler) -> tuple[object, list[Storag
     def storage(identity: object) -> Storage:
         dtype, numel, key = _storage_identity(identity)
         record = records.get(f"{folder}data/{key}")
-        if key not in storages and record is not None:
+        if record is None or record.file_size != numel * dtype.itemsize:
+            raise ValueError(f"it is damaged: it has no memory {key!r:.100} of this size")
+        if key not in storages:
             file.seek(record.header_offset + HEADER - 4)
             position = record.header_offset + HEADER + sum(struct.unpack("<HH", file.read(4)))
             storages[key] = Storage(record.filename, dtype, numel, opened, position, record.CRC)
-        stored = storages.get(key)
-        if stored is None or (stored.dtype, stored.numel) != (dtype, numel):
-            raise ValueError(f"it is damaged: no memory {key!r:.100} of this type")
-        if record.file_size != numel * dtype.itemsize:
-            raise ValueError(f"it is damaged: memory {key!r:.100} has another size")
-        return stored
+        if storages[key].dtype != dtype:
+            raise ValueError(f"it is damaged: memory {key!r:.100} has two types")
+        return storages[key]
 
     return unpickler.load(content, storage), [*storages.values()]
 
@@ -198,7 +197,7 @@ def _storage_identity(identity: object) -> tuple[torch.dtype, int, str]:
     return _DTYPES[name], numel, key
 
 
-# --- any of these --------------------------------------------------------------------------------
+# --- any of these forms --------------------------------------------------------------------------
 
 
 def read_pickles(file: BinaryIO, known: dict[str, Callable]) -> object:
