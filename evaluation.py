@@ -54,7 +54,7 @@ def loss(evaluated: Evaluated, split: Split, batch_size: int) -> dict:
         objective["weights"] = digest(weights)
     origin = evaluated.origin | split.origin | {"sizes": sizes, "objective": objective}
     path = evaluated.folder / f"ckpt_{evaluated.k}_loss.npz"
-    results = cached(path, origin, torch.no_grad()(compute), {"loss": ("f", ())})
+    results = cached(path, origin, torch.no_grad()(compute), ("loss",))
     return {"loss": results["loss"]}
 
 
@@ -92,15 +92,11 @@ def bits_per_dim(evaluated: Evaluated, split: Split, repeats: int) -> dict:
             results["encoding_error"] = change.square().mean().sqrt().item()
         return results
 
-    def spec(i: int, number: int) -> dict:
-        expected = {"bpd": ("f", (number,)), "nfe": ("iuf", ())}
-        return expected | ({"encoding_error": ("f", ())} if i == 0 else {})
-
     passes = passes_of(split.name, repeats)
     files = evaluated.folder / f"{split.name}_ckpt_{evaluated.k}_bpd"
     origin = evaluated.origin | split.origin | {"divergence": likelihood.divergence}
     rounds = Rounds("bits/dim", number, evaluated.batch_size, passes)
-    results = rounds.cached(files, origin, spec, compute)
+    results = rounds.cached(files, origin, ("bpd", "nfe"), compute)
     if not results:
         return {}
     bpd = np.concatenate([each["bpd"] for each in results]).reshape(passes, number).mean(0)
@@ -146,14 +142,11 @@ def classification(evaluated: Evaluated, split: Split) -> dict:
         posterior = log_posterior(torch.stack(bits, 1), math.prod(codec.shape), shares)
         return {"log_p": posterior.numpy()}
 
-    def spec(i: int, number: int) -> dict:
-        return {"log_p": ("f", (number, classes))}
-
     files = evaluated.folder / f"{split.name}_ckpt_{evaluated.k}_classes"
     origin = evaluated.origin | split.origin | {"divergence": likelihood.divergence}
     origin |= {"labels of the training images": prior.tolist()}
     rounds = Rounds("classification", number, evaluated.batch_size)
-    results = rounds.cached(files, origin, spec, compute)
+    results = rounds.cached(files, origin, ("log_p",), compute)
     if not results:
         return {}
     log_p = np.concatenate([each["log_p"] for each in results])

@@ -35,9 +35,10 @@ from sources.codec import Codec
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
 from storage import run_config
-from storage.checkpoints import find_checkpoint, fit, open_checkpoint, peek
+from storage.checkpoints import fit, open_checkpoint
 from storage.checks import check_like, loaded
 from storage.digests import digest
+from storage.run_checkpoints import find_checkpoint, peek
 
 log = logging.getLogger(__name__)
 

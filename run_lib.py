@@ -37,15 +37,13 @@ from reports.progress import progress_bar
 from reports.table import report_table
 from sources.preparation import Preparation
 from storage import run_config
-from storage.checkpoints import (
-    SHARED,
-    checkpoints_to_evaluate,
-    fit,
-    newest_checkpoint,
-    open_checkpoint,
-    save_shared,
-)
+from storage.checkpoints import fit, open_checkpoint
 from storage.files import save_npz
+from storage.run_checkpoints import (
+    checkpoints_to_evaluate,
+    newest_checkpoint,
+)
+from storage.shared_files import SHARED, save_shared
 from storage.tensorboard import TensorBoardWriter
 from storage.workdir import evaluation_folder, open_workdir
 from training import TrainState, train_step

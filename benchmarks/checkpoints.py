@@ -19,8 +19,9 @@ import torch
 import datasets
 from experiment import Experiment
 from sources.batch import Batch
-from storage.checkpoints import _check_records, load_checkpoint, save_to_resume
+from storage.checkpoints import _check_records, load_checkpoint
 from storage.files import atomic_write
+from storage.run_checkpoints import save_to_resume
 from training import TrainState, train_step
 
 ROUNDS = 15

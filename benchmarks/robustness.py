@@ -151,13 +151,12 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
         statistics.measure(lambda images: None)
     folder, distances = evaluation_folder(workdir, "robustness"), {}
     channels, *sides = run.codec.data_shape
-    spec = {"samples": ("u", (None, *sides, channels))}
     curve = common.name_of(run.config, run.method)
     origin = run.origin() | {"num": num, "at once": run.config.eval.batch_size}
     for setting in dict.fromkeys(s for panel in PANELS.values() for s in panel.values()):
         name = f"n{setting.n}_alpha{setting.alpha}_bits{setting.bits}"
         compute = partial(draw, run, setting, num)
-        result = cached(folder / f"{name}.npz", origin | setting._asdict(), compute, spec)
+        result = cached(folder / f"{name}.npz", origin | setting._asdict(), compute, ("samples",))
         distances[setting] = d = distance(result["samples"], statistics)
         seconds = f"{float(result['seconds']):.1f} s"
         print(f"{workdir} ({curve}): {name}: {d:.4f}, {seconds}", flush=True)

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from models.ema import rebuilding_weights
-from storage.checkpoints import open_checkpoint, written_steps
+from storage.checkpoints import open_checkpoint
 from storage.checks import loaded
+from storage.files import about
+from storage.run_checkpoints import written_steps
 from storage.workdir import checkpoint_path
 from training import checked_averages
 
@@ -19,8 +21,14 @@ def rebuild_ema(
 ) -> str:
     """Put the EMA of relative width `std` in place of the weights of a network.
 
-    It is the EMA at the step of `checkpoint`, whose content is `content`, made from the
-    power-function averages there and in the earlier numbered checkpoints (see `models.ema`).
+    It is made from the power-function averages in the checkpoint and in the numbered ones before
+    it (see `models.ema`).
+
+    Args:
+        network: of the run, whose weights are replaced.
+        std: relative width, in (0, 0.28].
+        workdir: of the run.
+        checkpoint, content: path and content of the checkpoint at whose step the EMA is.
 
     Returns:
         One line that names the averages and their error.
@@ -30,17 +38,15 @@ def rebuild_ema(
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     step = content["step"]
-    try:
+    with about(f"eval.ema_std={std}: {checkpoint}"):
         stds = [*checked_averages(content, parameters)]
-    except ValueError as error:
-        raise ValueError(f"eval.ema_std={std}: {checkpoint}: {error}") from error
     paths = {s: checkpoint_path(workdir, s) for s in written_steps(content, checkpoint)}
     paths = {s: p for s, p in paths.items() if s < step and p.exists()}
     paths[step] = checkpoint
-    made_of = [(s, each) for s in paths for each in stds]
-    weights, error = rebuilding_weights(*zip(*made_of, strict=True), step, std)
+    steps_and_stds = [(s, each) for s in paths for each in stds]
+    weights, error = rebuilding_weights(*zip(*steps_and_stds, strict=True), step, std)
     line = (
-        f"the EMA of relative width {std:g} from {len(made_of)} averages of {len(paths)} "
+        f"the EMA of relative width {std:g} from {len(steps_and_stds)} averages of {len(paths)} "
         f"checkpoints: its profile errs by {100 * error:.2g} %"
     )
     if error > LARGEST_EMA_ERROR:

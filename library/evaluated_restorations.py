@@ -46,14 +46,12 @@ def restore_images(evaluated: Evaluated, restored: ToRestore) -> dict:
             )
         return {"restored": to_uint8(images), "nfe": nfe}
 
-    def spec(i: int, number: int) -> dict:
-        return {"restored": ("u", (number, *sides, channels)), "nfe": ("iuf", ())}
-
     # the restorations of an image in one round
     size = RESTORATIONS * max(1, evaluated.batch_size // RESTORATIONS)
     origin = evaluated.origin | restored.origin(codec.shape)
     files = evaluated.folder / f"ckpt_{evaluated.k}_restored"
-    rounds = Rounds("restoration", len(rows), size).cached(files, origin, spec, compute)
+    names = ("restored", "nfe")
+    rounds = Rounds("restoration", len(rows), size).cached(files, origin, names, compute)
     if not rounds:
         return {}
     images = np.concatenate([each["restored"] for each in rounds])

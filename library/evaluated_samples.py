@@ -113,21 +113,19 @@ def _rounds(evaluated: Evaluated, spaces: Sequence[FeatureSpace], number: int) -
         for r in range(len(rounds.parts))
     ]
     remove_others(folder, "*.npz", [*sample_paths, *sum(feature_paths, [])])
-    channels, *sides = experiment.codec.data_shape
-    spec = {"samples": ("u", (None, *sides, channels)), "nfe": ("iuf", ())}
-    spec |= {"labels": ("i", (None,))} if experiment.classes else {}
+    names = ["samples", "nfe"] + ["labels"] * bool(experiment.classes)
 
     def compute(r: int, part: slice) -> dict:
         number = part.stop - part.start
         key = evaluated.origin | {"round": r, "number": number}
         key |= digests_of_conditions(experiment.draw_conditions(number, "samples", r))
         draw = partial(draw_round, evaluated, r, number)
-        samples = cached(sample_paths[r], key, draw, spec)
+        samples = cached(sample_paths[r], key, draw, names)
         images, features = samples["samples"], []
         for space, path in zip(spaces, feature_paths[r], strict=True):
             origin = key | {"features": space.name}
             work = partial(features_of, space, images)
-            features.append(cached(path, origin, work, space.spec(len(images))))
+            features.append(cached(path, origin, work, ("pool_3",)))
         cost = {"nfe": samples["nfe"], "seconds": samples["seconds"], "path": sample_paths[r]}
         return cost | {"pool_3": features[0]["pool_3"], "spaces": features}
 
@@ -137,7 +135,7 @@ def _rounds(evaluated: Evaluated, spaces: Sequence[FeatureSpace], number: int) -
 def features_of(space: FeatureSpace, images: Images) -> dict:
     """The features of `images`, and logits where the space has any."""
     if not len(images):
-        return {name: np.empty(shape, np.float32) for name, (_, shape) in space.spec(0).items()}
+        return {"pool_3": np.empty((0, space.width), np.float32)}
     pool_3, logits = space(images)
     return {"pool_3": pool_3} if logits is None else {"pool_3": pool_3, "logits": logits}
 
@@ -173,9 +171,8 @@ def _halves(evaluated: Evaluated, comparison: Comparison, space: FeatureSpace, i
     origin |= {"samples": len(comparison.features), "entries": OF_HALVES}
     suffix = f"_{space.kind}" if i else ""
     path = evaluated.folder / f"data_halves{suffix}.npz"
-    spec = dict.fromkeys(OF_HALVES, ("iuf", ()))
     try:
-        results = cached(path, origin, partial(compare_halves, comparison), spec)
+        results = cached(path, origin, partial(compare_halves, comparison), OF_HALVES)
     except TooFew as error:
         return {"half_first_remark": f"left out: data against data: {error}"}
     return {name: results[name] for name in OF_HALVES}

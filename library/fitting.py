@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,9 @@ from solvers.fixed_steps import Advance, Churn
 from solvers.solve import solver_levels
 from sources.batch import Conditions
 from sources.keyed import keyed_generator
-from storage.checkpoints import fitted_path
 from storage.digests import digests
-from storage.files import Spec, cached
+from storage.files import cached
+from storage.run_checkpoints import fitted_path
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ class Fitting:
             return {"relative_errors": sum(map(fitted.euler_errors, parts)).numpy()}
 
         k = fitted.FINE_STEPS + 1
-        key, spec = self._key(fine, number, conditions), {"relative_errors": ("f", (k, k))}
-        cost = fitted.step_costs(*cached_arrays(fitted_path(self.checkpoint), key, compute, spec))
+        key, path = self._key(fine, number, conditions), fitted_path(self.checkpoint)
+        cost = fitted.step_costs(*cached_arrays(path, key, compute, ("relative_errors",)))
         levels = fitted.fine_levels(self.sampler.method, k, self.sampler.rho)[:k]
         return partial(fitted.schedule, levels, cost)
 
@@ -99,14 +99,10 @@ class Fitting:
             offsets = torch.stack(steps.offsets).cpu()
             return {"weights": torch.stack(weights).numpy(), "offsets": offsets.numpy()}
 
-        spec = {
-            "weights": ("f", (n, 1 + order)),
-            "offsets": ("f", (n, *self.sampler.codec.shape)),
-        }
         key = self._key(taken, number, conditions)
         key |= {"levels": levels.tolist(), "trajectory sampler": fine.settings}
         path = fitted_path(self.checkpoint, n)
-        weights, offsets = cached_arrays(path, key, compute, spec)
+        weights, offsets = cached_arrays(path, key, compute, ("weights", "offsets"))
         return fitted.stored_steps(levels, weights, offsets.to(self.device))
 
     def _key(self, sampler: ODESampler, number: int, conditions: Conditions) -> dict:
@@ -181,10 +177,12 @@ def for_fitting(sampler: ODESampler) -> ODESampler:
     )
 
 
-def cached_arrays(path: Path, key: dict, compute: Callable[[], dict], spec: Spec) -> list[Tensor]:
-    """The arrays that `spec` names, from `path` or computed by the main process."""
+def cached_arrays(
+    path: Path, key: dict, compute: Callable[[], dict], names: Sequence[str]
+) -> list[Tensor]:
+    """The arrays `names`, from `path` or computed by the main process."""
     if distributed.is_main():
-        cached(path, key, compute, spec)
+        cached(path, key, compute, names)
     distributed.barrier()
-    arrays = cached(path, key, compute, spec)
-    return [torch.from_numpy(arrays[name]) for name in spec]
+    arrays = cached(path, key, compute, names)
+    return [torch.from_numpy(arrays[name]) for name in names]

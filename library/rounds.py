@@ -1,12 +1,12 @@
 """Work in rounds, each a cached file: a kill costs one round, and processes share them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import distributed
 from reports.progress import progress_bar
-from storage.files import Spec, cached
+from storage.files import cached
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Rounds:
         self,
         files: Path,
         origin: dict,
-        spec: Callable[[int, int], Spec],
+        names: Collection[str],
         work: Callable[[int, slice], dict],
     ) -> list[dict]:
         """The `results` of work that is cached in {files}_{i}.npz, of round i.
@@ -58,7 +58,7 @@ class Rounds:
         Args:
             files: path of the files, without what follows.
             origin: everything that the results depend on; see `cached`.
-            spec: the arrays of the file of round i with n images, `spec(i, n)`.
+            names: of the arrays that each file has.
             work: see `results`.
         """
 
@@ -66,8 +66,8 @@ class Rounds:
             return files.with_name(f"{files.name}_{i}.npz")
 
         def work_once(i: int, part: slice) -> dict:
-            key, number = origin | {"batch": (i, self.size)}, part.stop - part.start
-            return cached(path(i), key, lambda: work(i, part), spec(i, number))
+            key = origin | {"batch": (i, self.size)}
+            return cached(path(i), key, lambda: work(i, part), names)
 
         remove_others(files.parent, f"{files.name}_*.npz", [*map(path, range(len(self.parts)))])
         return self.results(work_once)

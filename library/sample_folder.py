@@ -160,10 +160,8 @@ class SampleFolder:
             frames = self.trained.film(seeds, **self._conditions(seeds))
             return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
 
-        spec = {"frames": ("u", (None, len(seeds), *self.files.shape))}
-        frames = cached(self.path / "film.npz", self.settings | {"film": seeds}, draw, spec)[
-            "frames"
-        ]
+        origin = self.settings | {"film": seeds}
+        frames = cached(self.path / "film.npz", origin, draw, ("frames",))["frames"]
         for seed in self.files.missing(seeds):
             self.files.save(seed, frames[-1][seeds.index(seed)])
         path = self.path / f"film.{self.film_format}"
@@ -192,12 +190,9 @@ class SampleFolder:
                 "decoded": to_uint8(trained.decode(latents)),
             }
 
-        shape = trained.experiment.codec.shape
-        spec = {"latents": ("f", (len(names), *shape)), "bpd": ("f", (len(names),))}
-        spec |= {"decoded": ("u", stack.shape), "names": ("U", (len(names),))}
         origin = self.settings | digests(encoded=images)
         origin |= {"names": names, "divergence": divergence}
-        results = cached(self.path / "encoded.npz", origin, compute, spec)
+        results = cached(self.path / "encoded.npz", origin, compute, ("bpd", "decoded"))
         for name, bits in zip(names, results["bpd"], strict=True):
             log.info(f"{name}: {bits:.4g} bits/dim")
         columns, strips = min(len(names), 10), []
@@ -221,8 +216,7 @@ class SampleFolder:
             return {"frames": to_uint8(self.trained.decode(arc))}
 
         origin = self.settings | digests(between=images)
-        spec = {"frames": ("u", (FRAMES, *self.files.shape))}
-        frames = cached(self.path / "between.npz", origin, draw, spec)["frames"]
+        frames = cached(self.path / "between.npz", origin, draw, ("frames",))["frames"]
         path = self.path / f"between.{self.film_format}"
         save_film(path, [image_grid(frame[None], min_size=FILM_PIXELS) for frame in frames])
         log.info(f"film between {' and '.join(ends)}: {path}")

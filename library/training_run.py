@@ -19,15 +19,14 @@ from reports.progress import solver_bar
 from sources.codec import Codec
 from sources.keyed import keyed_generator
 from storage import run_config
-from storage.checkpoints import (
+from storage.checkpoints import fit, save_checkpoint
+from storage.files import save_npz, save_png
+from storage.run_checkpoints import (
     drop_checkpoints,
-    fit,
     newest_checkpoint,
-    save_checkpoint,
     save_to_resume,
     written_steps,
 )
-from storage.files import save_npz, save_png
 from storage.tensorboard import TensorBoardWriter
 from storage.workdir import checkpoint_path
 from training import TrainState, held_out_loss

@@ -13,7 +13,7 @@ from configs import keys
 from configs.schema import Key, Several, Text
 from metrics.distances import OURS, Backend
 from metrics.networks import Extractor, Images, inception, torchscript
-from storage.files import Spec, one_line
+from storage.files import one_line
 
 EXTRACTED_AT_ONCE = 100  # images that a feature network sees at a time
 WIDEST = 12_288  # features whose covariance is still worth computing: 1.1 GiB, 64 x 64 x 3 pixels
@@ -55,11 +55,6 @@ class FeatureSpace:
         blocks = [self.extract(images[i : i + EXTRACTED_AT_ONCE]) for i in starts]
         features, logits = zip(*blocks, strict=True)
         return np.concatenate(features), None if logits[0] is None else np.concatenate(logits)
-
-    def spec(self, n: int) -> Spec:
-        """Spec of a file with the features of `n` images."""
-        logits = {"logits": ("f", (n, self.classes))} if self.classes else {}
-        return {"pool_3": ("f", (n, self.width))} | logits
 
 
 def pixels(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:

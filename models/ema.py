@@ -1,4 +1,4 @@
-"""EMA weights: those that training keeps, and any rebuilt afterwards from power-function averages.
+"""EMA weights: kept in training, and of any length rebuilt from power-function averages.
 
 A power-function average of exponent g weighs the weights of step s in proportion to s^g, so that
 its length grows with the training (Karras et al. 2024, EDM2, arXiv 2312.02696, section 3). After t
@@ -54,9 +54,9 @@ def rebuilding_weights(
 ) -> tuple[np.ndarray, float]:
     """Weights (n,) of n averages whose sum comes closest to that of width `std` after `step` steps.
 
-    They are the least squares of profiles (EDM2, section 3.2), among weights of sum 1, which the
-    paper does not ask for: so what training does not move is not scaled, and of few checkpoints the
-    error is several times smaller.
+    They are the least squares of profiles (EDM2, section 3.2), among weights of sum 1. The paper
+    does not ask for that sum; with it, weights that training does not move are not scaled, and the
+    error with few checkpoints is several times smaller.
 
     Args:
         steps, stds: step and relative width of each average, (n,), at least 1 of them.
@@ -67,12 +67,12 @@ def rebuilding_weights(
     """
     exponents = np.array([exponent_of(s) for s in stds])
     steps, exponent, n = np.asarray(steps, dtype=np.float64), exponent_of(std), len(exponents)
-    wanted = products(step, exponent, step, exponent)
-    among = products(steps[:, None], exponents[:, None], steps, exponents) / wanted
-    along = products(steps, exponents, step, exponent) / wanted
-    system = np.block([[among, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
-    weights = np.linalg.lstsq(system, np.append(along, 1.0), rcond=1e-12)[0][:n]
-    error = 1 - 2 * along @ weights + weights @ among @ weights
+    norm = products(step, exponent, step, exponent)
+    gram = products(steps[:, None], exponents[:, None], steps, exponents) / norm
+    target = products(steps, exponents, step, exponent) / norm
+    system = np.block([[gram, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
+    weights = np.linalg.lstsq(system, np.append(target, 1.0), rcond=1e-12)[0][:n]
+    error = 1 - 2 * target @ weights + weights @ gram @ weights
     return weights, max(0.0, error) ** 0.5
 
 

@@ -18,6 +18,7 @@ from models.edm import ADM, EDMUNet
 from models.ncsn import RefineNet
 from models.ncsnpp import NCSNpp
 from models.unet import InputSkip
+from storage.checks import check_tensor
 from storage.stored_tensors import StoredTensor
 
 # What counts as an entry of `all_modules`.
@@ -32,7 +33,7 @@ _BLOCKS = (
     InputSkip,
 )
 
-# Pieces of a block: own name to published name.
+# Pieces of a block: name here to published name.
 _PIECES = {
     "norm": "GroupNorm_0",
     "norm1": "GroupNorm_0",
@@ -69,8 +70,8 @@ def reference_names(model: nn.Module) -> dict[str, str]:
         ValueError: the options of an EDM network are such that EDM has no names for it.
     """
     if isinstance(model, RefineNet):
-        own = (name for name, _ in model.named_parameters())
-        return {name.removeprefix("encoder.").removeprefix("decoder."): name for name in own}
+        names = (name for name, _ in model.named_parameters())
+        return {name.removeprefix("encoder.").removeprefix("decoder."): name for name in names}
     if isinstance(model, EDMUNet | ADM):
         return _edm_names(model)
     names = {}
@@ -81,7 +82,7 @@ def reference_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-# The same in EDM, where attention is a part of its residual block.
+# Pieces of EDM's blocks, where attention is a part of its residual block.
 _EDM_PIECES = {
     "W": "freqs",
     "norm1": "norm0",
@@ -97,9 +98,9 @@ _EDM_PIECES = {
 def _edm_names(model: NCSNpp) -> dict[str, str]:
     """`reference_names` for EDM, where keys of `enc` and `dec` begin with the image size."""
     sizes = [model.image_size >> level for level in range(len(model.encoder))]
-    at = [f"{size}x{size}_" for size in sizes]
+    at = [f"{size}x{size}_" for size in sizes]  # begins the keys of a level
     out = "out_" if isinstance(model, ADM) else f"dec.{at[0]}aux_"
-    places = {  # own name of a module to the published one
+    places = {  # name of a module here to the published one
         "features": "map_noise",
         "label_embedding": "map_label",
         "augment_embedding": "map_augment",
@@ -114,10 +115,10 @@ def _edm_names(model: NCSNpp) -> dict[str, str]:
     }
     for i, size in enumerate(at):
         encoder, decoder = f"encoder.{i}", f"decoder.{len(at) - 1 - i}"
-        for own, side in ((encoder, "enc"), (decoder, "dec")):
-            for j in range(len(model.get_submodule(f"{own}.stages"))):
+        for level, side in ((encoder, "enc"), (decoder, "dec")):
+            for j in range(len(model.get_submodule(f"{level}.stages"))):
                 for part in ("block", "attention"):
-                    places[f"{own}.stages.{j}.{part}"] = f"{side}.{size}block{j}"
+                    places[f"{level}.stages.{j}.{part}"] = f"{side}.{size}block{j}"
         for part in ("norm", "conv"):
             places[f"{decoder}.progressive.head.{part}"] = f"dec.{size}aux_{part}"
         if i > 0:
@@ -151,8 +152,8 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
             no tensor of numbers; the message names it.
     """
     parameters = dict(model.named_parameters())
-    for own, (_, value) in published_weights(model, state_dict).items():
-        parameters[own].copy_(value)
+    for name, (_, value) in published_weights(model, state_dict).items():
+        parameters[name].copy_(value)
 
 
 def published_weights(
@@ -162,41 +163,26 @@ def published_weights(
 
     Raises as `load_reference_state_dict`; the numbers of a `StoredTensor` are not checked.
     """
+    weights = {}
     for name, value in state_dict.items():
         if type(name) is not str:
             raise ValueError(f"the weights have the name {shown(name)}, which is no string")
-        if not isinstance(value, StoredTensor) and not _is_real(value):
-            raise ValueError(f"weight {shown(name)} is no dense tensor of real numbers")
-    given = {
-        name.removeprefix("module.").removeprefix("model."): value
-        for name, value in state_dict.items()
-        if name.rsplit(".", 1)[-1] not in ("sigmas", "resample_filter")
-    }
+        if name.rsplit(".", 1)[-1] not in ("sigmas", "resample_filter"):
+            weights[name.removeprefix("module.").removeprefix("model.")] = value
     names, parameters = reference_names(model), dict(model.named_parameters())
-    for problem, where in (
-        ("lack", [name for name in names if name not in given]),
-        ("have the unknown", [name for name in given if name not in names]),
+    for problem, others in (
+        ("lack", [name for name in names if name not in weights]),
+        ("have the unknown", [name for name in weights if name not in names]),
     ):
-        if where:
-            more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise ValueError(
-                f"the weights {problem} {shown(where[0])}{more}; use the config they were trained "
+                f"the weights {problem} {shown(others[0])}{more}; use the config they were trained "
                 "with"
             )
-    for name, own in names.items():
-        if given[name].shape != parameters[own].shape:
-            raise ValueError(
-                f"weight {name!r} has shape {tuple(given[name].shape)}, the network's has "
-                f"{tuple(parameters[own].shape)}; use the config it was trained with"
-            )
-        value = given[name]
-        if isinstance(value, Tensor) and not value.to(parameters[own].dtype).isfinite().all():
-            raise ValueError(f"weight {name!r} is not finite")
-    return {own: (name, given[name]) for name, own in names.items()}
-
-
-def _is_real(value: object) -> bool:
-    """True for a dense tensor of real numbers."""
-    if not isinstance(value, Tensor):
-        return False
-    return value.layout == torch.strided and not value.is_complex()
+    for name, own_name in names.items():
+        try:
+            check_tensor(weights[name], f"weight {name!r}", parameters[own_name], cast=True)
+        except ValueError as error:
+            raise ValueError(f"{error}; use the config it was trained with") from error
+    return {own_name: (name, weights[name]) for name, own_name in names.items()}

@@ -34,11 +34,13 @@ def load_model(
         check_like(weights, dict(entries), "model")
         sources = {name: (f"model.{name}", value) for name, value in weights.items()}
     else:
-        published = published_weights(model, weights)
-        sources = {own: (f"weight {name!r}", value) for own, (name, value) in published.items()}
-    for own, (name, value) in sources.items():
-        if own not in skipped:
-            entries[own].copy_(loaded(value, name, entries[own].dtype))
+        sources = {
+            name: (f"weight {published!r}", value)
+            for name, (published, value) in published_weights(model, weights).items()
+        }
+    for name, (title, value) in sources.items():
+        if name not in skipped:
+            entries[name].copy_(loaded(value, title, entries[name].dtype))
 
 
 @torch.no_grad()

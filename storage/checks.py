@@ -12,75 +12,68 @@ from configs.schema import EXACT
 from storage.stored_tensors import StoredTensor
 
 
-def check_keys(given: Any, keys: Collection[str | int], name: str) -> None:
-    """Raise ValueError unless `given`, the entry `name` of a state, has these `keys`, no others.
-
-    Files may be untrusted, so nothing in them is used before it is checked.
-    """
-    if not isinstance(given, dict):
-        raise ValueError(f"{name} is no dictionary but of type {type(given).__name__}")
-    if missing := [key for key in keys if key not in given]:
+def check_keys(entry: Any, keys: Collection[str | int], name: str) -> None:
+    """Raise ValueError unless `entry`, called `name` in its state, has these `keys`, no others."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is no dictionary but of type {type(entry).__name__}")
+    if missing := [key for key in keys if key not in entry]:
         raise ValueError(f"{name} has no {missing[0]}")
-    if len(given) > len(keys):
-        other = next(key for key in given if key not in keys)
+    if len(entry) > len(keys):
+        other = next(key for key in entry if key not in keys)
         raise ValueError(f"{name} has the unknown entry {shown(other)}")
 
 
-def check_like(given: Any, like: Any, name: str) -> None:
-    """Raise ValueError unless `given`, the entry `name` of a state, can replace `like`.
+def check_like(entry: Any, like: Any, name: str) -> None:
+    """Raise ValueError unless `entry`, called `name` in its state, can replace `like`.
 
-    It must be a dictionary of the same keys or a list of the same length, of such entries; a finite
-    tensor on the CPU of the same shape and dtype; None; or a number of the same type, from 0 to
-    below 2^53. Of a `StoredTensor` shape and dtype are checked; `loaded` checks its numbers.
+    It must be a dictionary of the same keys or a list of the same length, of such entries; a tensor
+    of the same shape and dtype (see `check_tensor`); None; or a number of the same type, from 0 to
+    below 2^53.
     """
     if isinstance(like, dict):
-        check_keys(given, like.keys(), name)
-        for key, entry in like.items():
-            check_like(given[key], entry, f"{name}.{key}")
+        check_keys(entry, like.keys(), name)
+        for key, value in like.items():
+            check_like(entry[key], value, f"{name}.{key}")
     elif isinstance(like, list):
-        if type(given) is not list or len(given) != len(like):
+        if type(entry) is not list or len(entry) != len(like):
             raise ValueError(f"{name} is not a list of {len(like)} entries")
-        for number, (each, entry) in enumerate(zip(given, like, strict=True)):
-            check_like(each, entry, f"{name}.{number}")
+        for number, (each, value) in enumerate(zip(entry, like, strict=True)):
+            check_like(each, value, f"{name}.{number}")
     elif isinstance(like, Tensor):
-        check_tensor(given, name, like.shape, like.dtype)
+        check_tensor(entry, name, like)
     elif like is None:
-        if given is not None:
-            raise ValueError(f"{name} is not None: {shown(given)}")
-    elif type(given) is not type(like) or not 0 <= given < EXACT:
-        raise ValueError(f"{name} is not a number from 0 to 2^53: {shown(given)}")
+        if entry is not None:
+            raise ValueError(f"{name} is not None: {shown(entry)}")
+    elif type(entry) is not type(like) or not 0 <= entry < EXACT:
+        raise ValueError(f"{name} is not a number from 0 to 2^53: {shown(entry)}")
 
 
-def check_tensor(given: Any, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
-    """Raise ValueError unless `given` is a finite, dense tensor of this shape and dtype.
+def check_tensor(entry: Any, name: str, like: Tensor, cast: bool = False) -> None:
+    """Raise ValueError unless `entry` is a finite, dense tensor of the shape and dtype of `like`.
 
-    It may be a `StoredTensor`, whose numbers are not checked.
+    With `cast` it may have any dtype of real numbers that are finite as those of `like`. Of a
+    `StoredTensor`, shape and dtype are checked here and its numbers by `loaded`.
     """
-    if not isinstance(given, StoredTensor) and not _is_dense(given):
-        raise ValueError(f"{name} is no dense tensor but of type {type(given).__name__}")
-    if given.shape != shape:
-        raise ValueError(f"{name} has the shape {tuple(given.shape)}, not {tuple(shape)}")
-    if given.dtype != dtype:
-        raise ValueError(f"{name} is of {given.dtype}, not {dtype}")
-    if isinstance(given, Tensor):
-        _check_finite(given, name)
+    dense = isinstance(entry, Tensor) and entry.layout == torch.strided and not entry.is_meta
+    if not dense and not isinstance(entry, StoredTensor):
+        raise ValueError(f"{name} is no dense tensor but of type {type(entry).__name__}")
+    if entry.shape != like.shape:
+        raise ValueError(f"{name} has the shape {tuple(entry.shape)}, not {tuple(like.shape)}")
+    if entry.dtype.is_complex if cast else entry.dtype != like.dtype:
+        raise ValueError(f"{name} is of {entry.dtype}, not {'real' if cast else like.dtype}")
+    if dense:
+        _check_finite(entry.to(like.dtype), name)
 
 
-def loaded(given: Tensor | StoredTensor, name: str, dtype: torch.dtype) -> Tensor:
-    """The tensor `given`, the entry `name` of a state, as `dtype`; one that is stored is read.
+def loaded(entry: Tensor | StoredTensor, name: str, dtype: torch.dtype) -> Tensor:
+    """The tensor `entry`, called `name` in its state, as `dtype`; one that is stored is read.
 
     Raises:
         ValueError: it is not finite, or damaged.
     """
-    tensor = (given.load() if isinstance(given, StoredTensor) else given).to(dtype)
+    tensor = (entry.load() if isinstance(entry, StoredTensor) else entry).to(dtype)
     _check_finite(tensor, name)
     return tensor
-
-
-def _is_dense(given: Any) -> bool:
-    if not isinstance(given, Tensor):
-        return False
-    return given.layout == torch.strided and given.device.type == "cpu"
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:

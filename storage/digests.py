@@ -10,7 +10,7 @@ from storage.stored_tensors import StoredTensor
 
 
 def digest(tensors: Mapping[str, Tensor | StoredTensor]) -> str:
-    """SHA-256 of the names and bytes of `tensors`."""
+    """SHA-256 of the names and bytes of all `tensors` together."""
     weights = hashlib.sha256()
     for name, tensor in tensors.items():
         weights.update(name.encode())
@@ -20,7 +20,7 @@ def digest(tensors: Mapping[str, Tensor | StoredTensor]) -> str:
 
 
 def digests_of_conditions(conditions: Mapping[str, Tensor]) -> dict[str, str]:
-    """`digests` of conditions by name; that of class labels is `labels`."""
+    """SHA-256 of each condition, by name; that of class labels is called `labels`."""
     names = {"class_labels": "labels"}
     return digests(**{names.get(name, name): rows for name, rows in conditions.items()})
 

@@ -6,30 +6,22 @@ the source code of its class, which the published programs execute. Here a pickl
 buffers and options, and everything else is left alone.
 """
 
-import errno
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 from torch import Tensor
 
 from configs import parts
-from storage.files import naming, one_line
+from storage.files import one_line, open_regular, refusing
 from storage.inert_pickle import Record, kind
-from storage.torch_files import (
-    KNOWN,
-    MAX_OPERATIONS,
-    ZIP,
-    StoredTensor,
-    dictionary,
-    read_bytes,
-    read_zip,
-    storage_reader,
-)
+from storage.stored_tensors import StoredView
+from storage.torch_files import read_pickles
 
-MAX_DEPTH = 16  # of modules in modules, and of options in options; published: 4 and 2
-MAX_OPTIONS = 10_000  # values and characters of all options together
+MAX_DEPTH = 16  # of modules in modules; published: 4
+MAX_OPTIONS = 10_000  # values of all options together
 
 
 class Snapshot(NamedTuple):
@@ -51,130 +43,100 @@ def read_snapshot(path: Path) -> Snapshot:
         ValueError: it is damaged, no such snapshot, or holds what is not read here, which the
             message names.
     """
-    try:
-        with naming(path), open(path, "rb") as file:
-            return _read(file)
-    except Exception as error:  # a damaged file makes zipfile fail in any way
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to nowhere
-            raise
-        own = type(error) is ValueError  # Python's own errors are of other types
-        reason = one_line(error) if own else f"it is damaged: {one_line(error)}"
-        raise ValueError(f"{path} is no snapshot of EDM or PFGM++: {reason}") from error
-
-
-def _read(file: BinaryIO) -> Snapshot:
-    operations = iter(range(MAX_OPERATIONS))
-    known = _KNOWN | {"torch.storage._load_from_bytes": storage_reader(operations)}
-    if file.read(4) == ZIP:
-        snapshot = read_zip(file, operations, known)
-    else:
-        file.seek(0)
-        snapshot = read_bytes(file.read(), operations, known)
-    if type(snapshot) is not dict:
-        raise ValueError(f"it holds {kind(snapshot)}, not a dictionary with a network")
-    name = next((name for name in ("ema", "net") if snapshot.get(name) is not None), None)
-    if name is None:
-        raise ValueError("it holds neither `ema` nor `net`")
-    network = snapshot[name]
-    views = _views(network, name)
-    weights = {key: view.share() for key, view in views.items()}
-    return Snapshot(network.name, _options(network), weights)
+    with refusing(path, "is no snapshot of EDM or PFGM++"), open_regular(path) as file:
+        content = read_pickles(file, _KNOWN)
+        if type(content) is not dict:
+            raise ValueError(f"it holds {kind(content)}, not a dictionary with a network")
+        name = next((name for name in ("ema", "net") if content.get(name) is not None), None)
+        if name is None:
+            raise ValueError("it holds neither `ema` nor `net`")
+        network = content[name]
+        views = dict(_tensors(network, name, set()))
+        weights = {place.removeprefix(f"{name}."): view.share() for place, view in views.items()}
+        return Snapshot(network.name, _options(network), weights)
 
 
 # --- networks ------------------------------------------------------------------------------------
 
 
 def _persistent_object(meta: object) -> Record:
-    """Object that EDM's `persistent_class` wrote, without its source code."""
+    """The object that EDM's `persistent_class` wrote, without its source code."""
     if type(meta) is not dict or type(meta.get("class_name")) is not str:
         raise ValueError("its pickle is damaged: an object without the name of its class")
-    return Record(meta["class_name"], state=meta.get("state"))
+    return Record(meta["class_name"], meta.get("state"))
 
 
 def _set(items: object) -> object:
     return items
 
 
-_KNOWN = KNOWN | {
-    "dnnlib.util.EasyDict": dictionary,
+_KNOWN = {
     "builtins.set": _set,
     "__builtin__.set": _set,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
 }
 
 
-def _views(network: object, name: str) -> dict[str, StoredTensor]:
-    """Parameters and buffers of a module, named as in its state dict, in the same order.
+def _tensors(
+    module: object, path: str, seen: set[int], depth: int = 0
+) -> Iterator[tuple[str, StoredView]]:
+    """The parameters and buffers of a module and those in it, in the order of its state dict.
 
-    Raises ValueError where something else is in their place, and where a module is in two places,
-    which could make their number exponential in the size of the file.
+    Their names begin with `path`. Raises ValueError where something else is in their place, and
+    where a module is in two places, which could make their number exponential in the size of the
+    file; `seen` are the tables of the modules before.
     """
-    found: dict[str, StoredTensor] = {}
-    seen: set[int] = set()
+    if not isinstance(module, Record) or type(module.state) is not dict:
+        raise ValueError(f"{path} is {kind(module)}, not a module")
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{path:.100} lies in more than {MAX_DEPTH} modules")
+    for table in ("_parameters", "_buffers", "_modules"):
+        entries = module.state.get(table)
+        if type(entries) is not dict or id(entries) in seen:
+            raise ValueError(f"{path} is {kind(module)}, no module of its own: see {table}")
+        seen.add(id(entries))
+        skipped = _transient(module.state, path) if table == "_buffers" else ()
+        for name, value in entries.items():
+            if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+                raise ValueError(f"{path} has an entry in {table} without a proper name")
+            place = f"{path}.{name}"
+            if value is None or name in skipped:
+                continue
+            if table == "_modules":
+                yield from _tensors(value, place, seen, depth + 1)
+            elif isinstance(value, StoredView):
+                yield place, value
+            else:
+                raise ValueError(f"{place} is {kind(value)}, not a tensor")
 
-    def visit(module: object, path: str, prefix: str, depth: int) -> None:
-        if not isinstance(module, Record) or type(module.state) is not dict:
-            raise ValueError(f"{path} is {kind(module)}, not a module")
-        if depth > MAX_DEPTH:
-            raise ValueError(f"{path:.100} lies in more than {MAX_DEPTH} modules")
-        for table in ("_parameters", "_buffers", "_modules"):
-            entries = module.state.get(table)
-            if type(entries) is not dict or id(entries) in seen:
-                raise ValueError(f"{path} is {kind(module)}, no module of its own: see {table}")
-            seen.add(id(entries))
-            skipped = transient(module.state, path) if table == "_buffers" else ()
-            for key, value in entries.items():
-                if type(key) is not str or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", key):
-                    raise ValueError(f"{path} has an entry in {table} without a proper name")
-                if value is None or key in skipped:
-                    continue
-                if table == "_modules":
-                    visit(value, f"{path}.{key}", f"{prefix}{key}.", depth + 1)
-                elif isinstance(value, StoredTensor):
-                    found[f"{prefix}{key}"] = value
-                else:
-                    raise ValueError(f"{path}.{key} is {kind(value)}, not a tensor")
 
-    def transient(state: dict, path: str) -> set[str]:
-        """Names of the buffers that are not in the state dict."""
-        names = state.get("_non_persistent_buffers_set", [])
-        if type(names) is not list or len(names) > len(state["_buffers"]):
-            raise ValueError(f"{path} is damaged: see _non_persistent_buffers_set")
-        return {name for name in names if type(name) is str}
-
-    visit(network, name, "", 0)
-    return found
+def _transient(state: dict, path: str) -> set[str]:
+    """Names of the buffers that are not in the state dict."""
+    names = state.get("_non_persistent_buffers_set", [])
+    if type(names) is not list or len(names) > len(state["_buffers"]):
+        raise ValueError(f"{path} is damaged: see _non_persistent_buffers_set")
+    return {name for name in names if type(name) is str}
 
 
 def _options(network: Record) -> dict:
-    """Constructor arguments of `network`: strings, numbers, lists and dictionaries."""
-    state, left = network.state, MAX_OPTIONS
-    if state.get("_init_args") not in (None, ()):
+    """Constructor arguments of a network, by name: strings, numbers, and lists of these."""
+    options = network.state.get("_init_kwargs") or {}
+    named = type(options) is dict and all(type(key) is str for key in options)
+    if not named or network.state.get("_init_args") not in (None, ()):
         raise ValueError("its network was constructed with options that have no names")
-
-    def plain(value: object, path: str, depth: int) -> object:
-        nonlocal left
-        left -= len(value) + 1 if type(value) is str else 1
-        if left < 0 or depth > MAX_DEPTH:
-            raise ValueError(f"{path:.100}: its network has too many options")
-        if value is None or type(value) in (bool, int, float, str):
-            return value
-        if type(value) in (list, tuple):
-            return type(value)(plain(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value))
-        if type(value) is not dict:
-            raise ValueError(f"the option {path:.100} is {kind(value)}, which is not read here")
-        left -= sum(len(str(key)) for key in value)
-        return {key: plain(v, f"{path:.100}.{key!s:.100}", depth + 1) for key, v in value.items()}
-
-    options = plain(state.get("_init_kwargs") or {}, "_init_kwargs", 0)
-    if type(options) is not dict or not all(type(key) is str for key in options):
-        raise ValueError("the options of its network have no names")
+    values = {k: v if type(v) in (list, tuple) else [v] for k, v in options.items()}
+    if sum(map(len, values.values())) > MAX_OPTIONS:
+        raise ValueError("its network has too many options")
+    for name, entries in values.items():
+        for entry in entries:
+            if type(entry) not in (str, int, float, bool, type(None)):
+                raise ValueError(f"the option {name!r:.100} holds {kind(entry)}, which is not read")
     return options
 
 
 # --- the config of a snapshot --------------------------------------------------------------------
 
-# What the published classes take where an option is not given.
+# The defaults of the published classes.
 _PRECOND = {"label_dim": 0, "sigma_data": 0.5, "model_type": "DhariwalUNet"}
 _UNET = {"channel_mult_emb": 4, "dropout": 0.1, "augment_dim": 0}
 _SONG_UNET = _UNET | {
@@ -195,9 +157,11 @@ _ADM = _UNET | {
     "attn_resolutions": [32, 16, 8],
 }
 _NETWORKS = {"SongUNet": ("edm_unet", _SONG_UNET), "DhariwalUNet": ("adm", _ADM)}
-_WITHOUT_DEFAULT = {"img_resolution", "img_channels", "D", "pfgm", "pfgmpp", "small"}
-# Without a key: the bounds of the noise level, and what holds for training only.
-_WITHOUT_KEY = {"sigma_min", "sigma_max", "use_fp16", "label_dropout"}
+_WITHOUT_DEFAULT_OR_KEY = {
+    *("img_resolution", "img_channels", "D", "pfgm", "pfgmpp", "small"),
+    # without a key: the bounds of the noise level, and what holds for training only
+    *("sigma_min", "sigma_max", "use_fp16", "label_dropout"),
+}
 _EMBEDDINGS = {"positional": "positional", "fourier": "fourier"}
 _ENCODERS = {"standard": "none", "skip": "input_skip", "residual": "residual"}
 _DECODERS = {"standard": "none", "skip": "output_skip"}
@@ -211,17 +175,16 @@ def config_values(snapshot: Snapshot) -> dict[str, object]:
     Raises:
         ValueError: an option is missing, or says what the networks here cannot be.
     """
-    given = {key: value for key, value in snapshot.options.items() if value is not None}
-    if snapshot.network != "EDMPrecond" or given.get("pfgm") or given.get("small"):
+    options = {key: value for key, value in snapshot.options.items() if value is not None}
+    if snapshot.network != "EDMPrecond" or options.get("pfgm") or options.get("small"):
         raise ValueError(f"no config for the preconditioning {snapshot.network!r:.100}")
-    options = _PRECOND | given
+    options = _PRECOND | options
     model_type = options["model_type"]
     if type(model_type) is not str or model_type not in _NETWORKS:
         raise ValueError(f"no config for the network {model_type!r:.100}")
     name, defaults = _NETWORKS[model_type]
     options = defaults | options
-    unknown = options.keys() - _PRECOND.keys() - defaults.keys() - _WITHOUT_DEFAULT - _WITHOUT_KEY
-    if unknown:
+    if unknown := options.keys() - _PRECOND.keys() - defaults.keys() - _WITHOUT_DEFAULT_OR_KEY:
         raise ValueError(f"no config for the network's option {min(unknown)!r:.100}")
     # The networks here have the widths of the published ones.
     widths = {"channel_mult_emb": 4}

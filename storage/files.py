@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: atomic writing, arrays, pictures, cached arrays."""
+"""Files: opened only where they are regular, written whole or not at all, arrays, pictures."""
 
 import contextlib
 import errno
@@ -6,12 +6,13 @@ import io
 import json
 import logging
 import os
+import stat
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +21,39 @@ from PIL import Image
 log = logging.getLogger(__name__)
 
 KINDS = {"f": "float", "i": "int", "u": "uint", "U": "str"}  # of numpy's dtypes
+MAX_JSON = 2**24  # bytes; parsed, they take up to twenty times as much
 LARGEST = 1e30  # of the numbers in a file: what is computed from them stays finite
+
+
+def open_regular(path: Path, mode: str = "rb", follow: bool = True) -> BinaryIO:
+    """Open the file at `path` as `open` does, but only a regular one.
+
+    A FIFO would make the reader wait, and a device may never end.
+
+    Args:
+        path: of any file, a stranger's too.
+        mode: binary, as of `open`.
+        follow: a link to the file will do. What this program writes to under a name that a stranger
+            may have put in the folder must be no link.
+
+    Raises:
+        OSError: it cannot be opened, or is a link that is not to be followed.
+        ValueError: it is no regular file.
+    """
+
+    def open_descriptor(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW), 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise ValueError("it is a folder, a FIFO or a device, no regular file")
+        return descriptor
+
+    return open(path, mode, opener=open_descriptor)
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError raised within the `with` block that names no file (a full disk) names `path`."""
+    """Within the `with` block, name `path` in an OSError that names no file (a full disk)."""
     try:
         yield
     except OSError as error:
@@ -36,11 +64,45 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def refusing(path: Path, says: str) -> Iterator[None]:
+    """Within the `with` block, turn any error of a damaged file into a ValueError.
+
+    Its message is "{path} {says}: {reason}". An OSError stays one, and names `path`.
+    """
+    try:
+        with naming(path):
+            yield
+    except Exception as error:  # a damaged file makes zipfile and others fail in any way
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to nowhere
+            raise
+        damaged = "" if type(error) is ValueError else "it is damaged: "  # Python's own errors
+        raise ValueError(f"{path} {says}: {damaged}{one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def about(title: object) -> Iterator[None]:
+    """Within the `with` block, put `title` before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{title}: {error}") from error
+
+
+def read_json(path: Path, says: str) -> Any:
+    """The content of the JSON file at `path`, of at most `MAX_JSON` bytes; see `refusing`."""
+    with refusing(path, says), open_regular(path) as file:
+        content = file.read(MAX_JSON + 1)
+        if len(content) > MAX_JSON:
+            raise ValueError(f"it is larger than {MAX_JSON >> 20} MiB")
+        return json.loads(content)
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the `with` block ends without an error.
 
     It is written beside `path`, flushed to disk and renamed, so that `path` is never incomplete;
-    what a kill leaves beside it is overwritten by the next write. With `previous`, what was at
+    what a kill leaves beside it is removed by the next write. With `previous`, what was at
     `path` is kept there.
 
     Raises:
@@ -50,7 +112,8 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
     beside = path.with_name(f".{path.name}.partial")
     try:
         with naming(path):
-            with open(beside, "w+b") as file:
+            beside.unlink(missing_ok=True)
+            with open_regular(beside, "x+b", follow=False) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -65,7 +128,7 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flushes the names in `folder` to disk: a renamed file survives a power cut only then."""
+    """Flush the names in `folder` to disk: a renamed file survives a power cut only then."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,7 +195,7 @@ def read_arrays(path: Path) -> dict[str, NDArray]:
         ValueError: it is no such file, or damaged, or unpacks to much more than its size.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
             if size > _may_unpack_to(path.stat().st_size):
                 raise ValueError(f"it unpacks to {size:,} bytes")
@@ -172,27 +235,28 @@ def check_arrays(path: Path, arrays: dict, spec: Spec, finite: bool = True) -> d
     return {name: arrays[name] for name in spec}
 
 
-def cached(path: Path, origin: dict, compute: Callable[[], dict], spec: Spec) -> dict:
-    """The arrays that `compute` gives, which `spec` describes, and the `seconds` that it took.
+def cached(path: Path, origin: dict, compute: Callable[[], dict], names: Collection[str]) -> dict:
+    """The arrays that `compute` gives, and the `seconds` that it took.
 
-    They are read from `path` where they are there, of this `origin`, and fit `spec`.
+    They are read from `path` where they are there, of this `origin`, and have all `names`.
     """
     words = json.dumps(origin, sort_keys=True, default=str)
     try:
-        found = read_arrays(path)
-        if str(found.get("origin")) == words:
-            return check_arrays(path, found, {**spec, "seconds": ("f", ())})
+        arrays = read_arrays(path)
     except FileNotFoundError:
-        pass
+        arrays = {}
     except ValueError as error:
         log.warning(f"{error}; it is not used")
+        arrays = {}
+    if str(arrays.get("origin")) == words and {*names, "seconds"} <= arrays.keys():
+        return arrays
     start = time.perf_counter()
-    found = compute()
-    found |= {"seconds": time.perf_counter() - start, "origin": words}
-    save_npz(path, **found)
-    return found
+    results = compute()
+    results |= {"seconds": time.perf_counter() - start, "origin": words}
+    save_npz(path, **results)
+    return results
 
 
 def one_line(error: Exception) -> str:
-    """Message of `error` in one line of bounded length."""
+    """The message of `error` in one line of bounded length."""
     return (" ".join(str(error).split()) or type(error).__name__)[-200:]

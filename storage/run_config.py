@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from configs.default import all_keys, get_default_config
 from configs.keys import explain_unknown, flatten, shown, shown_key
 from configs.published import UNREAD
-from storage.checkpoints import numbered_checkpoints, open_checkpoint, snapshots
-from storage.files import atomic_write
-from storage.workdir import resume_paths
+from storage.checkpoints import open_checkpoint
+from storage.files import about, atomic_write, read_json
+from storage.run_checkpoints import snapshots, states
 
 __all__ = ["changes", "differences", "find", "flatten", "load", "restore", "store"]
 
@@ -40,7 +40,7 @@ def find(workdir: Path) -> tuple[Path, ConfigDict] | None:
     Raises:
         ValueError: the file's config is not valid; the message names the file.
     """
-    for path in (*resume_paths(workdir), *reversed(numbered_checkpoints(workdir).values())):
+    for path in states(workdir):
         try:
             content = open_checkpoint(path)
         except FileNotFoundError:
@@ -49,29 +49,21 @@ def find(workdir: Path) -> tuple[Path, ConfigDict] | None:
             log.warning(f"{error}; looking for the config elsewhere")
             continue
         if "config" in content:
-            return path, _restored(path, content["config"])
+            return path, of(path, content)
     path = workdir / "config.json"
     try:
-        flat = json.loads(path.read_bytes())
+        flat = read_json(path, "is no config")
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no config: {error}") from None
-    return path, _restored(path, flat)
-
-
-def _restored(path: Path, flat: Any) -> ConfigDict:
-    try:
-        return restore(flat)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return path, of(path, {"config": flat})
 
 
 def of(path: Path, checkpoint: dict) -> ConfigDict:
-    """The config that `checkpoint`, from `path`, carries; ValueError without a valid one."""
+    """The config in `checkpoint`, from `path`; ValueError without a valid one."""
     if "config" not in checkpoint:
         raise ValueError(f"{path} carries no config: it has to be given")
-    return _restored(path, checkpoint["config"])
+    with about(path):
+        return restore(checkpoint["config"])
 
 
 def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
@@ -92,7 +84,7 @@ def load(workdir: Path, checkpoint: Path | None = None) -> ConfigDict:
     if stored:
         return stored[1]
     if published := list(snapshots(workdir).values()):
-        return _restored(published[-1], open_checkpoint(published[-1])["config"])
+        return of(published[-1], open_checkpoint(published[-1]))
     raise ValueError(f"nothing in {workdir} carries a config: --config is needed")
 
 
@@ -107,40 +99,37 @@ def restore(flat: Any) -> ConfigDict:
             unknown keys, or a value that its key does not allow.
     """
     config = get_default_config()
-    known, keys = flatten(config), all_keys()
+    defaults, keys = flatten(config), all_keys()
     _check_content(flat)
     flat = _before(flat) | flat
-    removed = sorted(flat.keys() & REMOVED)
-    if removed:
+    if removed := sorted(flat.keys() & REMOVED):
         log.info(f"values of the stored config that nothing reads: {', '.join(removed)}")
-    if unknown := [*map(shown_key, sorted(flat.keys() - known.keys() - REMOVED))]:
-        others = f"; also unknown: {', '.join(unknown[1:])}" if unknown[1:] else ""
-        raise ValueError(f"{explain_unknown(unknown[0], known)}{others:.200}")
-    for key in (k for k in known if k in flat):
+    if unknown := [*map(shown_key, sorted(flat.keys() - defaults.keys() - REMOVED))]:
+        more = f"; also unknown: {', '.join(unknown[1:])}" if unknown[1:] else ""
+        raise ValueError(f"{explain_unknown(unknown[0], defaults)}{more:.200}")
+    for key in (k for k in defaults if k in flat):
         section, _, name = key.rpartition(".")
-        owner, value = config[section] if section else config, flat[key]
-        value = tuple(value) if type(value) is list else value
+        value = tuple(flat[key]) if type(flat[key]) is list else flat[key]
         if not keys[key].accepts(value):
             raise ValueError(
                 f"the stored value of {key} must be {keys[key].allowed}, not {shown(value)}"
             )
-        owner[name] = value
+        (config[section] if section else config)[name] = value
     return config
 
 
 def changes(path: Path, checkpoint: dict, values: dict[str, Any]) -> list[str]:
-    """Changes in the flat config `values` from that of `checkpoint`; see `differences`.
+    """`differences` of the flat config `values` from that in `checkpoint`, from `path`.
 
     A checkpoint of the published programs, at `path`, carries none, and nothing is changed.
 
     Raises:
         ValueError: it carries something that is no config.
     """
-    stored_config = checkpoint.get("config")
-    try:
-        return [] if stored_config is None else differences(stored_config, values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    if checkpoint.get("config") is None:
+        return []
+    with about(path):
+        return differences(checkpoint["config"], values)
 
 
 def differences(old: Any, new: dict[str, Any]) -> list[str]:

@@ -1,80 +1,90 @@
 """Tensors of an open file: their shapes are known, their numbers are read on demand."""
 
-import math
+import weakref
 import zlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-PIECE = 2**20  # bytes read at once
+PIECE = 2**20  # bytes read at once, so that their checksum finds them in the cache
 
 
-class Memory:
-    """The bytes of an open file from `position` on."""
+class StoredTensor:
+    """A tensor in an open file, which stays open while the tensor is referenced."""
 
-    def __init__(self, file: BinaryIO, position: int):
-        self.file, self.position = file, position
+    shape: torch.Size
+    dtype: torch.dtype
 
-    def read(self, start: int, end: int) -> bytearray:
-        """Bytes number `start` to `end`; ValueError where they are missing or damaged."""
-        content = bytearray(end - start)
-        with memoryview(content) as view:
-            self.fill(start, pieces_of(view))
-        return content
+    def load(self) -> Tensor:
+        """The tensor, on the CPU, in memory of its own that only the caller references.
 
-    def check(self) -> None:
-        """Raise ValueError where the bytes are known to be damaged."""
-
-    def fill(self, start: int, pieces: Iterable[memoryview]) -> int:
-        """Fill the `pieces` with the bytes from number `start` on; their CRC-32."""
-        checksum = 0
-        self.file.seek(self.position + start)
-        for piece in pieces:
-            if self.file.readinto(piece) != len(piece):
-                raise ValueError("it is cut short: the memory of a tensor is missing")
-            checksum = zlib.crc32(piece, checksum)
-        return checksum
+        Raises:
+            ValueError: the file is damaged there.
+        """
+        raise NotImplementedError
 
 
-def pieces_of(view: memoryview) -> Iterator[memoryview]:
-    return (view[start : start + PIECE] for start in range(0, len(view), PIECE))
+class OpenFile:
+    """An open file that is closed when nothing refers to it any more."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        weakref.finalize(self, file.close)
 
 
 @dataclass(slots=True, eq=False)
 class Storage:
-    """The numbers of one or more tensors; `memory` is None until the file is read that far."""
+    """The numbers of one or more tensors, which lie together in a file."""
 
+    name: str
     dtype: torch.dtype
     numel: int
-    memory: Memory | None
+    source: OpenFile
+    position: int | None = None  # of the first byte; None until the file is read that far
+    checksum: int | None = None  # CRC-32 of the bytes, where the file has one
     shared: Tensor | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    def read(self, start: int, end: int) -> Tensor:
-        """Numbers `start` to `end`, as a new vector."""
-        if self.memory is None:
-            raise ValueError("it is cut short: the memory of a tensor is missing")
-        if start == end:
+    def read(self) -> Tensor:
+        """All numbers as a new vector; ValueError where they are missing or damaged."""
+        content = bytearray(self.numel * self.dtype.itemsize)
+        with memoryview(content) as view:
+            self._read([view[i : i + PIECE] for i in range(0, len(view), PIECE)])
+        if not content:
             return torch.empty(0, dtype=self.dtype)
-        size = self.dtype.itemsize
-        return torch.frombuffer(self.memory.read(start * size, end * size), dtype=self.dtype)
+        return torch.frombuffer(content, dtype=self.dtype)
+
+    def check(self) -> None:
+        """Raise ValueError where the numbers are damaged; they are not kept in memory."""
+        size = self.numel * self.dtype.itemsize
+        scratch = memoryview(bytearray(min(size, PIECE)))
+        self._read([scratch[: size - i] for i in range(0, size, PIECE)])
 
     def share(self) -> Tensor:
         """All numbers, as the same vector at every call."""
         if self.shared is None:
-            self.shared = self.read(0, self.numel)
+            self.shared = self.read()
         return self.shared
+
+    def _read(self, pieces: list[memoryview]) -> None:
+        """Fill the pieces with the bytes, one after another, and compare their checksum."""
+        if self.position is None:
+            raise ValueError("it is cut short: the memory of a tensor is missing")
+        file, checksum = self.source.file, 0
+        file.seek(self.position)
+        for piece in pieces:
+            if file.readinto(piece) != len(piece):
+                raise ValueError("it is cut short: the memory of a tensor is missing")
+            checksum = zlib.crc32(piece, checksum)
+        if self.checksum not in (None, checksum):
+            record = f"its record {self.name!r:.100}"
+            raise ValueError(f"it is damaged: {record} differs from its checksum")
 
 
 @dataclass(slots=True, eq=False)
-class StoredTensor:
-    """A tensor in a file: a range of a storage, checked to lie within it."""
+class StoredView(StoredTensor):
+    """A tensor as PyTorch stores it: a view of a storage, within which it was checked to lie."""
 
     storage: Storage
     offset: int
@@ -90,15 +100,8 @@ class StoredTensor:
         return self.storage.dtype
 
     def load(self) -> Tensor:
-        """The tensor, on the CPU, in memory of its own that only the caller references.
-
-        Raises:
-            ValueError: the file is damaged there.
-        """
-        numel = math.prod(self.size)
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-        numbers = self.storage.read(self.offset, last + 1 if numel else self.offset)
-        return numbers.as_strided(self.size, self.stride)
+        view = self.storage.read().as_strided(self.size, self.stride, self.offset)
+        return view if view.numel() == self.storage.numel else view.clone()
 
     def share(self) -> Tensor:
         """The tensor, sharing memory with the others of its storage, as when it was saved.

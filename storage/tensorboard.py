@@ -20,19 +20,19 @@ from sources import tfrecords
 
 log = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 10  # what TensorBoard shows is at most so old
+FLUSH_SECONDS = 10  # TensorBoard shows curves that are at most so old
 
 
 class TensorBoardWriter:
-    """TensorBoard's log, as a context manager; it may fail, and the run goes on without it.
+    """TensorBoard's log, as a context manager; where writing fails, the run goes on without it.
 
     `tensorboardX.SummaryWriter` writes from a thread that a full disk ends, whereupon the run waits
-    for it for ever; and what it holds when the process is killed is lost. Here events are written
-    by the caller, and on disk at most `FLUSH_SECONDS` later or with `flush`.
+    for it for ever; and a kill loses the events that it still holds. Here the caller writes events,
+    which are on disk at most `FLUSH_SECONDS` later or with `flush`.
     """
 
     def __init__(self, folder: Path | None, step: int):
-        """Starts a file in `folder`; what a killed run logged beyond `step` is purged.
+        """Start a file in `folder`; what a killed run logged beyond `step` is purged.
 
         Without a folder nothing is written.
         """
@@ -55,7 +55,7 @@ class TensorBoardWriter:
         self._write(step, summary=summary.image(tag, image, dataformats="HWC"))
 
     def flush(self) -> None:
-        """Whatever was added is on disk when this returns."""
+        """Write what was added to disk."""
         if self.events:
             with self._failing():
                 self.events.flush()
@@ -108,7 +108,7 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def seconds_of_training(folder: Path, step: int) -> float:
-    """How long the processes that wrote these files took, each from its start to `step` at most."""
+    """Time that the processes which wrote these files took, each from its start to `step`."""
     total = 0.0
     for path in _event_files(folder):
         times = [event.wall_time for event in _events(path) if event.step <= step]

@@ -1,17 +1,17 @@
-"""The workdir of a run: what its files are called, who may write to it, and what is left of it.
+"""The workdir of a run: names of its files, and one writer at a time.
 
 .checkpoints.lock                     held by the process that trains
 config.json                           the config of the first start
-stdout.txt                            what was logged, over all starts
+stdout.txt                            the log of all starts
 tensorboard/                          curves and pictures
 checkpoints/checkpoint_{step}.pth     numbered states, to evaluate
 checkpoints/*.pkl, *.pt               snapshots of EDM and PFGM++, placed there to be evaluated
 checkpoints-meta/checkpoint.pth       the newest state, to go on from
 checkpoints-meta/checkpoint.prev.pth  the one before, where the newest is damaged
 samples/iter_{step}/                  pictures along the way
-samples/step_{step}/                  what --mode sample draws, where no --outdir is given
-model.safetensors                     what --mode export writes
-.{eval_folder}.lock, {eval_folder}/   the same for an evaluation
+samples/step_{step}/                  samples of --mode sample without --outdir
+model.safetensors                     the shared file of --mode export
+.{eval_folder}.lock, {eval_folder}/   lock and results of an evaluation
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from storage.files import atomic_write, naming
+from storage.files import about, atomic_write, naming, open_regular, read_json
 
 log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"  # of a folder of samples
 
-TRAININGS_OWN = {
+TRAININGS_OWN = {  # places in a workdir that no evaluation may take
     "checkpoints",
     "checkpoints-meta",
     "config.json",
@@ -98,37 +98,32 @@ def evaluation_folder(workdir: Path, name: str) -> Path:
 
 
 def check_settings(folder: Path, settings: dict) -> bool:
-    """Whether `folder` is known to hold samples of these `settings`, a flat dictionary.
+    """True if `folder` holds samples of these `settings`, a flat dictionary; False if none.
 
     Raises:
         ValueError: it holds samples of others, or of what is not known.
     """
-    path, another = folder / SETTINGS, "name another folder as --outdir"
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if strange := sorted(folder.glob("*.png")):
-            raise ValueError(
-                f"it is not known what {strange[0]} is a sample of: {another}"
-            ) from None
+    path, advice = folder / SETTINGS, "name another folder as --outdir"
+    if not path.exists():
+        if samples := sorted(folder.glob("*.png")):
+            raise ValueError(f"it is not known what {samples[0]} is a sample of: {advice}")
         return False
-    except (ValueError, RecursionError):
-        found = None
-    if type(found) is not dict:
-        raise ValueError(f"{path} is damaged, so it is not known what is in the folder: {another}")
+    stored = read_json(path, f"is damaged, so it is not known what is in the folder: {advice}")
+    if type(stored) is not dict:
+        raise ValueError(f"{path} is damaged, so it is not known what is in the folder: {advice}")
     settings = json.loads(_words(settings))
-    keys = sorted(settings.keys() | found.keys())
-    if changed := [key for key in keys if settings.get(key) != found.get(key)]:
-        which = [f"{k}: {found.get(k)!r:.20} -> {settings.get(k)!r:.20}" for k in changed[:3]]
-        others = f" and {len(changed) - 3} more" if changed[3:] else ""
+    keys = sorted(settings.keys() | stored.keys())
+    if changed := [key for key in keys if settings.get(key) != stored.get(key)]:
+        which = [f"{k}: {stored.get(k)!r:.20} -> {settings.get(k)!r:.20}" for k in changed[:3]]
+        more = f" and {len(changed) - 3} more" if changed[3:] else ""
         raise ValueError(
-            f"{folder} holds samples of other settings ({', '.join(which)}{others}): {another}"
+            f"{folder} holds samples of other settings ({', '.join(which)}{more}): {advice}"
         )
     return True
 
 
 def save_settings(folder: Path, settings: dict) -> None:
-    """Write down of which `settings` the samples in `folder` will be."""
+    """Write the `settings` of the samples that will be in `folder`."""
     with atomic_write(folder / SETTINGS) as file:
         file.write(_words(settings).encode())
 
@@ -142,12 +137,11 @@ def _words(settings: dict) -> str:
 
 @contextlib.contextmanager
 def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[None]:
-    """Make the workdir; within the block `folder`, in it, is this process's alone to write to.
+    """Make the workdir; within the `with` block, no other process writes to `folder` in it.
 
-    Of several processes of one run only the `main` one writes; for the others nothing is done.
-
-    What is logged meanwhile is appended to stdout.txt. Training and an evaluation name different
-    folders, so one does not keep the other out.
+    The log is appended to stdout.txt. Training and an evaluation name different folders, so that
+    one does not keep the other out. Of several processes of one run only the `main` one writes; for
+    the others nothing is done.
 
     Raises:
         OSError: the workdir cannot be written, or another process writes to `folder`.
@@ -164,14 +158,16 @@ def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[Non
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Holds `.{name}.lock` beside `folder`, which names the process that does.
+    """Within the `with` block, lock `.{name}.lock` beside `folder`; the file names the process.
 
-    The lock is the kernel's, so it ends with the process, however that ends, and is not inherited
+    The kernel holds the lock, so it ends with the process, however that ends, and is not inherited
     by workers. Over NFS it holds between machines.
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b", buffering=0) as file:
+    with about(path):
+        file = open_regular(path, "a+b", follow=False)
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -186,8 +182,8 @@ def _lock(folder: Path) -> Iterator[None]:
                 f"writes to {folder}"
             )
         with naming(path):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 

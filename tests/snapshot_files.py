@@ -62,7 +62,7 @@ OPTIONS = {
     "sigma_max": float("inf"),
     "use_fp16": False,
     "augment_dim": None,
-    "nested": EasyDict(resample_filter=(1, 3, 3, 1)),
+    "resample_filter": (1, 3, 3, 1),
 }
 
 

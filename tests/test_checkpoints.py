@@ -7,6 +7,7 @@ import sys
 import weakref
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import run_program, train_state
 
@@ -15,16 +16,12 @@ from configs.ve import digits_ncsnpp
 from models import create_model, reference_names
 from models.weights import load_ema
 from storage import run_config
-from storage.checkpoints import (
-    checkpoints_to_evaluate,
-    find_checkpoint,
-    load_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-    save_shared,
-)
-from storage.files import atomic_write
-from storage.stored_tensors import StoredTensor
+from storage.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
+from storage.files import atomic_write, read_arrays
+from storage.run_checkpoints import checkpoints_to_evaluate, find_checkpoint
+from storage.shared_files import save_shared
+from storage.stored_tensors import StoredTensor, StoredView
+from storage.workdir import check_settings, open_workdir
 
 
 def state():
@@ -127,7 +124,8 @@ def test_nothing_that_a_state_does_not_hold_is_made(tmp_path, call):
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from storage.checkpoints import load_checkpoint, written_steps
+from storage.checkpoints import load_checkpoint
+from storage.run_checkpoints import written_steps
 from storage.checks import check_like
 
 resource.setrlimit(resource.RLIMIT_AS, 2 * (resource.RLIM_INFINITY,))
@@ -267,8 +265,8 @@ def test_a_network_takes_its_ema_weights_one_by_one_and_nothing_else(tmp_path, m
         alive[:] = [weakref.ref(tensor)]
         return tensor
 
-    read = StoredTensor.load
-    monkeypatch.setattr(StoredTensor, "load", load)
+    read = StoredView.load
+    monkeypatch.setattr(StoredView, "load", load)
     model = create_model(config)
     assert load_ema(model, open_checkpoint(path, intact=True)) == 0
     assert len(loads) == len(frozen) + len(saved.parameters)
@@ -364,3 +362,144 @@ def test_missing_checkpoints_are_named(tmp_path, caplog):
     assert "checkpoint_6.pth does not exist; passed over" in caplog.text
     with pytest.raises(FileNotFoundError, match=r"for checkpoint_9\.pth to checkpoint_9\.pth"):
         found(tmp_path, 9, 2, 7, 8)
+
+
+# --- only regular files are opened ----------------------------------------------------------------
+
+
+READERS = {
+    "checkpoint.pth": load_checkpoint,
+    "opened.pth": open_checkpoint,
+    "snapshot.pkl": load_checkpoint,
+    "model.safetensors": open_checkpoint,
+    "arrays.npz": read_arrays,
+    "config.json": lambda path: run_config.find(path.parent),
+    "settings.json": lambda path: check_settings(path.parent, {}),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_fifo_or_device_is_refused_at_once(tmp_path, name):
+    """A FIFO keeps its reader waiting for ever; /dev/zero never ends."""
+    path = tmp_path / name
+    os.mkfifo(path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} .*no regular file") as error:
+            READERS[name](path)
+        assert str(error.value).isprintable()
+        path.unlink()
+        path.symlink_to("/dev/zero")
+
+
+def test_what_is_written_follows_no_link(tmp_path):
+    """Links under the names of temporary and lock files lead out of the folder."""
+    precious, folder = tmp_path / "precious", tmp_path / "run"
+    precious.write_bytes(b"precious")
+    folder.mkdir()
+    (folder / ".file.partial").symlink_to(precious)
+    with atomic_write(folder / "file") as file:
+        file.write(b"new")
+    assert (folder / "file").read_bytes() == b"new"
+    assert not (folder / "file").is_symlink()
+    (folder / ".checkpoints.lock").symlink_to(precious)
+    os.mkfifo(folder / ".eval.lock")
+    for name, says in (("checkpoints", r"\.checkpoints\.lock"), ("eval", "no regular file")):
+        place = open_workdir(folder, folder / name)
+        with pytest.raises((OSError, ValueError), match=says), place:
+            pass
+    assert precious.read_bytes() == b"precious"
+
+
+def test_json_of_more_than_16_mib_is_refused_before_it_is_parsed(tmp_path):
+    content = b'{"seed": [' + b"0," * 2**23 + b"0]}"
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is no config: it is larger than 16 MiB"):
+        run_config.find(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(content).to_bytes(8, "little") + content)
+    with pytest.raises(ValueError, match="its header is above 16 MiB"):
+        open_checkpoint(path)
+
+
+# --- shared files ---------------------------------------------------------------------------------
+
+
+def share(path, weights, step=3):
+    values = run_config.flatten(digits_ddpmpp.get_config())
+    save_shared(path, weights, values, step)
+    return path
+
+
+def test_weights_of_any_kind_are_shared(tmp_path):
+    """Also transposed, laid out in another order, tied, empty ones and single numbers."""
+    tied = torch.rand(3)
+    weights = {
+        "transposed": torch.rand(3, 4).T,
+        "laid out": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "tied": tied,
+        "again": tied,
+        "half": torch.rand(7).half(),
+        "bfloat16": torch.rand(2, 2).bfloat16(),
+        "byte": torch.arange(3, dtype=torch.uint8),
+        "whole numbers": torch.arange(5),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+    }
+    path = share(tmp_path / "model.safetensors", weights)
+    content = path.read_bytes()
+    stored, loaded = open_checkpoint(path, intact=True)["model"], load_checkpoint(path)["model"]
+    assert stored.keys() == loaded.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert (stored[name].shape, stored[name].dtype) == (weight.shape, weight.dtype)
+        assert torch.equal(stored[name].load(), weight) and torch.equal(loaded[name], weight)
+    assert share(path, weights).read_bytes() == content  # the order is that of the weights
+    library = safetensors.torch.load_file(path)
+    assert all(torch.equal(library[name], weight) for name, weight in weights.items())
+
+
+def test_an_open_shared_file_is_the_file_that_it_was_or_refused(tmp_path):
+    path = share(tmp_path / "model.safetensors", {"weight": torch.arange(1000.0)})
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
+    opened = open_checkpoint(path)
+    share(path, {"weight": torch.zeros(9)})
+    assert torch.equal(opened["model"]["weight"].load(), torch.arange(1000.0))
+    opened = open_checkpoint(path)
+    path.unlink()
+    assert torch.equal(opened["model"]["weight"].load(), torch.zeros(9))
+    opened = open_checkpoint(share(path, {"weight": torch.arange(1000.0)}))
+    os.truncate(path, path.stat().st_size - 1)  # a mapped file would end the process by SIGBUS
+    with pytest.raises(ValueError, match="it is damaged"):
+        opened["model"]["weight"].load()
+    del opened  # closes it
+    assert before is None or len(os.listdir("/proc/self/fd")) == before
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+import torch
+from storage.checkpoints import open_checkpoint
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+path = Path(sys.argv[1])
+torch.rand(10).sum()
+before = peak()
+weights = open_checkpoint(path, intact=True)["model"]
+copies = [weight.load() for weight in weights.values()]
+print((peak() - before) / sum(copy.nbytes for copy in copies))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux tells the memory")
+@pytest.mark.parametrize("name", ["checkpoint.pth", "model.safetensors"])
+def test_weights_are_in_memory_once(tmp_path, name):
+    """Of 128 MiB: the file is checked piece by piece, or tensor by tensor; its pages count too."""
+    weights = {f"weight{number}": torch.rand(2**20) for number in range(32)}
+    if name.endswith(".pth"):
+        save_checkpoint(tmp_path / name, state() | {"model": weights})
+    else:
+        share(tmp_path / name, weights)
+    done = run_program([sys.executable, "-c", MEMORY, str(tmp_path / name)])
+    assert 0.9 < float(done.stdout) < 1.2

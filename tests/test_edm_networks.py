@@ -337,7 +337,7 @@ def test_networks_that_cannot_have_labels():
         (lambda w: w.update({"model.map_tag": torch.ones(1)}), "unknown 'map_tag';"),
         (
             lambda w: w.update({"model.out_conv.bias": torch.ones(4)}),
-            "'out_conv.bias' has shape (4,), the network's has (3,)",
+            "'out_conv.bias' has the shape (4,), not (3,)",
         ),
     ],
     ids=["missing", "unknown", "shape"],

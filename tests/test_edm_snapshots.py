@@ -65,7 +65,6 @@ def test_weights_and_options_are_read_and_no_code_is_run(form, tmp_path, trap):
     assert not trap.exists()
     assert network == "EDMPrecond"
     assert options == files.OPTIONS
-    assert type(options["nested"]) is dict
     expected = net.state_dict()
     assert list(weights) == list(expected)
     for name, tensor in expected.items():
@@ -129,7 +128,7 @@ print(json.dumps([read, refusal, seen]))
     assert read == len(FORMS)
     assert "'builtins.print'" in refusal
     events = [event for event in events if event[0] != "builtins.id"]
-    assert events == [["open", str(path)] for path in paths]
+    assert events == [["open", str(path)] for path in paths for _ in range(2)]  # open and os.open
     assert not trap.exists()
 
 
@@ -177,16 +176,16 @@ def test_what_is_no_network_is_named(tmp_path):
     hooks = changed(_parameters={"w": Call(exec, "1")})
     assert "ema.w is 'builtins.exec', not a tensor" in refusal(path, hooks)
     assert "ema.w is int, not a tensor" in refusal(path, changed(_buffers={"w": 1}))
-    assert "ema.m is StoredTensor, not a module" in refusal(
+    assert "ema.m is StoredView, not a module" in refusal(
         path, changed(_modules={"m": torch.ones(2)})
     )
     assert "_parameters without a proper name" in refusal(path, changed(_parameters={"a\n": None}))
-    assert "option _init_kwargs.a[1] is 'builtins.getattr'" in refusal(
+    assert "option 'a' holds 'builtins.getattr'" in refusal(
         path, changed(_init_kwargs={"a": [1, Call(getattr, 1, "x")]})
     )
     assert "options that have no names" in refusal(path, changed(_init_args=(32,)))
     assert "have no names" in refusal(path, changed(_init_kwargs=[1]))
-    assert "option _init_kwargs.a is bytes" in refusal(path, changed(_init_kwargs={"a": b"a"}))
+    assert "option 'a' holds bytes" in refusal(path, changed(_init_kwargs={"a": b"a"}))
     sparse = torch.eye(2).to_sparse()
     assert "'torch._utils._rebuild_sparse_tensor'" in refusal(path, changed(_buffers={"a": sparse}))
     complex_numbers = torch.ones(2, dtype=torch.complex64)
@@ -213,7 +212,7 @@ def test_what_is_no_file_of_the_kind(tmp_path):
     ("code", "name"),
     [
         (b"\x8a\xff", "long1"),
-        (b"\x8b\xff\xff\xff\x7f", "LONG4"),
+        (b"\x8b\xff\xff\xff\x7f", "long4"),
         (b"\x82\x01", "EXT1"),
         (b"ios\nsystem\n", "INST"),
         (b"Vtext\n", "UNICODE"),
@@ -222,22 +221,22 @@ def test_what_is_no_file_of_the_kind(tmp_path):
         (b"(os\n", "OBJ"),
         (b"\x97", "NEXT_BUFFER"),
         (b"NQ", "outside of it"),
-        (b"N)R", "calls what is no name"),
-        (b"0", "empty stack"),
-        (b"(0", "empty stack"),
-        (b"t", "a mark is missing"),
-        (b"h\x01", "object 1 too early"),
+        (b"N)R", "REDUCE at byte 4 cannot"),
+        (b"0", "POP at byte 2 cannot"),
+        (b"(0", "POP at byte 3 cannot"),
+        (b"t", "TUPLE at byte 2 cannot"),
+        (b"h\x01", "BINGET at byte 2 cannot"),
         (b"]N.", "it holds NoneType"),
-        (b"}(Nu", "a key without a value"),
+        (b"}(Nu", "SETITEMS at byte 5 cannot"),
         (b"})Ns", "no string and no small number"),
         (b"}\x8a\x08\0\0\0\0\0\0\0\x20Ns", "no string and no small number"),
-        (b"NNa", "no list"),
-        (b"NNNs", "no dictionary"),
-        (b"NNb", "no object"),
-        (b"cos\nsystem\nNR", "no arguments for 'os.system'"),
-        (b"ccollections\nOrderedDict\n]\x85R", "collections.OrderedDict with other arguments"),
+        (b"NNa", "APPEND at byte 4 cannot"),
+        (b"NNNs", "SETITEM at byte 5 cannot"),
+        (b"NNb", "BUILD at byte 4 cannot"),
+        (b"cos\nsystem\nNR", "REDUCE at byte 14 cannot"),
+        (b"ccollections\nOrderedDict\n]\x85R", "REDUCE at byte 29 cannot"),
         (b"\x8e\0\0\0\0\0\0\0\x10", "1152921504606846976 bytes"),
-        (b"\xff", r"no operation b'\xff'"),
+        (b"\xff", r"opcode b'\xff' unknown"),
     ],
 )
 def test_operations_that_are_not_read(code, name, tmp_path):
@@ -289,15 +288,17 @@ def test_bombs(tmp_path):
     laughs = ["lol"]
     for _ in range(40):
         laughs = [laughs, laughs]
-    assert "too many options" in refusal(path, changed(_init_kwargs={"a": laughs}))
-    assert "too many options" in refusal(path, changed(_init_kwargs={"a": ["x" * 99] * 200}))
-    assert "too many options" in refusal(path, changed(_init_kwargs={"a": nested(30, 1)}))
+    assert "option 'a' holds list" in refusal(path, changed(_init_kwargs={"a": laughs}))
+    assert "option 'a' holds dict" in refusal(path, changed(_init_kwargs={"a": {"b": 1}}))
+    assert "option 'a' holds tuple" in refusal(path, changed(_init_kwargs={"a": nested(30, 1)}))
+    many = dict.fromkeys(map(str, range(1000)), ["x"] * 1000)
+    assert "too many options" in refusal(path, changed(_init_kwargs=many))
     deep = b"\x80\x04" + b"N" + b"\x85" * 500_000
     assert "it holds tuple" in refusal(path, deep + b".")
     assert "a key that is no string" in refusal(path, deep.replace(b"N", b"}N", 1) + b"Ns.")
     cycle = []
     cycle.append(cycle)
-    assert "too many options" in refusal(path, changed(_init_kwargs={"a": cycle}))
+    assert "option 'a' holds list" in refusal(path, changed(_init_kwargs={"a": cycle}))
     assert "too many operations" in refusal(path, b"\x80\x04" + b"]" * 1_500_000)
 
     shared = nn.ModuleDict()
@@ -314,7 +315,6 @@ def test_bombs(tmp_path):
     assert "_non_persistent_buffers_set" in refusal(path, changed(**names))
     long = b"X\xa0\x86\x01\0" + b"x" * 100_000 + b"q\0"  # joined 100,000 times: 20 GB
     assert "too long" in refusal(path, b"\x80\x04" + long + b"h\0h\0\x93" * 100_000 + b".")
-    assert "too many options" in refusal(path, changed(_init_kwargs=dict.fromkeys(["x" * 10_001])))
     data = io.BytesIO()
     torch.save(torch.zeros(100_000)._typed_storage(), data, _use_new_zipfile_serialization=False)
     storage = Call(torch.storage._load_from_bytes, data.getvalue())

@@ -32,13 +32,9 @@ import datasets
 import losses
 import run_lib
 import storage.workdir as workdirs
-from storage.checkpoints import (
-    load_checkpoint,
-    newest_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-)
+from storage.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 from storage.files import atomic_write, save_npz, save_png
+from storage.run_checkpoints import newest_checkpoint
 from storage.tensorboard import TensorBoardWriter, read_scalars
 
 FULL_DISK = r"^error: .*No space left on device: '.*checkpoint.*\.pth'\n\Z"

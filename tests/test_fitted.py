@@ -28,8 +28,9 @@ from models.weights import load_ema
 from solvers import fitted
 from solvers.base import Step
 from solvers.fixed_steps import linear_multistep
-from storage.checkpoints import drop_checkpoints, fitted_path, load_checkpoint, save_checkpoint
 from storage.checkpoints import fit as fit_checkpoint
+from storage.checkpoints import load_checkpoint, save_checkpoint
+from storage.run_checkpoints import drop_checkpoints, fitted_path
 
 
 def steps_along(state, slope, levels):

@@ -14,13 +14,8 @@ import run_lib
 from models import create_model
 from models.weights import load_ema
 from storage import run_config
-from storage.checkpoints import (
-    fit,
-    load_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-    written_steps,
-)
+from storage.checkpoints import fit, load_checkpoint, open_checkpoint, save_checkpoint
+from storage.run_checkpoints import written_steps
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +201,11 @@ def groups(state):
         (lambda s: s.update(written=[1, 10**12]), r"holds no steps up to 3: \[1, 1000000000000\]"),
         (lambda s: s.update(model=[1]), "model is no dictionary but of type list"),
         (lambda s: s.update(model={3: torch.ones(1)}), "have the name 3, which is no string"),
-        (lambda s: s.update(model={"all": 3}), "weight 'all' is no dense tensor"),
+        (lambda s: s.update(model={"all": 3}), "the weights lack 'all_modules"),
+        (
+            lambda s: s["model"].update(dict.fromkeys(s["model"], 3)),
+            r"model\..* is no dense tensor but of type int",
+        ),
         (
             lambda s: [g.update(params=[torch.ones(2)] * len(g["params"])) for g in groups(s)],
             "in another order",

@@ -25,7 +25,7 @@ from sources.base import Classes, Unreadable, View
 from sources.batch import Conditions
 from sources.identity import Identity
 from sources.tfrecords import TFRecords
-from storage import checkpoints
+from storage import run_checkpoints
 from storage.checkpoints import load_checkpoint, save_checkpoint
 
 GREY = {"ant": 10, "bee": 20, "cat": 30}  # of all pixels of a class's images
@@ -495,7 +495,7 @@ def test_hostile_identities_are_one_line(run, change):
 def test_a_damaged_newest_checkpoint_is_passed_over(run):
     path = run / "run/checkpoints-meta/checkpoint.pth"
     path.write_bytes(path.read_bytes()[:1000])
-    assert checkpoints.peek(run / "run")[0] == run / "run/checkpoints/checkpoint_2.pth"
+    assert run_checkpoints.peek(run / "run")[0] == run / "run/checkpoints/checkpoint_2.pth"
     assert experiment.identity_of(run / "run").train == 27
     assert experiment.identity_of(run / "nowhere") is None
 

@@ -544,11 +544,20 @@ def without(weights, name):
         (lambda w: w | {"all_modules.99.W": torch.ones(1)}, "unknown 'all_modules.99.W';"),
         (
             lambda w: w | {"all_modules.6.NIN_2.W": torch.ones(64, 63)},
-            "'all_modules.6.NIN_2.W' has shape (64, 63), the network's has (64, 64)",
+            "'all_modules.6.NIN_2.W' has the shape (64, 63), not (64, 64)",
+        ),
+        (lambda w: w | {"all_modules.6.NIN_2.W": 3}, "NIN_2.W' is no dense tensor"),
+        (
+            lambda w: w | {"all_modules.6.NIN_2.W": torch.ones(64, 64).to(torch.complex64)},
+            "NIN_2.W' is of torch.complex64, not real",
+        ),
+        (
+            lambda w: w | {"all_modules.6.NIN_2.W": 1e300 * torch.ones(64, 64).double()},
+            "NIN_2.W' is not finite",
         ),
         (lambda w: {}, "lack 'all_modules.0.weight' and 153 more;"),
     ],
-    ids=["missing", "unknown", "shape", "empty"],
+    ids=["missing", "unknown", "shape", "number", "complex", "too large", "empty"],
 )
 def test_wrong_weights_are_named_and_nothing_is_loaded(change, expected):
     model = models.create_model(case_config("poisson_ddpmpp"))

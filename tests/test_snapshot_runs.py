@@ -19,15 +19,9 @@ from experiment import Experiment
 from models.layers import Resampling
 from models.weights import load_ema
 from storage import run_config
-from storage.checkpoints import (
-    checkpoints_to_evaluate,
-    fit,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    snapshots,
-)
+from storage.checkpoints import fit, load_checkpoint, save_checkpoint
 from storage.edm_snapshots import Snapshot, complete_config, config_values
+from storage.run_checkpoints import checkpoints_to_evaluate, newest_checkpoint, snapshots
 
 FEW = [
     "--config.eval.enable_loss",
