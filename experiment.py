@@ -184,6 +184,18 @@ class Experiment:
         of_codec = {"data.codec": self.codec.identity} if data.codec else {}
         return of_codec | {"data.conditions": data.conditions} | self.objective_settings
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Values that the page of an evaluation shows; see `reports.evaluation_page.save_page`."""
+        model, optim = self.config.model, self.config.optim
+        return {
+            "network": models.paper_name(model.name, model.fir),
+            "learning_rate": optim.lr,
+            "warmup": optim.warmup,
+            "cooldown": optim.cooldown,
+            "settings": self.config.to_dict(),
+        }
+
     def load_objective(self, checkpoint: dict) -> None:
         """Copy the objective's weights of a `checkpoint`; ValueError where they do not fit."""
         weights = checkpoint.get("objective", {})

@@ -27,7 +27,6 @@ from library.sample_folder import FILM_SAMPLES, SampleFolder, read_pictures, see
 from library.signals import stop_signals
 from library.training_run import LossWatch, TrainingRun, check_codec
 from metrics.reference import ReferenceStatistics
-from models import paper_name
 from models.weights import load_ema
 from reports import settings
 from reports.drawings import draw_classes, draw_interpolation, draw_rescaling
@@ -306,17 +305,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             experiment.data.close()
             report["seconds"] = time.perf_counter() - start
             save_npz(folder / f"report_{k}.npz", **report)
-            save_page(
-                experiment,
-                workdir,
-                folder,
-                k,
-                network=paper_name(config.model.name, config.model.fir),
-                learning_rate=config.optim.lr,
-                warmup=config.optim.warmup,
-                cooldown=config.optim.cooldown,
-                settings=config.to_dict(),
-            )
+            save_page(experiment, workdir, folder, k, **experiment.facts)
             title = f"{path.name}, EMA weights{width} of step {step}"
             log.info(report_table(report, options.dataset, title))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
