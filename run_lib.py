@@ -39,6 +39,7 @@ from storage import run_config
 from storage.checkpoints import fit, open_checkpoint
 from storage.files import save_npz
 from storage.run_checkpoints import (
+    checkpoints_of_steps,
     checkpoints_to_evaluate,
     newest_checkpoint,
 )
@@ -190,7 +191,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
 
 @distributed.joined()
 def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = False) -> None:
-    """Evaluate the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` with EMA weights.
+    """Evaluate the checkpoints of `eval.steps`, or `begin_ckpt` to `end_ckpt`, with EMA weights.
 
     A `dry_run` says what would be done, and writes nothing.
 
@@ -218,8 +219,12 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     if options.enable_classification and not experiment.classes:
         raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
     folder = evaluation_folder(workdir, eval_folder)
-    checkpoints = checkpoints_to_evaluate(
-        workdir, options.begin_ckpt, options.end_ckpt, training.snapshot_freq, training.n_iters
+    checkpoints = (
+        checkpoints_of_steps(workdir, options.steps, training.snapshot_freq)
+        if options.steps
+        else checkpoints_to_evaluate(
+            workdir, options.begin_ckpt, options.end_ckpt, training.snapshot_freq, training.n_iters
+        )
     )
     split, statistics, restored = None, [], None
     if options.enable_loss or options.enable_bpd or options.enable_classification:

@@ -64,6 +64,12 @@ LOOPS = {
         False, Flag(), "torch.compile the network of training; needs a compiler, and minutes"
     ),
     "training.channels_last": Key(False, Flag(), "memory format of the network, for tensor cores"),
+    "eval.steps": Key(
+        "",
+        Text(r"|last|\d{1,15}(,\d{1,15})*", "'last', or steps with commas between them"),
+        "checkpoints to evaluate, by the steps in their names; 'last': the newest one; '': those "
+        "from begin_ckpt to end_ckpt",
+    ),
     "eval.begin_ckpt": Key(
         1, whole(0, 10**6), "first checkpoint to evaluate, counted in training.snapshot_freq steps"
     ),

@@ -81,6 +81,7 @@ def rows() -> list[Row]:
             "eval",
             "num_samples",
         ),
+        ({"eval.steps": SET}, "eval", "begin_ckpt end_ckpt"),
         ({"eval.enable_sampling": (True,)}, "eval", "save_images"),
         ({"eval.enable_bpd": (False,)}, "eval", "bpd_num_repeats"),
         ({"eval.dataset": ("train",)}, "eval", "bpd_num_repeats"),

@@ -148,9 +148,7 @@ def share_of_steps(config: ConfigDict, snapshots: int, cooldown: int = 30) -> No
     """
     n_iters = config.training.get_ref("n_iters")
     config.training.snapshot_freq = (n_iters + (snapshots - 1)) // snapshots
-    freq = config.training.get_ref("snapshot_freq")
-    for key in ("begin_ckpt", "end_ckpt"):  # an expression each, so that either can be overridden
-        config.eval[key] = (n_iters + freq - 1) // freq
+    config.eval.steps = "last"
     config.optim.warmup = n_iters // 40
     config.optim.cooldown = n_iters * cooldown // 100
 

@@ -183,6 +183,36 @@ def fitted_path(checkpoint: Path, n: int = 0) -> Path:
 # --- to evaluate ---------------------------------------------------------------------------------
 
 
+def checkpoints_of_steps(workdir: Path, steps: str, freq: int) -> dict[int, Path]:
+    """{k: path} of the numbered checkpoints of `steps`, "1000,2000", or of the "last" one.
+
+    Number k is the step in units of `freq`, rounded up. A workdir that has `snapshots` only gives
+    the last of them, or those of the numbers `steps`.
+
+    Raises:
+        FileNotFoundError: one of them does not exist.
+        ValueError: two steps have the same number k.
+    """
+    paths, divisor = numbered_checkpoints(workdir), freq
+    if not paths:
+        paths, divisor = snapshots(workdir), 1
+    folder, chosen = workdir / "checkpoints", {}
+    if not paths:
+        raise FileNotFoundError(f"no checkpoint to evaluate: {folder} has none")
+    for step in [max(paths)] if steps == "last" else map(int, steps.split(",")):
+        k = math.ceil(step / divisor)
+        if step not in paths:
+            names = ", ".join(map(str, paths))
+            raise FileNotFoundError(f"eval.steps={steps}: {folder} has no step {step}, but {names}")
+        if k in chosen and chosen[k] != paths[step]:
+            raise ValueError(
+                f"eval.steps={steps}: {chosen[k].name} and {paths[step].name} are both number {k}, "
+                f"by training.snapshot_freq={freq}: evaluate each in a folder of its own"
+            )
+        chosen[k] = paths[step]
+    return chosen
+
+
 def checkpoints_to_evaluate(
     workdir: Path, first: int, end: int, freq: int, n_iters: int
 ) -> dict[int, Path]:

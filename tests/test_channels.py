@@ -226,6 +226,7 @@ def run(request, tmp_path_factory):
             "eval.enable_bpd": False,
             "eval.num_samples": 20,
             "eval.batch_size": 10,
+            "eval.steps": "",
             "eval.begin_ckpt": 2,
             "eval.end_ckpt": 2,
             "eval.stats_dir": str(folder / "stats"),

@@ -18,7 +18,11 @@ from models.weights import load_ema
 from storage import run_config
 from storage.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 from storage.files import atomic_write, read_arrays
-from storage.run_checkpoints import checkpoints_to_evaluate, find_checkpoint
+from storage.run_checkpoints import (
+    checkpoints_of_steps,
+    checkpoints_to_evaluate,
+    find_checkpoint,
+)
 from storage.shared_files import save_shared
 from storage.stored_tensors import StoredTensor, StoredView
 from storage.workdir import check_settings, open_workdir
@@ -330,6 +334,33 @@ def found(workdir, n_iters, freq, first, end):
     """{k: step in the file's name}."""
     paths = checkpoints_to_evaluate(workdir, first, end, freq, n_iters)
     return {k: int(path.stem.removeprefix("checkpoint_")) for k, path in paths.items()}
+
+
+@pytest.mark.parametrize(
+    "steps, freq, numbers",
+    [("last", 4, [3]), ("12", 4, [3]), ("10,3", 4, [3, 1]), ("3,10", 1, [3, 10]), ("10", 9, [2])],
+)
+def test_checkpoints_by_their_steps(steps, freq, numbers, tmp_path):
+    """A number in the names of reports is the step in units of the frequency, rounded up."""
+    write_steps(tmp_path, 3, 10, 12)
+    paths = checkpoints_of_steps(tmp_path, steps, freq)
+    assert [*paths] == numbers
+    names = ["12"] if steps == "last" else steps.split(",")
+    assert [path.name for path in paths.values()] == [f"checkpoint_{each}.pth" for each in names]
+
+
+def test_steps_that_cannot_be_evaluated_are_one_line(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="^no checkpoint to evaluate: .* has none"
+    ):
+        checkpoints_of_steps(tmp_path, "last", 4)
+    write_steps(tmp_path, 3, 10, 12)
+    with pytest.raises(FileNotFoundError, match="has no step 4, but 3, 10, 12$"):
+        checkpoints_of_steps(tmp_path, "3,4", 4)
+    with pytest.raises(
+        ValueError, match="_10.pth and checkpoint_12.pth are both number 1"
+    ):
+        checkpoints_of_steps(tmp_path, "10,12", 12)
 
 
 @pytest.mark.parametrize("n_iters", [1, 2, 3, 7, 8, 9])

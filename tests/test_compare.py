@@ -312,7 +312,7 @@ def evaluated(tmp_path_factory):
     averages = {"model__ema_stds": (0.05, 0.1), "training__snapshot_freq": 2}
     config = tiny("edm/digits_ddpmpp.py", folder, training__n_iters=8, **averages)
     config.update_from_flattened_dict(SAMPLES_ONLY | {"training.snapshot_sampling": False})
-    config.eval.update(begin_ckpt=4, end_ckpt=4)
+    config.eval.update(steps="", begin_ckpt=4, end_ckpt=4)
     assert run_lib.train(config, folder / "run")
 
     def evaluate(name, **overrides):

@@ -28,6 +28,7 @@ TINY = {
     "model.nf": 8,
     "sampling.ode_solver": "forward_euler",
     "sampling.N": 3,
+    "eval.steps": "",
     "eval.begin_ckpt": 1,
     "eval.end_ckpt": 1,
     "eval.batch_size": 16,

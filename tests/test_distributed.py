@@ -262,7 +262,7 @@ def test_rows_and_means_of_all_processes(tmp_path):
 def test_two_processes_evaluate_as_one(tmp_path):
     """They draw rounds and batches of their own, and one of them reports the same numbers."""
     finish(launch(1, tmp_path, *steps(2)))
-    options = [f"--config.eval.{what}" for what in ("begin_ckpt=1", "end_ckpt=1")]
+    options = [f"--config.eval.{what}" for what in ("steps=", "begin_ckpt=1", "end_ckpt=1")]
     options += ["--config.eval.batch_size=50", "--config.eval.num_samples=170"]
     options += ["--config.eval.bpd_num_repeats=1"]
     options += ["--config.sampling.rtol=0.1", "--config.sampling.atol=0.1"]

@@ -150,14 +150,14 @@ def test_a_run_keeps_averages_and_evaluates_any_other(tmp_path, caplog):
         assert all(map(torch.equal, a["shadow_params"], b["shadow_params"]))
 
     config = run_of(tmp_path, training__n_iters=8, eval__ema_std=0.075, **augmented)
-    config.eval.update(begin_ckpt=4, end_ckpt=4)
+    config.eval.update(steps="", begin_ckpt=4, end_ckpt=4)
     with caplog.at_level(logging.INFO):
         run_lib.evaluate(config, tmp_path / "a")
     assert "checkpoint_8.pth: the EMA of relative width 0.075 from 8 averages of 4" in caplog.text
     report = report_of(tmp_path / "a", 4)
     assert report["ema_std"] == 0.075 and np.isfinite(report["loss"])
 
-    config.eval.update(begin_ckpt=1, end_ckpt=1, ema_std=0.2)
+    config.eval.update(steps="", begin_ckpt=1, end_ckpt=1, ema_std=0.2)
     with pytest.raises(ValueError, match=r"ema_std=0\.2: .* 2 averages of 1 checkpoints: its") as e:
         run_lib.evaluate(config, tmp_path / "a")
     assert "training.snapshot_freq" in str(e.value) and "\n" not in str(e.value)
@@ -172,7 +172,7 @@ def test_a_run_without_averages_says_so(tmp_path):
     config = run_of(tmp_path)
     assert run_lib.train(config, tmp_path)
     assert "averages" not in load_checkpoint(tmp_path / "checkpoints/checkpoint_2.pth")
-    config.eval.update(begin_ckpt=1, end_ckpt=1, ema_std=0.1)
+    config.eval.update(steps="", begin_ckpt=1, end_ckpt=1, ema_std=0.1)
     with pytest.raises(ValueError, match=r"it has no power-function averages \(model\.ema_stds\)"):
         run_lib.evaluate(config, tmp_path)
     config.model.ema_stds = STDS
@@ -185,7 +185,7 @@ def test_the_rebuilt_weights_are_those_of_the_checkpoints(tmp_path):
     """Of one weight, by hand."""
     config = run_of(tmp_path, training__n_iters=6, model__ema_stds=STDS)
     assert run_lib.train(config, tmp_path)
-    config.eval.update(begin_ckpt=3, end_ckpt=3, ema_std=0.08)
+    config.eval.update(steps="", begin_ckpt=3, end_ckpt=3, ema_std=0.08)
     model = create_model(config)
     path = tmp_path / "checkpoints/checkpoint_6.pth"
     content = load_checkpoint(path)

@@ -235,7 +235,7 @@ def test_the_nearest_picture_shows_pairs(workdir, tmp_path):
 
 
 def test_checkpoints_are_evaluated_in_turn(workdir, tmp_path, caplog):
-    config = tiny(tmp_path, enable_bpd=False, begin_ckpt=2)
+    config = tiny(tmp_path, enable_bpd=False, steps="", begin_ckpt=2, end_ckpt=4)
     save_checkpoints(config, workdir, 2)
     caplog.set_level("INFO")
     run_lib.evaluate(config, workdir)
@@ -540,7 +540,7 @@ def test_page_of_an_evaluation(workdir, tmp_path):
 def test_data_are_digested_once_for_all_checkpoints(tmp_path, monkeypatch):
     config, folder, calls = tiny(tmp_path, enable_bpd=False, enable_sampling=False), tmp_path, []
     save_checkpoints(config, folder, 1, 2)
-    config.eval.update(enable_loss=True, begin_ckpt=1, end_ckpt=2)
+    config.eval.update(enable_loss=True, steps="4,2")
     digest = metrics.reference._digest
     monkeypatch.setattr(metrics.reference, "_digest", lambda data: calls.append(1) or digest(data))
     run_lib.evaluate(config, folder)

@@ -121,6 +121,7 @@ def test_killed_many_times_the_run_ends_as_if_it_never_was(tmp_path, one_thread,
 def test_killed_many_times_an_evaluation_ends_as_if_it_never_was(tmp_path, one_thread):
     evaluation = {
         "training.n_iters": 5,
+        "eval.steps": "",
         "eval.begin_ckpt": 1,
         "eval.end_ckpt": 1,
         "eval.batch_size": 20,

@@ -29,6 +29,7 @@ TINY = {
     "training.n_iters": 2,
     "training.batch_size": 16,
     "training.snapshot_freq": 2,
+    "eval.steps": "",
     "eval.begin_ckpt": 1,
     "eval.end_ckpt": 1,
     "eval.enable_loss": True,

@@ -458,7 +458,7 @@ def test_training_needs_a_config(trained):
 def test_evaluation_without_checkpoints_says_where_it_looked(tmp_path):
     done = call("eval", tmp_path / "run", *TINY, expect=2)
     assert re.fullmatch(
-        r"error: no checkpoint .*run/checkpoints for checkpoint_8.pth.*found none\n", done.stderr
+        r"error: no checkpoint to evaluate: .*run/checkpoints has none\n", done.stderr
     )
     assert not (tmp_path / "run").exists()
 
@@ -466,7 +466,11 @@ def test_evaluation_without_checkpoints_says_where_it_looked(tmp_path):
 @pytest.mark.parametrize(
     "override, pattern",
     [
-        ("--config.eval.begin_ckpt=9", "eval.begin_ckpt=9 lies after eval.end_ckpt=4"),
+        (
+            "--config.eval.steps= --config.eval.begin_ckpt=9 --config.eval.end_ckpt=4",
+            "eval.begin_ckpt=9 lies after eval.end_ckpt=4",
+        ),
+        ("--config.eval.steps=2,5", r"eval.steps=2,5: .* has no step 5, but 2, 4, 6, 8"),
         ("--config.eval.rescale_norms=(3.0,)", "eval.rescale_norms must be .* 2 rising numbers"),
         (
             "--config.eval.features=pixel",
@@ -475,7 +479,7 @@ def test_evaluation_without_checkpoints_says_where_it_looked(tmp_path):
     ],
 )
 def test_mistakes_of_evaluation_are_one_line(trained, override, pattern):
-    done = call("eval", trained, *TINY, override, "--eval_folder=mistake", expect=2)
+    done = call("eval", trained, *TINY, *override.split(), "--eval_folder=mistake", expect=2)
     assert re.fullmatch(rf"error: .*{pattern}.*\n", done.stderr)
     assert not (trained / "mistake").exists()
 

@@ -21,7 +21,12 @@ from models.weights import load_ema
 from storage import run_config
 from storage.checkpoints import fit, load_checkpoint, save_checkpoint
 from storage.edm_snapshots import Snapshot, complete_config, config_values
-from storage.run_checkpoints import checkpoints_to_evaluate, newest_checkpoint, snapshots
+from storage.run_checkpoints import (
+    checkpoints_of_steps,
+    checkpoints_to_evaluate,
+    newest_checkpoint,
+    snapshots,
+)
 
 FEW = [
     "--config.eval.enable_loss",
@@ -78,8 +83,9 @@ def loaded(path, config):
 
 def to_evaluate(config, workdir):
     """What an evaluation of the run in `workdir` takes."""
-    numbers = config.eval.begin_ckpt, config.eval.end_ckpt
-    training = config.training
+    numbers, training = (config.eval.begin_ckpt, config.eval.end_ckpt), config.training
+    if config.eval.steps:
+        return checkpoints_of_steps(workdir, config.eval.steps, training.snapshot_freq)
     return checkpoints_to_evaluate(workdir, *numbers, training.snapshot_freq, training.n_iters)
 
 
