@@ -161,30 +161,31 @@ def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
 ):
     """It reaches the whole group of processes, those that decode images too."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    data = {"data.resident_bytes": resident_bytes, "data.num_workers": 1}
-    options = flags(**{"training.n_iters": 100, **data})
-    command = [*MAIN, *training(stopped, *options)]
-    reached = 0
+    changes = {"data.resident_bytes": resident_bytes, "data.num_workers": 1}
+    changes |= {"training.n_iters": 60, "training.snapshot_freq": 60}
+    command = [*MAIN, *training(stopped, *flags(**changes))]
+    reached, saved = 0, None
     for name in ("SIGTERM", "SIGINT"):
         process = Program(command, start_new_session=True)
         newest_state = stopped / "checkpoints-meta/checkpoint.pth"
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(FileNotFoundError):  # between the two renames of a save
-                if newest_state.exists() and newest(stopped)["step"] > reached:
+                if newest_state.stat().st_mtime_ns != saved:
                     break
             time.sleep(0.01)
         os.killpg(process.pid, getattr(signal, name))
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0
-        reached = newest(stopped)["step"]
+        before, reached = reached, newest(stopped)["step"]
+        saved = newest_state.stat().st_mtime_ns
+        assert before < reached < 60
         assert f"stopped by {name} at step {reached}, which is saved" in output
         assert output.splitlines()[-1] == f"to go on: {shlex.join(command)}"
         command = shlex.split(output.splitlines()[-1].removeprefix("to go on: "))
-        assert 0 < reached < 100
     Program(command).finish()
-    run_lib.train(small_config(**{"training.n_iters": 100, **data}), whole)
-    last = "checkpoints/checkpoint_100.pth"
+    run_lib.train(small_config(**changes), whole)
+    last = "checkpoints/checkpoint_60.pth"
     assert same(load_checkpoint(stopped / last), load_checkpoint(whole / last))
 
 
