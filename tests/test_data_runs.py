@@ -1,7 +1,6 @@
 """Whole runs, trained and evaluated, on every kind of data; and what is said of bad data."""
 
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from data_files import encoded, pictures, stylegan_example, tfrecord, write_tree, write_zip
-from warm_start import run_main
+from warm_start import Program, run_main
 
 import datasets
 import run_lib
@@ -175,7 +174,7 @@ def test_hyper_parameters_measure_any_data(tmp_path, channels):
         "    return config\n"
     )
     command = [sys.executable, "hyper_parameters.py", "--config", tmp_path / "experiment.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = Program(command, cwd=ROOT).finish()
     norm, dimensions = 8 * channels**0.5, 64 * channels
     assert f"mean norm {norm:.4g} in {dimensions} dimensions" in done.stdout, done.stderr
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from warm_start import run_main
+from warm_start import Program, run_main
 
 import distributed
 import run_lib
@@ -229,15 +229,7 @@ def test_processes_that_go_apart_are_found_in_the_first_step(tmp_path):
         "run_lib.train_step = faulty\n"
         "run_lib.train(config, pathlib.Path(sys.argv[1]))\n"
     )
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *run, script, tmp_path / "run"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode
+    done = Program([sys.executable, script, tmp_path / "run"], processes=2).finish(expect=1)
     assert "rank 1 has another step or other weights than rank 0 at step 1" in done.stderr
     assert not list((tmp_path / "run/checkpoints-meta").glob("*"))
 
@@ -256,8 +248,7 @@ def test_rows_and_means_of_all_processes(tmp_path):
         "    assert torch.equal(distributed.gather(rows), every)\n"
         "    assert distributed.mean(torch.tensor(float(r))) == 0.5\n"
     )
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([sys.executable, *run, script], check=True, timeout=300)
+    Program([sys.executable, script], processes=2).finish()
 
 
 @pytest.mark.slow
@@ -351,13 +342,5 @@ with distributed.joined():
 
 def test_processes_hear_the_words_of_the_main_one(tmp_path):
     (tmp_path / "words.py").write_text(WORDS)
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *run, str(tmp_path / "words.py")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = Program([sys.executable, tmp_path / "words.py"], processes=2).finish()
     assert done.stdout == "rank 1 has other data than rank 0: 19 images, not 18 images\n"

@@ -241,6 +241,7 @@ def _become_a_program(connection: int) -> None:
     os.environ.update(request["environment"])
     sys.orig_argv = request["command"]
     sys.argv = request["command"][1:]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
