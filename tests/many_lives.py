@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  (the optimizer's, which each life would import)
 
 import datasets  # noqa: E402
 import run_lib  # noqa: E402
@@ -98,7 +99,7 @@ def main(mode: str, workdir: Path, lives: int, overrides: dict) -> None:
 
         def wait_for(event, process=process):
             while not event() and not os.waitpid(process, os.WNOHANG)[0]:
-                time.sleep(1e-4)
+                time.sleep(1e-3)
 
         if life % 3 == 0:
             time.sleep(chance.uniform(0, 2 * pace))

@@ -1,8 +1,6 @@
 """Whole runs, trained and evaluated, on every kind of data; and what is said of bad data."""
 
-import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from data_files import encoded, pictures, stylegan_example, tfrecord, write_tree, write_zip
+from warm_start import Program, run_main
 
 import datasets
 import run_lib
@@ -42,15 +41,7 @@ def call(mode, workdir, expect=0, **values):
     overrides = [f"--config.{key}={value}" for key, value in (TINY | values).items()]
     config = ROOT / "configs/poisson/digits_ddpmpp.py"
     base = ["--config", str(config), "--mode", mode, "--workdir", str(workdir)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *base, *overrides],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
+    return run_main([*base, *overrides], expect)
 
 
 def weights(workdir):
@@ -184,7 +175,7 @@ def test_hyper_parameters_measure_any_data(tmp_path, channels):
         "    return config\n"
     )
     command = [sys.executable, "hyper_parameters.py", "--config", tmp_path / "experiment.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = Program(command, cwd=ROOT).finish()
     norm, dimensions = 8 * channels**0.5, 64 * channels
     assert f"mean norm {norm:.4g} in {dimensions} dimensions" in done.stdout, done.stderr
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from warm_start import Program, run_main
 
 import distributed
 import run_lib
@@ -36,15 +37,16 @@ def steps(n):
     return [f"--config.training.n_iters={n}", f"--config.training.snapshot_freq={n}"]
 
 
-def launch(processes, workdir, *overrides, config=DIGITS, options=(), mode="train"):
-    """Starts training, or evaluation: alone, or as `processes` of torchrun."""
-    start = [sys.executable, str(ROOT / "main.py")]
-    if processes > 1:
-        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        start = [sys.executable, *run, *options, str(ROOT / "main.py")]
+def flags(workdir, *overrides, config=DIGITS, mode="train"):
     base = ["--config", str(config), "--mode", mode, "--workdir", str(workdir)]
+    return [*base, *TINY, *overrides]
+
+
+def launch(workdir, *overrides, options=()):
+    """Starts training as two processes of torchrun."""
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
     return subprocess.Popen(
-        [*start, *base, *TINY, *overrides],
+        [sys.executable, *run, str(ROOT / "main.py"), *flags(workdir, *overrides)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -84,7 +86,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, one_thread, method):
             run_lib.train(config, workdir)
         else:
             accumulate = f"--config.training.accumulate={turns}"
-            finish(launch(2, workdir, *steps(4), accumulate, config=path))
+            run_main(flags(workdir, *steps(4), accumulate, config=path), processes=2)
         gradients[name] = (first_moments(workdir) - 0.9 * before) / (1 - 0.9)
     truth = gradients.pop("alone")
     assert truth.norm() > 0.1
@@ -100,8 +102,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, one_thread, method):
 @pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_job_ends_as_it_should(tmp_path):
     given = [*steps(12), "--config.optim.optimizer=Muon"]  # whose products all processes repeat
-    finish(launch(2, tmp_path / "whole", *given))
-    job = launch(2, tmp_path / "killed", *given, options=["--max-restarts=1"])
+    run_main(flags(tmp_path / "whole", *given), processes=2)
+    job = launch(tmp_path / "killed", *given, options=["--max-restarts=1"])
     resume_path = tmp_path / "killed/checkpoints-meta/checkpoint.pth"
     deadline = time.monotonic() + 120
     while not resume_path.exists() and job.poll() is None and time.monotonic() < deadline:
@@ -118,7 +120,7 @@ def test_a_killed_process_is_started_again_and_the_job_ends_as_it_should(tmp_pat
 
 @pytest.mark.slow
 def test_processes_whose_torchrun_is_killed_save_and_end(tmp_path):
-    job = launch(2, tmp_path, *steps(100_000), "--config.training.eval_freq=1000000")
+    job = launch(tmp_path, *steps(100_000), "--config.training.eval_freq=1000000")
     resume_path = tmp_path / "checkpoints-meta/checkpoint.pth"
     deadline = time.monotonic() + 120
     while not resume_path.exists() and job.poll() is None and time.monotonic() < deadline:
@@ -227,15 +229,7 @@ def test_processes_that_go_apart_are_found_in_the_first_step(tmp_path):
         "run_lib.train_step = faulty\n"
         "run_lib.train(config, pathlib.Path(sys.argv[1]))\n"
     )
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *run, script, tmp_path / "run"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode
+    done = Program([sys.executable, script, tmp_path / "run"], processes=2).finish(expect=1)
     assert "rank 1 has another step or other weights than rank 0 at step 1" in done.stderr
     assert not list((tmp_path / "run/checkpoints-meta").glob("*"))
 
@@ -254,14 +248,13 @@ def test_rows_and_means_of_all_processes(tmp_path):
         "    assert torch.equal(distributed.gather(rows), every)\n"
         "    assert distributed.mean(torch.tensor(float(r))) == 0.5\n"
     )
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([sys.executable, *run, script], check=True, timeout=300)
+    Program([sys.executable, script], processes=2).finish()
 
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(tmp_path):
     """They draw rounds and batches of their own, and one of them reports the same numbers."""
-    finish(launch(1, tmp_path, *steps(2)))
+    run_main(flags(tmp_path, *steps(2)))
     options = [f"--config.eval.{what}" for what in ("steps=", "begin_ckpt=1", "end_ckpt=1")]
     options += ["--config.eval.batch_size=50", "--config.eval.num_samples=170"]
     options += ["--config.eval.bpd_num_repeats=1"]
@@ -269,8 +262,9 @@ def test_two_processes_evaluate_as_one(tmp_path):
     options += [f"--config.eval.stats_dir={tmp_path / 'stats'}"]
     reports = []
     for processes in (1, 2):
-        folder = [f"--eval_folder=eval_{processes}"]
-        finish(launch(processes, tmp_path, *steps(2), *options, *folder, mode="eval"))
+        folder = f"--eval_folder=eval_{processes}"
+        evaluation = flags(tmp_path, *steps(2), *options, folder, mode="eval")
+        run_main(evaluation, processes=processes)
         with np.load(tmp_path / f"eval_{processes}/report_1.npz") as file:
             reports.append({k: file[k].tolist() for k in file.files if "seconds" not in k})
     assert reports[0] == reports[1]
@@ -295,7 +289,8 @@ def test_data_from_disk_train_as_those_in_memory(tmp_path):
     weights = {}
     for name, limit in (("memory", 2**31), ("disk", 0)):
         options = [f"--config.data.resident_bytes={limit}", "--config.data.num_workers=1"]
-        finish(launch(2, tmp_path / name, *steps(3), *options, "--config.training.batch_size=192"))
+        options += [*steps(3), "--config.training.batch_size=192"]
+        run_main(flags(tmp_path / name, *options), processes=2)
         path = tmp_path / name / "checkpoints-meta/checkpoint.pth"
         weights[name] = load_checkpoint(path)["model"]
     assert all(torch.equal(w, weights["disk"][name]) for name, w in weights["memory"].items())
@@ -318,11 +313,11 @@ def test_labels_of_data_on_disk_reach_every_process(tmp_path):
     options = ["--config.data.num_classes=-1", "--config.data.resident_bytes=0"]
     options += ["--config.data.num_workers=0", "--config.training.batch_size=192"]
     begun = tmp_path / "begun"
-    finish(launch(1, begun, *steps(3), *options))
+    run_main(flags(begun, *steps(3), *options))
     before, gradients = first_moments(begun), []
     for name, processes in (("alone", 1), ("together", 2)):
         shutil.copytree(begun, tmp_path / name)
-        finish(launch(processes, tmp_path / name, *steps(4), *options))
+        run_main(flags(tmp_path / name, *steps(4), *options), processes=processes)
         gradients.append((first_moments(tmp_path / name) - 0.9 * before) / (1 - 0.9))
     alone, together = gradients
     assert alone.norm() > 0.1
@@ -347,13 +342,5 @@ with distributed.joined():
 
 def test_processes_hear_the_words_of_the_main_one(tmp_path):
     (tmp_path / "words.py").write_text(WORDS)
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *run, str(tmp_path / "words.py")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = Program([sys.executable, tmp_path / "words.py"], processes=2).finish()
     assert done.stdout == "rank 1 has other data than rank 0: 19 images, not 18 images\n"

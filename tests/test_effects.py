@@ -1,11 +1,10 @@
 """Values that have no effect: which are said, and that those really have none."""
 
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, run_program
+from conftest import ROOT
 from test_configs import EXPERIMENTS, load
+from warm_start import run_main
 
 from configs.default import all_keys
 from configs.effects import PARTS, SET, rows, without_effect
@@ -300,8 +299,7 @@ def test_the_command_line_is_told(tmp_path):
     flags = [f"--config.{each}" for each in given.split()] + ["--noconfig.data.random_flip"]
     flags += ["--noconfig.eval.enable_sampling", "--config.eval.features=pixels"]
     config = ["--config", str(ROOT / "configs/vp/digits_ddpmpp.py"), "--workdir", str(tmp_path)]
-    main = [sys.executable, str(ROOT / "main.py"), "--mode=train", "--dry_run"]
-    done = run_program([*main, *config, *flags])
+    done = run_main(["--mode=train", "--dry_run", *config, *flags])
     lines = [line for line in done.stdout.splitlines() if "has no effect" in line]
     assert lines == [
         "sampling.N=20 has no effect with sampling.ode_solver='rk45'",

@@ -1,12 +1,9 @@
 """Evaluation as a whole: what is reported, what is gone on with, what counts and what does not."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -17,6 +14,7 @@ from conftest import ROOT, train_state
 from PIL import Image
 from test_metrics import MeanColour, save_inception, save_torchscript
 from test_report import dumped
+from warm_start import MAIN, Program
 
 import datasets
 import metrics.reference
@@ -125,7 +123,7 @@ def test_killed_at_every_write_it_ends_with_the_same_metrics(workdir, tmp_path, 
 
 
 @pytest.mark.slow
-def test_sigkill_costs_nothing_but_time(workdir, tmp_path):
+def test_sigkill_costs_nothing_but_time(workdir, tmp_path, one_thread):
     config = tiny(tmp_path)
     expected = evaluate(config, workdir)
     shutil.rmtree(workdir / "eval")
@@ -134,12 +132,9 @@ def test_sigkill_costs_nothing_but_time(workdir, tmp_path):
     overrides += ["--config.sampling.N=3", "--config.sampling.rtol=0.1"]
     overrides += ["--config.sampling.atol=0.1", "--config.eval.batch_size=100"]
     overrides += ["--config.eval.num_samples=230", "--config.eval.bpd_num_repeats=1"]
-    command = [sys.executable, str(ROOT / "main.py"), "--config", str(CONFIG), "--mode", "eval"]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    flags = ["--config", str(CONFIG), "--mode", "eval", "--workdir", str(workdir), *overrides]
     for awaited in ("eval/test_ckpt_4_bpd_0.npz", "eval/ckpt_4/samples_1.npz", None):
-        process = subprocess.Popen(
-            [*command, "--workdir", str(workdir), *overrides], env={**os.environ, **threads}
-        )
+        process = Program([*MAIN, *flags])
         deadline = time.monotonic() + 120
         while awaited and process.poll() is None and time.monotonic() < deadline:
             if (workdir / awaited).exists():

@@ -27,6 +27,7 @@ from many_lives import OVERRIDES, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboardX import SummaryWriter
 from test_checkpoints import resolved
+from warm_start import MAIN, Program, run_main
 
 import datasets
 import losses
@@ -47,10 +48,9 @@ def flags(**overrides):
     return [f"--config.{key}={str(value).replace(' ', '')}" for key, value in config.items()]
 
 
-def command(workdir, *options):
+def training(workdir, *options):
     config = ROOT / "configs/poisson/digits_ddpmpp.py"
-    start = [sys.executable, str(ROOT / "main.py"), "--config", str(config), "--mode", "train"]
-    return [*start, "--workdir", str(workdir), *options]
+    return ["--config", str(config), "--mode", "train", "--workdir", str(workdir), *options]
 
 
 def run(arguments, expect=0, **options):
@@ -158,37 +158,31 @@ def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
 ):
     """It reaches the whole group of processes, those that decode images too."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    data = {"data.resident_bytes": resident_bytes, "data.num_workers": 1}
-    options = flags(**{"training.n_iters": 100, **data})
-    arguments = command(stopped, *options)
-    reached = 0
+    changes = {"data.resident_bytes": resident_bytes, "data.num_workers": 1}
+    changes |= {"training.n_iters": 60, "training.snapshot_freq": 60}
+    command = [*MAIN, *training(stopped, *flags(**changes))]
+    reached, saved = 0, None
     for name in ("SIGTERM", "SIGINT"):
-        process = subprocess.Popen(
-            arguments,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+        process = Program(command, start_new_session=True)
         newest_state = stopped / "checkpoints-meta/checkpoint.pth"
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(FileNotFoundError):  # between the two renames of a save
-                if newest_state.exists() and newest(stopped)["step"] > reached:
+                if newest_state.stat().st_mtime_ns != saved:
                     break
             time.sleep(0.01)
         os.killpg(process.pid, getattr(signal, name))
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0
-        reached = newest(stopped)["step"]
+        before, reached = reached, newest(stopped)["step"]
+        saved = newest_state.stat().st_mtime_ns
+        assert before < reached < 60
         assert f"stopped by {name} at step {reached}, which is saved" in output
-        assert output.splitlines()[-1] == f"to go on: {shlex.join(arguments)}"
-        arguments = shlex.split(output.splitlines()[-1].removeprefix("to go on: "))
-        assert 0 < reached < 100
-    run(arguments)
-    run_lib.train(small_config(**{"training.n_iters": 100, **data}), whole)
-    last = "checkpoints/checkpoint_100.pth"
+        assert output.splitlines()[-1] == f"to go on: {shlex.join(command)}"
+        command = shlex.split(output.splitlines()[-1].removeprefix("to go on: "))
+    Program(command).finish()
+    run_lib.train(small_config(**changes), whole)
+    last = "checkpoints/checkpoint_60.pth"
     assert same(load_checkpoint(stopped / last), load_checkpoint(whole / last))
 
 
@@ -616,7 +610,7 @@ def test_the_second_process_is_refused_and_a_dead_one_makes_way(tmp_path):
         text=True,
     )
     assert holder.stdout.readline() == "open\n"
-    done = run(command(tmp_path, *flags()), expect=2)
+    done = run_main(training(tmp_path, *flags()), expect=2)
     named = rf"process {holder.pid} on {re.escape(socket.gethostname())};"
     assert re.fullmatch(rf"error: .*checkpoints is being written by {named}.*\n", done.stderr)
     with workdirs.open_workdir(tmp_path, tmp_path / "eval"):
@@ -654,15 +648,15 @@ def assert_intact(workdir):
 @pytest.mark.slow
 def test_a_full_disk_costs_nothing_earlier(tmp_path, small_disk):
     workdir, whole = small_disk / "run", tmp_path / "whole"
-    done = run(command(workdir, *flags(**{"training.n_iters": 60})), expect=2)
+    done = run_main(training(workdir, *flags(**{"training.n_iters": 60})), expect=2)
     assert re.search(FULL_DISK, done.stderr, re.M)
     assert_intact(workdir)
     assert newest(workdir)["step"] > 0
     for path in (workdir / "checkpoints").iterdir():
         path.unlink()  # makes room
     options = flags(**{"training.n_iters": 20, "training.snapshot_freq": 20})
-    run(command(workdir, *options))
-    run(command(whole, *options))
+    run_main(training(workdir, *options))
+    run_main(training(whole, *options))
     last = "checkpoints/checkpoint_20.pth"
     assert same(load_checkpoint(workdir / last)["model"], load_checkpoint(whole / last)["model"])
 
@@ -671,18 +665,19 @@ def test_a_disk_that_is_full_from_the_start_is_named(small_disk):
     (small_disk / "ballast").write_bytes(bytes(1500 * 1024 - 4096))
     with contextlib.suppress(OSError), open(small_disk / "ballast", "ab") as file:
         file.write(bytes(8192))
-    done = run(command(small_disk / "run", *flags()), expect=2)
+    done = run_main(training(small_disk / "run", *flags()), expect=2)
     assert re.search(rf"^error: .*No space left on device.*{small_disk}", done.stderr, re.M)
 
 
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files_costs_nothing_earlier(tmp_path):
-    run(command(tmp_path, *flags(**{"training.n_iters": 4})))
+    run_main(training(tmp_path, *flags(**{"training.n_iters": 4})))
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    done = run(command(tmp_path, *flags()), expect=2, preexec_fn=limit)
+    start = [*MAIN, *training(tmp_path, *flags())]
+    done = run(start, expect=2, preexec_fn=limit)
     assert re.search(r"^error: .*File too large: '.*checkpoint.*\.pth'\n\Z", done.stderr, re.M)
     assert_intact(tmp_path)
     assert newest(tmp_path)["step"] == 4
@@ -794,15 +789,15 @@ def test_a_clock_that_is_set_back_loses_no_part_of_the_curve(tmp_path, monkeypat
 @pytest.mark.slow
 def test_an_evaluation_on_a_full_disk_is_one_line(tmp_path, small_disk):
     workdir, config = small_disk / "run", [f"--config.eval.stats_dir={tmp_path / 'stats'}"]
-    run(command(workdir, *flags(**{"training.n_iters": 2}), *config))
+    run_main(training(workdir, *flags(**{"training.n_iters": 2}), *config))
     with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
     os.truncate(small_disk / "ballast", (small_disk / "ballast").stat().st_size - 40_000)
-    evaluation = ["eval" if word == "train" else word for word in command(workdir)]
+    evaluation = ["eval" if word == "train" else word for word in training(workdir)]
     options = {"eval.enable_bpd": False, "eval.num_samples": 1000, "sampling.N": 2}
     options |= {"training.n_iters": 2, "sampling.ode_solver": "forward_euler"}
-    done = run([*evaluation, *flags(**options), *config], expect=2)
+    done = run_main([*evaluation, *flags(**options), *config], expect=2)
     lines = re.split("[\r\n]", done.stderr)
     (error,) = (line for line in lines if line.strip() and "image/s" not in line)
     assert re.fullmatch(rf"error: .*No space left on device: '{small_disk}.*'", error)

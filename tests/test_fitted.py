@@ -2,10 +2,7 @@
 
 import itertools
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,11 +10,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_program, train_state
+from conftest import ROOT, train_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_laws import FAMILY, gaussian_network
 from scipy.optimize import minimize
+from warm_start import MAIN, Program, run_main
 
 import datasets
 import run_lib
@@ -432,18 +430,16 @@ def test_a_killed_evaluation_fits_once(tmp_path):
     options += ["--config.sampling.schedule=fitted", "--config.eval.enable_loss=False"]
     options += ["--config.eval.enable_bpd=False", "--config.eval.num_samples=100"]
     options += [f"--config.eval.stats_dir={tmp_path}/stats", "--config.eval.batch_size=20"]
-    command = [sys.executable, str(ROOT / "main.py"), "--mode", "eval", "--workdir", str(tmp_path)]
-    command += ["--config", str(ROOT / "configs/edm/digits_ddpmpp.py"), *options]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
-    )
+    flags = ["--mode", "eval", "--workdir", str(tmp_path)]
+    flags += ["--config", str(ROOT / "configs/edm/digits_ddpmpp.py"), *options]
+    process = Program([*MAIN, *flags])
     deadline = time.monotonic() + 200
     while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=30) == -signal.SIGKILL
     before = kept.stat()
-    output = run_program(command).stdout
+    output = run_main(flags).stdout
     assert "trajectories in fine steps" not in output
     assert kept.stat().st_mtime_ns == before.st_mtime_ns
     assert (tmp_path / "eval/report_4.npz").exists()

@@ -18,6 +18,20 @@ from storage.checkpoints import fit, load_checkpoint, open_checkpoint, save_chec
 from storage.run_checkpoints import written_steps
 
 
+def few_tensors():
+    """A run whose checkpoints hold 12 weights, each four times, and are read at once."""
+    mlp = {"model.name": "mlp", "model.num_res_blocks": 1}
+    return small_config(**mlp, **{"training.n_iters": 3})
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """The newest checkpoint of a run of `few_tensors`."""
+    workdir = tmp_path_factory.mktemp("few")
+    assert run_lib.train(few_tensors(), workdir)
+    return load_checkpoint(newest(workdir))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A workdir after three steps of a tiny run."""
@@ -122,13 +136,13 @@ def sound(state):
     return all(tensor.isfinite().all() for tensor in tensors(state))
 
 
-def test_500_mutated_states_are_loaded_or_refused(trained, tmp_path):
-    config, chance, refused = small_config(**{"training.n_iters": 3}), random.Random(5), 0
-    original, path = load_checkpoint(newest(trained)), tmp_path / "mutated.pth"
+def test_500_mutated_states_are_loaded_or_refused(few, tmp_path):
+    config, chance, refused = few_tensors(), random.Random(5), 0
+    path = tmp_path / "mutated.pth"
     resumed = train_state(config)
     for number in range(500):
-        resumed.load_state_dict(original)
-        state = copy.deepcopy(original)
+        resumed.load_state_dict(few)
+        state = copy.deepcopy(few)
         mutate(state, chance)
         torch.save(state, path)
         before = [tensor.clone() for tensor in tensors(resumed)]
@@ -151,18 +165,18 @@ def test_500_mutated_states_are_loaded_or_refused(trained, tmp_path):
     assert 250 < refused < 500
 
 
-def test_200_mutated_states_that_are_opened_give_finite_weights_or_are_refused(trained, tmp_path):
+def test_200_mutated_states_that_are_opened_give_finite_weights_or_are_refused(few, tmp_path):
     """As the whole file does, but for what is not read: weights that were trained, and moments."""
-    config, chance, refused = small_config(**{"training.n_iters": 3}), random.Random(6), 0
-    original, path = load_checkpoint(newest(trained)), tmp_path / "mutated.pth"
+    config, chance, refused = few_tensors(), random.Random(6), 0
+    path = tmp_path / "mutated.pth"
     networks = create_model(config), create_model(config)
     for number in range(200):
-        state = copy.deepcopy(original)
+        state = copy.deepcopy(few)
         mutate(state, chance)
         torch.save(state, path)
         outcomes = []
         for network, read in zip(networks, (open_checkpoint, load_checkpoint), strict=True):
-            load_ema(network, original)
+            load_ema(network, few)
             try:
                 outcomes.append(fit(partial(load_ema, network), read(path), path))
             except ValueError as error:

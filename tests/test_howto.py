@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_program
 from PIL import Image
+from warm_start import server
 
 PAGE = (ROOT / "docs/howto.md").read_text()
 COMMANDS = dict(re.findall(r"^\*\*(.+?)\.\*\*.*?^```\n(.*?)^```", PAGE, re.M | re.S))
@@ -23,7 +24,10 @@ PYTHON = f"""#!/bin/sh
 case "$*" in *"--mode train"*)
     start="$1 $2 $3"; shift 3; set -- $start {SMALL} "$@";;  # main.py --config FILE
 esac
-exec {shlex.quote(sys.executable)} "$@"
+case "$1" in
+    *.py) exec {shlex.quote(sys.executable)} -S {ROOT}/tests/warm_start.py $WARM_START "$@";;
+    *) exec {shlex.quote(sys.executable)} "$@";;
+esac
 """
 LEFT = {
     "Sweep learning rates": "runs/lr.html",
@@ -50,20 +54,22 @@ def folder(tmp_path_factory):
     noise = np.random.default_rng(0).integers(0, 256, (20, 20, 20, 3), dtype=np.uint8)
     for i, image in enumerate(noise):
         Image.fromarray(image).save(folder / f"photos/{i}.png")
-    config = "configs/pfgmpp/digits_ddpmpp.py"
-    train = [python, "main.py", "--config", config, "--mode", "train", "--workdir", "runs/a"]
-    train += ["--config.training.n_iters=1"]
-    run_program(["sh", "-c", 'cd "$0" && exec "$@"', folder, *train])
+    train = ["--config", "configs/pfgmpp/digits_ddpmpp.py", "--mode", "train"]
+    train += ["--workdir", "runs/a", *shlex.split(SMALL), "--config.training.n_iters=1"]
+    run_program(["sh", "-c", 'cd "$0" && exec "$@"', folder, sys.executable, "main.py", *train])
     return folder
 
 
 @pytest.mark.parametrize("title", LEFT)
 def test_commands(folder, title):
     assert not (folder / LEFT[title]).exists()
+    warm = server().fileno()
+    path = f"{folder}/bin:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-e", "-c", COMMANDS[title]],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{folder}/bin:{os.environ['PATH']}"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "WARM_START": str(warm)},
+        pass_fds=[warm],
         capture_output=True,
         text=True,
         timeout=300,

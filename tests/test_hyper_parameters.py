@@ -1,13 +1,13 @@
 """The range of perturbations against its formulas worked by hand."""
 
 import math
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from warm_start import Program
 
 from datasets import mean_norm
 from methods.poisson import poisson_range
@@ -56,9 +56,9 @@ def test_norm_of_known_images():
     assert mean_norm(data, lambda x: 3 * x) == pytest.approx(2 * 3 / 3)
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "hyper_parameters.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def run(*arguments, expect=0):
+    command = [sys.executable, ROOT / "hyper_parameters.py", *arguments]
+    return Program(command, cwd=ROOT).finish(expect)
 
 
 def test_the_digits_config_has_what_its_data_ask_for():
@@ -75,8 +75,7 @@ def test_overrides_are_those_of_main():
     by_flag, by_config = (run(*digits, f"--{tau}=0.055") for tau in ("tau", "config.training.tau"))
     assert by_flag.stdout == by_config.stdout
     assert by_flag.stdout.count("the config has") == 1
-    done = run(*digits, "--config.data.centred=False")
-    assert done.returncode == 2
+    done = run(*digits, "--config.data.centred=False", expect=2)
     assert 'Did you mean "data.centered"?' in done.stderr
 
 
@@ -89,7 +88,7 @@ def test_open_values_are_not_compared(tmp_path):
 
 
 def test_mistakes_are_told():
-    assert "give --config" in run().stderr
+    assert "give --config" in run(expect=2).stderr
     words = "data_norm, data_dim and sigma must be positive and finite, and tau at least 1e-12"
-    assert words in run("--data_norm=-1", "--data_dim=3").stderr
-    assert "nowhere.py" in run("--config", "nowhere.py").stderr
+    assert words in run("--data_norm=-1", "--data_dim=3", expect=2).stderr
+    assert "nowhere.py" in run("--config", "nowhere.py", expect=2).stderr

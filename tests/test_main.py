@@ -1,6 +1,5 @@
 """The program as its users call it: training, evaluation, resuming, and every typing error."""
 
-import os
 import re
 import shutil
 import signal
@@ -15,6 +14,7 @@ import torch
 from conftest import ROOT, run_program, train_state
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm_start import MAIN, Program, run_main
 
 import datasets
 import run_lib
@@ -41,21 +41,25 @@ TINY = [
 ]
 
 
-def command(mode, workdir, *overrides, config=DIGITS):
+def flags(mode, workdir, *overrides, config=DIGITS):
     base = ["--config", str(config), "--mode", mode, "--workdir", str(workdir)]
     base += [f"--config.eval.stats_dir={workdir}/stats"]
-    return [sys.executable, str(ROOT / "main.py"), *base, *overrides]
+    return [*base, *overrides]
+
+
+def command(*arguments):
+    return [*MAIN, *flags(*arguments)]
 
 
 def call(mode, workdir, *overrides, config=DIGITS, expect=0):
-    return run_program(command(mode, workdir, *overrides, config=config), expect)
+    return run_main(flags(mode, workdir, *overrides, config=config), expect)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A workdir of the tiny run, trained to its end in one go."""
     workdir = tmp_path_factory.mktemp("run")
-    call("train", workdir, *TINY)
+    run_program(command("train", workdir, *TINY))
     return workdir
 
 
@@ -147,7 +151,7 @@ def test_a_second_start_has_nothing_left_to_do(trained):
 
 
 def test_evaluation_reports_what_was_asked(trained):
-    done = call("eval", trained, *TINY, "--eval_folder=results")
+    done = run_program(command("eval", trained, *TINY, "--eval_folder=results"))
     folder = trained / "results"
     with np.load(folder / "report_4.npz") as report:
         assert report["step"] == 8
@@ -237,12 +241,7 @@ def test_the_program_runs_on_a_gpu(tmp_path):
 
 def test_a_killed_run_goes_on_at_its_step(trained, tmp_path):
     """Killed after a checkpoint and started again, the run ends with the same weights."""
-    process = subprocess.Popen(
-        command("train", tmp_path, *TINY),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = Program(command("train", tmp_path, *TINY))
     resume_path = tmp_path / "checkpoints-meta/checkpoint.pth"
     deadline = time.monotonic() + 120
     while not resume_path.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -421,7 +420,7 @@ def test_mistakes_of_shared_parts_name_their_own_line(tmp_path):
 def evaluate_stored(workdir, *overrides, expect=0):
     """Evaluation with the config that the workdir carries."""
     arguments = ["--mode=eval", f"--workdir={workdir}", *overrides]
-    return run_program([sys.executable, str(ROOT / "main.py"), *arguments], expect)
+    return run_main(arguments, expect)
 
 
 def test_evaluation_takes_the_config_of_the_run(trained):

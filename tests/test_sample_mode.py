@@ -18,6 +18,7 @@ from many_lives import OVERRIDES
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_configs import load as load_config
+from warm_start import run_main
 
 import run_lib
 from configs.keys import flatten
@@ -436,9 +437,10 @@ def test_mistakes_are_one_line(trained, tmp_path, monkeypatch):
 
 def test_the_command_line_refuses_in_one_line(trained, tmp_path):
     (tmp_path / "file").write_text("")
-    main = [sys.executable, str(ROOT / "main.py"), f"--workdir={trained}"]
-    done = run_program([*main, "--mode=sample", f"--outdir={tmp_path}/file"], expect=2)
+    workdir = f"--workdir={trained}"
+    start = [sys.executable, str(ROOT / "main.py"), workdir, "--mode=sample"]
+    done = run_program([*start, f"--outdir={tmp_path}/file"], expect=2)
     assert done.stderr == f"error: --outdir={tmp_path}/file is a file; name a folder\n"
     config = f"--config={ROOT}/configs/poisson/digits_ddpmpp.py"
-    done = run_program([*main, "--mode=train", config, "--outdir=x"], expect=2)
+    done = run_main([workdir, "--mode=train", config, "--outdir=x"], expect=2)
     assert done.stderr == "error: --outdir is for --mode sample and export, not train\n"

@@ -3,10 +3,7 @@
 import ast
 import importlib.util
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from sklearn.datasets import load_digits
+from warm_start import run_main
 
 import datasets
 import losses
@@ -82,17 +80,12 @@ def drill():
 
 
 def program(mode, name, workdir, *overrides, config=True):
-    command = [sys.executable, str(ROOT / "main.py"), "--mode", mode, "--workdir", str(workdir)]
+    arguments = ["--mode", mode, "--workdir", str(workdir)]
     if config:
-        command += ["--config", str(DRILLS / f"{name}.py")]
-        command += [f"--config.{key}={value}" for key, value in TINY.items()]
-        command += [f"--config.eval.stats_dir={workdir}/stats"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *overrides], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+        arguments += ["--config", str(DRILLS / f"{name}.py")]
+        arguments += [f"--config.{key}={value}" for key, value in TINY.items()]
+        arguments += [f"--config.eval.stats_dir={workdir}/stats"]
+    return run_main([*arguments, *overrides]).stdout
 
 
 def evaluated(name, workdir, *overrides):

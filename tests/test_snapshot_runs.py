@@ -1,7 +1,6 @@
 """Snapshots of EDM and PFGM++ in a workdir are evaluated as they are."""
 
 import math
-import sys
 from functools import partial
 
 import numpy as np
@@ -9,9 +8,10 @@ import pytest
 import snapshot_files as files
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_program, train_state
+from conftest import train_state
 from data_files import pictures, write_tree
 from test_edm_networks import CASES, case_inputs, case_weights, close
+from warm_start import run_main
 
 import models
 from configs.parts import EDM, EDM_DDPMPP, experiment
@@ -55,7 +55,7 @@ def place(workdir, case="ddpmpp", name="network-snapshot-000007.pkl", **change):
 def evaluate(workdir, *overrides, expect=0):
     arguments = ["--mode=eval", f"--workdir={workdir}", *overrides]
     arguments.append(f"--config.eval.stats_dir={workdir}/stats")
-    return run_program([sys.executable, str(ROOT / "main.py"), *arguments], expect)
+    return run_main(arguments, expect)
 
 
 def mistake(workdir, *overrides):

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, run_program
+from conftest import ROOT
 from known_laws import FAMILY, SDES, gaussian_network
+from warm_start import MAIN, Program, run_main
 
 import methods
 import run_lib
@@ -177,7 +176,7 @@ def test_an_evaluation_of_too_many_is_one_line_and_status_2(tmp_path, part):
     options += [f"--config.eval.enable_sampling={part == 'enable_sampling'}"]
     options += ["--config.sampling.ode_solver=rk45", "--config.sampling.max_evaluations=9"]
     options += ["--config.eval.num_samples=20", f"--config.eval.stats_dir={tmp_path}/stats"]
-    done = run_program(evaluate_command(tmp_path, *options), expect=2)
+    done = run_main(evaluation_flags(tmp_path, *options), expect=2)
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: rk45 reached t = ") and "sampling.max_evaluations" in last
     assert "Traceback" not in done.stderr
@@ -263,47 +262,41 @@ def options_of(values):
     return [f"--config.{key}={str(value).replace(' ', '')}" for key, value in flags.items()]
 
 
-def program_command(mode, workdir, *options):
+def program_flags(mode, workdir, *options):
     config = ROOT / "configs/edm/digits_ddpmpp.py"
-    command = [sys.executable, str(ROOT / "main.py"), "--config", str(config), "--mode", mode]
-    return [*command, "--workdir", str(workdir), *options_of({}), *options]
+    flags = ["--config", str(config), "--mode", mode, "--workdir", str(workdir)]
+    return [*flags, *options_of({}), *options]
 
 
-def evaluate_command(workdir, *options):
-    return program_command("eval", workdir, *options)
+def evaluation_flags(workdir, *options):
+    return program_flags("eval", workdir, *options)
 
 
-def signalled(command, ready, number):
-    """Exit status and output of a `command` that is sent the signal a second after `ready()`."""
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def signalled(flags, ready, number):
+    """Exit status and output of a program that is sent the signal a second after `ready()`."""
+    process = Program([*MAIN, *flags])
     try:
         deadline = time.monotonic() + 200
         while not ready() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(1)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=20)  # a tenth of a second is an evaluation here
+        output, errors = process.communicate(timeout=20)  # an evaluation takes a tenth of a second
     finally:
         process.kill()
-    return process.returncode, output
+    return process.returncode, errors + output
 
 
 def test_the_program_stops_within_a_snapshot_and_can_go_on(tmp_path):
     options = [f"--config.sampling.{key}={value}" for key, value in ENDLESS.items()]
-    command = program_command("train", tmp_path, *options, "--config.training.snapshot_solver=rk45")
+    flags = program_flags("train", tmp_path, *options, "--config.training.snapshot_solver=rk45")
     saved = tmp_path / "checkpoints-meta/checkpoint.pth"
-    status, output = signalled(command, saved.exists, signal.SIGTERM)
+    status, output = signalled(flags, saved.exists, signal.SIGTERM)
     assert status == 0, output
     assert "no samples drawn: SIGTERM; the next start draws them" in output
     assert "stopped by SIGTERM at step 2, which is saved" in output
     assert "to go on: " in output.splitlines()[-1]
-    run_program(program_command("train", tmp_path))
+    run_main(program_flags("train", tmp_path))
     folders = {path.parent.name for path in tmp_path.glob("samples/*/sample.png")}
     assert folders == {"iter_2", "iter_4"}
 
@@ -318,11 +311,11 @@ def test_an_evaluation_stops_within_a_solve_and_can_go_on(tmp_path):
     endless = [f"--config.sampling.{key}={value}" for key, value in ENDLESS.items()]
     log = tmp_path / "stdout.txt"
     status, output = signalled(
-        evaluate_command(tmp_path, *common, *endless),
+        evaluation_flags(tmp_path, *common, *endless),
         lambda: "evaluating" in log.read_text(),
         signal.SIGTERM,
     )
     assert status == -signal.SIGTERM, output
     assert "Traceback" not in output
-    run_program(evaluate_command(tmp_path, *common))
+    run_main(evaluation_flags(tmp_path, *common))
     assert (tmp_path / "eval/report_2.npz").exists()
