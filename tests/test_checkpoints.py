@@ -350,16 +350,12 @@ def test_checkpoints_by_their_steps(steps, freq, numbers, tmp_path):
 
 
 def test_steps_that_cannot_be_evaluated_are_one_line(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="^no checkpoint to evaluate: .* has none"
-    ):
+    with pytest.raises(FileNotFoundError, match="^no checkpoint to evaluate: .* has none"):
         checkpoints_of_steps(tmp_path, "last", 4)
     write_steps(tmp_path, 3, 10, 12)
     with pytest.raises(FileNotFoundError, match="has no step 4, but 3, 10, 12$"):
         checkpoints_of_steps(tmp_path, "3,4", 4)
-    with pytest.raises(
-        ValueError, match="_10.pth and checkpoint_12.pth are both number 1"
-    ):
+    with pytest.raises(ValueError, match="_10.pth and checkpoint_12.pth are both number 1"):
         checkpoints_of_steps(tmp_path, "10,12", 12)
 
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_program, train_state
+from conftest import ROOT, train_state
+from warm_start import Program
 
 from configs import machine
 from configs.default import all_keys, get_default_config
@@ -84,13 +85,13 @@ def test_the_line_has_the_flags(mode, tmp_path):
     config.update_from_flattened_dict({key: str(outside / "a b")})
     run_config.store(workdir, run_config.flatten(config))
     command = [sys.executable, str(ROOT / "main.py"), "--mode", mode, "--workdir", str(workdir)]
-    line = run_program(command, expect=2).stderr
+    line = Program(command).finish(2).stderr
     assert line.startswith(f"error: {key} may run code or write files")
     assert line.count("\n") == 1
     pasted = shlex.split(line.partition("or start: ")[2])
     assert pasted[-1] == f"--config.{key}={outside / 'a b'}"
     for trusting in (pasted, [*command, "--trust_workdir"]):
-        assert "trust_workdir" not in run_program(trusting, expect=2).stderr  # no checkpoint there
+        assert "trust_workdir" not in Program(trusting).finish(2).stderr  # no checkpoint there
     assert not outside.exists()
 
 
