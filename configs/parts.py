@@ -148,7 +148,10 @@ def share_of_steps(config: ConfigDict, snapshots: int, cooldown: int = 30) -> No
     """
     n_iters = config.training.get_ref("n_iters")
     config.training.snapshot_freq = (n_iters + (snapshots - 1)) // snapshots
+    freq = config.training.get_ref("snapshot_freq")
     config.eval.steps = "last"
+    for key in ("begin_ckpt", "end_ckpt"):  # of an evaluation with eval.steps=''
+        config.eval[key] = (n_iters + freq - 1) // freq
     config.optim.warmup = n_iters // 40
     config.optim.cooldown = n_iters * cooldown // 100
 

@@ -225,7 +225,10 @@ def test_any_number_of_steps(path, most, n_iters):
     config.training.n_iters = n_iters
     freq = config.training.snapshot_freq
     assert freq == math.ceil(n_iters / most)
+    last = math.ceil(n_iters / freq)  # the checkpoint of the last step
     assert config.eval.steps == "last"
+    assert config.eval.begin_ckpt == config.eval.end_ckpt == last
+    assert 1 <= last <= most
     assert config.optim.warmup + config.optim.cooldown <= n_iters
     assert 0 <= config.model.ema_rate < 1
 
@@ -238,8 +241,9 @@ def test_digits_take_35_evaluations(path):
 
 def test_each_share_can_be_overridden():
     config = load("poisson/digits_ddpmpp.py")
+    config.eval.begin_ckpt = 2
     config.training.snapshot_freq = 200
-    assert (config.training.snapshot_freq, config.optim.warmup) == (200, 50)
+    assert (config.eval.begin_ckpt, config.eval.end_ckpt) == (2, 10)
 
 
 @pytest.mark.parametrize("path", IMAGES)
