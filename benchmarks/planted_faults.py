@@ -111,7 +111,7 @@ rk45 has the relative tolerance as the absolute one too: test_sampling -k 'rk45 
 - {"rtol": rtol, "atol": atol,
 + {"rtol": rtol, "atol": rtol,
 
-predictor and corrector always leave out the last noise: test_sampling -k 'pc or predict or correct'
+predictor and corrector always leave out the last noise: test_sampling -k 'pc_ or noise_removal'
 - mean if noise_removal else x
 + mean
 
