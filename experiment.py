@@ -27,11 +27,10 @@ from library.conditions import ConditionDrawer
 from library.fitting import Fitting
 from library.sample_folder import KEYS as OUTPUTS
 from library.trained import Trained
-from library.training_run import check_codec
 from likelihood import Likelihood
 from models.weights import load_ema
 from solvers.rk45 import limits_of
-from sources.codec import Codec
+from sources.codec import Codec, check_codec
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
 from storage import run_config
@@ -43,7 +42,7 @@ from storage.run_checkpoints import find_checkpoint, peek
 log = logging.getLogger(__name__)
 
 # Keys whose values a guide shares with the network that it guides.
-SHARED = (
+GUIDE_KEYS = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
     *("data.codec", "data.conditions"),
     *("training.sde", "training.continuous", "training.gamma", "model.D", "model.sigma_data"),
@@ -65,10 +64,7 @@ def identity_of(workdir: Path, dataset: str | None = None) -> Identity | None:
 
 
 def _identity_in(path: Path, content: dict, dataset: str | None) -> Identity | None:
-    """The identity in a checkpoint; None where its data set is not `dataset`.
-
-    The log's lines on what the config changes name such a data set.
-    """
+    """The identity in a checkpoint; None where its data set is not `dataset`."""
     stored_config = content.get("config")
     name = stored_config.get("data.dataset") if type(stored_config) is dict else None
     same = dataset is None or str(name).lower() in ("none", dataset.lower())
@@ -105,7 +101,7 @@ class Experiment:
         identity: Identity | None,
         precisions: Collection[str] = PRECISION_KEYS,
     ) -> Self:
-        """Build the parts of `config` for the run in `workdir`; see `complete`, which raises."""
+        """Build the parts of `config` for the run in `workdir`; raises as `complete` does."""
         config, data, remarks = complete(config, workdir, identity, precisions)
         experiment = cls.build(config, data)
         experiment.remarks = remarks + experiment.remarks
@@ -220,7 +216,8 @@ class Experiment:
             seed=self.config.seed,
             draw_conditions=self.draw_conditions,
         )
-        return fitting.fitted()
+        with execution.full_float32():
+            return fitting.fitted()
 
     def origin(self) -> dict:
         """Everything that results of the network depend on, as text that can be compared."""
@@ -265,14 +262,14 @@ def load(
         OSError: there is no checkpoint, or it cannot be read.
         ValueError: it is damaged or does not fit, there is no config, or a value is not allowed.
     """
-    folder = Path(path).expanduser()
-    path, content = find_checkpoint(folder)
+    place = Path(path).expanduser()
+    path, content = find_checkpoint(place)
     keys, values = all_keys(), {}
     if config is not None:
         config = config.copy_and_resolve_references()
     else:
         config = run_config.of(path, content)
-        values = {} if trust else machine.reset(config, single_file=folder.is_file())
+        values = {} if trust else machine.reset(config, single_file=place.is_file())
     for key, value in (overrides or {}).items():
         if key not in keys:
             raise ValueError(explain_unknown(key, keys))
@@ -308,11 +305,9 @@ def _guide(config, codec: Codec, device: torch.device) -> nn.Module:
     """The network of `sampling.guide` with its EMA weights; ValueError where it is another kind."""
     path = Path(config.sampling.guide).expanduser()
     content = open_checkpoint(path, intact=True)
-    if "config" not in content:
-        raise ValueError(f"sampling.guide={path} carries no config")
-    guide_config = run_config.restore(content["config"])
+    guide_config = run_config.of(path, content)
     old, new = run_config.flatten(guide_config), run_config.flatten(config)
-    if differs := [key for key in SHARED if old[key] != new[key]]:
+    if differs := [key for key in GUIDE_KEYS if old[key] != new[key]]:
         key = differs[0]
         raise ValueError(
             f"sampling.guide={path} is another kind of network: its {key} is {old[key]}, not "

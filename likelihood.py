@@ -8,10 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from configs.keys import arguments, named
+from configs.keys import arguments, check_positive, named
 from configs.schema import Key, OneOf
 from methods.base import Method, Network, conditioned, noise_like
-from samplers.base import check_positive
 from solvers.base import Counted, Watch
 from solvers.rk45 import limits_of, rk45
 from solvers.solve import watch_times

@@ -8,7 +8,6 @@ import copy
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.keys import arguments, named, of_part
 from configs.schema import SHARE, Flag, Key, OneOf, whole
-from methods.base import Method, Network
+from methods.base import Method, Network, conditioned
 from methods.field import poisson_field, posterior_mean
 from sources.batch import Batch
 
@@ -126,7 +125,7 @@ class Regression(nn.Module):
         with torch.no_grad():
             target = self.method.target(examples, reference)
             weight = self.method.weight(examples)
-        prediction = self.method.predict(partial(net, **examples.conditions), examples)
+        prediction = self.method.predict(conditioned(net, examples.conditions), examples)
         squared = (prediction - target).square()
         return squared if weight is None else weight.to(squared)[:, None] * squared
 

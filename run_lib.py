@@ -1,4 +1,4 @@
-"""Training, evaluation, sampling and export, read from top to bottom."""
+"""The modes of main.py: training, evaluation, sampling, export."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ from library.evaluated_samples import compare_samples, draw_images
 from library.restoration import ToRestore
 from library.sample_folder import FILM_SAMPLES, SampleFolder, read_pictures, seeds_of
 from library.signals import stop_signals
-from library.training_run import LossWatch, TrainingRun, check_codec
+from library.training_run import LossWatch, TrainingRun
 from metrics.reference import ReferenceStatistics
 from models.weights import load_ema
 from reports import settings
@@ -34,6 +34,7 @@ from reports.evaluation_page import save_page
 from reports.films import check_writer
 from reports.progress import progress_bar
 from reports.table import report_table
+from sources.codec import check_codec
 from sources.preparation import Preparation
 from storage import run_config
 from storage.checkpoints import fit, open_checkpoint
@@ -50,7 +51,8 @@ from training import TrainState, train_step
 
 log = logging.getLogger(__name__)
 
-# Of the run, though how fast sampling is belongs to this machine.
+# Evaluation and sampling keep the run's training precision; a sampling precision 'auto' is measured
+# on this machine.
 PRECISIONS_OF_RUN = ("training.precision",)
 
 
@@ -62,7 +64,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     main one writes. A `dry_run` says what would be done, and writes nothing.
 
     Returns:
-        Whether it got there; SIGTERM and SIGINT end it before, after a step and with all saved.
+        True at the last step; False where SIGTERM or SIGINT ended it before, with all saved.
 
     Raises:
         ValueError: the config is wrong, or the workdir's checkpoints do not fit it.
@@ -117,8 +119,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     keep, values = training.keep_checkpoints, flatten(config)
     run = TrainingRun(experiment, state, workdir, values, data, config.seed, keep)
 
-    def due(frequency: int) -> bool:
-        return state.step == training.n_iters or state.step % frequency == 0
+    def due(every: int) -> bool:
+        return state.step == training.n_iters or state.step % every == 0
 
     with _opened(workdir, workdir / "checkpoints"):
         run.resume()
@@ -161,12 +163,13 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 progress.update()
 
                 if due(training.log_freq):
-                    now = time.perf_counter()
+                    newest, now = losses.look(), time.perf_counter()  # it waits for the device
                     speed = (state.step - logged) * images_per_step / (now - logged_at)
-                    logged, logged_at, newest = state.step, now, losses.look()
+                    logged, logged_at = state.step, now
                     progress.set_postfix_str(f"loss {newest:.4g}, {speed:.0f} images/s")
                     writer.add_scalar("loss/train", newest, state.step)
                     writer.add_scalar("images_per_second", speed, state.step)
+                paused_at = time.perf_counter()
                 if state.step == first:  # processes that go apart do so in their first step
                     state.check_agreement()
                 if due(training.eval_freq):
@@ -179,6 +182,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                     run.save(numbered)
                 if draws and numbered and not stop():
                     run.draw(writer, images_per_step, stop)
+                logged_at += time.perf_counter() - paused_at  # the speed is that of the steps
 
             if state.step < training.n_iters:
                 run.save()
@@ -195,9 +199,9 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
 
     A `dry_run` says what would be done, and writes nothing.
 
-    What an earlier evaluation left half done is gone on with: a file on disk counts where it came
-    from the same weights with the same settings. Several processes share the batches of bits/dim
-    and the rounds of samples; the rest is the main one's.
+    An evaluation that was interrupted continues: a file is used again if the same weights and
+    settings made it. Several processes share the batches of bits/dim and the rounds of samples; the
+    rest is the main one's.
 
     Raises:
         ValueError: the config is wrong, or a checkpoint is damaged or does not fit it.

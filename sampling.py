@@ -13,7 +13,6 @@ from samplers.base import Guidance, Sampler
 from samplers.ode import ODESampler
 from samplers.pc import PCSampler
 from solvers import solver_named
-from solvers.fixed_steps import Churn
 from solvers.solve import encode, solve_ode
 from sources.codec import Codec
 from sources.codec import from_config as get_codec
@@ -65,7 +64,7 @@ def for_snapshots(sampler: Sampler, solver: str) -> Sampler:
     sampler = sampler.without_fit()
     if not isinstance(sampler, ODESampler) or solver_named(sampler.solver).schedule:
         return sampler
-    return replace(sampler, solver=solver, n=SNAPSHOT_STEPS, order=None, churn=Churn(0.0))
+    return replace(sampler, solver=solver, n=SNAPSHOT_STEPS)
 
 
 def spherical_interpolation(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:

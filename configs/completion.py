@@ -9,6 +9,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
+import distributed
 import execution
 import methods
 import models
@@ -56,7 +57,7 @@ def complete(
     Args:
         config: it stays as it is.
         identity: of the data of the run; see `datasets.Data`.
-        precisions: keys whose 'auto' is the value of the run, where the device has it.
+        precisions: keys whose 'auto' becomes the value of the run, if the device supports it.
 
     Raises:
         ValueError, OSError: the config is wrong, or the data cannot be read.
@@ -95,7 +96,7 @@ def complete(
     values, decided = {}, []
     if run_values and all(run_values[key] == flat[key] for key in decisive):
         values = {key: run_values[key] for key in measured_keys if run_values[key]}
-        config.data.scale = tuple(run_values["data.scale"])  # of images of 8 bits ()
+        config.data.scale = tuple(run_values["data.scale"])  # () for 8-bit images
         measured_keys.discard("data.scale")
     values.pop("data.scale", None)
     config.update_from_flattened_dict(values)
@@ -151,14 +152,16 @@ def decide_precisions(config: ConfigDict, network: nn.Module, shape: Shape) -> l
         of_training = key == "training.precision"
         number, training = config.eval.batch_size, config.training
         if of_training:
-            number = (training.small_batch_size or training.batch_size) // training.accumulate
+            shards = training.accumulate * distributed.world()
+            number = (training.small_batch_size or training.batch_size) // shards
         if device.type == "cpu":
-            number = min(number, max(8, MEASURED_PIXELS // shape[1] ** 2))
+            number = min(number, max(8, MEASURED_PIXELS // (shape[1] * shape[2])))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             x = torch.randn(number, *shape, device=device)
             pass_once = _pass(x, backwards=of_training)
             network.train(of_training)
-            precision, reason = execution.measured_precision(network, pass_once)
+            with execution.full_float32():
+                precision, reason = execution.measured_precision(network, pass_once)
         network.zero_grad()
         network.train()
         config.update_from_flattened_dict({key: precision})

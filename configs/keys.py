@@ -32,6 +32,13 @@ def arguments(part: Any, config: ConfigDict) -> dict[str, Any]:
     return {argument: get(config, key) for argument, key in part.options.items()}
 
 
+def check_positive(part: Any, *names: str) -> None:
+    """Raise ValueError unless the numbers `names` of a part, keys of `sampling`, are positive."""
+    for name in names:
+        if not getattr(part, name) > 0:
+            raise ValueError(f"sampling.{name} must be positive, not {getattr(part, name)}")
+
+
 def named(table: dict[str, Any], key: str, value: str) -> Any:
     """The entry of a registry that the `value` of a `key` names, in upper or lower case.
 

@@ -11,7 +11,7 @@ from storage.files import cached
 
 @dataclass(frozen=True)
 class Rounds:
-    """Rounds of at most `size` images, of `total` in all, and this several times (`passes`).
+    """Rounds of at most `size` of `total` images, `passes` times over.
 
     Attributes:
         name: of the work, for the progress bar.
@@ -56,7 +56,7 @@ class Rounds:
         """The `results` of work that is cached in {files}_{i}.npz, of round i.
 
         Args:
-            files: path of the files, without what follows.
+            files: path of the files without "_{i}.npz".
             origin: everything that the results depend on; see `cached`.
             names: of the arrays that each file has.
             work: see `results`.

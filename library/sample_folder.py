@@ -3,9 +3,10 @@
 Files that are there are kept; a folder has those of one network and one sampler.
 """
 
+import functools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from reports.films import save_film
 from reports.images import image_grid, to_uint8
 from reports.progress import progress_bar
 from reports.samples import SampleFiles
+from samplers.ode import ODESampler
 from sampling import spherical_interpolation
 from sources.base import Picture
 from sources.folder import read_images
@@ -82,11 +84,12 @@ class SampleFolder:
     settings: dict[str, Any]
     restored: ToRestore | None = None
     film_format: str = "webp"
-    files: SampleFiles = field(init=False)
 
-    def __post_init__(self):
+    @functools.cached_property
+    def files(self) -> SampleFiles:
+        """The files of the seeds."""
         channels, *sides = self.trained.shape
-        object.__setattr__(self, "files", SampleFiles(self.path, (*sides, channels)))
+        return SampleFiles(self.path, (*sides, channels))
 
     def check(self) -> bool:
         """Whether the folder has files of these settings.
@@ -116,7 +119,8 @@ class SampleFolder:
                 self._draw_film(seeds[:FILM_SAMPLES])
             distributed.barrier()
         missing = files.missing(seeds[distributed.rank() :: distributed.world()])
-        if trained.at_once == 1 and len(missing) > 1:
+        sampler = trained.experiment.sampler
+        if isinstance(sampler, ODESampler) and sampler.couples_samples and len(missing) > 1:
             log.info(
                 "this sampler has one step size for all it draws, so each sample is drawn alone; "
                 "sampling.ode_solver=heun with sampling.N=18 draws them together"
@@ -124,7 +128,7 @@ class SampleFolder:
         with progress_bar(total=len(missing), desc="sampling", unit="image") as progress:
             for start in range(0, len(missing), trained.at_once):
                 batch = missing[start : start + trained.at_once]
-                images = to_uint8(trained.sample(batch, **self._conditions(batch)))
+                images = to_uint8(trained.sample(batch, **self._restoring_arguments(batch)))
                 for seed, image in zip(batch, images, strict=True):
                     files.save(seed, image)
                 progress.update(len(batch))
@@ -132,7 +136,8 @@ class SampleFolder:
         if not distributed.is_main():
             return
         samples = files.read(seeds)
-        labels = trained.labels(self._conditions(seeds).get("class_label"), len(seeds), seeds)
+        class_label = self._restoring_arguments(seeds).get("class_label")
+        labels = trained.labels(class_label, len(seeds), seeds)
         arrays = {} if labels is None else {"labels": labels.cpu().numpy()}
         save_npz(self.path / "samples.npz", samples=samples, seeds=np.array(seeds), **arrays)
         columns = None
@@ -142,7 +147,7 @@ class SampleFolder:
         save_png(grid, image_grid(samples[:GRID_SAMPLES], columns))
         log.info(f"{len(seeds)} samples, {number_before} of which were there: {grid}")
 
-    def _conditions(self, seeds: list[int]) -> dict[str, Any]:
+    def _restoring_arguments(self, seeds: list[int]) -> dict[str, Any]:
         """Arguments of `Trained.sample` that restore an image for each seed; {} without any."""
         if self.restored is None:
             return {}
@@ -157,7 +162,7 @@ class SampleFolder:
 
     def _draw_film(self, seeds: list[int]) -> None:
         def draw() -> dict:
-            frames = self.trained.film(seeds, **self._conditions(seeds))
+            frames = self.trained.film(seeds, **self._restoring_arguments(seeds))
             return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
 
         origin = self.settings | {"film": seeds}
@@ -259,7 +264,8 @@ def seeds_of(text: str) -> list[int]:
         first, last = int(first), int(last or first)
         if first > last:
             raise ValueError(f"sampling.seeds={text:.100}: the range {piece} falls")
-        if len(seeds) + last - first >= MAX_SEEDS:
+        if last - first < MAX_SEEDS:
+            seeds |= dict.fromkeys(range(first, last + 1))
+        if last - first >= MAX_SEEDS or len(seeds) > MAX_SEEDS:
             raise ValueError(f"sampling.seeds={text:.100} are more than {MAX_SEEDS:,}")
-        seeds |= dict.fromkeys(range(first, last + 1))
     return [*seeds]

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 import distributed
-from configs.keys import shown
 from datasets import DataSet, batch_at, to_unit_interval
 from library.parts import Parts
 from reports.images import image_grid, to_uint8
 from reports.progress import solver_bar
-from sources.codec import Codec
+from sources.codec import check_codec
 from sources.keyed import keyed_generator
 from storage import run_config
 from storage.checkpoints import fit, save_checkpoint
@@ -119,9 +118,9 @@ class TrainingRun:
         return self.workdir / "samples" / f"iter_{self.state.step}" / "sample.png"
 
     def draw(self, writer: TensorBoardWriter, number: int, stop: Callable[[], str | None]) -> None:
-        """At most `number` samples, from the same prior draw at every call, to compare pictures.
+        """Save a picture of at most `number` samples, from the same prior draw at every call.
 
-        None where `stop` gives a signal's name before an evaluation of the network.
+        Nothing is saved where `stop` names a signal before it is done, or the solver diverges.
         """
         experiment, step = self.experiment, self.state.step
         generator = keyed_generator(experiment.device, "snapshot", self.seed)
@@ -154,19 +153,6 @@ class TrainingRun:
         save_png(self.picture, grid)
         writer.add_image("samples", grid, step)
         log.info(f"step {step}: samples in {nfe} evaluations: {self.picture}")
-
-
-def check_codec(codec: Codec, checkpoint: dict, path: Path) -> None:
-    """Raise ValueError unless `codec` is the one that the network of a checkpoint was trained with.
-
-    It is code and weights outside the run, of which the checkpoint, at `path`, has the identity.
-    """
-    identity = checkpoint.get("codec", codec.identity)
-    if identity != codec.identity:
-        raise ValueError(
-            f"{path}: the network was trained with the codec {shown(identity)}, not with "
-            f"{codec.identity} (data.codec)"
-        )
 
 
 class LossWatch:

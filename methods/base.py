@@ -311,8 +311,8 @@ class Method(abc.ABC):
             return (1 - skip) / sigma, -out / sigma
         if self.predicts == "score":
             return -alpha * sigma * skip, -alpha * sigma * out
-        alpha_rate, sigma_rate = self.rates(t)
-        return (-alpha * alpha_rate + skip) / sigma_rate, out / sigma_rate
+        of_state, of_slope = self.rates(t)  # alpha' / alpha and alpha sigma'
+        return (skip - alpha * of_state) / of_slope, out / of_slope
 
     def slope(self, net: Network, y: Tensor, sigma: float | Tensor) -> Tensor:
         """dy/dsigma (B, C, H, W) at y = x / alpha and noise level `sigma` (a float or 0-d tensor).

@@ -141,9 +141,10 @@ class PFGMPP(Method):
     # --- sampling ---
 
     def ode(self, net, x, t):
-        return self.slope(net, x, t)
+        return self.slope(net, x, t)  # since t is sigma
 
     def denoise(self, net, y, sigma, **conditions):
+        # the prediction itself: y - sigma * slope would lose digits
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
         return self.precondition(conditioned(net, conditions), y, sigma)
 

@@ -161,6 +161,10 @@ class Sampler(abc.ABC):
         """True if the schedule or the solver has to be fitted to a network."""
         return False
 
+    def without_fit(self) -> Self:
+        """The sampler with nothing that is fitted to a network."""
+        return self
+
     @property
     def settings(self) -> dict[str, Any]:
         """Values that distinguish this sampler from others of the same method, codec and guide."""
@@ -244,8 +248,8 @@ class Sampler(abc.ABC):
             if guide is not None:
                 other = conditioned(self._prepared(guide, x.device), conditions)
             method = Guided(method, other, self.guidance.weight, self.guidance.interval)
-        if self.measurement is not None and RESTORERS[self.restorer] is not None:
-            restorer = RESTORERS[self.restorer]
+        restorer = RESTORERS[self.restorer]
+        if self.measurement is not None and restorer is not None:
             method = Restoring(method, self.measurement, restorer, self.codec.bounds)
         network = conditioned(network, conditions)
         seen = {"generator": generator, "callback": callback, "watch": watch}
@@ -264,16 +268,3 @@ def choose(name: str, value: str, choices: Iterable[str], method: Method) -> Non
     if value not in choices:
         names = ", ".join(choices)
         raise ValueError(f"{method.name} has no sampling.{name}={value!r}; it has: {names}")
-
-
-def check_positive(sampler: Sampler, *names: str) -> None:
-    """Raise ValueError unless the numbers `names` of a sampler are positive."""
-    for name in names:
-        if not getattr(sampler, name) > 0:
-            raise ValueError(f"sampling.{name} must be positive, not {getattr(sampler, name)}")
-
-
-def _check_classes(classes: int, label: int) -> None:
-    if label >= classes and label >= 0:
-        has = f"those from 0 to {classes - 1}" if classes else "none (data.num_classes=0)"
-        raise ValueError(f"sampling.class_label={label} is no class of the network: it has {has}")

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
+from configs.keys import check_positive
 from configs.schema import Key, Number, OneOf, whole
 from methods.restoration import RESTORERS
 from samplers import base
-from samplers.base import Sampler, check_positive, choose
+from samplers.base import Sampler, choose
 from solvers import FITTED, SCHEDULES, SOLVERS, solver_named
 from solvers.fitted import FINE_STEPS, Fit
 from solvers.fixed_steps import Churn
@@ -61,7 +62,7 @@ KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ODESampler(Sampler):
-    """The sampling ODE, by a solver with fixed or adaptive steps.
+    """A sampler that integrates the method's ODE.
 
     Attributes:
         solver, n, schedule, rho, order, churn, rtol, atol, max_evaluations: see `solve_ode`; `n` is
@@ -184,7 +185,7 @@ class ODESampler(Sampler):
                 "sampling.schedule and sampling.ode_solver 'fitted' are made for a network, by "
                 "Experiment.fitted_sampler"
             )
-        schedule, advance = self.fit or Fit(self.schedule)
+        schedule, advance = self.fit or (self.schedule, None)
         return partial(
             solve_ode,
             solver=self.solver,

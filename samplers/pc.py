@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
 
+from configs.keys import check_positive
 from configs.schema import Flag, Key, Number, OneOf, whole
 from methods.restoration import RESTORERS, Replacement
 from samplers import base
-from samplers.base import Sampler, check_positive, choose
+from samplers.base import Sampler, choose
 from solvers.solve import solve_sde
 
 KEYS = {
@@ -98,7 +98,3 @@ class PCSampler(Sampler):
             constrain=Replacement(self.method, self.measurement) if replaces else None,
             resample=self.resample if replaces else 1,
         )
-
-    def without_fit(self) -> Self:
-        """The sampler itself, since nothing in it is fitted."""
-        return self

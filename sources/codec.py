@@ -7,12 +7,13 @@ method, and back. A further one is a class and a line of `CODECS`.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from configs.keys import named
+from configs.keys import named, shown
 from configs.schema import Flag, Key, OneOf
 
 Shape = tuple[int, int, int]
@@ -148,3 +149,16 @@ def from_config(config, device: torch.device | str = "cpu") -> Codec:
     if isinstance(codec, nn.Module):
         codec.to(device).eval().requires_grad_(False)
     return codec
+
+
+def check_codec(codec: Codec, checkpoint: dict, path: Path) -> None:
+    """Raise ValueError unless `codec` is the one that the network of a checkpoint was trained with.
+
+    It is code and weights outside the run, of which the checkpoint, at `path`, has the identity.
+    """
+    identity = checkpoint.get("codec", codec.identity)
+    if identity != codec.identity:
+        raise ValueError(
+            f"{path}: the network was trained with the codec {shown(identity)}, not with "
+            f"{codec.identity} (data.codec)"
+        )

@@ -12,7 +12,7 @@ from configs import machine
 from configs.default import all_keys, get_default_config
 from configs.pfgmpp import digits_ddpmpp
 from experiment import Experiment, load
-from library.training_run import check_codec
+from sources.codec import check_codec
 from storage import run_config
 from storage.checkpoints import save_checkpoint
 from storage.workdir import checkpoint_path
