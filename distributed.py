@@ -207,3 +207,14 @@ def averaging_gradients(network: nn.Module, some_unused: bool = False) -> nn.Mod
         gradient_as_bucket_view=True,
         find_unused_parameters=some_unused,
     )
+
+
+def check_division(images: int, accumulate: int = 1) -> None:
+    """Raise ValueError unless the images of a step split evenly over processes and micro-batches."""
+    shards = world() * accumulate
+    if images % shards:
+        raise ValueError(
+            f"the {images} images of a step cannot be split evenly into {shards} shards "
+            f"({world()} processes, training.accumulate={accumulate}); change "
+            "training.batch_size or training.small_batch_size"
+        )

@@ -86,9 +86,9 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     distributed.check_same("data", f"{len(train_data)} and {len(test_data)} images {names}")
     images_per_step = min(objective.examples, len(train_data))
     on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
-    _check_division(images_per_step, training.accumulate)
+    distributed.check_division(images_per_step, training.accumulate)
     if on_disk:
-        _check_division(min(objective.batch_size, len(train_data)))
+        distributed.check_division(min(objective.batch_size, len(train_data)))
     shard = distributed.rank(), distributed.world()
     parameters = sum(p.numel() for p in experiment.network.parameters())
     processes = f", {shard[1]} processes" if shard[1] > 1 else ""
@@ -442,13 +442,3 @@ def _newest_step(experiment: Experiment, workdir: Path) -> int:
     path, content = newest
     changes = run_config.changes(path, content, flatten(experiment.config))
     return fit(partial(load_ema, experiment.network), content, path, changes)
-
-
-def _check_division(images: int, accumulate: int = 1) -> None:
-    shards = distributed.world() * accumulate
-    if images % shards:
-        raise ValueError(
-            f"the {images} images of a step cannot be split evenly into {shards} shards "
-            f"({distributed.world()} processes, training.accumulate={accumulate}); change "
-            "training.batch_size or training.small_batch_size"
-        )
