@@ -210,7 +210,7 @@ def averaging_gradients(network: nn.Module, some_unused: bool = False) -> nn.Mod
 
 
 def check_division(images: int, accumulate: int = 1) -> None:
-    """Raise ValueError unless the images of a step split evenly over processes and micro-batches."""
+    """Raise ValueError unless processes and micro-batches share the images of a step evenly."""
     shards = world() * accumulate
     if images % shards:
         raise ValueError(

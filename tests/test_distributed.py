@@ -276,7 +276,7 @@ def test_a_batch_that_the_processes_do_not_divide_is_one_line(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "world", lambda: 5)
         with pytest.raises(ValueError, match="the 96 images of a step .* into 5 shards"):
-            run_lib._check_division(96, accumulate=1)
+            distributed.check_division(96, accumulate=1)
     config.training.accumulate = 7
     with pytest.raises(ValueError, match="into 7 shards .*training.accumulate=7"):
         run_lib.train(config, tmp_path / "run")
