@@ -3,7 +3,7 @@
     python3 benchmarks/suite.py [--checkout FOLDER] [--out COUNTS.json] [pytest's options ...]
 
 Runs the tests of a checkout and prints, for each file, the seconds of its tests, the number of
-tests, `assert` statements passed, `pytest.raises` left, comparisons of arrays (`numpy.testing`,
+tests, `assert` statements passed, `pytest.raises`, comparisons of arrays (`numpy.testing`,
 `torch.testing`) and examples of hypothesis; the JSON holds the same by test. Asserts of other
 processes are not counted. Two checkouts, before and after a change of the suite, are compared with
 `--before COUNTS.json`.
@@ -11,6 +11,7 @@ processes are not counted. Two checkouts, before and after a change of the suite
 
 import argparse
 import collections
+import importlib
 import json
 import os
 import re
@@ -18,6 +19,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import hypothesis
+import pytest
 
 KINDS = ("seconds", "tests", "asserts", "raises", "arrays", "examples")
 FOLDER = "PFGM_SUITE_COUNTS"  # environment variable: where each process of pytest leaves its counts
@@ -60,9 +64,10 @@ class Counter:
             self.counts[report.nodeid]["tests"] += 1
         self.counts[report.nodeid]["seconds"] += report.duration
 
+    @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self, item):
         statistics = str(getattr(item, "hypothesis_statistics", ""))
-        self.add("examples", sum(map(int, re.findall(r"(\d+) passing examples", statistics))))
+        self.add("examples", sum(map(int, re.findall(r"(\d+) passing,", statistics))))
 
     def pytest_sessionfinish(self):
         path = Path(os.environ[FOLDER], f"{os.getpid()}.json")
@@ -73,10 +78,6 @@ def pytest_configure(config) -> None:
     """Registers the counter in a process that runs tests, which under xdist is a worker."""
     if config.getoption("numprocesses", None):
         return
-    import importlib
-
-    import pytest
-
     counter = Counter()
     config.pluginmanager.register(counter)
     for name, functions in COMPARISONS.items():
@@ -84,6 +85,8 @@ def pytest_configure(config) -> None:
         for function in functions:
             setattr(module, function, counter.counting(getattr(module, function), "arrays"))
     pytest.raises = counter.counting(pytest.raises, "raises")
+    hypothesis.settings.register_profile("counting takes time", deadline=None)
+    hypothesis.settings.load_profile("counting takes time")
 
 
 def count(checkout: Path, options: list[str]) -> Counts:

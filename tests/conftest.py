@@ -3,6 +3,8 @@
 import os
 import signal
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
 
+# With a module of this name tensorboard reads files by itself and imports no TensorFlow.
+sys.modules["tensorboard.compat.notf"] = types.ModuleType("tensorboard.compat.notf")
+
 # A shell lets what it starts in the background ignore Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -31,7 +36,10 @@ def pytest_collection_modifyitems(items):
 
 
 def run_program(command, expect=0):
-    """What a `command` printed that ends with the status `expect`; its processes have a thread."""
+    """Starts a `command` whose processes have one thread each; asserts its exit status.
+
+    For what is about the start; others fork a process that has imported all: warm_start.py.
+    """
     done = subprocess.run(
         command,
         capture_output=True,

@@ -125,7 +125,7 @@ def test_killed_many_times_an_evaluation_ends_as_if_it_never_was(tmp_path, one_t
         "eval.begin_ckpt": 1,
         "eval.end_ckpt": 1,
         "eval.batch_size": 20,
-        "eval.num_samples": 600,
+        "eval.num_samples": 300,
         "eval.bpd_num_repeats": 2,
         "eval.stats_dir": str(tmp_path / "stats"),
         "sampling.ode_solver": "forward_euler",
