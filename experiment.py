@@ -17,8 +17,8 @@ import losses
 import methods
 import models
 import sampling
+from completion import PRECISION_KEYS, complete, decide_precisions
 from configs import machine
-from configs.completion import PRECISION_KEYS, complete, decide_precisions
 from configs.default import all_keys, check
 from configs.effects import without_effect
 from configs.keys import explain_unknown, get, shown

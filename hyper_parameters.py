@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 def _measured(config) -> dict[str, float]:
     """The arguments of `poisson_range`, measured as training measures them at its first start."""
-    from configs.completion import MEASURED, complete, norm_of
+    from completion import MEASURED, complete, norm_of
     from sources.codec import from_config as get_codec
 
     config.update_from_flattened_dict(dict.fromkeys(MEASURED, 1))  # so that they are not open

@@ -15,9 +15,10 @@ import distributed
 import evaluation
 import execution
 import sampling
-from configs.completion import complete
+from completion import complete
 from configs.keys import flatten
 from experiment import Experiment, identity_of, load
+from library import report_settings
 from library.ema import rebuild_ema
 from library.evaluated import Evaluated, Split
 from library.evaluated_restorations import restore_images
@@ -28,11 +29,11 @@ from library.signals import stop_signals
 from library.training_run import LossWatch, TrainingRun
 from metrics.reference import ReferenceStatistics
 from models.weights import load_ema
-from reports import settings
 from reports.drawings import draw_classes, draw_interpolation, draw_rescaling
 from reports.evaluation_page import save_page
 from reports.films import check_writer
 from reports.progress import progress_bar
+from reports.settings import to_json
 from reports.table import report_table
 from sources.codec import check_codec
 from sources.preparation import Preparation
@@ -283,8 +284,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                 seed=config.seed,
                 batch_size=options.batch_size,
             )
-            made_by = settings.from_config(config, evaluated, split, statistics, restored)
-            report["settings"] = settings.to_json(made_by)
+            made_by = report_settings.from_config(config, evaluated, split, statistics, restored)
+            report["settings"] = to_json(made_by)
             if main:
                 evaluated.remove_results()
             experiment.sampler = sampler

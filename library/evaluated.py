@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from datasets import DataSet
-from library.parts import Parts
+from experiment_parts import Parts
 from metrics.reference import origin_of
 from sources.keyed import keyed_generator
 

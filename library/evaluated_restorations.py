@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from datasets import DataChanged, batch_at, to_unit_interval
+from experiment_parts import Parts
 from library.evaluated import Evaluated
-from library.parts import Parts
 from library.restoration import RESTORATIONS, ToRestore, restoring_sampler
 from library.rounds import Rounds
 from methods.restoration import Measurement

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Flag, Key, Number, OneOf, Text, whole
-from library.parts import Parts
+from experiment_parts import Parts
 from methods.restoration import RESTORE, Measurement, get_operator
 from samplers.base import Sampler
 from sources.batch import KINDS, Batch, Conditions

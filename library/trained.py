@@ -12,7 +12,7 @@ from torch import Tensor
 
 import execution
 from configs.keys import shown
-from library.parts import Parts
+from experiment_parts import Parts
 from methods.base import Network, conditioned
 from methods.restoration import Measurement
 from reports.progress import solver_bar

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import distributed
 from datasets import DataSet, batch_at, to_unit_interval
-from library.parts import Parts
+from experiment_parts import Parts
 from reports.images import image_grid, to_uint8
 from reports.progress import solver_bar
 from sources.codec import check_codec

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiment import Experiment
+from experiment_parts import Parts
 from reports.images import save_grid, to_uint8
 from reports.progress import solver_bar
 from sampling import spherical_interpolation
@@ -20,7 +20,7 @@ ROWS, COLUMNS = 8, 10  # of the pictures of interpolation and rescaling
 CLASS_ROWS = 10  # classes in a picture
 
 
-def draw_interpolation(experiment: Experiment, seed: int, path: Path) -> None:
+def draw_interpolation(experiment: Parts, seed: int, path: Path) -> None:
     """Draw rows of one class each, along the arc from one prior sample to another."""
     generator = keyed_generator(experiment.device, "interpolation", seed)
     ends = _prior_samples(experiment, 2 * ROWS, generator)
@@ -29,7 +29,7 @@ def draw_interpolation(experiment: Experiment, seed: int, path: Path) -> None:
     _draw_strips(experiment, x, path, generator, experiment.draw_conditions(ROWS, "rows"))
 
 
-def draw_classes(experiment: Experiment, seed: int, path: Path) -> None:
+def draw_classes(experiment: Parts, seed: int, path: Path) -> None:
     """Draw a row for each class, at most `CLASS_ROWS`; a column has one prior sample.
 
     Without classes, or where `sampling.class_label` is set, there is no picture.
@@ -48,7 +48,7 @@ def draw_classes(experiment: Experiment, seed: int, path: Path) -> None:
 
 
 def draw_rescaling(
-    experiment: Experiment, seed: int, path: Path, norms: tuple[float, float] | None = None
+    experiment: Parts, seed: int, path: Path, norms: tuple[float, float] | None = None
 ) -> None:
     """Draw rows of one prior sample each, whose norm (the temperature) rises from left to right.
 
@@ -63,13 +63,13 @@ def draw_rescaling(
     _draw_strips(experiment, x, path, generator, experiment.draw_conditions(ROWS, "rows"))
 
 
-def _prior_samples(experiment: Experiment, number: int, generator: torch.Generator) -> Tensor:
+def _prior_samples(experiment: Parts, number: int, generator: torch.Generator) -> Tensor:
     shape = number, *experiment.codec.shape
     return experiment.method.prior_sampling(shape, generator, experiment.device)
 
 
 def _draw_strips(
-    experiment: Experiment,
+    experiment: Parts,
     x: Tensor,
     path: Path,
     generator: torch.Generator,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from experiment import Experiment
+from experiment_parts import Parts
 from reports.html import Picture
 from reports.images import SIDE_BY_SIDE
 from reports.page import render
@@ -60,7 +60,7 @@ PICTURES = {
 
 
 def save_page(
-    experiment: Experiment,
+    experiment: Parts,
     workdir: Path,
     folder: Path,
     k: int,

@@ -9,17 +9,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from likelihood import passes_of
 from metrics.table import METRICS, split_key
 from solvers import FITTED, SOLVERS, solver_named
-from storage.digests import digests, digests_of_conditions
-
-if TYPE_CHECKING:
-    from library.evaluated import Evaluated, Split
-    from library.restoration import ToRestore
-    from metrics.reference import ReferenceStatistics
 
 UNKNOWN = "not known"
 ABSENT = "–"  # value of settings of a part that was not evaluated
@@ -205,52 +198,3 @@ def sampler_words(settings: Settings, *cost: str) -> str:
         within = " at noise levels {} to {}".format(*at["guidance_interval"] or (0, "inf"))
         words.append(f"guidance {at['guidance']}{by}{within}")
     return ", ".join(words)
-
-
-def from_config(
-    config,
-    evaluated: "Evaluated",
-    split: "Split | None",
-    statistics: "Sequence[ReferenceStatistics]",
-    restored: "ToRestore | None",
-) -> dict[str, Any]:
-    """Settings of a report, flat; those of a part are there only if it is evaluated.
-
-    Args:
-        split: of loss and likelihood; None without these.
-        statistics: reference statistics of samples; () without samples.
-        restored: the images to restore; None without restoration.
-    """
-    options, origin, experiment = config.eval, evaluated.origin, evaluated.experiment
-    made_by = {"step": evaluated.step, "weights": origin["weights"][:DIGITS]}
-    made_by |= {"seed": origin["seed"], "eval.ema_std": options.ema_std}
-    made_by |= {"data.centered": origin["centered"], "training.precision": origin["precision"]}
-    made_by |= BEFORE | experiment.parts
-    made_by |= {"eval.batch_size": options.batch_size, **of_method(experiment.method)}
-    made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
-    made_by |= of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
-    if split is not None:
-        made_by |= {"eval.dataset": split.name, "split.data": experiment.data.name}
-        made_by |= {"split.images": len(split.data), "split.digest": split.origin["data"]}
-    if options.enable_loss:
-        made_by["loss.reduce_mean"] = config.training.reduce_mean
-        if experiment.method.uses_reference_batch:
-            made_by["loss.reference_batch"] = config.training.batch_size
-    if options.enable_bpd or options.enable_classification:
-        made_by["eval.divergence"] = options.divergence
-    if options.enable_bpd:
-        made_by["eval.bpd_num_repeats"] = passes_of(options.dataset, options.bpd_num_repeats)
-    if options.enable_classification:
-        digest = digests(labels=split.data.labels)["labels"]
-        made_by |= {"classes.number": experiment.classes, "classes.labels": digest[:DIGITS]}
-    if statistics:
-        spaces = ",".join(each.space.name for each in statistics)
-        made_by |= {"eval.num_samples": options.num_samples, "eval.features": spaces}
-        for i, each in enumerate(statistics):
-            prefix = f"{each.space.kind}:reference." if i else "reference."
-            made_by |= {f"{prefix}{name}": value for name, value in each.origin.items()}
-    if restored is not None:
-        measured = digests(measurements=restored.measurement.value)
-        measured |= digests_of_conditions(restored.conditions)
-        made_by |= {f"restoration.{name}": digest[:DIGITS] for name, digest in measured.items()}
-    return made_by

@@ -12,7 +12,7 @@ from data_files import pictures
 from many_lives import small_config
 
 import run_lib
-from configs.completion import complete
+from completion import complete
 from configs.default import all_keys, check
 from configs.keys import get
 from configs.schema import Number

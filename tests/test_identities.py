@@ -9,10 +9,10 @@ import torch
 from test_configs import load
 from torch import nn
 
+import completion
 import evaluation
 import experiment
-from configs import completion
-from configs.completion import complete
+from completion import complete
 from configs.keys import flatten
 from configs.schema import Key, Number, whole
 from experiment import Experiment

@@ -17,7 +17,7 @@ from test_small_runs import report_of, tiny
 import datasets
 import experiment
 import run_lib
-from configs.completion import complete
+from completion import complete
 from configs.vp import digits_ddpmpp, images32_ddpmpp
 from library.conditions import ConditionDrawer
 from library.restoration import ToRestore

@@ -8,7 +8,7 @@ from conftest import ROOT
 OUTSIDE = {"tests", "benchmarks"}
 
 # Where a config is read: programs, what builds the parts, and what stores configs.
-READERS = {"main.py", "run_lib.py", "experiment.py", "hyper_parameters.py"}
+READERS = {"main.py", "run_lib.py", "experiment.py", "completion.py", "hyper_parameters.py"}
 READERS |= {"storage/run_config.py"}
 BUILDERS = {  # each calls its part's `from_config`
     "models/__init__.py": "create_model",

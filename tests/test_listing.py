@@ -18,7 +18,7 @@ from test_sources import config_of
 
 import datasets
 import run_lib
-from configs.completion import complete
+from completion import complete
 from configs.keys import flatten
 from sources import folder, labels, listing, rules, splits
 from sources.images import read_header

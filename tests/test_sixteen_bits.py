@@ -15,7 +15,7 @@ from test_sources import config_of
 import datasets
 import experiment
 import run_lib
-from configs.completion import complete
+from completion import complete
 from sources.files import LOOKED_AT, Files, read_bounded
 from sources.folder import read_images
 from sources.images import decode_image, read_header

@@ -1,4 +1,4 @@
-"""The parts of an experiment that the library uses; `experiment` builds them."""
+"""The parts of an experiment, as what is made of them sees them; `experiment` builds them."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
