@@ -6,10 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from configs.keys import named
 from configs.schema import Key, OneOf
 from methods.base import Method, Network
-from samplers.base import Guidance, Sampler
+from samplers.base import Guidance, Sampler, choose
 from samplers.ode import ODESampler
 from samplers.pc import PCSampler
 from solvers import solver_named
@@ -51,8 +50,9 @@ def get_sampling_fn(config, method: Method, guide: Network | None = None) -> Sam
 
 def from_config(config, method: Method, codec: Codec, guide: Network | None) -> Sampler:
     """The sampler of `config.sampling` between `method` and `codec`; see `get_sampling_fn`."""
-    kind = named(SAMPLERS, "sampling.method", config.sampling.method)
-    return kind.from_config(config, method, codec, guide)
+    name = config.sampling.method
+    choose("method", name, SAMPLERS if method.predictors else ("ode",), method)
+    return SAMPLERS[name].from_config(config, method, codec, guide)
 
 
 def for_snapshots(sampler: Sampler, solver: str) -> Sampler:

@@ -46,7 +46,8 @@ class PCSampler(Sampler):
     }
 
     def check(self):
-        choose("method", "pc", ("ode", "pc") if self.method.predictors else ("ode",), self.method)
+        if not self.method.predictors:
+            raise ValueError(f"{self.method.name} has no sampling.method='pc': it has no SDE")
         choose("predictor", self.predictor, self.method.predictors, self.method)
         choose("corrector", self.corrector, self.method.correctors, self.method)
         self.method.check_chain()
