@@ -5,11 +5,10 @@ import os
 from pathlib import Path
 
 from numpy.typing import NDArray
-from PIL import Image
 
 from metrics.table import METRICS, split_key
 from reports.settings import of_report
-from sources.images import refuse_bomb
+from sources.images import open_image, refuse_bomb
 from storage.files import check_arrays, open_regular, read_arrays, refusing
 
 PAGE_PIXELS = 1400  # side of the largest picture on a page
@@ -44,7 +43,7 @@ def page_png(path: Path) -> bytes:
     ValueError, in one line, where it is damaged, or has more pixels than `refuse_bomb` allows.
     """
     with refusing(path, "is not shown"), open_regular(path) as file:
-        image = Image.open(file, formats=("png",))
+        image = open_image(file)
         refuse_bomb(image, os.fstat(file.fileno()).st_size)
         image.thumbnail((PAGE_PIXELS, PAGE_PIXELS))
         buffer = io.BytesIO()
