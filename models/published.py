@@ -162,7 +162,7 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 
 
 def without_wrappers(weights: Mapping[str, T]) -> dict[str, T]:
-    """Weights under their names without what DataParallel, EMA and `torch.compile` put before them.
+    """Weights under their names without those of wrappers, DataParallel and `torch.compile`.
 
     Raises:
         ValueError: a name is no string, or two become one.
@@ -171,7 +171,7 @@ def without_wrappers(weights: Mapping[str, T]) -> dict[str, T]:
     for name, value in weights.items():
         if type(name) is not str:
             raise ValueError(f"the weights have the name {shown(name)}, which is no string")
-        short = re.sub(r"^((module|model|_orig_mod)\.)+", "", name)
+        short = re.sub(r"^((module|model|_orig_mod)\.)+|\b_orig_mod\.", "", name)
         if short in plain:
             raise ValueError(f"the weights have {shown(short)} twice, once as {shown(name)}")
         plain[short] = value
