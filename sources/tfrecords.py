@@ -109,11 +109,14 @@ def record_index(path: Path) -> NDArray[np.int64]:
 
 
 def whole_records(path: Path) -> Iterator[bytes]:
-    """The records of a file that may still be written to: as far as they are whole."""
+    """The records of a file that may still be written to: as far as they are whole.
+
+    Raises ValueError where the length of one is damaged, as among the zeros of a sparse file.
+    """
     with open_regular(path) as file:
         end = os.fstat(file.fileno()).st_size
         while len(head := file.read(12)) == 12:
-            (size,) = struct.unpack("<Q", head[:8])
+            (size,) = struct.unpack("<Q", checked(head))
             record = file.read(size) if size < end else b""
             if len(file.read(4)) < 4:
                 return

@@ -239,8 +239,10 @@ def test_event_files_that_are_none_are_passed_over(tmp_path, caplog):
     (tmp_path / "events.b.tfevents.zero").symlink_to("/dev/zero")
     (tmp_path / "events.c.tfevents.none").symlink_to("nowhere")
     (tmp_path / "events.d.tfevents.folder").mkdir()
+    (tmp_path / "events.e.tfevents.zeros").touch()
+    os.truncate(tmp_path / "events.e.tfevents.zeros", 2**40)  # 2^36 empty records
     assert read_scalars(tmp_path) == {"loss": [(1, 1.0)]}
-    assert len(caplog.records) == 4
+    assert len(caplog.records) == 5
 
 
 def test_films_that_are_no_files_are_left_out(tmp_path):
