@@ -10,6 +10,7 @@ if INTERRUPT is signal.default_int_handler:
 
 import logging
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -117,7 +118,8 @@ def parse(argv: list[str]) -> list[str]:
         _log_to_stdout()
         checkpoint = _path(command_line.value_of(argv, "checkpoint"))
         config = run_config.load(Path(workdir), checkpoint)
-        if "--trust_workdir" not in argv:
+        trusted = re.compile("--?trust_workdir(=(true|t|yes|y|1))?", re.I)
+        if not any(map(trusted.fullmatch, argv)):
             values.update(machine.reset(config, single_file=checkpoint is not None))
         return config
 

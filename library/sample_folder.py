@@ -5,13 +5,14 @@ Files that are there are kept; a folder has those of one network and one sampler
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import distributed
 from configs.schema import Flag, Key, OneOf, Text
@@ -28,7 +29,7 @@ from sources.folder import read_images
 from sources.keyed import keyed_generator
 from sources.preparation import to_unit_interval
 from storage.digests import digests
-from storage.files import cached, save_npz, save_png
+from storage.files import cached, check_arrays, save_npz, save_png
 from storage.workdir import check_settings, save_settings
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 GRID_SAMPLES = 100  # samples that the picture of a folder shows
 FILM_SAMPLES = 36  # samples that a film shows
 FILM_PIXELS = 192  # least side of a film of one image
-FRAMES = 48  # of a film between two images
+FRAMES = 48  # of a film
 MAX_SEEDS = 10**6  # of one command
 
 KEYS = {
@@ -162,11 +163,10 @@ class SampleFolder:
 
     def _draw_film(self, seeds: list[int]) -> None:
         def draw() -> dict:
-            frames = self.trained.film(seeds, **self._restoring_arguments(seeds))
+            frames = self.trained.film(seeds, **self._restoring_arguments(seeds), frames=FRAMES)
             return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
 
-        origin = self.settings | {"film": seeds}
-        frames = cached(self.path / "film.npz", origin, draw, ("frames",))["frames"]
+        frames = self._cached_frames("film", {"film": seeds}, draw, (FRAMES, len(seeds)))
         for seed in self.files.missing(seeds):
             self.files.save(seed, frames[-1][seeds.index(seed)])
         path = self.path / f"film.{self.film_format}"
@@ -220,11 +220,18 @@ class SampleFolder:
             (arc,) = spherical_interpolation(latents[:1], latents[1:], shares)
             return {"frames": to_uint8(self.trained.decode(arc))}
 
-        origin = self.settings | digests(between=images)
-        frames = cached(self.path / "between.npz", origin, draw, ("frames",))["frames"]
+        frames = self._cached_frames("between", digests(between=images), draw, (FRAMES,))
         path = self.path / f"between.{self.film_format}"
         save_film(path, [image_grid(frame[None], min_size=FILM_PIXELS) for frame in frames])
         log.info(f"film between {' and '.join(ends)}: {path}")
+
+    def _cached_frames(
+        self, name: str, origin: dict, draw: Callable[[], dict], number: tuple[int, ...]
+    ) -> NDArray[np.uint8]:
+        """The frames (*number, H, W, C) of a film, from {name}.npz or drawn."""
+        path = self.path / f"{name}.npz"
+        arrays = cached(path, self.settings | origin, draw, ("frames",))
+        return check_arrays(path, arrays, {"frames": ("u", (*number, *self.files.shape))})["frames"]
 
 
 def read_pictures(

@@ -7,7 +7,9 @@ have the published names, below the two dictionaries of their encoder and decode
 blocks by the image size that they give, as `_edm_names` has it.
 """
 
+import re
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from models.ncsnpp import NCSNpp
 from models.unet import InputSkip
 from storage.checks import check_tensor
 from storage.stored_tensors import StoredTensor
+
+T = TypeVar("T")
 
 # What counts as an entry of `all_modules`.
 _BLOCKS = (
@@ -144,8 +148,9 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 
     Args:
         model: network of `create_model`, for the config that the weights were trained with.
-        state_dict: published name to tensor, with or without a leading `module.` or `model.`;
-            `sigmas` and resampling filters, which follow from the config, are skipped.
+        state_dict: published name to tensor, with or without leading `module.`, `model.` and
+            `_orig_mod.` in any order; `sigmas` and resampling filters, which follow from the
+            config, are skipped.
 
     Raises:
         ValueError: a name is missing or unknown, a shape is wrong, a value is not finite, or it is
@@ -156,6 +161,23 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         parameters[name].copy_(value)
 
 
+def without_wrappers(weights: Mapping[str, T]) -> dict[str, T]:
+    """Weights under their names without those of wrappers, DataParallel and `torch.compile`.
+
+    Raises:
+        ValueError: a name is no string, or two become one.
+    """
+    plain: dict[str, T] = {}
+    for name, value in weights.items():
+        if type(name) is not str:
+            raise ValueError(f"the weights have the name {shown(name)}, which is no string")
+        short = re.sub(r"^((module|model|_orig_mod)\.)+|\b_orig_mod\.", "", name)
+        if short in plain:
+            raise ValueError(f"the weights have {shown(short)} twice, once as {shown(name)}")
+        plain[short] = value
+    return plain
+
+
 def published_weights(
     model: nn.Module, state_dict: Mapping[str, Tensor | StoredTensor]
 ) -> dict[str, tuple[str, Tensor | StoredTensor]]:
@@ -163,12 +185,11 @@ def published_weights(
 
     Raises as `load_reference_state_dict`; the numbers of a `StoredTensor` are not checked.
     """
-    weights = {}
-    for name, value in state_dict.items():
-        if type(name) is not str:
-            raise ValueError(f"the weights have the name {shown(name)}, which is no string")
-        if name.rsplit(".", 1)[-1] not in ("sigmas", "resample_filter"):
-            weights[name.removeprefix("module.").removeprefix("model.")] = value
+    weights = {
+        name: value
+        for name, value in without_wrappers(state_dict).items()
+        if name.rsplit(".", 1)[-1] not in ("sigmas", "resample_filter")
+    }
     names, parameters = reference_names(model), dict(model.named_parameters())
     for problem, others in (
         ("lack", [name for name in names if name not in weights]),

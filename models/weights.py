@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from models.published import published_weights
+from models.published import published_weights, without_wrappers
 from storage.checks import check_like, loaded
 from storage.stored_tensors import StoredTensor
 
@@ -30,6 +30,8 @@ def load_model(
     if not isinstance(weights, dict):
         raise ValueError(f"model is no dictionary but of type {type(weights).__name__}")
     entries = model.state_dict()
+    if weights.keys() != entries.keys():
+        weights = without_wrappers(weights)
     if weights.keys() == entries.keys():
         check_like(weights, dict(entries), "model")
         sources = {name: (f"model.{name}", value) for name, value in weights.items()}

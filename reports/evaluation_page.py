@@ -6,12 +6,11 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from numpy.typing import NDArray
 
 from experiment_parts import Parts
 from reports.html import Picture
@@ -20,10 +19,12 @@ from reports.page import render
 from reports.plots import number
 from reports.report_file import page_png, read_report
 from reports.settings import Settings, differing, obstacle, of_report, sampler_words
-from storage.files import atomic_write
+from storage.files import atomic_write, open_regular
 from storage.tensorboard import read_scalars, seconds_of_training
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FILM_BYTES = 2**22  # of the largest film in it
 
@@ -86,7 +87,8 @@ def save_page(
     scalars = read_scalars(board)
     paths = {name: folder / f"{name}_{k}.png" for name in PICTURES}
     paths = {name: path for name, path in paths.items() if path.exists()}
-    pictures = [Picture(*PICTURES[name], page_png(path)) for name, path in paths.items()]
+    shown = {name: _readable(path, page_png) for name, path in paths.items()}
+    pictures = [Picture(*PICTURES[name], png) for name, png in shown.items() if png]
     samples = folder.glob(f"ckpt_{k}/samples_*.npz")
     files = {
         "numbers of this one": [folder / f"report_{k}.npz"],
@@ -139,10 +141,10 @@ def _colours(size: int, channels: int) -> str:
     return f"{channels} channels, {first}side by side in pictures"
 
 
-def _readable(path: Path) -> dict[str, NDArray] | None:
-    """The report at `path`; None, and a warning, where it is damaged."""
+def _readable(path: Path, read: Callable[[Path], T] = read_report) -> T | None:
+    """The report or picture at `path`; None, and a warning, where it is damaged."""
     try:
-        return read_report(path)
+        return read(path)
     except ValueError as error:
         log.warning(f"{error}; it is not used")
         return None
@@ -186,7 +188,8 @@ def _film(folder: Path, workdir: Path, step: int) -> list[Picture]:
             path = place / f"film.{kind}"
             if path.is_file() and path.stat().st_size <= FILM_BYTES:
                 caption = f"From the prior to images: {path.name}."
-                return [Picture("Film", caption, path.read_bytes(), kind)]
+                with open_regular(path) as file:
+                    return [Picture("Film", caption, file.read(FILM_BYTES), kind)]
     return []
 
 

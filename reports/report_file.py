@@ -1,14 +1,15 @@
 """Files of an evaluation, read and checked for a page: report_{k}.npz, and pictures."""
 
 import io
+import os
 from pathlib import Path
 
 from numpy.typing import NDArray
-from PIL import Image
 
 from metrics.table import METRICS, split_key
 from reports.settings import of_report
-from storage.files import check_arrays, read_arrays
+from sources.images import open_image, refuse_bomb
+from storage.files import check_arrays, open_regular, read_arrays, refusing
 
 PAGE_PIXELS = 1400  # side of the largest picture on a page
 
@@ -37,8 +38,13 @@ def read_report(path: Path) -> dict[str, NDArray]:
 
 
 def page_png(path: Path) -> bytes:
-    """The picture at `path`, made smaller where it is larger than a page shows."""
-    with Image.open(path) as image:
+    """The picture at `path`, made smaller where it is larger than a page shows.
+
+    ValueError, in one line, where it is damaged, or has more pixels than `refuse_bomb` allows.
+    """
+    with refusing(path, "is not shown"), open_regular(path) as file:
+        image = open_image(file)
+        refuse_bomb(image, os.fstat(file.fileno()).st_size)
         image.thumbnail((PAGE_PIXELS, PAGE_PIXELS))
         buffer = io.BytesIO()
         image.save(buffer, format="png", optimize=True)

@@ -19,7 +19,7 @@ from sources.files import MAX_FILE_BYTES
 from sources.images import cropped_then_resized
 from sources.rules import Rules
 from sources.splits import held_out
-from storage.files import one_line, read_entry_array
+from storage.files import one_line, open_regular, read_entry_array
 
 LABELS = "labels"  # of an .npz: the array, or the end of its name
 
@@ -127,6 +127,7 @@ def read_array(key: str, path: Path, channels: int) -> dict[str, Picture]:
 
 
 def _mapped(path: Path) -> NDArray | NpzFile:
+    open_regular(path).close()  # np.load would wait for a FIFO
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 

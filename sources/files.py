@@ -12,7 +12,7 @@ import numpy as np
 from sources.base import PerProcess, Picture, Unreadable
 from sources.images import Header, decode_image, extent_of_16_bits, read_header
 from sources.sixteen_bits import WHOLE, Range, range_of_bits
-from storage.files import one_line, open_entry
+from storage.files import one_line, open_entry, open_regular
 
 T = TypeVar("T")
 
@@ -94,20 +94,18 @@ class Files:
             raise Unreadable(f"{self.where}/{self.names[i]}: {one_line(error)}") from error
 
 
-def read_bounded(file: IO[bytes]) -> bytes:
-    """The bytes of a file; ValueError where there are more than `MAX_FILE_BYTES`."""
-    content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+def read_bounded(file: IO[bytes], limit: int | None = None) -> bytes:
+    """The bytes of a file; ValueError for more than `limit`, by default `MAX_FILE_BYTES`."""
+    limit = limit or MAX_FILE_BYTES
+    content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"larger than {limit >> 20} MiB")
     return content
 
 
 def open_below(folder: Path, name: str) -> IO[bytes]:
-    """A regular file below `folder`; ValueError where it is none."""
-    path = folder / name
-    if not path.is_file():  # a pipe or a device could be read for ever
-        raise ValueError("not a file")
-    return open(path, "rb")
+    """The regular file `name` below `folder`; raises as `open_regular`."""
+    return open_regular(folder / name)
 
 
 def open_in(archive: PerProcess, name: str) -> IO[bytes]:

@@ -20,9 +20,11 @@ from sources.files import Files, Measured, open_below, open_in, read_bounded
 from sources.images import cropped_then_resized
 from sources.rules import NEWEST, RULES, Rules
 from sources.sixteen_bits import Range
-from storage.files import one_line
+from storage.files import MAX_JSON, one_line
 
 log = logging.getLogger(__name__)
+
+LABEL_BYTES = 32  # of an image's line in a dataset.json, besides its name
 
 KEYS = {  # for image files of data, and of other keys such as sampling.encode
     "data.scale": Key(
@@ -174,9 +176,10 @@ class Folder:
             in_split = [name for name, included in zip(names, is_in, strict=True) if included]
         if metadata:
             above = metadata[0].removesuffix(listing.METADATA)
+            lines = sum(len(name) + LABEL_BYTES for name in names)  # ImageNet's take 40 MB
             try:
                 with self.files.open(metadata[1]) as file:
-                    content = read_bounded(file)
+                    content = read_bounded(file, MAX_JSON + lines)
                 classes = labels.of_metadata(names, content, lambda n: above + self._rules.clean(n))
             except Exception as error:  # a damaged file fails in any way
                 raise ValueError(

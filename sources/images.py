@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from sources import sixteen_bits
 from sources.base import Picture
 from sources.sixteen_bits import Range
+from storage.files import may_unpack_to
 
 Filter = Image.Resampling
 
@@ -125,4 +126,18 @@ def extent_of_16_bits(data: bytes) -> tuple[int, int]:
 
 
 def _opened(data: bytes) -> Image.Image:
-    return open_image(io.BytesIO(data))
+    image = open_image(io.BytesIO(data))
+    refuse_bomb(image, len(data))
+    return image
+
+
+def refuse_bomb(image: Image.Image, size: int) -> None:
+    """Raise ValueError where an image of a file of `size` bytes, not yet loaded, is no picture.
+
+    A kilobyte can hold a million pixels of one colour; so many are decoded only of larger files.
+    """
+    width, height = image.size
+    if 4 * width * height > may_unpack_to(size):
+        raise ValueError(
+            f"{width:,} x {height:,} pixels are too many for {size:,} bytes: save it smaller"
+        )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sources import digests
 from sources.base import Picture, Unreadable
-from storage.files import one_line
+from storage.files import about, one_line, open_regular
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class TFRecords:
         checks = np.zeros((len(index), 2), np.int64)
         checks[:, 0] = self.size[index]
         for number in np.unique(self.file[index]):
-            with open(self.paths[number], "rb") as file:
+            with open_regular(self.paths[number]) as file:
                 for row in np.flatnonzero(self.file[index] == number):
                     end = int(self.start[index[row]] + self.size[index[row]])
                     checks[row, 1] = int.from_bytes(os.pread(file.fileno(), 4, end), "little")
@@ -78,7 +78,7 @@ class TFRecords:
         """The data of record i, parsed by `parse`; `Unreadable` where that fails."""
         path = self.paths[self.file[i]]
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 data = os.pread(file.fileno(), self.size[i] + 4, self.start[i])
             return parse(checked(data))
         except Exception as error:  # a damaged record makes the parser fail in any way
@@ -89,7 +89,9 @@ class TFRecords:
 def record_index(path: Path) -> NDArray[np.int64]:
     """First byte and size of the data of each record, (n, 2)."""
     index = []
-    with open(path, "rb") as file:
+    with about(path):
+        file = open_regular(path)
+    with file:
         at, end = 0, os.fstat(file.fileno()).st_size
         while at < end:
             try:
@@ -107,11 +109,14 @@ def record_index(path: Path) -> NDArray[np.int64]:
 
 
 def whole_records(path: Path) -> Iterator[bytes]:
-    """The records of a file that may still be written to: as far as they are whole."""
-    with open(path, "rb") as file:
+    """The records of a file that may still be written to: as far as they are whole.
+
+    Raises ValueError where the length of one is damaged, as among the zeros of a sparse file.
+    """
+    with open_regular(path) as file:
         end = os.fstat(file.fileno()).st_size
         while len(head := file.read(12)) == 12:
-            (size,) = struct.unpack("<Q", head[:8])
+            (size,) = struct.unpack("<Q", checked(head))
             record = file.read(size) if size < end else b""
             if len(file.read(4)) < 4:
                 return

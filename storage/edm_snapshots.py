@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 from torch import Tensor
 
@@ -70,7 +71,35 @@ def _set(items: object) -> object:
     return items
 
 
+def _size(numbers: object) -> object:
+    return numbers  # a tuple
+
+
+def _encoded(text: object, encoding: object = None) -> object:
+    """Bytes, which old pickles hold as text."""
+    return text.encode("latin1") if type(text) is str and encoding == "latin1" else Record("bytes")
+
+
+def _dtype(code: object, *_) -> Record:
+    return Record(f"numpy.dtype {code:.10}" if type(code) is str else "numpy.dtype")
+
+
+def _scalar(dtype: object, content: object) -> object:
+    """The number or string of a numpy scalar; a `Record` where it is something else."""
+    match dtype:
+        case Record(name=name, state=(_, "<" | ">" | "|" as order, *_)):
+            code = name.removeprefix("numpy.dtype ")
+            if type(content) is bytes and re.fullmatch(r"b1|[fiu][1248]|U[1-9]\d{0,3}", code):
+                return np.frombuffer(content, np.dtype(order + code)).item()
+    return Record("numpy.scalar")
+
+
 _KNOWN = {
+    "_codecs.encode": _encoded,
+    "numpy.dtype": _dtype,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+    "torch.Size": _size,
     "builtins.set": _set,
     "__builtin__.set": _set,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,

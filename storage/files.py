@@ -37,16 +37,19 @@ def open_regular(path: Path, mode: str = "rb", follow: bool = True) -> BinaryIO:
             may have put in the folder must be no link.
 
     Raises:
-        OSError: it cannot be opened, or is a link that is not to be followed.
+        OSError: it cannot be opened, or is a link that is not to be followed, a hard one too.
         ValueError: it is no regular file.
     """
 
     def open_descriptor(name: str, flags: int) -> int:
         descriptor = os.open(name, flags | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW), 0o666)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise ValueError("it is a folder, a FIFO or a device, no regular file")
-        return descriptor
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and (follow or status.st_nlink == 1):
+            return descriptor
+        os.close(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EMLINK, "it is a hard link to another file: remove it", str(path))
+        raise ValueError("it is not a file, or no regular file but a FIFO or a device")
 
     return open(path, mode, opener=open_descriptor)
 
@@ -143,7 +146,7 @@ def save_npz(path: Path, **arrays) -> None:
     """Write `arrays` by name, compressed; OSError, which names the path, where it cannot."""
     packed = io.BytesIO()  # numpy's archive, left open by a failing file, would fail again later
     np.savez_compressed(packed, **arrays)
-    if sum(np.asarray(array).nbytes for array in arrays.values()) > _may_unpack_to(packed.tell()):
+    if sum(np.asarray(array).nbytes for array in arrays.values()) > may_unpack_to(packed.tell()):
         packed = io.BytesIO()
         np.savez(packed, **arrays)  # `read_arrays` would refuse the compressed file
     with atomic_write(path) as file:
@@ -182,8 +185,8 @@ def read_entry_array(archive: zipfile.ZipFile, name: str) -> NDArray:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _may_unpack_to(size: int) -> int:
-    """Bytes that an .npz file of `size` bytes may hold: untrusted files claim anything."""
+def may_unpack_to(size: int) -> int:
+    """Bytes that an .npz or image file of `size` bytes may hold: untrusted files claim anything."""
     return max(2**26, 100 * size)
 
 
@@ -197,7 +200,7 @@ def read_arrays(path: Path) -> dict[str, NDArray]:
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-            if size > _may_unpack_to(path.stat().st_size):
+            if size > may_unpack_to(path.stat().st_size):
                 raise ValueError(f"it unpacks to {size:,} bytes")
             names = [name.removesuffix(".npy") for name in archive.namelist()]
             return {name: read_entry_array(archive, name) for name in names}

@@ -18,7 +18,7 @@ from storage.checkpoints import (
     snapshot_number,
 )
 from storage.shared_files import SHARED
-from storage.workdir import checkpoint_path, resume_paths
+from storage.workdir import checkpoint_path, refuse_links, resume_paths
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +110,13 @@ def find_checkpoint(path: Path) -> tuple[Path, dict]:
 
     Raises:
         OSError: there is none, or it cannot be read.
-        ValueError: it is damaged, or not a checkpoint of this program.
+        ValueError: it is damaged, or not a checkpoint of this program; or see `refuse_links`.
     """
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError(f"no checkpoint and no workdir: {path} does not exist")
         return path, open_checkpoint(path, intact=True)
+    refuse_links(path)
     read = partial(open_checkpoint, intact=True)
     if newest := newest_checkpoint(path, set_aside=False, read=read):
         return newest

@@ -17,6 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sources import tfrecords
+from storage.files import one_line
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +40,14 @@ class TensorBoardWriter:
         self.folder, self.events = folder, None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        # Names are read in their order, and start with a time: but clocks are set back.
-        starts = [re.match(r"events\.start(\d+)", path.name) for path in _event_files(folder)]
-        number = 1 + max((int(start[1]) for start in starts if start), default=0)
-        self.events = EventsWriter(str(folder / f"events.start{number:06}"))
         self.flushed = 0.0
+        with self._failing():
+            folder.mkdir(parents=True, exist_ok=True)
+            # Names are read in their order, and start with a time: but clocks are set back. The
+            # number is above all that are there, so that no link can be in the new file's place.
+            starts = [re.match(r"events\.start(\d+)", path.name) for path in _event_files(folder)]
+            number = 1 + max((int(start[1]) for start in starts if start), default=0)
+            self.events = EventsWriter(str(folder / f"events.start{number:06}"))
         self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
@@ -90,8 +93,9 @@ def _event_files(folder: Path) -> list[Path]:
 def _events(path: Path) -> Iterator[Event]:
     try:
         yield from map(Event.FromString, tfrecords.whole_records(path))
-    except DecodeError:
-        log.warning(f"{path} is damaged; the loss curve lacks what follows in it")
+    except (DecodeError, OSError, ValueError) as error:
+        lacks = "the loss curve lacks what follows in it"
+        log.warning(f"{path} is damaged: {one_line(error)}; {lacks}")
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -16,6 +16,7 @@ model.safetensors                     the shared file of --mode export
 
 import contextlib
 import fcntl
+import io
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ import socket
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -33,14 +35,8 @@ log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"  # of a folder of samples
 
-TRAININGS_OWN = {  # places in a workdir that no evaluation may take
-    "checkpoints",
-    "checkpoints-meta",
-    "config.json",
-    "samples",
-    "stdout.txt",
-    "tensorboard",
-}
+FOLDERS = {"checkpoints", "checkpoints-meta", "samples", "tensorboard"}
+TRAININGS_OWN = FOLDERS | {"config.json", "stdout.txt"}  # no evaluation may take these places
 
 # Pictures that are no samples, and files that lie beside them where this program wrote them.
 PICTURES = re.compile(
@@ -95,6 +91,30 @@ def evaluation_folder(workdir: Path, name: str) -> Path:
     if first.startswith(".") or first in TRAININGS_OWN:
         raise ValueError(f"--eval_folder={name!r} is training's own place; name another, as 'eval'")
     return folder
+
+
+def refuse_links(workdir: Path, *names: str) -> None:
+    """Raise ValueError where a folder that a run writes to is a link that leads out of the workdir.
+
+    A stranger's link could lead anywhere. The workdir itself may be one, or lie behind one. The
+    folders are those of training and `names`, with the folders in them.
+    """
+
+    def check(path: Path) -> None:
+        if path.is_symlink() and path.is_dir() and not path.resolve().is_relative_to(inside):
+            raise ValueError(
+                f"{path} is a link to a folder outside the workdir, where nothing is written: put "
+                "the folder in its place, or make the workdir itself the link"
+            )
+
+    inside = workdir.resolve()
+    for folder in (workdir / name for name in sorted({*FOLDERS, *names})):
+        check(folder)
+        if folder.is_dir():
+            with os.scandir(folder) as entries:  # of many samples, too, in a moment
+                for entry in entries:
+                    if entry.is_symlink():
+                        check(folder / entry.name)
 
 
 def check_settings(folder: Path, settings: dict) -> bool:
@@ -152,6 +172,8 @@ def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[Non
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"workdir {workdir} is a file; name a folder")
     workdir.mkdir(parents=True, exist_ok=True)
+    inside = [folder.relative_to(workdir)] if workdir in folder.parents else []
+    refuse_links(workdir, *map(str, inside))
     with _lock(folder), _log_file(workdir / "stdout.txt"), logging_redirect_tqdm():
         yield
 
@@ -191,6 +213,10 @@ class _LogFile(logging.FileHandler):
     """A log whose file may fail: the console hears of it once, and the run goes on."""
 
     failed = False
+
+    def _open(self) -> TextIO:
+        file = open_regular(Path(self.baseFilename), "ab", follow=False)
+        return io.TextIOWrapper(file, encoding="utf-8")
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed:

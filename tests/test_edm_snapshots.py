@@ -4,12 +4,14 @@ import io
 import json
 import pickle
 import random
+import re
 import subprocess
 import sys
 import time
 import tracemalloc
 import zipfile
 
+import numpy as np
 import pytest
 import snapshot_files as files
 import torch
@@ -73,6 +75,45 @@ def test_weights_and_options_are_read_and_no_code_is_run(form, tmp_path, trap):
         assert weights[name].stride() == tensor.stride()
     tied = weights["model.enc.8x8_block0.tied"]
     assert tied.data_ptr() == weights["model.enc.8x8_conv.weight"].data_ptr()
+
+
+NUMPYS = {
+    "img_resolution": (np.int64(8), 8),
+    "img_channels": (np.uint8(1), 1),
+    "label_dim": (np.array(3, ">i4")[()], 3),
+    "model_type": (np.str_("SongUNet"), "SongUNet"),
+    "channel_mult": ([np.int32(1), 2, np.int16(2)], [1, 2, 2]),
+    "dropout": (np.float32(0.125), 0.125),
+    "sigma_max": (np.float64("inf"), float("inf")),
+    "use_fp16": (np.bool_(True), True),
+    "resample_filter": (torch.Size((1, 3, 3, 1)), (1, 3, 3, 1)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_options_of_numpy_and_torch_are_read(form, tmp_path):
+    net, path = files.network(), tmp_path / "snapshot"
+    net._init_kwargs = {name: value for name, (value, _) in NUMPYS.items()}
+    FORMS[form](path, net)
+    options = read_snapshot(path).options
+    assert options == {name: plain for name, (_, plain) in NUMPYS.items()}
+    for name, (_, plain) in NUMPYS.items():
+        assert type(options[name]) is type(plain)
+    assert {type(entry) for entry in options["channel_mult"]} == {int}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 5])
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_options_of_any_numpy_and_pickle_are_read(module, protocol, tmp_path):
+    path, net = tmp_path / "snapshot.pkl", files.network()
+    net._init_kwargs = {"dropout": np.float64(0.25), "img_resolution": np.int64(8)}
+    files.save_pickle(path, files.snapshot(net), protocol)
+    content = path.read_bytes()
+    if protocol < 4:  # names end with a line
+        content = re.sub(rb"numpy\._?core\.multiarray", module, content)
+        assert module in content
+    path.write_bytes(content)
+    assert read_snapshot(path).options == {"dropout": 0.25, "img_resolution": 8}
 
 
 def test_the_trap_works(tmp_path, trap):
@@ -143,6 +184,36 @@ class Call:
 
     def __reduce__(self):
         return self.function, self.args
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.complex64(1),
+        np.datetime64("2020-01-01"),
+        np.void(b"abc"),
+        np.longdouble(1),
+        np.arange(3),
+        Call(np.dtype, "O"),
+        Call(np.float64(1).__reduce__()[0], np.dtype("f8"), b"short"),
+        Call(np.float64(1).__reduce__()[0], np.dtype("f8"), bytes(16)),
+        Call(np.float64(1).__reduce__()[0], "f8", bytes(8)),
+        Call(np.float64(1).__reduce__()[0], np.dtype("O"), 1),
+        Call(torch.Size, 3),
+        Call(torch.Size, ["a", b"b"]),
+    ],
+    ids=repr,
+)
+def test_other_values_of_numpy_are_named(value, tmp_path):
+    net = files.network()
+    net._init_kwargs = {"dropout": value}
+    files.save_pickle(tmp_path / "snapshot.pkl", files.snapshot(net))
+    try:
+        options = read_snapshot(tmp_path / "snapshot.pkl").options
+    except ValueError as error:
+        assert str(error).isprintable()
+    else:
+        assert options == {"dropout": 3}
 
 
 def refusal(path, content=None):

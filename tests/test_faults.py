@@ -748,8 +748,9 @@ def test_what_is_written_is_read_back_before_the_old_is_dropped(tmp_path, monkey
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_log_that_cannot_be_written_is_told_of_once(caplog):
+def test_a_log_that_cannot_be_written_is_told_of_once(caplog, monkeypatch):
     logger = logging.getLogger("a full disk")
+    monkeypatch.setattr(workdirs, "open_regular", lambda path, mode, follow: path.open(mode))
     with workdirs._log_file("/dev/full"):
         logger.warning("first")
         logger.warning("second")

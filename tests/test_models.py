@@ -17,6 +17,7 @@ from configs.published import UNREAD
 from models import layers
 from models.ncsn import InstanceNormPlus, RefineNet
 from models.ncsnpp import NCSNpp
+from models.weights import load_model
 from tests.reference_weights import expand, weight
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -158,6 +159,47 @@ def test_module_prefix_and_sigmas_are_accepted():
     models.load_reference_state_dict(model, prefixed | {"module.sigmas": torch.zeros(12)})
     torch.testing.assert_close(model.begin_conv.weight.data, weights["begin_conv.weight"])
     assert not [name for name in model.state_dict() if "sigmas" in name]
+
+
+WRAPPERS = ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.module."]
+WRAPPERS += ["model._orig_mod.module.", "module.module.", "_orig_mod.model.module._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+def test_names_of_wrappers_are_accepted_in_any_order(prefix):
+    weights = case_weights("ncsnv2_64")
+    model = models.create_model(case_config("ncsnv2_64"))
+    prefixed = {f"{prefix}{name}": value for name, value in weights.items()}
+    models.load_reference_state_dict(model, prefixed | {f"{prefix}sigmas": torch.zeros(12)})
+    names = models.reference_names(model)
+    assert all(torch.equal(model.get_parameter(names[n]), weights[n]) for n in names)
+
+
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("compiled", ["", "features", "encoder.0"])
+def test_weights_of_compiled_and_parallel_networks_are_loaded(published, compiled):
+    """State dicts as PyTorch writes them: of a wrapped network, and of one with a compiled part."""
+    model, other = (models.create_model(case_config("poisson_ddpmpp")) for _ in range(2))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    if compiled:
+        parent, _, name = compiled.rpartition(".")
+        setattr(model.get_submodule(parent), name, torch.compile(model.get_submodule(compiled)))
+    weights = torch.nn.DataParallel(torch.compile(model)).state_dict()
+    assert all(name.startswith("module._orig_mod.") for name in weights)
+    if published and not compiled:
+        names = models.reference_names(other)
+        weights = {f"module._orig_mod.{name}": expected[own] for name, own in names.items()}
+    load_model(other, dict(weights))
+    assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
+
+
+def test_a_weight_that_is_there_twice_is_refused():
+    weights = case_weights("ncsnv2_64")
+    model = models.create_model(case_config("ncsnv2_64"))
+    with pytest.raises(ValueError, match=r"'begin_conv\.weight' twice, once as 'module\.begin_"):
+        models.load_reference_state_dict(
+            model, weights | {"module.begin_conv.weight": weights["begin_conv.weight"]}
+        )
 
 
 def test_trainable_parameters_have_the_published_order():

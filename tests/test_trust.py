@@ -90,7 +90,7 @@ def test_the_line_has_the_flags(mode, tmp_path):
     assert line.count("\n") == 1
     pasted = shlex.split(line.partition("or start: ")[2])
     assert pasted[-1] == f"--config.{key}={outside / 'a b'}"
-    for trusting in (pasted, [*command, "--trust_workdir"]):
+    for trusting in (pasted, [*command, "--trust_workdir"], [*command, "-trust_workdir=true"]):
         assert "trust_workdir" not in Program(trusting).finish(2).stderr  # no checkpoint there
     assert not outside.exists()
 
