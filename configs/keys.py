@@ -1,6 +1,8 @@
 """The keys of a config under their dotted names, and what is said of a key that is none."""
 
 import difflib
+import os
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -25,6 +27,21 @@ def get(config: ConfigDict, key: str) -> Any:
     """The value of a dotted `key`."""
     section, _, name = key.rpartition(".")
     return (config[section] if section else config)[name]
+
+
+def with_home(title: str, name: str) -> str:
+    """The path `name` with the home folder in place of `~` or `~user`, as shells write it.
+
+    So are further paths in it that follow a comma, if they are of a user who exists.
+
+    Raises:
+        ValueError: it begins with `~user`, of no user, or there is no home folder; `title` says
+            which flag or key names it.
+    """
+    if name.startswith("~") and os.path.expanduser(name) == name:
+        user = name.partition("/")[0]
+        raise ValueError(f"{title}={name}: {user} is no home folder; ./{user} is a file called so")
+    return re.sub(r"(?:(?<=^)|(?<=,)|(?<=, ))~[^/,]*", lambda m: os.path.expanduser(m[0]), name)
 
 
 def arguments(part: Any, config: ConfigDict) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import datasets
 import experiment
 from experiment import Experiment
 from methods.base import Method
+from reports import streams
 from reports.field_lines import Points, depth_of, exact_slope, field_lines, in_space, trajectory
 from reports.plots import PALETTE
 from reports.table import format_table
@@ -243,4 +244,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    streams.make_lenient()
     main()
