@@ -44,7 +44,7 @@ from storage.run_checkpoints import (
 )
 from storage.shared_files import SHARED, save_shared
 from storage.tensorboard import TensorBoardWriter
-from storage.workdir import evaluation_folder, open_workdir
+from storage.workdir import check_writable, evaluation_folder, open_workdir
 from training import TrainState, train_step
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     def due(frequency: int) -> bool:
         return state.step == training.n_iters or state.step % frequency == 0
 
-    with _opened(workdir, workdir / "checkpoints"):
+    with _opened(workdir, workdir / "checkpoints", "--workdir"):
         run.resume()
         state.check_agreement()
         start = f"{'resuming' if state.step else 'starting'} at step {state.step}"
@@ -239,7 +239,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         log.info(f"the results would be in {folder}")
         experiment.data.close()
         return
-    with _opened(workdir, folder, experiment.remarks):
+    with _opened(workdir, folder, "--eval_folder=/another/folder", experiment.remarks):
         experiment.data.close()
         for each in statistics if main else ():
             if each.reference is None:
@@ -368,7 +368,7 @@ def sample(
         log.info(f"would sample from {weights}, to {path}")
         log.info("; ".join(parts))
         return
-    with _opened(workdir, path, remarks + experiment.remarks):
+    with _opened(workdir, path, "--outdir", remarks + experiment.remarks):
         log.info(f"sampling with {weights}")
         if main and not is_begun:
             folder.save_settings()
@@ -404,6 +404,7 @@ def export(
     if dry_run:
         log.info(f"would export the {words}, to {path}")
     elif distributed.is_main():
+        check_writable(path.parent, "--outdir")
         weights, identity = experiment.network.state_dict(), experiment.data.stored
         entry = identity.entry() if identity else None
         save_shared(path, weights, flatten(config), trained.step, entry)
@@ -411,9 +412,12 @@ def export(
 
 
 @contextlib.contextmanager
-def _opened(workdir: Path, folder: Path, remarks: Sequence[str] = ()) -> Iterator[None]:
-    """Within the block `folder` is this run's alone to write to; its log begins with `remarks`."""
-    with open_workdir(workdir, folder, distributed.is_main()):
+def _opened(workdir: Path, folder: Path, flag: str, remarks: Sequence[str] = ()) -> Iterator[None]:
+    """Within the block `folder` is this run's alone to write to; its log begins with `remarks`.
+
+    The `flag` names the folder.
+    """
+    with open_workdir(workdir, folder, distributed.is_main(), flag):
         distributed.barrier()  # nobody writes before the main process holds the lock
         _log_lines(remarks)
         yield

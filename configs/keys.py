@@ -29,6 +29,15 @@ def get(config: ConfigDict, key: str) -> Any:
     return (config[section] if section else config)[name]
 
 
+def plain(value: Any) -> Any:
+    """`value` as Python's own: scalars and arrays of numpy or PyTorch, and paths, become those."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def with_home(title: str, name: str) -> str:
     """The path `name` with the home folder in place of `~` or `~user`, as shells write it.
 

@@ -39,12 +39,14 @@ class TensorBoardWriter:
         self.folder, self.events = folder, None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        # Names are read in their order, and start with a time: but clocks are set back.
-        starts = [re.match(r"events\.start(\d+)", path.name) for path in _event_files(folder)]
-        number = 1 + max((int(start[1]) for start in starts if start), default=0)
-        self.events = EventsWriter(str(folder / f"events.start{number:06}"))
         self.flushed = 0.0
+        with self._failing():
+            folder.mkdir(parents=True, exist_ok=True)
+            # Names are read in their order, and start with a time: but clocks are set back. The
+            # number is above all that are there, so that no link can be in the new file's place.
+            starts = [re.match(r"events\.start(\d+)", path.name) for path in _event_files(folder)]
+            number = 1 + max((int(start[1]) for start in starts if start), default=0)
+            self.events = EventsWriter(str(folder / f"events.start{number:06}"))
         self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:

@@ -15,7 +15,9 @@ model.safetensors                     the shared file of --mode export
 """
 
 import contextlib
+import errno
 import fcntl
+import io
 import json
 import logging
 import os
@@ -24,6 +26,7 @@ import socket
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -84,11 +87,15 @@ def resume_paths(workdir: Path) -> tuple[Path, Path]:
 def evaluation_folder(workdir: Path, name: str) -> Path:
     """The folder `name` in the workdir, for the results of an evaluation.
 
+    An absolute path may lead elsewhere, since a run need not be one that can be written to.
+
     Raises:
-        ValueError: it lies outside, or is one of training's own.
+        ValueError: a relative one leads out of the workdir, or it is one of training's own.
     """
     folder = workdir / name
     inside = folder.resolve()
+    if Path(name).is_absolute() and not inside.is_relative_to(workdir.resolve()):
+        return folder
     if not inside.is_relative_to(workdir.resolve()):
         raise ValueError(f"--eval_folder={name} lies outside the workdir {workdir}")
     first = [*inside.relative_to(workdir.resolve()).parts, "."][0]
@@ -135,22 +142,31 @@ def _words(settings: dict) -> str:
 # --- one writer at a time, and its log ------------------------------------------------------------
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise PermissionError where `folder`, which `flag` names elsewhere, cannot be written to."""
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{place} cannot be written to: put the results elsewhere by {flag}")
+
+
 @contextlib.contextmanager
-def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[None]:
-    """Make the workdir; within the `with` block, no other process writes to `folder` in it.
+def open_workdir(workdir: Path, folder: Path, main: bool = True, flag: str = "") -> Iterator[None]:
+    """Make the workdir; within the `with` block, no other process writes to `folder`.
 
     The log is appended to stdout.txt. Training and an evaluation name different folders, so that
     one does not keep the other out. Of several processes of one run only the `main` one writes; for
     the others nothing is done.
 
     Raises:
-        OSError: the workdir cannot be written, or another process writes to `folder`.
+        OSError: the folder cannot be written, which `flag` would name elsewhere, or another process
+            writes to it.
     """
     if not main:
         yield
         return
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"workdir {workdir} is a file; name a folder")
+    check_writable(folder, flag)
     workdir.mkdir(parents=True, exist_ok=True)
     with _lock(folder), _log_file(workdir / "stdout.txt"), logging_redirect_tqdm():
         yield
@@ -165,6 +181,10 @@ def _lock(folder: Path) -> Iterator[None]:
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not path.exists() and not os.access(path.parent, os.W_OK):
+        log.warning(f"{path} cannot be written; see to it that no other process writes to {folder}")
+        yield
+        return
     with about(path):
         file = open_regular(path, "a+b", follow=False)
     with file:
@@ -192,6 +212,10 @@ class _LogFile(logging.FileHandler):
 
     failed = False
 
+    def _open(self) -> TextIO:
+        file = open_regular(Path(self.baseFilename), "ab", follow=False)
+        return io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace")
+
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed:
             self.failed = True
@@ -200,7 +224,14 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    handler = _LogFile(path, mode="a")
+    try:
+        handler = _LogFile(path, mode="a")
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link
+            raise
+        log.warning(f"{error}: the log is on the console only")
+        yield
+        return
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     root.addHandler(handler)
