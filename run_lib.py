@@ -23,7 +23,7 @@ from library.evaluated import Evaluated, Split
 from library.evaluated_restorations import restore_images
 from library.evaluated_samples import compare_samples, draw_images
 from library.restoration import ToRestore
-from library.sample_folder import FILM_SAMPLES, SampleFolder, read_pictures, seeds_of
+from library.sample_folder import FILM_SAMPLES, SampleFolder, pair_of, read_pictures, seeds_of
 from library.signals import stop_signals
 from library.training_run import LossWatch, TrainingRun, check_codec
 from metrics.reference import ReferenceStatistics
@@ -340,7 +340,7 @@ def sample(
     seeds = seeds_of(options.seeds or ("" if options.encode or options.between else "0-63"))
     names = [options.encode] if options.encode else []
     pictures = read_pictures("sampling.encode", names, data.shape, scale)
-    names = options.between.split(",") if options.between else []
+    names = pair_of(options.between) if options.between else []
     ends = read_pictures("sampling.between", names, data.shape, scale)
     if ends and len(ends) != 2:
         raise ValueError(f"sampling.between={options.between} must be two images, A.png,B.png")

@@ -41,16 +41,22 @@ def plain(value: Any) -> Any:
 def with_home(title: str, name: str) -> str:
     """The path `name` with the home folder in place of `~` or `~user`, as shells write it.
 
-    So are further paths in it that follow a comma, if they are of a user who exists.
+    So are further paths in it that follow a comma, if they are of a user who has one.
 
     Raises:
-        ValueError: it begins with `~user`, of no user, or there is no home folder; `title` says
-            which flag or key names it.
+        ValueError: it begins with the `~user` of nobody who has a home folder; `title` says which
+            flag or key names it.
     """
-    if name.startswith("~") and os.path.expanduser(name) == name:
-        user = name.partition("/")[0]
+    user = name.partition("/")[0].partition(",")[0]
+    if user.startswith("~") and _home(user) == user:
         raise ValueError(f"{title}={name}: {user} is no home folder; ./{user} is a file called so")
-    return re.sub(r"(?:(?<=^)|(?<=,)|(?<=, ))~[^/,]*", lambda m: os.path.expanduser(m[0]), name)
+    return re.sub(r"(?:^|(?<=,)|(?<=, ))~[^/,]*", lambda match: _home(match[0]), name)
+
+
+def _home(user: str) -> str:
+    """The home folder of `~` or `~user`; the words themselves where there is none."""
+    folder = os.path.expanduser(user)
+    return folder if user == "~" or os.path.isdir(folder) else user
 
 
 def arguments(part: Any, config: ConfigDict) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class Trained:
     ) -> Tensor:
         """The images (n, C, H, W) in [0, 1] of latents `z` (n, C, H, W); see `encode`."""
         method, codec = self.experiment.method, self.experiment.codec
-        check_shape(z, codec.shape, "latents")
+        check_floats(z, codec.shape, "latents")
         z, limits = z.to(self.experiment.device, torch.float32), self._fine_limits()
 
         def images(net: Network, part: slice, watch: Watch) -> Tensor:
@@ -225,7 +225,7 @@ class Trained:
             ValueError: another shape, `sigma` is not one of the method's noise levels, or the
                 network sees latents.
         """
-        check_shape(x, self.shape, "noisy images")
+        check_floats(x, self.shape, "noisy images")
         method, codec = self.experiment.method, self.experiment.codec
         if math.inf in codec.bounds:
             raise ValueError("the network denoises latents, not images: see Method.denoise")
@@ -382,19 +382,23 @@ class Trained:
 
     def _encoded(self, x: Tensor) -> Tensor:
         check_shape(x, self.shape, "images")
-        if not ((x >= 0) & (x <= 1)).all():
+        if not (x.is_floating_point() and ((x >= 0) & (x <= 1)).all()):
             raise ValueError("images must be floats in [0, 1]; divide those of 8 bits by 255")
         return self.experiment.codec.encode(x.to(self.experiment.device, torch.float32))
 
 
 def check_shape(x: Tensor, shape: tuple[int, int, int], name: str) -> None:
-    """Raise ValueError unless `x` is a tensor (n, *shape) of floats."""
+    """Raise ValueError unless `x` is a tensor (n, *shape)."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1:] != shape:
         form = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a tensor (n, {str(shape)[1:]}, not {form}")
+
+
+def check_floats(x: Tensor, shape: tuple[int, int, int], name: str) -> None:
+    """Raise ValueError unless `x` is a tensor (n, *shape) of floats: bytes are 0 to 255."""
+    check_shape(x, shape, name)
     if not x.is_floating_point():
-        in_range = "" if name == "latents" else " in [0, 1]; divide those of 8 bits by 255"
-        raise ValueError(f"{name} must be floats{in_range}, not {x.dtype}")
+        raise ValueError(f"{name} must be floats, not {x.dtype}; divide bytes by 255")
 
 
 def checked_levels(
