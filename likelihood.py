@@ -1,5 +1,6 @@
 """Likelihood of data under a method's ODE, by the instantaneous change of variables."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.keys import arguments, named
 from configs.schema import Key, OneOf
@@ -88,7 +90,9 @@ def log_likelihood(
             rates = torch.cat([drift.flatten(1), divergence.flatten(1).sum(1, keepdim=True)], 1)
         return rates if differentiable else rates.detach()
 
-    with torch.set_grad_enabled(differentiable):
+    # of PyTorch's kernels of attention only this one can be differentiated twice
+    twice = sdpa_kernel(SDPBackend.MATH) if differentiable else contextlib.nullcontext()
+    with torch.set_grad_enabled(differentiable), twice:
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
         times = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
         flow = Counted(drift_and_divergence, watch_times(method, watch))
