@@ -35,7 +35,9 @@ flags.DEFINE_enum(
     "Train a model, evaluate checkpoints of it, draw samples, or write one file to share.",
 )
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
-flags.DEFINE_string("eval_folder", "eval", "Folder within workdir for the results of evaluation.")
+flags.DEFINE_string(
+    "eval_folder", "eval", "Folder of an evaluation's results, in workdir unless absolute."
+)
 flags.DEFINE_string(
     "outdir", None, "Where sample and export write; default: below workdir/samples, and workdir."
 )

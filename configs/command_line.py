@@ -97,16 +97,15 @@ def one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error), re.IGNORECASE):
             raise
-        fail(
-            "out of memory: smaller training.batch_size or eval.batch_size need less. "
-            f"{str(error).strip() or type(error).__name__}"
-        )
+        advice = "smaller training.batch_size or eval.batch_size need less"
+        fail(f"out of memory: {advice}. {str(error) or type(error).__name__}")
 
 
 def fail(error: Exception | str) -> NoReturn:
     """Ends the program with one line on the user's mistake and exit status 2."""
     where = f"rank {rank()}: " if rank() else ""
-    print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+    words = " ".join(str(error).split()) or type(error).__name__
+    print(f"error: {where}{words}", file=sys.stderr)
     sys.exit(2)
 
 
