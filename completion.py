@@ -14,6 +14,7 @@ import execution
 import methods
 import models
 import sources
+from configs import machine
 from configs.default import check
 from configs.keys import flatten, get, of_part
 from datasets import Data, mean_norm
@@ -64,6 +65,7 @@ def complete(
     """
     check(config)
     config = config.copy_and_resolve_references()
+    machine.expand_home(config)
     flat, data = flatten(config), Data(config.data, identity)
     measured_keys = {key for key in MEASURED if flat[key] is None}
     if data.takes_scale and not config.data.scale:

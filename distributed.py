@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, that train one network on the batches of one process.
+"""Several processes, of torchrun or another launcher, that train one network as one process does.
 
 Every function may be called in a process that runs alone too, where it does nothing.
 """
@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -21,23 +21,36 @@ from torch.nn.parallel import DistributedDataParallel
 # Longest wait of a rank for the others: rank 0 may measure the features of millions of images. For
 # a rank that died there is no wait: torchrun stops the rest.
 PATIENCE = datetime.timedelta(days=30)
-START = datetime.timedelta(minutes=10)  # longest wait for torchrun's store, which starts first
+START = datetime.timedelta(minutes=10)  # longest wait for the store of torchrun, or of rank 0
 GRACE = 300  # seconds that a rank has to save and end, once torchrun is no more
 POLL = 0.01  # seconds between looks into the store
+
+LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by a launcher
+
+# Variables in which other programs tell each task that they start how many there are. SLURM_NTASKS
+# is also seen by what an allocation runs beside its tasks, which have a SLURM_PROCID.
+TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
+HOW_TO_START = (
+    "start one torchrun on each host, or let your launcher set RANK, WORLD_SIZE, LOCAL_RANK, "
+    "MASTER_ADDR and MASTER_PORT for each process (docs/scaling.md); for one process alone set "
+    "WORLD_SIZE=1"
+)
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Within the `with` block the processes that torchrun started are one group.
+    """Within the `with` block the processes of a launch are one group.
 
     It speaks NCCL for CUDA tensors and gloo for those of the CPU. The processes leave it together;
-    where one ends by an error, torchrun stops the others.
+    where one ends by an error, torchrun stops the others. Raises as `check_launch`.
     """
+    check_launch(os.environ)
     if world() == 1:
         yield
         return
-    # The parent is noted before the store answers, which shows that torchrun was alive then.
-    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+    if by_torchrun():
+        # The parent is noted before the store answers, which shows that torchrun was alive then.
+        threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     store = _store()
     store = dist.PrefixStore(_new_token(store), store)
     dist.init_process_group(store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
@@ -48,13 +61,49 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Raise ValueError, which says how to start, unless the variables of a launch make sense.
+
+    Without any the process is alone. So would be each of several tasks of srun or mpirun, of which
+    every one would write the same run.
+    """
+    values = {name: environment[name] for name in LAUNCH if environment.get(name)}
+    if not values.keys() & {"RANK", "WORLD_SIZE"}:
+        for name in TASKS:
+            number = environment.get(name, "")
+            is_task = name != "SLURM_NTASKS" or "SLURM_PROCID" in environment
+            if is_task and number.isdecimal() and int(number) > 1:
+                raise ValueError(
+                    f"{name}={number}, but RANK and WORLD_SIZE are not set, so that each of "
+                    f"{number} tasks would believe it is alone: {HOW_TO_START}"
+                )
+        return
+    if values.get("WORLD_SIZE") == "1" and values.get("RANK", "0") == "0":
+        return
+    words = ", ".join(f"{name}={value}" for name, value in values.items())
+    if missing := [name for name in LAUNCH if name not in values]:
+        raise ValueError(f"{words} without {', '.join(missing)}: {HOW_TO_START}")
+    numbers = [values[name] for name in LAUNCH if name != "MASTER_ADDR"]
+    if all(map(str.isdecimal, numbers)):
+        rank, world, local_rank, port = map(int, numbers)
+        if max(rank, local_rank) < world and 0 < port < 2**16:
+            return
+    raise ValueError(f"{words} contradict each other: {HOW_TO_START}")
+
+
+def by_torchrun() -> bool:
+    """True if torchrun started this process: it stops the others where one ends."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _store() -> dist.Store:
-    """Store through which processes exchange addresses; ConnectionError without torchrun."""
+    """Store through which processes exchange addresses; ConnectionError where nobody answers."""
     try:
         store, *_ = next(rendezvous("env://", timeout=START))
     except RuntimeError as error:
+        server = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") else "rank 0"
         raise ConnectionError(
-            f"no answer from torchrun at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; "
+            f"no answer from {server} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; "
             "it has ended, or another machine cannot be reached"
         ) from error
     store.set_timeout(PATIENCE)
@@ -99,12 +148,12 @@ def _new_token(store: dist.Store) -> str:
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 def world() -> int:
     """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_main() -> bool:
@@ -156,12 +205,14 @@ def from_main(text: Callable[[], str]) -> str:
     """The main process's result of `text()`, in every process."""
     if world() == 1:
         return text()
-    content = torch.tensor([*(text() if is_main() else "").encode()], dtype=torch.uint8)
+    content = torch.tensor(
+        [*(text() if is_main() else "").encode(errors="surrogatepass")], dtype=torch.uint8
+    )
     size = torch.tensor(len(content))
     dist.broadcast(size, 0)
     content = content if is_main() else torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(content, 0)
-    return bytes(content.tolist()).decode()
+    return bytes(content.tolist()).decode(errors="surrogatepass")
 
 
 def check_same(name: str, words: str) -> None:

@@ -105,11 +105,15 @@ def set_float32_products(precision: str) -> None:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Within the `with` block matrix products and convolutions of float32 are without TF32."""
+    """Within the `with` block matrix products and convolutions of float32 are without TF32.
+
+    Nor does autocast that is on outside of it change them.
+    """
     precision, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     set_float32_products("fp32")
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = allowed
@@ -173,8 +177,12 @@ def named_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=distributed.local_device(torch.device(name))).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name!r} cannot be used: {reason}") from error
+        number = torch.cuda.device_count()
+        have = ", ".join(f"cuda:{i}" for i in range(number)) or "no GPU that PyTorch can use"
+        raise ValueError(
+            f"device={name!r} cannot be used: {str(error).splitlines()[0]}; there is {have}: "
+            "device=auto takes a GPU where there is one, else the CPU"
+        ) from error
 
 
 def _has_tf32(device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from completion import PRECISION_KEYS, complete, decide_precisions
 from configs import machine
 from configs.default import all_keys, check
 from configs.effects import without_effect
-from configs.keys import explain_unknown, get, shown
+from configs.keys import explain_unknown, get, plain, shown, with_home
 from datasets import Data
 from library.conditions import ConditionDrawer
 from library.fitting import Fitting
@@ -262,7 +262,7 @@ def load(
         OSError: there is no checkpoint, or it cannot be read.
         ValueError: it is damaged or does not fit, there is no config, or a value is not allowed.
     """
-    place = Path(path).expanduser()
+    place = Path(with_home("path", str(path)))
     path, content = find_checkpoint(place)
     keys, values = all_keys(), {}
     if config is not None:
@@ -273,9 +273,11 @@ def load(
     for key, value in (overrides or {}).items():
         if key not in keys:
             raise ValueError(explain_unknown(key, keys))
+        value = plain(value)
         if not keys[key].accepts(value):
             raise ValueError(f"{key} must be {keys[key].allowed}, not {shown(value)}")
         config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
+    machine.expand_home(config)
     if missing := machine.missing(config, values, overrides or {}, "sample"):
         raise ValueError(
             f"{path} names {missing}, which may run code or read files: pass these as overrides, "
@@ -296,14 +298,15 @@ def load(
             log.info(f"the config differs from that of the run: {change}")
     experiment.network.eval().requires_grad_(False)
     sampler = experiment.sampler
-    experiment.sampler = experiment.fitted_sampler(path) if fits else sampler.without_fit()
+    with execution.full_float32():
+        experiment.sampler = experiment.fitted_sampler(path) if fits else sampler.without_fit()
     experiment.data.close()
     return Trained(experiment, path, step)
 
 
 def _guide(config, codec: Codec, device: torch.device) -> nn.Module:
     """The network of `sampling.guide` with its EMA weights; ValueError where it is another kind."""
-    path = Path(config.sampling.guide).expanduser()
+    path = Path(config.sampling.guide)
     content = open_checkpoint(path, intact=True)
     guide_config = run_config.of(path, content)
     old, new = run_config.flatten(guide_config), run_config.flatten(config)

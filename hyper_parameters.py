@@ -9,6 +9,7 @@ import math
 from absl import app, flags
 
 from configs import command_line
+from reports import streams
 
 FLAGS = flags.FLAGS
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     config, of_config = FLAGS.config, {}
     if config is None and not numbers.keys() >= {"data_norm", "data_dim"}:
         command_line.fail("give --config, or --data_norm and --data_dim")
-    try:
+    with command_line.one_line_errors():
         if config is not None:
             training, sampling = config.training, config.sampling
             of_config = {
@@ -36,8 +37,6 @@ def main(argv: list[str]) -> None:
         from methods.poisson import poisson_range  # torch: not before the flags are parsed
 
         result = poisson_range(**numbers)
-    except (OSError, ValueError) as error:
-        command_line.fail(error)
     print(f"mean norm {numbers['data_norm']:.4g} in {numbers['data_dim']} dimensions")
     keys = ("training.M", "sampling.z_max", "sampling.upper_norm")
     for key, value in zip(keys, result, strict=True):
@@ -63,4 +62,5 @@ def _measured(config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    streams.make_lenient()
     app.run(main, flags_parser=command_line.parse)

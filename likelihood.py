@@ -1,5 +1,6 @@
 """Likelihood of data under a method's ODE, by the instantaneous change of variables."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.keys import arguments, check_positive, named
 from configs.schema import Key, OneOf
@@ -65,24 +67,31 @@ def log_likelihood(
 
     Returns:
         log p (B,) in nats, the latent at the prior (B, C, H, W), and the number of evaluations of
-        dx/dt, each with K backward passes.
+        dx/dt, each with K backward passes. Where `x` requires a gradient, they have one with
+        respect to it, at the memory of all evaluations.
 
     Raises:
         FloatingPointError: the solution is not finite; the message says where.
         TooManyEvaluations: it needs more than `max_evaluations`.
     """
 
+    differentiable = x.requires_grad and torch.is_grad_enabled()
+    kept = {"retain_graph": True, "create_graph": differentiable}
+
     def drift_and_divergence(state: Tensor, t: float) -> Tensor:
         with torch.enable_grad():
             x_t = state[:, :-1].view_as(x).requires_grad_()
             drift = method.ode(net, x_t, t)
             divergence = sum(
-                probe * torch.autograd.grad((drift * probe).sum(), x_t, retain_graph=True)[0]
+                probe * torch.autograd.grad((drift * probe).sum(), x_t, **kept)[0]
                 for probe in probes
             )
-        return torch.cat([drift.flatten(1), divergence.flatten(1).sum(1, keepdim=True)], 1).detach()
+            rates = torch.cat([drift.flatten(1), divergence.flatten(1).sum(1, keepdim=True)], 1)
+        return rates if differentiable else rates.detach()
 
-    with torch.no_grad():
+    # of PyTorch's kernels of attention only this one can be differentiated twice
+    twice = sdpa_kernel(SDPBackend.MATH) if differentiable else contextlib.nullcontext()
+    with torch.set_grad_enabled(differentiable), twice:
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
         times = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
         flow = Counted(drift_and_divergence, watch_times(method, watch))

@@ -8,6 +8,11 @@ INTERRUPT = signal.getsignal(signal.SIGINT)
 if INTERRUPT is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+if __name__ == "__main__":  # before absl takes them
+    from reports import streams
+
+    streams.make_lenient()
+
 import logging
 import os
 import re
@@ -31,7 +36,9 @@ flags.DEFINE_enum(
     "Train a model, evaluate checkpoints of it, draw samples, or write one file to share.",
 )
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
-flags.DEFINE_string("eval_folder", "eval", "Folder within workdir for the results of evaluation.")
+flags.DEFINE_string(
+    "eval_folder", "eval", "Folder of an evaluation's results, in workdir unless absolute."
+)
 flags.DEFINE_string(
     "outdir", None, "Where sample and export write; default: below workdir/samples, and workdir."
 )
@@ -62,33 +69,30 @@ def main(argv: list[str]) -> None:
     from configs.effects import without_effect
 
     _log_to_stdout()
-    workdir, several = Path(FLAGS.workdir), "TORCHELASTIC_RUN_ID" in os.environ
+    workdir = Path(FLAGS.workdir)
     overrides = command_line.overridden(sys.argv[1:])
     if FLAGS.mode == "train":  # how the run will be evaluated is not decided yet
         overrides = [key for key in overrides if not key.startswith("eval.")]
     for line in without_effect(FLAGS.config, overrides):
         logging.info(line)
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "launcher's"
+    several = launcher == "torchrun" or os.environ.get("WORLD_SIZE", "1") != "1"
     try:
-        signal.signal(signal.SIGINT, INTERRUPT)
-        if FLAGS.mode == "eval":
-            run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder, FLAGS.dry_run)
-        elif FLAGS.mode != "train":
-            run = {"sample": run_lib.sample, "export": run_lib.export}[FLAGS.mode]
-            run(FLAGS.config, workdir, _path(FLAGS.outdir), _path(FLAGS.checkpoint), FLAGS.dry_run)
-        elif not run_lib.train(FLAGS.config, workdir, FLAGS.dry_run) and not command_line.rank():
-            again = "the same torchrun command" if several else shlex.join(sys.orig_argv)
-            print(f"to go on: {again}")
-    except (ValueError, OSError, FloatingPointError) as error:
-        command_line.fail(error)
+        with command_line.one_line_errors():
+            signal.signal(signal.SIGINT, INTERRUPT)
+            if FLAGS.mode == "eval":
+                run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder, FLAGS.dry_run)
+            elif FLAGS.mode != "train":
+                run = {"sample": run_lib.sample, "export": run_lib.export}[FLAGS.mode]
+                outdir, checkpoint = _path(FLAGS.outdir), _path(FLAGS.checkpoint)
+                run(FLAGS.config, workdir, outdir, checkpoint, FLAGS.dry_run)
+            elif not run_lib.train(FLAGS.config, workdir, FLAGS.dry_run):
+                again = f"the same {launcher} command" if several else shlex.join(sys.orig_argv)
+                if command_line.rank() == 0:
+                    print(f"to go on: {again}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        command_line.fail(
-            f"out of memory: smaller training.batch_size or eval.batch_size need less. {error}"
-        )
     if several:
         # With all done, one process of several now and then aborts while Python shuts down (seen
         # with PyTorch 2.13 and gloo), for which torchrun would call the whole job failed.
@@ -108,7 +112,7 @@ def parse(argv: list[str]) -> list[str]:
         print(VERSION)
         sys.exit()
 
-    def stored() -> ConfigDict | None:
+    def stored(argv: list[str]) -> ConfigDict | None:
         workdir = command_line.value_of(argv, "workdir")
         if command_line.value_of(argv, "mode") not in STORED or not workdir:
             return None
@@ -143,7 +147,7 @@ def _refuse_missing(values: dict, overridden: list[str]) -> None:
 
 
 def _path(name: str | None) -> Path | None:
-    return Path(name).expanduser() if name else None
+    return Path(name) if name else None
 
 
 def _log_to_stdout() -> None:

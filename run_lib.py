@@ -24,7 +24,7 @@ from library.evaluated import Evaluated, Split
 from library.evaluated_restorations import restore_images
 from library.evaluated_samples import compare_samples, draw_images
 from library.restoration import ToRestore
-from library.sample_folder import FILM_SAMPLES, SampleFolder, read_pictures, seeds_of
+from library.sample_folder import FILM_SAMPLES, SampleFolder, pair_of, read_pictures, seeds_of
 from library.signals import stop_signals
 from library.training_run import LossWatch, TrainingRun
 from metrics.reference import ReferenceStatistics
@@ -47,7 +47,7 @@ from storage.run_checkpoints import (
 )
 from storage.shared_files import SHARED, save_shared
 from storage.tensorboard import TensorBoardWriter
-from storage.workdir import evaluation_folder, open_workdir
+from storage.workdir import check_writable, evaluation_folder, open_workdir
 from training import TrainState, train_step
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     def due(every: int) -> bool:
         return state.step == training.n_iters or state.step % every == 0
 
-    with _opened(workdir, workdir / "checkpoints"):
+    with _opened(workdir, workdir / "checkpoints", "--workdir"):
         run.resume()
         state.check_agreement()
         start = f"{'resuming' if state.step else 'starting'} at step {state.step}"
@@ -249,7 +249,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         log.info(f"the results would be in {folder}")
         experiment.data.close()
         return
-    with _opened(workdir, folder, experiment.remarks):
+    with _opened(workdir, folder, "--eval_folder=/another/folder", experiment.remarks):
         experiment.data.close()
         for each in statistics if main else ():
             if each.reference is None:
@@ -350,7 +350,7 @@ def sample(
     seeds = seeds_of(options.seeds or ("" if options.encode or options.between else "0-63"))
     names = [options.encode] if options.encode else []
     pictures = read_pictures("sampling.encode", names, data.shape, scale)
-    names = options.between.split(",") if options.between else []
+    names = pair_of(options.between) if options.between else []
     ends = read_pictures("sampling.between", names, data.shape, scale)
     if ends and len(ends) != 2:
         raise ValueError(f"sampling.between={options.between} must be two images, A.png,B.png")
@@ -378,7 +378,7 @@ def sample(
         log.info(f"would sample from {weights}, to {path}")
         log.info("; ".join(parts))
         return
-    with _opened(workdir, path, remarks + experiment.remarks):
+    with _opened(workdir, path, "--outdir", remarks + experiment.remarks):
         log.info(f"sampling with {weights}")
         if main and not is_begun:
             folder.save_settings()
@@ -414,6 +414,7 @@ def export(
     if dry_run:
         log.info(f"would export the {words}, to {path}")
     elif distributed.is_main():
+        check_writable(path.parent, "--outdir")
         weights, identity = experiment.network.state_dict(), experiment.data.stored
         entry = identity.entry() if identity else None
         save_shared(path, weights, flatten(config), trained.step, entry)
@@ -421,9 +422,12 @@ def export(
 
 
 @contextlib.contextmanager
-def _opened(workdir: Path, folder: Path, remarks: Sequence[str] = ()) -> Iterator[None]:
-    """Within the block `folder` is this run's alone to write to; its log begins with `remarks`."""
-    with open_workdir(workdir, folder, distributed.is_main()):
+def _opened(workdir: Path, folder: Path, flag: str, remarks: Sequence[str] = ()) -> Iterator[None]:
+    """Within the block `folder` is this run's alone to write to; its log begins with `remarks`.
+
+    The `flag` names the folder.
+    """
+    with open_workdir(workdir, folder, distributed.is_main(), flag):
         distributed.barrier()  # nobody writes before the main process holds the lock
         _log_lines(remarks)
         yield

@@ -1,43 +1,52 @@
 """The flag `--config`: an experiment's file, overrides of its values, one line for a mistake."""
 
+import contextlib
 import os
 import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs.keys import explain_unknown, flatten
+from configs.keys import explain_unknown, flatten, with_home
 
 FLAGS = flags.FLAGS
+PATHS = ("config", "workdir", "eval_folder", "outdir", "checkpoint")  # flags that name one
+# What PyTorch and its libraries say where memory is short, on any device.
+NO_MEMORY = r"out of memory|(can't|cannot|unable to|fail\w* to) alloc|not enough mem|bad_?alloc"
+NO_MEMORY += r"|alloc_?failed|storage size calculation overflowed"
 HELP = (
     "Experiment to run, a file of configs/. Its values are overridden as in "
     "--config.training.n_iters=200."
 )
 
 
-def parse(argv: list[str], stored: Callable[[], ConfigDict | None] = lambda: None) -> list[str]:
+def parse(
+    argv: list[str], stored: Callable[[list[str]], ConfigDict | None] = lambda argv: None
+) -> list[str]:
     """Defines `--config`, parses `argv` into FLAGS; a mistake ends in one line, exit status 2.
 
     Args:
-        stored: gives the config where `--config` is left out; None where it must not be.
+        stored: gives the config where `--config` is left out, from `argv` with whole paths; None
+            where it must not be.
 
     Returns:
         The program's name.
     """
     try:
+        argv = _with_home(argv)
         path = value_of(argv, "config")
         if path is not None:
             _check_file(path)
         asks_help = any(re.match(r"--?(help|h$|\?)", argument) for argument in argv)
         if overridden(argv) and not asks_help:
             _check_overrides(argv, flatten(_defaults()))  # with the parts that a file adds
-        config = None if path is not None or asks_help else stored()
+        config = None if path is not None or asks_help else stored(argv)
         if config is not None:
             config_flags.DEFINE_config_dict("config", config, HELP)
         else:
@@ -46,7 +55,7 @@ def parse(argv: list[str], stored: Callable[[], ConfigDict | None] = lambda: Non
         rest = FLAGS(argv)
     except (AttributeError, KeyError) as error:
         fail(f"unknown config value: {error.args[0]}")
-    except (flags.Error, ValueError, TypeError, OSError) as error:
+    except (flags.Error, ValueError, TypeError, OSError, MemoryError, OverflowError) as error:
         fail(error)
     if rest[1:]:
         fail(f"unexpected argument {rest[1]!r}; values are given as --flag=value")
@@ -63,16 +72,47 @@ def value_of(argv: list[str], flag: str) -> str | None:
     return value
 
 
+def _with_home(argv: list[str]) -> list[str]:
+    """`argv` with the home folder in place of `~` in the flags of `PATHS`, and of their values."""
+    names, arguments = {f"{dash}{name}" for name in PATHS for dash in ("-", "--")}, argv[:1]
+    for before, argument in zip(argv, argv[1:], strict=False):
+        flag, equals, value = argument.partition("=")
+        if equals and flag in names:
+            argument = f"{flag}={with_home(flag, value)}"
+        elif before in names:
+            argument = with_home(before, argument)
+        arguments.append(argument)
+    return arguments
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within the block mistakes of the user and limits of the machine end the program by `fail`."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        fail(error)
+    except OverflowError as error:
+        fail(f"a number is too large: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error), re.IGNORECASE):
+            raise
+        advice = "smaller training.batch_size or eval.batch_size need less"
+        fail(f"out of memory: {advice}. {str(error) or type(error).__name__}")
+
+
 def fail(error: Exception | str) -> NoReturn:
     """Ends the program with one line on the user's mistake and exit status 2."""
     where = f"rank {rank()}: " if rank() else ""
-    print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+    words = " ".join(str(error).split()) or type(error).__name__
+    print(f"error: {where}{words}", file=sys.stderr)
     sys.exit(2)
 
 
 def rank() -> int:
     """`distributed.rank`, for before the flags are parsed: that module imports torch."""
-    return int(os.environ.get("RANK", "0"))
+    number = os.environ.get("RANK", "")
+    return int(number) if number.isdecimal() else 0  # of which `distributed.check_launch` tells
 
 
 def overridden(argv: list[str]) -> list[str]:

@@ -1,6 +1,8 @@
 """The keys of a config under their dotted names, and what is said of a key that is none."""
 
 import difflib
+import os
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -25,6 +27,36 @@ def get(config: ConfigDict, key: str) -> Any:
     """The value of a dotted `key`."""
     section, _, name = key.rpartition(".")
     return (config[section] if section else config)[name]
+
+
+def plain(value: Any) -> Any:
+    """`value` as Python's own: scalars and arrays of numpy or PyTorch, and paths, become those."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def with_home(title: str, name: str) -> str:
+    """The path `name` with the home folder in place of `~` or `~user`, as shells write it.
+
+    So are further paths in it that follow a comma, if they are of a user who has one.
+
+    Raises:
+        ValueError: it begins with the `~user` of nobody who has a home folder; `title` says which
+            flag or key names it.
+    """
+    user = name.partition("/")[0].partition(",")[0]
+    if user.startswith("~") and _home(user) == user:
+        raise ValueError(f"{title}={name}: {user} is no home folder; ./{user} is a file called so")
+    return re.sub(r"(?:^|(?<=,)|(?<=, ))~[^/,]*", lambda match: _home(match[0]), name)
+
+
+def _home(user: str) -> str:
+    """The home folder of `~` or `~user`; the words themselves where there is none."""
+    folder = os.path.expanduser(user)
+    return folder if user == "~" or os.path.isdir(folder) else user
 
 
 def arguments(part: Any, config: ConfigDict) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from configs.default import all_keys
 from configs.effects import without_effect
-from configs.keys import get
+from configs.keys import get, with_home
+from configs.schema import Text
 
 # Sections that a mode of the program does not read.
 UNREAD = {"eval": (), "sample": ("eval",), "export": ("eval", "sampling")}
@@ -31,6 +32,18 @@ def reset(config: ConfigDict, single_file: bool = False) -> dict[str, Any]:
             values[name] = value
             config.update_from_flattened_dict({name: key.default})
     return values
+
+
+def expand_home(config: ConfigDict) -> None:
+    """Put home folders in place of `~` in all paths of `config`, which is changed.
+
+    Paths are the keys of a machine whose values are text. Raises ValueError as `with_home`.
+    """
+    for name, key in all_keys().items():
+        if key.of_machine and type(key.allowed) is Text:
+            path = with_home(name, value := get(config, name))
+            if path != value:
+                config.update_from_flattened_dict({name: path})
 
 
 def missing(

@@ -180,9 +180,13 @@ def for_fitting(sampler: ODESampler) -> ODESampler:
 def cached_arrays(
     path: Path, key: dict, compute: Callable[[], dict], names: Sequence[str]
 ) -> list[Tensor]:
-    """The arrays `names`, from `path` or computed by the main process."""
+    """The arrays `names`, from `path` or computed by the main process.
+
+    Where they cannot be kept there, every process computes them.
+    """
+    if not distributed.is_main():
+        distributed.barrier()
+    arrays = cached(path, key, compute, names, optional=True)
     if distributed.is_main():
-        cached(path, key, compute, names)
-    distributed.barrier()
-    arrays = cached(path, key, compute, names)
+        distributed.barrier()
     return [torch.from_numpy(arrays[name]) for name in names]

@@ -259,6 +259,28 @@ def read_pictures(
     return pictures
 
 
+def pair_of(text: str) -> list[str]:
+    """The names in `sampling.between`: two at a comma, or a file or folder that has both images.
+
+    Where there are several commas, it is the one on both sides of which there are files.
+
+    Raises:
+        ValueError: there is no such comma, or more than one.
+    """
+    pieces = text.split(",")
+    cuts = range(1, len(pieces))
+    pairs = [[",".join(part).strip() for part in (pieces[:i], pieces[i:])] for i in cuts]
+    if not pairs or Path(text).exists():
+        return [text]
+    if len(pairs) == 1:
+        return pairs[0]
+    present = [pair for pair in pairs if all(Path(name).exists() for name in pair)]
+    if len(present) != 1:
+        found = "several pairs of files" if present else "no two files"
+        raise ValueError(f"sampling.between={text} must be two images, A.png,B.png: it is {found}")
+    return present[0]
+
+
 def seeds_of(text: str) -> list[int]:
     """The seeds that `sampling.seeds` names, such as "0-63" or "1,2,5-10", each once.
 

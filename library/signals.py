@@ -8,21 +8,22 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Within the block SIGTERM and SIGINT only ask to stop; a second one ends the process at once.
+    """Within the block SIGTERM, SIGINT and SIGHUP only ask to stop; a second one ends the process.
 
-    Yields a function that gives the name of the signal received, or None. Where another thread
-    than the main one runs this, which cannot handle signals, they do what they did.
+    A SIGHUP is never that second one: a closed terminal sends several. Yields a function that gives
+    the name of the signal received, or None. Where another thread than the main one runs this,
+    which cannot handle signals, they do what they did.
     """
     received = []
 
     def receive(number: int, frame) -> None:
         received.append(signal.Signals(number).name)
         for each in handlers:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
 
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(each) is not signal.SIG_IGN:
                 handlers[each] = signal.signal(each, receive)
     try:

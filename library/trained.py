@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,11 @@ class Trained:
     images, or one for each (n,); -1 is none. `conditions` are those besides class labels, rows
     (n, ...) by name, of a network that has any (`data.conditions`).
 
+    `denoise`, `encode`, `decode`, `log_likelihood` and `bits_per_dim` can be differentiated by the
+    images or latents they are given, where these require a gradient, and by nothing else; through
+    an ODE that takes the memory of all its evaluations. Samples have no gradient. The caller's
+    autocast and TF32 change nothing.
+
     Attributes:
         experiment: the config's `experiment.Experiment`, for what is not here.
         path: the file that the weights come from.
@@ -57,6 +63,7 @@ class Trained:
         """Number of samples that are drawn together."""
         return 1 if self.experiment.sampler.couples_samples else self.batch_size
 
+    @execution.full_float32()
     def sample(
         self,
         seeds: Iterable[int],
@@ -72,7 +79,7 @@ class Trained:
         (`Sampler.couples_samples`).
 
         Args:
-            seeds: whole numbers from 0 to 2^63 - 1.
+            seeds: whole numbers from 0 to 2^63 - 1, of Python, numpy or PyTorch.
             class_label: None for `sampling.class_label`; where that is -1, a class is drawn.
             measurement: of n images; `sampling.restorer` makes the samples agree with it.
             conditions: rows (n, ...) by name, of `data.conditions`; any other is that of a training
@@ -90,6 +97,7 @@ class Trained:
             images.append(batch)
         return torch.cat(images)
 
+    @execution.full_float32()
     def film(
         self,
         seeds: Iterable[int],
@@ -105,6 +113,8 @@ class Trained:
         whose root mean square exceeds that of black and white is divided by it, to be visible.
         """
         method, codec = self.experiment.method, self.experiment.codec
+        if not isinstance(frames, (int, np.integer)) or frames < 1:
+            raise ValueError(f"frames must be a whole number of at least 1, not {shown(frames)}")
         ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
         high, low = method.sigma(ends).tolist()
         ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
@@ -119,6 +129,7 @@ class Trained:
             films.append(film)
         return torch.cat(films, 1)
 
+    @execution.full_float32()
     def encode(
         self, x: Tensor, class_label: ClassLabel = None, *, conditions: OtherConditions = None
     ) -> Tensor:
@@ -132,25 +143,25 @@ class Trained:
             ValueError: the images have another shape or lie outside [0, 1]; and as in `sample`.
             FloatingPointError: as in `sample`.
         """
-        method, limits = self.experiment.method, self._fine_limits()
+        method, limits, x = self.experiment.method, self._fine_limits(), self._encoded(x)
 
-        def latents(net: Network, part: Tensor, watch: Watch) -> Tensor:
-            return encode(method, net, part, watch=watch, **limits)[0]
+        def latents(net: Network, part: slice, watch: Watch) -> Tensor:
+            return encode(method, net, x[part], watch=watch, **limits)[0]
 
-        return self._in_batches(latents, self._encoded(x), class_label, conditions)
+        return self._in_batches(latents, x, class_label, conditions)
 
+    @execution.full_float32()
     def decode(
         self, z: Tensor, class_label: ClassLabel = None, *, conditions: OtherConditions = None
     ) -> Tensor:
         """The images (n, C, H, W) in [0, 1] of latents `z` (n, C, H, W); see `encode`."""
         method, codec = self.experiment.method, self.experiment.codec
-        check_shape(z, codec.shape, "latents")
-        limits = self._fine_limits()
+        check_floats(z, codec.shape, "latents")
+        z, limits = z.to(self.experiment.device, torch.float32), self._fine_limits()
 
-        def images(net: Network, part: Tensor, watch: Watch) -> Tensor:
-            return codec.decode(solve_ode(method, net, part, watch=watch, **limits)[0])
+        def images(net: Network, part: slice, watch: Watch) -> Tensor:
+            return codec.decode(solve_ode(method, net, z[part], watch=watch, **limits)[0])
 
-        z = z.to(self.experiment.device, torch.float32)
         return self._in_batches(images, z, class_label, conditions)
 
     def log_likelihood(
@@ -174,6 +185,7 @@ class Trained:
         per_entry = (math.log2(codec.levels) - bits) * math.log(2)
         return per_entry * math.prod(codec.shape)
 
+    @execution.full_float32()
     def bits_per_dim(
         self,
         x: Tensor,
@@ -186,18 +198,19 @@ class Trained:
 
         For data without grey levels, such as latents, they are -log2 p / D.
         """
-        likelihood = self.experiment.likelihood
-        probes = keyed_generator(self.experiment.device, "probe", *checked_seeds([seed]))
+        likelihood, x = self.experiment.likelihood, self._encoded(x)
+        probes = keyed_generator(self.experiment.device, "probe", checked_seed(seed))
 
-        def bits(net: Network, part: Tensor, watch: Watch) -> Tensor:
-            return likelihood(net, part, probes, watch=watch)[0]
+        def bits(net: Network, part: slice, watch: Watch) -> Tensor:
+            return likelihood(net, x[part], probes, watch=watch)[0]
 
-        return self._in_batches(bits, self._encoded(x), class_label, conditions)
+        return self._in_batches(bits, x, class_label, conditions)
 
+    @execution.full_float32()
     def denoise(
         self,
         x: Tensor,
-        sigma: float,
+        sigma: float | Sequence[float] | Tensor,
         class_label: ClassLabel = None,
         *,
         conditions: OtherConditions = None,
@@ -205,28 +218,26 @@ class Trained:
         """E[image | x] (n, C, H, W) for `x` (n, C, H, W), images with noise of the level `sigma`.
 
         `sigma` is the standard deviation of Gaussian noise, and the scale of the Student t noise of
-        PFGM++ and Poisson flow. There is no guidance, and nothing is clamped.
+        PFGM++ and Poisson flow: one for all images, or one for each (n,). There is no guidance, and
+        nothing is clamped.
 
         Raises:
             ValueError: another shape, `sigma` is not one of the method's noise levels, or the
                 network sees latents.
         """
-        check_shape(x, self.shape, "noisy images")
+        check_floats(x, self.shape, "noisy images")
         method, codec = self.experiment.method, self.experiment.codec
         if math.inf in codec.bounds:
             raise ValueError("the network denoises latents, not images: see Method.denoise")
         unit = codec.bounds[1] - codec.bounds[0]  # between black and white, as the network sees it
         ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
         low, high = (method.sigma(ends) / unit).tolist()
-        if not 0.999999 * low <= sigma <= 1.000001 * high:
-            raise ValueError(
-                f"sigma must be a noise level from {low:.6g} to {high:.6g}, not {sigma}"
-            )
-        level = torch.tensor(sigma * unit, dtype=torch.float64)
+        levels = checked_levels(sigma, len(x), low, high) * unit
         noisy = codec.encode(x.to(self.experiment.device, torch.float32))
 
-        def denoised(net: Network, part: Tensor, watch: Watch) -> Tensor:
-            return codec.unclamped(method.denoise(net, part, level))
+        def denoised(net: Network, part: slice, watch: Watch) -> Tensor:
+            of_part = levels[part] if levels.dim() else levels
+            return codec.unclamped(method.denoise(net, noisy[part], of_part))
 
         return self._in_batches(denoised, noisy, class_label, conditions)
 
@@ -339,9 +350,9 @@ class Trained:
 
     @contextlib.contextmanager
     def _solving(self, seeds: Sequence[int] = ()) -> Iterator[Watch]:
-        """Context of a solve: full float32, a progress bar, and the seeds in an error's message."""
+        """Context of a solve: a progress bar, and the seeds in an error's message."""
         try:
-            with execution.full_float32(), solver_bar(self.experiment.method) as watch:
+            with solver_bar(self.experiment.method) as watch:
                 yield watch
         except FloatingPointError as error:
             if not seeds:
@@ -349,22 +360,22 @@ class Trained:
             others = " and others" * (len(seeds) > 1)
             raise type(error)(f"seed {seeds[0]}{others}: {error}") from error
 
-    @torch.no_grad()
     def _in_batches(
         self,
-        compute: Callable[[Network, Tensor, Watch], Tensor],
+        compute: Callable[[Network, slice, Watch], Tensor],
         x: Tensor,
         class_label: ClassLabel,
         others: OtherConditions,
     ) -> Tensor:
-        """Results of `compute(network, part, watch)` for the batches of `x`, as one tensor."""
+        """Results of `compute(network, part, watch)` for batches, parts of `x`, as one tensor."""
         conditions, parts = self.conditions_of(class_label, len(x), others), []
+        differentiable = x.requires_grad and torch.is_grad_enabled()
         for start in range(0, len(x), self.batch_size):
             part = slice(start, start + self.batch_size)
             of_part = conditions.map(lambda rows, part=part: rows[part])
             net = conditioned(self.experiment.network, of_part)
-            with self._solving() as watch:
-                parts.append(compute(net, x[part], watch))
+            with self._solving() as watch, torch.set_grad_enabled(differentiable):
+                parts.append(compute(net, part, watch))
         if not parts:
             raise ValueError("there are no images")
         return torch.cat(parts)
@@ -383,10 +394,45 @@ def check_shape(x: Tensor, shape: tuple[int, int, int], name: str) -> None:
         raise ValueError(f"{name} must be a tensor (n, {str(shape)[1:]}, not {form}")
 
 
+def check_floats(x: Tensor, shape: tuple[int, int, int], name: str) -> None:
+    """Raise ValueError unless `x` is a tensor (n, *shape) of floats: bytes are 0 to 255."""
+    check_shape(x, shape, name)
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floats, not {x.dtype}; divide bytes by 255")
+
+
+def checked_levels(
+    sigma: float | Sequence[float] | Tensor, n: int, low: float, high: float
+) -> Tensor:
+    """Noise levels in float64 on the CPU, () or (n,); ValueError unless from `low` to `high`."""
+    try:
+        levels = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").detach().squeeze()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"sigma must be a number or {n} of them, not {shown(sigma)}") from None
+    if levels.shape not in ((), (n,)):
+        raise ValueError(f"sigma must be one noise level or {n}, not {levels.numel()}")
+    # the ends may be rounded
+    wrong = levels[~((levels >= 0.999999 * low) & (levels <= 1.000001 * high))]
+    if wrong.numel():
+        raise ValueError(
+            f"sigma must be a noise level from {low:.6g} to {high:.6g}, not {wrong[0].item()}"
+        )
+    return levels
+
+
 def checked_seeds(seeds: Iterable[int]) -> list[int]:
     """The seeds as a list; ValueError unless all are whole numbers from 0 to 2^63 - 1."""
-    seeds = [*seeds]
-    for seed in seeds:
-        if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
-            raise ValueError(f"a seed must be a whole number from 0 to 2^63 - 1, not {shown(seed)}")
-    return [int(seed) for seed in seeds]
+    if not isinstance(seeds, Iterable) or getattr(seeds, "ndim", 1) == 0:
+        raise ValueError(f"seeds must be several whole numbers, as range(5), not {shown(seeds)}")
+    return [checked_seed(seed) for seed in seeds]
+
+
+def checked_seed(seed: int) -> int:
+    """The seed as an int; ValueError unless it is a whole number from 0 to 2^63 - 1."""
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise ValueError(f"a seed must be a whole number from 0 to 2^63 - 1, not {shown(seed)}")
+    return number

@@ -341,9 +341,11 @@ class Method(abc.ABC):
     ) -> Tensor:
         """The denoised images (B, C, H, W) of `y` at noise level `sigma`: an Euler step to 0.
 
-        `conditions` of the network, such as `class_labels` (B,), go by name; None is none.
+        `sigma` is one level, or one for each image (B,). `conditions` of the network, such as
+        `class_labels` (B,), go by name; None is none.
         """
-        return y - sigma * self.slope(conditioned(net, conditions), y, sigma)
+        slope = self.slope(conditioned(net, conditions), y, sigma)
+        return y - (spread(sigma, y) if isinstance(sigma, Tensor) else sigma) * slope
 
     # --- the prior ---
 

@@ -20,7 +20,7 @@ from metrics.distances import Gaussian, TooFew
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_spaces
 from sources import digests
 from storage.digests import digests as digests_of_tensors
-from storage.files import check_arrays, read_arrays, save_npz
+from storage.files import check_arrays, read_arrays, save_npz, sparing_time
 
 log = logging.getLogger(__name__)
 
@@ -181,9 +181,10 @@ class ReferenceStatistics:
             arrays |= {"mu": gaussian.mean, "sigma": gaussian.covariance}
         # evaluations of two workdirs may measure the same data at the same time
         beside = self.path.with_suffix(f".{os.getpid()}.npz")
-        save_npz(beside, **arrays, **self.identity)
-        beside.replace(self.path)
-        log.info(f"statistics of the data: {self.path}")
+        with sparing_time("the statistics of the data are"):
+            save_npz(beside, **arrays, **self.identity)
+            beside.replace(self.path)
+            log.info(f"statistics of the data: {self.path}")
 
 
 def fingerprint(data: DataSet) -> str:

@@ -79,20 +79,21 @@ def _module() -> ModuleType:
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = Path(root) / f"{NAME}-{_fingerprint()}"
-    folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{NAME}.so"
-    with open(folder / "lock", "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)  # ends with its process, however that ends
-        if not library.exists():
-            _build(library)
-        try:
-            spec = importlib.util.spec_from_file_location(NAME, library)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        except ImportError:
-            library.unlink()  # damaged: the next start builds it anew
-            raise
-        return module
+    if not library.exists():  # a cache that has it need not be one that can be written to
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # ends with its process, however that ends
+            if not library.exists():
+                _build(library)
+    try:
+        spec = importlib.util.spec_from_file_location(NAME, library)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError:
+        library.unlink()  # damaged: the next start builds it anew
+        raise
+    return module
 
 
 def _build(library: Path) -> None:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.keys import of_part
+from configs.keys import of_part, with_home
 from losses import OBJECTIVES, own_keys
 from metrics.table import entries
 from metrics.table import remarks as remarks_on_metrics
+from reports import streams
 from reports.html import Picture, document, figure, legend, notes, row, section, table
 from reports.page import best_of, not_ranked
 from reports.plots import curve_plot, number
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--eval_folder", default="eval", help="of each workdir")
     options = parser.parse_args()
     try:
+        out = Path(with_home("--out", str(options.out)))
         # each is called by its path from the folder that holds them all
         paths = [path.resolve() for path in options.workdirs]
         folder = os.path.commonpath([path.parent for path in paths])
@@ -165,12 +167,13 @@ def main() -> None:
         lines = [f"{name} is named more than once, and shown once." for name in twice]
         runs = [read_run(Path(folder, name), name, options.eval_folder) for name in counts]
         page = compare_page(runs, lines)
-        with atomic_write(options.out) as file:
-            file.write(page.encode())
+        with atomic_write(out) as file:
+            file.write(page.encode(errors="backslashreplace"))
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print("\n".join([*lines, f"page: {options.out}"]))
+    print("\n".join([*lines, f"page: {out}"]))
 
 
 if __name__ == "__main__":
+    streams.make_lenient()
     main()

@@ -129,7 +129,7 @@ def save_page(
         },
     )
     with atomic_write(folder / "report.html") as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="backslashreplace"))
 
 
 def _colours(size: int, channels: int) -> str:

@@ -245,7 +245,7 @@ def _downloads(reports: Mapping[int, Report], files: Mapping[str, Sequence[str]]
     writer = csv.DictWriter(content, list(dict.fromkeys(name for each in rows for name in each)))
     writer.writeheader()
     writer.writerows(rows)
-    encoded = base64.b64encode(content.getvalue().encode()).decode("ascii")
+    encoded = base64.b64encode(content.getvalue().encode(errors="backslashreplace")).decode("ascii")
     link = f'<a download="metrics.csv" href="data:text/csv;base64,{encoded}">metrics.csv</a>'
     items = [f"<div><dt>numbers of all checkpoints</dt><dd>{link}</dd></div>"]
     for name, paths in files.items():

@@ -14,8 +14,8 @@ from solvers.base import Watch
 
 def progress_bar(**options) -> tqdm:
     """Bar of the main process, which redraws often on a terminal and seldom in a file."""
-    interactive = sys.stderr.isatty()
-    options |= {"disable": not distributed.is_main()}
+    interactive = sys.stderr is not None and sys.stderr.isatty()
+    options |= {"disable": sys.stderr is None or not distributed.is_main()}
     return tqdm(mininterval=0.2 if interactive else 10, dynamic_ncols=interactive, **options)
 
 

@@ -25,8 +25,10 @@ from torch import Tensor
 
 import datasets
 import experiment
+from configs.keys import with_home
 from experiment import Experiment
 from methods.base import Method
+from reports import streams
 from reports.field_lines import Points, depth_of, exact_slope, field_lines, in_space, trajectory
 from reports.plots import PALETTE
 from reports.table import format_table
@@ -221,6 +223,8 @@ def main() -> None:
     parser.add_argument("--film", type=Path, help="WebP of the first run's flow")
     options = parser.parse_args()
     try:
+        out = Path(with_home("--out", str(options.out)))
+        film = options.film and Path(with_home("--film", str(options.film)))
         experiments = {workdir.name: load(workdir) for workdir in options.workdirs}
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -235,12 +239,13 @@ def main() -> None:
     rows.append(("entropy of the data", f"{toy.bits_per_dim():.3f}"))
     print(format_table(rows, f"bits/dim of {TESTED} test points, {first.data.name}"))
     scaled = first.codec.encode(datasets.to_unit_interval(train[:]))
-    draw_page(experiments, scaled, bits, options.out)
-    print(f"page: {options.out}")
-    if options.film:
-        draw_film(first, options.film)
-        print(f"film: {options.film}")
+    draw_page(experiments, scaled, bits, out)
+    print(f"page: {out}")
+    if film:
+        draw_film(first, film)
+        print(f"film: {film}")
 
 
 if __name__ == "__main__":
+    streams.make_lenient()
     main()

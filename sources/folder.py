@@ -211,7 +211,7 @@ def read_images(
 
     Raises FileNotFoundError where `name` does not exist, ValueError where an image cannot be read.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if not path.exists():
         raise FileNotFoundError(f"{key}={name} does not exist")
     if path.is_file() and is_array(path):

@@ -238,17 +238,33 @@ def check_arrays(path: Path, arrays: dict, spec: Spec, finite: bool = True) -> d
     return {name: arrays[name] for name in spec}
 
 
-def cached(path: Path, origin: dict, compute: Callable[[], dict], names: Collection[str]) -> dict:
+@contextlib.contextmanager
+def sparing_time(what: str) -> Iterator[None]:
+    """Within the `with` block write what only spares time; where it fails, one line says so."""
+    try:
+        yield
+    except OSError as error:
+        log.warning(f"{what} not kept for the next start, which only costs time: {error}")
+
+
+def cached(
+    path: Path,
+    origin: dict,
+    compute: Callable[[], dict],
+    names: Collection[str],
+    optional: bool = False,
+) -> dict:
     """The arrays that `compute` gives, and the `seconds` that it took.
 
-    They are read from `path` where they are there, of this `origin`, and have all `names`.
+    They are read from `path` where they are there, of this `origin`, and have all `names`. An
+    `optional` file need not be written; see `sparing_time`.
     """
     words = json.dumps(origin, sort_keys=True, default=str)
     try:
         arrays = read_arrays(path)
     except FileNotFoundError:
         arrays = {}
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         log.warning(f"{error}; it is not used")
         arrays = {}
     if str(arrays.get("origin")) == words and {*names, "seconds"} <= arrays.keys():
@@ -256,7 +272,8 @@ def cached(path: Path, origin: dict, compute: Callable[[], dict], names: Collect
     start = time.perf_counter()
     results = compute()
     results |= {"seconds": time.perf_counter() - start, "origin": words}
-    save_npz(path, **results)
+    with sparing_time(f"{path.name} is") if optional else contextlib.nullcontext():
+        save_npz(path, **results)
     return results
 
 

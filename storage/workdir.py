@@ -15,6 +15,7 @@ model.safetensors                     the shared file of --mode export
 """
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -80,11 +81,15 @@ def resume_paths(workdir: Path) -> tuple[Path, Path]:
 def evaluation_folder(workdir: Path, name: str) -> Path:
     """The folder `name` in the workdir, for the results of an evaluation.
 
+    An absolute path may lead elsewhere, since a run need not be one that can be written to.
+
     Raises:
-        ValueError: it lies outside, or is one of training's own.
+        ValueError: a relative one leads out of the workdir, or it is one of training's own.
     """
     folder = workdir / name
     inside = folder.resolve()
+    if Path(name).is_absolute() and not inside.is_relative_to(workdir.resolve()):
+        return folder
     if not inside.is_relative_to(workdir.resolve()):
         raise ValueError(f"--eval_folder={name} lies outside the workdir {workdir}")
     first = [*inside.relative_to(workdir.resolve()).parts, "."][0]
@@ -155,22 +160,31 @@ def _words(settings: dict) -> str:
 # --- one writer at a time, and its log ------------------------------------------------------------
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise PermissionError where `folder`, which `flag` names elsewhere, cannot be written to."""
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{place} cannot be written to: put the results elsewhere by {flag}")
+
+
 @contextlib.contextmanager
-def open_workdir(workdir: Path, folder: Path, main: bool = True) -> Iterator[None]:
-    """Make the workdir; within the `with` block, no other process writes to `folder` in it.
+def open_workdir(workdir: Path, folder: Path, main: bool = True, flag: str = "") -> Iterator[None]:
+    """Make the workdir; within the `with` block, no other process writes to `folder`.
 
     The log is appended to stdout.txt. Training and an evaluation name different folders, so that
     one does not keep the other out. Of several processes of one run only the `main` one writes; for
     the others nothing is done.
 
     Raises:
-        OSError: the workdir cannot be written, or another process writes to `folder`.
+        OSError: the folder cannot be written, which `flag` would name elsewhere, or another process
+            writes to it.
     """
     if not main:
         yield
         return
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"workdir {workdir} is a file; name a folder")
+    check_writable(folder, flag)
     workdir.mkdir(parents=True, exist_ok=True)
     inside = [folder.relative_to(workdir)] if workdir in folder.parents else []
     refuse_links(workdir, *map(str, inside))
@@ -187,6 +201,10 @@ def _lock(folder: Path) -> Iterator[None]:
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not path.exists() and not os.access(path.parent, os.W_OK):
+        log.warning(f"{path} cannot be written; see to it that no other process writes to {folder}")
+        yield
+        return
     with about(path):
         file = open_regular(path, "a+b", follow=False)
     with file:
@@ -216,7 +234,7 @@ class _LogFile(logging.FileHandler):
 
     def _open(self) -> TextIO:
         file = open_regular(Path(self.baseFilename), "ab", follow=False)
-        return io.TextIOWrapper(file, encoding="utf-8")
+        return io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace")
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed:
@@ -226,7 +244,14 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    handler = _LogFile(path, mode="a")
+    try:
+        handler = _LogFile(path, mode="a")
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link
+            raise
+        log.warning(f"{error}: the log is on the console only")
+        yield
+        return
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     root.addHandler(handler)

@@ -2,6 +2,7 @@
 
 import math
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from test_configs import load as load_config
 import run_lib
 from experiment import Experiment, Trained, load
 from library.sample_folder import seeds_of
+from likelihood import log_likelihood
+from methods.base import spread
 from sampling import encode, solve_ode
 from solvers.base import Step
 from solvers.states import States
@@ -313,3 +316,198 @@ def test_what_a_network_cannot_be_asked_is_one_line(images):
     ]:
         with pytest.raises(ValueError, match=says):
             ask()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_images_and_latents_that_are_no_floats_are_one_line(images, dtype):
+    run, x = exact_edm(), (images * 255).to(dtype)
+    for ask, says in [
+        (lambda: run.denoise(x, 0.5), f"noisy images must be floats, not {dtype}; divide bytes"),
+        (lambda: run.decode(x), f"latents must be floats, not {dtype}"),
+        (lambda: run.encode(x), r"images must be floats in \[0, 1\]"),
+        (lambda: run.log_likelihood(x), r"images must be floats in \[0, 1\]"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            ask()
+
+
+def test_seeds_of_numpy_and_pytorch():
+    run = random_network("vp/digits_ddpmpp.py", **{"sampling.ode_solver": "heun", "sampling.N": 2})
+    expected = run.sample([3, 4])
+    for seeds in (
+        torch.tensor([3, 4]),
+        torch.tensor([3, 4], dtype=torch.uint8),
+        np.array([3, 4], np.uint64),
+        [torch.tensor(3), np.int32(4)],
+        range(3, 5),
+        (seed for seed in (3, 4)),
+    ):
+        assert torch.equal(run.sample(seeds), expected)
+    x = torch.full((1, 1, 8, 8), 0.5)
+    nats = run.log_likelihood(x, seed=2)
+    assert torch.equal(run.log_likelihood(x, seed=torch.tensor(2)), nats)
+    assert torch.equal(run.log_likelihood(x, seed=np.int16(2)), nats)
+    for seeds in (3, torch.tensor(3), np.array(3), None):
+        with pytest.raises(ValueError, match="seeds must be several whole numbers, as range"):
+            run.sample(seeds)
+    for seeds in ([torch.tensor(0.5)], torch.rand(2), ["1"], np.array([-1])):
+        with pytest.raises(ValueError, match="a seed must be a whole number from 0"):
+            run.sample(seeds)
+    for frames in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="frames must be a whole number of at least 1, not "):
+            run.film([0], frames=frames)
+
+
+def test_overrides_of_numpy_and_pytorch(trained, tmp_path):
+    config = load(
+        trained,
+        {
+            "sampling.N": np.int64(3),
+            "sampling.rtol": np.float32(0.5),
+            "sampling.noise_removal": np.bool_(False),
+            "sampling.ode_solver": np.str_("heun"),
+            "sampling.guidance_interval": np.array([0.0, 1.0]),
+            "sampling.atol": torch.tensor(0.25),
+            "eval.batch_size": torch.tensor(7),
+            "eval.stats_dir": tmp_path,
+        },
+    ).experiment.config
+    sampling = config.sampling
+    assert (sampling.N, sampling.rtol, sampling.atol, config.eval.batch_size) == (3, 0.5, 0.25, 7)
+    assert sampling.noise_removal is False and type(sampling.N) is int
+    assert sampling.guidance_interval == (0.0, 1.0)
+    assert config.eval.stats_dir == str(tmp_path)
+    with pytest.raises(ValueError, match="sampling.N must be .*, not 0"):
+        load(trained, {"sampling.N": np.int64(0)})
+    with pytest.raises(ValueError, match="path=~no-such-user/run: ~no-such-user is no home"):
+        load("~no-such-user/run")
+
+
+@pytest.mark.parametrize("path", ["poisson/digits_ddpmpp.py", "edm/digits_ddpmpp.py"])
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_noise_level_for_each_image(path, kind):
+    run = random_network(path)
+    x, sigmas = torch.rand(5, 1, 8, 8), [0.1, 0.5, 2.0, 0.5, 0.25]
+    alone = [run.denoise(x[i : i + 1], sigma) for i, sigma in enumerate(sigmas)]
+    run.batch_size = 2
+    assert torch.allclose(run.denoise(x, kind(sigmas)), torch.cat(alone), atol=1e-5)
+    assert torch.allclose(run.denoise(x[:1], kind(sigmas[:1])), alone[0], atol=1e-5)
+    for wrong, says in [
+        ([0.1, 0.5], "sigma must be one noise level or 5, not 2"),
+        ([0.1, 0.5, 0.0, 0.5, 0.5], "sigma must be a noise level from .*, not 0.0"),
+        ([0.1, 0.5, math.nan, 0.5, 0.5], "sigma must be a noise level from .*, not nan"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            run.denoise(x, kind(wrong))
+    with pytest.raises(ValueError, match="sigma must be a number or 5 of them, not 'much'"):
+        run.denoise(x, "much")
+
+
+@pytest.mark.parametrize(
+    "name", ["vp/digits_ddpmpp.py", "ve/digits_ncsnpp.py", "subvp/digits_ddpmpp.py"]
+)
+def test_a_noise_level_for_each_image_of_an_sde(name):
+    run = random_network(name)
+    x, sigmas = torch.rand(3, 1, 8, 8), [0.1, 2.0, 0.5]
+    alone = [run.denoise(x[i : i + 1], sigma) for i, sigma in enumerate(sigmas)]
+    assert torch.allclose(run.denoise(x, sigmas), torch.cat(alone), atol=1e-4)
+
+
+def test_autocast_of_the_caller_changes_nothing(trained, monkeypatch):
+    options = {"sampling.ode_solver": "heun", "sampling.N": 2, "sampling.rtol": 0.1}
+    run = random_network("vp/digits_ddpmpp.py", **options)
+
+    def ask():
+        x = run.sample([0, 1])
+        latents = run.encode(x)
+        results = [x, latents, run.denoise(x, 0.5), run.decode(latents), run.log_likelihood(x)]
+        return [*results, run.film([0], frames=3)]
+
+    def fitted(experiment, path):
+        assert not torch.is_autocast_enabled("cpu")
+        return experiment.sampler
+
+    monkeypatch.setattr(Experiment, "fitted_sampler", fitted)
+    expected = ask()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, ask(), expected))
+        load(trained)
+        assert torch.is_autocast_enabled("cpu")
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def finite_difference(function, x, direction, step):
+    """Derivative of `function` at `x` along `direction`, by central differences of fourth order."""
+    at = [function(x + k * step * direction) for k in (-2, -1, 1, 2)]
+    return (at[0] - 8 * at[1] + 8 * at[2] - at[3]) / (12 * step)
+
+
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("what", ["denoise", "encode", "log_likelihood"])
+def test_gradients_are_finite_differences(name, what):
+    """In float64, of a network whose Jacobian is neither constant nor symmetric."""
+    method, generator = SDES[name], torch.Generator().manual_seed(0)
+    x, direction, probe = torch.randn(3, 2, 1, 2, 2, generator=generator).double()
+    mix = 0.2 * torch.randn(4, 4, generator=generator).double()
+    net_of_law = gaussian_network(method, MEAN, STD)
+
+    def net(x, label, **conditions):
+        mixed = 0.1 * (x.flatten(1) @ mix).sin().view_as(x)
+        score = method is SDES["ve"]  # which the noise level, the label, makes noise
+        return net_of_law(x, label, **conditions) + (mixed / spread(label, x) if score else mixed)
+
+    limits = {"rtol": 1e-8, "atol": 1e-8}
+    functions = {
+        "denoise": lambda x: method.denoise(net, x, torch.tensor([0.5, 2.0]).double()),
+        "encode": lambda x: encode(method, net, x, **limits)[0],
+        "log_likelihood": lambda x: log_likelihood(method, net, x, probe[None], **limits)[0],
+    }
+
+    def total(x):
+        value = functions[what](x)
+        return (value * torch.arange(1, 1 + value.numel()).double().view_as(value).cos()).sum()
+
+    (gradient,) = torch.autograd.grad(total(x.requires_grad_()), x)
+    with torch.no_grad():
+        expected = finite_difference(total, x, direction, 1e-3)
+        assert not total(x).requires_grad
+    assert (gradient * direction).sum().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_gradients_of_a_trained_network(images):
+    """Of the exact network, whose flow and posterior mean are linear and density is Gaussian."""
+    run, x = exact_edm(), images.clone().requires_grad_()
+    growth = math.sqrt((STD**2 + 80**2) / (STD**2 + 0.002**2))
+    (nats,) = torch.autograd.grad(run.log_likelihood(x).sum(), x)
+    expected = -2 * (2 * images - 1 - MEAN) * growth**2 / 80**2
+    assert (nats - expected).abs().max() < 2e-3 * expected.abs().max()
+    (latent,) = torch.autograd.grad(run.encode(x).sum(), x)
+    assert latent.numpy() == pytest.approx(2 * growth, rel=2e-3)
+    (mean,) = torch.autograd.grad(run.denoise(x, [0.1, 0.2, 0.3, 0.4, 0.5]).sum(), x)
+    sigma = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]).view(5, 1, 1, 1)
+    slope = (STD / 2) ** 2 / ((STD / 2) ** 2 + sigma**2)
+    assert (mean - slope).abs().max() < 1e-4
+    with torch.no_grad():
+        assert not run.denoise(x, 0.5).requires_grad
+    for result in (run.denoise(images, 0.5), run.encode(images), run.bits_per_dim(images)):
+        assert not result.requires_grad
+    assert not run.sample([0]).requires_grad
+
+
+@pytest.mark.parametrize("path", ["poisson/digits_ddpmpp.py", "pfgmpp/digits_ddpmpp.py"])
+def test_gradients_pass_through_attention_and_the_rest_of_a_network(path):
+    run = random_network(path, **{"model.attn_resolutions": (8,)})
+    net, generator = run.experiment.network.double().requires_grad_(False), torch.Generator()
+    x, direction, probe = torch.randn(3, 2, 1, 8, 8, generator=generator.manual_seed(0)).double()
+    ends = {"z_min": 0.5, "z_max": 1.0} if "poisson" in path else {"sigma_min": 0.5, "sigma_max": 1}
+    method = replace(run.experiment.method, **ends)
+    for function in (
+        lambda x: method.denoise(net, x, torch.tensor(0.7).double()).sin().sum(),
+        lambda x: log_likelihood(method, net, x, probe[None], rtol=1e-6, atol=1e-6)[0].sum(),
+    ):
+        (gradient,) = torch.autograd.grad(function(x.requires_grad_()), x)
+        with torch.no_grad():
+            expected = finite_difference(function, x, direction, 1e-4)
+        assert (gradient * direction).sum().item() == pytest.approx(expected.item(), rel=1e-3)
