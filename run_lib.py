@@ -147,7 +147,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             stop_signals() as stop,
         ):
             # a run that was stopped between saving and drawing lacks its last picture
-            if draws and state.step and due(training.snapshot_freq) and not run.picture.exists():
+            numbered = state.step and due(training.snapshot_freq)
+            if draws and numbered and run.picture_is_due() and not run.picture.exists():
                 run.draw(writer, images_per_step, stop)
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
                 generator = datasets.keyed_generator(device, "training", config.seed, state.step)
@@ -177,7 +178,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 if numbered or due(training.snapshot_freq_for_preemption):
                     writer.flush()
                     run.save(numbered)
-                if draws and numbered and not stop():
+                if draws and numbered and run.picture_is_due() and not stop():
                     run.draw(writer, images_per_step, stop)
 
             if state.step < training.n_iters:

@@ -45,7 +45,15 @@ LOOPS = {
     "training.keep_checkpoints": Key(
         0, whole(0), "newest numbered checkpoints that are kept; 0: all"
     ),
-    "training.snapshot_sampling": Key(True, Flag(), "draw samples with every numbered checkpoint"),
+    "training.snapshot_sampling": Key(
+        True, Flag(), "pictures of samples with the numbered checkpoints"
+    ),
+    "training.picture_freq": Key(
+        100,
+        whole(1),
+        "fewest steps between pictures of samples, where numbered checkpoints are closer; the last "
+        "step has one",
+    ),
     "training.snapshot_solver": Key(
         "heun",
         OneOf(registry="solvers.SOLVERS"),

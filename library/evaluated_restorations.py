@@ -28,7 +28,7 @@ def restore_images(evaluated: Evaluated, restored: ToRestore) -> dict:
     Raises FloatingPointError where the solver diverges.
     """
     experiment, measurement = evaluated.experiment, restored.measurement
-    codec, value, operator = experiment.codec, measurement.value, measurement.operator
+    codec, value = experiment.codec, measurement.value
     channels, *sides = codec.data_shape
     rows = torch.arange(len(value), device=value.device).repeat_interleave(RESTORATIONS)
 
@@ -56,7 +56,7 @@ def restore_images(evaluated: Evaluated, restored: ToRestore) -> dict:
         return {}
     images = np.concatenate([each["restored"] for each in rounds])
     images = images.reshape(len(value), RESTORATIONS, *sides, channels)
-    measured = to_uint8(codec.decode(operator.adjoint(value) / operator.gram))
+    measured = to_uint8(codec.decode(measurement.picture()))
     report = {
         "restore_images": len(value),
         "restore_spread": np.sqrt((images / 255).var(1, ddof=1).mean()),

@@ -113,6 +113,15 @@ class TrainingRun:
         with self.state.with_ema():
             return held_out_loss(self.state, batch, generator, shard).item()
 
+    def picture_is_due(self) -> bool:
+        """Whether the numbered checkpoint of this step has a picture.
+
+        It is the first one in each `training.picture_freq` steps, or that of the last step.
+        """
+        step, freq = self.state.step, self.values["training.picture_freq"]
+        previous = step - self.values["training.snapshot_freq"]
+        return step == self.values["training.n_iters"] or step // freq > previous // freq
+
     @property
     def picture(self) -> Path:
         """The path of the picture of this step's samples."""

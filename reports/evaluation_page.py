@@ -15,11 +15,18 @@ from numpy.typing import NDArray
 
 from experiment import Experiment
 from reports.html import Picture
-from reports.images import SIDE_BY_SIDE
+from reports.images import CLASS_ROWS, SIDE_BY_SIDE, class_rows
 from reports.page import render
 from reports.plots import number
 from reports.report_file import page_png, read_report
-from reports.settings import Settings, differing, obstacle, of_report, sampler_words
+from reports.settings import (
+    Settings,
+    differing,
+    guidance_words,
+    obstacle,
+    of_report,
+    solver_words,
+)
 from storage.files import atomic_write
 from storage.tensorboard import read_scalars, seconds_of_training
 
@@ -86,7 +93,7 @@ def save_page(
     scalars = read_scalars(board)
     paths = {name: folder / f"{name}_{k}.png" for name in PICTURES}
     paths = {name: path for name, path in paths.items() if path.exists()}
-    pictures = [Picture(*PICTURES[name], page_png(path)) for name, path in paths.items()]
+    pictures = [_picture(experiment, name, path) for name, path in paths.items()]
     samples = folder.glob(f"ckpt_{k}/samples_*.npz")
     files = {
         "numbers of this one": [folder / f"report_{k}.npz"],
@@ -105,7 +112,9 @@ def save_page(
         "training time": duration(seconds_of_training(board, step)),
         "learning rate": f"{learning_rate:g}, {warmup:,} steps of warm-up"
         + (f", {cooldown:,} of cooldown" if cooldown else ""),
-        "sampler": sampler_words(of_report(report), *cost),
+        "sampler": solver_words(of_report(report), *cost),
+        "classes": _classes(experiment),
+        "guidance": guidance_words(of_report(report)) or "none" * bool(experiment.classes),
         "device": _device(experiment.device),
         "commit": _commit(),
         "evaluated": time.strftime("%Y-%m-%d"),
@@ -128,6 +137,35 @@ def save_page(
     )
     with atomic_write(folder / "report.html") as file:
         file.write(page.encode())
+
+
+def _picture(experiment: Experiment, name: str, path: Path) -> Picture:
+    """The picture at `path`, of a `name` in `PICTURES`; rows of a class have its name."""
+    title, caption = PICTURES[name]
+    classes, class_label = experiment.classes, experiment.sampler.class_label
+    of_class = class_rows(classes, class_label)
+    if name in ("ode_images", "data_images") and of_class:
+        caption = f"The first of each class{', none chosen' * (name == 'ode_images')}."
+    elif name == "ode_images" and classes and class_label < 0:
+        caption = "The first of those drawn, none chosen, in the order of their classes."
+    elif name != "classes":
+        of_class = 0
+    rows = min(classes, CLASS_ROWS) if name == "classes" else of_class
+    return Picture(title, caption, page_png(path), rows=_class_names(experiment)[:rows])
+
+
+def _class_names(experiment: Experiment) -> list[str]:
+    """Names of the classes, or their numbers where they have none."""
+    return [*(experiment.data.class_names or map(str, range(experiment.classes)))]
+
+
+def _classes(experiment: Experiment) -> str:
+    """The number of classes and the first names; "" without classes."""
+    if not experiment.classes:
+        return ""
+    names = ", ".join(experiment.data.class_names[:CLASS_ROWS])
+    more = ", …" * (experiment.classes > CLASS_ROWS)
+    return f"{experiment.classes:,}" + (f": {names}{more}" if names else "")
 
 
 def _colours(size: int, channels: int) -> str:
