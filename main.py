@@ -118,8 +118,8 @@ def _restore_alone(overrides: list[str]) -> None:
     if FLAGS["eval_folder"].using_default_value:
         FLAGS.eval_folder = "restored"
     logging.info(
-        f"restorations alone, in {FLAGS.eval_folder}/: eval.{', eval.'.join(parts)} of the config "
-        "count if they are named on the command line too"
+        f"only the restorations are evaluated, into {FLAGS.eval_folder}/; "
+        f"{' '.join(f'--config.eval.{part}' for part in parts)} would add the rest of the config"
     )
 
 

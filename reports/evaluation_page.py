@@ -195,7 +195,8 @@ def by_evaluations(folder: Path, k: int, current: Mapping) -> dict[str, list[tup
     """
     samplers: list[Settings] = []
     points: list[tuple[float, float]] = []
-    for path in sorted(folder.parent.glob(f"*/report_{k}.npz")):
+    paths = folder.parent.glob(f"*/report_{k}.npz") if "fid" in current else ()
+    for path in sorted(paths):
         report = current if path.parent == folder else _readable(path) or {}
         if not {"fid", "nfe"} <= report.keys():
             continue

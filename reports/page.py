@@ -23,9 +23,10 @@ from reports.table import RESTORED
 Report = Mapping[str, float | str | NDArray]
 
 SHARP_COSTS = (
-    "One restoration is one of many images that fit what was measured. Its mean squared error is "
-    "twice that of the mean of them all, 3 dB, so that a blurred image can have the higher PSNR; "
-    "the mean of a few restorations comes near that of all (Blau and Michaeli, 2018)."
+    "A restoration is one of many images that fit what was measured. Its mean squared error is "
+    "twice that of the mean of them all, which costs 3 dB; a blurred image, as that mean is, can "
+    "therefore have the higher PSNR. The mean of a few restorations comes near that of all (Blau "
+    "and Michaeli, 2018)."
 )
 
 
@@ -126,10 +127,14 @@ def _compared(reports: Mapping[int, Report]) -> list[Entry]:
 def _checkpoints(reports: Mapping[int, Report], current: int) -> str:
     """Table of checkpoints, the best of several in bold, with a last row for the data themselves.
 
+    A single checkpoint without metrics has none.
+
     Settings in which evaluations differ are columns. Where they forbid ranking the values of a
     metric, none is in bold, and a line says why.
     """
     metrics, differ = _compared(reports), _differing(reports)
+    if not metrics and len(reports) == 1:
+        return ""
     best, obstacles, lines = {}, {}, []
     for entry in metrics:
         values = {k: float(r[entry.key]) for k, r in reports.items() if entry.key in r}
