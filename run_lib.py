@@ -42,6 +42,7 @@ from storage.run_checkpoints import (
     checkpoints_of_steps,
     checkpoints_to_evaluate,
     newest_checkpoint,
+    passed_over,
 )
 from storage.shared_files import SHARED, save_shared
 from storage.tensorboard import TensorBoardWriter
@@ -99,13 +100,13 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         *getattr(experiment.network, "remarks", ()),
         *experiment.remarks,
     ]
+    config.data.changed = "refuse"  # the permission is for this start, and not stored
     if dry_run:
-        step = _newest_step(experiment, workdir)
+        step, lines = _newest_step(experiment, workdir)
         log.info(f"would train from step {step} to {training.n_iters} in {workdir}: {plan}")
-        _log_lines(remarks)
+        _log_lines(lines + remarks)
         experiment.data.close()
         return True
-    config.data.changed = "refuse"  # the permission is for this start, and not stored
     state = TrainState.from_config(config, experiment.network, objective)
     state.network = execution.for_training(
         experiment.network,
@@ -147,8 +148,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             stop_signals() as stop,
         ):
             # a run that was stopped between saving and drawing lacks its last picture
-            numbered = state.step and due(training.snapshot_freq)
-            if draws and numbered and run.picture_is_due() and not run.picture.exists():
+            if draws and state.step and run.picture_is_due() and not run.picture.exists():
                 run.draw(writer, images_per_step, stop)
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
                 generator = datasets.keyed_generator(device, "training", config.seed, state.step)
@@ -178,7 +178,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 if numbered or due(training.snapshot_freq_for_preemption):
                     writer.flush()
                     run.save(numbered)
-                if draws and numbered and run.picture_is_due() and not stop():
+                if draws and run.picture_is_due() and not stop():
                     run.draw(writer, images_per_step, stop)
 
             if state.step < training.n_iters:
@@ -430,15 +430,16 @@ def _log_lines(lines: Sequence[str]) -> None:
         log.info(line)
 
 
-def _newest_step(experiment: Experiment, workdir: Path) -> int:
-    """The step from which training would go on; ValueError where the checkpoint does not fit."""
+def _newest_step(experiment: Experiment, workdir: Path) -> tuple[int, list[str]]:
+    """The step to go on from, and lines on what a start there ignores or changes."""
     read = partial(open_checkpoint, intact=True)  # of all that it has, the weights are loaded
     newest = newest_checkpoint(workdir, set_aside=False, read=read)
     if newest is None:
-        return 0
+        return 0, passed_over(workdir)
     path, content = newest
     changes = run_config.changes(path, content, flatten(experiment.config))
-    return fit(partial(load_ema, experiment.network), content, path, changes)
+    step = fit(partial(load_ema, experiment.network), content, path, changes)
+    return step, [f"the config differs from that of the run: {change}" for change in changes]
 
 
 def _check_division(images: int, accumulate: int = 1) -> None:

@@ -24,6 +24,7 @@ from storage.files import save_npz, save_png
 from storage.run_checkpoints import (
     drop_checkpoints,
     newest_checkpoint,
+    passed_over,
     save_to_resume,
     written_steps,
 )
@@ -73,6 +74,8 @@ class TrainingRun:
         if newest is None:
             if distributed.is_main():
                 run_config.store(self.workdir, self.values)
+            for line in passed_over(self.workdir):
+                log.info(line)
             return
         path, content = newest
         changes = run_config.changes(path, content, self.values)
@@ -114,13 +117,14 @@ class TrainingRun:
             return held_out_loss(self.state, batch, generator, shard).item()
 
     def picture_is_due(self) -> bool:
-        """Whether the numbered checkpoint of this step has a picture.
+        """Whether this step has a picture of samples.
 
-        It is the first one in each `training.picture_freq` steps, or that of the last step.
+        The last step has one, and the first numbered checkpoint in each `training.picture_freq`.
         """
-        step, freq = self.state.step, self.values["training.picture_freq"]
-        previous = step - self.values["training.snapshot_freq"]
-        return step == self.values["training.n_iters"] or step // freq > previous // freq
+        step, freq = self.state.step, self.values["training.snapshot_freq"]
+        fewest = self.values["training.picture_freq"]
+        is_first = step % freq == 0 and step // fewest > (step - freq) // fewest
+        return is_first or step == self.values["training.n_iters"]
 
     @property
     def picture(self) -> Path:
