@@ -25,7 +25,7 @@ from library.evaluated_samples import compare_samples, draw_images
 from library.restoration import ToRestore
 from library.sample_folder import FILM_SAMPLES, SampleFolder, read_pictures, seeds_of
 from library.signals import stop_signals
-from library.training_run import LossWatch, TrainingRun, check_codec
+from library.training_run import LossWatch, TrainingRun, check_codec, resumed_from
 from metrics.reference import ReferenceStatistics
 from models.weights import load_ema
 from reports import settings
@@ -41,8 +41,6 @@ from storage.files import save_npz
 from storage.run_checkpoints import (
     checkpoints_of_steps,
     checkpoints_to_evaluate,
-    newest_checkpoint,
-    passed_over,
 )
 from storage.shared_files import SHARED, save_shared
 from storage.tensorboard import TensorBoardWriter
@@ -102,7 +100,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     ]
     config.data.changed = "refuse"  # the permission is for this start, and not stored
     if dry_run:
-        step, lines = _newest_step(experiment, workdir)
+        step, lines = resumed_from(workdir, experiment.network, flatten(config))
         log.info(f"would train from step {step} to {training.n_iters} in {workdir}: {plan}")
         _log_lines(lines + remarks)
         experiment.data.close()
@@ -428,18 +426,6 @@ def _opened(workdir: Path, folder: Path, remarks: Sequence[str] = ()) -> Iterato
 def _log_lines(lines: Sequence[str]) -> None:
     for line in lines:
         log.info(line)
-
-
-def _newest_step(experiment: Experiment, workdir: Path) -> tuple[int, list[str]]:
-    """The step to go on from, and lines on what a start there ignores or changes."""
-    read = partial(open_checkpoint, intact=True)  # of all that it has, the weights are loaded
-    newest = newest_checkpoint(workdir, set_aside=False, read=read)
-    if newest is None:
-        return 0, passed_over(workdir)
-    path, content = newest
-    changes = run_config.changes(path, content, flatten(experiment.config))
-    step = fit(partial(load_ema, experiment.network), content, path, changes)
-    return step, [f"the config differs from that of the run: {change}" for change in changes]
 
 
 def _check_division(images: int, accumulate: int = 1) -> None:

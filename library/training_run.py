@@ -4,22 +4,24 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import distributed
 from configs.keys import shown
 from datasets import DataSet, batch_at, to_unit_interval
 from library.parts import Parts
+from models.weights import load_ema
 from reports.images import image_grid, to_uint8
 from reports.progress import solver_bar
 from sources.codec import Codec
 from sources.keyed import keyed_generator
 from storage import run_config
-from storage.checkpoints import fit, save_checkpoint
+from storage.checkpoints import fit, open_checkpoint, save_checkpoint
 from storage.files import save_npz, save_png
 from storage.run_checkpoints import (
     drop_checkpoints,
@@ -167,6 +169,24 @@ class TrainingRun:
         save_png(self.picture, grid)
         writer.add_image("samples", grid, step)
         log.info(f"step {step}: samples in {nfe} evaluations: {self.picture}")
+
+
+def resumed_from(
+    workdir: Path, network: nn.Module, values: dict[str, Any]
+) -> tuple[int, list[str]]:
+    """The step from which training would go on, and lines on what it would ignore or change.
+
+    The checkpoint's EMA weights are copied into `network`; of all that it has, no other tensors are
+    loaded. `values` is the config, flat. Raises ValueError where the checkpoint does not fit.
+    """
+    read = partial(open_checkpoint, intact=True)
+    newest = newest_checkpoint(workdir, set_aside=False, read=read)
+    if newest is None:
+        return 0, passed_over(workdir)
+    path, content = newest
+    changes = run_config.changes(path, content, values)
+    step = fit(partial(load_ema, network), content, path, changes)
+    return step, [f"the config differs from that of the run: {change}" for change in changes]
 
 
 def check_codec(codec: Codec, checkpoint: dict, path: Path) -> None:
