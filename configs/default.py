@@ -51,8 +51,7 @@ LOOPS = {
     "training.picture_freq": Key(
         100,
         whole(1),
-        "fewest steps between pictures of samples, where numbered checkpoints are closer; the last "
-        "step has one",
+        "at most one of these pictures in so many steps, and one of the last step",
     ),
     "training.snapshot_solver": Key(
         "heun",

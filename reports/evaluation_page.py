@@ -104,6 +104,7 @@ def save_page(
     channels, size, _ = experiment.data.shape
     width = f" of width {report['ema_std']:g}" if "ema_std" in report else ""
     cost = [f"{number(report['nfe'])} evaluations"] if "nfe" in report else []
+    guided = guidance_words(of_report(report))
     facts = {
         "method": experiment.method.name,
         "network": f"{network}, {parameters:,} parameters",
@@ -114,7 +115,7 @@ def save_page(
         + (f", {cooldown:,} of cooldown" if cooldown else ""),
         "sampler": solver_words(of_report(report), *cost),
         "classes": _classes(experiment),
-        "guidance": guidance_words(of_report(report)) or "none" * bool(experiment.classes),
+        "guidance": guided.removeprefix("guidance ") or "none" * bool(experiment.classes),
         "device": _device(experiment.device),
         "commit": _commit(),
         "evaluated": time.strftime("%Y-%m-%d"),
