@@ -39,6 +39,8 @@ FILM_BYTES = 2**22  # of the largest film in it
 SAME = ("step", "weights", "eval.ema_std")
 COSTS = tuple(f"sampling.{name}" for name in ("N", "rtol", "atol", "max_evaluations"))
 
+RESTORED_BY = ("sampling.restore", "sampling.restorer")
+
 # Below {eval_folder}/, {file}_{k}.png: title and caption on the page.
 PICTURES = {
     "ode_images": ("Samples", "The first of those drawn, none chosen."),
@@ -104,7 +106,8 @@ def save_page(
     channels, size, _ = experiment.data.shape
     width = f" of width {report['ema_std']:g}" if "ema_std" in report else ""
     cost = [f"{number(report['nfe'])} evaluations"] if "nfe" in report else []
-    guided = guidance_words(of_report(report))
+    made_by = of_report(report)
+    guided = guidance_words(made_by)
     facts = {
         "method": experiment.method.name,
         "network": f"{network}, {parameters:,} parameters",
@@ -113,9 +116,10 @@ def save_page(
         "training time": duration(seconds_of_training(board, step)),
         "learning rate": f"{learning_rate:g}, {warmup:,} steps of warm-up"
         + (f", {cooldown:,} of cooldown" if cooldown else ""),
-        "sampler": solver_words(of_report(report), *cost),
+        "sampler": solver_words(made_by, *cost),
         "classes": _classes(experiment),
         "guidance": guided.removeprefix("guidance ") or "none" * bool(experiment.classes),
+        "restored": ", ".join(map(made_by.text, RESTORED_BY)) * ("restore_images" in report),
         "device": _device(experiment.device),
         "commit": _commit(),
         "evaluated": time.strftime("%Y-%m-%d"),

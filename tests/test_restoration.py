@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import methods
 import run_lib
 from configs.poisson import digits_ddpmpp
 from configs.vp import digits_ddpmpp as vp_digits
+from library.evaluated_restorations import plain_restoration
 from methods.base import spread
 from methods.guidance import Guided
 from methods.restoration import (
@@ -30,6 +32,7 @@ from methods.restoration import (
 )
 from sampling import get_sampling_fn, solve_ode
 from solvers.predictor_corrector import predictor_corrector
+from sources.codec import EightBitImages
 from storage.checkpoints import save_checkpoint
 
 POISSON = methods.Poisson(
@@ -365,6 +368,23 @@ def test_the_picture_of_a_measurement_agrees_with_it(name):
     torch.testing.assert_close(operator.forward(picture), measurement.value)
     if name == "colour":
         assert torch.equal(picture, picture[:, :1].expand(-1, 3, -1, -1))
+
+
+def test_a_plain_restoration_without_training_images_is_remarked():
+    """It starts from grey, and has the measured pixels all the same."""
+
+    def get(split, labels):
+        raise FileNotFoundError("no digits here")
+
+    codec = EightBitImages((1, 4, 4))
+    x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    operator = get_operator("inpaint", torch.arange(16).view(4, 4) % 3 > 0)
+    measurement = Measurement(operator, operator.forward(codec.encode(x)))
+    experiment = SimpleNamespace(codec=codec, device="cpu", data=SimpleNamespace(get=get))
+    plain, remark = plain_restoration(experiment, measurement)
+    assert remark == "the plain restorations start from grey, not the mean image: no digits here"
+    known = operator.forward(torch.ones(1, 1, 4, 4)).bool()
+    torch.testing.assert_close(codec.decode(plain), torch.where(known, x, 0.5))
 
 
 def test_a_draw_has_twice_the_error_of_the_mean():
