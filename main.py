@@ -37,7 +37,9 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
 flags.DEFINE_string(
-    "eval_folder", "eval", "Folder of an evaluation's results, in workdir unless absolute."
+    "eval_folder",
+    "eval",
+    "Folder of an evaluation's results, in workdir unless absolute; of restorations: restored.",
 )
 flags.DEFINE_string(
     "outdir", None, "Where sample and export write; default: below workdir/samples, and workdir."
@@ -73,6 +75,8 @@ def main(argv: list[str]) -> None:
     overrides = command_line.overridden(sys.argv[1:])
     if FLAGS.mode == "train":  # how the run will be evaluated is not decided yet
         overrides = [key for key in overrides if not key.startswith("eval.")]
+    if FLAGS.mode == "eval":
+        _restore_alone(overrides)
     for line in without_effect(FLAGS.config, overrides):
         logging.info(line)
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "launcher's"
@@ -99,6 +103,27 @@ def main(argv: list[str]) -> None:
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
+
+
+def _restore_alone(overrides: list[str]) -> None:
+    """Switch the parts of an evaluation off where the command line sets `sampling.restore` alone.
+
+    The results are then in a folder of their own, so that a report of the other parts stays.
+    """
+    from evaluation import PARTS
+
+    options, restores = FLAGS.config.eval, FLAGS.config.sampling.restore
+    parts = [part for part in PARTS if options[part]]
+    asked = any(f"eval.{part}" in overrides for part in parts)
+    if not (restores and parts and "sampling.restore" in overrides) or asked:
+        return
+    options.update(dict.fromkeys(parts, False))
+    if FLAGS["eval_folder"].using_default_value:
+        FLAGS.eval_folder = "restored"
+    logging.info(
+        f"only the restorations are evaluated, into {FLAGS.eval_folder}/; "
+        f"{' '.join(f'--config.eval.{part}' for part in parts)} would add the rest of the config"
+    )
 
 
 def parse(argv: list[str]) -> list[str]:

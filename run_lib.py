@@ -26,7 +26,7 @@ from library.evaluated_samples import compare_samples, draw_images
 from library.restoration import ToRestore
 from library.sample_folder import FILM_SAMPLES, SampleFolder, pair_of, read_pictures, seeds_of
 from library.signals import stop_signals
-from library.training_run import LossWatch, TrainingRun
+from library.training_run import LossWatch, TrainingRun, resumed_from
 from metrics.reference import ReferenceStatistics
 from models.weights import load_ema
 from reports.drawings import draw_classes, draw_interpolation, draw_rescaling
@@ -43,7 +43,6 @@ from storage.files import save_npz
 from storage.run_checkpoints import (
     checkpoints_of_steps,
     checkpoints_to_evaluate,
-    newest_checkpoint,
 )
 from storage.shared_files import SHARED, save_shared
 from storage.tensorboard import TensorBoardWriter
@@ -102,13 +101,13 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         *getattr(experiment.network, "remarks", ()),
         *experiment.remarks,
     ]
+    config.data.changed = "refuse"  # the permission is for this start, and not stored
     if dry_run:
-        step = _newest_step(experiment, workdir)
+        step, lines = resumed_from(workdir, experiment.network, flatten(config))
         log.info(f"would train from step {step} to {training.n_iters} in {workdir}: {plan}")
-        _log_lines(remarks)
+        _log_lines(lines + remarks)
         experiment.data.close()
         return True
-    config.data.changed = "refuse"  # the permission is for this start, and not stored
     state = TrainState.from_config(config, experiment.network, objective)
     state.network = execution.for_training(
         experiment.network,
@@ -150,7 +149,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             stop_signals() as stop,
         ):
             # a run that was stopped between saving and drawing lacks its last picture
-            if draws and state.step and due(training.snapshot_freq) and not run.picture.exists():
+            if draws and state.step and run.picture_is_due() and not run.picture.exists():
                 run.draw(writer, images_per_step, stop)
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
                 generator = datasets.keyed_generator(device, "training", config.seed, state.step)
@@ -181,7 +180,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 if numbered or due(training.snapshot_freq_for_preemption):
                     writer.flush()
                     run.save(numbered)
-                if draws and numbered and not stop():
+                if draws and run.picture_is_due() and not stop():
                     run.draw(writer, images_per_step, stop)
                 logged_at += time.perf_counter() - paused_at  # the speed is that of the steps
 
@@ -436,14 +435,3 @@ def _opened(workdir: Path, folder: Path, flag: str, remarks: Sequence[str] = ())
 def _log_lines(lines: Sequence[str]) -> None:
     for line in lines:
         log.info(line)
-
-
-def _newest_step(experiment: Experiment, workdir: Path) -> int:
-    """The step from which training would go on; ValueError where the checkpoint does not fit."""
-    read = partial(open_checkpoint, intact=True)  # of all that it has, the weights are loaded
-    newest = newest_checkpoint(workdir, set_aside=False, read=read)
-    if newest is None:
-        return 0
-    path, content = newest
-    changes = run_config.changes(path, content, flatten(experiment.config))
-    return fit(partial(load_ema, experiment.network), content, path, changes)

@@ -130,7 +130,7 @@ class Table:
             re.match("[<>][0-9]+", kind)[0] if isinstance(value, str) else kind
             for value, kind in zip(values, self.formats, strict=True)
         ]
-        print(*map(format, values, kinds))
+        print(*map(format, values, kinds), flush=True)
 
 
 def curves(workdirs: Sequence[Path]) -> dict[Path, str]:

@@ -33,6 +33,7 @@ import experiment
 import sampling
 from metrics.distances import Gaussian, frechet_distance
 from reports.plots import draw_range
+from reports.progress import solver_bar
 from solvers import FITTED, SCHEDULES, SOLVERS
 from solvers.fitted import Fit
 from sources.keyed import keyed_generator
@@ -109,9 +110,10 @@ def measure(workdir: Path, num: int, steps_of: Steps) -> Results:
         return run.fitted_sampler(trained.path).fit
 
     tight = {"rtol": 1e-6, "atol": 1e-6, "noise_removal": True}
-    exact, evaluations = sampling.solve_ode(
-        run.method, net.double(), prior[:COMPARED].double(), **tight
-    )
+    with solver_bar(run.method, "exact solution") as show:
+        exact, evaluations = sampling.solve_ode(
+            run.method, net.double(), prior[:COMPARED].double(), watch=show, **tight
+        )
     net.float()
     name = common.name_of(run.config, run.method)
     print(
@@ -122,11 +124,13 @@ def measure(workdir: Path, num: int, steps_of: Steps) -> Results:
     more = ("/ rk45", ">7.3f"), ("error", ">8.1e"), ("seconds", ">7.2f"), ("outside", ">7.1%")
     table = common.Table(*columns, *more)
     cases = [(setting, n) for setting, steps in steps_of.items() for n in steps]
-    for setting, n in [(Setting("rk45"), 0), *cases]:
+    cases.insert(0, (Setting("rk45"), 0))
+    for i, (setting, n) in enumerate(cases, 1):
         watch = common.Stopwatch(run.device)
         timed = watch.phase("network")(net)
         fitting = fit(setting, n)
-        with watch.phase("all"):
+        title = f"{setting}, {i} of {len(cases)}"
+        with solver_bar(run.method, title) as show, watch.phase("all"):
             samples, evaluations = sampling.solve_ode(
                 run.method,
                 timed,
@@ -136,6 +140,7 @@ def measure(workdir: Path, num: int, steps_of: Steps) -> Results:
                 schedule=fitting.schedule,
                 advance=fitting.advance,
                 noise_removal=True,
+                watch=show,
             )
         inside, seconds = watch.seconds["network"], watch.seconds["all"]
         difference = to_unit(samples[:COMPARED]) - to_unit(exact)

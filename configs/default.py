@@ -45,7 +45,14 @@ LOOPS = {
     "training.keep_checkpoints": Key(
         0, whole(0), "newest numbered checkpoints that are kept; 0: all"
     ),
-    "training.snapshot_sampling": Key(True, Flag(), "draw samples with every numbered checkpoint"),
+    "training.snapshot_sampling": Key(
+        True, Flag(), "pictures of samples with the numbered checkpoints"
+    ),
+    "training.picture_freq": Key(
+        100,
+        whole(1),
+        "at most one of these pictures in so many steps, and one of the last step",
+    ),
     "training.snapshot_solver": Key(
         "heun",
         OneOf(registry="solvers.SOLVERS"),

@@ -28,7 +28,7 @@ def restore_images(evaluated: Evaluated, restored: ToRestore) -> dict:
     Raises FloatingPointError where the solver diverges.
     """
     experiment, measurement = evaluated.experiment, restored.measurement
-    codec, value, operator = experiment.codec, measurement.value, measurement.operator
+    codec, value = experiment.codec, measurement.value
     channels, *sides = codec.data_shape
     rows = torch.arange(len(value), device=value.device).repeat_interleave(RESTORATIONS)
 
@@ -56,7 +56,7 @@ def restore_images(evaluated: Evaluated, restored: ToRestore) -> dict:
         return {}
     images = np.concatenate([each["restored"] for each in rounds])
     images = images.reshape(len(value), RESTORATIONS, *sides, channels)
-    measured = to_uint8(codec.decode(operator.adjoint(value) / operator.gram))
+    measured = to_uint8(codec.decode(measurement.picture()))
     report = {
         "restore_images": len(value),
         "restore_spread": np.sqrt((images / 255).var(1, ddof=1).mean()),
@@ -67,7 +67,10 @@ def restore_images(evaluated: Evaluated, restored: ToRestore) -> dict:
     if restored.truth is not None:
         truth = to_uint8(restored.truth)[:, None]
         columns = [truth, *columns]
-        plain = to_uint8(codec.decode(plain_restoration(experiment, measurement)))
+        plain, remark = plain_restoration(experiment, measurement)
+        plain = to_uint8(codec.decode(plain))
+        if remark:
+            report["restore_psnr_plain_remark"] = remark
         report["restore_psnr"] = psnr(images, truth)
         report["restore_psnr_mean"] = psnr(images.mean(1, keepdims=True), truth)
         report["restore_psnr_plain"] = psnr(plain[:, None], truth)
@@ -78,27 +81,29 @@ def restore_images(evaluated: Evaluated, restored: ToRestore) -> dict:
     return report
 
 
-def plain_restoration(experiment: Parts, measurement: Measurement) -> Tensor:
-    """Restorations (n, C, H, W) that need no network, to compare with.
+def plain_restoration(experiment: Parts, measurement: Measurement) -> tuple[Tensor, str]:
+    """Restorations (n, C, H, W) that need no network, to compare with, and a remark or "".
 
     Small images are enlarged by cubic interpolation; else it is the mean training image, changed so
     that it agrees with the measurement.
     """
     value, (_, height, width) = measurement.value, experiment.codec.shape
     if value.shape[2:] != (height, width):
-        return torch.nn.functional.interpolate(value, (height, width), mode="bicubic")
+        return torch.nn.functional.interpolate(value, (height, width), mode="bicubic"), ""
+    remark = ""
     try:
         data = experiment.data.get("train", labels=False)
     except DataChanged:
         raise
     except (OSError, ValueError) as error:  # published networks restore without their data
-        log.warning(f"the plain restorations start from grey, not the mean image: {error}")
+        remark = f"the plain restorations start from grey, not the mean image: {error}"
+        log.warning(remark)
         grey = torch.full((1, *experiment.codec.data_shape), 0.5, device=experiment.device)
         mean = experiment.codec.encode(grey)[0]
     else:
         batch = batch_at(data, slice(AVERAGED)).to(experiment.device)
         mean = experiment.codec.encode(to_unit_interval(batch.images)).mean(0)
-    return measurement.project(mean.to(value).expand(len(value), -1, -1, -1))
+    return measurement.project(mean.to(value).expand(len(value), -1, -1, -1)), remark
 
 
 def psnr(images: np.ndarray, truth: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,15 @@ from metrics.distances import TooFew
 from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics
 from metrics.table import OF_HALVES, Comparison, compare, compare_halves
-from reports.images import Images, channels_last, image_grid, save_grid, to_uint8
+from reports.images import (
+    Images,
+    by_class,
+    channels_last,
+    class_rows,
+    image_grid,
+    save_grid,
+    to_uint8,
+)
 from reports.progress import solver_bar
 from solvers.base import TooManyEvaluations
 from storage.digests import digests_of_conditions
@@ -25,6 +33,7 @@ from storage.files import cached, check_arrays, read_arrays, save_png
 log = logging.getLogger(__name__)
 
 GRID_SAMPLES = 100  # images of an evaluation that its picture shows
+OF_CLASS = 10  # samples of a class in a row of the picture of samples
 PAIRS = 10  # samples in a row of the picture of nearest training images
 
 
@@ -94,8 +103,11 @@ def draw_images(evaluated: Evaluated, number: int) -> None:
     parts = Rounds("", min(GRID_SAMPLES, number), evaluated.batch_size).parts
     rounds = [draw_round(evaluated, r, part.stop - part.start) for r, part in enumerate(parts)]
     samples = np.concatenate([each["samples"] for each in rounds])
+    labels = None
+    if evaluated.experiment.classes:
+        labels = np.concatenate([each["labels"] for each in rounds])
     if len(samples):
-        save_grid(evaluated.picture("ode_images"), samples)
+        _save_first(evaluated, "ode_images", len(samples), labels, lambda rows: samples[rows])
 
 
 def _rounds(evaluated: Evaluated, spaces: Sequence[FeatureSpace], number: int) -> list[dict]:
@@ -182,22 +194,52 @@ def _draw(
     evaluated: Evaluated, comparison: Comparison, data: DataSet | None, rounds: list[dict]
 ) -> None:
     """Save pictures of samples, of training images, and of samples beside their nearest."""
-    first = np.arange(min(GRID_SAMPLES, len(comparison.features)))
-    save_grid(evaluated.picture("ode_images"), samples_at(rounds, first))
+    number, labels = len(comparison.features), comparison.labels
+    _save_first(evaluated, "ode_images", number, labels, partial(samples_at, rounds))
     if data is None:
         return
-    reference = comparison.reference
-    index = torch.from_numpy(reference.index[: len(first)])
-    save_grid(evaluated.picture("data_images"), channels_last(data[index]))
+    reference, labels = comparison.reference, comparison.reference_labels
+
+    def training_images(rows: np.ndarray) -> Images:
+        return channels_last(data[torch.from_numpy(reference.index[rows])])
+
+    number = min(number, len(reference.index))
+    _save_first(evaluated, "data_images", number, labels, training_images)
     # samples, and below each its nearest training image, to look for copies: first those
     # samples that are closest to the data, then the first ones drawn
     distances, rows = comparison.nearest
     number, strips = min(PAIRS, len(distances)), []
     for sample_rows in (distances.argsort()[:number], np.arange(number)):
-        index = torch.from_numpy(reference.index[rows[sample_rows]])
-        pairs = np.concatenate([samples_at(rounds, sample_rows), channels_last(data[index])])
+        nearest = training_images(rows[sample_rows])
+        pairs = np.concatenate([samples_at(rounds, sample_rows), nearest])
         strips.append(image_grid(pairs, columns=number))
     save_png(evaluated.picture("nearest"), np.concatenate(strips))
+
+
+def _save_first(
+    evaluated: Evaluated,
+    name: str,
+    number: int,
+    labels: np.ndarray | None,
+    images_at: Callable[[np.ndarray], Images],
+) -> None:
+    """Save a picture of the first of `number` images, sorted by their class `labels` (number,).
+
+    Where there are `class_rows`, it has the first `OF_CLASS` images of each class in a row.
+    `images_at` gives the images of row numbers.
+    """
+    experiment, path = evaluated.experiment, evaluated.picture(name)
+    classes = class_rows(experiment.classes, experiment.sampler.class_label)
+    if labels is not None and classes:
+        of_class = [np.flatnonzero(labels == label)[:OF_CLASS] for label in range(classes)]
+        rows = np.concatenate(of_class)
+        images = by_class(images_at(rows), labels[rows], classes, OF_CLASS)
+        save_grid(path, images, OF_CLASS)
+        return
+    rows = np.arange(min(GRID_SAMPLES, number))
+    if labels is not None:
+        rows = rows[labels[rows].argsort(kind="stable")]
+    save_grid(path, images_at(rows))
 
 
 def labels_of(rounds: list[dict]) -> np.ndarray:

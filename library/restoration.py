@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.keys import shown
 from configs.schema import Flag, Key, Number, OneOf, Text, whole
 from experiment_parts import Parts
 from methods.restoration import RESTORE, Measurement, get_operator
 from samplers.base import Sampler
 from sources.batch import KINDS, Batch, Conditions
-from sources.codec import Shape
+from sources.codec import Codec, Shape
 from sources.folder import read_images
 from sources.images import cropped_then_resized
 from sources.keyed import keyed_generator
@@ -150,48 +151,101 @@ class ToRestore:
             FileNotFoundError: a file does not exist.
         """
         name, whole = options.name, options.degrade
-        channels, size, _ = experiment.codec.data_shape
-        if experiment.codec.shape != experiment.codec.data_shape:
-            raise ValueError(
-                f"sampling.restore={name!r} measures images, but the network sees latents of the "
-                f"shape {experiment.codec.shape} (data.codec)"
-            )
-        factor = RESTORE[name]
+        channels, size, _ = measured_shape(experiment.codec, name, options.noise)
         if not (options.path or whole):
             raise ValueError(
                 f"sampling.restore={name!r} needs sampling.restore_path, an image or more, or "
                 "sampling.restore_degrade for those of the split eval.dataset"
             )
-        if size % factor:
-            raise ValueError(f"sampling.restore={name!r} does not divide data.image_size={size}")
-        if name == "colour" and channels != 3:
-            raise ValueError(
-                f"sampling.restore='colour' needs colour images; these have {channels}"
-            )
-        if name == "denoise" and not options.noise:
-            raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
-        if not whole:
-            channels, size = 1 if name == "colour" else channels, size // factor
+        if whole:
+            channels, size, _ = experiment.codec.data_shape
         batch = _batch(options, experiment, channels, size).to(experiment.device)
         mask = None
         if name == "inpaint":
             mask = known_pixels(options.mask, experiment.codec.shape[1:], len(batch)).to(
                 experiment.device
             )
-        operator = get_operator(name, mask)
         images = to_unit_interval(batch.images)
-        low, high = experiment.codec.bounds
-        noise, value = options.noise * (high - low), experiment.codec.encode(images)
+        measurement = measurement_of(experiment.codec, name, images, options.noise, mask)
         if whole:
+            operator = measurement.operator
+            value = operator.forward(experiment.codec.encode(images))
             generator = keyed_generator(experiment.device, "measurement", options.seed)
-            added = operator.forward(value)
-            added = torch.randn(added.shape, generator=generator, device=experiment.device)
-            value = operator.forward(value) + noise * added
-        if name == "inpaint":
-            value = operator.forward(value)  # sets the missing pixels to 0, their noise too
-        measurement = Measurement(operator, value, noise)
+            added = torch.randn(value.shape, generator=generator, device=experiment.device)
+            value = value + measurement.noise * added
+            value = operator.forward(value) if name == "inpaint" else value  # of its noise too
+            measurement = replace(measurement, value=value)
         restoring_sampler(experiment, measurement)  # raises ValueError for options that do not fit
         return cls(measurement, batch.conditions, images if whole else None)
+
+
+def measured_shape(codec: Codec, name: str, noise: float = 0.0) -> Shape:
+    """The shape (C, H, W) of what is measured of an image, by `name`, one of `RESTORE`.
+
+    Raises:
+        ValueError: such images cannot be measured so, or `noise` is 0 in denoising.
+    """
+    channels, size, _ = codec.data_shape
+    if codec.shape != codec.data_shape:
+        raise ValueError(
+            f"sampling.restore={name!r} measures images, but the network sees latents of the "
+            f"shape {codec.shape} (data.codec)"
+        )
+    if size % RESTORE[name]:
+        raise ValueError(f"sampling.restore={name!r} does not divide data.image_size={size}")
+    if name == "colour" and channels != 3:
+        raise ValueError(f"sampling.restore='colour' needs colour images; these have {channels}")
+    if name == "denoise" and not noise:
+        raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
+    size //= RESTORE[name]
+    return 1 if name == "colour" else channels, size, size
+
+
+def measurement_of(
+    codec: Codec, name: str, images: Tensor, noise: float = 0.0, mask: Tensor | None = None
+) -> Measurement:
+    """The measurement whose values are `images`, measured by `name`, one of `RESTORE`.
+
+    Args:
+        images: (n, *measured_shape), in [0, 1] up to their noise.
+        noise: its standard deviation; 1 is the range from black to white.
+        mask: bool, of the pixels that are known; see `methods.restoration.inpainting`.
+    """
+    operator, (low, high) = get_operator(name, mask), codec.bounds
+    value = codec.encode(images)
+    if name == "inpaint":
+        value = operator.forward(value)  # sets the missing pixels to 0
+    return Measurement(operator, value, noise * (high - low))
+
+
+def damaged(
+    codec: Codec, images: Tensor, name: str, noise: float = 0.0, missing: Tensor | None = None
+) -> Measurement:
+    """The measurement of `Trained.restore`, from images (n, *measured_shape) in [0, 1].
+
+    `missing` is True at the pixels to fill in by "inpaint": (H, W), or (n, H, W).
+
+    Raises:
+        ValueError: no such restoration, or something has another shape.
+    """
+    if name not in RESTORE:
+        raise ValueError(f"images are restored by one of {', '.join(RESTORE)}, not {shown(name)}")
+    shape = measured_shape(codec, name, noise)
+    if images.dim() != 4 or images.shape[1:] != shape or not images.is_floating_point():
+        raise ValueError(
+            f"images for {name!r} must be floats in [0, 1] of the shape (n, {str(shape)[1:]}, not "
+            f"{images.dtype} {tuple(images.shape)}"
+        )
+    if (missing is not None) != (name == "inpaint"):
+        raise ValueError(f"'inpaint' needs the missing pixels, and nothing else does; not {name!r}")
+    if missing is None:
+        return measurement_of(codec, name, images.float(), noise)
+    sides = codec.data_shape[1:]
+    if missing.shape not in (sides, (len(images), *sides)):
+        raise ValueError(f"missing must be bool (H, W) or (n, H, W), not {tuple(missing.shape)}")
+    mask = ~missing.to(images.device, torch.bool).view(-1, 1, *sides)
+    mask = mask if len(mask) > 1 else mask[0, 0]
+    return measurement_of(codec, name, images.float(), noise, mask)
 
 
 def restoring_sampler(experiment: Parts, measurement: Measurement) -> Sampler:

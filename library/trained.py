@@ -14,6 +14,7 @@ from torch import Tensor
 import execution
 from configs.keys import shown
 from experiment_parts import Parts
+from library.restoration import damaged
 from methods.base import Network, conditioned
 from methods.restoration import Measurement
 from reports.progress import solver_bar
@@ -96,6 +97,45 @@ class Trained:
                 batch, _ = sampler(self.experiment.network, watch=watch, **start)
             images.append(batch)
         return torch.cat(images)
+
+    def restore(
+        self,
+        measured: Measurement | Tensor,
+        name: str = "",
+        seeds: Iterable[int] = range(5),
+        class_label: ClassLabel = None,
+        *,
+        noise: float = 0.0,
+        missing: Tensor | None = None,
+        conditions: OtherConditions = None,
+    ) -> Tensor:
+        """Restorations (n, k, C, H, W) in [0, 1] of n damaged images, one for each of k `seeds`.
+
+        The mean over the seeds has the least squared error; each by itself looks like an image.
+
+        Args:
+            measured: a measurement, or images in [0, 1] that were damaged as `name` says.
+            name: 'inpaint', 'colour' for images (n, 1, H, W), 'super2', 'super4' or 'super8' for
+                images that are so much smaller, or 'denoise'.
+            class_label: as in `encode`; that of the images.
+            noise: standard deviation of noise in the images; 1 is from black to white.
+            missing: bool, (H, W) or one for each image (n, H, W): the pixels to fill in, whose
+                values do not count.
+            conditions: as in `encode`.
+
+        Raises:
+            ValueError: the images have another shape than `name` needs, or cannot be restored so.
+            FloatingPointError: as in `sample`.
+        """
+        if not isinstance(measured, Measurement):
+            images = measured.to(self.experiment.device)
+            measured = damaged(self.experiment.codec, images, name, noise, missing)
+        seeds, n = [*seeds], len(measured.value)
+        rows = torch.arange(n, device=measured.value.device).repeat_interleave(len(seeds))
+        of_rows = dict(self.conditions_of(class_label, n, conditions).map(lambda each: each[rows]))
+        labels = of_rows.pop("class_labels", None)
+        images = self.sample(n * seeds, labels, measurement=measured[rows], conditions=of_rows)
+        return images.unflatten(0, (n, len(seeds)))
 
     @execution.full_float32()
     def film(

@@ -4,25 +4,28 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import distributed
 from datasets import DataSet, batch_at, to_unit_interval
 from experiment_parts import Parts
+from models.weights import load_ema
 from reports.images import image_grid, to_uint8
 from reports.progress import solver_bar
 from sources.codec import check_codec
 from sources.keyed import keyed_generator
 from storage import run_config
-from storage.checkpoints import fit, save_checkpoint
+from storage.checkpoints import fit, open_checkpoint, save_checkpoint
 from storage.files import save_npz, save_png
 from storage.run_checkpoints import (
     drop_checkpoints,
     newest_checkpoint,
+    passed_over,
     save_to_resume,
     written_steps,
 )
@@ -72,6 +75,8 @@ class TrainingRun:
         if newest is None:
             if distributed.is_main():
                 run_config.store(self.workdir, self.values)
+            for line in passed_over(self.workdir):
+                log.info(line)
             return
         path, content = newest
         changes = run_config.changes(path, content, self.values)
@@ -111,6 +116,16 @@ class TrainingRun:
         shard = distributed.rank(), distributed.world()
         with self.state.with_ema():
             return held_out_loss(self.state, batch, generator, shard).item()
+
+    def picture_is_due(self) -> bool:
+        """Whether this step has a picture of samples.
+
+        The last step has one, and the first numbered checkpoint in each `training.picture_freq`.
+        """
+        step, freq = self.state.step, self.values["training.snapshot_freq"]
+        fewest = self.values["training.picture_freq"]
+        is_first = step % freq == 0 and step // fewest > (step - freq) // fewest
+        return is_first or step == self.values["training.n_iters"]
 
     @property
     def picture(self) -> Path:
@@ -153,6 +168,24 @@ class TrainingRun:
         save_png(self.picture, grid)
         writer.add_image("samples", grid, step)
         log.info(f"step {step}: samples in {nfe} evaluations: {self.picture}")
+
+
+def resumed_from(
+    workdir: Path, network: nn.Module, values: dict[str, Any]
+) -> tuple[int, list[str]]:
+    """The step from which training would go on, and lines on what it would ignore or change.
+
+    The checkpoint's EMA weights are copied into `network`; of all that it has, no other tensors are
+    loaded. `values` is the config, flat. Raises ValueError where the checkpoint does not fit.
+    """
+    read = partial(open_checkpoint, intact=True)
+    newest = newest_checkpoint(workdir, set_aside=False, read=read)
+    if newest is None:
+        return 0, passed_over(workdir)
+    path, content = newest
+    changes = run_config.changes(path, content, values)
+    step = fit(partial(load_ema, network), content, path, changes)
+    return step, [f"the config differs from that of the run: {change}" for change in changes]
 
 
 class LossWatch:

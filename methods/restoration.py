@@ -30,13 +30,15 @@ class Operator:
     """A linear map A of images, and its transpose.
 
     A A^T is `gram` times the identity; in inpainting only on images that are 0 where A gives 0.
-    `rows` gives the operator of a part of the images; None where it is the same for all.
+    `rows` gives the operator of a part of the images; None where it is the same for all. `picture`
+    turns a measurement m into an image x to look at, with A x = m; None for A^T m / `gram`.
     """
 
     forward: Callable[[Tensor], Tensor]
     adjoint: Callable[[Tensor], Tensor]
     gram: float = 1.0
     rows: Callable[[Rows], "Operator"] | None = None
+    picture: Callable[[Tensor], Tensor] | None = None
 
     def __getitem__(self, rows: Rows) -> "Operator":
         """The operator of the images `rows`."""
@@ -66,6 +68,7 @@ def colouring() -> Operator:
         lambda x: (weights(x) * x).sum(1, keepdim=True),
         lambda m: weights(m) * m,
         gram=sum(weight**2 for weight in GREY),
+        picture=lambda m: m.expand(-1, 3, -1, -1),
     )
 
 
@@ -114,6 +117,11 @@ class Measurement:
     def residual(self, x: Tensor) -> Tensor:
         """m - A x, of the shape of `value`."""
         return self.value - self.operator.forward(x)
+
+    def picture(self) -> Tensor:
+        """Images (B, C, H, W) of what was measured: grey for colouring, else missing is 0."""
+        A = self.operator
+        return A.picture(self.value) if A.picture else A.adjoint(self.value) / A.gram
 
     def project(self, x: Tensor) -> Tensor:
         """The images closest to `x` (B, C, H, W) that have exactly this measurement."""

@@ -69,6 +69,16 @@ class Gaussian:
             raise ValueError(f"no covariance: it has the eigenvalue {least:.3g}") from None
 
 
+def shortage(number: int, width: int) -> str:
+    """The end of a warning that `number` samples do not span `width` features; "" if they do."""
+    if number > width:
+        return ""
+    return (
+        f"too few for a covariance of {width} features, which needs {width + 1}: the Fréchet "
+        "distance is biased, and not one to quote"
+    )
+
+
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500).
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import distributed
 from configs.schema import Key, Text
 from datasets import Data, DataChanged, DataSet, Resident, Stream, in_order
-from metrics.distances import Gaussian, TooFew
+from metrics.distances import Gaussian, TooFew, shortage
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_spaces
 from sources import digests
 from storage.digests import digests as digests_of_tensors
@@ -98,13 +98,9 @@ class ReferenceStatistics:
         """Reference statistics in each feature space of `config`; raises as `build`."""
         spaces = get_spaces(config.eval.features, config.eval.inception_path, data.shape, device)
         for space in spaces:
-            needed, number = space.width + 1, config.eval.num_samples
-            if number < needed:
-                log.warning(
-                    f"eval.num_samples={number} is too few for a covariance of {space.width} "
-                    f"features ({space.kind}), which needs {needed}: the Frechet distance is "
-                    "biased, and not one to quote"
-                )
+            number = config.eval.num_samples
+            if words := shortage(number, space.width):
+                log.warning(f"eval.num_samples={number} is {words} ({space.kind})")
         folder, train = Path(config.eval.stats_dir), Training(data)
         return [cls.build(space, folder, train, further=i > 0) for i, space in enumerate(spaces)]
 

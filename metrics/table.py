@@ -163,7 +163,8 @@ METRICS: dict[str, Metric] = {
 def compare(comparison: Comparison) -> dict[str, float | str]:
     """The metrics of `METRICS` that can be computed, by their keys.
 
-    An entry {key}_remark names those that too few images prevent; see `remarks`.
+    An entry {key}_remark names those that too few images prevent, or says why the number under
+    `key` is not one to quote; see `remarks`.
     """
     values, prevented = {}, {}
     for key, metric in METRICS.items():
@@ -176,6 +177,8 @@ def compare(comparison: Comparison) -> dict[str, float | str]:
                 prevented.setdefault(str(error), {})[name] = label
     for reason, labels in prevented.items():
         values[f"{min(labels)}_remark"] = f"left out: {', '.join(labels.values())}: {reason}"
+    if "fid" in values and (words := distances.shortage(*comparison.features.shape)):
+        values["fid_remark"] = f"{len(comparison.features):,} samples are {words}"
     if "nearest_data" in values:
         values |= _memorised(values["nearest"], values["nearest_data"])
     return values
@@ -230,10 +233,20 @@ def split_key(key: str) -> tuple[str, str]:
     return space, metric
 
 
-def remarks(report: Mapping) -> list[str]:
-    """Remarks of a report on missing or conspicuous numbers: its entries {key}_remark."""
-    texts = [(split_key(k)[0], str(text)) for k, text in report.items() if k.endswith("_remark")]
+def remarks(report: Mapping, apart: bool = False) -> list[str]:
+    """Remarks of a report on missing or conspicuous numbers: its entries {key}_remark.
+
+    With `apart`, only those on none of the `entries`, beside which the others stand.
+    """
+    beside = {f"{entry.key}_remark" for entry in entries(report)} if apart else ()
+    keys = [key for key in report if key.endswith("_remark") and key not in beside]
+    texts = [(split_key(key)[0], str(report[key])) for key in keys]
     return [f"{space}: {text}" if space else text for space, text in texts]
+
+
+def remark_on(report: Mapping, key: str) -> str:
+    """The remark on the number that `report` has under `key`; "" without either."""
+    return str(report.get(f"{key}_remark", "")) if key in report else ""
 
 
 # Entries that `compare_halves` gives.

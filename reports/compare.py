@@ -24,10 +24,9 @@ from metrics.table import entries
 from metrics.table import remarks as remarks_on_metrics
 from reports import streams
 from reports.html import Picture, document, figure, legend, notes, row, section, table
-from reports.page import best_of, not_ranked
+from reports.page import best_of, not_ranked, reason_not_to_rank
 from reports.plots import curve_plot, number
 from reports.runs import Group, Run, by_seed, differing, grouped, names_of, read_run, remarks
-from reports.settings import obstacle
 from sources import SOURCES
 from sources.codec import CODECS
 from storage.files import atomic_write
@@ -94,7 +93,7 @@ def _metrics(groups: Sequence[Group]) -> str:
         values = [_values(group, key) for group in groups]
         means = {k: float(np.mean([*map(np.mean, v)])) for k, v in enumerate(values) if v}
         best = best_of(means, metric.better)
-        if reason := obstacle(key, [report for report in every if key in report]):
+        if reason := reason_not_to_rank(key, [report for report in every if key in report]):
             best = []
             if len(means) > 1:
                 obstacles.setdefault(reason, []).append(name)

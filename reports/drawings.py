@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiment_parts import Parts
-from reports.images import save_grid, to_uint8
+from reports.images import CLASS_ROWS, save_grid, to_uint8
 from reports.progress import solver_bar
 from sampling import spherical_interpolation
 from sources.batch import Conditions
@@ -17,7 +17,6 @@ from sources.keyed import keyed_generator
 log = logging.getLogger(__name__)
 
 ROWS, COLUMNS = 8, 10  # of the pictures of interpolation and rescaling
-CLASS_ROWS = 10  # classes in a picture
 
 
 def draw_interpolation(experiment: Parts, seed: int, path: Path) -> None:

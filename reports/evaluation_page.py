@@ -14,11 +14,18 @@ import torch
 
 from experiment_parts import Parts
 from reports.html import Picture
-from reports.images import SIDE_BY_SIDE
+from reports.images import CLASS_ROWS, SIDE_BY_SIDE, class_rows
 from reports.page import render
 from reports.plots import number
 from reports.report_file import page_png, read_report
-from reports.settings import Settings, differing, obstacle, of_report, sampler_words
+from reports.settings import (
+    Settings,
+    differing,
+    guidance_words,
+    obstacle,
+    of_report,
+    solver_words,
+)
 from storage.files import atomic_write, open_regular
 from storage.tensorboard import read_scalars, seconds_of_training
 
@@ -32,6 +39,8 @@ FILM_BYTES = 2**22  # of the largest film in it
 # settings of sampling that decide how many evaluations a sample takes.
 SAME = ("step", "weights", "eval.ema_std")
 COSTS = tuple(f"sampling.{name}" for name in ("N", "rtol", "atol", "max_evaluations"))
+
+RESTORED_BY = ("sampling.restore", "sampling.restorer")
 
 # Below {eval_folder}/, {file}_{k}.png: title and caption on the page.
 PICTURES = {
@@ -87,8 +96,8 @@ def save_page(
     scalars = read_scalars(board)
     paths = {name: folder / f"{name}_{k}.png" for name in PICTURES}
     paths = {name: path for name, path in paths.items() if path.exists()}
-    shown = {name: _readable(path, page_png) for name, path in paths.items()}
-    pictures = [Picture(*PICTURES[name], png) for name, png in shown.items() if png]
+    pictures = [_picture(experiment, name, path) for name, path in paths.items()]
+    pictures = [picture for picture in pictures if picture]
     samples = folder.glob(f"ckpt_{k}/samples_*.npz")
     files = {
         "numbers of this one": [folder / f"report_{k}.npz"],
@@ -99,6 +108,8 @@ def save_page(
     channels, size, _ = experiment.data.shape
     width = f" of width {report['ema_std']:g}" if "ema_std" in report else ""
     cost = [f"{number(report['nfe'])} evaluations"] if "nfe" in report else []
+    made_by = of_report(report)
+    guided = guidance_words(made_by)
     facts = {
         "method": experiment.method.name,
         "network": f"{network}, {parameters:,} parameters",
@@ -107,7 +118,10 @@ def save_page(
         "training time": duration(seconds_of_training(board, step)),
         "learning rate": f"{learning_rate:g}, {warmup:,} steps of warm-up"
         + (f", {cooldown:,} of cooldown" if cooldown else ""),
-        "sampler": sampler_words(of_report(report), *cost),
+        "sampler": solver_words(made_by, *cost),
+        "classes": _classes(experiment),
+        "guidance": guided.removeprefix("guidance ") or "none" * bool(experiment.classes),
+        "restored": ", ".join(map(made_by.text, RESTORED_BY)) * ("restore_images" in report),
         "device": _device(experiment.device),
         "commit": _commit(),
         "evaluated": time.strftime("%Y-%m-%d"),
@@ -130,6 +144,36 @@ def save_page(
     )
     with atomic_write(folder / "report.html") as file:
         file.write(page.encode(errors="backslashreplace"))
+
+
+def _picture(experiment: Parts, name: str, path: Path) -> Picture | None:
+    """The picture at `path`, of a `name` in `PICTURES`, its rows named by class; None if damaged."""
+    title, caption = PICTURES[name]
+    classes, class_label = experiment.classes, experiment.sampler.class_label
+    of_class = class_rows(classes, class_label)
+    if name in ("ode_images", "data_images") and of_class:
+        caption = f"The first of each class{', none chosen' * (name == 'ode_images')}."
+    elif name == "ode_images" and classes and class_label < 0:
+        caption = "The first of those drawn, none chosen, in the order of their classes."
+    elif name != "classes":
+        of_class = 0
+    rows = min(classes, CLASS_ROWS) if name == "classes" else of_class
+    png = _readable(path, page_png)
+    return png and Picture(title, caption, png, rows=_class_names(experiment)[:rows])
+
+
+def _class_names(experiment: Parts) -> list[str]:
+    """Names of the classes, or their numbers where they have none."""
+    return [*(experiment.data.class_names or map(str, range(experiment.classes)))]
+
+
+def _classes(experiment: Parts) -> str:
+    """The number of classes and the first names; "" without classes."""
+    if not experiment.classes:
+        return ""
+    names = ", ".join(experiment.data.class_names[:CLASS_ROWS])
+    more = ", …" * (experiment.classes > CLASS_ROWS)
+    return f"{experiment.classes:,}" + (f": {names}{more}" if names else "")
 
 
 def _colours(size: int, channels: int) -> str:
@@ -159,7 +203,8 @@ def by_evaluations(folder: Path, k: int, current: Mapping) -> dict[str, list[tup
     """
     samplers: list[Settings] = []
     points: list[tuple[float, float]] = []
-    for path in sorted(folder.parent.glob(f"*/report_{k}.npz")):
+    paths = folder.parent.glob(f"*/report_{k}.npz") if "fid" in current else ()
+    for path in sorted(paths):
         report = current if path.parent == folder else _readable(path) or {}
         if not {"fid", "nfe"} <= report.keys():
             continue

@@ -10,18 +10,26 @@ from reports.plots import CSS, curve_colour
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a page, in an image format called `kind`, with the words below it."""
+    """A picture of a page, in an image format called `kind`, with the words below it.
+
+    `rows` are names of its rows, which are of one height and stand beside them.
+    """
 
     title: str
     caption: str
     content: bytes
     kind: str = "png"
+    rows: Sequence[str] = ()
 
     def html(self) -> str:
         """The figure that holds the picture itself."""
         data = base64.b64encode(self.content).decode("ascii")
         source = f"data:image/{self.kind};base64,{data}"
-        return figure(f'<img alt="{escape(self.title)}" src="{source}">', self.title, self.caption)
+        image = f'<img alt="{escape(self.title)}" src="{source}">'
+        if self.rows:
+            names = "".join(f"<li title='{escape(name)}'>{escape(name)}</li>" for name in self.rows)
+            image = f"<div class=named><ol>{names}</ol>{image}</div>"
+        return figure(image, self.title, self.caption)
 
 
 def document(title: str, content: str) -> str:

@@ -15,6 +15,7 @@ from storage.files import save_png
 log = logging.getLogger(__name__)
 
 SIDE_BY_SIDE = 4  # channels in a picture of images without colours
+CLASS_ROWS = 10  # most classes of a picture with a row for each
 LARGEST = 9216  # side of a picture: WebP allows 16,383, and Pillow reads 89 megapixels
 
 Images = NDArray[np.uint8]  # (n, H, W, C)
@@ -76,6 +77,23 @@ def _dots(points: NDArray[np.uint8], side: int = 2) -> Images:
     picture = np.full((256, 256, 3), 255, np.uint8)
     picture[255 - points[:, 1], points[:, 0]] = 0
     return picture.repeat(side, axis=0).repeat(side, axis=1)
+
+
+def class_rows(classes: int, class_label: int) -> int:
+    """Rows of the pictures that have one for each class; 0 where they have none.
+
+    It is 0 without classes, with more than `CLASS_ROWS`, and if all samples are of a `class_label`.
+    """
+    return classes if classes <= CLASS_ROWS and class_label < 0 else 0
+
+
+def by_class(images: Images, labels: NDArray, classes: int, columns: int) -> Images:
+    """A row of the first `columns` of `images` of each class; grey where it has fewer."""
+    rows = np.full((classes, columns, *images.shape[1:]), 128, np.uint8)
+    for label in range(classes):
+        of_class = images[labels == label][:columns]
+        rows[label, : len(of_class)] = of_class
+    return rows.reshape(-1, *images.shape[1:])
 
 
 def save_grid(path: Path, images: Images, columns: int | None = None) -> None:

@@ -14,12 +14,20 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from metrics.table import METRICS, Entry, entries, remarks
+from metrics.table import METRICS, Entry, entries, remark_on, remarks
 from reports.html import Picture, document, figure, legend, notes, pairs, row, section, table
 from reports.plots import SMALL, Points, curve_plot, drawable, histogram, number
 from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
+from reports.table import RESTORED
 
 Report = Mapping[str, float | str | NDArray]
+
+SHARP_COSTS = (
+    "A restoration is one of many images that fit what was measured. Its mean squared error is "
+    "twice that of the mean of them all, which costs 3 dB; a blurred image, as that mean is, can "
+    "therefore have the higher PSNR. The mean of a few restorations comes near that of all (Blau "
+    "and Michaeli, 2018)."
+)
 
 
 def render(
@@ -53,6 +61,7 @@ def render(
     content = [
         f"<header><h1>{escape(title)}</h1>{pairs(facts, 'facts')}</header>",
         _cards(report),
+        section("Restoration", _restoration(report)),
         section("Checkpoints", _checkpoints(reports, current) + _trends(reports, current)),
         section(
             "Figures",
@@ -70,16 +79,18 @@ def _cards(report: Report) -> str:
     cards = []
     for key, metric, *_, label in entries(report):
         error, of_data = report.get(f"{key}_error"), report.get(f"{key}_data")
+        remark = remark_on(report, key)
         spread = "" if error is None else f"<small> ± {float(error):.2g}</small>"
         note = metric.note
         if of_data is not None:
             note += f"{'; data against data' if metric.halves else ''}: {number(of_data)}"
+        doubt = f"<span class=doubt>{escape(remark)}.</span>" if remark else ""
         cards.append(
-            f"<div class=card><h3>{escape(label)}</h3>"
-            f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span></div>"
+            f"<div class='card{' doubted' * bool(remark)}'><h3>{escape(label)}</h3>"
+            f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span>{doubt}</div>"
         )
     content = f"<div class=cards>{''.join(cards)}</div>"
-    content += notes((f"{remark}." for remark in remarks(report)), "warning")
+    content += notes((f"{remark}." for remark in remarks(report, apart=True)), "warning")
     if "half_first" in report:
         line = (
             "Data against data is the floor, dashed in curves: what samples without fault have. "
@@ -98,6 +109,16 @@ def _cards(report: Report) -> str:
     return content
 
 
+def _restoration(report: Report) -> str:
+    """Table of the restorations' PSNR, spread and cost; "" without restorations."""
+    if "restore_images" not in report:
+        return ""
+    values = {"images": report["restore_images"]}
+    values |= {label: report[key] for key, label in RESTORED.items() if key in report}
+    lines = [SHARP_COSTS] * ("restore_psnr" in report)
+    return table(list(values), [row(map(number, values.values()))]) + notes(lines)
+
+
 def _compared(reports: Mapping[int, Report]) -> list[Entry]:
     """Metrics by which checkpoints are compared: those with a direction that any of them has."""
     return [entry for entry in entries(*reports.values()) if entry.metric.better]
@@ -106,14 +127,18 @@ def _compared(reports: Mapping[int, Report]) -> list[Entry]:
 def _checkpoints(reports: Mapping[int, Report], current: int) -> str:
     """Table of checkpoints, the best of several in bold, with a last row for the data themselves.
 
+    A single checkpoint without metrics has none.
+
     Settings in which evaluations differ are columns. Where they forbid ranking the values of a
     metric, none is in bold, and a line says why.
     """
     metrics, differ = _compared(reports), _differing(reports)
+    if not metrics and len(reports) == 1:
+        return ""
     best, obstacles, lines = {}, {}, []
     for entry in metrics:
         values = {k: float(r[entry.key]) for k, r in reports.items() if entry.key in r}
-        reason = obstacle(entry.key, [reports[k] for k in values])
+        reason = reason_not_to_rank(entry.key, [reports[k] for k in values])
         if reason and len(values) > 1:
             obstacles.setdefault(reason, []).append(entry.name)
         best[entry.key] = [] if reason else best_of(values, entry.metric.better)[:1]
@@ -144,6 +169,12 @@ def best_of(values: Mapping[int, float], better: int) -> list[int]:
     values = {k: better * value for k, value in values.items() if math.isfinite(value)}
     best = [k for k, value in values.items() if value == max(values.values())]
     return best if len(values) > 1 else []
+
+
+def reason_not_to_rank(key: str, reports: Sequence[Report]) -> str:
+    """Why no value under `key` is the best of `reports`, which have it; "" where one may be."""
+    remarks = (remark_on(report, key) for report in reports)
+    return obstacle(key, reports) or next(filter(None, remarks), "")
 
 
 def not_ranked(obstacles: Mapping[str, Sequence[str]]) -> list[str]:
@@ -220,6 +251,10 @@ def _cost(report: Report) -> str:
     if "bpd_images" in report:
         images = len(report["bpd_images"])
         costs["likelihoods"] = images, report["bpd_nfe"], report["bpd_seconds"]
+
+    if "restore_images" in report:
+        images = report["restore_images"]
+        costs["images restored"] = images, report["restore_nfe"], report["restore_seconds"]
 
     def text(value: float) -> str:
         return number(round(float(value), 1))

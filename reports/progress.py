@@ -20,15 +20,15 @@ def progress_bar(**options) -> tqdm:
 
 
 @contextlib.contextmanager
-def solver_bar(method: Method) -> Iterator[Watch]:
-    """Show the progress of a solver in a bar, if the block takes over a second.
+def solver_bar(method: Method, title: str = "solver") -> Iterator[Watch]:
+    """Show the progress of a solver in a bar, called `title`, if the block takes over a second.
 
     The solver calls the yielded `watch`. The bar has the evaluations so far, and the noise level
     with its range from data to prior.
     """
     ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
     low, high = method.sigma(ends).tolist()
-    with progress_bar(desc="solver", unit=" evaluations", leave=False, delay=1) as progress:
+    with progress_bar(desc=title, unit=" evaluations", leave=False, delay=1) as progress:
 
         def watch(evaluations: int, sigma: float) -> None:
             progress.set_postfix_str(

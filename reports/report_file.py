@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from metrics.table import METRICS, split_key
 from reports.settings import of_report
+from reports.table import RESTORED
 from sources.images import open_image, refuse_bomb
 from storage.files import check_arrays, open_regular, read_arrays, refusing
 
@@ -29,6 +30,9 @@ def read_report(path: Path) -> dict[str, NDArray]:
         spec |= dict.fromkeys(needed, scalar)
     if "bpd_images" in arrays:
         spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), scalar) | {"bpd_images": ("f", (None,))}
+    if "restore_images" in arrays:
+        spec |= dict.fromkeys(("restore_images", "restore_seconds"), scalar)
+        spec |= dict.fromkeys(RESTORED.keys() & arrays.keys() | {"restore_nfe"}, scalar)
     report = check_arrays(path, arrays, spec, finite=False)
     try:
         of_report(report)

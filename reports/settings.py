@@ -181,8 +181,17 @@ def obstacle(key: str, reports: Sequence[Mapping]) -> str:
 
 
 def sampler_words(settings: Settings, *cost: str) -> str:
-    """Short description of a sampler: solver, its `cost`, steps, noise and guidance."""
-    at = {key.removeprefix("sampling."): value for key, value in settings.values.items()}
+    """Short description of a sampler: solver, its `cost`, steps, noise, class and guidance."""
+    return ", ".join(filter(None, (solver_words(settings, *cost), guidance_words(settings))))
+
+
+def _of_sampling(settings: Settings) -> dict[str, Any]:
+    return {key.removeprefix("sampling."): value for key, value in settings.values.items()}
+
+
+def solver_words(settings: Settings, *cost: str) -> str:
+    """Solver, its `cost`, steps and noise."""
+    at = _of_sampling(settings)
     if at.get("method") != "ode":
         words = [f"{at.get('predictor')} and {at.get('corrector')}", *cost]
     elif at.get("schedule") == "its own":
@@ -191,10 +200,17 @@ def sampler_words(settings: Settings, *cost: str) -> str:
         words = [at.get("ode_solver"), *cost, f"{at.get('N')} steps"]
     if at.get("S_churn"):
         words.append(f"churn {at['S_churn']}")
+    return ", ".join(words)
+
+
+def guidance_words(settings: Settings) -> str:
+    """The class of all samples, and guidance; "" without either."""
+    at, words = _of_sampling(settings), []
     if at.get("class_label", -1) != -1:
         words.append(f"class {at['class_label']}")
     if at.get("guidance", 1) != 1:
         by = f" by the network {at['guide']}" if at.get("guide") else ""
-        within = " at noise levels {} to {}".format(*at["guidance_interval"] or (0, "inf"))
+        interval = at.get("guidance_interval")
+        within = " at noise levels {} to {}".format(*interval) if interval else ""
         words.append(f"guidance {at['guidance']}{by}{within}")
     return ", ".join(words)

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from metrics.table import entries, remarks
 from reports.settings import of_report, sampler_words
 
-RESTORED = {
-    "restore_psnr": "PSNR, dB",
-    "restore_psnr_mean": "PSNR of their mean",
+PSNR = {
+    "restore_psnr": "PSNR of one restoration, dB",
+    "restore_psnr_mean": "PSNR of the mean of an image's restorations",
     "restore_psnr_plain": "PSNR of a plain restoration",
+}
+RESTORED = PSNR | {
     "restore_spread": "spread, of [0, 1]",
     "restore_nfe": "evaluations",
 }

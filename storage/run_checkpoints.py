@@ -60,6 +60,14 @@ def snapshots(workdir: Path) -> dict[int, Path]:
     return dict(sorted(paths.items()))
 
 
+def passed_over(workdir: Path) -> list[str]:
+    """A line on files of weights in `workdir` from which training does not go on, if any."""
+    paths = [*workdir.glob("*"), *(workdir / "checkpoints").glob("*")]
+    names = sorted(str(p.relative_to(workdir)) for p in paths if p.suffix in SNAPSHOTS)
+    start = "training starts at step 0 with new weights; it does not go on from"
+    return [f"{start} {', '.join(names)}"] if names else []
+
+
 # --- to go on from -------------------------------------------------------------------------------
 
 

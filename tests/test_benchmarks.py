@@ -1,5 +1,6 @@
 """The benchmarks: the plain form of a step is the same computation; what robustness measures."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -227,3 +228,26 @@ def test_without_a_gpu_one_line_says_so(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device"):
         gpu.main()
+
+
+def test_the_benchmark_of_samplers_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    """A bar for each solve, of which the name says how many there are; rows come as they are."""
+    config = tiny("edm/digits_ddpmpp.py", tmp_path, training__snapshot_sampling=False)
+    assert run_lib.train(config, tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks/sampling.py")
+    spec.loader.exec_module(speed := importlib.util.module_from_spec(spec))
+    evaluations, rows = {}, []
+
+    @contextlib.contextmanager
+    def bar(method, title):
+        yield lambda count, sigma: evaluations.__setitem__(title, count + 1)
+        rows.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(speed, "solver_bar", bar)
+    monkeypatch.setattr(speed, "COMPARED", 2)
+    speed.measure(tmp_path, 20, {speed.Setting("heun"): (3,)})
+    rows.append(capsys.readouterr().out)
+    assert [*evaluations] == ["exact solution", "rk45, 1 of 2", "heun, 2 of 2"]
+    assert evaluations["heun, 2 of 2"] == 5
+    assert "rk45" in rows[2] and rows[3].startswith("heun")

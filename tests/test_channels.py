@@ -218,6 +218,7 @@ def run(request, tmp_path_factory):
             "training.batch_size": 8,
             "training.small_batch_size": 0,
             "training.snapshot_freq": 1,
+            "training.picture_freq": 1,
             "model.nf": 8,
             "sampling.ode_solver": "forward_euler",
             "sampling.N": 3,

@@ -213,7 +213,8 @@ def test_signals_mean_afterwards_what_they_meant_before():
 
 def test_a_picture_that_a_stop_left_out_is_drawn_by_the_next_start(tmp_path, monkeypatch):
     config = small_config(
-        **{"training.n_iters": 4, "training.snapshot_freq": 2, "training.snapshot_sampling": True}
+        **{"training.n_iters": 4, "training.snapshot_freq": 2, "training.snapshot_sampling": True},
+        **{"training.picture_freq": 1},
     )
     config.sampling.ode_solver, config.sampling.N = "forward_euler", 2
     step = run_lib.train_step

@@ -34,6 +34,7 @@ LEFT = {
     "Move a run": "elsewhere/a/checkpoints/checkpoint_2.pth",
     "Share a model": "runs/theirs/samples/step_1/000015.png",
     "Change the network": "runs/ddpm/checkpoints/checkpoint_2.pth",
+    "Write a config": "runs/mine/checkpoints/checkpoint_2.pth",
     "Change the data": "runs/photos/checkpoints/checkpoint_2.pth",
     "Change the evaluation": "runs/a/eval_more/report.html",
 }

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +21,7 @@ import experiment
 import run_lib
 from completion import complete
 from configs.vp import digits_ddpmpp, images32_ddpmpp
+from library import evaluated_samples
 from library.conditions import ConditionDrawer
 from library.restoration import ToRestore
 from likelihood import Likelihood, get_likelihood_fn, log_posterior
@@ -707,3 +710,50 @@ def test_restoring_images_of_unknown_class(trained, tmp_path):
     run = experiment.Experiment.build(config)
     with pytest.raises(ValueError, match="name one as sampling.class_label"):
         ToRestore.from_config(config, run)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def pictures_of(trained, workdir, monkeypatch, classes_shown):
+    """Names and images of the pictures that an evaluation of 40 samples saves, and its page."""
+    source, config, _ = trained
+    shutil.copytree(source, workdir)
+    config = config.copy_and_resolve_references()
+    config.eval.update(num_samples=40, enable_sampling=True, enable_loss=False)
+    config.sampling.guidance = 2.0
+    monkeypatch.setattr("reports.images.CLASS_ROWS", classes_shown)
+    saved = {}
+    save = evaluated_samples.save_grid
+
+    def keep(path, images, columns=None):
+        saved[path.name] = images, columns
+        save(path, images, columns)
+
+    monkeypatch.setattr(evaluated_samples, "save_grid", keep)
+    run_lib.evaluate(config, workdir)
+    files = [np.load(workdir / f"eval/ckpt_2/samples_{r}.npz") for r in (0, 1)]
+    samples = [np.concatenate([file[name] for file in files]) for name in ("samples", "labels")]
+    return saved, *samples, (workdir / "eval/report.html").read_text()
+
+
+def test_samples_stand_by_class_with_its_name(trained, tmp_path, monkeypatch):
+    saved, samples, labels, page = pictures_of(trained, tmp_path / "run", monkeypatch, 10)
+    images, columns = saved["ode_images_2.png"]
+    assert (columns, len(images)) == (10, 100)
+    for label, row in enumerate(images.reshape(10, 10, *images.shape[1:])):
+        of_class = samples[labels == label][:10]
+        assert (row[: len(of_class)] == of_class).all() and (row[len(of_class) :] == 128).all()
+    assert len(saved["data_images_2.png"][0]) == 100
+    names = re.findall(r"<ol>(.*?)</ol>", page)
+    assert len(names) == 3  # samples, training images, classes
+    assert [re.findall(r"<li title='(.*?)'>", each) for each in names] == 3 * [[*"0123456789"]]
+    assert "<dt>classes</dt><dd>10: 0, 1, 2" in page and "<dt>guidance</dt><dd>2.0</dd>" in page
+
+
+def test_samples_of_many_classes_are_sorted(trained, tmp_path, monkeypatch):
+    saved, samples, labels, page = pictures_of(trained, tmp_path / "run", monkeypatch, 9)
+    images, columns = saved["ode_images_2.png"]
+    assert columns is None
+    assert (images == samples[labels.argsort(kind="stable")]).all()
+    assert "in the order of their classes" in page

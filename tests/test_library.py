@@ -18,6 +18,7 @@ from experiment import Experiment, Trained, load
 from library.sample_folder import seeds_of
 from likelihood import log_likelihood
 from methods.base import spread
+from methods.restoration import Measurement, get_operator
 from sampling import encode, solve_ode
 from solvers.base import Step
 from solvers.states import States
@@ -511,3 +512,77 @@ def test_gradients_pass_through_attention_and_the_rest_of_a_network(path):
         with torch.no_grad():
             expected = finite_difference(function, x, direction, 1e-4)
         assert (gradient * direction).sum().item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+# --- restoring ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, noise", [("inpaint", 0.0), ("super2", 0.1), ("denoise", 0.2)])
+def test_restorations_have_the_posterior_of_gaussian_images(images, name, noise):
+    """Of pixels N(m, s^2): the mean and spread of those of which A x + noise is known."""
+    trained = exact_edm(**{"sampling.ode_solver": "heun", "sampling.N": 30})
+    mean, std = (MEAN + 1) / 2, STD / 2
+    missing, generator = torch.zeros(8, 8, dtype=torch.bool), torch.Generator().manual_seed(1)
+    missing[:4] = True
+    seen, options = images, {"missing": missing} if name == "inpaint" else {"noise": noise}
+    expected, spread = torch.where(missing, mean, images), torch.where(missing, std, 0.0)
+    if name == "super2":
+        seen = torch.nn.functional.avg_pool2d(images, 2)
+    if noise:
+        seen = seen + noise * torch.randn(seen.shape, generator=generator)
+        variance = std**2 / (4 if name == "super2" else 1)  # of what is measured
+        change = (seen - mean) * variance / (variance + noise**2)
+        if name == "super2":
+            change = change.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        expected = mean + change
+        spread = torch.tensor(std**2 - variance**2 / (variance + noise**2)).sqrt()
+    restored = trained.restore(seen, name, range(100), **options)
+    assert restored.shape == (5, 100, 1, 8, 8)
+    assert (restored.mean(1) - expected).abs().max() < 5 * std / 10
+    assert (restored.mean(1) - expected).square().mean().sqrt() < 1.5 * std / 10
+    assert (restored.std(1) - spread).square().mean().sqrt() < 0.2 * std
+    if name == "inpaint":
+        known = restored[..., 4:, :] - images[:, None, :, 4:]
+        assert known.abs().max() < 1e-5
+
+
+def test_a_restoration_depends_on_its_image_and_seed(images):
+    trained = exact_edm(**{"sampling.ode_solver": "heun", "sampling.N": 4})
+    masks = torch.zeros(5, 8, 8, dtype=torch.bool)
+    masks[torch.arange(5), torch.arange(5)] = True  # another row of each
+    every = trained.restore(images, "inpaint", [3, 1], missing=masks)
+    last = trained.restore(images[4:], "inpaint", [1], missing=masks[4])
+    torch.testing.assert_close(every[4, 1], last[0, 0], rtol=0, atol=1e-5)
+    assert not torch.equal(every[4, 0], every[4, 1])
+    operator = get_operator("inpaint", ~masks[:, None])
+    value = operator.forward(trained.experiment.codec.encode(images))
+    again = trained.restore(Measurement(operator, value), seeds=[3, 1])
+    torch.testing.assert_close(again, every, rtol=0, atol=1e-6)
+
+
+def test_restorations_have_the_class_of_their_image():
+    trained = random_network(
+        "pfgmpp/digits_ddpmpp.py",
+        **{"data.num_classes": 10, "training.label_dropout": 0.1, "sampling.N": 2},
+    )
+    small = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    none, three, mixed = (trained.restore(small, "super2", [0, 1], c) for c in (None, 3, [-1, 3]))
+    assert torch.equal(mixed[0], none[0]) and torch.equal(mixed[1], three[1])
+    assert not torch.equal(three, none)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"name": "blur"}, "inpaint, colour, super2, .*not 'blur'"),
+        ({"name": "super2"}, r"floats in \[0, 1\] of the shape \(n, 1, 4, 4\), not .*\(5, 1, 8, 8"),
+        ({"name": "inpaint"}, "'inpaint' needs the missing pixels"),
+        ({"name": "inpaint", "missing": torch.ones(4, 4)}, r"\(H, W\) or \(n, H, W\), not \(4, 4"),
+        ({"name": "denoise"}, "restore_noise above 0"),
+        ({"name": "colour"}, "colour images; these have 1"),
+    ],
+)
+def test_what_cannot_be_restored_is_one_line(images, arguments, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        exact_edm().restore(images, **arguments)
+    assert "\n" not in str(raised.value)

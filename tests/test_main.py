@@ -31,6 +31,7 @@ TINY = [
     "--config.training.log_freq=2",
     "--config.training.eval_freq=4",
     "--config.training.snapshot_freq_for_preemption=2",
+    "--config.training.picture_freq=1",
     "--config.sampling.ode_solver=forward_euler",
     "--config.sampling.N=3",
     "--config.eval.batch_size=100",
@@ -537,3 +538,30 @@ def test_an_interrupt_of_the_start_leaves_no_traceback(tmp_path, seconds):
     ours = "main.py" in errors and "import signal" not in errors
     assert "Traceback" not in errors or not ours
     assert process.returncode in (0, 130, -signal.SIGINT, 1)
+
+
+# --- restoring alone ------------------------------------------------------------------------------
+
+
+RESTORE = ["--config.sampling.restore=super2", "--config.sampling.restore_degrade"]
+
+
+@pytest.mark.parametrize(
+    "overrides, evaluated, folder",
+    [
+        ([], "loss, bpd, sampling", "eval"),
+        (RESTORE, "restore super2", "restored"),
+        ([*RESTORE, "--noconfig.eval.enable_bpd", "--eval_folder=mine"], "restore super2", "mine"),
+        ([*RESTORE, "--config.eval.enable_loss"], "loss, bpd, sampling, restore super2", "eval"),
+    ],
+)
+def test_an_evaluation_asked_to_restore_does_not_sample(trained, overrides, evaluated, folder):
+    """Unless the command line asks for another part too; its report is apart from the others."""
+    output = call("eval", trained, "--dry_run", *overrides).stdout
+    parts = ", ".join(
+        p if p.startswith("restore") else f"enable_{p}" for p in evaluated.split(", ")
+    )
+    assert re.search(rf"would evaluate \S+checkpoint_8.pth on \w+: {parts}$", output, re.M)
+    assert f"the results would be in {trained / folder}\n" in output
+    alone = evaluated == "restore super2"
+    assert ("only the restorations are evaluated, into" in output) == alone

@@ -14,7 +14,7 @@ from test_spaces import BOTH
 import datasets
 import distributed
 from datasets import DataChanged
-from evaluation import plain_restoration
+from library.evaluated_restorations import plain_restoration
 from metrics.features import FEATURES, get_spaces, pixels
 from metrics.reference import ReferenceStatistics, fingerprint
 from reports.settings import obstacle

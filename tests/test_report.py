@@ -18,15 +18,15 @@ from PIL import Image
 from test_configs import load
 
 from metrics.reference import Reference
-from metrics.table import METRICS, OF_HALVES, Comparison, compare_halves
+from metrics.table import METRICS, OF_HALVES, Comparison, compare, compare_halves
 from models import NETWORKS, paper_name
 from reports import evaluation_page
 from reports.html import Picture
-from reports.images import image_grid
+from reports.images import by_class, class_rows, image_grid
 from reports.page import render
 from reports.plots import PALETTE, curve_plot, number
 from reports.report_file import read_report
-from reports.settings import to_json
+from reports.settings import Settings, guidance_words, to_json
 from reports.table import format_table, report_table
 from storage.files import save_npz
 from storage.tensorboard import TensorBoardWriter, seconds_of_training
@@ -236,6 +236,101 @@ def test_finite_samples_of_other_numbers_are_not_ranked():
     }
     page = page_of(reports)
     assert "class=best" not in page and "eval.num_samples differs (10 finite; 20 finite)" in page
+
+
+# --- doubts ---------------------------------------------------------------------------------------
+
+
+def doubted(**entries):
+    """Reports of two checkpoints, the second with the lower distance."""
+    report = {"seconds": 1.0, "num_samples": 40, "nonfinite": 0, "nfe": 9.0, "features": "pixels"}
+    report |= {"sampling_seconds": 1.0, "loss": 1.0} | entries
+    return {
+        k: report | {"step": k, "fid": 3.0 / k, "kid": 0.3 / k, "settings": made_by(step=k)}
+        for k in (1, 2)
+    }
+
+
+def test_a_doubt_stands_beside_its_number_which_is_not_bold():
+    remark = "40 samples are too few for <64> features"
+    page, plain = page_of(doubted(fid_remark=remark)), page_of(doubted())
+    assert "class=best>1.500" in plain and "class='card doubted'" not in plain
+    card = page[page.index("class='card doubted'") :].partition("</div>")[0]
+    assert "<p>1.500" in card and "40 samples are too few for &lt;64&gt; features.</span>" in card
+    assert page.count("class='card doubted'") == 1
+    assert "class=best>1.500" not in page and "class=best>0.1500" in page  # the kernel distance
+    assert "No best Fréchet distance: 40 samples are too few" in page
+
+
+def test_a_remark_on_no_number_stands_below_the_cards():
+    page = page_of(doubted(bpd_error_remark="left out: standard error of bits/dim"))
+    assert "<p class=warning>left out: standard error of bits/dim.</p>" in page
+    assert "class='card doubted'" not in page
+
+
+def test_too_few_samples_are_a_remark_of_the_distance():
+    random = np.random.default_rng(0)
+    data = Reference.measure([random.standard_normal((200, 6))], 200, 200)
+    reports = [compare(Comparison(random.standard_normal((n, 6)), None, data)) for n in (6, 7)]
+    assert reports[0]["fid_remark"].startswith("6 samples are too few for a covariance of 6 feat")
+    assert "fid" in reports[0] and "fid_remark" not in reports[1]
+
+
+# --- restorations ---------------------------------------------------------------------------------
+
+
+def test_the_page_has_the_psnr_of_restorations_and_says_why_one_is_worse(tmp_path):
+    report = {"step": 5, "seconds": 9.0, "restore_images": 8, "restore_spread": 0.125}
+    report |= {"restore_nfe": 35.0, "restore_seconds": 4.0, "restore_psnr": 20.25}
+    report |= {"restore_psnr_mean": 22.5, "restore_psnr_plain": 21.75}
+    save_npz(tmp_path / "report_1.npz", **report)
+    page = page_of({1: read_report(tmp_path / "report_1.npz")})
+    table = page[page.index("<h2>Restoration</h2>") :].partition("</table>")[0]
+    heads, cells = (re.findall(f"<{tag}>(.*?)</{tag}>", table) for tag in ("th", "td"))
+    assert len(heads) == len(cells) and cells[:4] == ["8", "20.25", "22.50", "21.75"]
+    assert "one restoration" in heads[1] and "mean" in heads[2] and "plain" in heads[3]
+    assert "Blau and Michaeli, 2018" in page and "<h2>Checkpoints</h2>" not in page
+    for key in ("restore_psnr", "restore_psnr_mean", "restore_psnr_plain"):
+        del report[key]  # the truth is not known
+    page = page_of({1: report})
+    assert "<h2>Restoration</h2>" in page and "Blau" not in page
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_picture_have_their_names(tmp_path):
+    names = ["cats", "dogs & <wolves>", "a name that is much too long to stand beside a picture"]
+    picture = Picture("Samples", "By class.", png((9, 9, 9), (90, 30)), rows=names)
+    html = picture.html()
+    tags = Tags()
+    tags.feed(html)
+    assert tags.open == [] and tags.seen.count("li") == 3
+    assert "dogs &amp; &lt;wolves&gt;</li>" in html
+    assert "<ol>" not in Picture("Samples", "All.", png((9, 9, 9))).html()
+
+
+def test_rows_of_classes():
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None]
+    rows = by_class(images, np.array([2, 0, 2, 2, 0, 2]), 3, 3)[:, 0, 0, 0]
+    assert rows.reshape(3, 3).tolist() == [[1, 4, 128], [128, 128, 128], [0, 2, 3]]
+    assert [class_rows(n, -1) for n in (0, 3, 10, 11)] == [0, 3, 10, 0]
+    assert class_rows(3, 1) == 0
+
+
+@pytest.mark.parametrize(
+    "sampling, words",
+    [
+        ({}, ""),
+        ({"class_label": 3}, "class 3"),
+        ({"guidance": 2.0, "guidance_interval": []}, "guidance 2.0"),
+        ({"guidance": 2.0, "guidance_interval": [0.5, 3]}, "guidance 2.0 at noise levels 0.5 to 3"),
+        ({"guidance": 1.5, "guide": "ab"}, "guidance 1.5 by the network ab"),
+    ],
+)
+def test_guidance_in_words(sampling, words):
+    settings = Settings({f"sampling.{key}": value for key, value in sampling.items()})
+    assert guidance_words(settings) == words
 
 
 # --- parts ----------------------------------------------------------------------------------------

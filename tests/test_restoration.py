@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import methods
 import run_lib
 from configs.poisson import digits_ddpmpp
 from configs.vp import digits_ddpmpp as vp_digits
+from library.evaluated_restorations import plain_restoration
 from methods.base import spread
 from methods.guidance import Guided
 from methods.restoration import (
@@ -30,6 +32,7 @@ from methods.restoration import (
 )
 from sampling import get_sampling_fn, solve_ode
 from solvers.predictor_corrector import predictor_corrector
+from sources.codec import EightBitImages
 from storage.checkpoints import save_checkpoint
 
 POISSON = methods.Poisson(
@@ -352,6 +355,44 @@ def test_each_image_is_replaced_through_its_mask(noise):
         alone = Replacement(method, one)(torch.Generator().manual_seed(i), y[i : i + 1], t)
         torch.testing.assert_close(replaced[i : i + 1], alone)
     torch.testing.assert_close(replaced[~MASKS], y[~MASKS])
+
+
+@pytest.mark.parametrize("name", ["inpaint", "colour", "super2", "denoise"])
+def test_the_picture_of_a_measurement_agrees_with_it(name):
+    """What was measured of colour is grey, not the least change that explains it."""
+    x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    operator = get_operator(name, torch.rand(4, 4) < 0.5)
+    measurement = Measurement(operator, operator.forward(x))
+    picture = measurement.picture()
+    assert picture.shape == x.shape
+    torch.testing.assert_close(operator.forward(picture), measurement.value)
+    if name == "colour":
+        assert torch.equal(picture, picture[:, :1].expand(-1, 3, -1, -1))
+
+
+def test_a_plain_restoration_without_training_images_is_remarked():
+    """It starts from grey, and has the measured pixels all the same."""
+
+    def get(split, labels):
+        raise FileNotFoundError("no digits here")
+
+    codec = EightBitImages((1, 4, 4))
+    x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    operator = get_operator("inpaint", torch.arange(16).view(4, 4) % 3 > 0)
+    measurement = Measurement(operator, operator.forward(codec.encode(x)))
+    experiment = SimpleNamespace(codec=codec, device="cpu", data=SimpleNamespace(get=get))
+    plain, remark = plain_restoration(experiment, measurement)
+    assert remark == "the plain restorations start from grey, not the mean image: no digits here"
+    known = operator.forward(torch.ones(1, 1, 4, 4)).bool()
+    torch.testing.assert_close(codec.decode(plain), torch.where(known, x, 0.5))
+
+
+def test_a_draw_has_twice_the_error_of_the_mean():
+    """The sentence on the page: PSNR falls by 3 dB for one restoration, by 0.8 dB for five."""
+    generator = torch.Generator().manual_seed(0)
+    truth, *draws = torch.randn(6, 100_000, generator=generator)  # one posterior, of mean 0
+    errors = [(draws[0] - truth).square().mean(), (sum(draws) / 5 - truth).square().mean()]
+    assert [e.item() for e in errors] == pytest.approx([2, 1.2], rel=0.02)
 
 
 @pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([3, 0, 0, 2])])

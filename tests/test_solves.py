@@ -30,7 +30,7 @@ ENDLESS = {"ode_solver": "rk45", "rtol": 1e-12, "atol": 1e-12, "max_evaluations"
 def tiny(module=edm_digits, **sampling_options):
     config = module.get_config()
     config.model.update(TINY)
-    config.training.update(n_iters=4, snapshot_freq=2)
+    config.training.update(n_iters=4, snapshot_freq=2, picture_freq=1)
     config.sampling.update(sampling_options)
     return config
 
@@ -258,7 +258,8 @@ def test_a_signal_ends_a_snapshot_at_its_next_evaluation(tmp_path, monkeypatch, 
 
 def options_of(values):
     flags = {f"model.{key}": value for key, value in TINY.items()}
-    flags |= {"training.n_iters": 4, "training.snapshot_freq": 2} | values
+    flags |= {"training.n_iters": 4, "training.snapshot_freq": 2, "training.picture_freq": 1}
+    flags |= values
     return [f"--config.{key}={str(value).replace(' ', '')}" for key, value in flags.items()]
 
 
