@@ -114,8 +114,8 @@ def _restore_alone(overrides: list[str]) -> None:
 
     options, restores = FLAGS.config.eval, FLAGS.config.sampling.restore
     parts = [part for part in PARTS if options[part]]
-    asked = any(f"eval.{part}" in overrides for part in parts)
-    if not (restores and parts and "sampling.restore" in overrides) or asked:
+    named = any(f"eval.{part}" in overrides for part in parts)
+    if not (restores and parts and "sampling.restore" in overrides) or named:
         return
     options.update(dict.fromkeys(parts, False))
     if FLAGS["eval_folder"].using_default_value:

@@ -147,7 +147,7 @@ def save_page(
 
 
 def _picture(experiment: Parts, name: str, path: Path) -> Picture | None:
-    """The picture at `path`, of a `name` in `PICTURES`, its rows named by class; None if damaged."""
+    """The picture at `path`, its rows named by their classes; None if it is damaged."""
     title, caption = PICTURES[name]
     classes, class_label = experiment.classes, experiment.sampler.class_label
     of_class = class_rows(classes, class_label)
