@@ -16,8 +16,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from sources import tfrecords
 from storage.files import one_line
+from storage.records import whole_records
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _event_files(folder: Path) -> list[Path]:
 
 def _events(path: Path) -> Iterator[Event]:
     try:
-        yield from map(Event.FromString, tfrecords.whole_records(path))
+        yield from map(Event.FromString, whole_records(path))
     except (DecodeError, OSError, ValueError) as error:
         lacks = "the loss curve lacks what follows in it"
         log.warning(f"{path} is damaged: {one_line(error)}; {lacks}")

@@ -24,12 +24,11 @@ from reports.evaluation_page import _film, _readable
 from reports.report_file import page_png
 from reports.runs import read_run
 from sources import folder as image_folder
-from sources import tfrecords
 from sources.base import Unreadable
 from sources.files import Files, open_below
 from sources.images import decode_image
 from sources.stylegan import open_faces
-from storage import run_config
+from storage import records, run_config
 from storage.files import MAX_JSON
 from storage.shared_files import open_shared
 from storage.tensorboard import TensorBoardWriter, read_scalars
@@ -213,7 +212,7 @@ READERS = {
     "grid.png": page_png,
     "photos.npy": lambda path: read_pictures("sampling.between", [str(path)], (1, 8, 8)),
     "encoded.png": lambda path: read_pictures("sampling.encode", [str(path)], (1, 8, 8)),
-    "r08.tfrecords": tfrecords.record_index,
+    "r08.tfrecords": records.record_index,
     "faces.tfrecords": lambda path: open_faces(
         config_of("FFHQ", tfrecords_path=str(path)).data, "train"
     ),

@@ -55,6 +55,35 @@ def test_imports_have_no_circles():
     assert order.index("methods.base") < order.index("sampling") < order.index("main")
 
 
+# Programs that lie beside what they use, and the declarations that every part imports.
+PROGRAMS = {"reports.toy", "reports.compare", "configs.table"}
+DECLARATIONS = {"configs.keys", "configs.schema", "configs.published"}
+
+
+def room(module):
+    """The folder of a module, or the module itself on the top level."""
+    if module in DECLARATIONS:
+        return "declarations"
+    return module if module in PROGRAMS else module.partition(".")[0]
+
+
+def test_no_two_rooms_import_each_other():
+    known, arrows = modules(), {}
+    for name, path in known.items():
+        for below in set(imported(path, known)) & known.keys():
+            if room(name) != room(below):
+                arrows.setdefault((room(name), room(below)), []).append((name, below))
+    # configs/default.py gathers the keys of all parts; a stored config and a published snapshot
+    # are read as configs
+    gathers = {"configs.default", "configs.effects"}
+    arrows = {
+        rooms: [pair for pair in pairs if pair[0] not in gathers] for rooms, pairs in arrows.items()
+    }
+    both = [rooms for rooms, pairs in arrows.items() if pairs and arrows.get(rooms[::-1])]
+    assert len(arrows) > 60
+    assert {rooms: arrows[rooms] for rooms in both} == {}
+
+
 def configs_in(tree, path):
     """The functions and classes of a module that name `config` as a parameter or attribute."""
 
