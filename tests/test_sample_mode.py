@@ -23,6 +23,7 @@ from warm_start import run_main
 import run_lib
 from configs.keys import flatten
 from experiment import Trained, load
+from library import training_run
 from models.weights import load_ema
 from reports.films import HOLD, check_writer, save_film
 from reports.images import image_grid
@@ -368,9 +369,9 @@ def test_hostile_metadata_are_one_line(shared, tmp_path, change, says, monkeypat
 
 
 def test_a_dry_run_of_training_loads_nothing_but_the_weights(trained, monkeypatch):
-    contents, plain_fit = [], run_lib.fit
+    contents, plain_fit = [], training_run.fit
     monkeypatch.setattr(
-        run_lib, "fit", lambda *args: (contents.append(args[1]), plain_fit(*args))[1]
+        training_run, "fit", lambda *args: (contents.append(args[1]), plain_fit(*args))[1]
     )
     assert run_lib.train(run_config.load(trained), trained, dry_run=True)
     (moments,) = [content["optimizer"]["state"].values() for content in contents]
