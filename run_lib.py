@@ -245,9 +245,11 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             if each.reference is None:
                 with progress_bar(total=len(each.data), desc="data", unit="image") as progress:
                     each.measure(progress.update)
-        logged_changes = []
+        logged_changes, evaluated = [], None
         for k, path in checkpoints.items():
-            content = open_checkpoint(path, intact=True)
+            content = _unless_removed(path)
+            if distributed.any_of(content is None):
+                continue
             check_codec(experiment.codec, content, path)
             changes = run_config.changes(path, content, flatten(config))
             step = fit(partial(load_ema, experiment.network), content, path, changes)
@@ -309,6 +311,10 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             title = f"{path.name}, EMA weights{width} of step {step}"
             log.info(report_table(report, options.dataset, title))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
+        if evaluated is None:
+            raise FileNotFoundError(
+                f"none of the checkpoints is left: {', '.join(map(str, checkpoints.values()))}"
+            )
 
 
 @distributed.joined()
@@ -422,6 +428,14 @@ def _opened(workdir: Path, folder: Path, remarks: Sequence[str] = ()) -> Iterato
 def _log_lines(lines: Sequence[str]) -> None:
     for line in lines:
         log.info(line)
+
+
+def _unless_removed(path: Path) -> dict | None:
+    """The content of a checkpoint; None if a training run has removed it since it was listed."""
+    with contextlib.suppress(FileNotFoundError):
+        return open_checkpoint(path, intact=True)
+    log.warning(f"{path} is gone, as by training.keep_checkpoints; passed over")
+    return None
 
 
 def _newest_step(experiment: Experiment, workdir: Path) -> int:

@@ -50,7 +50,7 @@ KEYS = {
         "",
         Text(),
         "missing pixels of 'inpaint': an image file that is white there, a folder or .zip of one "
-        "for each image, or a rectangle 'top,left,height,width'",
+        "for each image, an .npy (H, W) or (n, H, W), or a rectangle 'top,left,height,width'",
         of_machine="file",
     ),
     "sampling.restore_noise": Key(
@@ -288,7 +288,8 @@ def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
             raise ValueError(f"{which} has {pixels} pixels; the images have {size} x {size}")
         if missing.all() or not missing.any():
             share = "all pixels" if missing.all() else "no pixel"
-            raise ValueError(f"{which} marks {share} as missing")
+            white = "values from 128 to 255, in .npy also True, are missing ones"
+            raise ValueError(f"{which} marks {share} as missing: {white}")
     if len(masks) == 1:
         return ~next(iter(masks.values()))
     log.info(f"sampling.restore_mask: {n} masks, one for each image, in the order of their names")

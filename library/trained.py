@@ -37,8 +37,9 @@ class Trained:
     Images are float tensors (n, C, H, W) in [0, 1], and noise levels are in the same unit: at 0.1
     the noise is a tenth of the way from black to white. Latents are those of the method's prior.
     Arguments may be on any device; results are on that of the network. A class label is one for all
-    images, or one for each (n,): a number or a name of `class_names`; -1 is none. `conditions` are those besides class labels, rows
-    (n, ...) by name, of a network that has any (`data.conditions`).
+    images, or one for each (n,), as a number or as a name of `class_names`; -1 is none.
+    `conditions` are those besides class labels, rows (n, ...) by name, of a network that has any
+    (`data.conditions`).
 
     Attributes:
         experiment: the config's `experiment.Experiment`, for what is not here.

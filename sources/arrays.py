@@ -240,10 +240,8 @@ def _labels_beside(images: str, names: Iterable[str], is_split: bool) -> str:
     train_labels, x_train has y_train. Of images that are no split it may be the word alone, or
     arr_1 beside arr_0, which are arrays that were saved without names.
     """
-    stems = dict.fromkeys(
-        [bare(images), _AROUND.sub("", bare(images)), *([] if is_split else [""])]
-    )
-    forms = [form for s in stems for word in LABELS for form in (s + word, word + s)]
+    stems = [bare(images), _AROUND.sub("", bare(images))] + [""] * (not is_split)
+    forms = [form for stem in stems for word in LABELS for form in (stem + word, word + stem)]
     forms += ["arr1"] * (bare(images) == "arr0")
     by_form = {bare(name): name for name in names}
     if name := next((by_form[form] for form in forms if form in by_form), None):

@@ -211,9 +211,10 @@ def checkpoints_to_evaluate(
         path, by_number = checkpoint_path(workdir, step_of(k)), checkpoint_path(workdir, k)
         if path.exists():
             return path
-        if not by_number.exists():
+        try:
+            step = open_checkpoint(by_number)["step"]
+        except FileNotFoundError:
             return None
-        step = open_checkpoint(by_number)["step"]
         return by_number if step == step_of(k) or step // freq == k else None
 
     candidates = {k: find(k) for k in range(first, end + 1)}
