@@ -41,6 +41,7 @@ from storage.files import save_npz
 from storage.run_checkpoints import (
     checkpoints_to_evaluate,
     newest_checkpoint,
+    open_unless_removed,
 )
 from storage.shared_files import SHARED, save_shared
 from storage.tensorboard import TensorBoardWriter
@@ -247,7 +248,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                     each.measure(progress.update)
         logged_changes, evaluated = [], None
         for k, path in checkpoints.items():
-            content = _unless_removed(path)
+            content = open_unless_removed(path)
             if distributed.any_of(content is None):
                 continue
             check_codec(experiment.codec, content, path)
@@ -312,9 +313,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             log.info(report_table(report, options.dataset, title))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
         if evaluated is None:
-            raise FileNotFoundError(
-                f"none of the checkpoints is left: {', '.join(map(str, checkpoints.values()))}"
-            )
+            raise FileNotFoundError(f"no checkpoint is left of those to evaluate, up to {path}")
 
 
 @distributed.joined()
@@ -428,14 +427,6 @@ def _opened(workdir: Path, folder: Path, remarks: Sequence[str] = ()) -> Iterato
 def _log_lines(lines: Sequence[str]) -> None:
     for line in lines:
         log.info(line)
-
-
-def _unless_removed(path: Path) -> dict | None:
-    """The content of a checkpoint; None if a training run has removed it since it was listed."""
-    with contextlib.suppress(FileNotFoundError):
-        return open_checkpoint(path, intact=True)
-    log.warning(f"{path} is gone, as by training.keep_checkpoints; passed over")
-    return None
 
 
 def _newest_step(experiment: Experiment, workdir: Path) -> int:

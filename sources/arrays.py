@@ -70,16 +70,12 @@ class Arrays:
 
     def open(self, data: ConfigDict, split: str) -> View:
         """The images of `split`; ValueError where the array is none of images."""
-        where, is_packed = f"data.path={self.path}", True
+        where = f"data.path={self.path}"
         with _opened(self.path, f"{where} cannot be read") as content:
-            if isinstance(content, zipfile.ZipFile):
-                images = self._unpack(content, split, data.resident_bytes)
-                shape, dtype = images.shape, images.dtype
-            else:
-                images, is_packed = content, False
-                shape, is_fortran, dtype = content.header
-        says = ", as data.num_channels says" if data.num_channels else ""
-        check(where, shape, dtype, data.num_channels, says)
+            is_packed = isinstance(content, zipfile.ZipFile)
+            images = self._unpack(content, split, data.resident_bytes) if is_packed else content
+        shape, says = images.shape, ", as data.num_channels says" if data.num_channels else ""
+        check(where, shape, images.dtype, data.num_channels, says)
         if len(shape) == 3 and shape[2] < 5 <= min(shape[:2]):
             raise ValueError(
                 f"{where} is {shape}, which looks like one image (H, W, C): data are several, "
@@ -91,13 +87,8 @@ class Arrays:
                 "transpose it to (n, H, W, C), or say "
                 f"data.num_channels={shape[3]} if the channels are last"
             )
-        if not is_packed and is_fortran:  # the bytes of an image lie apart
-            if images.size > data.resident_bytes:
-                raise ValueError(
-                    f"{where} is in Fortran's order and larger than data.resident_bytes="
-                    f"{data.resident_bytes:,}: save numpy.ascontiguousarray(x)"
-                )
-            images = images.whole()
+        if not is_packed and images.is_fortran and images.size <= data.resident_bytes:
+            images = images.whole()  # the bytes of an image lie apart, and take long to read
         n = shape[0]
         return View(
             source=images,

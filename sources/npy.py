@@ -51,14 +51,17 @@ class StoredArray:
     """An array (n, ...) in a file, whose rows are read by their numbers.
 
     Attributes:
-        path, header: of the file.
+        path: of the file.
+        shape, is_fortran, dtype: as in its header.
         offset: bytes before the array in it.
         stamp: size and time of the file's last change, by which a further one is noticed.
         file: opened once in each process.
     """
 
     path: Path
-    header: Header
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype
     offset: int
     stamp: tuple[int, int]
     file: PerProcess
@@ -69,7 +72,7 @@ class StoredArray:
         opened = PerProcess(partial(open_regular, path))
         file = opened()
         (header, offset), stamp = Header.read(file), _stamp(file)
-        array = cls(path, header, offset, stamp, opened)
+        array = cls(path, *header, offset, stamp, opened)
         if offset + array.size > stamp[0]:
             raise ValueError(f"it ends after {stamp[0]:,} of {offset + array.size:,} bytes")
         return array
@@ -77,27 +80,31 @@ class StoredArray:
     @property
     def size(self) -> int:
         """Bytes of the array."""
-        return math.prod(self.header.shape) * self.header.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __len__(self) -> int:
-        return self.header.shape[0]
+        return self.shape[0]
 
     def __getitem__(self, i: int) -> NDArray:
-        """Row `i` of an array in C order; `Unreadable` where the file has changed."""
-        size = self.size // len(self)
-        row = np.frombuffer(self._read(i * size, size), self.header.dtype)
-        return row.reshape(self.header.shape[1:])
+        """Row `i`; `Unreadable` where the file has changed."""
+        (n, *shape), item = self.shape, self.dtype.itemsize
+        if self.is_fortran:
+            starts = range(i * item, self.size, n * item)
+            content, order = b"".join(self._read(start, item) for start in starts), "F"
+        else:
+            content, order = self._read(i * self.size // n, self.size // n), "C"
+        return np.frombuffer(content, self.dtype).reshape(shape, order=order)
 
     def whole(self) -> NDArray:
         """All of the array; raises as indexing."""
         starts = range(0, self.size, PIECE)
         content = b"".join(self._read(at, min(PIECE, self.size - at)) for at in starts)
-        order = "F" if self.header.is_fortran else "C"
-        return np.frombuffer(content, self.header.dtype).reshape(self.header.shape, order=order)
+        order = "F" if self.is_fortran else "C"
+        return np.frombuffer(content, self.dtype).reshape(self.shape, order=order)
 
     def digest(self) -> str:
         """The digest of the file's bytes; see `digests.of_array`."""
-        return digests.of_blocks(self.header.dtype, self.header.shape, self.size, self._read)
+        return digests.of_blocks(self.dtype, self.shape, self.size, self._read)
 
     def _read(self, start: int, size: int) -> bytes:
         try:

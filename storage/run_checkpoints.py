@@ -242,3 +242,15 @@ def checkpoints_to_evaluate(
     if others:
         log.info(f"not asked for in {folder}: {other_names}")
     return paths
+
+
+def open_unless_removed(path: Path) -> dict | None:
+    """The content of an intact checkpoint; None, and a warning, if it is gone since it was listed.
+
+    A run that trains at the same time removes checkpoints (`training.keep_checkpoints`).
+    """
+    try:
+        return open_checkpoint(path, intact=True)
+    except FileNotFoundError:
+        log.warning(f"{path} has been removed, as by training.keep_checkpoints; passed over")
+        return None
