@@ -87,7 +87,7 @@ class Arrays:
                 "transpose it to (n, H, W, C), or say "
                 f"data.num_channels={shape[3]} if the channels are last"
             )
-        if not is_packed and images.is_fortran and images.size <= data.resident_bytes:
+        if not is_packed and images.is_fortran and images.nbytes <= data.resident_bytes:
             images = images.whole()  # the bytes of an image lie apart, and take long to read
         n = shape[0]
         return View(
@@ -146,8 +146,7 @@ def read_array(key: str, path: Path, channels: int) -> dict[str, Picture]:
             images = _read_bounded(content, names[0], MAX_FILE_BYTES)
     if images.dtype == bool:
         images = 255 * images.astype(np.uint8)
-    one = [channels] if channels else range(1, 5)
-    if images.ndim == 2 or images.ndim == 3 and images.shape[2] in one:
+    if images.ndim == 2 or images.ndim == 3 and images.shape[2] in (1, 2, 3, 4, channels):
         images = images[None]
     check(f"{key}={path}", images.shape, images.dtype, channels)
     images = images if images.ndim == 4 else images[..., None]

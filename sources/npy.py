@@ -73,12 +73,12 @@ class StoredArray:
         file = opened()
         (header, offset), stamp = Header.read(file), _stamp(file)
         array = cls(path, *header, offset, stamp, opened)
-        if offset + array.size > stamp[0]:
-            raise ValueError(f"it ends after {stamp[0]:,} of {offset + array.size:,} bytes")
+        if offset + array.nbytes > stamp[0]:
+            raise ValueError(f"it ends after {stamp[0]:,} of {offset + array.nbytes:,} bytes")
         return array
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of the array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
@@ -89,22 +89,22 @@ class StoredArray:
         """Row `i`; `Unreadable` where the file has changed."""
         (n, *shape), item = self.shape, self.dtype.itemsize
         if self.is_fortran:
-            starts = range(i * item, self.size, n * item)
+            starts = range(i * item, self.nbytes, n * item)
             content, order = b"".join(self._read(start, item) for start in starts), "F"
         else:
-            content, order = self._read(i * self.size // n, self.size // n), "C"
+            content, order = self._read(i * self.nbytes // n, self.nbytes // n), "C"
         return np.frombuffer(content, self.dtype).reshape(shape, order=order)
 
     def whole(self) -> NDArray:
         """All of the array; raises as indexing."""
-        starts = range(0, self.size, PIECE)
-        content = b"".join(self._read(at, min(PIECE, self.size - at)) for at in starts)
+        starts = range(0, self.nbytes, PIECE)
+        content = b"".join(self._read(at, min(PIECE, self.nbytes - at)) for at in starts)
         order = "F" if self.is_fortran else "C"
         return np.frombuffer(content, self.dtype).reshape(self.shape, order=order)
 
     def digest(self) -> str:
         """The digest of the file's bytes; see `digests.of_array`."""
-        return digests.of_blocks(self.dtype, self.shape, self.size, self._read)
+        return digests.of_blocks(self.dtype, self.shape, self.nbytes, self._read)
 
     def _read(self, start: int, size: int) -> bytes:
         try:
