@@ -138,8 +138,9 @@ class Experiment:
         remarks = decide_precisions(config, network, codec.shape)
         execution.check_precision(config.sampling.precision, device, "sampling.precision")
         guide = _guide(config, codec, device) if config.sampling.guide else None
-        if 0 <= label < len(data.class_names):
-            remarks.append(f"{CLASS_LABEL}={label} is the class {shown(data.class_names[label])}")
+        name = dict(enumerate(data.class_names)).get(label, str(label))
+        if name != str(label):
+            remarks.append(f"{CLASS_LABEL}={label} is the class {shown(name)}")
         return cls(
             config=config,
             device=device,

@@ -25,7 +25,7 @@ from storage.files import about, one_line, open_entry, open_regular, read_entry_
 # Words for class labels in the names of arrays: labels, train_labels, y_train.
 LABELS = ("labels", "label", "targets", "target", "classes", "class", "y")
 _IS_LABELS = re.compile(r"(labels?|targets?).*|.*(labels?|targets?)")
-_AROUND = re.compile(rf"^({splits.AROUND})|({splits.AROUND})$")
+_AROUND = re.compile(rf"^(x|{splits.AROUND})|(x|{splits.AROUND})$")
 
 # Python for the reader of a message, whose array is x.
 CONVERSION = (
@@ -60,7 +60,9 @@ class Arrays:
 
     @functools.cached_property
     def split_names(self) -> dict[str, str]:
-        return self._rules.find_splits(_of_images(self._shapes))
+        # x_train and x_test, too
+        names = {re.sub("(?i)^x_?|_?x$", "", name): name for name in _of_images(self._shapes)}
+        return {split: names[name] for split, name in self._rules.find_splits(names).items()}
 
     @property
     def omitted(self) -> str:

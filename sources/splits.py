@@ -15,8 +15,8 @@ TEST = (
     *("test", "testing", "validation", "valid", "val", "eval", "evaluation"),
     *("dev", "development", "heldout", "holdout"),
 )
-# Words before or after the name of a split: test_images, valset, train2017, x_train.
-AROUND = "x|images?|imgs?|pictures?|pics?|photos?|samples?|files?|data|dataset|set|split|folder"
+# Words before or after the name of a split: test_images, valset, train2017.
+AROUND = "images?|imgs?|pictures?|pics?|photos?|samples?|files?|data|dataset|set|split|folder"
 _WORDS = "|".join((*TRAIN, *TEST))
 _SPLIT = re.compile(rf"(?:{AROUND})?({_WORDS})(?:{AROUND})?(?:(?:19|20)\d\d)?")
 _HINT = re.compile("train|test|val|dev|held|hold", re.IGNORECASE)  # is in all words, and cheap
