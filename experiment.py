@@ -138,9 +138,9 @@ class Experiment:
         remarks = decide_precisions(config, network, codec.shape)
         execution.check_precision(config.sampling.precision, device, "sampling.precision")
         guide = _guide(config, codec, device) if config.sampling.guide else None
-        name = dict(enumerate(data.class_names)).get(label, str(label))
-        if name != str(label):
-            remarks.append(f"{CLASS_LABEL}={label} is the class {shown(name)}")
+        names = data.class_names
+        if 0 <= label < len(names) and names[label] != str(label):
+            remarks.append(f"{CLASS_LABEL}={label} is the class {shown(names[label])}")
         return cls(
             config=config,
             device=device,
