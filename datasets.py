@@ -21,12 +21,13 @@ from configs import keys
 from configs.schema import Key, OneOf, Text, whole
 from sources import digests, folder
 from sources.arrays import Arrays, is_array
-from sources.base import Classes, Source, Unreadable
+from sources.base import MOST_CLASSES, Classes, Source, Unreadable
 from sources.batch import KINDS, Conditions
 from sources.files import Measured
 from sources.folder import Folder
 from sources.identity import Identity
 from sources.keyed import keyed_generator, keyed_seed
+from sources.labels import number_of
 from sources.preparation import to_unit_interval
 from sources.sizes import made_of
 from sources.stream import (
@@ -42,6 +43,7 @@ from sources.stream import (
     processors,
     shuffled_batches,
 )
+from storage.files import plain
 
 __all__ = [
     "Data",
@@ -69,7 +71,7 @@ KEYS = {
     ),
     "data.num_classes": Key(
         0,
-        whole(-1, 10**6),
+        whole(-1, MOST_CLASSES),
         "class labels of the images, which the network is given; 0: none; -1: "
         "as many as the data have",
     ),
@@ -147,6 +149,13 @@ class Data:
         """The names of the run's classes in the order of their numbers, where it has any."""
         return self.stored.classes if self.stored else ()
 
+    def class_number(self, name: str) -> int:
+        """The number of the class called `name`, of the run or, before it has any, of the data."""
+        names = self.class_names
+        if not names and self.options.num_classes:
+            names = self._read_classes("train").names
+        return number_of(name, names)
+
     @property
     def condition_names(self) -> list[str]:
         """Names of the conditions besides class labels, from `data.conditions`."""
@@ -197,7 +206,7 @@ class Data:
                     f"data.conditions={self.options.conditions!r}: {self.options.dataset} gives no "
                     f"{name} of its {len(source)} images ({split} split)"
                 )
-            rows[name] = torch.from_numpy(np.asarray(arrays[name]))
+            rows[name] = torch.from_numpy(plain(np.asarray(arrays[name])))
         if labels and self.options.num_classes:
             labelled = {"class_labels": torch.from_numpy(self._numbered(split).labels)}
             return Conditions(rows | labelled)

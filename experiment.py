@@ -1,5 +1,6 @@
 """The parts that a config names, built together, so that a mistake shows before any work."""
 
+import contextlib
 import functools
 import logging
 from collections.abc import Collection, Mapping
@@ -48,6 +49,9 @@ GUIDE_KEYS = (
     *("training.sde", "training.continuous", "training.gamma", "model.D", "model.sigma_data"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
+
+
+CLASS_LABEL = "sampling.class_label"
 
 
 def identity_of(workdir: Path, dataset: str | None = None) -> Identity | None:
@@ -117,6 +121,10 @@ class Experiment:
         """
         check(config)
         config = config.copy_and_resolve_references()
+        data, label = data or Data(config.data), config.sampling.class_label
+        if isinstance(label, str):
+            with config.ignore_type():
+                config.sampling.class_label = label = data.class_number(label)
         device = execution.named_device(config.device)
         torch.manual_seed(config.seed)
         method = methods.get_method(config)
@@ -126,8 +134,9 @@ class Experiment:
         remarks = decide_precisions(config, network, codec.shape)
         execution.check_precision(config.sampling.precision, device, "sampling.precision")
         guide = _guide(config, codec, device) if config.sampling.guide else None
-        data = data or Data(config.data)
-        label = config.sampling.class_label
+        names = data.class_names
+        if 0 <= label < len(names) and names[label] != str(label):
+            remarks.append(f"{CLASS_LABEL}={label} is the class {shown(names[label])}")
         return cls(
             config=config,
             device=device,
@@ -276,7 +285,9 @@ def load(
         value = plain(value)
         if not keys[key].accepts(value):
             raise ValueError(f"{key} must be {keys[key].allowed}, not {shown(value)}")
-        config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
+        # the type of the value before does not count: a class is a number or a name
+        with config.ignore_type() if key == CLASS_LABEL else contextlib.nullcontext():
+            config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
     machine.expand_home(config)
     if missing := machine.missing(config, values, overrides or {}, "sample"):
         raise ValueError(

@@ -38,11 +38,12 @@ from reports.table import report_table
 from sources.codec import check_codec
 from sources.preparation import Preparation
 from storage import run_config
-from storage.checkpoints import fit, open_checkpoint
+from storage.checkpoints import fit
 from storage.files import save_npz
 from storage.run_checkpoints import (
     checkpoints_of_steps,
     checkpoints_to_evaluate,
+    open_unless_removed,
 )
 from storage.shared_files import SHARED, save_shared
 from storage.tensorboard import TensorBoardWriter
@@ -254,9 +255,11 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             if each.reference is None:
                 with progress_bar(total=len(each.data), desc="data", unit="image") as progress:
                     each.measure(progress.update)
-        logged_changes = []
+        logged_changes, evaluated = [], None
         for k, path in checkpoints.items():
-            content = open_checkpoint(path, intact=True)
+            content = open_unless_removed(path)
+            if distributed.any_of(content is None):
+                continue
             check_codec(experiment.codec, content, path)
             changes = run_config.changes(path, content, flatten(config))
             step = fit(partial(load_ema, experiment.network), content, path, changes)
@@ -318,6 +321,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             title = f"{path.name}, EMA weights{width} of step {step}"
             log.info(report_table(report, options.dataset, title))
             log.info(f"report: {folder / f'report_{k}.npz'}, {folder / 'report.html'}")
+        if evaluated is None:
+            raise FileNotFoundError(f"no checkpoint is left of those to evaluate, up to {path}")
 
 
 @distributed.joined()

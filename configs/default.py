@@ -17,7 +17,7 @@ import optimizers
 import sampling
 import training
 from configs.keys import get, of_part, shown
-from configs.schema import LENGTH, Flag, Key, Number, Numbers, OneOf, Text, whole
+from configs.schema import LENGTH, Flag, Key, Number, NumberOrText, Numbers, OneOf, Text, whole
 from library import restoration, sample_folder
 from losses import OBJECTIVES
 from methods import METHODS
@@ -142,9 +142,12 @@ def get_default_config() -> ConfigDict:
         if section and section not in config:
             config[section] = ConfigDict()
         owner = config[section] if section else config
-        owner[last] = (
-            config_dict.placeholder(key.allowed.kind) if key.default is None else key.default
-        )
+        value = key.default
+        if isinstance(key.allowed, NumberOrText):  # else only values of the default's type fit
+            value = config_dict.FieldReference(value, field_type=object)
+        elif value is None:
+            value = config_dict.placeholder(key.allowed.kind)
+        owner[last] = value
     config.eval.bpd_dataset = config.eval.get_ref("dataset")
     return config.lock()
 

@@ -122,6 +122,20 @@ class Text:
 
 
 @dataclass(frozen=True)
+class NumberOrText:
+    """A number, or a line of text."""
+
+    number: Number
+    text: Text
+
+    def accepts(self, value: Any) -> bool:
+        return self.number.accepts(value) or self.text.accepts(value)
+
+    def __str__(self) -> str:
+        return f"{self.number}, or {self.text}"
+
+
+@dataclass(frozen=True)
 class Flag:
     """True or False."""
 
@@ -142,7 +156,7 @@ class Key:
     """
 
     default: Any
-    allowed: Number | Numbers | OneOf | Text | Flag
+    allowed: Number | Numbers | OneOf | Text | NumberOrText | Flag
     meaning: str
     before: Any = None
     of_machine: Literal["", "file", "always"] = ""

@@ -57,7 +57,10 @@ def rebuild_ema(
         )
     rebuilt = [torch.zeros_like(p) for p in parameters]
     for path, each in zip(paths.values(), weights.reshape(-1, len(stds)), strict=True):
-        state = content if path == checkpoint else open_checkpoint(path, intact=True)
+        try:
+            state = content if path == checkpoint else open_checkpoint(path, intact=True)
+        except FileNotFoundError:  # removed by the run (training.keep_checkpoints): do without it
+            return rebuild_ema(network, std, workdir, checkpoint, content)
         averages = checked_averages(state, parameters)
         for width, weight in zip(stds, each.tolist(), strict=True):
             for total, average in zip(rebuilt, averages[width], strict=True):

@@ -51,7 +51,7 @@ KEYS = {
         "",
         Text(),
         "missing pixels of 'inpaint': an image file that is white there, a folder or .zip of one "
-        "for each image, or a rectangle 'top,left,height,width'",
+        "for each image, an .npy (H, W) or (n, H, W), or a rectangle 'top,left,height,width'",
         of_machine="file",
     ),
     "sampling.restore_noise": Key(
@@ -326,9 +326,10 @@ def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
             raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
         rectangle = torch.zeros(size, size, dtype=torch.bool)
         rectangle[top : top + height, left : left + width] = True
-        masks = {name: rectangle}
+        masks, white = {name: rectangle}, ""
     else:
         pictures = read_images("sampling.restore_mask", name, 1)
+        white = ": values from 128 to 255 do, and True in an .npy"
         if len(pictures) not in (1, n):
             raise ValueError(
                 f"sampling.restore_mask={name} holds {len(pictures)} masks for {n} images: it "
@@ -342,7 +343,7 @@ def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
             raise ValueError(f"{which} has {pixels} pixels; the images have {size} x {size}")
         if missing.all() or not missing.any():
             share = "all pixels" if missing.all() else "no pixel"
-            raise ValueError(f"{which} marks {share} as missing")
+            raise ValueError(f"{which} marks {share} as missing{white}")
     if len(masks) == 1:
         return ~next(iter(masks.values()))
     log.info(f"sampling.restore_mask: {n} masks, one for each image, in the order of their names")

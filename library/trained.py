@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import execution
@@ -24,10 +25,11 @@ from solvers.solve import encode, solve_ode
 from solvers.states import States
 from sources.batch import Conditions
 from sources.keyed import keyed_generator
+from sources.labels import number_of
 
 LOWEST_SHOWN = 0.03  # noise level in the network's units below which noise hardly shows
 
-ClassLabel = int | Sequence[int] | Tensor | None
+ClassLabel = int | str | Sequence[int | str] | Tensor | None
 OtherConditions = Mapping[str, Tensor] | None  # than class labels
 
 
@@ -37,8 +39,9 @@ class Trained:
     Images are float tensors (n, C, H, W) in [0, 1], and noise levels are in the same unit: at 0.1
     the noise is a tenth of the way from black to white. Latents are those of the method's prior.
     Arguments may be on any device; results are on that of the network. A class label is one for all
-    images, or one for each (n,); -1 is none. `conditions` are those besides class labels, rows
-    (n, ...) by name, of a network that has any (`data.conditions`).
+    images, or one for each (n,), as a number or as a name of `class_names`; -1 is none.
+    `conditions` are those besides class labels, rows (n, ...) by name, of a network that has any
+    (`data.conditions`).
 
     `denoise`, `encode`, `decode`, `log_likelihood` and `bits_per_dim` can be differentiated by the
     images or latents they are given, where these require a gradient, and by nothing else; through
@@ -296,16 +299,16 @@ class Trained:
             if default < 0 and seeds is not None:
                 draws = (keyed_generator("cpu", "class", seed) for seed in seeds)
                 class_label = [torch.randint(classes, (), generator=g).item() for g in draws]
-        labels = torch.as_tensor(class_label, device=self.experiment.device)
-        if labels.dtype != torch.int64 or labels.shape not in ((), (n,)):
-            raise ValueError(f"class_label must be a whole number or {n} of them")
+        labels = self._numbers_of(class_label)
+        if labels.dtype.kind not in "iu" or labels.shape not in ((), (n,)):
+            raise ValueError(f"class_label must be the number or name of a class, or {n} of them")
         least = -1 if classes and self.experiment.objective.label_dropout else 0
         if ((labels < least) | (labels >= classes)).any():
             has = f"those from {least} to {classes - 1}" if classes else "none (data.num_classes=0)"
             raise ValueError(
                 f"class_label={shown(class_label)} is no class of the network: it has {has}"
             )
-        return labels.expand(n)
+        return torch.from_numpy(labels.astype(np.int64)).to(self.experiment.device).expand(n)
 
     def conditions_of(
         self, class_label: ClassLabel, n: int, others: OtherConditions = None
@@ -325,6 +328,18 @@ class Trained:
         return conditions | {"class_labels": self.labels(class_label, n)}
 
     # --- parts ---
+
+    def _numbers_of(self, class_label: ClassLabel) -> NDArray:
+        """`class_label` as an array, with numbers in place of names."""
+        if isinstance(class_label, Tensor):
+            return class_label.cpu().numpy()
+        if isinstance(class_label, str):
+            return np.asarray(number_of(class_label, self.class_names))
+        if np.ndim(class_label):
+            names = self.class_names
+            class_label = [number_of(c, names) if isinstance(c, str) else c for c in class_label]
+        labels = np.asarray(class_label)
+        return labels if labels.size else labels.astype(np.int64)
 
     def _fine_limits(self) -> dict[str, float]:
         limits = self.experiment.limits

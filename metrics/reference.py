@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +146,8 @@ class ReferenceStatistics:
                 raise
             except ValueError as error:
                 log.info(f"{path} cannot be compared with the training images: {error}")
-        reference = _reference(path, arrays, space, identity)
+        statistics = {name: array for name, array in arrays.items() if name != "index"}
+        reference = _reference(path, statistics, space, identity)
         compared = identity.keys() & arrays.keys()
         missing = [word for name, word in IDENTITY.items() if name not in compared]
         doubt = f", nor its {', '.join(missing)}" if missing else ""
@@ -154,7 +155,7 @@ class ReferenceStatistics:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
         origin = {"data": path.name, "split": "published", "digest": digest}
-        return cls(space, replace(reference, index=None), origin=origin)
+        return cls(space, reference, origin=origin)
 
     @property
     def labels(self) -> NDArray | None:
@@ -263,7 +264,8 @@ def _reference(path: Path, arrays: dict, space: FeatureSpace, identity: Mapping)
             f"{space.width}: name another folder in eval.stats_dir, or the network they are of"
         )
     spec = {"mu": ("f", (width,)), "sigma": ("f", (width, width)), "pool_3": ("f", (None, width))}
-    spec |= {"count": ("iu", ())} | dict.fromkeys(identity, ("U", ()))
+    spec |= {"count": ("iu", ()), "index": ("iu", (len(np.atleast_1d(features)),))}
+    spec |= dict.fromkeys(identity, ("U", ()))
     check_arrays(path, arrays, {name: kind for name, kind in spec.items() if name in arrays})
     for name, expected in identity.items():
         if (value := str(arrays.get(name, expected))) != expected:
@@ -286,4 +288,9 @@ def _reference(path: Path, arrays: dict, space: FeatureSpace, identity: Mapping)
     elif number > 1:
         gaussian = Gaussian.fit(features)
     complete = features is not None and number == count
-    return Reference(gaussian, features, arrays.get("index"), complete)
+    index = arrays.get("index")
+    if index is not None:
+        if not 0 <= index.min() <= index.max() < count:
+            raise ValueError(f"{path}: index has numbers that none of {count} images has")
+        index = index.astype(np.int64)  # PyTorch takes indices of 8 bits for a mask
+    return Reference(gaussian, features, index, complete)

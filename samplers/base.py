@@ -11,19 +11,21 @@ from torch import Tensor
 
 import execution
 from configs.keys import arguments
-from configs.schema import Flag, Key, Number, Numbers, OneOf, Text, whole
+from configs.schema import Flag, Key, Number, NumberOrText, Numbers, OneOf, Text, whole
 from methods.base import Method, Network, conditioned
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring
 from solvers.base import Callback, Watch
+from sources.base import MOST_CLASSES
 from sources.codec import Codec
 
 KEYS = {
     "sampling.noise_removal": Key(True, Flag(), "end with a step of denoising"),
     "sampling.class_label": Key(
         -1,
-        whole(-1, 10**6),
-        "class of all samples; -1: drawn from the training images, by --mode sample evenly",
+        NumberOrText(whole(-1, MOST_CLASSES), Text(r"[^\0\n]+", "the name of a class of the run")),
+        "class of all samples, by number or name; -1: drawn from the training images, by --mode "
+        "sample evenly",
     ),
     "sampling.guidance": Key(
         1.0,
@@ -196,6 +198,8 @@ class Sampler(abc.ABC):
                 that the network is not trained for.
         """
         classes, label = config.data.num_classes, config.sampling.class_label
+        if isinstance(label, str):
+            raise ValueError(f"sampling.class_label={label!r}: only a run has names of classes")
         if 0 <= label >= classes:
             has = f"those from 0 to {classes - 1}" if classes else "none (data.num_classes=0)"
             raise ValueError(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]  # (H, W, C)
+MOST_CLASSES = 10**6  # that a data set may have
 
 
 class Unreadable(ValueError):
@@ -19,11 +20,24 @@ class Unreadable(ValueError):
 class Classes:
     """The class `labels` (n,) of n images, numbered from 0, and the `names` of the classes, if any.
 
-    The label of a damaged record, whose image cannot be read either, is -1.
+    The label of a damaged record, whose image cannot be read either, is -1. Labels of any integers
+    become int64; ValueError where they are none, or no numbers of classes.
     """
 
     labels: NDArray[np.int64]
     names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        labels, classes = np.asarray(self.labels), len(self.names) or MOST_CLASSES
+        if labels.dtype.kind not in "iu" or labels.ndim != 1:
+            form = f"{labels.dtype} {labels.shape}"
+            raise ValueError(f"class labels must be whole numbers (n,), not {form}")
+        ends = [int(labels.min()), int(labels.max())] if len(labels) else []
+        for label in ends:  # compared before they become int64, as which they could wrap
+            if not -1 <= label < classes:
+                says = f"classes are numbered from 0 to {classes - 1:,}"
+                raise ValueError(f"a class label is {label}; {says}")
+        object.__setattr__(self, "labels", labels.astype(np.int64))
 
 
 class Source(Protocol):

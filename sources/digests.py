@@ -9,7 +9,7 @@ import time
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,11 +76,25 @@ def of_samples(source: Source) -> str:
 def of_array(array: NDArray, whole: bool = False) -> str:
     """The digest of all bytes of `array` or, above 64 MiB unless `whole`, of 1,024 blocks."""
     content = array.ravel(order="K").view(np.uint8)
-    blocks = [content]
-    if not whole and len(content) > BLOCKS * BLOCK:
-        starts = np.linspace(0, len(content) - BLOCK, BLOCKS).astype(int)
-        blocks = [content[start : start + BLOCK] for start in starts]
-    return joined(array.dtype.str, str(array.shape), *blocks)
+
+    def read(start: int, size: int) -> NDArray[np.uint8]:
+        return content[start : start + size]
+
+    return of_blocks(array.dtype, array.shape, len(content), read, whole)
+
+
+def of_blocks(
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    size: int,
+    read: Callable[[int, int], bytes | NDArray[np.uint8]],
+    whole: bool = False,
+) -> str:
+    """The digest of an array of `size` bytes, of which `read(start, size)` gives any."""
+    starts, length = [0], size
+    if not whole and size > BLOCKS * BLOCK:
+        starts, length = np.linspace(0, size - BLOCK, BLOCKS).astype(int).tolist(), BLOCK
+    return joined(dtype.str, str(shape), *(read(start, length) for start in starts))
 
 
 def of_words(words: Sequence[str], index: Numbers) -> str:

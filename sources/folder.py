@@ -96,8 +96,10 @@ class Folder:
             try:
                 names = archive().namelist()
             except Exception as error:  # a damaged directory makes it fail in any way
-                says = f"is no folder, .npy, .npz or zip file: {one_line(error)}"
-                raise ValueError(f"{key}={path} {says}") from error
+                says = f"no folder, .npy, .npz or zip file: {one_line(error)}"
+                if listing.is_image(path.name):
+                    says = f"one image: name the folder with all of them, such as {path.parent}"
+                raise ValueError(f"{key}={path} is {says}") from error
             self.listing, opener = rules.list_zip(names), partial(open_in, archive)
         else:
             self.listing, opener = rules.list_folder(path), partial(open_below, path)

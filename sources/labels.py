@@ -1,14 +1,19 @@
 """Class labels of image files: those of a `dataset.json`, else the folders they lie in."""
 
+import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from sources.base import Classes
+from configs.keys import shown
+from sources.base import MOST_CLASSES, Classes
 from sources.listing import METADATA
+
+MAX_SHOWN = 5  # names of classes in a message
 
 
 def of_folders(
@@ -48,10 +53,20 @@ def of_metadata(names: Sequence[str], content: bytes, clean: Callable[[str], str
     if not labels:
         raise ValueError("it has no labels")
     for name, label in dict(labels).items():
-        if type(name) is not str or type(label) is not int or label < 0:
+        if type(name) is not str or type(label) is not int or not 0 <= label < MOST_CLASSES:
             raise ValueError(f"{name!r:.100} has the label {label!r:.50}, no class's number")
     numbers = {clean(name): label for name, label in labels}
     return Classes(np.array([numbers.get(name, -1) for name in names], np.int64))
+
+
+def number_of(name: str, class_names: Sequence[str]) -> int:
+    """The number of the class called `name`; ValueError, with some of the names, without it."""
+    numbers = {unicodedata.normalize("NFC", each): i for i, each in enumerate(class_names)}
+    if (number := numbers.get(unicodedata.normalize("NFC", name))) is not None:
+        return number
+    near = difflib.get_close_matches(name, class_names, MAX_SHOWN, 0)
+    has = f"those called {', '.join(map(repr, near))}" if near else "none with a name"
+    raise ValueError(f"class_label={shown(name)} is the name of no class of the run: it has {has}")
 
 
 def check(where: str, names: Sequence[str], classes: Classes, in_split: Sequence[str]) -> None:

@@ -16,9 +16,9 @@ TEST = (
     *("dev", "development", "heldout", "holdout"),
 )
 # Words before or after the name of a split: test_images, valset, train2017.
-_AROUND = "images?|imgs?|pictures?|pics?|photos?|samples?|files?|data|dataset|set|split|folder"
+AROUND = "images?|imgs?|pictures?|pics?|photos?|samples?|files?|data|dataset|set|split|folder"
 _WORDS = "|".join((*TRAIN, *TEST))
-_SPLIT = re.compile(rf"(?:{_AROUND})?({_WORDS})(?:{_AROUND})?(?:(?:19|20)\d\d)?")
+_SPLIT = re.compile(rf"(?:{AROUND})?({_WORDS})(?:{AROUND})?(?:(?:19|20)\d\d)?")
 _HINT = re.compile("train|test|val|dev|held|hold", re.IGNORECASE)  # is in all words, and cheap
 
 
@@ -37,9 +37,13 @@ def find_splits(names: Iterable[str]) -> dict[str, str]:
 
 def _rank(name: str) -> tuple[int, int] | None:
     """(index of the split's word in `name`, number of letters beside it), to rank names."""
-    bare = re.sub(r"[\W_]+", "", name.casefold())
-    match = _SPLIT.fullmatch(bare)
-    return match and ((*TRAIN, *TEST).index(match[1]), len(bare) - len(match[1]))
+    match = _SPLIT.fullmatch(bare(name))
+    return match and ((*TRAIN, *TEST).index(match[1]), len(match[0]) - len(match[1]))
+
+
+def bare(name: str) -> str:
+    """`name` in one case, its letters and digits only."""
+    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def lookalikes(names: Iterable[str]) -> tuple[str, str] | None:

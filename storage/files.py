@@ -180,9 +180,21 @@ def read_entry_array(archive: zipfile.ZipFile, name: str) -> NDArray:
         with open_entry(archive, f"{name}.npy") as file:
             # numpy asks for as much as a header claims, and zipfile unpacks what it is asked for
             pieces = SimpleNamespace(read=lambda size: file.read(min(size, 2**20)))
-            return np.lib.format.read_array(pieces, allow_pickle=False)
+            return plain(np.lib.format.read_array(pieces, allow_pickle=False))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def plain(array: NDArray) -> NDArray:
+    """`array` in the byte order of this machine, and with floats of at most 64 bits.
+
+    PyTorch takes no others.
+    """
+    dtype = array.dtype
+    if dtype.kind == "f" and dtype.itemsize > 8:
+        with np.errstate(over="ignore"):  # an infinity is refused where numbers are checked
+            return array.astype(np.float64)
+    return array.astype(dtype.newbyteorder("="), copy=False)
 
 
 def may_unpack_to(size: int) -> int:

@@ -250,9 +250,10 @@ def checkpoints_to_evaluate(
         path, by_number = checkpoint_path(workdir, step_of(k)), checkpoint_path(workdir, k)
         if path.exists():
             return path
-        if not by_number.exists():
+        try:
+            step = open_checkpoint(by_number)["step"]
+        except FileNotFoundError:
             return None
-        step = open_checkpoint(by_number)["step"]
         return by_number if step == step_of(k) or step // freq == k else None
 
     candidates = {k: find(k) for k in range(first, end + 1)}
@@ -280,3 +281,15 @@ def checkpoints_to_evaluate(
     if others:
         log.info(f"not asked for in {folder}: {other_names}")
     return paths
+
+
+def open_unless_removed(path: Path) -> dict | None:
+    """The content of an intact checkpoint; None, and a warning, if it is gone since it was listed.
+
+    A run that trains at the same time removes checkpoints (`training.keep_checkpoints`).
+    """
+    try:
+        return open_checkpoint(path, intact=True)
+    except FileNotFoundError:
+        log.warning(f"{path} has been removed, as by training.keep_checkpoints; passed over")
+        return None

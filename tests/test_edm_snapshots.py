@@ -202,7 +202,7 @@ class Call:
         Call(torch.Size, 3),
         Call(torch.Size, ["a", b"b"]),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_other_values_of_numpy_are_named(value, tmp_path):
     net = files.network()

@@ -9,6 +9,7 @@ from test_small_runs import report_of, tiny
 from torch import nn
 
 import run_lib
+from library import ema
 from library.ema import rebuild_ema
 from models import create_model
 from models.ema import (
@@ -19,7 +20,7 @@ from models.ema import (
     rise_of_power,
 )
 from models.weights import load_ema
-from storage.checkpoints import load_checkpoint
+from storage.checkpoints import load_checkpoint, open_checkpoint
 
 STDS = (0.05, 0.10)
 
@@ -199,4 +200,30 @@ def test_the_rebuilt_weights_are_those_of_the_checkpoints(tmp_path):
     steps, stds, kept = zip(*made_of, strict=True)
     weights, _ = rebuilding_weights(steps, stds, 6, 0.08)
     expected = sum(w * k for w, k in zip(weights, kept, strict=True))
+    torch.testing.assert_close(next(model.parameters()).detach(), expected)
+
+
+@pytest.mark.parametrize("removed", [2, 4])
+def test_averages_that_training_removes_are_done_without(tmp_path, monkeypatch, removed):
+    config = run_of(tmp_path, training__n_iters=6, model__ema_stds=STDS)
+    assert run_lib.train(config, tmp_path)
+    paths = {step: tmp_path / f"checkpoints/checkpoint_{step}.pth" for step in (2, 4, 6)}
+    made_of = [
+        (step, average["std"], average["shadow_params"][0])
+        for step in {*paths} - {removed}
+        for average in load_checkpoint(paths[step])["averages"]
+    ]
+
+    def open_after_removal(path, intact):
+        paths[removed].unlink(missing_ok=True)  # after the folder was listed
+        return open_checkpoint(path, intact=intact)
+
+    monkeypatch.setattr(ema, "open_checkpoint", open_after_removal)
+    model, content = create_model(config), load_checkpoint(paths[6])
+    load_ema(model, content)
+    line = rebuild_ema(model, 0.09, tmp_path, paths[6], content)
+    assert "from 4 averages of 2 checkpoints" in line
+    steps, stds, averages = zip(*sorted(made_of, key=lambda each: each[:2]), strict=True)
+    weights, _ = rebuilding_weights(steps, stds, 6, 0.09)
+    expected = sum(w * average for w, average in zip(weights, averages, strict=True))
     torch.testing.assert_close(next(model.parameters()).detach(), expected)

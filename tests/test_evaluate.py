@@ -29,6 +29,7 @@ from metrics.table import METRICS, Metric
 from reports import evaluation_page
 from storage import files
 from storage.checkpoints import save_checkpoint
+from storage.files import read_arrays
 from storage.tensorboard import read_scalars
 
 CONFIG = ROOT / "configs/poisson/digits_ddpmpp.py"
@@ -241,6 +242,46 @@ def test_checkpoints_are_evaluated_in_turn(workdir, tmp_path, caplog):
     assert page.count("<svg") >= 4  # curves over the two
 
 
+def removing(monkeypatch, config, before, *numbers):
+    """Remove checkpoints, as training does beside it, when that number `before` is opened."""
+    opened = run_lib.open_unless_removed
+
+    def open_after_removal(path):
+        if path.name == f"checkpoint_{before * config.training.snapshot_freq}.pth":
+            for k in numbers:
+                step = k * config.training.snapshot_freq
+                path.with_name(f"checkpoint_{step}.pth").unlink()
+        return opened(path)
+
+    monkeypatch.setattr(run_lib, "open_unless_removed", open_after_removal)
+
+
+@pytest.mark.parametrize("before, gone", [(1, [1]), (1, [1, 2]), (2, [2]), (2, [1, 3]), (4, [4])])
+def test_checkpoints_that_training_removes_are_passed_over(
+    before, gone, workdir, tmp_path, caplog, monkeypatch
+):
+    config = tiny(tmp_path, enable_bpd=False, enable_sampling=False, begin_ckpt=1)
+    save_checkpoints(config, workdir, 1, 2, 3)
+    removing(monkeypatch, config, before, *gone)
+    run_lib.evaluate(config, workdir)
+    passed_over = [k for k in gone if k >= before]  # the others were evaluated before
+    for k in (1, 2, 3, 4):
+        assert (workdir / f"eval/report_{k}.npz").exists() == (k not in passed_over)
+    assert caplog.text.count("has been removed, as by training.keep_checkpoints") == len(
+        passed_over
+    )
+
+
+def test_an_evaluation_of_which_all_checkpoints_are_removed_is_one_line(
+    workdir, tmp_path, monkeypatch
+):
+    config = tiny(tmp_path, enable_bpd=False, enable_sampling=False, begin_ckpt=3)
+    save_checkpoints(config, workdir, 3)
+    removing(monkeypatch, config, 3, 3, 4)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint is left .*checkpoint_8\.pth"):
+        run_lib.evaluate(config, workdir)
+
+
 # --- what does not count --------------------------------------------------------------------------
 
 
@@ -399,6 +440,10 @@ def whole(**identity):
         (whole(shape="32x32x3"), "other data: their image size is 32x32x3, not 8x8x1"),
         (whole(data="01234567"), "other data: their digest is 01234567, not .*; remove it"),
         (whole(data=np.ones(3)), r"data is float64 \(3,\), not str"),
+        ({"pool_3": np.ones((0, 64))}, "pool_3 are features of 0 images, too few"),
+        ({"pool_3": np.ones((0, 64)), "count": 0}, "of 0 images, but count is 0"),
+        ({"mu": np.ones(0), "sigma": np.ones((0, 0))}, "statistics of 0 features"),
+        ({"mu": np.full(64, "1e4000", "g"), "sigma": np.eye(64)}, "mu holds numbers that are not"),
     ],
 )
 def test_statistics_that_do_not_fit_are_one_line(content, pattern, workdir, tmp_path):
@@ -454,6 +499,48 @@ def test_what_published_statistics_do_not_say_is_said(workdir, tmp_path, caplog)
     evaluate(tiny(tmp_path, enable_bpd=False), workdir)
     ends = "which names no training images, nor its feature space, image size, digest"
     assert said_of_statistics(caplog) == [f"statistics of the data: {path}, {ends}"]
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">f4", "f2", "g", ">g"])
+def test_statistics_of_any_floats_are_read(dtype, workdir, tmp_path):
+    config = tiny(tmp_path, enable_bpd=False)
+    (tmp_path / "stats").mkdir()
+    path, chance = tmp_path / "stats/digits_8_stats.npz", np.random.default_rng(0)
+    features = chance.random((300, 64)).astype("f2")  # exact in each of these
+    np.savez(path, pool_3=features)
+    expected = evaluate(config, workdir)
+    np.savez(path, pool_3=features.astype(dtype), index=np.array(["text"]), count=np.uint8(44))
+    with pytest.raises(ValueError, match="of 300 images, but count is 44"):
+        evaluate(config, workdir)
+    np.savez(path, pool_3=features.astype(dtype), index=np.array(["no index of ours"]))
+    for name in ("fid", "kid", "precision", "recall"):
+        assert evaluate(config, workdir)[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", ">i2", "u8"])
+def test_indices_of_any_integers_are_those_of_images(dtype, workdir, tmp_path):
+    config = tiny(tmp_path, enable_bpd=False)
+    evaluate(config, workdir)
+    (path,) = (tmp_path / "stats").iterdir()
+    pictures = [workdir / f"eval/{name}_4.png" for name in ("nearest", "data_images")]
+    statistics = read_arrays(path)
+    # each feature is said to be of an image whose number has eight bits
+    statistics["index"] %= 120
+    expected = []
+    for index in (statistics["index"], statistics["index"].astype(dtype)):
+        files.save_npz(path, **(statistics | {"index": index}))
+        evaluate(config, workdir)
+        expected.append([np.asarray(Image.open(each)) for each in pictures])
+    for ours, theirs in zip(*expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for wrong in (statistics["index"] + 10**6, statistics["index"] - 10**3):
+        files.save_npz(path, **(statistics | {"index": wrong}))
+        with pytest.raises(ValueError, match="index has numbers that none of 1617 images has"):
+            evaluate(config, workdir)
+    for wrong in (statistics["index"][:5], statistics["index"] * 1.0, statistics["index"] > 9):
+        files.save_npz(path, **(statistics | {"index": wrong}))
+        with pytest.raises(ValueError, match=r"index is .*, not int or uint \(1617,\)"):
+            evaluate(config, workdir)
 
 
 def test_a_cached_file_of_another_kind_is_not_written_over(workdir, tmp_path):

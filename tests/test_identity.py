@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import weakref
 import zipfile
 import zlib
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run_program
 from data_files import example, pictures, tfrecord, write_tree, write_zip
 from test_small_runs import report_of, tiny
 
@@ -436,6 +438,77 @@ def test_loading_needs_no_data_and_has_the_names(run):
     shared = experiment.load(run / "run/model.safetensors")
     assert shared.class_names == tuple(GREY)
     assert shared.experiment.data.stored == Identity.read(Path("x"), newest(run))
+
+
+@pytest.mark.parametrize("name", ["bee", "cat"])
+def test_a_class_is_named_in_every_place(run, name, caplog):
+    """On the command line, in the library's overrides and arguments, in a config."""
+    number, seeds = tuple(GREY).index(name), [3, 4]
+    trained = experiment.load(run / "run")
+    expected = trained.sample(seeds, number)
+    assert torch.equal(trained.sample(seeds, name), expected)
+    assert torch.equal(trained.sample(seeds, [name, number]), expected)
+    assert trained.labels(np.array([name, "ant"]), 2).tolist() == [number, 0]
+    overridden = experiment.load(run / "run", {"sampling.class_label": name})
+    assert torch.equal(overridden.sample(seeds), expected)
+    config = trained.experiment.config
+    again = experiment.load(run / "run", {"sampling.class_label": name}, config=config)
+    assert torch.equal(again.sample(seeds), expected)
+    command = [sys.executable, str(ROOT / "main.py"), "--mode=sample", f"--workdir={run / 'run'}"]
+    command += [f"--config.sampling.class_label={name}", "--config.sampling.seeds=3-4"]
+    done = run_program([*command, f"--outdir={run / 'a'}", f"--config.data.path={run / 'data'}"])
+    assert f"sampling.class_label={number} is the class '{name}'" in done.stdout
+    with np.load(run / "a/samples.npz") as samples:
+        assert samples["labels"].tolist() == [number, number]
+    values = {"eval__enable_sampling": True, "sampling__class_label": name}
+    run_lib.evaluate(own_config(run, **values), run / "run")
+    with np.load(run / "run/eval/ckpt_1/samples_0.npz") as samples:
+        assert set(samples["labels"].tolist()) == {number}
+
+
+def test_names_of_no_class_are_one_line(run):
+    trained = experiment.load(run / "run")
+    says = r"class_label='bea' is the name of no class of the run: it has those called 'bee', "
+    for ask in (
+        lambda: trained.sample([0], "bea"),
+        lambda: trained.labels(["bee", "bea"], 2),
+        lambda: experiment.load(run / "run", {"sampling.class_label": "bea"}),
+        lambda: run_lib.train(own_config(run, sampling__class_label="bea"), run / "run"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ask()
+    for wrong in (1.0, True, None, ["bee"], "a\nb", ""):
+        with pytest.raises(ValueError, match="sampling.class_label must be a whole number .*, or"):
+            experiment.load(run / "run", {"sampling.class_label": wrong})
+    unlabelled = own_config(run, data__num_classes=0, sampling__class_label="bee")
+    with pytest.raises(ValueError, match="no class of the run: it has none with a name"):
+        experiment.Experiment.build(unlabelled)
+
+
+def test_a_new_run_knows_the_names_of_its_data(run):
+    """Composed and decomposed names are one, and numbers remain numbers."""
+    for name in ("2", "10", "caf\u00e9", "-1"):
+        write_tree(run / "other" / name, grey(1))
+    config = own_config(run, data__num_classes=4, data__num_channels=1)
+    config.data.path = str(run / "other")
+    for label, number in (("cafe\u0301", 3), ("10", 1), ("-1", 2), ("2", 0), (2, 2), (-1, -1)):
+        config.sampling.class_label = label
+        built = experiment.Experiment.build(config)
+        assert built.sampler.class_label == built.config.sampling.class_label == number
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, ">i4", np.uint64, np.int64])
+def test_labels_of_any_integers_are_asked_for(run, dtype):
+    trained = experiment.load(run / "run")
+    labels = np.array([2, 0], dtype)
+    assert trained.labels(labels, 2).tolist() == [2, 0]
+    assert trained.labels(labels[0], 2).tolist() == [2, 2]
+    if np.dtype(dtype).isnative:
+        assert trained.labels(torch.from_numpy(labels), 2).tolist() == [2, 0]
+    for wrong in (2**64 - 1, 2**62, 3, -1, -(2**63)):
+        with pytest.raises(ValueError, match="is no class of the network: it has those from 0"):
+            trained.labels(wrong, 2)
+    assert trained.sample([]).shape == (0, 1, 4, 4)
 
 
 def rewrite(root, data):

@@ -516,7 +516,7 @@ def mistakes_of_folders(tmp):
         "float.npy": "must hold uint8.*not float64",
         "objects.npy": "objects.npy cannot be read",
         "none.npy": "holds no images",
-        "two.npz": r"one array, or train and test; it has \['a', 'b'\]",
+        "two.npz": r"one array of images, or train and test; it has a \(2, 8, 8, 3\), b",
         "bomb.npz": "unpacks to 19,328 bytes, more than data.resident_bytes=9,999",
     }
 
