@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from solvers.solve import solver_levels
 from sources.batch import Conditions
 from sources.keyed import keyed_generator
 from storage.digests import digests
-from storage.files import cached
+from storage.files import Spec, cached
 from storage.run_checkpoints import fitted_path
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,8 @@ class Fitting:
 
         k = fitted.FINE_STEPS + 1
         key, path = self._key(fine, number, conditions), fitted_path(self.checkpoint)
-        cost = fitted.step_costs(*cached_arrays(path, key, compute, ("relative_errors",)))
+        spec = {"relative_errors": ("f", (k, k))}
+        cost = fitted.step_costs(*cached_arrays(path, key, compute, spec))
         levels = fitted.fine_levels(self.sampler.method, k, self.sampler.rho)[:k]
         return partial(fitted.schedule, levels, cost)
 
@@ -102,7 +103,8 @@ class Fitting:
         key = self._key(taken, number, conditions)
         key |= {"levels": levels.tolist(), "trajectory sampler": fine.settings}
         path = fitted_path(self.checkpoint, n)
-        weights, offsets = cached_arrays(path, key, compute, ("weights", "offsets"))
+        spec = {"weights": ("f", (n, 1 + order)), "offsets": ("f", (n, *taken.codec.shape))}
+        weights, offsets = cached_arrays(path, key, compute, spec)
         return fitted.stored_steps(levels, weights, offsets.to(self.device))
 
     def _key(self, sampler: ODESampler, number: int, conditions: Conditions) -> dict:
@@ -177,16 +179,14 @@ def for_fitting(sampler: ODESampler) -> ODESampler:
     )
 
 
-def cached_arrays(
-    path: Path, key: dict, compute: Callable[[], dict], names: Sequence[str]
-) -> list[Tensor]:
-    """The arrays `names`, from `path` or computed by the main process.
+def cached_arrays(path: Path, key: dict, compute: Callable[[], dict], spec: Spec) -> list[Tensor]:
+    """The arrays of `spec`, from `path` or computed by the main process.
 
     Where they cannot be kept there, every process computes them.
     """
     if not distributed.is_main():
         distributed.barrier()
-    arrays = cached(path, key, compute, names, optional=True)
+    arrays = cached(path, key, compute, spec=spec, optional=True)
     if distributed.is_main():
         distributed.barrier()
-    return [torch.from_numpy(arrays[name]) for name in names]
+    return [torch.from_numpy(arrays[name]) for name in spec]

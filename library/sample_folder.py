@@ -29,7 +29,7 @@ from sources.folder import read_images
 from sources.keyed import keyed_generator
 from sources.preparation import to_unit_interval
 from storage.digests import digests
-from storage.files import cached, check_arrays, save_npz, save_png
+from storage.files import cached, save_npz, save_png
 from storage.workdir import check_settings, save_settings
 
 log = logging.getLogger(__name__)
@@ -229,9 +229,9 @@ class SampleFolder:
         self, name: str, origin: dict, draw: Callable[[], dict], number: tuple[int, ...]
     ) -> NDArray[np.uint8]:
         """The frames (*number, H, W, C) of a film, from {name}.npz or drawn."""
+        spec = {"frames": ("u", (*number, *self.files.shape))}
         path = self.path / f"{name}.npz"
-        arrays = cached(path, self.settings | origin, draw, ("frames",))
-        return check_arrays(path, arrays, {"frames": ("u", (*number, *self.files.shape))})["frames"]
+        return cached(path, self.settings | origin, draw, spec=spec)["frames"]
 
 
 def read_pictures(

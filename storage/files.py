@@ -263,24 +263,26 @@ def cached(
     path: Path,
     origin: dict,
     compute: Callable[[], dict],
-    names: Collection[str],
+    names: Collection[str] = (),
+    spec: Spec | None = None,
     optional: bool = False,
 ) -> dict:
     """The arrays that `compute` gives, and the `seconds` that it took.
 
-    They are read from `path` where they are there, of this `origin`, and have all `names`. An
-    `optional` file need not be written; see `sparing_time`.
+    They are read from `path` where they are there, of this `origin`, and have all `names`, and
+    those of `spec` as it says. An `optional` file need not be written; see `sparing_time`.
     """
+    spec = spec or {}
     words = json.dumps(origin, sort_keys=True, default=str)
     try:
         arrays = read_arrays(path)
+        if str(arrays.get("origin")) == words and {*names, *spec, "seconds"} <= arrays.keys():
+            check_arrays(path, arrays, spec, finite=False)
+            return arrays
     except FileNotFoundError:
-        arrays = {}
+        pass
     except (OSError, ValueError) as error:
         log.warning(f"{error}; it is not used")
-        arrays = {}
-    if str(arrays.get("origin")) == words and {*names, "seconds"} <= arrays.keys():
-        return arrays
     start = time.perf_counter()
     results = compute()
     results |= {"seconds": time.perf_counter() - start, "origin": words}

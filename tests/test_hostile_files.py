@@ -363,7 +363,7 @@ def test_large_json_of_runs_and_shared_files_is_one_line(name, tmp_path):
 @pytest.mark.parametrize(
     "shape", [(200_000, 1, 8, 8, 1), (48, 3000, 8, 8, 1), (48, 1, 8, 8), (48, 1, 8, 8, 300)]
 )
-def test_a_cached_film_of_another_shape_is_refused(shape, trained, tmp_path, monkeypatch):
+def test_a_cached_film_of_another_shape_is_drawn_again(shape, trained, tmp_path, caplog):
     """The file says that it is what would be drawn; what it holds would fill memory and time."""
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
@@ -374,10 +374,25 @@ def test_a_cached_film_of_another_shape_is_refused(shape, trained, tmp_path, mon
     with np.load(path) as file:
         arrays = dict(file) | {"frames": np.zeros(shape, np.uint8)}
     np.savez_compressed(path, **arrays)
-    monkeypatch.setattr("library.sample_folder.save_film", None)
-    with pytest.raises(ValueError, match=r"film\.npz") as error:
-        run_lib.sample(config, workdir)
-    one_line(error)
+    run_lib.sample(config, workdir)
+    assert "film.npz: frames is uint8" in caplog.text
+    with np.load(path) as file:
+        assert file["frames"].shape == (48, 1, 8, 8, 1)
+
+
+@pytest.mark.parametrize("name", ["relative_errors", "weights", "offsets"])
+def test_a_cached_fit_of_another_shape_is_made_again(name, trained, tmp_path, caplog):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    fits = {"sampling.ode_solver": "fitted", "sampling.N": 2}
+    samples = load(workdir, fits).sample([0])
+    (path,) = (path for path in workdir.glob("checkpoints-meta/*.npz") if name in np.load(path))
+    arrays = dict(np.load(path))
+    for other in (arrays[name][:0], arrays[name][None], arrays[name].astype(str)):
+        np.savez_compressed(path, **arrays | {name: other})
+        assert (load(workdir, fits).sample([0]) == samples).all()
+        assert f"{path.name}: {name} is" in caplog.text
+        caplog.clear()
 
 
 def test_a_film_is_read_again(trained, tmp_path):
