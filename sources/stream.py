@@ -207,7 +207,7 @@ class _Reader:
 
 
 def _follow_parent(worker: int) -> None:
-    """Make a worker ignore Ctrl-C, which signals the whole group, and end with its parent.
+    """Make a worker ignore what a terminal sends to the whole group, and end with its parent.
 
     DataLoader watches the process that forked the worker. Here this is the server, which would wait
     for its workers for ever after the training process is killed.
@@ -217,7 +217,8 @@ def _follow_parent(worker: int) -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -161,7 +161,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
     options = flags(**{"training.n_iters": 100, **data})
     arguments = command(stopped, *options)
     reached = 0
-    for name in ("SIGTERM", "SIGINT"):
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
         process = subprocess.Popen(
             arguments,
             env=ENVIRONMENT,
