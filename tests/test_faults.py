@@ -32,6 +32,7 @@ import datasets
 import losses
 import run_lib
 import storage.workdir as workdirs
+from library.signals import stop_signals
 from storage.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 from storage.files import atomic_write, save_npz, save_png
 from storage.run_checkpoints import newest_checkpoint
@@ -192,7 +193,8 @@ def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    program = "import run_lib, time\nwith run_lib._stop_signals() as stop:\n"
+    program = "import time\nfrom library.signals import stop_signals\n"
+    program += "with stop_signals() as stop:\n"
     program += " print('ready', flush=True)\n while True:\n"
     program += "  time.sleep(0.01)\n  if stop(): print(stop(), flush=True)\n"
     process = subprocess.Popen(
@@ -209,7 +211,7 @@ def test_a_second_signal_ends_the_process_at_once():
 
 def test_signals_mean_afterwards_what_they_meant_before():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with run_lib._stop_signals() as stop:
+    with stop_signals() as stop:
         assert stop() is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop() == "SIGTERM"
@@ -752,8 +754,9 @@ def test_what_is_written_is_read_back_before_the_old_is_dropped(tmp_path, monkey
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_log_that_cannot_be_written_is_told_of_once(caplog):
+def test_a_log_that_cannot_be_written_is_told_of_once(caplog, monkeypatch):
     logger = logging.getLogger("a full disk")
+    monkeypatch.setattr(workdirs, "open_regular", lambda path, mode, follow: path.open(mode))
     with workdirs._log_file("/dev/full"):
         logger.warning("first")
         logger.warning("second")
