@@ -119,6 +119,18 @@ def full_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
+@contextlib.contextmanager
+def own_numerics() -> Iterator[None]:
+    """Within the `with` block a caller's TF32, autocast and default dtype change nothing."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with full_float32():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 def prepare_process(precision: str, device: torch.device) -> None:
     """Set options of the whole process, as programs do; a caller of the library sets its own.
 

@@ -247,6 +247,7 @@ class Experiment:
         }
 
 
+@execution.own_numerics()
 def load(
     path: str | Path,
     overrides: Mapping[str, Any] | None = None,
@@ -309,8 +310,7 @@ def load(
             log.info(f"the config differs from that of the run: {change}")
     experiment.network.eval().requires_grad_(False)
     sampler = experiment.sampler
-    with execution.full_float32():
-        experiment.sampler = experiment.fitted_sampler(path) if fits else sampler.without_fit()
+    experiment.sampler = experiment.fitted_sampler(path) if fits else sampler.without_fit()
     experiment.data.close()
     return Trained(experiment, path, step)
 

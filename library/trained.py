@@ -46,7 +46,7 @@ class Trained:
     `denoise`, `encode`, `decode`, `log_likelihood` and `bits_per_dim` can be differentiated by the
     images or latents they are given, where these require a gradient, and by nothing else; through
     an ODE that takes the memory of all its evaluations. Samples have no gradient. The caller's
-    autocast and TF32 change nothing.
+    autocast, TF32 and default dtype change nothing.
 
     Attributes:
         experiment: the config's `experiment.Experiment`, for what is not here.
@@ -67,7 +67,7 @@ class Trained:
         """Number of samples that are drawn together."""
         return 1 if self.experiment.sampler.couples_samples else self.batch_size
 
-    @execution.full_float32()
+    @execution.own_numerics()
     def sample(
         self,
         seeds: Iterable[int],
@@ -140,7 +140,7 @@ class Trained:
         images = self.sample(n * seeds, labels, measurement=measured[rows], conditions=of_rows)
         return images.unflatten(0, (n, len(seeds)))
 
-    @execution.full_float32()
+    @execution.own_numerics()
     def film(
         self,
         seeds: Iterable[int],
@@ -172,7 +172,7 @@ class Trained:
             films.append(film)
         return torch.cat(films, 1)
 
-    @execution.full_float32()
+    @execution.own_numerics()
     def encode(
         self, x: Tensor, class_label: ClassLabel = None, *, conditions: OtherConditions = None
     ) -> Tensor:
@@ -193,7 +193,7 @@ class Trained:
 
         return self._in_batches(latents, x, class_label, conditions)
 
-    @execution.full_float32()
+    @execution.own_numerics()
     def decode(
         self, z: Tensor, class_label: ClassLabel = None, *, conditions: OtherConditions = None
     ) -> Tensor:
@@ -228,7 +228,7 @@ class Trained:
         per_entry = (math.log2(codec.levels) - bits) * math.log(2)
         return per_entry * math.prod(codec.shape)
 
-    @execution.full_float32()
+    @execution.own_numerics()
     def bits_per_dim(
         self,
         x: Tensor,
@@ -249,7 +249,7 @@ class Trained:
 
         return self._in_batches(bits, x, class_label, conditions)
 
-    @execution.full_float32()
+    @execution.own_numerics()
     def denoise(
         self,
         x: Tensor,

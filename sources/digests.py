@@ -182,7 +182,7 @@ def _crcs(where: Path, names: list[str]) -> Iterator[int]:
     if not names:
         return
     chunks = [names[i : i + CHUNK] for i in range(0, len(names), CHUNK)]
-    interval = 0.2 if sys.stderr.isatty() else 10
+    interval = 0.2 if sys.stderr and sys.stderr.isatty() else 10
     with (
         ThreadPoolExecutor(THREADS) as pool,
         tqdm(total=len(names), desc="digest", unit="file", delay=1, mininterval=interval) as bar,

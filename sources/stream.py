@@ -207,7 +207,7 @@ class _Reader:
 
 
 def _follow_parent(worker: int) -> None:
-    """Make a worker ignore Ctrl-C, which signals the whole group, and end with its parent.
+    """Make a worker ignore what a terminal sends to the whole group, and end with its parent.
 
     DataLoader watches the process that forked the worker. Here this is the server, which would wait
     for its workers for ever after the training process is killed.
@@ -217,7 +217,8 @@ def _follow_parent(worker: int) -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -227,7 +228,7 @@ DataSet = Tensor | Resident | Stream
 def decode(stream: Stream) -> Tensor | Resident:
     """Read all images of `stream` that can be read, (n, C, H, W), with their conditions."""
     images = torch.empty(len(stream), *stream.shape, dtype=torch.uint8)
-    interval = 0.2 if sys.stderr.isatty() else 10
+    interval = 0.2 if sys.stderr and sys.stderr.isatty() else 10
     options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
     with tqdm(total=len(stream), desc="decoding", **options) as progress:
         for piece, batch in zip(images.split(64), in_order(stream, 64), strict=True):

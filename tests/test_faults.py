@@ -33,6 +33,7 @@ import datasets
 import losses
 import run_lib
 import storage.workdir as workdirs
+from library.signals import stop_signals
 from storage.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 from storage.files import atomic_write, save_npz, save_png
 from storage.run_checkpoints import newest_checkpoint
@@ -162,7 +163,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
     changes |= {"training.n_iters": 60, "training.snapshot_freq": 60}
     command = [*MAIN, *training(stopped, *flags(**changes))]
     reached, saved = 0, None
-    for name in ("SIGTERM", "SIGINT"):
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
         process = Program(command, start_new_session=True)
         newest_state = stopped / "checkpoints-meta/checkpoint.pth"
         deadline = time.monotonic() + 120
@@ -187,7 +188,8 @@ def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    program = "import run_lib, time\nwith run_lib._stop_signals() as stop:\n"
+    program = "import time\nfrom library.signals import stop_signals\n"
+    program += "with stop_signals() as stop:\n"
     program += " print('ready', flush=True)\n while True:\n"
     program += "  time.sleep(0.01)\n  if stop(): print(stop(), flush=True)\n"
     process = subprocess.Popen(
@@ -204,7 +206,7 @@ def test_a_second_signal_ends_the_process_at_once():
 
 def test_signals_mean_afterwards_what_they_meant_before():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with run_lib._stop_signals() as stop:
+    with stop_signals() as stop:
         assert stop() is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop() == "SIGTERM"

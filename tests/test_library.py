@@ -414,7 +414,7 @@ def test_a_noise_level_for_each_image_of_an_sde(name):
     assert torch.allclose(run.denoise(x, sigmas), torch.cat(alone), atol=1e-4)
 
 
-def test_autocast_of_the_caller_changes_nothing(trained, monkeypatch):
+def test_autocast_and_default_dtype_of_the_caller_change_nothing(trained, monkeypatch):
     options = {"sampling.ode_solver": "heun", "sampling.N": 2, "sampling.rtol": 0.1}
     run = random_network("vp/digits_ddpmpp.py", **options)
 
@@ -434,6 +434,14 @@ def test_autocast_of_the_caller_changes_nothing(trained, monkeypatch):
         assert all(map(torch.equal, ask(), expected))
         load(trained)
         assert torch.is_autocast_enabled("cpu")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(map(torch.equal, ask(), expected))
+        weights = load(trained).experiment.network.parameters()
+        assert {weight.dtype for weight in weights} == {torch.float32}
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # --- gradients ------------------------------------------------------------------------------------
