@@ -15,7 +15,6 @@ model.safetensors                     the shared file of --mode export
 """
 
 import contextlib
-import errno
 import fcntl
 import io
 import json
@@ -30,7 +29,7 @@ from typing import TextIO
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from storage.files import about, atomic_write, naming, open_regular, read_json
+from storage.files import about, atomic_write, naming, one_line, open_regular, read_json
 
 log = logging.getLogger(__name__)
 
@@ -246,10 +245,8 @@ class _LogFile(logging.FileHandler):
 def _log_file(path: Path) -> Iterator[None]:
     try:
         handler = _LogFile(path, mode="a")
-    except OSError as error:
-        if error.errno == errno.ELOOP:  # a link
-            raise
-        log.warning(f"{error}: the log is on the console only")
+    except (OSError, ValueError) as error:  # no place to write, a link, a FIFO
+        log.warning(f"{one_line(error)}: the log is on the console only")
         yield
         return
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))

@@ -260,7 +260,7 @@ def removing(monkeypatch, config, before, *numbers):
 def test_checkpoints_that_training_removes_are_passed_over(
     before, gone, workdir, tmp_path, caplog, monkeypatch
 ):
-    config = tiny(tmp_path, enable_bpd=False, enable_sampling=False, begin_ckpt=1)
+    config = tiny(tmp_path, enable_bpd=False, enable_sampling=False, steps="", begin_ckpt=1)
     save_checkpoints(config, workdir, 1, 2, 3)
     removing(monkeypatch, config, before, *gone)
     run_lib.evaluate(config, workdir)
@@ -275,7 +275,7 @@ def test_checkpoints_that_training_removes_are_passed_over(
 def test_an_evaluation_of_which_all_checkpoints_are_removed_is_one_line(
     workdir, tmp_path, monkeypatch
 ):
-    config = tiny(tmp_path, enable_bpd=False, enable_sampling=False, begin_ckpt=3)
+    config = tiny(tmp_path, enable_bpd=False, enable_sampling=False, steps="", begin_ckpt=3)
     save_checkpoints(config, workdir, 3)
     removing(monkeypatch, config, 3, 3, 4)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint is left .*checkpoint_8\.pth"):

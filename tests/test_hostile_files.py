@@ -1,6 +1,7 @@
 """A stranger's folder: nothing is written through its links, nothing waits, memory is bounded."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -94,8 +95,8 @@ def peak(call):
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-@pytest.mark.parametrize("name", ["stdout.txt", ".checkpoints.lock", ".eval.lock"])
-def test_a_link_in_place_of_a_log_or_lock_is_not_written_to(name, link, tmp_path, outside):
+@pytest.mark.parametrize("name", [".checkpoints.lock", ".eval.lock"])
+def test_a_link_in_place_of_a_lock_is_not_written_to(name, link, tmp_path, outside):
     workdir = tmp_path / "run"
     workdir.mkdir()
     link(outside / "precious", workdir / name)
@@ -105,13 +106,25 @@ def test_a_link_in_place_of_a_log_or_lock_is_not_written_to(name, link, tmp_path
     one_line(error)
 
 
-@pytest.mark.parametrize("name", ["stdout.txt", ".checkpoints.lock"])
-def test_a_fifo_in_place_of_a_log_or_lock_is_not_waited_for(name, tmp_path):
-    os.mkfifo(tmp_path / name)
+def test_a_fifo_in_place_of_a_lock_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".checkpoints.lock")
     place = open_workdir(tmp_path, tmp_path / "checkpoints")
-    with pytest.raises((OSError, ValueError), match=re.escape(name)) as error, place:
+    with pytest.raises((OSError, ValueError), match=r"\.checkpoints\.lock") as error, place:
         pass
     one_line(error)
+
+
+@pytest.mark.parametrize("make", ["symlink", "link", "fifo"])
+def test_a_log_that_is_no_file_of_the_run_is_left_alone(make, tmp_path, outside, caplog):
+    """The work goes on, and the console hears of it once."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    path = workdir / "stdout.txt"
+    os.mkfifo(path) if make == "fifo" else getattr(os, make)(outside / "precious", path)
+    with open_workdir(workdir, workdir / "checkpoints"):
+        logging.warning("work")
+    (line, _) = [record.getMessage() for record in caplog.records]
+    assert "stdout.txt" in line and line.endswith(": the log is on the console only")
 
 
 @pytest.mark.parametrize("dangling", [True, False])
@@ -208,7 +221,9 @@ def image(path):
 READERS = {
     "image.png": image,
     "data.zip": lambda path: image_folder.find(config_of("folder", path=str(path)).data),
-    "data.npz": lambda path: image_folder.find(config_of("folder", path=str(path)).data)._names,
+    "data.npz": lambda path: (
+        image_folder.find(config_of("folder", path=str(path)).data).split_names
+    ),
     "grid.png": page_png,
     "photos.npy": lambda path: read_pictures("sampling.between", [str(path)], (1, 8, 8)),
     "encoded.png": lambda path: read_pictures("sampling.encode", [str(path)], (1, 8, 8)),
