@@ -1,4 +1,4 @@
-"""The parts of an experiment, as what is made of them sees them; `experiment` builds them."""
+"""The parts of an experiment, as modules below `experiment`, which builds them, see them."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from sources.codec import Codec
 
 
 class Parts(Protocol):
-    """The attributes of an `experiment.Experiment`, which see."""
+    """Attributes of an `experiment.Experiment` that these modules use."""
 
     device: torch.device
     method: Method

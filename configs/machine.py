@@ -49,7 +49,7 @@ def expand_home(config: ConfigDict) -> None:
 def missing(
     config: ConfigDict, values: Mapping[str, Any], overridden: Collection[str], mode: str
 ) -> dict[str, Any]:
-    """Those of the `values` that `reset` put away without which `mode` would do something else.
+    """The `values` put away by `reset` that would change what `mode` does.
 
     Data and images of a single file are not among them: most uses of a network need none, and the
     others say what they lack.

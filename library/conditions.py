@@ -12,7 +12,7 @@ from sources.keyed import keyed_generator
 
 @dataclass(frozen=True)
 class ConditionDrawer:
-    """Draws conditions of training images, which are read at the first call that needs them.
+    """Random draw of training images' conditions, read at the first call that needs them.
 
     Attributes:
         data: whose training split.

@@ -1,6 +1,6 @@
-"""What `--mode sample` draws into a folder: samples, a film of them, encodings, a film between two.
+"""The folder of `--mode sample`: samples, a film of them, encodings, a film between two images.
 
-Files that are there are kept; a folder has those of one network and one sampler.
+Existing files are kept; a folder has those of one network and one sampler.
 """
 
 import functools

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Within the block SIGTERM, SIGINT and SIGHUP only ask to stop; a second one ends the process.
+    """Let SIGTERM, SIGINT and SIGHUP only ask to stop in the block; a second ends the process.
 
     A SIGHUP is never that second one: a closed terminal sends several. Yields a function that gives
-    the name of the signal received, or None. Where another thread than the main one runs this,
-    which cannot handle signals, they do what they did.
+    the name of the signal received, or None. A thread other than the main one cannot handle
+    signals; there nothing changes.
     """
     received = []
 

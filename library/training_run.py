@@ -1,4 +1,4 @@
-"""What training does beside its steps: saving, resuming, held-out loss, pictures, bad losses."""
+"""The work of training beside its steps: saving, resuming, held-out loss, pictures, bad losses."""
 
 import logging
 import math
@@ -39,7 +39,7 @@ SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
 
 
 class _Stopped(Exception):
-    """A signal asks to stop."""
+    """A signal's request to stop."""
 
 
 @dataclass
@@ -189,7 +189,7 @@ def resumed_from(
 
 
 class LossWatch:
-    """Looks at the losses of several steps at once, so that no step waits for its device.
+    """Check of the losses of several steps at once, so that no step waits for its device.
 
     Args:
         max_bad_steps: losses in a row that are not finite, which end the run.

@@ -1,4 +1,4 @@
-"""Exact field lines of points in the plane, and where they lie when seen from aside."""
+"""Exact field lines of points in the plane, and where they lie when seen from the side."""
 
 import math
 
@@ -60,7 +60,7 @@ def field_lines(data: Tensor, number: int, far: float, steps: int = 60) -> Point
 
 
 def in_space(points: Points) -> Points:
-    """Places on paper of points (x, z), (..., 3), in a parallel projection from above and aside."""
+    """Places on paper of points (x, z), (..., 3), in a parallel projection from obliquely above."""
     a, b, z = np.moveaxis(points, -1, 0)
     across = math.cos(AZIMUTH) * a + math.sin(AZIMUTH) * b
     depth = depth_of(points)
@@ -68,5 +68,5 @@ def in_space(points: Points) -> Points:
 
 
 def depth_of(points: Points) -> NDArray[np.float64]:
-    """Distances behind the middle of points (x, z), (..., 3), seen from aside."""
+    """Distances behind the middle of points (x, z), (..., 3), seen from the side."""
     return math.cos(AZIMUTH) * points[..., 1] - math.sin(AZIMUTH) * points[..., 0]

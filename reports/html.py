@@ -70,7 +70,7 @@ def table(names: Sequence[str], rows: Sequence[str], kind: str = "wide") -> str:
 
 
 def row(cells: Iterable[str], best: Container[int] = (), kind: str = "") -> str:
-    """A row of a table, the cells of which the columns are `best` in bold."""
+    """A row of a table; cells in the columns `best` are bold."""
     marked = (
         f"<td{' class=best' if i in best else ''}>{escape(text)}</td>"
         for i, text in enumerate(cells)

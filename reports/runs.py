@@ -52,7 +52,7 @@ class Run:
         return {seed, THE_RUNS} if seed == str(self.values["seed"]) else {seed}
 
     def repeats(self, other: "Run") -> bool:
-        """Whether both are of one seed, or of the same weights, and count once."""
+        """Whether both have the same seed or the same weights, and so count as one."""
         same_weights = self.weights is not None and self.weights == other.weights
         return same_weights or self.values["seed"] == other.values["seed"]
 
@@ -121,7 +121,7 @@ def _preferred(seeds: set[str]) -> str:
 
 
 def by_seed(group: Group) -> list[list[Run]]:
-    """The runs of a group in lists of those that count once."""
+    """The runs of a group, in lists of runs that count as one."""
     seeds: list[list[Run]] = []
     for run in group:
         alike = (seed for seed in seeds if any(map(run.repeats, seed)))

@@ -1,4 +1,4 @@
-"""What samplers of the ODE and of the SDE share: a prior draw, guidance, restoration, the codec."""
+"""Base of the samplers of ODE and SDE: a prior draw, guidance, restoration, the codec."""
 
 import abc
 import math

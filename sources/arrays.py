@@ -71,7 +71,7 @@ class Arrays:
         return listing.in_words(listing.beside_splits("array", names, self.split_names))
 
     def open(self, data: ConfigDict, split: str) -> View:
-        """The images of `split`; ValueError where the array is none of images."""
+        """The images of `split`; ValueError where the array does not hold images."""
         where = f"data.path={self.path}"
         with _opened(self.path, f"{where} cannot be read") as content:
             is_packed = isinstance(content, zipfile.ZipFile)

@@ -54,7 +54,7 @@ def whole_records(path: Path) -> Iterator[bytes]:
 
 
 def checked(data: bytes) -> bytes:
-    """`data` without the masked CRC-32C that follows it; ValueError where that is another."""
+    """`data` without the masked CRC-32C that follows it; ValueError where that does not match."""
     crc = google_crc32c.value(data[:-4])
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     if len(data) < 4 or struct.unpack("<I", data[-4:]) != (masked,):
