@@ -20,6 +20,18 @@ GAIN = 1.1  # times as fast as float32 that bfloat16 has to be, to be worth its 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
+# Parts of PyTorch with a precision of float32 products. Reading it by its older names raises where a
+# caller has set these.
+PRODUCTS = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,
+    torch.backends.mkldnn.conv,
+    torch.backends.mkldnn.rnn,
+)
+
+
 def for_training(
     model: nn.Module,
     precision: str = "fp32",
@@ -109,14 +121,14 @@ def full_float32() -> Iterator[None]:
 
     Nor does autocast that is on outside of it change them.
     """
-    precision, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    precisions = [each.fp32_precision for each in PRODUCTS]
     set_float32_products("fp32")
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = allowed
+        for each, precision in zip(PRODUCTS, precisions, strict=True):
+            each.fp32_precision = precision
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     for line in without_effect(FLAGS.config, overrides):
         logging.info(line)
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "launcher's"
-    several = launcher == "torchrun" or os.environ.get("WORLD_SIZE", "1") != "1"
+    several = launcher == "torchrun" or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     try:
         with command_line.one_line_errors():
             signal.signal(signal.SIGINT, INTERRUPT)
@@ -147,8 +147,10 @@ def parse(argv: list[str]) -> list[str]:
         _log_to_stdout()
         checkpoint = _path(command_line.value_of(argv, "checkpoint"))
         config = run_config.load(Path(workdir), checkpoint)
-        trusted = re.compile("--?trust_workdir(=(true|t|yes|y|1))?", re.I)
-        if not any(map(trusted.fullmatch, argv)):
+        flag = re.compile("--?(no)?trust_workdir(?:=(.*))?", re.I)
+        *_, last = None, *filter(None, map(flag.fullmatch, argv))
+        yes = ("true", "t", "yes", "y", "1")
+        if not last or last[1] or (last[2] or "true").lower() not in yes:
             values.update(machine.reset(config, single_file=checkpoint is not None))
         return config
 

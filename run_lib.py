@@ -104,7 +104,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     ]
     config.data.changed = "refuse"  # the permission is for this start, and not stored
     if dry_run:
-        step, lines = resumed_from(workdir, experiment.network, flatten(config))
+        step, lines = resumed_from(workdir, experiment, flatten(config))
         log.info(f"would train from step {step} to {training.n_iters} in {workdir}: {plan}")
         _log_lines(lines + remarks)
         experiment.data.close()
@@ -231,6 +231,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             workdir, options.begin_ckpt, options.end_ckpt, training.snapshot_freq, training.n_iters
         )
     )
+    distributed.check_same("checkpoints", " ".join(path.name for path in checkpoints.values()))
     split, statistics, restored = None, [], None
     if options.enable_loss or options.enable_bpd or options.enable_classification:
         split = Split(options.dataset, experiment.data.get(options.dataset))
@@ -364,6 +365,7 @@ def sample(
     if pictures or ends:
         trained.conditions_of(None, 1)  # raises where the network needs more conditions of images
     origin = experiment.origin()
+    distributed.check_same("weights", origin["weights"])
     del origin["seed"]  # of the training
     restored = ToRestore.from_config(config, experiment) if options.restore else None
     if restored:

@@ -11,6 +11,7 @@ import torch
 from datasets import DataSet
 from experiment_parts import Parts
 from metrics.reference import origin_of
+from reports.evaluation_page import PICTURES
 from sources.keyed import keyed_generator
 
 
@@ -58,5 +59,5 @@ class Evaluated:
 
     def remove_results(self) -> None:
         """Remove the report and the pictures, which are to be made anew."""
-        for path in (self.folder / f"report_{self.k}.npz", *self.folder.glob(f"*_{self.k}.png")):
+        for path in (self.folder / f"report_{self.k}.npz", *map(self.picture, PICTURES)):
             path.unlink(missing_ok=True)

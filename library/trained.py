@@ -101,6 +101,7 @@ class Trained:
             images.append(batch)
         return torch.cat(images)
 
+    @execution.own_numerics()
     def restore(
         self,
         measured: Measurement | Tensor,
@@ -130,11 +131,13 @@ class Trained:
             ValueError: the images have another shape than `name` needs, or cannot be restored so.
             FloatingPointError: as in `sample`.
         """
+        device = self.experiment.device
         if not isinstance(measured, Measurement):
-            images = measured.to(self.experiment.device)
+            images = torch.as_tensor(measured, device=device)
             measured = damaged(self.experiment.codec, images, name, noise, missing)
-        seeds, n = [*seeds], len(measured.value)
-        rows = torch.arange(n, device=measured.value.device).repeat_interleave(len(seeds))
+        measured = replace(measured, value=measured.value.to(device))
+        seeds, n = checked_seeds(seeds), len(measured.value)
+        rows = torch.arange(n).repeat_interleave(len(seeds))
         of_rows = dict(self.conditions_of(class_label, n, conditions).map(lambda each: each[rows]))
         labels = of_rows.pop("class_labels", None)
         images = self.sample(n * seeds, labels, measurement=measured[rows], conditions=of_rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import distributed
 from datasets import DataSet, batch_at, to_unit_interval
@@ -170,21 +170,20 @@ class TrainingRun:
         log.info(f"step {step}: samples in {nfe} evaluations: {self.picture}")
 
 
-def resumed_from(
-    workdir: Path, network: nn.Module, values: dict[str, Any]
-) -> tuple[int, list[str]]:
+def resumed_from(workdir: Path, experiment: Parts, values: dict[str, Any]) -> tuple[int, list[str]]:
     """The step from which training would go on, and lines on what it would ignore or change.
 
-    The checkpoint's EMA weights are copied into `network`; of all that it has, no other tensors are
-    loaded. `values` is the config, flat. Raises ValueError where the checkpoint does not fit.
+    The checkpoint's EMA weights are copied into the network; of all that it has, no other tensors
+    are loaded. `values` is the config, flat. Raises ValueError where the checkpoint does not fit.
     """
     read = partial(open_checkpoint, intact=True)
     newest = newest_checkpoint(workdir, set_aside=False, read=read)
     if newest is None:
         return 0, passed_over(workdir)
     path, content = newest
+    check_codec(experiment.codec, content, path)
     changes = run_config.changes(path, content, values)
-    step = fit(partial(load_ema, network), content, path, changes)
+    step = fit(partial(load_ema, experiment.network), content, path, changes)
     return step, [f"the config differs from that of the run: {change}" for change in changes]
 
 

@@ -186,10 +186,10 @@ def _colours(size: int, channels: int) -> str:
 
 
 def _readable(path: Path, read: Callable[[Path], T] = read_report) -> T | None:
-    """The report or picture at `path`; None, and a warning, where it is damaged."""
+    """The report or picture at `path`; None, and a warning, where it is damaged or gone."""
     try:
         return read(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # another evaluation may have removed it
         log.warning(f"{error}; it is not used")
         return None
 

@@ -28,7 +28,8 @@ def make_lenient() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+            # takes the lowest number that is free, this one, for the program's children too
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         old = getattr(sys, name)
         raw = _Lenient(descriptor, "w", closefd=False)
@@ -37,6 +38,7 @@ def make_lenient() -> None:
             encoding=old.encoding if old else "utf-8",
             errors="backslashreplace",
             line_buffering=old.line_buffering if old else False,
+            write_through=old.write_through if old else False,
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)  # which Python flushes last

@@ -209,6 +209,7 @@ class Sampler(abc.ABC):
         return cls(method=method, codec=codec, guidance=guidance, **arguments(cls, config))
 
     @torch.no_grad()
+    @execution.full_float32()
     def __call__(
         self,
         net: Network,

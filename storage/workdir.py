@@ -185,7 +185,8 @@ def open_workdir(workdir: Path, folder: Path, main: bool = True, flag: str = "")
         raise NotADirectoryError(f"workdir {workdir} is a file; name a folder")
     check_writable(folder, flag)
     workdir.mkdir(parents=True, exist_ok=True)
-    inside = [folder.relative_to(workdir)] if workdir in folder.parents else []
+    place, top = folder.absolute(), workdir.absolute()
+    inside = [place.relative_to(top)] if top in place.parents else []
     refuse_links(workdir, *map(str, inside))
     with _lock(folder), _log_file(workdir / "stdout.txt"), logging_redirect_tqdm():
         yield

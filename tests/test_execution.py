@@ -124,6 +124,22 @@ def test_only_training_needs_its_precision(tmp_path, monkeypatch, precision):
     assert [*tmp_path.glob("eval/report_*.npz")]
 
 
+def test_full_float32_beside_the_newer_settings_of_pytorch():
+    """Whose older names then cannot be read."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        with execution.full_float32():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+        execution.set_float32_products("fp32")
+
+
 def test_loading_changes_nothing_of_the_callers_process(tmp_path, monkeypatch):
     config = tiny("poisson/digits_ddpmpp.py", tmp_path)
     config.training.snapshot_sampling = False
