@@ -20,8 +20,8 @@ GAIN = 1.1  # times as fast as float32 that bfloat16 has to be, to be worth its 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-# Parts of PyTorch with a precision of float32 products. Reading it by its older names raises where a
-# caller has set these.
+# Parts of PyTorch with a precision of float32 products; where a caller has set these, reading their
+# older names raises.
 PRODUCTS = (
     torch.backends.cuda.matmul,
     torch.backends.cudnn.conv,
