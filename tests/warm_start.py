@@ -228,6 +228,7 @@ def _start(request: dict, descriptors: list[int]) -> dict:
 def _become_a_program(connection: int) -> None:
     """Serves; each fork runs the script that it is asked for."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a suite started by nohup ignores
     sys.path[0] = str(ROOT)
     for name in IMPORTS:
         importlib.import_module(name)
