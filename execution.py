@@ -122,13 +122,23 @@ def full_float32() -> Iterator[None]:
     Nor does autocast that is on outside of it change them.
     """
     precisions = [each.fp32_precision for each in PRODUCTS]
-    set_float32_products("fp32")
+    try:
+        older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        set_float32_products("fp32")
+    except RuntimeError:  # the caller has set the newer names
+        older = None
+        for each in PRODUCTS:
+            each.fp32_precision = "ieee"
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        for each, precision in zip(PRODUCTS, precisions, strict=True):
-            each.fp32_precision = precision
+        if older:
+            torch.set_float32_matmul_precision(older[0])
+            torch.backends.cudnn.allow_tf32 = older[1]
+        else:
+            for each, precision in zip(PRODUCTS, precisions, strict=True):
+                each.fp32_precision = precision
 
 
 @contextlib.contextmanager
