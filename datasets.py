@@ -360,7 +360,7 @@ class Data:
 
     def measure_scale(self) -> Measured:
         """The `data.scale` of 16-bit images of either split; () where there are no such files."""
-        if not (self.takes_scale and Path(self.options.path).expanduser().exists()):
+        if not (self.takes_scale and Path(keys.with_home("data.path", self.options.path)).exists()):
             return Measured(())
         options = {"delay": 1, "disable": not distributed.is_main()}
         watch = partial(tqdm, desc="range of 16-bit images", unit="image", **options)
@@ -382,10 +382,10 @@ class Data:
         channels, height, width = train[:1].shape[1:]
         held_out = "a random tenth is held out"
         if self._is_folder:
-            name, found = str(data.path), self._find()
-            sizes, omitted = made_of(self._source("train"), data.image_size), found.omitted
-            if found.split_names:
-                held_out = "{train} and {test}".format(**found.split_names)
+            name, listing = str(data.path), self._find()
+            sizes, omitted = made_of(self._source("train"), data.image_size), listing.omitted
+            if listing.split_names:
+                held_out = "{train} and {test}".format(**listing.split_names)
             elif self.takes_scale and data.rules != 1:
                 held_out = "a tenth is held out by names"
         return (

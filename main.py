@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before absl takes them
 
 import logging
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -67,7 +66,8 @@ def main(argv: list[str]) -> None:
     for flag in ("outdir", "checkpoint"):
         if FLAGS[flag].value is not None and FLAGS.mode in ("train", "eval"):
             command_line.fail(f"--{flag} is for --mode sample and export, not {FLAGS.mode}")
-    import run_lib  # here and not above, so that --help answers at once
+    import distributed  # here and not above, so that --help answers at once
+    import run_lib
     from configs.effects import without_effect
 
     _log_to_stdout()
@@ -79,8 +79,6 @@ def main(argv: list[str]) -> None:
         _restore_alone(overrides)
     for line in without_effect(FLAGS.config, overrides):
         logging.info(line)
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "launcher's"
-    several = launcher == "torchrun" or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     try:
         with command_line.one_line_errors():
             signal.signal(signal.SIGINT, INTERRUPT)
@@ -91,18 +89,25 @@ def main(argv: list[str]) -> None:
                 outdir, checkpoint = _path(FLAGS.outdir), _path(FLAGS.checkpoint)
                 run(FLAGS.config, workdir, outdir, checkpoint, FLAGS.dry_run)
             elif not run_lib.train(FLAGS.config, workdir, FLAGS.dry_run):
-                again = f"the same {launcher} command" if several else shlex.join(sys.orig_argv)
-                if command_line.rank() == 0:
-                    print(f"to go on: {again}")
+                launcher = "torchrun" if distributed.by_torchrun() else "launcher's"
+                same = f"the same {launcher} command"
+                if distributed.is_main():
+                    print(f"to go on: {same if _are_several() else shlex.join(sys.orig_argv)}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    if several:
+    if _are_several():
         # With all done, one process of several now and then aborts while Python shuts down (seen
         # with PyTorch 2.13 and gloo), for which torchrun would call the whole job failed.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
+
+
+def _are_several() -> bool:
+    import distributed
+
+    return distributed.by_torchrun() or distributed.world() > 1
 
 
 def _restore_alone(overrides: list[str]) -> None:
@@ -129,10 +134,9 @@ def _restore_alone(overrides: list[str]) -> None:
 def parse(argv: list[str]) -> list[str]:
     """Parse `argv` into FLAGS, as `app.run` asks for; the modes `STORED` find their config.
 
-    Values of it that belong to the machine of the run are not taken (`configs.machine`): where one
-    is needed, a line has the command with the flags that set it.
+    Values of it that belong to the machine of the run are taken with `--trust_workdir` only
+    (`configs.machine`): where one is needed, a line has the command with the flags that set it.
     """
-
     if "--version" in argv:
         print(VERSION)
         sys.exit()
@@ -147,17 +151,16 @@ def parse(argv: list[str]) -> list[str]:
         _log_to_stdout()
         checkpoint = _path(command_line.value_of(argv, "checkpoint"))
         config = run_config.load(Path(workdir), checkpoint)
-        flag = re.compile("--?(no)?trust_workdir(?:=(.*))?", re.I)
-        *_, last = None, *filter(None, map(flag.fullmatch, argv))
-        yes = ("true", "t", "yes", "y", "1")
-        if not last or last[1] or (last[2] or "true").lower() not in yes:
-            values.update(machine.reset(config, single_file=checkpoint is not None))
+        values.update(machine.reset(config, single_file=checkpoint is not None))
         return config
 
-    values = {}  # of the run, that were not taken
-    rest = command_line.parse(argv, stored)
-    if values:
-        _refuse_missing(values, command_line.overridden(argv))
+    values = {}  # of the machine of the run
+    rest, overridden = command_line.parse(argv, stored), command_line.overridden(argv)
+    if FLAGS.trust_workdir:
+        trusted = {key: value for key, value in values.items() if key not in overridden}
+        FLAGS.config.update_from_flattened_dict(trusted)
+    elif values:
+        _refuse_missing(values, overridden)
     return rest
 
 

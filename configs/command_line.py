@@ -17,7 +17,7 @@ from configs.keys import explain_unknown, flatten, with_home
 
 FLAGS = flags.FLAGS
 PATHS = ("config", "workdir", "eval_folder", "outdir", "checkpoint")  # flags that name one
-# What PyTorch and its libraries say where memory is short, on any device.
+# Words of PyTorch and its libraries where memory is short, on any device.
 NO_MEMORY = r"out of memory|(can't|cannot|unable to|fail\w* to) alloc|not enough mem|bad_?alloc"
 NO_MEMORY += r"|alloc_?failed|storage size calculation overflowed"
 HELP = (
@@ -66,9 +66,9 @@ def value_of(argv: list[str], flag: str) -> str | None:
     """The last value of `--{flag}` in `argv`, before it is parsed."""
     value = None
     for argument, following in zip(argv, [*argv[1:], None], strict=True):
-        name, equals, given = argument.partition("=")
+        name, equals, content = argument.partition("=")
         if name in (f"--{flag}", f"-{flag}"):
-            value = given if equals else following
+            value = content if equals else following
     return value
 
 
@@ -128,11 +128,11 @@ def _defaults() -> ConfigDict:
     return get_default_config()
 
 
-def _check_overrides(argv: list[str], known: dict) -> None:
-    allowed = known.keys() | {key.partition(".")[0] for key in known}
+def _check_overrides(argv: list[str], defaults: dict) -> None:
+    allowed = defaults.keys() | {key.partition(".")[0] for key in defaults}
     for key in overridden(argv):
         if key not in allowed:
-            raise ValueError(explain_unknown(key, known))
+            raise ValueError(explain_unknown(key, defaults))
 
 
 def _check_file(path: str) -> None:
@@ -149,16 +149,16 @@ def _check_file(path: str) -> None:
         keys = flatten(config).keys() if isinstance(config, ConfigDict) else ()
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"config file {_where(path, error)}: {_reason(error)}") from error
-    known = flatten(_defaults())
+    defaults = flatten(_defaults())
     if get_config is None:
         raise ValueError(f"config file {path} defines no get_config()")
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"config file {path}: its get_config() does not return an ml_collections.ConfigDict"
         )
-    if more := keys - known.keys():
-        raise ValueError(f"config file {path}: {explain_unknown(min(more), known)}")
-    if less := known.keys() - keys:
+    if more := keys - defaults.keys():
+        raise ValueError(f"config file {path}: {explain_unknown(min(more), defaults)}")
+    if less := defaults.keys() - keys:
         raise ValueError(f"config file {path} lacks {min(less)}; start from configs/default.py")
 
 
@@ -167,8 +167,8 @@ def _where(path: str, error: Exception) -> str:
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename}, line {error.lineno}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        own = Path(frame.filename).parent.name == "configs" and frame.filename != __file__
-        if frame.filename == path or (own and "part" not in frame.line):  # those are the caller's
+        shared = Path(frame.filename).parent.name == "configs" and frame.filename != __file__
+        if frame.filename == path or (shared and "part" not in frame.line):  # which is the caller's
             return f"{frame.filename}, line {frame.lineno}"
     return path
 

@@ -95,8 +95,8 @@ def without_effect(config: ConfigDict, keys: Iterable[str]) -> list[str]:
 
     Values that switch something off (None, 0, False, empty) need no line.
     """
-    lines, known = [], all_keys()
-    for key in (k for k in dict.fromkeys(keys) if k in known and get(config, k)):
+    lines, declared = [], all_keys()
+    for key in (k for k in dict.fromkeys(keys) if k in declared and get(config, k)):
         if reasons := _of_inactive_parts(config, key) or _beside_values(config, key):
             beside = " and ".join(f"{k}={shown(get(config, k))}" for k in reasons)
             lines.append(f"{key}={shown(get(config, key))} has no effect with {beside}")

@@ -17,6 +17,7 @@ from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics
 from metrics.table import OF_HALVES, Comparison, compare, compare_halves
 from reports.images import (
+    GRID_SAMPLES,
     Images,
     by_class,
     channels_last,
@@ -32,7 +33,6 @@ from storage.files import cached, check_arrays, read_arrays, save_png
 
 log = logging.getLogger(__name__)
 
-GRID_SAMPLES = 100  # images of an evaluation that its picture shows
 OF_CLASS = 10  # samples of a class in a row of the picture of samples
 PAIRS = 10  # samples in a row of the picture of nearest training images
 

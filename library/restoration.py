@@ -121,8 +121,8 @@ class ToRestore:
 
     def origin(self, shape: Shape) -> dict[str, str]:
         """Digests of measurement, operator and conditions; `shape` is that of x, (C, H, W)."""
-        known = self.measurement.operator.forward(torch.ones(1, *shape))
-        measured = digests(measurements=self.measurement.value, known=known)
+        ones = self.measurement.operator.forward(torch.ones(1, *shape))
+        measured = digests(measurements=self.measurement.value, known=ones)
         return measured | digests_of_conditions(self.conditions)
 
     @classmethod

@@ -19,7 +19,7 @@ from configs.schema import Flag, Key, OneOf, Text
 from library.restoration import ToRestore
 from library.trained import Trained
 from reports.films import save_film
-from reports.images import image_grid, to_uint8
+from reports.images import GRID_SAMPLES, image_grid, to_uint8
 from reports.progress import progress_bar
 from reports.samples import SampleFiles
 from samplers.ode import ODESampler
@@ -34,7 +34,6 @@ from storage.workdir import check_settings, save_settings
 
 log = logging.getLogger(__name__)
 
-GRID_SAMPLES = 100  # samples that the picture of a folder shows
 FILM_SAMPLES = 36  # samples that a film shows
 FILM_PIXELS = 192  # least side of a film of one image
 FRAMES = 48  # of a film
@@ -276,8 +275,8 @@ def pair_of(text: str) -> list[str]:
         return pairs[0]
     present = [pair for pair in pairs if all(Path(name).exists() for name in pair)]
     if len(present) != 1:
-        found = "several pairs of files" if present else "no two files"
-        raise ValueError(f"sampling.between={text} must be two images, A.png,B.png: it is {found}")
+        names = "several pairs of files" if present else "no two files"
+        raise ValueError(f"sampling.between={text} must be two images, A.png,B.png: it is {names}")
     return present[0]
 
 

@@ -233,7 +233,7 @@ class UNet(nn.Module):
         levels = [(nf * m, s in attn_resolutions) for m, s in zip(ch_mult, sizes, strict=True)]
         coarsest = len(levels) - 1
 
-        # What a level does not have is None: the coarsest has no `down`, the finest no `up`.
+        # None where a level lacks a part: the coarsest has no `down`, the finest no `up`.
         self.encoder = nn.ModuleList()
         branch_width, skip_widths = channels, [width]
         for i, (level_width, attend) in enumerate(levels):

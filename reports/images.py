@@ -15,6 +15,7 @@ from storage.files import save_png
 log = logging.getLogger(__name__)
 
 SIDE_BY_SIDE = 4  # channels in a picture of images without colours
+GRID_SAMPLES = 100  # samples of a run or an evaluation that its picture shows
 CLASS_ROWS = 10  # most classes of a picture with a row for each
 LARGEST = 9216  # side of a picture: WebP allows 16,383, and Pillow reads 89 megapixels
 

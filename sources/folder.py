@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
+from configs.keys import with_home
 from configs.schema import Key, Number, Numbers, Text, whole
 from sources import digests, labels, listing, splits
 from sources.arrays import Arrays, is_array, read_array
@@ -71,7 +72,7 @@ def find(data: ConfigDict) -> "Folder | Arrays":
     if not data.path:
         kinds = "a folder or .zip of images, .npy or .npz"
         raise ValueError(f"data.dataset='folder' needs data.path, {kinds}")
-    path, rules = Path(data.path).expanduser(), RULES[data.rules or NEWEST]
+    path, rules = Path(with_home("data.path", data.path)), RULES[data.rules or NEWEST]
     if not path.exists():
         raise FileNotFoundError(f"data.path={data.path} does not exist")
     return Arrays(path, rules) if is_array(path) else Folder(path, rules)

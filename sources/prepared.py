@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs.keys import with_home
 from configs.schema import Key, OneOf, Text
 from sources import digests, images, tfrecords
 from sources.base import Classes, PerProcess, Picture, Source, Unreadable, View
@@ -130,7 +131,7 @@ def _builder(name: str, data_dir: str):
         raise ValueError(
             f"{name} is read by tensorflow_datasets: pip install -r requirements.txt ({error})"
         ) from error
-    return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+    return tfds.builder(name, data_dir=with_home("data.data_dir", data_dir) or None)
 
 
 def open_lsun(data: ConfigDict, split: str) -> Source:

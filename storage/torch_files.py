@@ -98,8 +98,8 @@ def read_state(file: BinaryIO, stored: bool = False) -> tuple[object, list[Stora
     Raises:
         ValueError: it is damaged, or names a class or function that no state has.
     """
-    known = KNOWN if stored else KNOWN | {"torch._utils._rebuild_tensor_v2": _tensor}
-    return _read_zip(file, Unpickler(known, _STATES))
+    calls = KNOWN if stored else KNOWN | {"torch._utils._rebuild_tensor_v2": _tensor}
+    return _read_zip(file, Unpickler(calls, _STATES))
 
 
 # --- the formats of torch.save -------------------------------------------------------------------
@@ -219,8 +219,8 @@ def read_pickles(file: BinaryIO, known: dict[str, Callable]) -> object:
             storages[id(content)] = content, _read(io.BytesIO(content), within)
         return storages[id(content)][1]
 
-    known = KNOWN | known | {"torch.storage._load_from_bytes": load_from_bytes}
-    return _read(file, Unpickler(known, operations=within.operations))
+    calls = KNOWN | known | {"torch.storage._load_from_bytes": load_from_bytes}
+    return _read(file, Unpickler(calls, operations=within.operations))
 
 
 def _read(file: BinaryIO, unpickler: Unpickler) -> object:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -117,6 +118,16 @@ def exact_network():
         return net
 
     return make
+
+
+def peak(call):
+    """The most bytes of Python and numpy at a time during `call`."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.hookimpl(wrapper=True)

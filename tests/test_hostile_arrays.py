@@ -2,11 +2,11 @@
 
 import random
 import re
-import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
+from conftest import peak
 
 from reports import page
 from reports.report_file import read_report
@@ -15,16 +15,6 @@ from storage.files import cached, read_arrays, save_npz
 NUMBERS = (0, -1, np.nan, np.inf, -np.inf, 1e29, -1e29, 1e30, 1e308, -1e308, 5e-324, 1 + 1e-12)
 DTYPES = ("i1", "u8", "f2", "f4", "c16", "?", "U9", "S3", "M8[s]", "V4", [("a", "f4"), ("b", "?")])
 SMALL = b"\x93NUMPY\x01\x00\x76\x00{'descr': '|u1', 'fortran_order': False, 'shape': (9871,)}"
-
-
-def peak(call):
-    """The most bytes of Python and numpy at a time during `call`."""
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def write_entries(path, method=zipfile.ZIP_DEFLATED, **entries):

@@ -7,12 +7,12 @@ import re
 import shutil
 import signal
 import struct
-import tracemalloc
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
+from conftest import peak
 from data_files import encoded, pictures
 from many_lives import small_config
 from PIL import Image
@@ -46,7 +46,7 @@ TRAINED = {
 
 @pytest.fixture(autouse=True)
 def no_waiting():
-    """What hangs fails."""
+    """A test that hangs fails."""
 
     def fail(*_):
         raise TimeoutError
@@ -80,15 +80,6 @@ def one_line(error):
     text = str(error.value)
     assert text.isprintable()
     return text
-
-
-def peak(call):
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 # --- links in a workdir ---------------------------------------------------------------------------

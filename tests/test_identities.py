@@ -1,4 +1,4 @@
-"""What tells results of one codec or objective from those of another: caches, guides, reports."""
+"""Identities of codecs and objectives, which tell their results apart: caches, guides, reports."""
 
 import re
 from dataclasses import dataclass

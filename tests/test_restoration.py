@@ -359,7 +359,7 @@ def test_each_image_is_replaced_through_its_mask(noise):
 
 @pytest.mark.parametrize("name", ["inpaint", "colour", "super2", "denoise"])
 def test_the_picture_of_a_measurement_agrees_with_it(name):
-    """What was measured of colour is grey, not the least change that explains it."""
+    """The picture of a measurement of colour is grey, not the least change that explains it."""
     x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     operator = get_operator(name, torch.rand(4, 4) < 0.5)
     measurement = Measurement(operator, operator.forward(x))

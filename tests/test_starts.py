@@ -1,4 +1,4 @@
-"""What a start of training says and draws: pictures, files that it passes over, a dry run."""
+"""Starts of training: pictures, files that are passed over, a dry run."""
 
 import logging
 from types import SimpleNamespace
