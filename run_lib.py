@@ -169,6 +169,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                     logged, logged_at = state.step, now
                     progress.set_postfix_str(f"loss {newest:.4g}, {speed:.0f} images/s")
                     writer.add_scalar("loss/train", newest, state.step)
+                    if phase := objective.phase(state.step - 1):
+                        writer.add_scalar(f"loss/{phase}", newest, state.step)
                     writer.add_scalar("images_per_second", speed, state.step)
                 paused_at = time.perf_counter()
                 if state.step == first:  # processes that go apart do so in their first step
@@ -237,6 +239,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         split = Split(options.dataset, experiment.data.get(options.dataset))
     if options.enable_bpd or options.enable_classification:
         experiment.check_likelihood()
+    for part in filter(options.get, evaluation.ALONG_LATENTS):
+        experiment.objective.check_ode(f"eval.{part}")
     draws = any(map(options.get, evaluation.DRAWN))
     if draws:
         experiment.draw_conditions(1, "check")  # raises where there is no label to sample with
@@ -287,13 +291,13 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                 seed=config.seed,
                 batch_size=options.batch_size,
             )
+            experiment.sampler = sampler
+            if draws:
+                experiment.sampler = experiment.fitted_sampler(path)
             made_by = report_settings.from_config(config, evaluated, split, statistics, restored)
             report["settings"] = to_json(made_by)
             if main:
                 evaluated.remove_results()
-            experiment.sampler = sampler
-            if draws:
-                experiment.sampler = experiment.fitted_sampler(path)
             if options.enable_bpd:
                 report |= evaluation.bits_per_dim(evaluated, split, options.bpd_num_repeats)
             if options.enable_classification:
@@ -363,6 +367,7 @@ def sample(
     experiment = trained.experiment
     execution.prepare_process(config.training.precision, experiment.device)
     if pictures or ends:
+        experiment.objective.check_ode(f"sampling.{'encode' if pictures else 'between'}")
         trained.conditions_of(None, 1)  # raises where the network needs more conditions of images
     origin = experiment.origin()
     distributed.check_same("weights", origin["weights"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import distributed
 from configs.keys import named
 from configs.schema import SHARE, Key, Number, Numbers, OneOf, whole
-from losses import Regression
+from losses import Objective
 from models.ema import ExponentialMovingAverage, rise_of_edm, rise_of_power
 from models.weights import load_model
 from optimizers import OPTIMIZERS, NamedParameters
@@ -86,7 +86,7 @@ class TrainState:
     def __init__(
         self,
         model: nn.Module,
-        objective: Regression,
+        objective: Objective,
         optimizer: Callable[[NamedParameters], torch.optim.Optimizer],
         ema: ExponentialMovingAverage,
         *,
@@ -116,7 +116,7 @@ class TrainState:
         self.accumulate, self.step = accumulate, 0
 
     @classmethod
-    def from_config(cls, config, model: nn.Module, objective: Regression) -> Self:
+    def from_config(cls, config, model: nn.Module, objective: Objective) -> Self:
         """The state of a new run; ValueError where a number of `config` is out of range."""
         optim, training = config.optim, config.training
         build = named(OPTIMIZERS, "optim.optimizer", optim.optimizer)

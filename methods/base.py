@@ -225,8 +225,17 @@ class Method(abc.ABC):
         alpha, alpha_rate = with_rate(self.alpha, t)
         return alpha_rate / alpha, alpha * with_rate(self.sigma, t)[1]
 
-    def noise(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw n in the shape of `x`: normal noise, and the factor (B,) by which it becomes n."""
+    def noise(
+        self, x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw n in the shape of `x`: normal noise, and the factor (B,) by which it becomes n.
+
+        Of several generators, one for each row of `x`, each draws its row.
+        """
+        if isinstance(generator, Sequence):
+            rows = zip(x.split(1), generator, strict=True)
+            draws = [self.noise(row, each) for row, each in rows]
+            return tuple(map(torch.cat, zip(*draws, strict=True)))
         normal, draw = noise_like(x, generator), {"generator": generator, "device": x.device}
         return normal, student_t.inverse_root_gamma(len(x), self.degrees_of_freedom, **draw)
 

@@ -132,7 +132,11 @@ def save_page(
         dict(sorted(reports.items())),
         k,
         facts={name: fact for name, fact in facts.items() if fact},
-        losses={name: scalars.get(f"loss/{name}", []) for name in ("train", "test")},
+        losses={
+            tag.removeprefix("loss/"): points
+            for tag, points in scalars.items()
+            if tag.startswith("loss/")
+        },
         pictures=pictures + _film(folder, workdir, step),
         settings=settings,
         distances=by_evaluations(folder, k, report),

@@ -192,7 +192,10 @@ def _of_sampling(settings: Settings) -> dict[str, Any]:
 def solver_words(settings: Settings, *cost: str) -> str:
     """Solver, its `cost`, steps and noise."""
     at = _of_sampling(settings)
-    if at.get("method") != "ode":
+    if at.get("method") == "consistency":
+        levels = [f"{float(level):.3g}" for level in at.get("levels") or ()]
+        words = ["consistency", *cost] + [f"noise levels {', '.join(levels)}"] * bool(levels)
+    elif at.get("method") != "ode":
         words = [f"{at.get('predictor')} and {at.get('corrector')}", *cost]
     elif at.get("schedule") == "its own":
         words = [at.get("ode_solver"), *cost, f"rtol {at.get('rtol')}, atol {at.get('atol')}"]

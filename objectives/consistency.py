@@ -1,0 +1,167 @@
+"""Consistency: the network learns where its ODE's trajectories end, for one evaluation or a few.
+
+Consistency models (Song et al. 2023, arXiv 2303.01469), tuned from a denoiser as in "Consistency
+Models Made Easy" (Geng et al. 2024, arXiv 2406.14548), for the noise of every number D of augmenting
+dimensions.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.schema import SHARE, Key, Number, whole
+from methods.base import Method, Network, conditioned, scaled
+from objectives.base import Objective
+from sources.batch import Batch
+
+KEYS = {
+    "consistency.q": Key(
+        2.0, Number(1.001, 1e6), "in stage a the smaller noise level is r = t (1 - n(t) / q^a)"
+    ),
+    "consistency.stages": Key(8, whole(1, 64), "number of stages, from a = 1 on"),
+    "consistency.growth": Key(
+        1.0,
+        SHARE,
+        "share of training.n_iters in which the stages follow each other; 0: only the last",
+    ),
+    "consistency.k": Key(8.0, Number(0, 1e4), "of n(t) = 1 + k sigmoid(-b t)"),
+    "consistency.b": Key(1.0, Number(0, 1e4), "of n(t)"),
+    "consistency.c": Key(
+        0.06,
+        Number(0, 1e4),
+        "of the distance sqrt(|x|^2 + c^2) - c between two ends; 0: their Euclidean distance, which "
+        "is biased",
+    ),
+    "consistency.P_mean": Key(-1.1, Number(-10, 10), "mean of ln t in training"),
+    "consistency.P_std": Key(2.0, Number(0.001, 4), "its standard deviation"),
+}
+
+SMALLEST_SQUARE = 1e-30  # under a root, so that its derivative is finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Batch):
+    """Images y at two noise levels, with the same noise n: `images` y + t n, `earlier` y + r n.
+
+    All are (B, C, H, W), the levels t and r < t (B,), float64.
+    """
+
+    t: Tensor
+    r: Tensor
+    earlier: Tensor
+    clean: Tensor
+
+
+class Consistency(Objective):
+    """Distance between the denoised images at two noise levels of one image and one noise.
+
+    With the denoiser f, y + t n and y + r n of the same image y and noise n of the method's kernel,
+    the loss of an example is
+
+        d(f(y + t n, t), f(y + r n, r)) / (t - r),    d(a, b) = sqrt(|a - b|^2 + c^2) - c,
+
+    averaged over the examples. The second f is not differentiated, has the same dropout mask, and
+    is y where r = 0. ln t is normal, and in stage a = 1, 2, ... of the training
+
+        r = max(0, t (1 - (1 + k sigmoid(-b t)) / q^a)).
+
+    As r approaches t, f becomes the end of the ODE's trajectory through y + t n: given that, the
+    mean of n is the ODE's slope.
+
+    Attributes:
+        q, stages, growth, k, b, c, P_mean, P_std: as the keys of these names say.
+        n_iters: steps of the training.
+    """
+
+    keys = KEYS
+    options = {
+        **Objective.options,
+        **{name.removeprefix("consistency."): name for name in KEYS},
+        "n_iters": "training.n_iters",
+    }
+    gives_means = False
+
+    def __init__(
+        self,
+        method: Method,
+        batch_size: int,
+        examples: int,
+        label_dropout: float = 0.0,
+        *,
+        q: float = 2.0,
+        stages: int = 8,
+        growth: float = 1.0,
+        k: float = 8.0,
+        b: float = 1.0,
+        c: float = 0.06,
+        P_mean: float = -1.1,
+        P_std: float = 2.0,
+        n_iters: int = 1,
+    ):
+        super().__init__(method, examples or batch_size, examples, label_dropout)
+        if method.predicts != "image":
+            raise ValueError(
+                f"training.objective='consistency' needs a denoiser, as of PFGM++ and EDM: the "
+                f"network of {method.name} predicts the {method.predicts}"
+            )
+        self.q, self.stages, self.growth, self.k, self.b, self.c = q, stages, growth, k, b, c
+        self.P_mean, self.P_std, self.n_iters = P_mean, P_std, n_iters
+
+    @classmethod
+    def check_ode(cls, user):
+        raise ValueError(
+            f"{user} follows the method's ODE, which a network of training.objective='consistency' "
+            "does not have: it gives the ends of trajectories and no means"
+        )
+
+    def stage(self, step: int) -> int:
+        """The stage a, from 1 on, of training step number `step`, from 0 on."""
+        growing = self.growth * self.n_iters
+        return min(self.stages, 1 + int(self.stages * step / growing)) if growing else self.stages
+
+    def phase(self, step):
+        return f"stage_{self.stage(step)}"
+
+    def earlier(self, t: Tensor, stage: int) -> Tensor:
+        """The smaller noise levels r of a `stage`, in the shape of `t`."""
+        return (t * (1 - (1 + self.k * torch.sigmoid(-self.b * t)) / self.q**stage)).clamp_min(0)
+
+    def perturb(self, batch, step, generator=None):
+        y = batch.images
+        draw = {"generator": generator, "device": y.device, "dtype": torch.float64}
+        t = (self.P_mean + self.P_std * torch.randn(len(y), **draw)).exp()
+        normal, width = self.method.noise(y, generator)
+        return self.pairs(batch, t, self.earlier(t, self.stage(step)), scaled(width, normal))
+
+    def pairs(self, batch: Batch, t: Tensor, r: Tensor, noise: Tensor) -> Pairs:
+        """The examples of the levels `t` and `r` (B,) with one `noise` (B, C, H, W)."""
+        y, conditions = batch.images, batch.conditions
+        x, earlier = y + scaled(t, noise), y + scaled(r, noise)
+        return Pairs(images=x, conditions=conditions, t=t, r=r, earlier=earlier, clean=y)
+
+    def loss(self, net, examples, reference):
+        return self.losses(net, examples).mean()
+
+    def losses(self, net: Network, pairs: Pairs) -> Tensor:
+        """The loss (B,) of each of the `pairs`."""
+        net, r = conditioned(net, pairs.conditions), pairs.r
+        at_zero = (r == 0).view(-1, *[1] * (pairs.clean.dim() - 1))
+        with torch.no_grad(), _repeated_dropout(pairs.clean.device):
+            # a network has no noise label at 0, where its output is not used
+            end = self.method.denoise(net, pairs.earlier, torch.where(r == 0, pairs.t, r))
+            end = torch.where(at_zero, pairs.clean, end)
+        change = self.method.denoise(net, pairs.images, pairs.t) - end
+        squared = change.flatten(1).square().sum(1)
+        # sqrt(s + c^2) - c, without the difference of like numbers, and with a slope of 0 at s = 0
+        root = (squared + self.c**2).clamp_min(SMALLEST_SQUARE).sqrt()
+        return squared / (root + self.c) / (pairs.t - r).to(squared)
+
+
+@contextlib.contextmanager
+def _repeated_dropout(device: torch.device) -> Iterator[None]:
+    """After the `with` block dropout on `device` draws what it drew within it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

@@ -1,0 +1,148 @@
+"""Sampling by a consistency network: an evaluation gives an end, new noise improves it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from configs.schema import NOISE_LEVEL, Key, Numbers
+from methods.base import Method, Network, scaled, spread
+from samplers import base
+from samplers.base import Sampler
+from solvers.base import Callback, Counted, FiniteStates, Step, Watch
+
+MOST_EVALUATIONS = 8
+# Levels that are not chosen for a network: the first is published (Geng et al. 2024, arXiv
+# 2406.14548, for two evaluations on CIFAR-10), the others fall from it by a constant factor.
+FIRST_LEVEL, FALL = 0.821, 0.4
+
+KEYS = {
+    "sampling.levels": Key(
+        (),
+        Numbers(NOISE_LEVEL, range(MOST_EVALUATIONS)),
+        "of 'consistency': the N - 1 falling noise levels of the evaluations after the first; (): "
+        "those of a grid whose samples are closest to the training images, chosen once for a "
+        "checkpoint",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencySampler(Sampler):
+    """Ends of trajectories from the prior, and then from falling noise levels.
+
+    Attributes:
+        n: evaluations, `sampling.N`.
+        levels: noise levels of the n - 1 evaluations after the first, falling; () where they have
+            to be chosen for the network.
+    """
+
+    n: int = 2
+    levels: tuple[float, ...] = ()
+
+    follows_ode = False
+    keys = KEYS | base.KEYS
+    reads = {"sampling.N": None}
+    options = Sampler.options | {"n": "sampling.N", "levels": "sampling.levels"}
+
+    def check(self):
+        if self.measurement is not None:
+            raise ValueError(
+                "a restorer changes the ODE's slope, which a network of "
+                "training.objective='consistency' does not have"
+            )
+        if not 1 <= self.n <= MOST_EVALUATIONS:
+            raise ValueError(
+                f"sampling.N={self.n}: sampling.method='consistency' takes 1 to {MOST_EVALUATIONS} "
+                "evaluations; are steps of the ODE meant, with a network of "
+                "training.objective='regression'?"
+            )
+        if not self.levels:
+            return
+        low, high = self.ends
+        falls = all(a > b for a, b in zip((high, *self.levels), (*self.levels, 0)))  # noqa: B905
+        if len(self.levels) != self.n - 1 or not falls or min(self.levels) < low:
+            raise ValueError(
+                f"sampling.levels={self.levels} must be {self.n - 1} numbers (sampling.N - 1) that "
+                f"fall between {high:g} and {low:g}"
+            )
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest noise level of the method."""
+        times = torch.tensor([self.method.t_data, self.method.t_prior], dtype=torch.float64)
+        return tuple(self.method.sigma(times).tolist())
+
+    @property
+    def chosen(self):
+        return {"levels": self.levels}
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.n > 1 and not self.levels
+
+    @property
+    def couples_samples(self) -> bool:
+        return False
+
+    @property
+    def tells_times(self) -> bool:
+        return False
+
+    @property
+    def integrate(self):
+        if self.is_fitted:
+            raise ValueError(
+                "sampling.levels=() are chosen for a network, by Experiment.fitted_sampler"
+            )
+        return partial(sample_ends, levels=self.levels)
+
+    def without_fit(self):
+        """The sampler with published levels in place of those to be chosen."""
+        if not self.is_fitted:
+            return self
+        return replace(self, levels=tuple(FIRST_LEVEL * FALL**k for k in range(self.n - 1)))
+
+
+def sample_ends(
+    method: Method,
+    net: Network,
+    x: Tensor,
+    *,
+    levels: Sequence[float] = (),
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    callback: Callback | None = None,
+    watch: Watch | None = None,
+) -> tuple[Tensor, int]:
+    """Denoise `x` (B, C, H, W), a sample of the prior; then add noise and denoise at each level.
+
+    This is multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1), with
+    noise of the method's kernel.
+
+    Args:
+        method, net: of the denoiser.
+        levels: falling noise levels.
+        generator: source of the noise.
+        callback, watch: see `solvers.base`; the slope that a step tells is (x - denoised) / level.
+
+    Returns:
+        The sample, and the number of network evaluations.
+
+    Raises:
+        FloatingPointError: the sample is not finite.
+    """
+    denoise = Counted(partial(method.denoise, net), watch, FiniteStates())
+    prior = torch.tensor(method.t_prior, dtype=torch.float64)
+    y = x / spread(method.alpha(prior), x)
+    for i, level in enumerate((method.sigma(prior).item(), *levels)):
+        if i:
+            normal, width = method.noise(end, generator)
+            y = end + scaled(level * width, normal)
+        end = denoise(y, level)
+        if callback:
+            callback(Step(i, level, y, (y - end) / level))
+    denoise.states.note(end, level)
+    denoise.states.check()
+    return end, denoise.calls
