@@ -1,7 +1,7 @@
 """Consistency: the network learns where its ODE's trajectories end, for one evaluation or a few.
 
 Consistency models (Song et al. 2023, arXiv 2303.01469), tuned from a denoiser as in "Consistency
-Models Made Easy" (Geng et al. 2024, arXiv 2406.14548), for the noise of every number D of augmenting
+Models Made Easy" (Geng et al. 2024, arXiv 2406.14548), for the noise of any number of augmenting
 dimensions.
 """
 
@@ -25,15 +25,14 @@ KEYS = {
     "consistency.growth": Key(
         1.0,
         SHARE,
-        "share of training.n_iters in which the stages follow each other; 0: only the last",
+        "share of training.n_iters in which the stages grow; 0: the last from the start",
     ),
     "consistency.k": Key(8.0, Number(0, 1e4), "of n(t) = 1 + k sigmoid(-b t)"),
     "consistency.b": Key(1.0, Number(0, 1e4), "of n(t)"),
     "consistency.c": Key(
         0.06,
         Number(0, 1e4),
-        "of the distance sqrt(|x|^2 + c^2) - c between two ends; 0: their Euclidean distance, which "
-        "is biased",
+        "of the distance sqrt(|x|^2 + c^2) - c of two ends x apart; 0: |x|, which is biased",
     ),
     "consistency.P_mean": Key(-1.1, Number(-10, 10), "mean of ln t in training"),
     "consistency.P_std": Key(2.0, Number(0.001, 4), "its standard deviation"),

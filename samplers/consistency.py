@@ -138,11 +138,12 @@ def sample_ends(
     y = x / spread(method.alpha(prior), x)
     for i, level in enumerate((method.sigma(prior).item(), *levels)):
         if i:
-            normal, width = method.noise(end, generator)
-            y = end + scaled(level * width, normal)
-        end = denoise(y, level)
+            normal, width = method.noise(y, generator)
+            y = y + scaled(level * width, normal)
+        denoised = denoise(y, level)
         if callback:
-            callback(Step(i, level, y, (y - end) / level))
-    denoise.states.note(end, level)
+            callback(Step(i, level, y, (y - denoised) / level))
+        y = denoised
+    denoise.states.note(y, level)
     denoise.states.check()
-    return end, denoise.calls
+    return y, denoise.calls
