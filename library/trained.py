@@ -132,6 +132,7 @@ class Trained:
             FloatingPointError: as in `sample`.
         """
         device = self.experiment.device
+        self.experiment.objective.check_ode("restore")
         if not isinstance(measured, Measurement):
             images = torch.as_tensor(measured, device=device)
             measured = damaged(self.experiment.codec, images, name, noise, missing)

@@ -29,7 +29,8 @@ class Objective(nn.Module, abc.ABC):
         gives_means: true where the network learns E[image | x], from which the method's ODE follows
             (`check_ode`).
         method: whose examples and predictions.
-        batch_size: images that a training step takes from the data.
+        batch_size: images that a training step takes from the data: as many as are perturbed, or
+            those of the reference batch where the targets depend on one.
         examples: number of these that are perturbed; the others are in the reference batch only.
         label_dropout: share of the examples that lose their conditions; see `Conditions.drop`.
     """
@@ -49,7 +50,8 @@ class Objective(nn.Module, abc.ABC):
                 f"training.small_batch_size must be between 0 and training.batch_size "
                 f"({batch_size}), not {examples}"
             )
-        self.method, self.batch_size, self.examples = method, batch_size, examples or batch_size
+        self.method, self.examples = method, examples or batch_size
+        self.batch_size = batch_size if method.uses_reference_batch else self.examples
         self.label_dropout = label_dropout
 
     @classmethod

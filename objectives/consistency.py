@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import SHARE, Key, Number, whole
-from methods.base import Method, Network, conditioned, scaled
+from methods.base import Examples, Method, Network, conditioned, linear, scaled, spread
 from objectives.base import Objective
 from sources.batch import Batch
 
@@ -42,33 +42,28 @@ SMALLEST_SQUARE = 1e-30  # under a root, so that its derivative is finite
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs(Batch):
-    """Images y at two noise levels, with the same noise n: `images` y + t n, `earlier` y + r n.
+class LevelPairs(Examples):
+    """Images perturbed to noise levels `t`, and smaller levels `r` < t, (B,), float64."""
 
-    All are (B, C, H, W), the levels t and r < t (B,), float64.
-    """
-
-    t: Tensor
     r: Tensor
-    earlier: Tensor
-    clean: Tensor
 
 
 class Consistency(Objective):
     """Distance between the denoised images at two noise levels of one image and one noise.
 
-    With the denoiser f, y + t n and y + r n of the same image y and noise n of the method's kernel,
-    the loss of an example is
+    With the denoiser f, x_t = y + t n and x_r = y + r n of the same image y and noise n of the
+    method's kernel, the loss of an example is
 
-        d(f(y + t n, t), f(y + r n, r)) / (t - r),    d(a, b) = sqrt(|a - b|^2 + c^2) - c,
+        d(f(x_t, t), f(x_r, r)) / (t - r),    d(a, b) = sqrt(|a - b|^2 + c^2) - c,
 
     averaged over the examples. The second f is not differentiated, has the same dropout mask, and
     is y where r = 0. ln t is normal, and in stage a = 1, 2, ... of the training
 
         r = max(0, t (1 - (1 + k sigmoid(-b t)) / q^a)).
 
-    As r approaches t, f becomes the end of the ODE's trajectory through y + t n: given that, the
-    mean of n is the ODE's slope.
+    As r approaches t, f becomes the end of the ODE's trajectory through x_t: given x_t, the mean of
+    n is the ODE's slope. With training.target='posterior_mean' y is E[y | x_t] over the reference
+    batch, and n that mean.
 
     Attributes:
         q, stages, growth, k, b, c, P_mean, P_std: as the keys of these names say.
@@ -100,7 +95,7 @@ class Consistency(Objective):
         P_std: float = 2.0,
         n_iters: int = 1,
     ):
-        super().__init__(method, examples or batch_size, examples, label_dropout)
+        super().__init__(method, batch_size, examples, label_dropout)
         if method.predicts != "image":
             raise ValueError(
                 f"training.objective='consistency' needs a denoiser, as of PFGM++ and EDM: the "
@@ -133,30 +128,29 @@ class Consistency(Objective):
         draw = {"generator": generator, "device": y.device, "dtype": torch.float64}
         t = (self.P_mean + self.P_std * torch.randn(len(y), **draw)).exp()
         normal, width = self.method.noise(y, generator)
-        return self.pairs(batch, t, self.earlier(t, self.stage(step)), scaled(width, normal))
-
-    def pairs(self, batch: Batch, t: Tensor, r: Tensor, noise: Tensor) -> Pairs:
-        """The examples of the levels `t` and `r` (B,) with one `noise` (B, C, H, W)."""
-        y, conditions = batch.images, batch.conditions
-        x, earlier = y + scaled(t, noise), y + scaled(r, noise)
-        return Pairs(images=x, conditions=conditions, t=t, r=r, earlier=earlier, clean=y)
+        noise, r = scaled(width, normal), self.earlier(t, self.stage(step))
+        x, conditions = y + scaled(t, noise), batch.conditions
+        return LevelPairs(images=x, conditions=conditions, t=t, clean=y, noise=noise, r=r)
 
     def loss(self, net, examples, reference):
-        return self.losses(net, examples).mean()
+        return self.losses(net, examples, reference).mean()
 
-    def losses(self, net: Network, pairs: Pairs) -> Tensor:
-        """The loss (B,) of each of the `pairs`."""
-        net, r = conditioned(net, pairs.conditions), pairs.r
-        at_zero = (r == 0).view(-1, *[1] * (pairs.clean.dim() - 1))
-        with torch.no_grad(), _repeated_dropout(pairs.clean.device):
-            # a network has no noise label at 0, where its output is not used
-            end = self.method.denoise(net, pairs.earlier, torch.where(r == 0, pairs.t, r))
-            end = torch.where(at_zero, pairs.clean, end)
-        change = self.method.denoise(net, pairs.images, pairs.t) - end
+    def losses(self, net: Network, examples: LevelPairs, reference: Batch) -> Tensor:
+        """The loss (B,) of each example; for the arguments see `loss`."""
+        net, x = conditioned(net, examples.conditions), examples.images
+        t, r = examples.t, examples.r
+        with torch.no_grad():
+            image = self.method.target(examples, reference).view_as(x)
+            earlier = linear(r / t, x - image, 1, image)
+            with _repeated_dropout(x.device):
+                # a network has no noise label at 0, where its output is not used
+                end = self.method.denoise(net, earlier, torch.where(r == 0, t, r))
+            end = torch.where(spread(r, x) == 0, image, end)
+        change = self.method.denoise(net, x, t) - end
         squared = change.flatten(1).square().sum(1)
         # sqrt(s + c^2) - c, without the difference of like numbers, and with a slope of 0 at s = 0
         root = (squared + self.c**2).clamp_min(SMALLEST_SQUARE).sqrt()
-        return squared / (root + self.c) / (pairs.t - r).to(squared)
+        return squared / (root + self.c) / (t - r).to(squared)
 
 
 @contextlib.contextmanager

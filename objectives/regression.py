@@ -16,8 +16,6 @@ class Regression(Objective):
 
     Attributes:
         reduce_mean: see above.
-        batch_size: images that a training step takes from the data: as many as are perturbed, or
-            those of the reference batch where the targets depend on one.
     """
 
     options = {"reduce_mean": "training.reduce_mean", **Objective.options}
@@ -32,7 +30,6 @@ class Regression(Objective):
     ):
         super().__init__(method, batch_size, examples, label_dropout)
         self.reduce_mean = reduce_mean
-        self.batch_size = batch_size if method.uses_reference_batch else self.examples
 
     @property
     def settings(self):

@@ -1,0 +1,14 @@
+"""The network of `make demo` goes on, to samples in one or two evaluations: minutes on a CPU.
+
+--config.training.init_from=runs/demo
+"""
+
+from configs.parts import DDPMPP, PFGMPP, ConfigDict, consistency, digits, experiment, quick
+
+
+def get_config() -> ConfigDict:
+    config = experiment(PFGMPP, DDPMPP, digits, quick, consistency)
+    config.training.update(n_iters=5000, batch_size=64)
+    config.optim.update(optimizer="Muon", lr=2e-3)
+    config.model.update(ch_mult=(1, 3), ema_rate=0.995)
+    return config

@@ -1,0 +1,15 @@
+"""The network of images16_ddpmpp.py goes on, to samples in one or two evaluations.
+
+--config.data.path=photos/ --config.training.init_from=runs/mine
+"""
+
+from configs.parts import DDPMPP, PFGMPP, ConfigDict, consistency, experiment, images, quick
+
+
+def get_config() -> ConfigDict:
+    config = experiment(DDPMPP, images, PFGMPP, quick, consistency)
+    config.data.image_size = 16
+    config.training.update(n_iters=5000, batch_size=64)
+    config.optim.update(optimizer="Muon", lr=2e-3)
+    config.model.update(ch_mult=(1, 3, 3), attn_resolutions=(4,), ema_rate=0.995)
+    return config
