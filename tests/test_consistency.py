@@ -1,24 +1,28 @@
 """Consistency: the objective against published numbers and known trajectories, and its sampler."""
 
+import copy
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, train_state
 from known_laws import denoising_network, pfgmpp
 from scipy.integrate import solve_ivp
 from scipy.stats import chi2, f, gamma
 from torch import nn
 
 import methods
+from configs.pfgmpp import digits_consistency
+from execution import BFloat16
 from methods.base import spread
 from methods.field import posterior_mean
 from models.mlp import MLP
 from objectives.consistency import Consistency, LevelPairs
 from optimizers import OPTIMIZERS
 from sources.batch import Batch, Conditions
+from training import accumulate_gradient, train_step
 
 DIMENSIONS = (4.0, 128.0, math.inf)
 
@@ -331,3 +335,107 @@ def test_a_trained_network_approaches_the_ends_of_the_trajectories(D, one_thread
     print(errors)
     assert errors[0.1] < 0.02
     assert max(errors.values()) < 0.15  # a denoiser's mean is 1.14 from the end at level 10
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def small_state(**overrides):
+    config = digits_consistency.get_config()
+    config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
+    config.training.update(batch_size=8, n_iters=8)
+    config.update_from_flattened_dict(overrides)
+    torch.manual_seed(0)
+    state = train_state(config)
+    for p in state.parameters:  # new networks have hardly a gradient
+        p.data += 0.02 * torch.randn_like(p)
+    return state
+
+
+def gradient_of(state):
+    return torch.cat([p.grad.flatten() for p in state.parameters])
+
+
+def digits(number, **conditions):
+    return Batch(torch.rand(number, 1, 8, 8, generator=generator()) * 2 - 1, Conditions(conditions))
+
+
+@pytest.mark.parametrize("target", ["image", "posterior_mean"])
+def test_neither_shards_nor_micro_batches_change_the_gradient(target, one_thread):
+    batch, gradients = digits(32), []
+    for accumulate, shards in ((1, 1), (4, 1), (2, 2)):
+        state = small_state(
+            **{
+                "training.target": target,
+                "training.accumulate": accumulate,
+                "training.batch_size": 32,
+                "training.small_batch_size": 8,
+            }
+        )
+        state.step = 5
+        for k in range(shards):
+            accumulate_gradient(state, batch, generator(1), (k, shards))
+        gradients.append(gradient_of(state) / shards)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-5)
+    assert gradients[0].norm() > 0.1
+
+
+def test_all_weights_learn_in_bfloat16(one_thread):
+    """The first pass, without gradients, leaves no weights behind that have none."""
+    full, half = small_state(), small_state()
+    half.network = BFloat16(half.model)
+    for state in (full, half):
+        accumulate_gradient(state, digits(8), generator(1))
+    a, b = gradient_of(full), gradient_of(half)
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
+    for p, q in zip(full.parameters, half.parameters, strict=True):
+        assert (q.grad.norm() > 0) == (p.grad.norm() > 0)
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "Muon", "RAdam"])
+def test_a_resumed_state_goes_on_bit_for_bit(optimizer, one_thread):
+    """Over a change of stage, with dropout and labels."""
+    overrides = {
+        "optim.optimizer": optimizer,
+        "model.dropout": 0.3,
+        "data.num_classes": 10,
+        "consistency.stages": 4,
+    }
+    batch = digits(8, class_labels=torch.arange(8))
+
+    def steps(state, first, last):
+        for step in range(first, last):
+            torch.manual_seed(step)
+            train_step(state, batch, generator(step))
+        return state
+
+    whole = steps(small_state(**overrides), 0, 6)
+    begun = steps(small_state(**overrides), 0, 3)
+    resumed = small_state(**overrides)
+    resumed.load_state_dict(copy.deepcopy(begun.state_dict()))
+    steps(resumed, 3, 6)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert all(map(torch.equal, whole.ema.shadow_params, resumed.ema.shadow_params))
+
+
+def test_radam_follows_its_definition():
+    """Algorithm 2 of Liu et al. 2020 (arXiv 1908.03265), in float64."""
+    p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    options = {"lr": 0.1, "beta1": 0.9, "eps": 1e-12, "weight_decay": 0.0, "amsgrad": False}
+    optimizer = OPTIMIZERS["radam"]([("p", p)], options)
+    x, m, v = p.detach().clone(), torch.zeros(2).double(), torch.zeros(2).double()
+    longest = 2 / (1 - 0.999) - 1
+    for t in range(1, 12):
+        p.grad = torch.tensor([math.sin(t), math.cos(t) + 0.5], dtype=torch.float64)
+        m, v = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad**2
+        length = longest - 2 * t * 0.999**t / (1 - 0.999**t)
+        step = m / (1 - 0.9**t)
+        if length > 5:
+            rectified = (length - 4) * (length - 2) * longest
+            rectified /= (longest - 4) * (longest - 2) * length
+            step = step * math.sqrt(rectified) * ((1 - 0.999**t) / v).sqrt()
+        x = x - 0.1 * step
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), x, rtol=1e-9, atol=1e-12)
