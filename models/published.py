@@ -205,28 +205,48 @@ def _paired_by_size(names: Collection[str]) -> dict[str, str]:
 def _paired_by_number(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """`places_of` weights in `all_modules`: the two lists of blocks are compared, as in a diff.
 
-    A block that only one of them has, of class labels or attention, shifts the numbers after it.
+    A block that only one of them has shifts the numbers after it. Attention goes with the block
+    before it, since a larger image has the same blocks and attention in other places.
     """
     published: dict[int, Pieces] = {}
     for name, shape in shapes.items():
         if match := re.fullmatch(r"all_modules\.(\d{1,6})\.(.+)", name):
             published.setdefault(int(match[1]), {})[match[2]] = tuple(shape)
-    numbers, blocks = sorted(published), dict(_blocks(model))
+    published, blocks = dict(sorted(published.items())), dict(_blocks(model))
     here: dict[str, Pieces] = {
         path: {_renamed(name, _PIECES): tuple(p.shape) for name, p in block.named_parameters()}
         for path, block in blocks.items()
     }
-    paths, places = [*here], {}
-    theirs = [frozenset(published[number].items()) for number in numbers]
-    ours = [frozenset(here[path].items()) for path in paths]
-    for _, i, i_end, j, j_end in SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
-        if i_end - i != j_end - j:
-            continue
-        for number, path in zip(numbers[i:i_end], paths[j:j_end], strict=True):
-            if _kind(published[number]) == _kind(here[path]):
-                for name, _ in blocks[path].named_parameters():
-                    places[f"{path}.{name}"] = f"all_modules.{number}.{_renamed(name, _PIECES)}"
-    return places
+    theirs, ours = _attention_after(published), _attention_after(here)
+    numbers, paths = [*theirs], [*ours]
+    diff = SequenceMatcher(
+        None,
+        [frozenset(published[number].items()) for number in numbers],
+        [frozenset(here[path].items()) for path in paths],
+        autojunk=False,
+    )
+    pairs: list[tuple[int | None, str | None]] = []
+    for _, i, i_end, j, j_end in diff.get_opcodes():
+        if i_end - i == j_end - j:
+            pairs += zip(numbers[i:i_end], paths[j:j_end], strict=True)
+    pairs += [(theirs[number], ours[path]) for number, path in pairs]
+    return {
+        f"{path}.{name}": f"all_modules.{number}.{_renamed(name, _PIECES)}"
+        for number, path in pairs
+        if None not in (number, path) and _kind(published[number]) == _kind(here[path])
+        for name, _ in blocks[path].named_parameters()
+    }
+
+
+def _attention_after(blocks: Mapping[T, Pieces]) -> dict[T, T | None]:
+    """{block: the attention that follows it, or None}, in their order."""
+    followed: dict[T, T | None] = {}
+    for block, pieces in blocks.items():
+        if "NIN_3.W" in pieces and followed:
+            followed[next(reversed(followed))] = block
+        else:
+            followed[block] = None
+    return followed
 
 
 def _kind(pieces: Pieces) -> dict[str, int]:

@@ -8,6 +8,7 @@ import pytest
 import snapshot_files as files
 import torch
 from conftest import train_state
+from test_configs import load as experiment
 from warm_start import run_main
 
 import models
@@ -16,6 +17,7 @@ from configs.edm import digits_ddpmpp as edm_digits
 from configs.pfgmpp import digits_ddpmpp as pfgmpp_digits
 from experiment import load
 from library.initial_weights import begin
+from models.published import places_of
 from reports.report_file import read_report
 from storage import run_config
 from storage.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
@@ -294,6 +296,29 @@ def test_published_names_are_paired_like_own_ones(tmp_path, form, change):
             == (lines[1].partition(" entries copied")[0][-9:])
         )
         assert digest(first.state_dict()) == digest(second.state_dict())
+
+
+OTHER_FORMS = {
+    "classes": {"data.num_classes": 10},
+    "size": {"data.image_size": 64},  # where attention at 16 x 16 is a level further down
+    "attention": {"model.attn_resolutions": (16, 8)},
+    "channels": {"data.num_channels": 1},
+}
+
+
+@pytest.mark.parametrize("change", OTHER_FORMS)
+@pytest.mark.parametrize("path", ["vp/cifar10_ddpmpp_continuous.py", "ve/cifar10_ncsnpp.py"])
+def test_places_of_the_published_networks(path, change):
+    """Each weight has the place that it has in the network it was published for."""
+    config, changed = experiment(path), experiment(path)
+    changed.update_from_flattened_dict(OTHER_FORMS[change])
+    with torch.device("meta"):
+        old, new = models.create_model(config), models.create_model(changed)
+    names, weights = models.reference_names(old), dict(old.named_parameters())
+    places = places_of(new, {name: tuple(weights[here].shape) for name, here in names.items()})
+    assert all(names[published] == here for here, published in places.items())
+    common = {name for name, _ in new.named_parameters()} & weights.keys()
+    assert places.keys() == common and len(common) > 480
 
 
 def test_larger_images_and_a_level_more(teacher, tmp_path, caplog):
