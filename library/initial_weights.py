@@ -74,7 +74,7 @@ def begin(network: nn.Module, name: str) -> tuple[InitialWeights, str]:
         path, content = find_checkpoint(Path(name))
         copied = fit(partial(load_fitting, network), content, path)
     weights = network.state_dict()
-    sha256 = digest({name: weights[name] for name in copied.names})
+    sha256 = digest({entry: weights[entry] for entry in copied.names})
     record = InitialWeights(name, content["step"], sha256)
     initial = f"; initial values: {_listed(copied.initial)}" if copied.initial else ""
     placeless = f"; of the file {copied.placeless:,} have no place" if copied.placeless else ""

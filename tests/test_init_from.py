@@ -300,14 +300,18 @@ def test_published_names_are_paired_like_own_ones(tmp_path, form, change):
 
 OTHER_FORMS = {
     "classes": {"data.num_classes": 10},
-    "size": {"data.image_size": 64},  # where attention at 16 x 16 is a level further down
+    "size": {"data.image_size": 128},  # attention at 16 x 16 is on another level
     "attention": {"model.attn_resolutions": (16, 8)},
     "channels": {"data.num_channels": 1},
 }
 
 
 @pytest.mark.parametrize("change", OTHER_FORMS)
-@pytest.mark.parametrize("path", ["vp/cifar10_ddpmpp_continuous.py", "ve/cifar10_ncsnpp.py"])
+@pytest.mark.parametrize(
+    "path",
+    ["vp/cifar10_ddpmpp_continuous.py", "ve/cifar10_ncsnpp.py"]
+    + ["edm/cifar10_ncsnpp.py", "edm/ffhq64_ddpmpp.py", "edm/imagenet64_adm.py"],
+)
 def test_places_of_the_published_networks(path, change):
     """Each weight has the place that it has in the network it was published for."""
     config, changed = experiment(path), experiment(path)
@@ -316,9 +320,10 @@ def test_places_of_the_published_networks(path, change):
         old, new = models.create_model(config), models.create_model(changed)
     names, weights = models.reference_names(old), dict(old.named_parameters())
     places = places_of(new, {name: tuple(weights[here].shape) for name, here in names.items()})
-    assert all(names[published] == here for here, published in places.items())
     common = {name for name, _ in new.named_parameters()} & weights.keys()
-    assert places.keys() == common and len(common) > 480
+    assert {here: names[places[here]] for here in common} == {here: here for here in common}
+    assert {*places.values()} == names.keys() if path.startswith("edm") else places.keys() == common
+    assert len(common) > 300
 
 
 def test_larger_images_and_a_level_more(teacher, tmp_path, caplog):
