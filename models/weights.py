@@ -1,12 +1,13 @@
 """Weights of a checkpoint, checked and put into a network."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from models.published import published_weights, without_wrappers
-from storage.checks import check_like, loaded
+from models.published import DERIVED, places_of, published_weights, without_wrappers
+from storage.checks import check_like, check_tensor, loaded
 from storage.stored_tensors import StoredTensor
 
 
@@ -72,3 +73,73 @@ def load_ema(model: nn.Module, checkpoint: Mapping) -> int:
     for number, (parameter, average) in enumerate(zip(trained.values(), averages, strict=True)):
         parameter.copy_(loaded(average, f"ema.shadow_params.{number}", parameter.dtype))
     return checkpoint["step"]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Entries of a network's state, by name, after a copy of those that fit.
+
+    Attributes:
+        names: copied.
+        initial: as they were.
+        placeless: number of entries of the checkpoint that the network has none for.
+    """
+
+    names: list[str]
+    initial: list[str]
+    placeless: int
+
+
+@torch.no_grad()
+def load_fitting(model: nn.Module, checkpoint: Mapping) -> Copied:
+    """Copy the EMA weights of a checkpoint that have a place of the same shape in a network.
+
+    Raises:
+        ValueError: none has, or one that has is no finite tensor. The network may have changed.
+    """
+    weights, entries = checkpoint["model"], model.state_dict()
+    if not isinstance(weights, dict):
+        raise ValueError(f"model is no dictionary but of type {type(weights).__name__}")
+    plain = without_wrappers(weights)
+    weights = weights if weights.keys() & entries.keys() else plain
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
+    places = places_of(model, shapes) | {name: name for name in entries if name in weights}
+    sources = {name: places[name] for name in entries if places.get(name) in weights}
+    if "ema" in checkpoint:
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        fixed = {source for name, source in sources.items() if name not in trained}
+        fixed |= {name for name, shape in shapes.items() if _is_fixed(name, shape)}
+        trained_shapes = {name: shape for name, shape in shapes.items() if name not in fixed}
+        weights = weights | _averages(checkpoint["ema"], trained_shapes)
+    copied = []
+    for name, source in sources.items():
+        entry, value = entries[name], weights[source]
+        if shapes[source] == entry.shape:
+            check_tensor(value, f"weight {source!r}", entry, cast=True)
+            entry.copy_(loaded(value, f"weight {source!r}", entry.dtype))
+            copied.append(name)
+    if not copied:
+        raise ValueError(f"none of its {len(weights)} weights has a name and shape of the network")
+    placeless = {name for name in weights if name.rpartition(".")[2] not in DERIVED}
+    return Copied(
+        names=copied,
+        initial=[name for name in entries if name not in copied],
+        placeless=len(placeless - {*sources.values()}),
+    )
+
+
+def _is_fixed(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight is one that training does not move, such as Fourier frequencies."""
+    last = name.rpartition(".")[2]
+    return last in DERIVED or last == "W" and len(shape) == 1
+
+
+def _averages(
+    ema: object, trained: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor | StoredTensor]:
+    """EMA weights by name, from a checkpoint's entry `ema` and the shapes of what was `trained`."""
+    averages = ema.get("shadow_params") if isinstance(ema, dict) else None
+    averages = averages if isinstance(averages, list) else []
+    if [getattr(average, "shape", None) for average in averages] != [*trained.values()]:
+        raise ValueError("ema.shadow_params are not the averages of the weights in model")
+    return dict(zip(trained, averages, strict=True))
