@@ -149,7 +149,7 @@ def consistency(config: ConfigDict) -> None:
     """
     config.training.update(objective="consistency", target="posterior_mean")
     config.training.update(batch_size=4096, small_batch_size=64)
-    config.consistency.c = 0.002
+    config.consistency.c = 0.01
     config.sampling.update(method="consistency", N=2)
     config.eval.enable_bpd = False
 

@@ -343,7 +343,7 @@ def test_a_trained_network_approaches_the_ends_of_the_trajectories(D, one_thread
 def small_state(**overrides):
     config = digits_consistency.get_config()
     config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
-    config.training.update(batch_size=8, n_iters=8)
+    config.training.update(batch_size=8, small_batch_size=0, n_iters=8)
     config.update_from_flattened_dict(overrides)
     torch.manual_seed(0)
     state = train_state(config)

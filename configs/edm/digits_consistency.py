@@ -8,7 +8,7 @@ from configs.parts import DDPMPP, EDM, ConfigDict, consistency, digits, experime
 
 def get_config() -> ConfigDict:
     config = experiment(EDM, DDPMPP, digits, consistency)
-    config.training.n_iters = 2400
+    config.training.n_iters = 3000
     config.optim.update(optimizer="Muon", lr=2e-3)
     share_of_steps(config, snapshots=12, cooldown=95)
     return config

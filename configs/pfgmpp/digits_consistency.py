@@ -8,7 +8,7 @@ from configs.parts import DDPMPP, PFGMPP, ConfigDict, consistency, digits, exper
 
 def get_config() -> ConfigDict:
     config = experiment(PFGMPP, DDPMPP, digits, quick, consistency)
-    config.training.n_iters = 2400
+    config.training.n_iters = 3000
     config.optim.update(optimizer="Muon", lr=2e-3)
     config.model.update(ch_mult=(1, 3), ema_rate=0.995)
     return config

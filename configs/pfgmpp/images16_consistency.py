@@ -9,7 +9,7 @@ from configs.parts import DDPMPP, PFGMPP, ConfigDict, consistency, experiment, i
 def get_config() -> ConfigDict:
     config = experiment(DDPMPP, images, PFGMPP, quick, consistency)
     config.data.image_size = 16
-    config.training.n_iters = 2400
+    config.training.n_iters = 3000
     config.optim.update(optimizer="Muon", lr=2e-3)
     config.model.update(ch_mult=(1, 3, 3), attn_resolutions=(4,), ema_rate=0.995)
     return config
