@@ -29,7 +29,7 @@ DEFECTS = {"ve/ncsnv2/bedroom.py": {"training.continuous": False}}
 DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("edm", "pfgmpp", "poisson", "subvp", "vp")]
 DIGITS += ["pfgmpp/digits_demo.py", "poisson/digits_ncsnpp.py", "ve/digits_ncsnpp.py"]
 IMAGES = [f"{name}/images{n}_ddpmpp.py" for name in ("pfgmpp", "poisson", "vp") for n in (32, 64)]
-IMAGES += ["pfgmpp/images16_ddpmpp.py"]
+IMAGES += ["pfgmpp/images16_ddpmpp.py", "pfgmpp/images16_consistency.py"]
 FAMILY = [
     f"{method}/{name}.py"
     for method in ("edm", "pfgmpp")
@@ -37,7 +37,12 @@ FAMILY = [
 ]
 FAMILY += ["edm/imagenet64_adm.py"]
 TOYS = [f"{method}/toy_mlp.py" for method in ("pfgmpp", "poisson", "vp")]
-EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *TOYS]
+CONSISTENCY = [
+    f"{method}/{name}_consistency.py"
+    for method in ("edm", "pfgmpp")
+    for name in ("cifar10", "digits")
+]
+EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *CONSISTENCY, *TOYS]
 
 
 def load(path: str):
