@@ -32,7 +32,8 @@ KEYS = {
     "consistency.c": Key(
         0.06,
         Number(0, 1e4),
-        "of the distance sqrt(|x|^2 + c^2) - c of two ends x apart; 0: |x|, which is biased",
+        "of the distance sqrt(|x|^2 + c^2) - c of two ends x apart; 0: |x|, which is biased with "
+        "training.target='image'",
     ),
     "consistency.P_mean": Key(-1.1, Number(-10, 10), "mean of ln t in training"),
     "consistency.P_std": Key(2.0, Number(0.001, 4), "its standard deviation"),
@@ -119,7 +120,7 @@ class Consistency(Objective):
     def phase(self, step):
         return f"stage_{self.stage(step)}"
 
-    def earlier(self, t: Tensor, stage: int) -> Tensor:
+    def smaller_levels(self, t: Tensor, stage: int) -> Tensor:
         """The smaller noise levels r of a `stage`, in the shape of `t`."""
         return (t * (1 - (1 + self.k * torch.sigmoid(-self.b * t)) / self.q**stage)).clamp_min(0)
 
@@ -128,7 +129,7 @@ class Consistency(Objective):
         draw = {"generator": generator, "device": y.device, "dtype": torch.float64}
         t = (self.P_mean + self.P_std * torch.randn(len(y), **draw)).exp()
         normal, width = self.method.noise(y, generator)
-        noise, r = scaled(width, normal), self.earlier(t, self.stage(step))
+        noise, r = scaled(width, normal), self.smaller_levels(t, self.stage(step))
         x, conditions = y + scaled(t, noise), batch.conditions
         return LevelPairs(images=x, conditions=conditions, t=t, clean=y, noise=noise, r=r)
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from known_laws import denoising_network, pfgmpp
 from PIL import Image
-from test_small_runs import tiny
+from test_small_runs import TINY, tiny
+from warm_start import run_main
 
 import run_lib
 from experiment import Experiment, load
@@ -18,6 +20,7 @@ from metrics.distances import Gaussian, frechet_distance, frechet_distance_of_sa
 from samplers.base import Guidance
 from samplers.consistency import ConsistencySampler, sample_ends
 from sources.codec import EightBitImages
+from storage.checkpoints import load_checkpoint
 
 STD = 0.5
 
@@ -254,6 +257,30 @@ def test_sample_mode_refuses_what_follows_the_ode(run, tmp_path, key):
     config.sampling[key] = f"{path},{path}" if key == "between" else str(path)
     with pytest.raises(ValueError, match=f"sampling.{key} follows the method's ODE"):
         run_lib.sample(config, run, tmp_path / "out")
+
+
+def test_two_processes_train_as_one(run, tmp_path):
+    """By the whole program, through the wrapper that averages gradients; from other weights on."""
+    config = ["--config", ROOT / "configs/pfgmpp/digits_consistency.py", "--mode", "train"]
+    values = TINY | {
+        "training.n_iters": 3,
+        "training.init_from": str(run),
+        "optim.optimizer": "Adam",
+    }
+    values |= {"model.ch_mult": "(1,)", "model.attn_resolutions": "()", "eval.enable_bpd": None}
+    values |= {"sampling.N": 2, "training.snapshot_sampling": None}
+    flags = [f"--config.{k}={v}" if v is not None else f"--noconfig.{k}" for k, v in values.items()]
+    weights = {}
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        run_main([*config, "--workdir", workdir, *flags], processes=processes)
+        state = load_checkpoint(workdir / "checkpoints-meta/checkpoint.pth")
+        weights[processes] = torch.cat([p.flatten() for p in state["ema"]["shadow_params"]])
+        assert state["init_from"]["step"] == 6
+    change = (weights[1] - weights[2]).norm()
+    begun = load_checkpoint(run / "checkpoints-meta/checkpoint.pth")["ema"]["shadow_params"]
+    moved = (weights[1] - torch.cat([p.flatten() for p in begun])).norm()
+    assert change < 0.02 * moved
 
 
 def test_a_regression_network_is_not_sampled_so(tmp_path):
