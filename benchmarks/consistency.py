@@ -1,7 +1,7 @@
 """Measure samples in few evaluations: consistency networks beside those that they began with.
 
     python3 benchmarks/consistency.py WORKDIR ... [--num 4000] [--out docs/consistency.png]
-                                      [--grid docs/consistency_grid.png]
+                                      [--grid docs/consistency_grid.png] [--factors 1000]
 
 Each workdir is a run: one of training.objective='regression' (a teacher), which is sampled with 35
 evaluations of heun and with the solver 'fitted' in 5, or one of 'consistency' with 1, 2 and 3. Runs
@@ -9,9 +9,9 @@ of one method are compared by seeds: a consistency run with the teacher of its s
 prior samples. The table says of each the Frechet distance of pixels from the training images, its
 ratio to that of the teacher's 35 evaluations, precision, recall, and images per second.
 
-A second table is of one evaluation and of 35 from prior samples whose scale is wrong by a factor,
-while the network is told the right one, with a quarter of the samples: how well each number D of
-augmenting dimensions bears that.
+With `--factors` a second table is of so many samples, of one evaluation and of 35, from prior
+samples whose scale is wrong by a factor, while the network is told the right one: how well each
+number D of augmenting dimensions bears that.
 """
 
 import sys
@@ -83,7 +83,9 @@ def pixels(images: Images) -> NDArray:
 Results = dict[tuple[str, float | None], Result]
 
 
-def measure(workdir: Path, num: int) -> tuple[str, int, Results, dict[str, Images]]:
+def measure(
+    workdir: Path, num: int, num_of_factor: int
+) -> tuple[str, int, Results, dict[str, Images]]:
     """Method, seed, results, and samples by sampler, of the run in `workdir`.
 
     Raises:
@@ -95,8 +97,9 @@ def measure(workdir: Path, num: int) -> tuple[str, int, Results, dict[str, Image
     real_gaussian, folder = Gaussian.fit(real), evaluation_folder(workdir, "consistency")
     for name, overrides in SAMPLERS[run.config.training.objective].items():
         trained = experiment.load(workdir, overrides | {"eval.batch_size": 500})
-        for factor in (None, *FACTORS) if name in WITH_WRONG_SCALE else (None,):
-            number, scale = (num, 1.0) if factor is None else (num // 4, factor)
+        factors = FACTORS if num_of_factor and name in WITH_WRONG_SCALE else ()
+        for factor in (None, *factors):
+            number, scale = (num, 1.0) if factor is None else (num_of_factor, factor)
             origin = trained.experiment.origin() | {"num": number, "factor": scale}
             path = folder / f"{name.replace(', ', '_')}_{number}_{scale:g}.npz"
             compute = partial(draw, trained, scale, number)
@@ -167,7 +170,7 @@ def print_factors(runs: Runs) -> None:
     columns = [(f"{factor:g}", ">8") for factor in FACTORS]
     table = common.Table(("method", "<20"), ("sampler", "<15"), *columns)
     for method, name, results in rows_of(runs):
-        if name in WITH_WRONG_SCALE:
+        if results := [each for each in results if (name, 1.0) in each]:
             means = [np.mean([each[name, x].distance for each in results]) for x in FACTORS]
             table.row(method, name, *(f"{mean:.4f}" for mean in means))
 
@@ -187,7 +190,7 @@ def plot(runs: Runs, path: str) -> None:
         label = method if name == "consistency, 1" else None
         cost.plot(speed, distance, "o", color=color, label=label)
         cost.annotate(name, (speed, distance), (4, 4), textcoords="offset points", fontsize=7)
-        if name in WITH_WRONG_SCALE:
+        if results := [each for each in results if (name, 1.0) in each]:
             rows = [[each[name, x].distance for each in results] for x in FACTORS]
             means, lows, highs = zip(*((np.mean(r), min(r), max(r)) for r in rows), strict=True)
             style = "--" if name == TEACHER else "-"
@@ -202,19 +205,22 @@ def plot(runs: Runs, path: str) -> None:
 
 
 def main() -> None:
-    options = common.options(__doc__, "workdirs", num=4000, out=None, grid=None)
+    options = common.options(__doc__, "workdirs", num=4000, out=None, grid=None, factors=0)
     runs, pictures = defaultdict(lambda: defaultdict(dict)), {}
     try:
         for workdir in options.workdirs:
-            method, seed, results, samples = measure(workdir, options.num)
+            method, seed, results, samples = measure(workdir, options.num, options.factors)
             runs[method][seed] |= results
             pictures |= samples
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     print(f"\n{options.num} samples, {common.setting()}\n")
     print_samplers(runs)
-    print("\nFrechet distance from prior samples times a factor\n")
-    print_factors(runs)
+    if options.factors:
+        print(
+            f"\nFrechet distance of {options.factors} samples from prior samples times a factor\n"
+        )
+        print_factors(runs)
     if options.out:
         plot(runs, options.out)
     if options.grid:
