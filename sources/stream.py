@@ -188,6 +188,9 @@ class Stream:
             if batch is None:
                 return
             if isinstance(batch, Exception):
+                # The error's traceback holds this frame, and the frame the error: a cycle. Workers
+                # in one end only after 5 s each, when it is collected.
+                del batches
                 raise batch
             pending.popleft()
             yield self._accept(batch)

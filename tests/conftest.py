@@ -16,6 +16,7 @@ import losses
 import methods
 from methods.field import poisson_field
 from models import create_model
+from solvers import fitted
 from training import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +80,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_trajectories(monkeypatch):
+    """Fitted schedules and steps in little time: of fewer trajectories than a user's."""
+    monkeypatch.setattr(fitted, "MOST_FOR_LEVELS", 32)
+    monkeypatch.setattr(fitted, "MOST_FOR_STEPS", 64)
 
 
 @pytest.fixture(scope="session")
