@@ -159,7 +159,8 @@ class Stream:
         # A fork of this process would lack the threads that CUDA and ArrayRecord need. Workers are
         # therefore forked from a server that has only imported their modules.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        # Before Python 3.12 it finds this module only in its working folder, but PyTorch always.
+        context.set_forkserver_preload([__name__, "torch.utils.data"])
 
         def requests() -> Iterator[list[int]]:
             for index in indices:
