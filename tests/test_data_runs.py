@@ -26,6 +26,7 @@ TINY = {
     "training.snapshot_freq": 5,
     "training.snapshot_sampling": False,
     "model.nf": 8,
+    "model.ch_mult": (1,),
     "sampling.ode_solver": "forward_euler",
     "sampling.N": 3,
     "eval.steps": "",

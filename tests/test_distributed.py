@@ -25,6 +25,7 @@ from storage.checkpoints import load_checkpoint
 DIGITS = ROOT / "configs/poisson/digits_ddpmpp.py"
 TINY = [
     "--config.model.nf=8",
+    "--config.model.ch_mult=(1,)",
     "--config.training.log_freq=1",
     "--config.training.snapshot_freq_for_preemption=2",
     "--noconfig.training.snapshot_sampling",
@@ -72,7 +73,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, one_thread, method):
     """By the whole program; the charges of the Poisson field are all of the data set."""
     path, begun = ROOT / f"configs/{method}/digits_ddpmpp.py", tmp_path / "begun"
     config = importlib.import_module(f"configs.{method}.digits_ddpmpp").get_config()
-    config.model.nf, config.optim.grad_clip, config.optim.warmup = 8, -1.0, 0
+    config.model.update(nf=8, ch_mult=(1,))
+    config.optim.grad_clip, config.optim.warmup = -1.0, 0
     config.training.update(n_iters=3, snapshot_freq=3, snapshot_sampling=False)
     run_lib.train(config, begun)  # new networks have hardly a gradient
     before, gradients = first_moments(begun), {}
