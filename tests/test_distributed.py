@@ -260,7 +260,7 @@ def test_two_processes_evaluate_as_one(tmp_path):
     options = [f"--config.eval.{what}" for what in ("steps=", "begin_ckpt=1", "end_ckpt=1")]
     options += ["--config.eval.batch_size=50", "--config.eval.num_samples=170"]
     options += ["--config.eval.bpd_num_repeats=1"]
-    options += ["--config.sampling.rtol=0.1", "--config.sampling.atol=0.1"]
+    options += ["--config.sampling.rtol=1", "--config.sampling.atol=1"]
     options += [f"--config.eval.stats_dir={tmp_path / 'stats'}"]
     reports = []
     for processes in (1, 2):
