@@ -185,14 +185,7 @@ def test_a_rank_whose_torchrun_died_before_it_looked_ends_in_one_line():
         program += "distributed.START = datetime.timedelta(seconds=1)\n"
         program += "try:\n  with distributed.joined(): pass\n"
         program += "except ConnectionError as error: print(error)\n"
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = Program([sys.executable, "-c", program], environment=environment).finish()
     assert re.fullmatch("no answer from torchrun at .*\n", done.stdout), done.stderr
 
 

@@ -447,12 +447,7 @@ def test_typing_errors_without_a_config_are_one_line(trained, tmp_path):
 
 
 def test_training_needs_a_config(trained):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), "--mode=train", f"--workdir={trained}"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
+    done = run_main(["--mode=train", f"--workdir={trained}"], expect=2)
     assert re.fullmatch("error: --config is needed.*\n", done.stderr)
 
 
