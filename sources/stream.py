@@ -159,7 +159,7 @@ class Stream:
         # A fork of this process would lack the threads that CUDA and ArrayRecord need. Workers are
         # therefore forked from a server that has only imported their modules.
         context = multiprocessing.get_context("forkserver")
-        # Before Python 3.12 it finds this module only in its working folder, but PyTorch always.
+        # In Python 3.11 it finds this module in its working folder only, but PyTorch anywhere.
         context.set_forkserver_preload([__name__, "torch.utils.data"])
 
         def requests() -> Iterator[list[int]]:
