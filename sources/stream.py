@@ -159,7 +159,8 @@ class Stream:
         # A fork of this process would lack the threads that CUDA and ArrayRecord need. Workers are
         # therefore forked from a server that has only imported their modules.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        # In Python 3.11 it finds this module in its working folder only, but PyTorch anywhere.
+        context.set_forkserver_preload([__name__, "torch.utils.data"])
 
         def requests() -> Iterator[list[int]]:
             for index in indices:
@@ -188,6 +189,9 @@ class Stream:
             if batch is None:
                 return
             if isinstance(batch, Exception):
+                # The error's traceback holds this frame, and the frame the error: a cycle. Workers
+                # in one end only after 5 s each, when it is collected.
+                del batches
                 raise batch
             pending.popleft()
             yield self._accept(batch)

@@ -4,11 +4,11 @@ import importlib.util
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from warm_start import Program
 
 import methods
 import models
@@ -309,8 +309,7 @@ def test_loads_as_a_flag(tmp_path):
         "--config.model.ch_mult=(1,2)",
         "--config.model.sigma_max=60",
     ]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = Program(command, cwd=tmp_path).finish()
     assert result.stdout.strip() == "train (1, 2) 60.0"
 
 
