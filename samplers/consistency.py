@@ -55,8 +55,8 @@ class ConsistencySampler(Sampler):
             )
         if not 1 <= self.n <= MOST_EVALUATIONS:
             raise ValueError(
-                f"sampling.N={self.n}: sampling.method='consistency' takes 1 to {MOST_EVALUATIONS} "
-                "evaluations; are steps of the ODE meant, with a network of "
+                f"sampling.method='consistency' takes 1 to {MOST_EVALUATIONS} evaluations, not "
+                f"sampling.N={self.n}: are steps of the ODE meant, with a network of "
                 "training.objective='regression'?"
             )
         if not self.levels:

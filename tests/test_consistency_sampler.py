@@ -101,7 +101,7 @@ def test_guidance_mixes_ends():
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ({"n": 18}, "sampling.N=18: .* takes 1 to 8 .* are steps of the ODE meant"),
+        ({"n": 18}, "takes 1 to 8 .* sampling.N=18: are steps of the ODE meant"),
         ({"n": 0}, "takes 1 to 8"),
         ({"n": 3, "levels": (0.5,)}, "must be 2 numbers"),
         ({"n": 3, "levels": (0.5, 0.6)}, "that fall between 80 and 0.002"),
