@@ -21,8 +21,8 @@ from solvers.solve import solve_ode
 from storage.digests import digest
 from storage.files import cached
 
-# Keys of config.eval that switch a part of an evaluation on; those of `DRAWN` need samples, and of
-# these some an ODE that makes a latent's image a smooth function of it.
+# Keys of config.eval that switch a part of an evaluation on: those of DRAWN draw samples, and of
+# these ALONG_LATENTS decode latents, which needs the ODE.
 ALONG_LATENTS = ("enable_interpolate", "enable_rescale")
 DRAWN = ("enable_sampling", "save_images", *ALONG_LATENTS)
 PARTS = ("enable_loss", "enable_bpd", "enable_classification", *DRAWN)

@@ -22,8 +22,8 @@ KEYS = {
     "training.objective": Key(
         "regression",
         OneOf(registry="losses.OBJECTIVES"),
-        "training loss; 'consistency': PFGM++ and EDM in one or a few evaluations, best from a "
-        "trained network (training.init_from)",
+        "training loss; 'consistency': PFGM++ and EDM, for samples in one or a few evaluations, "
+        "fine-tuned from a trained network (training.init_from)",
     ),
     "training.batch_size": Key(128, whole(1), "images of a step; they are the reference batch"),
     "training.small_batch_size": Key(

@@ -23,7 +23,7 @@ from library.ema import rebuild_ema
 from library.evaluated import Evaluated, Split
 from library.evaluated_restorations import restore_images
 from library.evaluated_samples import compare_samples, draw_images
-from library.initial_weights import began_with
+from library.initial_weights import entry_of_report
 from library.restoration import ToRestore
 from library.sample_folder import FILM_SAMPLES, SampleFolder, pair_of, read_pictures, seeds_of
 from library.signals import stop_signals
@@ -276,7 +276,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             for change in [] if logged_changes == changes else changes:
                 log.info(f"the config differs from that of the run: {change}")
             logged_changes = changes
-            report, width = {"step": step, **began_with(path, content)}, ""
+            report, width = {"step": step, **entry_of_report(path, content)}, ""
             if options.ema_std:
                 report["ema_std"], width = options.ema_std, f" of width {options.ema_std:g}"
                 ema = rebuild_ema(experiment.network, options.ema_std, workdir, path, content)

@@ -43,8 +43,8 @@ KEYS = {
     "sampling.method": Key(
         "ode",
         OneOf(registry="sampling.SAMPLERS"),
-        "the ODE or, for SDEs, 'pc': predictor and corrector; 'consistency', in N evaluations: of "
-        "a network of training.objective='consistency'",
+        "the ODE or, for SDEs, 'pc': predictor and corrector; 'consistency': N evaluations of a "
+        "network of training.objective='consistency'",
     ),
 }
 
@@ -63,7 +63,7 @@ def from_config(config, method: Method, codec: Codec, guide: Network | None) -> 
     kind, objective = named(SAMPLERS, "sampling.method", name), config.training.objective
     if kind.follows_ode:
         objective_named(objective).check_ode(f"sampling.method={name!r}")
-    elif objective_named(objective).gives_means:
+    elif objective_named(objective).predicts_mean:
         raise ValueError(
             f"sampling.method={name!r} is for a network of training.objective='consistency', not "
             f"{objective!r}"

@@ -24,8 +24,8 @@ KEYS = {
     "training.init_from": Key(
         "",
         Text(),
-        "a new run begins with the EMA weights of this workdir or file: a checkpoint, a shared "
-        "file, a published snapshot; what does not fit is drawn, as all is with ''",
+        "workdir or file whose EMA weights a new run starts from: a checkpoint, a shared file, a "
+        "published snapshot; weights without a match keep their initial values; '': all do",
         of_machine="start",
     ),
     "training.accumulate": Key(1, whole(1), "micro-batches that a step's examples are split into"),

@@ -1,17 +1,16 @@
-"""Measure samples in few evaluations: consistency networks beside those that they began with.
+"""Compare samples in few evaluations: consistency networks, and the denoisers they began as.
 
     python3 benchmarks/consistency.py WORKDIR ... [--num 4000] [--out docs/consistency.png]
-                                      [--grid docs/consistency_grid.png] [--factors 1000]
+            [--grid docs/consistency_grid.png] [--factors 1000] [--skip fitted]
 
-Each workdir is a run: one of training.objective='regression' (a teacher), which is sampled with 35
-evaluations of heun and with the solver 'fitted' in 5, or one of 'consistency' with 1, 2 and 3. Runs
-of one method are compared by seeds: a consistency run with the teacher of its seed, from the same
-prior samples. The table says of each the Frechet distance of pixels from the training images, its
-ratio to that of the teacher's 35 evaluations, precision, recall, and images per second.
+Each workdir is a run of training.objective='regression', a denoiser, sampled with 35 evaluations
+of heun and with the solver 'fitted' in 5, or one of 'consistency', sampled with 1, 2 and 3. Runs of
+one method are paired by seed, and draw the same prior samples. The table has the Frechet distance
+of pixels from the training images, its ratio to that of heun, precision, recall, images per second.
 
-With `--factors` a second table is of so many samples, of one evaluation and of 35, from prior
-samples whose scale is wrong by a factor, while the network is told the right one: how well each
-number D of augmenting dimensions bears that.
+With `--factors N` a second table has the distance of N samples, in one and in 35 evaluations, from
+prior samples of the wrong scale, while the network is told the right noise level: how robust each
+number D of augmenting dimensions is. Samplers whose name begins with `--skip` are left out.
 """
 
 import sys
@@ -44,9 +43,9 @@ SAMPLERS = {
     },
     "consistency": {f"consistency, {n}": {"sampling.N": n} for n in (1, 2, 3)},
 }
-TEACHER = "heun, 35"
+BASELINE = "heun, 35"
 FACTORS = (0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)
-WITH_WRONG_SCALE = (TEACHER, "consistency, 1")
+WITH_WRONG_SCALE = (BASELINE, "consistency, 1")
 GRID = 100  # images of each picture
 
 
@@ -96,6 +95,8 @@ def measure(
     real = pixels(to_uint8(batch_at(train, slice(len(train))).images / 255))
     real_gaussian, folder = Gaussian.fit(real), evaluation_folder(workdir, "consistency")
     for name, overrides in SAMPLERS[run.config.training.objective].items():
+        if skip and name.startswith(skip):
+            continue
         trained = experiment.load(workdir, overrides | {"eval.batch_size": 500})
         factors = FACTORS if num_of_factor and name in WITH_WRONG_SCALE else ()
         for factor in (None, *factors):
@@ -106,15 +107,15 @@ def measure(
             result = cached(path, origin, compute, ("samples", "speed"))
             fake = pixels(result["samples"])
             distance = frechet_distance(Gaussian.fit(fake), real_gaussian)
-            near = precision_recall(real, fake) if factor is None else (np.nan, np.nan)
-            results[name, factor] = Result(distance, *near, float(result["speed"]))
+            coverage = precision_recall(real, fake) if factor is None else (np.nan, np.nan)
+            results[name, factor] = Result(distance, *coverage, float(result["speed"]))
             samples.setdefault(name, result["samples"][:GRID])
             title = f"{name}, prior times {scale:g}, {number} samples"
             print(f"{workdir} ({run.method.name}): {title}: {distance:.4f}", flush=True)
     return run.method.name, run.seed, results, samples
 
 
-def words(values: list[float], digits: int = 4) -> str:
+def mean_and_range(values: list[float], digits: int = 4) -> str:
     """Mean of `values`, and their range."""
     text = f"{np.mean(values):.{digits}f}"
     if len(values) > 1:
@@ -135,33 +136,33 @@ def rows_of(runs: Runs) -> Iterator[tuple[str, str, list[Results]]]:
 
 
 def print_samplers(runs: Runs) -> None:
-    wide = ">24"
+    column = ">24"
     table = common.Table(
         ("method", "<20"),
         ("sampler", "<15"),
         ("seeds", ">5"),
-        ("distance", wide),
-        ("/ teacher's", wide),
-        ("precision", wide),
-        ("recall", wide),
+        ("distance", column),
+        ("/ heun's", column),
+        ("precision", column),
+        ("recall", column),
         ("images/s", ">9.0f"),
     )
     for method, name, results in rows_of(runs):
-        of_name = [each[name, None] for each in results]
-        teachers = [each[TEACHER, None].distance for each in results if (TEACHER, None) in each]
-        distances = [result.distance for result in of_name]
+        of_sampler = [each[name, None] for each in results]
+        baselines = [each[BASELINE, None].distance for each in results if (BASELINE, None) in each]
+        distances = [result.distance for result in of_sampler]
         ratios = []
-        if len(teachers) == len(distances):
-            ratios = [a / b for a, b in zip(distances, teachers, strict=True)]
+        if len(baselines) == len(distances):
+            ratios = [a / b for a, b in zip(distances, baselines, strict=True)]
         table.row(
             method,
             name,
             str(len(results)),
-            words(distances),
-            words(ratios, 2) if ratios else "",
-            words([result.precision for result in of_name], 3),
-            words([result.recall for result in of_name], 3),
-            float(np.median([result.speed for result in of_name])),
+            mean_and_range(distances),
+            mean_and_range(ratios, 2) if ratios else "",
+            mean_and_range([result.precision for result in of_sampler], 3),
+            mean_and_range([result.recall for result in of_sampler], 3),
+            float(np.median([result.speed for result in of_sampler])),
         )
 
 
@@ -184,16 +185,16 @@ def plot(runs: Runs, path: str) -> None:
     methods = [*runs]
     for method, name, results in rows_of(runs):
         color = f"C{methods.index(method)}"
-        of_name = [each[name, None] for each in results]
-        speed = np.median([result.speed for result in of_name])
-        distance = np.mean([result.distance for result in of_name])
+        of_sampler = [each[name, None] for each in results]
+        speed = np.median([result.speed for result in of_sampler])
+        distance = np.mean([result.distance for result in of_sampler])
         label = method if name == "consistency, 1" else None
         cost.plot(speed, distance, "o", color=color, label=label)
         cost.annotate(name, (speed, distance), (4, 4), textcoords="offset points", fontsize=7)
         if results := [each for each in results if (name, 1.0) in each]:
             rows = [[each[name, x].distance for each in results] for x in FACTORS]
             means, lows, highs = zip(*((np.mean(r), min(r), max(r)) for r in rows), strict=True)
-            style = "--" if name == TEACHER else "-"
+            style = "--" if name == BASELINE else "-"
             line = {"color": color, "linestyle": style, "label": f"{method}, {name}"}
             draw_range(scale, FACTORS, means, lows, highs, **line)
     cost.set(xscale="log", yscale="log", xlabel="images per second", ylabel="Frechet distance")
@@ -205,11 +206,15 @@ def plot(runs: Runs, path: str) -> None:
 
 
 def main() -> None:
-    options = common.options(__doc__, "workdirs", num=4000, out=None, grid=None, factors=0)
+    options = common.options(
+        __doc__, "workdirs", num=4000, out=None, grid=None, factors=0, skip=None
+    )
     runs, pictures = defaultdict(lambda: defaultdict(dict)), {}
     try:
         for workdir in options.workdirs:
-            method, seed, results, samples = measure(workdir, options.num, options.factors)
+            method, seed, results, samples = measure(
+                workdir, options.num, options.factors, options.skip
+            )
             runs[method][seed] |= results
             pictures |= samples
     except (ValueError, OSError) as error:

@@ -203,9 +203,9 @@ the second pass of the consistency loss has another dropout mask: test_consisten
 - with _repeated_dropout(x.device):
 + with contextlib.nullcontext():
 
-consistency: at the noise level 0 the end is the network's: test_consistency -k zero
-- torch.where(spread(r, x) == 0, image, end)
-+ torch.where(spread(r, x) < 0, image, end)
+consistency: at the noise level 0 the endpoint is the network's: test_consistency -k zero
+- torch.where(spread(r, x) == 0, clean, endpoint)
++ torch.where(spread(r, x) < 0, clean, endpoint)
 
 the noise of a consistency sampler is Gaussian for every D: test_consistency_sampler -k kernel
 - y = y + scaled(level * width, normal)

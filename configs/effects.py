@@ -52,7 +52,7 @@ def rows() -> list[Row]:
     uniform = _names(SOLVERS, lambda solver: solver.schedule in without_rho)
     of_sde = _names(SAMPLERS, lambda sampler: "sampling.ode_solver" not in of_part(sampler, "keys"))
     no_ode = _names(SAMPLERS, lambda sampler: not sampler.follows_ode)
-    no_targets = _names(OBJECTIVES, lambda objective: not objective.gives_means)
+    no_targets = _names(OBJECTIVES, lambda objective: not objective.predicts_mean)
     whole_images = tuple(name for name in RESTORE if name != "inpaint")
     no_sampling = {"eval.enable_sampling": (False,)}
     no_bits = {"eval.enable_bpd": (False,), "eval.enable_classification": (False,)}

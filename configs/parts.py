@@ -141,11 +141,11 @@ def quick(config: ConfigDict) -> None:
 
 
 def consistency(config: ConfigDict) -> None:
-    """One or two evaluations for a sample, after all else: the network of a trained run goes on.
+    """Fine-tune a trained network for samples in one or two evaluations; the last part.
 
-    Both noise levels of an example lie on a step of the ODE of the reference batch; the two ends
-    then differ by no noise, so that their distance may be nearly Euclidean. What follows the ODE,
-    such as bits/dim, is left out of the evaluation.
+    The two noisy images of a pair are joined by an Euler step of the ODE of the reference batch.
+    Their difference has no noise that would bias a Euclidean distance, so that `c` can be small.
+    Bits/dim, which follow the ODE, are left out of the evaluation.
     """
     config.training.update(objective="consistency", target="posterior_mean")
     config.training.update(batch_size=4096, small_batch_size=64)
@@ -247,8 +247,8 @@ EDM_IMAGENET = {
     "sampling": {"N": 40},
 }
 
-# After that: consistency tuning on CIFAR-10 (Geng et al. 2024, arXiv 2406.14548), 200,000 steps in
-# 8 stages.
+# After EDM_TRAINING: consistency tuning of an EDM or PFGM++ network on CIFAR-10 (Geng et al. 2024,
+# arXiv 2406.14548), 200,000 steps in 8 stages.
 ECT = {
     "training": {
         "objective": "consistency",

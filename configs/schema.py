@@ -152,8 +152,8 @@ class Key:
 
     A config stored before the key existed has its value `before`, or the default if that is None.
     The value of a key `of_machine` is not taken from the config of a workdir ("always"), or not
-    from that of a single file ("file"); see `configs.machine`. That of "start" is of the first
-    start of a run: it is never taken from a workdir, and nothing after that start reads it.
+    from that of a single file ("file"); see `configs.machine`. One of "start" is read by the first
+    start of a run alone, and never taken from a workdir.
     """
 
     default: Any

@@ -1,4 +1,4 @@
-"""The weights of another model that a new run begins with, and the record of them that it keeps."""
+"""The weights of another model that a new run starts from, and the record of them in the run."""
 
 import re
 from collections import Counter
@@ -12,7 +12,7 @@ from torch import nn
 
 from configs.keys import shown
 from configs.schema import EXACT, Text
-from models.weights import load_fitting
+from models.weights import load_matching
 from storage.checkpoints import fit
 from storage.digests import digest
 from storage.files import about
@@ -24,7 +24,7 @@ MAX_NAMED = 6  # entries of a network that a line names one by one
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The record of the weights that a run began with.
+    """Record of the weights that a run started from.
 
     Attributes:
         path: the workdir or file, as `training.init_from` named it.
@@ -60,27 +60,27 @@ class InitialWeights:
         return f"the weights of {self.path}, step {self.step:,}, digest {self.digest[:12]}"
 
 
-def begin(network: nn.Module, name: str) -> tuple[InitialWeights, str]:
-    """Copy the EMA weights that fit `network` from the workdir or file that `name` is.
+def initialise(network: nn.Module, source: str) -> tuple[InitialWeights, str]:
+    """Copy the matching EMA weights of the workdir or file `source` into `network`.
 
     Returns:
         Their record, and a line on what was copied and what was not.
 
     Raises:
         OSError: there is no checkpoint, or it cannot be read.
-        ValueError: it is damaged, or nothing of it fits.
+        ValueError: it is damaged, or nothing of it matches.
     """
-    with about(f"{INIT_FROM}={name}"):
-        path, content = find_checkpoint(Path(name))
-        copied = fit(partial(load_fitting, network), content, path)
+    with about(f"{INIT_FROM}={source}"):
+        path, content = find_checkpoint(Path(source))
+        copied = fit(partial(load_matching, network), content, path)
     weights = network.state_dict()
     sha256 = digest({entry: weights[entry] for entry in copied.names})
-    record = InitialWeights(name, content["step"], sha256)
-    initial = f"; initial values: {_listed(copied.initial)}" if copied.initial else ""
-    placeless = f"; of the file {copied.placeless:,} have no place" if copied.placeless else ""
+    record = InitialWeights(source, content["step"], sha256)
+    initial = f"; at their initial values: {_listed(copied.initial)}" if copied.initial else ""
+    unused = f"; {copied.unused:,} tensors of the file are not used" if copied.unused else ""
     line = (
-        f"begins with the EMA weights of {path}, step {record.step:,}, digest {sha256[:12]}: "
-        f"{len(copied.names):,} of {len(weights):,} entries copied{initial}{placeless}"
+        f"initialised from the EMA weights of {path}, step {record.step:,}, digest {sha256[:12]}: "
+        f"{len(copied.names):,} of {len(weights):,} tensors copied{initial}{unused}"
     )
     return record, line
 
@@ -88,10 +88,16 @@ def begin(network: nn.Module, name: str) -> tuple[InitialWeights, str]:
 def recall(
     path: Path, checkpoint: dict, values: dict[str, Any]
 ) -> tuple[InitialWeights | None, list[str]]:
-    """The record of a run that resumes from `checkpoint`, from `path`, and lines for the log.
+    """Read the record of a run that resumes, and set `training.init_from` in `values` to its path.
 
-    It takes the place of `training.init_from` in the flat config `values`; a line says where that
-    was another. Raises ValueError as `InitialWeights.read`.
+    Args:
+        path, checkpoint: the state to resume from.
+        values: the flat config, which is changed.
+
+    Returns:
+        The record, and a line for the log if the config named another file.
+
+    Raises ValueError as `InitialWeights.read`.
     """
     record, name = InitialWeights.read(path, checkpoint), values[INIT_FROM]
     values[INIT_FROM] = record.path if record else ""
@@ -100,10 +106,10 @@ def recall(
     return record, [f"{INIT_FROM}={name} is not read: the run goes on from {path}"]
 
 
-def began_with(path: Path, checkpoint: dict) -> dict[str, str]:
+def entry_of_report(path: Path, checkpoint: dict) -> dict[str, str]:
     """The entry of a report on the record in `checkpoint`, from `path`; {} without one."""
     record = InitialWeights.read(path, checkpoint)
-    return {"began_with": str(record)} if record else {}
+    return {"initial_weights": str(record)} if record else {}
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -28,17 +28,18 @@ LOWEST, HIGHEST = 0.05, 8.0  # of the grid
 class LevelChoice:
     """Choice of the noise levels of a consistency sampler for the weights of a network.
 
-    One level after the other is that of a grid at which samples are closest to training images, by
-    the Frechet distance of their pixels. All draws are the same at every level.
+    Levels are chosen greedily, the highest first: each is the level of a grid whose samples have
+    the smallest Frechet distance, in pixels, from training images. All candidates use the same
+    random numbers.
 
     Attributes:
-        sampler: its levels are open.
+        sampler: a sampler without levels.
         network: its weights are those of `checkpoint`.
         device: of the network.
         checkpoint: the levels are cached in a file beside it.
         origin: everything that the choice depends on; see `Experiment.origin`.
-        seed: of all draws.
-        data: whose training images.
+        seed: of the random numbers.
+        data: the source of the training images.
     """
 
     sampler: ConsistencySampler
@@ -50,7 +51,7 @@ class LevelChoice:
     data: Data
 
     def fitted(self) -> ConsistencySampler:
-        """The sampler with its levels.
+        """The sampler with the chosen levels.
 
         Raises:
             ValueError, OSError: the training images cannot be read.
@@ -69,20 +70,20 @@ class LevelChoice:
         log.info(f"choosing sampling.levels by {SAMPLES} samples at {GRID} noise levels")
         images = self._images()
         real = to_unit_interval(images.images).flatten(1).cpu().numpy()
-        low, high = self.sampler.ends
+        low, high = self.sampler.level_range
         grid = torch.logspace(math.log10(HIGHEST), math.log10(LOWEST), GRID, dtype=torch.float64)
         grid = [level for level in grid.tolist() if low < level < high]
         levels: list[float] = []
         with progress_bar(total=len(grid) * (self.sampler.n - 1), desc="levels") as progress:
             while len(levels) < self.sampler.n - 1:
-                lower = [level for level in grid if not levels or level < levels[-1]]
+                candidates = [level for level in grid if not levels or level < levels[-1]]
                 distances = []
-                for level in lower:
+                for level in candidates:
                     samples = self._samples((*levels, level), images)
                     fake = samples.flatten(1).cpu().numpy()
                     distances.append(frechet_distance_of_samples(real, fake))
                     progress.update()
-                levels.append(lower[distances.index(min(distances))])
+                levels.append(candidates[distances.index(min(distances))])
         return {"levels": torch.tensor(levels, dtype=torch.float64).numpy()}
 
     def _images(self) -> Batch:

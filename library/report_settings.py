@@ -32,7 +32,7 @@ def from_config(
     made_by |= BEFORE | experiment.parts
     made_by |= {"eval.batch_size": options.batch_size, **of_method(experiment.method)}
     made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
-    sampling = origin["sampling"] | experiment.sampler.chosen
+    sampling = origin["sampling"] | experiment.sampler.resolved
     made_by |= of_sampler(sampling, origin.get("guide", "")[:DIGITS])
     if split is not None:
         made_by |= {"eval.dataset": split.name, "split.data": experiment.data.name}

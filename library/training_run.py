@@ -14,7 +14,7 @@ from torch import Tensor
 import distributed
 from datasets import DataSet, batch_at, to_unit_interval
 from experiment_parts import Parts
-from library.initial_weights import INIT_FROM, InitialWeights, begin, recall
+from library.initial_weights import INIT_FROM, InitialWeights, initialise, recall
 from models.weights import load_ema
 from reports.images import image_grid, to_uint8
 from reports.progress import solver_bar
@@ -56,7 +56,7 @@ class TrainingRun:
         seed: of held-out losses and pictures.
         keep_checkpoints: newest numbered checkpoints that are kept; 0: all.
         written: the steps of the numbered checkpoints.
-        initial_weights: those of another model that it began with, if it did.
+        initial_weights: those of another model that it started from, if it did.
     """
 
     experiment: Parts
@@ -70,15 +70,15 @@ class TrainingRun:
     initial_weights: InitialWeights | None = None
 
     def resume(self) -> None:
-        """Load the newest intact state, if there is one, else begin and store the config.
+        """Load the newest intact state, if there is one, else start and store the config.
 
-        Raises ValueError where the state does not fit, and as `begin`.
+        Raises ValueError where the state does not fit, and as `initialise`.
         """
         newest = newest_checkpoint(self.workdir)
         if newest is None:
             lines = passed_over(self.workdir)
             if name := self.values[INIT_FROM]:
-                self.initial_weights, *lines = begin(self.state.model, name)
+                self.initial_weights, *lines = initialise(self.state.model, name)
                 self.state.restart_averages()
             if distributed.is_main():
                 run_config.store(self.workdir, self.values)
@@ -187,13 +187,13 @@ def resumed_from(workdir: Path, experiment: Parts, values: dict[str, Any]) -> tu
 
     The checkpoint's EMA weights are copied into the network; of all that it has, no other tensors
     are loaded. `values` is the config, flat. Raises ValueError where the checkpoint does not fit,
-    and as `begin`.
+    and as `initialise`.
     """
     read = partial(open_checkpoint, intact=True)
     newest = newest_checkpoint(workdir, set_aside=False, read=read)
     if newest is None:
         if name := values[INIT_FROM]:
-            return 0, [begin(experiment.network, name)[1]]
+            return 0, [initialise(experiment.network, name)[1]]
         return 0, passed_over(workdir)
     path, content = newest
     check_codec(experiment.codec, content, path)

@@ -91,7 +91,7 @@ def reference_names(model: nn.Module) -> dict[str, str]:
 
 
 def _renamed(name: str, pieces: Mapping[str, str]) -> str:
-    """A dotted name with other `pieces`."""
+    """A dotted name whose parts are renamed by `pieces`."""
     return ".".join(pieces.get(piece, piece) for piece in name.split("."))
 
 
@@ -111,7 +111,7 @@ _EDM_PIECES = {
 def _edm_names(model: NCSNpp) -> dict[str, str]:
     """`reference_names` for EDM."""
     sizes = [model.image_size >> level for level in range(len(model.encoder))]
-    places = _edm_places(sizes, len(model.decoder[0]["stages"]), isinstance(model, ADM))
+    places = _edm_modules(sizes, len(model.decoder[0]["stages"]), isinstance(model, ADM))
     names = {}
     for name, _ in model.named_parameters():
         place = next((place for place in places if name.startswith(f"{place}.")), None)
@@ -122,13 +122,17 @@ def _edm_names(model: NCSNpp) -> dict[str, str]:
     return names
 
 
-def _edm_places(sizes: Sequence[int], blocks: int, is_adm: bool) -> dict[str, str]:
-    """Name of a module here to EDM's, where keys of `enc` and `dec` begin with the image size.
+def _edm_modules(sizes: Sequence[int], blocks: int, is_adm: bool) -> dict[str, str]:
+    """{name of a module here: EDM's name}; EDM's names in `enc` and `dec` contain the image size.
 
-    Some are of other networks with the same levels. `sizes` are those of the levels, falling, of
-    which each has at most so many `blocks`.
+    It covers every network with these levels, so that no single network has all of them.
+
+    Args:
+        sizes: image sizes of the levels, falling.
+        blocks: largest number of blocks of a level.
+        is_adm: EDM's ADM, not DDPM++.
     """
-    at = [f"{size}x{size}_" for size in sizes]  # begins the keys of a level
+    at = [f"{size}x{size}_" for size in sizes]  # prefix of the names of a level
     out = "out_" if is_adm else f"dec.{at[0]}aux_"
     places = {
         "features": "map_noise",
@@ -160,15 +164,15 @@ def _edm_places(sizes: Sequence[int], blocks: int, is_adm: bool) -> dict[str, st
     return places
 
 
-# --- networks of another form --------------------------------------------------------------------
+# --- networks of other sizes --------------------------------------------------------------------
 
 
-def places_of(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Names here to published names of weights, which may be those of a network of another form.
+def match_names(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Map names of this program to the published names of weights: {name here: published name}.
 
-    A weight has the name here that the network it comes from would give it, so that the levels of
-    an image of another size are paired in their order; it may have several, of which a network has
-    one at most. Where the published names are numbers, blocks are paired with those of `model`.
+    The weights may come from a network of other sizes. Each is named as its own network would be
+    named here. Several names can be possible; a network has at most one of them. Blocks of
+    `all_modules` are matched with those of `model`.
 
     Args:
         model: the network that is to have the weights.
@@ -182,7 +186,7 @@ def places_of(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str
 
 
 def _paired_by_size(names: Collection[str]) -> dict[str, str]:
-    """`places_of` weights of EDM."""
+    """`match_names` weights of EDM."""
     of_levels = (re.match(r"enc\.(\d{1,5})x\1_(?:block(\d\d?)\.)?", name) for name in names)
     levels = [match.groups(default="0") for match in of_levels if match]
     sizes = sorted({int(size) for size, _ in levels}, reverse=True)
@@ -190,7 +194,7 @@ def _paired_by_size(names: Collection[str]) -> dict[str, str]:
         return {}
     blocks = 2 + max(int(block) for _, block in levels)  # of the decoder, which has one more
     modules: dict[str, list[str]] = {}
-    for place, published in _edm_places(sizes, blocks, "out_norm.weight" in names).items():
+    for place, published in _edm_modules(sizes, blocks, "out_norm.weight" in names).items():
         modules.setdefault(published, []).append(place)
     pieces = {published: piece for piece, published in _EDM_PIECES.items()}
     places = {}
@@ -203,7 +207,7 @@ def _paired_by_size(names: Collection[str]) -> dict[str, str]:
 
 
 def _paired_by_number(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """`places_of` weights in `all_modules`: the two lists of blocks are compared, as in a diff.
+    """`match_names` weights in `all_modules`: the two lists of blocks are compared, as in a diff.
 
     A block that only one of them has shifts the numbers after it. Attention goes with the block
     before it, since a larger image has the same blocks and attention in other places.
@@ -226,9 +230,9 @@ def _paired_by_number(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> 
         autojunk=False,
     )
     pairs: list[tuple[int | None, str | None]] = []
-    for _, i, i_end, j, j_end in diff.get_opcodes():
-        if i_end - i == j_end - j:
-            pairs += zip(numbers[i:i_end], paths[j:j_end], strict=True)
+    for _, i, i_stop, j, j_stop in diff.get_opcodes():
+        if i_stop - i == j_stop - j:
+            pairs += zip(numbers[i:i_stop], paths[j:j_stop], strict=True)
     pairs += [(theirs[number], ours[path]) for number, path in pairs]
     return {
         f"{path}.{name}": f"all_modules.{number}.{_renamed(name, _PIECES)}"
@@ -250,7 +254,7 @@ def _attention_after(blocks: Mapping[T, Pieces]) -> dict[T, T | None]:
 
 
 def _kind(pieces: Pieces) -> dict[str, int]:
-    """The dimensions of each piece, by which blocks of other widths are alike."""
+    """Number of dimensions of each piece: equal for blocks that differ only in width."""
     return {name: len(shape) for name, shape in pieces.items()}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.published import DERIVED, places_of, published_weights, without_wrappers
+from models.published import DERIVED, match_names, published_weights, without_wrappers
 from storage.checks import check_like, check_tensor, loaded
 from storage.stored_tensors import StoredTensor
 
@@ -77,25 +77,26 @@ def load_ema(model: nn.Module, checkpoint: Mapping) -> int:
 
 @dataclass(frozen=True)
 class Copied:
-    """Entries of a network's state, by name, after a copy of those that fit.
+    """Result of copying matching weights into a network.
 
     Attributes:
-        names: copied.
-        initial: as they were.
-        placeless: number of entries of the checkpoint that the network has none for.
+        names: of the network's entries that were overwritten.
+        initial: names of those that keep their values.
+        unused: number of the checkpoint's weights that were not copied.
     """
 
     names: list[str]
     initial: list[str]
-    placeless: int
+    unused: int
 
 
 @torch.no_grad()
-def load_fitting(model: nn.Module, checkpoint: Mapping) -> Copied:
-    """Copy the EMA weights of a checkpoint that have a place of the same shape in a network.
+def load_matching(model: nn.Module, checkpoint: Mapping) -> Copied:
+    """Copy the EMA weights of a checkpoint into the entries of `model` of matching name and shape.
 
     Raises:
-        ValueError: none has, or one that has is no finite tensor. The network may have changed.
+        ValueError: no weight matches, or one that matches is not a finite tensor; entries of
+            `model` may have been overwritten by then.
     """
     weights, entries = checkpoint["model"], model.state_dict()
     if not isinstance(weights, dict):
@@ -103,14 +104,14 @@ def load_fitting(model: nn.Module, checkpoint: Mapping) -> Copied:
     plain = without_wrappers(weights)
     weights = weights if weights.keys() & entries.keys() else plain
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
-    places = places_of(model, shapes) | {name: name for name in entries if name in weights}
+    places = match_names(model, shapes) | {name: name for name in entries if name in weights}
     sources = {name: places[name] for name in entries if places.get(name) in weights}
     if "ema" in checkpoint:
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        fixed = {source for name, source in sources.items() if name not in trained}
-        fixed |= {name for name, shape in shapes.items() if _is_fixed(name, shape)}
-        trained_shapes = {name: shape for name, shape in shapes.items() if name not in fixed}
-        weights = weights | _averages(checkpoint["ema"], trained_shapes)
+        trainable_names = {name for name, p in model.named_parameters() if p.requires_grad}
+        fixed_names = {source for name, source in sources.items() if name not in trainable_names}
+        fixed_names |= {name for name, shape in shapes.items() if _is_fixed(name, shape)}
+        trainable = {name: shape for name, shape in shapes.items() if name not in fixed_names}
+        weights = weights | _averages(checkpoint["ema"], trainable)
     copied = []
     for name, source in sources.items():
         entry, value = entries[name], weights[source]
@@ -120,11 +121,11 @@ def load_fitting(model: nn.Module, checkpoint: Mapping) -> Copied:
             copied.append(name)
     if not copied:
         raise ValueError(f"none of its {len(weights)} weights has a name and shape of the network")
-    placeless = {name for name in weights if name.rpartition(".")[2] not in DERIVED}
+    stored = {name for name in weights if name.rpartition(".")[2] not in DERIVED}
     return Copied(
         names=copied,
         initial=[name for name in entries if name not in copied],
-        placeless=len(placeless - {*sources.values()}),
+        unused=len(stored - {*sources.values()}),
     )
 
 
@@ -135,11 +136,11 @@ def _is_fixed(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _averages(
-    ema: object, trained: Mapping[str, tuple[int, ...]]
+    ema: object, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor | StoredTensor]:
-    """EMA weights by name, from a checkpoint's entry `ema` and the shapes of what was `trained`."""
+    """EMA weights by name, from a checkpoint's entry `ema` and the `shapes` of what it averages."""
     averages = ema.get("shadow_params") if isinstance(ema, dict) else None
     averages = averages if isinstance(averages, list) else []
-    if [getattr(average, "shape", None) for average in averages] != [*trained.values()]:
+    if [getattr(average, "shape", None) for average in averages] != [*shapes.values()]:
         raise ValueError("ema.shadow_params are not the averages of the weights in model")
-    return dict(zip(trained, averages, strict=True))
+    return dict(zip(shapes, averages, strict=True))

@@ -26,8 +26,8 @@ class Objective(nn.Module, abc.ABC):
     Attributes:
         keys: the keys that the objective declares, for `configs.default`.
         options: {argument of the constructor: the key that it is read from}.
-        gives_means: true where the network learns E[image | x], from which the method's ODE follows
-            (`check_ode`).
+        predicts_mean: true where the network learns E[image | x], from which the method's ODE is
+            computed (`check_ode`).
         method: whose examples and predictions.
         batch_size: images that a training step takes from the data: as many as are perturbed, or
             those of the reference batch where the targets depend on one.
@@ -41,7 +41,7 @@ class Objective(nn.Module, abc.ABC):
         "examples": "training.small_batch_size",
         "label_dropout": "training.label_dropout",
     }
-    gives_means: ClassVar[bool] = True
+    predicts_mean: ClassVar[bool] = True
 
     def __init__(self, method: Method, batch_size: int, examples: int, label_dropout: float = 0.0):
         super().__init__()
@@ -60,13 +60,13 @@ class Objective(nn.Module, abc.ABC):
         return cls(method, **arguments(cls, config))
 
     @classmethod
-    def check_ode(cls, user: str) -> None:
-        """Raise ValueError where the network has no ODE, which `user` follows."""
+    def check_ode(cls, feature: str) -> None:
+        """Raise ValueError if `feature` needs the method's ODE and the network does not give it."""
         return
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Values, by name, that change the loss besides those of the keys that are its own."""
+        """Settings, by name, that change the loss, other than the objective's own keys."""
         return {}
 
     def phase(self, step: int) -> str:

@@ -1,4 +1,4 @@
-"""Consistency: the network learns where its ODE's trajectories end, for one evaluation or a few.
+"""Consistency: the network learns the endpoints of its ODE, for samples in a few evaluations.
 
 Consistency models (Song et al. 2023, arXiv 2303.01469), tuned from a denoiser as in "Consistency
 Models Made Easy" (Geng et al. 2024, arXiv 2406.14548), for the noise of any number of augmenting
@@ -19,24 +19,32 @@ from sources.batch import Batch
 
 KEYS = {
     "consistency.q": Key(
-        2.0, Number(1.001, 1e6), "in stage a the smaller noise level is r = t (1 - n(t) / q^a)"
+        2.0,
+        Number(1.001, 1e6),
+        "a training pair has the noise levels t and r = max(0, t (1 - n(t) / q^a)) in stage a; n: "
+        "see consistency.k",
     ),
-    "consistency.stages": Key(8, whole(1, 64), "number of stages, from a = 1 on"),
+    "consistency.stages": Key(
+        8, whole(1, 64), "number of stages a = 1, 2, ...; each brings r closer to t"
+    ),
     "consistency.growth": Key(
         1.0,
         SHARE,
-        "share of training.n_iters in which the stages grow; 0: the last from the start",
+        "share of training.n_iters over which the stage rises to the last; 0: the last from the "
+        "start",
     ),
-    "consistency.k": Key(8.0, Number(0, 1e4), "of n(t) = 1 + k sigmoid(-b t)"),
-    "consistency.b": Key(1.0, Number(0, 1e4), "of n(t)"),
+    "consistency.k": Key(8.0, Number(0, 1e4), "n(t) = 1 + k sigmoid(-b t) of consistency.q"),
+    "consistency.b": Key(1.0, Number(0, 1e4), "see consistency.k"),
     "consistency.c": Key(
         0.06,
         Number(0, 1e4),
-        "of the distance sqrt(|x|^2 + c^2) - c of two ends x apart; 0: |x|, which is biased with "
-        "training.target='image'",
+        "pseudo-Huber distance sqrt(|d|^2 + c^2) - c of the two denoised images, d their "
+        "difference; 0: |d|, which is biased with training.target='image'",
     ),
-    "consistency.P_mean": Key(-1.1, Number(-10, 10), "mean of ln t in training"),
-    "consistency.P_std": Key(2.0, Number(0.001, 4), "its standard deviation"),
+    "consistency.P_mean": Key(
+        -1.1, Number(-10, 10), "mean of ln t, t the larger noise level of a training pair"
+    ),
+    "consistency.P_std": Key(2.0, Number(0.001, 4), "standard deviation of ln t"),
 }
 
 SMALLEST_SQUARE = 1e-30  # under a root, so that its derivative is finite
@@ -50,21 +58,22 @@ class LevelPairs(Examples):
 
 
 class Consistency(Objective):
-    """Distance between the denoised images at two noise levels of one image and one noise.
+    """Distance between the denoised images of one example at two noise levels.
 
     With the denoiser f, x_t = y + t n and x_r = y + r n of the same image y and noise n of the
     method's kernel, the loss of an example is
 
         d(f(x_t, t), f(x_r, r)) / (t - r),    d(a, b) = sqrt(|a - b|^2 + c^2) - c,
 
-    averaged over the examples. The second f is not differentiated, has the same dropout mask, and
-    is y where r = 0. ln t is normal, and in stage a = 1, 2, ... of the training
+    averaged over the examples. No gradient flows through f(x_r, r). It has the dropout mask of
+    f(x_t, t), and is y where r = 0 (the boundary condition). ln t is normal (P_mean, P_std); in
+    stage a = 1, 2, ... of the training
 
         r = max(0, t (1 - (1 + k sigmoid(-b t)) / q^a)).
 
-    As r approaches t, f becomes the end of the ODE's trajectory through x_t: given x_t, the mean of
-    n is the ODE's slope. With training.target='posterior_mean' y is E[y | x_t] over the reference
-    batch, and n that mean.
+    As r approaches t, f(x_t, t) approaches the endpoint of the ODE's trajectory through x_t, since
+    E[n | x_t] is the ODE's slope. With training.target='posterior_mean' x_r is an Euler step of
+    that ODE: y is replaced by E[y | x_t] over the reference batch, n by (x_t - E[y | x_t]) / t.
 
     Attributes:
         q, stages, growth, k, b, c, P_mean, P_std: as the keys of these names say.
@@ -77,7 +86,7 @@ class Consistency(Objective):
         **{name.removeprefix("consistency."): name for name in KEYS},
         "n_iters": "training.n_iters",
     }
-    gives_means = False
+    predicts_mean = False
 
     def __init__(
         self,
@@ -106,10 +115,10 @@ class Consistency(Objective):
         self.P_mean, self.P_std, self.n_iters = P_mean, P_std, n_iters
 
     @classmethod
-    def check_ode(cls, user):
+    def check_ode(cls, feature):
         raise ValueError(
-            f"{user} follows the method's ODE, which a network of training.objective='consistency' "
-            "does not have: it gives the ends of trajectories and no means"
+            f"{feature} follows the method's ODE, which needs E[image | x]: a network of "
+            "training.objective='consistency' predicts the endpoint of a trajectory instead"
         )
 
     def stage(self, step: int) -> int:
@@ -141,14 +150,14 @@ class Consistency(Objective):
         net, x = conditioned(net, examples.conditions), examples.images
         t, r = examples.t, examples.r
         with torch.no_grad():
-            image = self.method.target(examples, reference).view_as(x)
-            earlier = linear(r / t, x - image, 1, image)
+            clean = self.method.target(examples, reference).view_as(x)
+            x_r = linear(r / t, x - clean, 1, clean)
             with _repeated_dropout(x.device):
-                # a network has no noise label at 0, where its output is not used
-                end = self.method.denoise(net, earlier, torch.where(r == 0, t, r))
-            end = torch.where(spread(r, x) == 0, image, end)
-        change = self.method.denoise(net, x, t) - end
-        squared = change.flatten(1).square().sum(1)
+                # there is no noise label at r = 0; that output is replaced
+                endpoint = self.method.denoise(net, x_r, torch.where(r == 0, t, r))
+            endpoint = torch.where(spread(r, x) == 0, clean, endpoint)
+        difference = self.method.denoise(net, x, t) - endpoint
+        squared = difference.flatten(1).square().sum(1)
         # sqrt(s + c^2) - c, without the difference of like numbers, and with a slope of 0 at s = 0
         root = (squared + self.c**2).clamp_min(SMALLEST_SQUARE).sqrt()
         return squared / (root + self.c) / (t - r).to(squared)

@@ -21,8 +21,8 @@ KEYS = {
     "optim.optimizer": Key(
         "Adam",
         OneOf(registry="optimizers.OPTIMIZERS"),
-        "'RAdam', or 'Muon': weight matrices and convolutions are updated along their "
-        "orthogonalised momentum, all else by Adam",
+        "'RAdam': Adam with rectified early steps; 'Muon': weight matrices and convolutions are "
+        "updated along their orthogonalised momentum, all else by Adam",
     ),
     "optim.lr": Key(2e-4, Number(0, 10), "learning rate"),
     "optim.beta1": Key(0.9, Number(0, 0.999999), "Adam's decay of the first moment"),
@@ -71,7 +71,10 @@ def muon(parameters: NamedParameters, options: Mapping[str, Any]) -> torch.optim
 
 
 def radam(parameters: NamedParameters, options: Mapping[str, Any]) -> torch.optim.RAdam:
-    """Adam whose first steps are as large as its second moment is certain (arXiv 1908.03265)."""
+    """Rectified Adam: early steps are damped while its second moment is uncertain.
+
+    Source: Liu et al. 2020 (arXiv 1908.03265).
+    """
     return torch.optim.RAdam(
         [p for _, p in parameters],
         lr=options["lr"],

@@ -115,7 +115,7 @@ def save_page(
         "network": f"{network}, {parameters:,} parameters",
         "data": f"{experiment.data.name}, {size} × {size}, {_colours(size, channels)}",
         "checkpoint": f"step {step:,}, EMA weights{width}",
-        "began with": str(report.get("began_with", "")),
+        "initial weights": str(report.get("initial_weights", "")),
         "training time": duration(seconds_of_training(board, step)),
         "learning rate": f"{learning_rate:g}, {warmup:,} steps of warm-up"
         + (f", {cooldown:,} of cooldown" if cooldown else ""),

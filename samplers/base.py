@@ -179,8 +179,8 @@ class Sampler(abc.ABC):
         return values | {"kind": type(self).__name__, "guidance": guidance}
 
     @property
-    def chosen(self) -> dict[str, Any]:
-        """Values of keys of `sampling`, by name, that may be open in the config."""
+    def resolved(self) -> dict[str, Any]:
+        """Values in use, by name, of keys of `sampling` that the config may leave to be chosen."""
         return {}
 
     @property

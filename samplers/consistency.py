@@ -1,4 +1,4 @@
-"""Sampling by a consistency network: an evaluation gives an end, new noise improves it."""
+"""Multistep consistency sampling: denoise a prior sample, then add noise and denoise again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,24 +14,23 @@ from samplers.base import Sampler
 from solvers.base import Callback, Counted, FiniteStates, Step, Watch
 
 MOST_EVALUATIONS = 8
-# Levels that are not chosen for a network: the first is published (Geng et al. 2024, arXiv
-# 2406.14548, for two evaluations on CIFAR-10), the others fall from it by a constant factor.
+# Default levels: the first is that of Geng et al. (2024, arXiv 2406.14548) for two evaluations on
+# CIFAR-10; each further one is 0.4 of the one before, a choice made here.
 FIRST_LEVEL, FALL = 0.821, 0.4
 
 KEYS = {
     "sampling.levels": Key(
         (),
         Numbers(NOISE_LEVEL, range(MOST_EVALUATIONS)),
-        "of 'consistency': the N - 1 falling noise levels of the evaluations after the first; (): "
-        "those of a grid whose samples are closest to the training images, chosen once for a "
-        "checkpoint",
+        "of 'consistency': falling noise levels of evaluations 2 to N; (): chosen from a grid, "
+        "once for a checkpoint, so that samples are closest to the training images",
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencySampler(Sampler):
-    """Ends of trajectories from the prior, and then from falling noise levels.
+    """Multistep consistency sampling, at falling noise levels.
 
     Attributes:
         n: evaluations, `sampling.N`.
@@ -61,7 +60,7 @@ class ConsistencySampler(Sampler):
             )
         if not self.levels:
             return
-        low, high = self.ends
+        low, high = self.level_range
         falls = all(a > b for a, b in zip((high, *self.levels), (*self.levels, 0)))  # noqa: B905
         if len(self.levels) != self.n - 1 or not falls or min(self.levels) < low:
             raise ValueError(
@@ -70,13 +69,13 @@ class ConsistencySampler(Sampler):
             )
 
     @property
-    def ends(self) -> tuple[float, float]:
-        """The lowest and the highest noise level of the method."""
+    def level_range(self) -> tuple[float, float]:
+        """Lowest and highest noise level of the method."""
         times = torch.tensor([self.method.t_data, self.method.t_prior], dtype=torch.float64)
         return tuple(self.method.sigma(times).tolist())
 
     @property
-    def chosen(self):
+    def resolved(self):
         return {"levels": self.levels}
 
     @property
@@ -97,16 +96,16 @@ class ConsistencySampler(Sampler):
             raise ValueError(
                 "sampling.levels=() are chosen for a network, by Experiment.fitted_sampler"
             )
-        return partial(sample_ends, levels=self.levels)
+        return partial(sample_consistency, levels=self.levels)
 
     def without_fit(self):
-        """The sampler with published levels in place of those to be chosen."""
+        """The sampler with default levels in place of levels chosen for a network."""
         if not self.is_fitted:
             return self
         return replace(self, levels=tuple(FIRST_LEVEL * FALL**k for k in range(self.n - 1)))
 
 
-def sample_ends(
+def sample_consistency(
     method: Method,
     net: Network,
     x: Tensor,

@@ -159,7 +159,8 @@ class Stream:
         # A fork of this process would lack the threads that CUDA and ArrayRecord need. Workers are
         # therefore forked from a server that has only imported their modules.
         context = multiprocessing.get_context("forkserver")
-        # In Python 3.11 it finds this module in its working folder only, but PyTorch anywhere.
+        # In Python 3.11 the server can import this module only from its working folder; PyTorch it
+        # always finds.
         context.set_forkserver_preload([__name__, "torch.utils.data"])
 
         def requests() -> Iterator[list[int]]:

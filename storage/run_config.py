@@ -135,8 +135,8 @@ def changes(path: Path, checkpoint: dict, values: dict[str, Any]) -> list[str]:
 def differences(old: Any, new: dict[str, Any]) -> list[str]:
     """Changes from the stored flat config `old` to `new`, each as "key: old -> new".
 
-    A key that `old` lacks has its value of `restore`. One that no longer exists is ignored, and so
-    is one of the run's first start.
+    A key that `old` lacks has its value of `restore`. Keys that no longer exist, and keys that only
+    a run's first start reads, are ignored.
 
     Raises:
         ValueError: `old` is no dictionary of numbers, strings, None and lists of these.

@@ -57,8 +57,8 @@ CASES = [(2, 0), (2, 3), (2, 7), (256, 0), (4, 1)]
 
 @pytest.mark.parametrize("c", [0.0, 0.06])
 @pytest.mark.parametrize(("q", "stage"), CASES)
-def test_times_and_losses_are_published_ones(ect, monkeypatch, q, stage, c):
-    """Of locuslab/ect, with D(x, t) = 0.25 / (0.25 + t^2) x + 0.1 tanh(x t) / (1 + t)."""
+def test_noise_levels_and_losses_equal_those_of_ect_as_published(ect, monkeypatch, q, stage, c):
+    """Against locuslab/ect, with D(x, t) = 0.25 / (0.25 + t^2) x + 0.1 tanh(x t) / (1 + t)."""
     numbers = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
     method = StandIn(P_mean=-1.2, P_std=1.2, **numbers)
     objective = objective_for(method, 6, q=q, c=c, stages=8, growth=1.0, n_iters=8)
@@ -87,8 +87,8 @@ def test_stages_grow_over_a_share_of_the_steps_and_then_stay():
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-class Seen:
-    """A network that remembers the x that it is given."""
+class InputRecorder:
+    """A network that records the x that it is given."""
 
     def __init__(self):
         self.x = []
@@ -102,7 +102,7 @@ class Seen:
 def test_a_pair_lies_on_one_ray_from_its_image(D):
     """With one direction and one scale of the noise, whose width is that of a Student t."""
     y = torch.randn(4000, 1, 2, 2, generator=generator())
-    objective, net = objective_for(pfgmpp(D), len(y)), Seen()
+    objective, net = objective_for(pfgmpp(D), len(y)), InputRecorder()
     pairs = objective.draw(Batch(y), 3, generator(1))
     assert torch.equal(pairs.clean, y)
     assert ((pairs.r >= 0) & (pairs.r < pairs.t)).all()
@@ -122,7 +122,7 @@ def test_a_pair_lies_on_one_ray_from_its_image(D):
 def test_with_posterior_means_a_pair_lies_on_a_step_of_the_ode(D):
     """Euler's, by the slope (x - E[y | x, t]) / t of the data of the batch."""
     y = torch.randn(64, 1, 2, 2, generator=generator())
-    objective, net = objective_for(pfgmpp(D, target_kind="posterior_mean"), len(y)), Seen()
+    objective, net = objective_for(pfgmpp(D, target_kind="posterior_mean"), len(y)), InputRecorder()
     pairs = objective.draw(Batch(y), 3, generator(1))
     objective.losses(net, pairs, Batch(y))
     mean = posterior_mean(pairs.images, y, pairs.t, D)
@@ -147,8 +147,8 @@ def test_labels_are_dropped_alike_in_both_passes():
     assert 5 <= (seen[0] == -1).sum() <= 35
 
 
-class Dropping(nn.Module):
-    """A network that is all dropout, and remembers its outputs."""
+class DropoutNetwork(nn.Module):
+    """A small network with dropout that records its outputs."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ def at_one_level(objective, batch):
 
 def test_both_passes_have_the_same_dropout():
     """To the last bit at one level; the next step has another mask."""
-    objective, net = objective_for(pfgmpp(4.0)), Dropping()
+    objective, net = objective_for(pfgmpp(4.0)), DropoutNetwork()
     pairs = at_one_level(objective, Batch(torch.randn(8, 1, 2, 2)))
     objective.losses(net, pairs, None)
     objective.losses(net, pairs, None)
@@ -198,8 +198,8 @@ def test_both_passes_have_the_same_dropout_when_compiled():
 
 
 @pytest.mark.parametrize("D", DIMENSIONS)
-def test_of_one_image_every_end_is_that_image(D):
-    """The exact denoiser of one point has loss 0, and so has no other constant."""
+def test_the_exact_denoiser_of_a_single_image_has_loss_zero(D):
+    """A denoiser that is off by sigma / (1 + sigma) has a positive loss."""
     y = torch.randn(1, 1, 2, 2, generator=generator()).expand(16, 1, 2, 2)
     objective = objective_for(pfgmpp(D), 16)
     pairs = objective.draw(Batch(y), 5, generator(1))

@@ -18,7 +18,7 @@ from library.levels import LevelChoice
 from methods.base import spread
 from metrics.distances import Gaussian, frechet_distance, frechet_distance_of_samples
 from samplers.base import Guidance
-from samplers.consistency import ConsistencySampler, sample_ends
+from samplers.consistency import ConsistencySampler, sample_consistency
 from sources.codec import EightBitImages
 from storage.checkpoints import load_checkpoint
 
@@ -45,17 +45,17 @@ def test_exact_ends_have_the_law_of_the_data(levels):
     method, states = pfgmpp(), []
     x = method.prior_sampling((50_000, 1, 1, 1), generator())
     net = denoising_network(exact_end)
-    ends, evaluations = sample_ends(
+    ends, evaluations = sample_consistency(
         method, net, x, levels=levels, generator=generator(1), callback=states.append
     )
     assert evaluations == 1 + len(levels)
     assert [step.level for step in states] == [80.0, *levels]
     assert ends.std().item() == pytest.approx(STD, rel=0.02)
     assert ends.mean().item() == pytest.approx(0, abs=0.01)
-    kept = math.prod(STD / math.sqrt(STD**2 + level**2) for level in levels)
+    expected = math.prod(STD / math.sqrt(STD**2 + level**2) for level in levels)
     first = exact_end(x, torch.tensor([80.0]))
     correlation = torch.corrcoef(torch.stack([first.flatten(), ends.double().flatten()]))[0, 1]
-    assert correlation.item() == pytest.approx(kept, abs=0.02)
+    assert correlation.item() == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("D", [2.0, 128.0, math.inf])
@@ -64,7 +64,7 @@ def test_noise_of_a_level_is_that_of_the_kernel(D):
     seen = []
     method, y = pfgmpp(D), torch.full((20_000, 1, 1, 2), 0.3)
     net = denoising_network(lambda x, sigma: seen.append(x) or 0 * x.double() + 0.3)
-    sample_ends(method, net, y, levels=(1.5,), generator=generator())
+    sample_consistency(method, net, y, levels=(1.5,), generator=generator())
     noise = ((seen[1].double() - 0.3) / 1.5).flatten(1).square().sum(1).sqrt()
     normal, width = method.noise(y, generator(1))
     other = (spread(width, y) * normal).flatten(1).norm(dim=1)
@@ -278,12 +278,12 @@ def test_two_processes_train_as_one(run, tmp_path):
         weights[processes] = torch.cat([p.flatten() for p in state["ema"]["shadow_params"]])
         assert state["init_from"]["step"] == 6
     change = (weights[1] - weights[2]).norm()
-    begun = load_checkpoint(run / "checkpoints-meta/checkpoint.pth")["ema"]["shadow_params"]
-    moved = (weights[1] - torch.cat([p.flatten() for p in begun])).norm()
-    assert change < 0.02 * moved
+    initial = load_checkpoint(run / "checkpoints-meta/checkpoint.pth")["ema"]["shadow_params"]
+    trained = (weights[1] - torch.cat([p.flatten() for p in initial])).norm()
+    assert change < 0.02 * trained
 
 
-def test_a_regression_network_is_not_sampled_so(tmp_path):
+def test_consistency_sampling_refuses_a_regression_network(tmp_path):
     config = tiny("pfgmpp/digits_ddpmpp.py", tmp_path, sampling__method="consistency")
     with pytest.raises(ValueError, match="is for a network of training.objective='consistency'"):
         Experiment.build(config)

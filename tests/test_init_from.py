@@ -16,8 +16,8 @@ import run_lib
 from configs.edm import digits_ddpmpp as edm_digits
 from configs.pfgmpp import digits_ddpmpp as pfgmpp_digits
 from experiment import load
-from library.initial_weights import begin
-from models.published import places_of
+from library.initial_weights import initialise
+from models.published import match_names
 from reports.report_file import read_report
 from storage import run_config
 from storage.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
@@ -130,7 +130,7 @@ def outputs(network, config):
 
 
 def line_of(caplog):
-    (line,) = (m for m in caplog.messages if m.startswith("begins with the EMA weights of "))
+    (line,) = (m for m in caplog.messages if m.startswith("initialised from the EMA weights of "))
     return line
 
 
@@ -198,7 +198,7 @@ def test_other_networks(tmp_path, case):
     model = redrawn(models.create_model(config))
     path = published(tmp_path / "theirs.pth", config, model)
     network = models.create_model(config)
-    begin(network, str(path))
+    initialise(network, str(path))
     assert digest(network.state_dict()) == digest(model.state_dict())
 
 
@@ -242,7 +242,7 @@ def test_classes_for_a_network_without(tmp_path, form):
         save_checkpoint(path, train_state(config, model).state_dict())
     network = models.create_model(make(**ATTENTION, **{"data.num_classes": 10}))
     embedding = {n: w.clone() for n, w in network.state_dict().items() if "label" in n}
-    _, line = begin(network, str(path))
+    _, line = initialise(network, str(path))
     assert line.endswith("initial values: label_embedding.weight, label_embedding.bias")
     assert network.state_dict().keys() - model.state_dict().keys() == embedding.keys()
     for name, weight in (model.state_dict() | embedding).items():
@@ -256,7 +256,9 @@ def test_classes_for_a_network_without(tmp_path, form):
         published(path, labelled, network)
     else:
         save_checkpoint(path, train_state(labelled, network).state_dict())
-    assert begin(back, str(path))[1].endswith(" entries copied; of the file 2 have no place")
+    assert initialise(back, str(path))[1].endswith(
+        " tensors copied; 2 tensors of the file are not used"
+    )
     assert digest(back.state_dict()) == digest(model.state_dict())
 
 
@@ -287,7 +289,7 @@ def test_published_names_are_paired_like_own_ones(tmp_path, form, change):
     first = models.create_model(make(**ATTENTION | change))
     second = models.create_model(make(**ATTENTION | change))
     second.load_state_dict(first.state_dict())
-    lines = [begin(net, str(path))[1] for net, path in ((first, own), (second, theirs))]
+    lines = [initialise(net, str(path))[1] for net, path in ((first, own), (second, theirs))]
     if form == "published" and "model.num_res_blocks" in change:
         assert "initial values: " in lines[1]
     else:
@@ -312,14 +314,14 @@ OTHER_FORMS = {
     ["vp/cifar10_ddpmpp_continuous.py", "ve/cifar10_ncsnpp.py"]
     + ["edm/cifar10_ncsnpp.py", "edm/ffhq64_ddpmpp.py", "edm/imagenet64_adm.py"],
 )
-def test_places_of_the_published_networks(path, change):
+def test_names_of_the_published_networks(path, change):
     """Each weight has the place that it has in the network it was published for."""
     config, changed = experiment(path), experiment(path)
     changed.update_from_flattened_dict(OTHER_FORMS[change])
     with torch.device("meta"):
         old, new = models.create_model(config), models.create_model(changed)
     names, weights = models.reference_names(old), dict(old.named_parameters())
-    places = places_of(new, {name: tuple(weights[here].shape) for name, here in names.items()})
+    places = match_names(new, {name: tuple(weights[here].shape) for name, here in names.items()})
     common = {name for name, _ in new.named_parameters()} & weights.keys()
     assert {here: names[places[here]] for here in common} == {here: here for here in common}
     assert {*places.values()} == names.keys() if path.startswith("edm") else places.keys() == common
@@ -400,7 +402,7 @@ def test_two_processes_begin_alike(teacher, tmp_path):
     arguments = ["--config", "configs/pfgmpp/digits_ddpmpp.py", "--mode=train", *flags]
     arguments += [f"--workdir={tmp_path}", f"--config.training.init_from={teacher}"]
     said = run_main([*arguments, "--config.optim.lr=0.0"], processes=2).stdout
-    assert said.count("begins with the EMA weights of ") == 1
+    assert said.count("initialised from the EMA weights of ") == 1
     assert torch.equal(load(tmp_path).sample([1]), load(teacher).sample([1]))
 
 
@@ -419,9 +421,9 @@ def test_the_page_of_an_evaluation_says_it(teacher, tmp_path, caplog):
     sha256 = digest(load(teacher).experiment.network.state_dict())
     words = f"the weights of {teacher}, step 2, digest {sha256[:12]}"
     (report,) = (workdir / "eval").glob("report_*.npz")
-    assert read_report(report)["began_with"] == words
+    assert read_report(report)["initial_weights"] == words
     page = (workdir / "eval/report.html").read_text()
-    assert "began with" in page and words in page
+    assert "initial weights" in page and words in page
 
 
 def test_a_strangers_value_is_not_taken_and_none_is_needed(teacher, tmp_path):
@@ -516,7 +518,7 @@ def test_code_in_a_snapshot_is_not_run(tmp_path, monkeypatch):
     config = edm_unet(**ATTENTION)
     path = snapshot(tmp_path / "a.pkl", config, redrawn(models.create_model(config)))
     network = models.create_model(config)
-    begin(network, str(path))
+    initialise(network, str(path))
     assert not ran.exists()
 
 

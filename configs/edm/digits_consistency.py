@@ -1,4 +1,4 @@
-"""The network of digits_ddpmpp.py goes on, to samples in one or two evaluations: minutes on a CPU.
+"""Fine-tune the network of digits_ddpmpp.py for one or two evaluations: minutes on a CPU.
 
 --config.training.init_from=runs/digits
 """

@@ -1,4 +1,4 @@
-"""The network of `make demo` goes on, to samples in one or two evaluations: minutes on a CPU.
+"""Fine-tune the network of `make demo` for one or two evaluations: minutes on a CPU.
 
 --config.training.init_from=runs/demo
 """

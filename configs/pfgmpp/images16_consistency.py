@@ -1,4 +1,4 @@
-"""The network of images16_ddpmpp.py goes on, to samples in one or two evaluations.
+"""Fine-tune the network of images16_ddpmpp.py for one or two evaluations.
 
 --config.data.path=photos/ --config.training.init_from=runs/mine
 """
