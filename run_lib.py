@@ -28,6 +28,7 @@ from library.restoration import ToRestore
 from library.sample_folder import FILM_SAMPLES, SampleFolder, pair_of, read_pictures, seeds_of
 from library.signals import stop_signals
 from library.training_run import LossWatch, TrainingRun, resumed_from
+from losses import objective_named
 from metrics.reference import ReferenceStatistics
 from models.weights import load_ema
 from reports.drawings import draw_classes, draw_interpolation, draw_rescaling
@@ -364,11 +365,14 @@ def sample(
     ends = read_pictures("sampling.between", names, data.shape, scale)
     if ends and len(ends) != 2:
         raise ValueError(f"sampling.between={options.between} must be two images, A.png,B.png")
+    objective = objective_named(config.training.objective)
+    for key in ("encode", "between", "restore"):
+        if options[key]:
+            objective.check_ode(f"sampling.{key}")
     trained = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time
     experiment = trained.experiment
     execution.prepare_process(config.training.precision, experiment.device)
     if pictures or ends:
-        experiment.objective.check_ode(f"sampling.{'encode' if pictures else 'between'}")
         trained.conditions_of(None, 1)  # raises where the network needs more conditions of images
     origin = experiment.origin()
     distributed.check_same("weights", origin["weights"])
@@ -420,7 +424,8 @@ def export(
         OSError: there is no checkpoint, or the file cannot be written.
     """
     config, *_ = complete(config, workdir, precisions=())
-    trained = load(checkpoint or workdir, config=config, fits=False)
+    follows_ode = sampling.SAMPLERS[config.sampling.method].follows_ode
+    trained = load(checkpoint or workdir, config=config, fits=not (dry_run or follows_ode))
     path, experiment = (outdir or workdir) / f"model{SHARED}", trained.experiment
     words = f"EMA weights of step {trained.step}, {trained.path}"
     if dry_run:
@@ -429,6 +434,8 @@ def export(
         check_writable(path.parent, "--outdir")
         weights, identity = experiment.network.state_dict(), experiment.data.stored
         entry = identity.entry() if identity else None
+        if chosen := experiment.sampler.chosen_levels:
+            config.sampling.levels = chosen
         save_shared(path, weights, flatten(config), trained.step, entry)
         log.info(f"{words}: {path} ({path.stat().st_size / 2**20:.3g} MiB)")
 

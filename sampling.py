@@ -62,7 +62,9 @@ def from_config(config, method: Method, codec: Codec, guide: Network | None) -> 
     name = config.sampling.method
     kind, objective = named(SAMPLERS, "sampling.method", name), config.training.objective
     if kind.follows_ode:
-        objective_named(objective).check_ode(f"sampling.method={name!r}")
+        others = " or ".join(repr(n) for n, sampler in SAMPLERS.items() if not sampler.follows_ode)
+        feature = f"sampling.method={name!r} (else {others})"
+        objective_named(objective).check_ode(feature)
     elif objective_named(objective).predicts_mean:
         raise ValueError(
             f"sampling.method={name!r} is for a network of training.objective='consistency', not "

@@ -82,9 +82,10 @@ def pixels(images: Images) -> NDArray:
 Results = dict[tuple[str, float | None], Result]
 
 
-def measure(
-    workdir: Path, num: int, num_of_factor: int
-) -> tuple[str, int, Results, dict[str, Images]]:
+Measured = tuple[str, int, Results, dict[str, Images]]
+
+
+def measure(workdir: Path, num: int, num_of_factor: int, skip: str | None) -> Measured:
     """Method, seed, results, and samples by sampler, of the run in `workdir`.
 
     Raises:

@@ -144,7 +144,8 @@ def consistency(config: ConfigDict) -> None:
     """Fine-tune a trained network for samples in one or two evaluations; the last part.
 
     The two noisy images of a pair are joined by an Euler step of the ODE of the reference batch.
-    Their difference has no noise that would bias a Euclidean distance, so that `c` can be small.
+    Where that is all of the data, as with the digits, their difference has no noise that would bias
+    a Euclidean distance, so that `c` can be small.
     Bits/dim, which follow the ODE, are left out of the evaluation.
     """
     config.training.update(objective="consistency", target="posterior_mean")
@@ -260,7 +261,7 @@ ECT = {
     "optim": {"optimizer": "RAdam", "lr": 1e-4, "warmup": 0},
     "model": {"dropout": 0.2, "ema_half_life": 0.0, "ema_rate": 0.9999},
     "consistency": {"c": 0.0},
-    "sampling": {"method": "consistency", "N": 2},
+    "sampling": {"method": "consistency", "N": 2, "levels": (0.821,)},
 }
 
 # Variance exploding SDE, sampled by predictor and corrector (Song et al., ICLR 2021).

@@ -143,6 +143,7 @@ class Method(abc.ABC):
         positive_labels: true where noise labels are > 0, and a "fourier" embedding takes their log.
         gaussian: true where Gaussian noise of variance b^2 - a^2 takes y from the noise level a up
             to b, exactly or nearly, so that a sampler can add noise.
+        sigma_data: standard deviation of the scaled images' entries, as far as it is known.
         degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
         noisy_end: true where samples at `t_data` have noise, which a step to sigma = 0 removes.
         predictors, correctors: names that `sampling.method='pc'` can use; none without an SDE.
@@ -156,6 +157,7 @@ class Method(abc.ABC):
     gives_score: ClassVar[bool] = False
     positive_labels: ClassVar[bool] = True
     gaussian: bool = False
+    sigma_data: float = 0.5
     degrees_of_freedom: float = math.inf
     noisy_end: bool = True
     predictors: tuple[str, ...] = ()

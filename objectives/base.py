@@ -61,8 +61,12 @@ class Objective(nn.Module, abc.ABC):
 
     @classmethod
     def check_ode(cls, feature: str) -> None:
-        """Raise ValueError if `feature` needs the method's ODE and the network does not give it."""
-        return
+        """Raise ValueError unless the network gives the method's ODE, which `feature` follows."""
+        if not cls.predicts_mean:
+            raise ValueError(
+                f"{feature} follows the method's ODE, which needs a network that predicts "
+                f"E[image | x]: that of training.objective={cls.__name__.lower()!r} does not"
+            )
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -114,13 +114,6 @@ class Consistency(Objective):
         self.q, self.stages, self.growth, self.k, self.b, self.c = q, stages, growth, k, b, c
         self.P_mean, self.P_std, self.n_iters = P_mean, P_std, n_iters
 
-    @classmethod
-    def check_ode(cls, feature):
-        raise ValueError(
-            f"{feature} follows the method's ODE, which needs E[image | x]: a network of "
-            "training.objective='consistency' predicts the endpoint of a trajectory instead"
-        )
-
     def stage(self, step: int) -> int:
         """The stage a, from 1 on, of training step number `step`, from 0 on."""
         growing = self.growth * self.n_iters

@@ -73,7 +73,8 @@ def muon(parameters: NamedParameters, options: Mapping[str, Any]) -> torch.optim
 def radam(parameters: NamedParameters, options: Mapping[str, Any]) -> torch.optim.RAdam:
     """Rectified Adam: early steps are damped while its second moment is uncertain.
 
-    Source: Liu et al. 2020 (arXiv 1908.03265).
+    PyTorch has no fused form of it, so that the host waits for a GPU in each step. Source: Liu et
+    al. 2020 (arXiv 1908.03265).
     """
     return torch.optim.RAdam(
         [p for _, p in parameters],

@@ -19,6 +19,7 @@ from reports.page import render
 from reports.plots import number
 from reports.report_file import page_png, read_report
 from reports.settings import (
+    CHOSEN_LEVELS,
     Settings,
     differing,
     guidance_words,
@@ -39,6 +40,7 @@ FILM_BYTES = 2**22  # of the largest film in it
 # settings of sampling that decide how many evaluations a sample takes.
 SAME = ("step", "weights", "eval.ema_std")
 COSTS = tuple(f"sampling.{name}" for name in ("N", "rtol", "atol", "max_evaluations"))
+COSTS += (CHOSEN_LEVELS,)
 
 RESTORED_BY = ("sampling.restore", "sampling.restorer")
 

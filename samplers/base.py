@@ -179,9 +179,9 @@ class Sampler(abc.ABC):
         return values | {"kind": type(self).__name__, "guidance": guidance}
 
     @property
-    def resolved(self) -> dict[str, Any]:
-        """Values in use, by name, of keys of `sampling` that the config may leave to be chosen."""
-        return {}
+    def chosen_levels(self) -> tuple[float, ...]:
+        """Noise levels that the config leaves open and that were chosen for a network."""
+        return ()
 
     @property
     @abc.abstractmethod

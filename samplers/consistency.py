@@ -14,8 +14,9 @@ from samplers.base import Sampler
 from solvers.base import Callback, Counted, FiniteStates, Step, Watch
 
 MOST_EVALUATIONS = 8
-# Default levels: the first is that of Geng et al. (2024, arXiv 2406.14548) for two evaluations on
-# CIFAR-10; each further one is 0.4 of the one before, a choice made here.
+# Default levels for data of standard deviation 0.5: the first is that of Geng et al. (2024, arXiv
+# 2406.14548) for two evaluations on CIFAR-10; each further one is 0.4 of the one before, a choice
+# made here.
 FIRST_LEVEL, FALL = 0.821, 0.4
 
 KEYS = {
@@ -36,10 +37,12 @@ class ConsistencySampler(Sampler):
         n: evaluations, `sampling.N`.
         levels: noise levels of the n - 1 evaluations after the first, falling; () where they have
             to be chosen for the network.
+        levels_are_chosen: they were chosen so.
     """
 
     n: int = 2
     levels: tuple[float, ...] = ()
+    levels_are_chosen: bool = False
 
     follows_ode = False
     keys = KEYS | base.KEYS
@@ -64,8 +67,8 @@ class ConsistencySampler(Sampler):
         falls = all(a > b for a, b in zip((high, *self.levels), (*self.levels, 0)))  # noqa: B905
         if len(self.levels) != self.n - 1 or not falls or min(self.levels) < low:
             raise ValueError(
-                f"sampling.levels={self.levels} must be {self.n - 1} numbers (sampling.N - 1) that "
-                f"fall between {high:g} and {low:g}"
+                f"sampling.levels={self.levels} must be sampling.N - 1 = {self.n - 1} noise levels "
+                f"that fall between {high:g} and {low:g}"
             )
 
     @property
@@ -75,8 +78,8 @@ class ConsistencySampler(Sampler):
         return tuple(self.method.sigma(times).tolist())
 
     @property
-    def resolved(self):
-        return {"levels": self.levels}
+    def chosen_levels(self):
+        return self.levels if self.levels_are_chosen else ()
 
     @property
     def is_fitted(self) -> bool:
@@ -102,7 +105,11 @@ class ConsistencySampler(Sampler):
         """The sampler with default levels in place of levels chosen for a network."""
         if not self.is_fitted:
             return self
-        return replace(self, levels=tuple(FIRST_LEVEL * FALL**k for k in range(self.n - 1)))
+        low, high = self.level_range
+        first = min(FIRST_LEVEL * self.method.sigma_data / 0.5, 0.9 * high)
+        fall = max(FALL, (low / first) ** (1 / (self.n - 1)))
+        levels = tuple(first * fall**k for k in range(self.n - 1))
+        return replace(self, levels=levels, levels_are_chosen=True)
 
 
 def sample_consistency(
