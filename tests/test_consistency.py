@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -182,7 +183,10 @@ def test_both_passes_have_the_same_dropout():
 @pytest.mark.slow
 def test_both_passes_have_the_same_dropout_when_compiled():
     weight, outputs = torch.ones((), requires_grad=True), []
-    dropout = torch.compile(lambda x: nn.functional.dropout(x * weight, 0.5), dynamic=False)
+
+    @partial(torch.compile, dynamic=False)
+    def dropout(x):  # twice, in two graphs: without gradients and with
+        return nn.functional.dropout(nn.functional.dropout(x * weight, 0.3).sin(), 0.3)
 
     def net(x, noise_label):
         outputs.append(dropout(x))
@@ -227,11 +231,11 @@ def test_where_the_smaller_level_is_zero_the_target_is_the_image():
 def test_no_difference_has_no_gradient(c):
     """Also for c = 0, where the slope of the distance has no limit."""
     objective = objective_for(pfgmpp(), c=c)
-    weight = torch.ones((), requires_grad=True)
+    bias = torch.zeros((), requires_grad=True)
     pairs = at_one_level(objective, Batch(torch.zeros(8, 1, 2, 2)))
-    pairs, net = replace(pairs, r=pairs.t / 2), lambda x, noise_label: x * weight
+    pairs, net = replace(pairs, r=pairs.t / 2), lambda x, noise_label: x + bias
     pairs = replace(pairs, images=torch.zeros_like(pairs.images))
-    (gradient,) = torch.autograd.grad(objective.losses(net, pairs, None).sum(), weight)
+    (gradient,) = torch.autograd.grad(objective.losses(net, pairs, None).sum(), bias)
     assert gradient == 0
 
 
@@ -307,22 +311,39 @@ def gaussian_end(D, std, radius, level):
     return end.y[0, -1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("D", [128.0, math.inf])
-def test_a_trained_network_approaches_the_ends_of_the_trajectories(D, one_thread):
-    """Of Gaussian data in the plane, from new weights on; errors grow with the noise level."""
-    std, steps = 0.5, 500
+def trained_in_the_plane(D, steps, draw):
+    """Objective, and a network trained from new weights on images `draw(n)` (n, 2, 1, 1)."""
     torch.manual_seed(0)
     net = MLP((2, 1, 1), 2, nf=32, num_blocks=2, nonlinearity="swish")
     options = {"lr": 4e-3, "beta1": 0.9, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
     optimizer = OPTIMIZERS["adam"]([*net.named_parameters()], options)
     objective = objective_for(pfgmpp(D), 512, stages=6, n_iters=steps)
     for step in range(steps):
-        y = std * torch.randn(512, 2, 1, 1)
         optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / steps)
         optimizer.zero_grad()
-        objective(net, Batch(y), step=step).backward()
+        objective(net, Batch(draw(512)), step=step).backward()
         optimizer.step()
+    return objective, net
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [4.0, math.inf])
+def test_a_network_trained_on_one_point_gives_that_point(D, one_thread):
+    point = torch.tensor([0.4, -0.7]).view(1, 2, 1, 1)
+    objective, net = trained_in_the_plane(D, 300, lambda n: point.expand(n, 2, 1, 1))
+    for level in (0.1, 1.0, 10.0):
+        x = point + level * torch.randn(64, 2, 1, 1, generator=generator())
+        with torch.no_grad():
+            ends = objective.method.denoise(net, x, level)
+        assert (ends - point).flatten(1).norm(dim=1).mean() < 0.03 + 0.01 * level
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [128.0, math.inf])
+def test_a_trained_network_approaches_the_ends_of_the_trajectories(D, one_thread):
+    """Of Gaussian data in the plane, from new weights on; errors grow with the noise level."""
+    std = 0.5
+    objective, net = trained_in_the_plane(D, 500, lambda n: std * torch.randn(n, 2, 1, 1))
     directions = torch.linspace(0, 2 * math.pi, 33)[:-1]
     errors = {}
     for level in (0.1, 0.3, 1.0, 3.0, 10.0):

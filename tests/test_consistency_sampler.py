@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ from test_small_runs import TINY, tiny
 from warm_start import run_main
 
 import run_lib
+from datasets import Data
 from experiment import Experiment, load
 from library.levels import LevelChoice
 from methods.base import spread
 from metrics.distances import Gaussian, frechet_distance, frechet_distance_of_samples
 from samplers.base import Guidance
 from samplers.consistency import ConsistencySampler, sample_consistency
+from sources.batch import Batch
 from sources.codec import EightBitImages
 from storage.checkpoints import load_checkpoint
 
@@ -103,7 +107,7 @@ def test_guidance_mixes_ends():
     [
         ({"n": 18}, "takes 1 to 8 .* sampling.N=18: are steps of the ODE meant"),
         ({"n": 0}, "takes 1 to 8"),
-        ({"n": 3, "levels": (0.5,)}, "must be 2 numbers"),
+        ({"n": 3, "levels": (0.5,)}, "must be sampling.N - 1 = 2 noise levels"),
         ({"n": 3, "levels": (0.5, 0.6)}, "that fall between 80 and 0.002"),
         ({"n": 2, "levels": (90.0,)}, "that fall between 80 and 0.002"),
         ({"n": 2, "levels": (0.001,)}, "that fall between 80 and 0.002"),
@@ -173,7 +177,8 @@ def test_an_evaluation_says_levels_stages_and_evaluations(run):
     assert "consistency, 2 evaluations, noise levels" in page
     (chosen,) = (run / "checkpoints").glob("*.fitted-levels-2.npz")
     (level,) = arrays_of(chosen)["levels"].tolist()
-    assert f'"sampling.levels": [{level}' in str(report["settings"])
+    assert f'"chosen.levels": [{level}' in str(report["settings"])
+    assert '"sampling.levels": []' in str(report["settings"])
 
 
 def test_levels_are_those_of_the_least_distance_and_chosen_once(run, caplog):
@@ -198,11 +203,62 @@ def test_levels_are_those_of_the_least_distance_and_chosen_once(run, caplog):
     images = choice._images()
     real = Gaussian.fit(images.images.flatten(1).double().numpy() / 255)
     distances = {}
-    for candidate in np.geomspace(8, 0.05, 16):
+    for candidate in np.geomspace(12, 0.075, 16):  # for a standard deviation of 0.75
         fake = choice._samples((candidate,), images)
-        fit = Gaussian.fit(fake.flatten(1).double().numpy())
-        distances[candidate] = frechet_distance(real, fit)
+        distances[candidate] = frechet_distance(real, Gaussian.fit(fake.astype(float)))
     assert level == pytest.approx(min(distances, key=distances.get), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_a_level_leaves_room_for_those_below_it(n, monkeypatch, tmp_path):
+    """Where the lowest level of the grid is always best."""
+    real = np.random.default_rng(0).normal(size=(60, 3))
+    images = Batch(torch.from_numpy(real).view(60, 3, 1, 1))
+    monkeypatch.setattr(LevelChoice, "_images", lambda choice: images)
+    monkeypatch.setattr(LevelChoice, "_samples", lambda choice, levels, _: real + levels[-1])
+    choice = LevelChoice(
+        sampler=sampler_of(n=n),
+        network=None,
+        device=torch.device("cpu"),
+        checkpoint=tmp_path / "checkpoint_1.pth",
+        origin={},
+        seed=0,
+        data=SimpleNamespace(stored=None, name="data"),
+    )
+    grid = np.geomspace(8, 0.05, 16)
+    assert choice.fitted().levels == pytest.approx(grid[-(n - 1) :])
+    few = replace(choice, sampler=sampler_of(pfgmpp(sigma_max=0.08), n=8))
+    with pytest.raises(ValueError, match="too few to choose 7 of: set sampling.levels"):
+        few.fitted()
+
+
+@pytest.mark.parametrize("ends", [(0.002, 80.0), (0.01, 80.0), (0.002, 0.5), (0.3, 0.4)])
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_default_levels_fall_between_the_ends_of_the_method(n, ends):
+    low, high = ends
+    levels = sampler_of(pfgmpp(sigma_min=low, sigma_max=high), n=n).without_fit().levels
+    assert high > levels[0]
+    assert levels[-1] >= low
+    assert all(a > b for a, b in pairwise(levels))
+    if ends == (0.002, 80.0):
+        assert levels[0] == pytest.approx(0.821)
+
+
+def test_a_shared_file_has_its_levels_and_needs_no_data(run, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    chosen = load(run).experiment.sampler.levels
+    run_lib.export(small(tmp_path), run, tmp_path)
+    caplog.clear()
+    assert load(tmp_path / "model.safetensors").experiment.sampler.levels == chosen
+    assert "sampling.levels" not in caplog.text
+
+    def unreadable(data, split, labels=True):
+        raise ValueError("no data here")
+
+    monkeypatch.setattr(Data, "get", unreadable)
+    trained = load(tmp_path / "model.safetensors", {"sampling.levels": (), "sampling.N": 3})
+    assert trained.experiment.sampler.levels == pytest.approx([0.821 * 1.5, 0.821 * 1.5 * 0.4])
+    assert "default sampling.levels, as none can be chosen: no data here" in caplog.text
 
 
 def test_seeds_give_the_same_images_alone_and_together(run):
