@@ -335,7 +335,7 @@ def test_a_network_trained_on_one_point_gives_that_point(D, one_thread):
         x = point + level * torch.randn(64, 2, 1, 1, generator=generator())
         with torch.no_grad():
             ends = objective.method.denoise(net, x, level)
-        assert (ends - point).flatten(1).norm(dim=1).mean() < 0.03 + 0.01 * level
+        assert (ends - point).flatten(1).norm(dim=1).mean() < 0.15
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ LEFT = {
     "Sweep learning rates": "runs/lr.html",
     "Move a run": "elsewhere/a/checkpoints/checkpoint_2.pth",
     "Share a model": "runs/theirs/samples/step_1/000015.png",
-    "Train on from another model": "runs/onwards/checkpoints/checkpoint_2.pth",
+    "Fine-tune another model": "runs/finetuned/checkpoints/checkpoint_2.pth",
     "Change the network": "runs/ddpm/checkpoints/checkpoint_2.pth",
     "Write a config": "runs/mine/checkpoints/checkpoint_2.pth",
     "Change the data": "runs/photos/checkpoints/checkpoint_2.pth",

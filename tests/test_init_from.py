@@ -154,7 +154,7 @@ def test_own_files(teacher, tmp_path, place, caplog):
     assert not torch.equal(trained[0], start["model"]["dense1.weight"].load())  # not the raw ones
     entries = len(new.experiment.network.state_dict())
     line = line_of(caplog)
-    assert line.endswith(f": {entries} of {entries} entries copied")
+    assert line.endswith(f": {entries} of {entries} tensors copied")
     sha256 = digest(old.experiment.network.state_dict())
     assert f", step {old.step}, digest {sha256[:12]}: " in line
     record = {"path": str(teacher / place), "step": old.step, "digest": sha256}
@@ -170,7 +170,7 @@ def test_a_snapshot_of_edm(tmp_path, suffix, caplog):
     assert begin_run(config, tmp_path / "run", path)
     trained = load(tmp_path / "run")
     assert torch.equal(outputs(trained.experiment.network, config), outputs(model, config))
-    assert ", step 7, " in line_of(caplog) and line_of(caplog).endswith(" entries copied")
+    assert ", step 7, " in line_of(caplog) and line_of(caplog).endswith(" tensors copied")
 
 
 @pytest.mark.parametrize("embedding", ["positional", "fourier"])
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_score_sde(tmp_path, embedding, caplog):
     assert begin_run(config, tmp_path / "run", path)
     network = load(tmp_path / "run").experiment.network
     assert torch.equal(outputs(network, config), outputs(averaged, config))
-    assert ", step 12,000, " in line_of(caplog) and line_of(caplog).endswith(" entries copied")
+    assert ", step 12,000, " in line_of(caplog) and line_of(caplog).endswith(" tensors copied")
 
 
 @pytest.mark.parametrize("case", ["ncsn", "ncsnv2_64", "mlp"])
@@ -222,7 +222,7 @@ def test_another_number_of_classes_and_another_d(tmp_path, caplog):
     path = snapshot(tmp_path / "a.pkl", config, model)
     config = edm_unet(**ATTENTION | labels | {"training.sde": "pfgmpp"})
     assert begin_run(config, tmp_path / "run", path)
-    assert " entries copied; initial values: label_embedding.weight" in line_of(caplog)
+    assert " tensors copied; at their initial values: label_embedding.weight" in line_of(caplog)
     assert line_of(caplog).endswith("label_embedding.weight")
     assert load(tmp_path / "run").experiment.method.D == 128
 
@@ -294,8 +294,8 @@ def test_published_names_are_paired_like_own_ones(tmp_path, form, change):
         assert "initial values: " in lines[1]
     else:
         assert (
-            lines[0].partition(" entries copied")[0][-9:]
-            == (lines[1].partition(" entries copied")[0][-9:])
+            lines[0].partition(" tensors copied")[0][-9:]
+            == (lines[1].partition(" tensors copied")[0][-9:])
         )
         assert digest(first.state_dict()) == digest(second.state_dict())
 
@@ -337,11 +337,11 @@ def test_larger_images_and_a_level_more(teacher, tmp_path, caplog):
     config = tiny(**options | STILL)
     assert begin_run(config, tmp_path / "run", teacher)
     line, old = line_of(caplog), load(teacher).experiment.network.state_dict()
-    assert "; initial values: " in line and len(line) < 500
-    assert "encoder.2 (" in line and "; of the file " in line
+    assert "; at their initial values: " in line and len(line) < 500
+    assert "encoder.2 (" in line and " tensors of the file are not used" in line
     new = load(tmp_path / "run").experiment.network.state_dict()
     alike = [name for name in old if name in new and old[name].shape == new[name].shape]
-    assert f" {len(alike)} of {len(new)} entries copied" in line and len(alike) > 40
+    assert f" {len(alike)} of {len(new)} tensors copied" in line and len(alike) > 40
     assert all(torch.equal(old[name], new[name]) for name in alike)
 
 

@@ -299,7 +299,7 @@ MISTAKES = {
         "training.sde must be one of 'poisson', .* 'poison'",
     ),
     "model": (["--config.model.name=unet"], "model.name must be one of 'ncsnpp', .*'unet'"),
-    "sampler": (["--config.sampling.method=pc"], "has no sampling.method='pc'; it has: ode"),
+    "sampler": (["--config.sampling.method=pc"], "has no sampling.method='pc': it has no SDE"),
     "solver": (
         ["--config.sampling.ode_solver=rk4"],
         "ode_solver must be one of 'fitted', 'rk45', .*'rk4'",
@@ -307,7 +307,7 @@ MISTAKES = {
     "steps": (["--config.sampling.N=0"], "sampling.N must be a whole number from 1 .*, not 0"),
     "optimizer": (
         ["--config.optim.optimizer=SGD"],
-        "optim.optimizer must be one of 'adam', 'muon', not 'SGD'",
+        "optim.optimizer must be one of 'adam', 'muon', 'radam', not 'SGD'",
     ),
     "split": (["--config.eval.dataset=val"], "eval.dataset must be one of 'train', 'test', not"),
     "device": (
@@ -359,7 +359,7 @@ def get_config():
         ("def get_config():\n    return 3\n", ".* does not return an ml_collections.ConfigDict"),
         (
             "from ml_collections import ConfigDict as get_config\n",
-            " lacks data.category; start from configs/default.py",
+            " lacks consistency.P_mean; start from configs/default.py",
         ),
         (
             CHANGED.format("config.training.n_iter = 3"),
