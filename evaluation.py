@@ -21,8 +21,10 @@ from solvers.solve import solve_ode
 from storage.digests import digest
 from storage.files import cached
 
-# Keys of config.eval that switch a part of an evaluation on; those of `DRAWN` need samples.
-DRAWN = ("enable_sampling", "save_images", "enable_interpolate", "enable_rescale")
+# Keys of config.eval that switch a part of an evaluation on: those of DRAWN draw samples, and of
+# these ALONG_LATENTS decode latents, which needs the ODE.
+ALONG_LATENTS = ("enable_interpolate", "enable_rescale")
+DRAWN = ("enable_sampling", "save_images", *ALONG_LATENTS)
 PARTS = ("enable_loss", "enable_bpd", "enable_classification", *DRAWN)
 
 
@@ -49,7 +51,7 @@ def loss(evaluated: Evaluated, split: Split, batch_size: int) -> dict:
         return {"loss": total / len(split.data)}
 
     sizes = {"batch": batch_size, "at once": evaluated.batch_size}
-    objective = experiment.objective_settings | {"reduce_mean": experiment.objective.reduce_mean}
+    objective = experiment.objective_settings | experiment.objective.settings
     if weights := experiment.objective.state_dict():
         objective["weights"] = digest(weights)
     origin = evaluated.origin | split.origin | {"sizes": sizes, "objective": objective}

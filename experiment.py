@@ -26,6 +26,7 @@ from configs.keys import explain_unknown, get, plain, shown, with_home
 from datasets import Data
 from library.conditions import ConditionDrawer
 from library.fitting import Fitting
+from library.levels import LevelChoice
 from library.sample_folder import KEYS as OUTPUTS
 from library.trained import Trained
 from likelihood import Likelihood
@@ -46,7 +47,14 @@ log = logging.getLogger(__name__)
 GUIDE_KEYS = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
     *("data.codec", "data.conditions"),
-    *("training.sde", "training.continuous", "training.gamma", "model.D", "model.sigma_data"),
+    *(
+        "training.objective",
+        "training.sde",
+        "training.continuous",
+        "training.gamma",
+        "model.D",
+        "model.sigma_data",
+    ),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
 
@@ -91,7 +99,7 @@ class Experiment:
     method: methods.Method
     codec: Codec
     network: nn.Module
-    objective: losses.Regression
+    objective: losses.Objective
     sampler: sampling.Sampler
     draw_conditions: ConditionDrawer
     data: Data
@@ -212,21 +220,22 @@ class Experiment:
     def fitted_sampler(self, checkpoint: Path) -> sampling.Sampler:
         """The sampler, fitted to the network's weights, which come from `checkpoint`.
 
-        A sampler without a fitted schedule or solver is returned unchanged.
+        A sampler of which nothing is fitted is returned unchanged.
         """
         if not self.sampler.is_fitted:
             return self.sampler
-        fitting = Fitting(
-            sampler=self.sampler,
-            network=self.network,
-            device=self.device,
-            checkpoint=checkpoint,
-            origin=self.origin(),
-            seed=self.config.seed,
-            draw_conditions=self.draw_conditions,
-        )
+        fit_to = {
+            "sampler": self.sampler,
+            "network": self.network,
+            "device": self.device,
+            "checkpoint": checkpoint,
+            "origin": self.origin(),
+            "seed": self.config.seed,
+        }
         with execution.full_float32():
-            return fitting.fitted()
+            if self.sampler.follows_ode:
+                return Fitting(**fit_to, draw_conditions=self.draw_conditions).fitted()
+            return LevelChoice(**fit_to, data=self.data).fitted()
 
     def origin(self) -> dict:
         """Everything that results of the network depend on, as text that can be compared."""

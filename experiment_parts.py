@@ -8,7 +8,7 @@ from torch import nn
 
 from datasets import Data
 from likelihood import Likelihood
-from losses import Regression
+from losses import Objective
 from methods.base import Method
 from samplers.base import Sampler
 from sources.batch import Conditions
@@ -22,7 +22,7 @@ class Parts(Protocol):
     method: Method
     codec: Codec
     network: nn.Module
-    objective: Regression
+    objective: Objective
     sampler: Sampler
     likelihood: Likelihood
     draw_conditions: Callable[..., Conditions]

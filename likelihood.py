@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.keys import arguments, check_positive, named
 from configs.schema import Key, OneOf
+from losses import objective_named
 from methods.base import Method, Network, conditioned, noise_like
 from solvers.base import Counted, Watch
 from solvers.rk45 import limits_of, rk45
@@ -150,6 +151,7 @@ class Likelihood:
     @classmethod
     def from_config(cls, config, method: Method, codec: Codec) -> Self:
         """The likelihood of `method`; ValueError where it has none, or a number is out of range."""
+        objective_named(config.training.objective).check_ode("the likelihood")
         return cls(method=method, codec=codec, **arguments(cls, config))
 
     def __call__(

@@ -23,10 +23,12 @@ from library.ema import rebuild_ema
 from library.evaluated import Evaluated, Split
 from library.evaluated_restorations import restore_images
 from library.evaluated_samples import compare_samples, draw_images
+from library.initial_weights import entry_of_report
 from library.restoration import ToRestore
 from library.sample_folder import FILM_SAMPLES, SampleFolder, pair_of, read_pictures, seeds_of
 from library.signals import stop_signals
 from library.training_run import LossWatch, TrainingRun, resumed_from
+from losses import objective_named
 from metrics.reference import ReferenceStatistics
 from models.weights import load_ema
 from reports.drawings import draw_classes, draw_interpolation, draw_rescaling
@@ -169,6 +171,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                     logged, logged_at = state.step, now
                     progress.set_postfix_str(f"loss {newest:.4g}, {speed:.0f} images/s")
                     writer.add_scalar("loss/train", newest, state.step)
+                    if phase := objective.phase(state.step - 1):
+                        writer.add_scalar(f"loss/{phase}", newest, state.step)
                     writer.add_scalar("images_per_second", speed, state.step)
                 paused_at = time.perf_counter()
                 if state.step == first:  # processes that go apart do so in their first step
@@ -237,6 +241,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
         split = Split(options.dataset, experiment.data.get(options.dataset))
     if options.enable_bpd or options.enable_classification:
         experiment.check_likelihood()
+    for part in filter(options.get, evaluation.ALONG_LATENTS):
+        experiment.objective.check_ode(f"eval.{part}")
     draws = any(map(options.get, evaluation.DRAWN))
     if draws:
         experiment.draw_conditions(1, "check")  # raises where there is no label to sample with
@@ -271,7 +277,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             for change in [] if logged_changes == changes else changes:
                 log.info(f"the config differs from that of the run: {change}")
             logged_changes = changes
-            report, width = {"step": step}, ""
+            report, width = {"step": step, **entry_of_report(path, content)}, ""
             if options.ema_std:
                 report["ema_std"], width = options.ema_std, f" of width {options.ema_std:g}"
                 ema = rebuild_ema(experiment.network, options.ema_std, workdir, path, content)
@@ -287,13 +293,13 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                 seed=config.seed,
                 batch_size=options.batch_size,
             )
+            experiment.sampler = sampler
+            if draws:
+                experiment.sampler = experiment.fitted_sampler(path)
             made_by = report_settings.from_config(config, evaluated, split, statistics, restored)
             report["settings"] = to_json(made_by)
             if main:
                 evaluated.remove_results()
-            experiment.sampler = sampler
-            if draws:
-                experiment.sampler = experiment.fitted_sampler(path)
             if options.enable_bpd:
                 report |= evaluation.bits_per_dim(evaluated, split, options.bpd_num_repeats)
             if options.enable_classification:
@@ -359,6 +365,10 @@ def sample(
     ends = read_pictures("sampling.between", names, data.shape, scale)
     if ends and len(ends) != 2:
         raise ValueError(f"sampling.between={options.between} must be two images, A.png,B.png")
+    objective = objective_named(config.training.objective)
+    for key in ("encode", "between", "restore"):
+        if options[key]:
+            objective.check_ode(f"sampling.{key}")
     trained = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time
     experiment = trained.experiment
     execution.prepare_process(config.training.precision, experiment.device)
@@ -414,7 +424,8 @@ def export(
         OSError: there is no checkpoint, or the file cannot be written.
     """
     config, *_ = complete(config, workdir, precisions=())
-    trained = load(checkpoint or workdir, config=config, fits=False)
+    follows_ode = sampling.SAMPLERS[config.sampling.method].follows_ode
+    trained = load(checkpoint or workdir, config=config, fits=not (dry_run or follows_ode))
     path, experiment = (outdir or workdir) / f"model{SHARED}", trained.experiment
     words = f"EMA weights of step {trained.step}, {trained.path}"
     if dry_run:
@@ -423,6 +434,8 @@ def export(
         check_writable(path.parent, "--outdir")
         weights, identity = experiment.network.state_dict(), experiment.data.stored
         entry = identity.entry() if identity else None
+        if chosen := experiment.sampler.chosen_levels:
+            config.sampling.levels = chosen
         save_shared(path, weights, flatten(config), trained.step, entry)
         log.info(f"{words}: {path} ({path.stat().st_size / 2**20:.3g} MiB)")
 

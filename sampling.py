@@ -6,9 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from configs.keys import named
 from configs.schema import Key, OneOf
+from losses import objective_named
 from methods.base import Method, Network
-from samplers.base import Guidance, Sampler, choose
+from samplers.base import Guidance, Sampler
+from samplers.consistency import ConsistencySampler
 from samplers.ode import ODESampler
 from samplers.pc import PCSampler
 from solvers import solver_named
@@ -17,6 +20,7 @@ from sources.codec import Codec
 from sources.codec import from_config as get_codec
 
 __all__ = [
+    "ConsistencySampler",
     "Guidance",
     "ODESampler",
     "PCSampler",
@@ -29,13 +33,18 @@ __all__ = [
 SNAPSHOT_STEPS = 18  # as many as EDM's sampler takes: 35 evaluations of heun
 
 # sampling.method -> the class of the sampler.
-SAMPLERS: dict[str, type[Sampler]] = {"ode": ODESampler, "pc": PCSampler}
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ode": ODESampler,
+    "pc": PCSampler,
+    "consistency": ConsistencySampler,
+}
 
 KEYS = {
     "sampling.method": Key(
         "ode",
         OneOf(registry="sampling.SAMPLERS"),
-        "the ODE or, for SDEs, 'pc': predictor and corrector",
+        "the ODE or, for SDEs, 'pc': predictor and corrector; 'consistency': N evaluations of a "
+        "network of training.objective='consistency'",
     ),
 }
 
@@ -51,8 +60,17 @@ def get_sampling_fn(config, method: Method, guide: Network | None = None) -> Sam
 def from_config(config, method: Method, codec: Codec, guide: Network | None) -> Sampler:
     """The sampler of `config.sampling` between `method` and `codec`; see `get_sampling_fn`."""
     name = config.sampling.method
-    choose("method", name, SAMPLERS if method.predictors else ("ode",), method)
-    return SAMPLERS[name].from_config(config, method, codec, guide)
+    kind, objective = named(SAMPLERS, "sampling.method", name), config.training.objective
+    if kind.follows_ode:
+        others = " or ".join(repr(n) for n, sampler in SAMPLERS.items() if not sampler.follows_ode)
+        feature = f"sampling.method={name!r} (else {others})"
+        objective_named(objective).check_ode(feature)
+    elif objective_named(objective).predicts_mean:
+        raise ValueError(
+            f"sampling.method={name!r} is for a network of training.objective='consistency', not "
+            f"{objective!r}"
+        )
+    return kind.from_config(config, method, codec, guide)
 
 
 def for_snapshots(sampler: Sampler, solver: str) -> Sampler:

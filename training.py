@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import distributed
 from configs.keys import named
-from configs.schema import SHARE, Key, Number, Numbers, OneOf, whole
-from losses import Regression
+from configs.schema import SHARE, Key, Number, Numbers, OneOf, Text, whole
+from losses import Objective
 from models.ema import ExponentialMovingAverage, rise_of_edm, rise_of_power
 from models.weights import load_model
 from optimizers import OPTIMIZERS, NamedParameters
@@ -21,6 +21,13 @@ from storage.checks import check_keys, check_like
 
 KEYS = {
     "training.n_iters": Key(1300001, whole(1), "steps"),
+    "training.init_from": Key(
+        "",
+        Text(),
+        "workdir or file whose EMA weights a new run starts from: a checkpoint, a shared file, a "
+        "published snapshot; weights without a match keep their initial values; '': all do",
+        of_machine="start",
+    ),
     "training.accumulate": Key(1, whole(1), "micro-batches that a step's examples are split into"),
     "training.max_bad_steps": Key(
         20, whole(1, 10**6), "batches in a row without a finite gradient that end the run"
@@ -86,7 +93,7 @@ class TrainState:
     def __init__(
         self,
         model: nn.Module,
-        objective: Regression,
+        objective: Objective,
         optimizer: Callable[[NamedParameters], torch.optim.Optimizer],
         ema: ExponentialMovingAverage,
         *,
@@ -116,7 +123,7 @@ class TrainState:
         self.accumulate, self.step = accumulate, 0
 
     @classmethod
-    def from_config(cls, config, model: nn.Module, objective: Regression) -> Self:
+    def from_config(cls, config, model: nn.Module, objective: Objective) -> Self:
         """The state of a new run; ValueError where a number of `config` is out of range."""
         optim, training = config.optim, config.training
         build = named(OPTIMIZERS, "optim.optimizer", optim.optimizer)
@@ -142,6 +149,11 @@ class TrainState:
             replaces_nonfinite=optim.nonfinite == "replace",
             accumulate=training.accumulate,
         )
+
+    def restart_averages(self) -> None:
+        """Let the EMA weights, and the averages, begin with the weights that the network has."""
+        for average in (self.ema, *self.averages.values()):
+            torch._foreach_copy_(average.shadow_params, [p.detach() for p in self.parameters])
 
     def with_ema(self):
         """Within the `with` block the network holds its EMA weights; it and objective evaluate."""

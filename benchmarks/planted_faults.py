@@ -194,6 +194,22 @@ images that are not centred have the bounds of centred ones: test_datasets
 pictures are rounded down: test_datasets
 - (image.clamp(0, 1) * 255).round()
 + (image.clamp(0, 1) * 255)
+
+the consistency loss is weighted by 1 / t: test_consistency -k published
+- squared / (root + self.c) / (t - r)
++ squared / (root + self.c) / t
+
+the second pass of the consistency loss has another dropout mask: test_consistency -k dropout
+- with _repeated_dropout(x.device):
++ with contextlib.nullcontext():
+
+consistency: at the noise level 0 the endpoint is the network's: test_consistency -k zero
+- torch.where(spread(r, x) == 0, clean, endpoint)
++ torch.where(spread(r, x) < 0, clean, endpoint)
+
+the noise of a consistency sampler is Gaussian for every D: test_consistency_sampler -k kernel
+- y = y + scaled(level * width, normal)
++ y = y + scaled(level, normal)
 """
 
 

@@ -51,11 +51,16 @@ def rows() -> list[Row]:
     without_rho = ("uniform", "logsnr")  # schedules
     uniform = _names(SOLVERS, lambda solver: solver.schedule in without_rho)
     of_sde = _names(SAMPLERS, lambda sampler: "sampling.ode_solver" not in of_part(sampler, "keys"))
+    no_ode = _names(SAMPLERS, lambda sampler: not sampler.follows_ode)
+    no_targets = _names(OBJECTIVES, lambda objective: not objective.predicts_mean)
     whole_images = tuple(name for name in RESTORE if name != "inpaint")
     no_sampling = {"eval.enable_sampling": (False,)}
     no_bits = {"eval.enable_bpd": (False,), "eval.enable_classification": (False,)}
     return [
         ({"training.augment": SET}, "data", "random_flip"),
+        ({"training.objective": no_targets}, "training", "reduce_mean"),
+        ({"training.objective": no_targets}, "model", "P_mean P_std"),
+        ({"sampling.method": no_ode}, "sampling", "noise_removal restore restorer"),
         ({"data.num_classes": (0,), "data.conditions": ("",)}, "training", "label_dropout"),
         ({"training.snapshot_sampling": (False,)}, "training", "snapshot_solver"),
         ({"sampling.method": of_sde}, "training", "snapshot_solver"),

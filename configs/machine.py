@@ -27,7 +27,7 @@ def reset(config: ConfigDict, single_file: bool = False) -> dict[str, Any]:
     """
     values = {}
     for name, key in all_keys().items():
-        belongs = key.of_machine == "always" or single_file and key.of_machine == "file"
+        belongs = key.of_machine in ("always", "start", "file" if single_file else "always")
         if belongs and (value := get(config, name)) != key.default:
             values[name] = value
             config.update_from_flattened_dict({name: key.default})

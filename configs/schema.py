@@ -152,14 +152,15 @@ class Key:
 
     A config stored before the key existed has its value `before`, or the default if that is None.
     The value of a key `of_machine` is not taken from the config of a workdir ("always"), or not
-    from that of a single file ("file"); see `configs.machine`.
+    from that of a single file ("file"); see `configs.machine`. One of "start" is read by the first
+    start of a run alone, and never taken from a workdir.
     """
 
     default: Any
     allowed: Number | Numbers | OneOf | Text | NumberOrText | Flag
     meaning: str
     before: Any = None
-    of_machine: Literal["", "file", "always"] = ""
+    of_machine: Literal["", "file", "always", "start"] = ""
 
     def accepts(self, value: Any) -> bool:
         return value is self.default is None or self.allowed.accepts(value)

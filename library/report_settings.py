@@ -7,7 +7,7 @@ from library.evaluated import Evaluated, Split
 from library.restoration import ToRestore
 from likelihood import passes_of
 from metrics.reference import ReferenceStatistics
-from reports.settings import BEFORE, DIGITS, of_method, of_sampler
+from reports.settings import BEFORE, CHOSEN_LEVELS, DIGITS, of_method, of_sampler
 from storage.digests import digests, digests_of_conditions
 
 
@@ -32,12 +32,15 @@ def from_config(
     made_by |= BEFORE | experiment.parts
     made_by |= {"eval.batch_size": options.batch_size, **of_method(experiment.method)}
     made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
+    if chosen := experiment.sampler.chosen_levels:
+        made_by[CHOSEN_LEVELS] = [*chosen]
     made_by |= of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
     if split is not None:
         made_by |= {"eval.dataset": split.name, "split.data": experiment.data.name}
         made_by |= {"split.images": len(split.data), "split.digest": split.origin["data"]}
     if options.enable_loss:
-        made_by["loss.reduce_mean"] = config.training.reduce_mean
+        made_by["loss.phase"] = experiment.objective.phase(evaluated.step)
+        made_by |= {f"loss.{name}": value for name, value in experiment.objective.settings.items()}
         if experiment.method.uses_reference_batch:
             made_by["loss.reference_batch"] = config.training.batch_size
     if options.enable_bpd or options.enable_classification:

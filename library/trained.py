@@ -132,6 +132,7 @@ class Trained:
             FloatingPointError: as in `sample`.
         """
         device = self.experiment.device
+        self.experiment.objective.check_ode("restore")
         if not isinstance(measured, Measurement):
             images = torch.as_tensor(measured, device=device)
             measured = damaged(self.experiment.codec, images, name, noise, missing)
@@ -189,6 +190,7 @@ class Trained:
             ValueError: the images have another shape or lie outside [0, 1]; and as in `sample`.
             FloatingPointError: as in `sample`.
         """
+        self.experiment.objective.check_ode("encode")
         method, limits, x = self.experiment.method, self._fine_limits(), self._encoded(x)
 
         def latents(net: Network, part: slice, watch: Watch) -> Tensor:
@@ -201,6 +203,7 @@ class Trained:
         self, z: Tensor, class_label: ClassLabel = None, *, conditions: OtherConditions = None
     ) -> Tensor:
         """The images (n, C, H, W) in [0, 1] of latents `z` (n, C, H, W); see `encode`."""
+        self.experiment.objective.check_ode("decode")
         method, codec = self.experiment.method, self.experiment.codec
         check_floats(z, codec.shape, "latents")
         z, limits = z.to(self.experiment.device, torch.float32), self._fine_limits()
@@ -265,7 +268,8 @@ class Trained:
 
         `sigma` is the standard deviation of Gaussian noise, and the scale of the Student t noise of
         PFGM++ and Poisson flow: one for all images, or one for each (n,). There is no guidance, and
-        nothing is clamped.
+        nothing is clamped. A network of training.objective='consistency' gives no mean, but an
+        image: the end of the trajectory through `x`.
 
         Raises:
             ValueError: another shape, `sigma` is not one of the method's noise levels, or the

@@ -14,6 +14,7 @@ from torch import Tensor
 import distributed
 from datasets import DataSet, batch_at, to_unit_interval
 from experiment_parts import Parts
+from library.initial_weights import INIT_FROM, InitialWeights, initialise, recall
 from models.weights import load_ema
 from reports.images import image_grid, to_uint8
 from reports.progress import solver_bar
@@ -55,6 +56,7 @@ class TrainingRun:
         seed: of held-out losses and pictures.
         keep_checkpoints: newest numbered checkpoints that are kept; 0: all.
         written: the steps of the numbered checkpoints.
+        initial_weights: those of another model that it started from, if it did.
     """
 
     experiment: Parts
@@ -65,21 +67,29 @@ class TrainingRun:
     seed: int
     keep_checkpoints: int = 0
     written: list[int] = field(default_factory=list)
+    initial_weights: InitialWeights | None = None
 
     def resume(self) -> None:
-        """Load the newest intact state, if there is one, else store the config.
+        """Load the newest intact state, if there is one, else start and store the config.
 
-        Raises ValueError where the state does not fit.
+        Raises ValueError where the state does not fit, and as `initialise`.
         """
         newest = newest_checkpoint(self.workdir)
         if newest is None:
+            lines = passed_over(self.workdir)
+            if name := self.values[INIT_FROM]:
+                self.initial_weights, *lines = initialise(self.state.model, name)
+                self.state.restart_averages()
             if distributed.is_main():
                 run_config.store(self.workdir, self.values)
-            for line in passed_over(self.workdir):
+            for line in lines:
                 log.info(line)
             return
         path, content = newest
         changes = run_config.changes(path, content, self.values)
+        self.initial_weights, lines = recall(path, content, self.values)
+        for line in lines:
+            log.info(line)
         check_codec(self.experiment.codec, content, path)
         fit(self.state.load_state_dict, content, path, changes)
         for change in changes:
@@ -100,6 +110,8 @@ class TrainingRun:
         content["config"] = self.values
         if self.values["data.codec"]:
             content["codec"] = self.experiment.codec.identity
+        if self.initial_weights:
+            content["init_from"] = self.initial_weights.entry()
         if distributed.is_main() and numbered:
             save_checkpoint(checkpoint_path(self.workdir, state.step), content)
             written = drop_checkpoints(self.workdir, written, self.keep_checkpoints)
@@ -174,17 +186,22 @@ def resumed_from(workdir: Path, experiment: Parts, values: dict[str, Any]) -> tu
     """The step from which training would go on, and lines on what it would ignore or change.
 
     The checkpoint's EMA weights are copied into the network; of all that it has, no other tensors
-    are loaded. `values` is the config, flat. Raises ValueError where the checkpoint does not fit.
+    are loaded. `values` is the config, flat. Raises ValueError where the checkpoint does not fit,
+    and as `initialise`.
     """
     read = partial(open_checkpoint, intact=True)
     newest = newest_checkpoint(workdir, set_aside=False, read=read)
     if newest is None:
+        if name := values[INIT_FROM]:
+            return 0, [initialise(experiment.network, name)[1]]
         return 0, passed_over(workdir)
     path, content = newest
     check_codec(experiment.codec, content, path)
     changes = run_config.changes(path, content, values)
+    _, lines = recall(path, content, values)
     step = fit(partial(load_ema, experiment.network), content, path, changes)
-    return step, [f"the config differs from that of the run: {change}" for change in changes]
+    lines += [f"the config differs from that of the run: {change}" for change in changes]
+    return step, lines
 
 
 class LossWatch:

@@ -143,6 +143,7 @@ class Method(abc.ABC):
         positive_labels: true where noise labels are > 0, and a "fourier" embedding takes their log.
         gaussian: true where Gaussian noise of variance b^2 - a^2 takes y from the noise level a up
             to b, exactly or nearly, so that a sampler can add noise.
+        sigma_data: standard deviation of the scaled images' entries, as far as it is known.
         degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
         noisy_end: true where samples at `t_data` have noise, which a step to sigma = 0 removes.
         predictors, correctors: names that `sampling.method='pc'` can use; none without an SDE.
@@ -156,6 +157,7 @@ class Method(abc.ABC):
     gives_score: ClassVar[bool] = False
     positive_labels: ClassVar[bool] = True
     gaussian: bool = False
+    sigma_data: float = 0.5
     degrees_of_freedom: float = math.inf
     noisy_end: bool = True
     predictors: tuple[str, ...] = ()
@@ -225,8 +227,17 @@ class Method(abc.ABC):
         alpha, alpha_rate = with_rate(self.alpha, t)
         return alpha_rate / alpha, alpha * with_rate(self.sigma, t)[1]
 
-    def noise(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw n in the shape of `x`: normal noise, and the factor (B,) by which it becomes n."""
+    def noise(
+        self, x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw n in the shape of `x`: normal noise, and the factor (B,) by which it becomes n.
+
+        Of several generators, one for each row of `x`, each draws its row.
+        """
+        if isinstance(generator, Sequence):
+            rows = zip(x.split(1), generator, strict=True)
+            draws = [self.noise(row, each) for row, each in rows]
+            return tuple(map(torch.cat, zip(*draws, strict=True)))
         normal, draw = noise_like(x, generator), {"generator": generator, "device": x.device}
         return normal, student_t.inverse_root_gamma(len(x), self.degrees_of_freedom, **draw)
 

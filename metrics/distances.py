@@ -99,6 +99,19 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(distance, 0.0)
 
 
+def frechet_distance_of_samples(a: NDArray, b: NDArray) -> float:
+    """The `frechet_distance` of the Gaussians fitted to features (n, K) and (m, K).
+
+    The trace of (C_a C_b)^(1/2) is the sum of the singular values of the centred a^T and b, so that
+    with few samples of many features no (K, K) matrix is made.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    shift = np.square(a.mean(0) - b.mean(0)).sum()
+    a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return max(float(shift + np.square(a).sum() + np.square(b).sum() - 2 * cross), 0.0)
+
+
 def inception_score(logits: NDArray) -> float:
     """exp E[KL(p(y|x) || p(y))] over all samples (Salimans et al. 2016, arXiv 1606.03498).
 

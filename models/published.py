@@ -8,7 +8,8 @@ blocks by the image size that they give, as `_edm_names` has it.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from storage.checks import check_tensor
 from storage.stored_tensors import StoredTensor
 
 T = TypeVar("T")
+Pieces = dict[str, tuple[int, ...]]  # of a block: their shapes by published name
 
 # What counts as an entry of `all_modules`.
 _BLOCKS = (
@@ -55,6 +57,9 @@ _PIECES = {
     "out": "NIN_3",
 }
 
+DERIVED = ("sigmas", "resample_filter")  # entries that follow from the config
+MAX_LEVELS = 16  # of a U-Net
+
 
 def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
@@ -81,9 +86,13 @@ def reference_names(model: nn.Module) -> dict[str, str]:
     names = {}
     for number, (path, block) in enumerate(_blocks(model)):
         for name, _ in block.named_parameters():
-            published = ".".join(_PIECES.get(piece, piece) for piece in name.split("."))
-            names[f"all_modules.{number}.{published}"] = f"{path}.{name}"
+            names[f"all_modules.{number}.{_renamed(name, _PIECES)}"] = f"{path}.{name}"
     return names
+
+
+def _renamed(name: str, pieces: Mapping[str, str]) -> str:
+    """A dotted name whose parts are renamed by `pieces`."""
+    return ".".join(pieces.get(piece, piece) for piece in name.split("."))
 
 
 # Pieces of EDM's blocks, where attention is a part of its residual block.
@@ -100,11 +109,32 @@ _EDM_PIECES = {
 
 
 def _edm_names(model: NCSNpp) -> dict[str, str]:
-    """`reference_names` for EDM, where keys of `enc` and `dec` begin with the image size."""
+    """`reference_names` for EDM."""
     sizes = [model.image_size >> level for level in range(len(model.encoder))]
-    at = [f"{size}x{size}_" for size in sizes]  # begins the keys of a level
-    out = "out_" if isinstance(model, ADM) else f"dec.{at[0]}aux_"
-    places = {  # name of a module here to the published one
+    places = _edm_modules(sizes, len(model.decoder[0]["stages"]), isinstance(model, ADM))
+    names = {}
+    for name, _ in model.named_parameters():
+        place = next((place for place in places if name.startswith(f"{place}.")), None)
+        if place is None:
+            raise ValueError(f"EDM has no network with {name!r}; change the options it comes from")
+        rest = _renamed(name.removeprefix(f"{place}."), _EDM_PIECES)
+        names[f"{places[place]}.{rest}"] = name
+    return names
+
+
+def _edm_modules(sizes: Sequence[int], blocks: int, is_adm: bool) -> dict[str, str]:
+    """{name of a module here: EDM's name}; EDM's names in `enc` and `dec` contain the image size.
+
+    It covers every network with these levels, so that no single network has all of them.
+
+    Args:
+        sizes: image sizes of the levels, falling.
+        blocks: largest number of blocks of a level.
+        is_adm: EDM's ADM, not DDPM++.
+    """
+    at = [f"{size}x{size}_" for size in sizes]  # prefix of the names of a level
+    out = "out_" if is_adm else f"dec.{at[0]}aux_"
+    places = {
         "features": "map_noise",
         "label_embedding": "map_label",
         "augment_embedding": "map_augment",
@@ -120,7 +150,7 @@ def _edm_names(model: NCSNpp) -> dict[str, str]:
     for i, size in enumerate(at):
         encoder, decoder = f"encoder.{i}", f"decoder.{len(at) - 1 - i}"
         for level, side in ((encoder, "enc"), (decoder, "dec")):
-            for j in range(len(model.get_submodule(f"{level}.stages"))):
+            for j in range(blocks):
                 for part in ("block", "attention"):
                     places[f"{level}.stages.{j}.{part}"] = f"{side}.{size}block{j}"
         for part in ("norm", "conv"):
@@ -131,15 +161,104 @@ def _edm_names(model: NCSNpp) -> dict[str, str]:
             places[f"{finer}.progressive_input.conv"] = f"enc.{size}aux_skip"
             places[f"{finer}.progressive_input.down.fir_conv"] = f"enc.{size}aux_residual"
             places[f"{decoder}.up"] = f"dec.{at[i - 1]}up"
-    names = {}
-    for name, _ in model.named_parameters():
-        place = next((place for place in places if name.startswith(f"{place}.")), None)
-        if place is None:
-            raise ValueError(f"EDM has no network with {name!r}; change the options it comes from")
-        pieces = name.removeprefix(f"{place}.").split(".")
-        published = ".".join(_EDM_PIECES.get(piece, piece) for piece in pieces)
-        names[f"{places[place]}.{published}"] = name
-    return names
+    return places
+
+
+# --- networks of other sizes --------------------------------------------------------------------
+
+
+def match_names(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Map names of this program to the published names of weights: {name here: published name}.
+
+    The weights may come from a network of other sizes. Each is named as its own network would be
+    named here. Several names can be possible; a network has at most one of them. Blocks of
+    `all_modules` are matched with those of `model`.
+
+    Args:
+        model: the network that is to have the weights.
+        shapes: of the weights, by published name without wrappers.
+    """
+    if any(name.startswith("all_modules.") for name in shapes):
+        return _paired_by_number(model, shapes)
+    if isinstance(model, NCSNpp):
+        return _paired_by_size(shapes)
+    return {name: published for published, name in reference_names(model).items()}
+
+
+def _paired_by_size(names: Collection[str]) -> dict[str, str]:
+    """`match_names` weights of EDM."""
+    of_levels = (re.match(r"enc\.(\d{1,5})x\1_(?:block(\d\d?)\.)?", name) for name in names)
+    levels = [match.groups(default="0") for match in of_levels if match]
+    sizes = sorted({int(size) for size, _ in levels}, reverse=True)
+    if not 0 < len(sizes) <= MAX_LEVELS:
+        return {}
+    blocks = 2 + max(int(block) for _, block in levels)  # of the decoder, which has one more
+    modules: dict[str, list[str]] = {}
+    for place, published in _edm_modules(sizes, blocks, "out_norm.weight" in names).items():
+        modules.setdefault(published, []).append(place)
+    pieces = {published: piece for piece, published in _EDM_PIECES.items()}
+    places = {}
+    for name in names:
+        length = 2 if name.startswith(("enc.", "dec.")) else 1
+        module, rest = ".".join(name.split(".")[:length]), ".".join(name.split(".")[length:])
+        for place in modules.get(module, ()):
+            places[f"{place}.{_renamed(rest, pieces)}"] = name
+    return places
+
+
+def _paired_by_number(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """`match_names` weights in `all_modules`: the two lists of blocks are compared, as in a diff.
+
+    A block that only one of them has shifts the numbers after it. Attention goes with the block
+    before it, since a larger image has the same blocks and attention in other places.
+    """
+    published: dict[int, Pieces] = {}
+    for name, shape in shapes.items():
+        if match := re.fullmatch(r"all_modules\.(\d{1,6})\.(.+)", name):
+            published.setdefault(int(match[1]), {})[match[2]] = tuple(shape)
+    published, blocks = dict(sorted(published.items())), dict(_blocks(model))
+    here: dict[str, Pieces] = {
+        path: {_renamed(name, _PIECES): tuple(p.shape) for name, p in block.named_parameters()}
+        for path, block in blocks.items()
+    }
+    theirs, ours = _attention_after(published), _attention_after(here)
+    numbers, paths = [*theirs], [*ours]
+    diff = SequenceMatcher(
+        None,
+        [frozenset(published[number].items()) for number in numbers],
+        [frozenset(here[path].items()) for path in paths],
+        autojunk=False,
+    )
+    pairs: list[tuple[int | None, str | None]] = []
+    for _, i, i_stop, j, j_stop in diff.get_opcodes():
+        if i_stop - i == j_stop - j:
+            pairs += zip(numbers[i:i_stop], paths[j:j_stop], strict=True)
+    pairs += [(theirs[number], ours[path]) for number, path in pairs]
+    return {
+        f"{path}.{name}": f"all_modules.{number}.{_renamed(name, _PIECES)}"
+        for number, path in pairs
+        if None not in (number, path) and _kind(published[number]) == _kind(here[path])
+        for name, _ in blocks[path].named_parameters()
+    }
+
+
+def _attention_after(blocks: Mapping[T, Pieces]) -> dict[T, T | None]:
+    """{block: the attention that follows it, or None}, in their order."""
+    followed: dict[T, T | None] = {}
+    for block, pieces in blocks.items():
+        if "NIN_3.W" in pieces and followed:
+            followed[next(reversed(followed))] = block
+        else:
+            followed[block] = None
+    return followed
+
+
+def _kind(pieces: Pieces) -> dict[str, int]:
+    """Number of dimensions of each piece: equal for blocks that differ only in width."""
+    return {name: len(shape) for name, shape in pieces.items()}
+
+
+# --- reading -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -188,7 +307,7 @@ def published_weights(
     weights = {
         name: value
         for name, value in without_wrappers(state_dict).items()
-        if name.rsplit(".", 1)[-1] not in ("sigmas", "resample_filter")
+        if name.rsplit(".", 1)[-1] not in DERIVED
     }
     names, parameters = reference_names(model), dict(model.named_parameters())
     for problem, others in (

@@ -1,12 +1,13 @@
 """Weights of a checkpoint, checked and put into a network."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from models.published import published_weights, without_wrappers
-from storage.checks import check_like, loaded
+from models.published import DERIVED, match_names, published_weights, without_wrappers
+from storage.checks import check_like, check_tensor, loaded
 from storage.stored_tensors import StoredTensor
 
 
@@ -72,3 +73,74 @@ def load_ema(model: nn.Module, checkpoint: Mapping) -> int:
     for number, (parameter, average) in enumerate(zip(trained.values(), averages, strict=True)):
         parameter.copy_(loaded(average, f"ema.shadow_params.{number}", parameter.dtype))
     return checkpoint["step"]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Result of copying matching weights into a network.
+
+    Attributes:
+        names: of the network's entries that were overwritten.
+        initial: names of those that keep their values.
+        unused: number of the checkpoint's weights that were not copied.
+    """
+
+    names: list[str]
+    initial: list[str]
+    unused: int
+
+
+@torch.no_grad()
+def load_matching(model: nn.Module, checkpoint: Mapping) -> Copied:
+    """Copy the EMA weights of a checkpoint into the entries of `model` of matching name and shape.
+
+    Raises:
+        ValueError: no weight matches, or one that matches is not a finite tensor; entries of
+            `model` may have been overwritten by then.
+    """
+    weights, entries = checkpoint["model"], model.state_dict()
+    if not isinstance(weights, dict):
+        raise ValueError(f"model is no dictionary but of type {type(weights).__name__}")
+    plain = without_wrappers(weights)
+    weights = weights if weights.keys() & entries.keys() else plain
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
+    places = match_names(model, shapes) | {name: name for name in entries if name in weights}
+    sources = {name: places[name] for name in entries if places.get(name) in weights}
+    if "ema" in checkpoint:
+        trainable_names = {name for name, p in model.named_parameters() if p.requires_grad}
+        fixed_names = {source for name, source in sources.items() if name not in trainable_names}
+        fixed_names |= {name for name, shape in shapes.items() if _is_fixed(name, shape)}
+        trainable = {name: shape for name, shape in shapes.items() if name not in fixed_names}
+        weights = weights | _averages(checkpoint["ema"], trainable)
+    copied = []
+    for name, source in sources.items():
+        entry, value = entries[name], weights[source]
+        if shapes[source] == entry.shape:
+            check_tensor(value, f"weight {source!r}", entry, cast=True)
+            entry.copy_(loaded(value, f"weight {source!r}", entry.dtype))
+            copied.append(name)
+    if not copied:
+        raise ValueError(f"none of its {len(weights)} weights has a name and shape of the network")
+    stored = {name for name in weights if name.rpartition(".")[2] not in DERIVED}
+    return Copied(
+        names=copied,
+        initial=[name for name in entries if name not in copied],
+        unused=len(stored - {*sources.values()}),
+    )
+
+
+def _is_fixed(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight is one that training does not move, such as Fourier frequencies."""
+    last = name.rpartition(".")[2]
+    return last in DERIVED or last == "W" and len(shape) == 1
+
+
+def _averages(
+    ema: object, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor | StoredTensor]:
+    """EMA weights by name, from a checkpoint's entry `ema` and the `shapes` of what it averages."""
+    averages = ema.get("shadow_params") if isinstance(ema, dict) else None
+    averages = averages if isinstance(averages, list) else []
+    if [getattr(average, "shape", None) for average in averages] != [*shapes.values()]:
+        raise ValueError("ema.shadow_params are not the averages of the weights in model")
+    return dict(zip(shapes, averages, strict=True))

@@ -21,8 +21,8 @@ KEYS = {
     "optim.optimizer": Key(
         "Adam",
         OneOf(registry="optimizers.OPTIMIZERS"),
-        "'Muon': weight matrices and convolutions are updated along their orthogonalised "
-        "momentum, all else by Adam",
+        "'RAdam': Adam with rectified early steps; 'Muon': weight matrices and convolutions are "
+        "updated along their orthogonalised momentum, all else by Adam",
     ),
     "optim.lr": Key(2e-4, Number(0, 10), "learning rate"),
     "optim.beta1": Key(0.9, Number(0, 0.999999), "Adam's decay of the first moment"),
@@ -70,5 +70,20 @@ def muon(parameters: NamedParameters, options: Mapping[str, Any]) -> torch.optim
     return adam(parameters, options, [p for _, p in parameters if is_matrix(p)])
 
 
+def radam(parameters: NamedParameters, options: Mapping[str, Any]) -> torch.optim.RAdam:
+    """Rectified Adam: early steps are damped while its second moment is uncertain.
+
+    PyTorch has no fused form of it, so that the host waits for a GPU in each step. Source: Liu et
+    al. 2020 (arXiv 1908.03265).
+    """
+    return torch.optim.RAdam(
+        [p for _, p in parameters],
+        lr=options["lr"],
+        betas=(options["beta1"], 0.999),
+        eps=options["eps"],
+        weight_decay=options["weight_decay"],
+    )
+
+
 # optim.optimizer -> its builder.
-OPTIMIZERS: dict[str, Build] = {"adam": adam, "muon": muon}
+OPTIMIZERS: dict[str, Build] = {"adam": adam, "muon": muon, "radam": radam}

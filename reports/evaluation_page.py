@@ -19,6 +19,7 @@ from reports.page import render
 from reports.plots import number
 from reports.report_file import page_png, read_report
 from reports.settings import (
+    CHOSEN_LEVELS,
     Settings,
     differing,
     guidance_words,
@@ -39,6 +40,7 @@ FILM_BYTES = 2**22  # of the largest film in it
 # settings of sampling that decide how many evaluations a sample takes.
 SAME = ("step", "weights", "eval.ema_std")
 COSTS = tuple(f"sampling.{name}" for name in ("N", "rtol", "atol", "max_evaluations"))
+COSTS += (CHOSEN_LEVELS,)
 
 RESTORED_BY = ("sampling.restore", "sampling.restorer")
 
@@ -115,6 +117,7 @@ def save_page(
         "network": f"{network}, {parameters:,} parameters",
         "data": f"{experiment.data.name}, {size} × {size}, {_colours(size, channels)}",
         "checkpoint": f"step {step:,}, EMA weights{width}",
+        "initial weights": str(report.get("initial_weights", "")),
         "training time": duration(seconds_of_training(board, step)),
         "learning rate": f"{learning_rate:g}, {warmup:,} steps of warm-up"
         + (f", {cooldown:,} of cooldown" if cooldown else ""),
@@ -132,7 +135,11 @@ def save_page(
         dict(sorted(reports.items())),
         k,
         facts={name: fact for name, fact in facts.items() if fact},
-        losses={name: scalars.get(f"loss/{name}", []) for name in ("train", "test")},
+        losses={
+            tag.removeprefix("loss/"): points
+            for tag, points in scalars.items()
+            if tag.startswith("loss/")
+        },
         pictures=pictures + _film(folder, workdir, step),
         settings=settings,
         distances=by_evaluations(folder, k, report),

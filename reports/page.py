@@ -48,7 +48,8 @@ def render(
         reports: the arrays of report_{k}.npz by checkpoint k, rising.
         current: the checkpoint whose numbers are large, and of which figures and `pictures` are.
         facts: descriptions of what was evaluated, by name.
-        losses: points (step, loss) of training, under "train" and "test".
+        losses: points (step, loss) of training, under "train" and "test", and those of each phase
+            of the objective's schedule under its name.
         settings: all keys of the config, in nested mappings.
         distances: points (evaluations of a sample, Frechet distance), by sampler.
         files: paths relative to the page's folder, by their common name.
@@ -227,10 +228,11 @@ def _distances(curves: Mapping[str, Points], report: Report) -> list[str]:
 
 
 def _losses(curves: Mapping[str, Points]) -> list[str]:
-    train, test = curves.get("train", ()), curves.get("test", ())
-    plot = curve_plot([(0, train)], ("step", "loss"), with_range=True, dots=test)
+    phases = {k.replace("_", " "): curves[k] for k in curves if k not in ("train", "test")}
+    training = list(enumerate(phases.values())) or [(0, curves.get("train", ()))]
+    plot = curve_plot(training, ("step", "loss"), with_range=True, dots=curves.get("test", ()))
     caption = "Training loss: mean and range of neighbouring steps; held-out loss as dots."
-    return [figure(plot, "Loss", caption)] if plot else []
+    return [figure(plot + legend(phases), "Loss", caption)] if plot else []
 
 
 def _likelihoods(report: Report) -> list[str]:

@@ -12,6 +12,7 @@ from reports.table import RESTORED
 from sources.images import open_image, refuse_bomb
 from storage.files import check_arrays, open_regular, read_arrays, refusing
 
+TEXTS = ("features", "sampling", "settings", "initial_weights")  # entries that are text
 PAGE_PIXELS = 1400  # side of the largest picture on a page
 
 
@@ -21,7 +22,7 @@ def read_report(path: Path) -> dict[str, NDArray]:
     metrics = [f"{key}{what}" for key in METRICS for what in ("", "_error", "_data")]
     spec = dict.fromkeys((*metrics, "half_first", "half_other"), scalar)
     spec |= {name: scalar for name in arrays if split_key(name)[1] in spec}  # in further spaces
-    spec |= {"ema_std": scalar} | dict.fromkeys(("features", "sampling", "settings"), ("U", ()))
+    spec |= {"ema_std": scalar} | dict.fromkeys(TEXTS, ("U", ()))
     spec |= dict.fromkeys((name for name in arrays if name.endswith("_remark")), ("U", ()))
     spec = {name: kind for name, kind in spec.items() if name in arrays}
     spec |= dict.fromkeys(("step", "seconds"), scalar)

@@ -10,7 +10,7 @@ from typing import Any
 from reports.page import Report
 from reports.plots import Points
 from reports.report_file import page_png, read_report
-from reports.settings import UNKNOWN, Settings, of_report
+from reports.settings import CHOSEN_LEVELS, UNKNOWN, Settings, of_report
 from reports.settings import differing as differing_settings
 from storage import run_config
 from storage.tensorboard import read_scalars
@@ -43,7 +43,7 @@ class Run:
     @property
     def comparable(self) -> Settings:
         """Settings of its evaluation that are compared literally."""
-        return self.made_by.without("weights", "seed")
+        return self.made_by.without("weights", "seed", CHOSEN_LEVELS)
 
     @property
     def seeds(self) -> set[str]:

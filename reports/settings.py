@@ -20,7 +20,9 @@ REST = "other settings"  # stands for settings that an older report lacks
 ORDER = 3  # of a solver where sampling.order is None
 MOST_LETTERS = 2**20  # of JSON that is read
 DIGITS = 12  # of a digest in settings
-OF_CHECKPOINT = ("step", "weights")  # settings in which the checkpoints of a run always differ
+CHOSEN_LEVELS = "chosen.levels"  # of sampling.levels=(), chosen for the weights
+# settings in which the checkpoints of a run may differ though they are evaluated alike
+OF_CHECKPOINT = ("step", "weights", CHOSEN_LEVELS, "loss.phase")
 
 # Settings, or prefixes of their names, that must be equal where values are ranked: for metrics of
 # samples, and for metrics over a split.
@@ -192,7 +194,11 @@ def _of_sampling(settings: Settings) -> dict[str, Any]:
 def solver_words(settings: Settings, *cost: str) -> str:
     """Solver, its `cost`, steps and noise."""
     at = _of_sampling(settings)
-    if at.get("method") != "ode":
+    if at.get("method") == "consistency":
+        levels = at.get("levels") or settings.values.get(CHOSEN_LEVELS) or ()
+        levels = [f"{float(level):.3g}" for level in levels]
+        words = ["consistency", *cost] + [f"noise levels {', '.join(levels)}"] * bool(levels)
+    elif at.get("method") != "ode":
         words = [f"{at.get('predictor')} and {at.get('corrector')}", *cost]
     elif at.get("schedule") == "its own":
         words = [at.get("ode_solver"), *cost, f"rtol {at.get('rtol')}, atol {at.get('atol')}"]

@@ -102,6 +102,7 @@ class Sampler(abc.ABC):
     """A recipe from prior draws to data; `dataclasses.replace` makes another.
 
     Attributes:
+        follows_ode: false for a sampler of networks that have no ODE (`Objective.check_ode`).
         method: whose ODE or SDE is followed.
         codec: between the method's x and the data.
         noise_removal: end with a step of denoising.
@@ -128,6 +129,7 @@ class Sampler(abc.ABC):
     channels_last: bool = False
     compiles: bool = False
 
+    follows_ode: ClassVar[bool] = True
     keys: ClassVar[Mapping[str, Key]] = KEYS
     options: ClassVar[Mapping[str, str]] = {
         "noise_removal": "sampling.noise_removal",
@@ -175,6 +177,11 @@ class Sampler(abc.ABC):
         values = {name: value for name, value in values.items() if isinstance(value, plain)}
         guidance = self.guidance and (self.guidance.weight, self.guidance.interval)
         return values | {"kind": type(self).__name__, "guidance": guidance}
+
+    @property
+    def chosen_levels(self) -> tuple[float, ...]:
+        """Noise levels that the config leaves open and that were chosen for a network."""
+        return ()
 
     @property
     @abc.abstractmethod

@@ -159,7 +159,9 @@ class Stream:
         # A fork of this process would lack the threads that CUDA and ArrayRecord need. Workers are
         # therefore forked from a server that has only imported their modules.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        # In Python 3.11 the server can import this module only from its working folder; PyTorch it
+        # always finds.
+        context.set_forkserver_preload([__name__, "torch.utils.data"])
 
         def requests() -> Iterator[list[int]]:
             for index in indices:
@@ -188,6 +190,9 @@ class Stream:
             if batch is None:
                 return
             if isinstance(batch, Exception):
+                # The error's traceback holds this frame, and the frame the error: a cycle. Workers
+                # in one end only after 5 s each, when it is collected.
+                del batches
                 raise batch
             pending.popleft()
             yield self._accept(batch)

@@ -189,6 +189,11 @@ def fitted_path(checkpoint: Path, n: int = 0) -> Path:
     return checkpoint.with_suffix(f".fitted-{n}.npz" if n else ".fitted.npz")
 
 
+def levels_path(checkpoint: Path, n: int) -> Path:
+    """Path, beside a checkpoint, of the noise levels chosen for n evaluations."""
+    return checkpoint.with_suffix(f".fitted-levels-{n}.npz")
+
+
 # --- to evaluate ---------------------------------------------------------------------------------
 
 

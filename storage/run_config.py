@@ -135,7 +135,8 @@ def changes(path: Path, checkpoint: dict, values: dict[str, Any]) -> list[str]:
 def differences(old: Any, new: dict[str, Any]) -> list[str]:
     """Changes from the stored flat config `old` to `new`, each as "key: old -> new".
 
-    A key that `old` lacks has its value of `restore`; one that no longer exists is ignored.
+    A key that `old` lacks has its value of `restore`. Keys that no longer exist, and keys that only
+    a run's first start reads, are ignored.
 
     Raises:
         ValueError: `old` is no dictionary of numbers, strings, None and lists of these.
@@ -143,7 +144,9 @@ def differences(old: Any, new: dict[str, Any]) -> list[str]:
     _check_content(old)
     old = _before(old) | {k: v for k, v in old.items() if k not in REMOVED}
     old = flatten(get_default_config()) | old
-    changed = (k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+    at_start = {name for name, key in all_keys().items() if key.of_machine == "start"}
+    keys = sorted((old.keys() | new.keys()) - at_start)
+    changed = (k for k in keys if old.get(k) != new.get(k))
     return [f"{shown_key(k)}: {shown(old.get(k))} -> {shown(new.get(k))}" for k in changed]
 
 

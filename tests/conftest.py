@@ -16,6 +16,7 @@ import losses
 import methods
 from methods.field import poisson_field
 from models import create_model
+from solvers import fitted
 from training import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,14 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """What is written need not outlast a power cut; programs that tests start do wait for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """PyTorch as in a process of one thread: for small tensors, and to compare with such ones."""
@@ -79,6 +88,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_trajectories(monkeypatch):
+    """Fitted schedules and steps in little time: of fewer trajectories than a user's."""
+    monkeypatch.setattr(fitted, "MOST_FOR_LEVELS", 32)
+    monkeypatch.setattr(fitted, "MOST_FOR_STEPS", 64)
 
 
 @pytest.fixture(scope="session")

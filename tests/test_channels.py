@@ -220,6 +220,7 @@ def run(request, tmp_path_factory):
             "training.snapshot_freq": 1,
             "training.picture_freq": 1,
             "model.nf": 8,
+            "model.ch_mult": (1,),
             "sampling.ode_solver": "forward_euler",
             "sampling.N": 3,
             "eval.features": "pixels",

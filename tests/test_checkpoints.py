@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import run_program, train_state
+from warm_start import Program
 
 from configs.pfgmpp import digits_ddpmpp
 from configs.ve import digits_ncsnpp
@@ -155,7 +156,7 @@ def test_messages_name_a_value_whose_text_no_memory_holds(tmp_path, entry):
     (content["ema"] if entry == "decay" else content)[entry] = nested
     path = tmp_path / "checkpoint.pth"
     torch.save(content, path)
-    done = run_program([sys.executable, "-c", PROGRAM, str(path), entry])
+    done = Program([sys.executable, "-c", PROGRAM, path, entry]).finish()
     assert re.search(rf"{entry}.*\[\[", done.stdout), done.stdout
     assert len(done.stdout) < 500
 

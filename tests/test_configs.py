@@ -4,11 +4,11 @@ import importlib.util
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from warm_start import Program
 
 import methods
 import models
@@ -29,7 +29,7 @@ DEFECTS = {"ve/ncsnv2/bedroom.py": {"training.continuous": False}}
 DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("edm", "pfgmpp", "poisson", "subvp", "vp")]
 DIGITS += ["pfgmpp/digits_demo.py", "poisson/digits_ncsnpp.py", "ve/digits_ncsnpp.py"]
 IMAGES = [f"{name}/images{n}_ddpmpp.py" for name in ("pfgmpp", "poisson", "vp") for n in (32, 64)]
-IMAGES += ["pfgmpp/images16_ddpmpp.py"]
+IMAGES += ["pfgmpp/images16_ddpmpp.py", "pfgmpp/images16_consistency.py"]
 FAMILY = [
     f"{method}/{name}.py"
     for method in ("edm", "pfgmpp")
@@ -37,7 +37,12 @@ FAMILY = [
 ]
 FAMILY += ["edm/imagenet64_adm.py"]
 TOYS = [f"{method}/toy_mlp.py" for method in ("pfgmpp", "poisson", "vp")]
-EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *TOYS]
+CONSISTENCY = [
+    f"{method}/{name}_consistency.py"
+    for method in ("edm", "pfgmpp")
+    for name in ("cifar10", "digits")
+]
+EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *CONSISTENCY, *TOYS]
 
 
 def load(path: str):
@@ -304,8 +309,7 @@ def test_loads_as_a_flag(tmp_path):
         "--config.model.ch_mult=(1,2)",
         "--config.model.sigma_max=60",
     ]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = Program(command, cwd=tmp_path).finish()
     assert result.stdout.strip() == "train (1, 2) 60.0"
 
 

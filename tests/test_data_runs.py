@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from data_files import encoded, pictures, stylegan_example, tfrecord, write_tree, write_zip
+from test_metrics import MeanColour, save_torchscript
 from warm_start import Program, run_main
 
 import datasets
@@ -25,6 +26,7 @@ TINY = {
     "training.snapshot_freq": 5,
     "training.snapshot_sampling": False,
     "model.nf": 8,
+    "model.ch_mult": (1,),
     "sampling.ode_solver": "forward_euler",
     "sampling.N": 3,
     "eval.steps": "",
@@ -99,8 +101,10 @@ def test_a_run_on_mocked_cifar10(tmp_path):
     config.update_from_flattened_dict(
         TINY
         | {"model.num_res_blocks": 1, "model.ch_mult": (1, 1)}
-        | {"eval.features": "pixels", "eval.enable_sampling": True, "eval.enable_loss": True}
+        | {"eval.features": "torchscript", "eval.inception_path": str(tmp_path / "network")}
+        | {"eval.enable_sampling": True, "eval.enable_loss": True}
     )
+    save_torchscript(tmp_path / "network", MeanColour())  # pixels have 3072 features: seconds
     with tfds.testing.mock_data(num_examples=20):
         run_lib.train(config, tmp_path)
         run_lib.evaluate(config, tmp_path)

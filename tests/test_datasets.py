@@ -1,5 +1,6 @@
 """Order, coverage and range of what training and evaluation read."""
 
+import multiprocessing
 import pickle
 import re
 import subprocess
@@ -16,6 +17,7 @@ from data_files import Dying, Interrupting, Numbers
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
+from torch.utils.data import dataloader
 
 import datasets
 from configs.poisson import digits_ddpmpp
@@ -190,6 +192,7 @@ def test_nothing_readable_is_an_error(workers):
     stream = datasets.Stream(Numbers(6, unreadable=range(6)), (1, 1, 1), workers)
     with pytest.raises(ValueError, match="^6 images in a row cannot be used.*image . is damaged$"):
         next(datasets.in_order(stream, 3))
+    assert not multiprocessing.active_children()  # while the error, which was caught, is there
 
 
 def test_an_image_of_another_shape_is_not_used(caplog):
@@ -247,9 +250,11 @@ def test_size_decides_what_stays_on_disk():
     assert torch.equal(stream[:], resident)
 
 
-@pytest.mark.slow  # DataLoader looks after its workers every 5 s
-def test_batches_go_on_without_dead_workers(caplog):
+def test_batches_go_on_without_dead_workers(caplog, monkeypatch):
     """As when a signal ends the whole group of processes, and the run has yet to save."""
+    # DataLoader looks after its workers when none has answered for so long; 5 s by default
+    looks = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(looks, "__defaults__", (0.2,))
     stream = datasets.Stream(Dying(8), (1, 1, 1), 2)
     batches = datasets.in_order(stream, 2)
     assert torch.cat([batch.images for batch in batches]).flatten().tolist() == list(range(8))

@@ -25,6 +25,7 @@ from storage.checkpoints import load_checkpoint
 DIGITS = ROOT / "configs/poisson/digits_ddpmpp.py"
 TINY = [
     "--config.model.nf=8",
+    "--config.model.ch_mult=(1,)",
     "--config.training.log_freq=1",
     "--config.training.snapshot_freq_for_preemption=2",
     "--noconfig.training.snapshot_sampling",
@@ -72,7 +73,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, one_thread, method):
     """By the whole program; the charges of the Poisson field are all of the data set."""
     path, begun = ROOT / f"configs/{method}/digits_ddpmpp.py", tmp_path / "begun"
     config = importlib.import_module(f"configs.{method}.digits_ddpmpp").get_config()
-    config.model.nf, config.optim.grad_clip, config.optim.warmup = 8, -1.0, 0
+    config.model.update(nf=8, ch_mult=(1,))
+    config.optim.grad_clip, config.optim.warmup = -1.0, 0
     config.training.update(n_iters=3, snapshot_freq=3, snapshot_sampling=False)
     run_lib.train(config, begun)  # new networks have hardly a gradient
     before, gradients = first_moments(begun), {}
@@ -183,14 +185,7 @@ def test_a_rank_whose_torchrun_died_before_it_looked_ends_in_one_line():
         program += "distributed.START = datetime.timedelta(seconds=1)\n"
         program += "try:\n  with distributed.joined(): pass\n"
         program += "except ConnectionError as error: print(error)\n"
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = Program([sys.executable, "-c", program], environment=environment).finish()
     assert re.fullmatch("no answer from torchrun at .*\n", done.stdout), done.stderr
 
 
@@ -258,7 +253,7 @@ def test_two_processes_evaluate_as_one(tmp_path):
     options = [f"--config.eval.{what}" for what in ("steps=", "begin_ckpt=1", "end_ckpt=1")]
     options += ["--config.eval.batch_size=50", "--config.eval.num_samples=170"]
     options += ["--config.eval.bpd_num_repeats=1"]
-    options += ["--config.sampling.rtol=0.1", "--config.sampling.atol=0.1"]
+    options += ["--config.sampling.rtol=1", "--config.sampling.atol=1"]
     options += [f"--config.eval.stats_dir={tmp_path / 'stats'}"]
     reports = []
     for processes in (1, 2):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_small_runs import tiny
+from torch import nn
 
 import execution
 import experiment
@@ -19,6 +20,7 @@ import sampling
 from configs.poisson import cifar10_ddpmpp, cifar10_ncsnpp, digits_ddpmpp
 from methods import get_method
 from models import create_model
+from models.layers import Attention, conv
 from storage.checkpoints import load_checkpoint
 
 
@@ -400,6 +402,20 @@ def test_a_compiled_network_computes_the_same_and_is_compiled_once():
     assert not torch._dynamo.utils.counters["graph_break"]
     sample(model, x=x)
     assert statistics["unique_graphs"] == graphs > 0
+
+
+@pytest.mark.slow
+def test_compiled_layers_of_a_unet_compute_the_same(one_thread):
+    """A convolution, group norm and attention; a whole U-Net takes a minute to compile."""
+    if not execution._compiler_works(torch.device("cpu")):
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(1, 8), Attention(8, init_scale=1.0, skip_rescale=True))
+    assert isinstance(model[1].norm, nn.GroupNorm)
+    network, x = execution.for_training(model, compiles=True), torch.randn(2, 1, 4, 4)
+    assert network is not model
+    results = [with_gradient(model, [run(x)]) for run in (model, network)]
+    assert relative_difference(*results) < 1e-5
 
 
 @pytest.mark.slow

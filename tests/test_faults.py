@@ -84,7 +84,7 @@ def half_written_in_many_lives(mode, workdir, lives, **config):
     """How many of so many lives left a file half written; see many_lives.py."""
     options = [f"--config.{key}={json.dumps(value)}" for key, value in config.items()]
     program = str(ROOT / "tests/many_lives.py")
-    done = run([sys.executable, program, mode, str(workdir), str(lives), *options])
+    done = Program([sys.executable, program, mode, workdir, lives, *options]).finish()
     return json.loads(done.stdout)["half written"]
 
 
@@ -125,7 +125,7 @@ def test_killed_many_times_an_evaluation_ends_as_if_it_never_was(tmp_path, one_t
         "eval.steps": "",
         "eval.begin_ckpt": 1,
         "eval.end_ckpt": 1,
-        "eval.batch_size": 20,
+        "eval.batch_size": 45,
         "eval.num_samples": 300,
         "eval.bpd_num_repeats": 2,
         "eval.stats_dir": str(tmp_path / "stats"),

@@ -249,10 +249,9 @@ def test_fitted_steps_lead_other_samples_to_the_law_of_a_gaussian(name):
 
 
 @pytest.fixture(autouse=True)
-def few_trajectories(request, monkeypatch):
+def files_in_little_time(request):
     if "tmp_path" in request.fixturenames:
-        monkeypatch.setattr(fitted, "MOST_FOR_LEVELS", 32)
-        monkeypatch.setattr(fitted, "MOST_FOR_STEPS", 64)
+        request.getfixturevalue("few_trajectories")
 
 
 def tiny(tmp_path):

@@ -386,6 +386,7 @@ def test_a_cached_film_of_another_shape_is_drawn_again(shape, trained, tmp_path,
         assert file["frames"].shape == (48, 1, 8, 8, 1)
 
 
+@pytest.mark.usefixtures("few_trajectories")
 @pytest.mark.parametrize("name", ["relative_errors", "weights", "offsets"])
 def test_a_cached_fit_of_another_shape_is_made_again(name, trained, tmp_path, caplog):
     workdir = tmp_path / "run"

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_program
+from conftest import ROOT
 from PIL import Image
-from warm_start import server
+from warm_start import Program, server
 
 PAGE = (ROOT / "docs/howto.md").read_text()
 COMMANDS = dict(re.findall(r"^\*\*(.+?)\.\*\*.*?^```\n(.*?)^```", PAGE, re.M | re.S))
@@ -33,6 +33,7 @@ LEFT = {
     "Sweep learning rates": "runs/lr.html",
     "Move a run": "elsewhere/a/checkpoints/checkpoint_2.pth",
     "Share a model": "runs/theirs/samples/step_1/000015.png",
+    "Fine-tune another model": "runs/finetuned/checkpoints/checkpoint_2.pth",
     "Change the network": "runs/ddpm/checkpoints/checkpoint_2.pth",
     "Write a config": "runs/mine/checkpoints/checkpoint_2.pth",
     "Change the data": "runs/photos/checkpoints/checkpoint_2.pth",
@@ -57,7 +58,7 @@ def folder(tmp_path_factory):
         Image.fromarray(image).save(folder / f"photos/{i}.png")
     train = ["--config", "configs/pfgmpp/digits_ddpmpp.py", "--mode", "train"]
     train += ["--workdir", "runs/a", *shlex.split(SMALL), "--config.training.n_iters=1"]
-    run_program(["sh", "-c", 'cd "$0" && exec "$@"', folder, sys.executable, "main.py", *train])
+    Program([sys.executable, "main.py", *train], cwd=folder).finish()
     return folder
 
 

@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import weakref
 import zipfile
 import zlib
@@ -13,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_program
 from data_files import example, pictures, tfrecord, write_tree, write_zip
 from test_small_runs import report_of, tiny
+from warm_start import run_main
 
 import datasets
 import experiment
@@ -454,9 +453,9 @@ def test_a_class_is_named_in_every_place(run, name, caplog):
     config = trained.experiment.config
     again = experiment.load(run / "run", {"sampling.class_label": name}, config=config)
     assert torch.equal(again.sample(seeds), expected)
-    command = [sys.executable, str(ROOT / "main.py"), "--mode=sample", f"--workdir={run / 'run'}"]
-    command += [f"--config.sampling.class_label={name}", "--config.sampling.seeds=3-4"]
-    done = run_program([*command, f"--outdir={run / 'a'}", f"--config.data.path={run / 'data'}"])
+    flags = ["--mode=sample", f"--workdir={run / 'run'}", f"--outdir={run / 'a'}"]
+    flags += [f"--config.sampling.class_label={name}", "--config.sampling.seeds=3-4"]
+    done = run_main([*flags, f"--config.data.path={run / 'data'}"])
     assert f"sampling.class_label={number} is the class '{name}'" in done.stdout
     with np.load(run / "a/samples.npz") as samples:
         assert samples["labels"].tolist() == [number, number]

@@ -277,6 +277,7 @@ def test_a_lock_that_cannot_lie_beside_its_folder_is_told_of(tmp_path, read_only
     assert line.startswith(f"{tmp_path}/places/.out.lock cannot be written; ")
 
 
+@pytest.mark.usefixtures("few_trajectories")
 def test_a_run_that_cannot_be_written_is_evaluated_elsewhere(tmp_path, read_only, caplog):
     workdir, results = tmp_path / "run", tmp_path / "results"
     config = small_config(

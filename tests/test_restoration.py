@@ -413,7 +413,7 @@ def test_rows_of_a_measurement_take_their_masks_along(rows):
 def run(tmp_path):
     """A function (restore, **sampling keys) -> the report, of a small untrained network."""
     config = digits_ddpmpp.get_config()
-    config.model.nf = 8
+    config.model.update(nf=8, ch_mult=(1,))
     config.training.n_iters = 8
     config.sampling.ode_solver, config.sampling.N = "heun", 3
     config.eval.update(batch_size=10, enable_loss=False, enable_bpd=False, enable_sampling=False)

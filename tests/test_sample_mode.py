@@ -6,14 +6,13 @@ import logging
 import random
 import shutil
 import struct
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_program
+from conftest import ROOT
 from many_lives import OVERRIDES
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -123,8 +122,7 @@ def test_two_processes_draw_what_one_draws(trained, tmp_path):
     """Of the seeds 0 to 31, each within a grey level, and class labels too."""
     flags = ["--mode=sample", f"--workdir={trained}", "--config.sampling.seeds=0-31"]
     flags += ["--config.eval.batch_size=5", f"--outdir={tmp_path / 'two'}"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run_program([sys.executable, *torchrun, str(ROOT / "main.py"), *flags])
+    run_main(flags, processes=2)
     sample(trained, tmp_path / "one", seeds="0-31")
     one, two = (dict(np.load(tmp_path / name / "samples.npz")) for name in ("one", "two"))
     assert one["labels"].tolist() == two["labels"].tolist()
@@ -439,8 +437,7 @@ def test_mistakes_are_one_line(trained, tmp_path, monkeypatch):
 def test_the_command_line_refuses_in_one_line(trained, tmp_path):
     (tmp_path / "file").write_text("")
     workdir = f"--workdir={trained}"
-    start = [sys.executable, str(ROOT / "main.py"), workdir, "--mode=sample"]
-    done = run_program([*start, f"--outdir={tmp_path}/file"], expect=2)
+    done = run_main([workdir, "--mode=sample", f"--outdir={tmp_path}/file"], expect=2)
     assert done.stderr == f"error: --outdir={tmp_path}/file is a file; name a folder\n"
     config = f"--config={ROOT}/configs/poisson/digits_ddpmpp.py"
     done = run_main([workdir, "--mode=train", config, "--outdir=x"], expect=2)

@@ -188,9 +188,11 @@ def test_exponential_solvers_end_on_the_denoised_image(solve):
 
 
 @pytest.mark.parametrize("name, order", WITH_ORDERS)
-def test_a_step_is_one_evaluation_and_keeps_four_states(name, order):
+def test_a_step_is_one_evaluation_and_keeps_four_states(name, order, request):
     """Counted where memory goes to the network; the caller holds one more, the prior sample."""
     shape, alive = (7, 1, 3, 5), []
+    gc.freeze()  # what is there already is not looked through
+    request.addfinalizer(gc.unfreeze)
 
     def count():
         tensors = (value for value in gc.get_objects() if type(value) is torch.Tensor)

@@ -295,7 +295,7 @@ def test_unknown_optimizer_names_the_known():
     config = cifar10_ddpmpp.get_config()
     config.optim.optimizer = "SGD"
     with pytest.raises(
-        ValueError, match=r"optim\.optimizer must be one of 'adam', 'muon', not 'SGD'"
+        ValueError, match=r"optim\.optimizer must be one of 'adam', 'muon', 'radam', not 'SGD'"
     ):
         train_state(config, Line())
     for config.optim.optimizer in ("adam", "ADAM"):

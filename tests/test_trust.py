@@ -18,6 +18,7 @@ from storage.checkpoints import save_checkpoint
 from storage.workdir import checkpoint_path
 
 OF_MACHINE = {
+    "start": {"training.init_from"},
     "always": {"eval.inception_path", "eval.stats_dir", "sampling.guide", "data.codec"},
     "file": {
         *("data.path", "data.data_dir", "data.tfrecords_path"),
@@ -51,7 +52,9 @@ def test_values_of_a_machine_become_defaults():
     default = get_default_config()
     assert config.eval.stats_dir == default.eval.stats_dir
     assert (config.sampling.guide, config.data.path) == ("", "photos")  # a workdir keeps its data
-    assert machine.reset(config, single_file=True) == {"data.path": "photos"}
+    config.training.init_from = "runs/a"
+    values = {"data.path": "photos", "training.init_from": "runs/a"}
+    assert machine.reset(config, single_file=True) == values
     assert (config.data.path, config.training.n_iters) == ("", 7)
     assert machine.reset(config, single_file=True) == {}
 
@@ -64,6 +67,7 @@ def test_values_of_a_machine_become_defaults():
         ({"eval.stats_dir": "x"}, [], "sample", []),
         ({"eval.inception_path": "x.ts"}, [], "eval", ["eval.inception_path"]),
         ({"data.path": "x"}, [], "sample", []),
+        *(({"training.init_from": "x"}, [], mode, []) for mode in ("eval", "sample", "export")),
     ],
 )
 def test_what_a_mode_needs(values, overridden, mode, missing):

@@ -42,7 +42,8 @@ class Program:
     """A started script, of one thread, that is used as a `subprocess.Popen`.
 
     Args:
-        command: the interpreter, which is not started, the script's path, its arguments.
+        command: the interpreter, which is not started, the script's path or -c and its text, its
+            arguments.
         processes: how many at once, as one job, with the variables that torchrun sets for each.
         environment: variables besides those of this process.
         cwd: folder; None for that of this process.
@@ -242,8 +243,12 @@ def _become_a_program(connection: int) -> None:
     os.environ.update(request["environment"])
     sys.orig_argv = request["command"]
     sys.argv = request["command"][1:]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-c":
+        text = sys.argv.pop(1)
+        exec(text, {"__name__": "__main__"})
+    else:
+        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

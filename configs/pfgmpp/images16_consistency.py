@@ -1,0 +1,16 @@
+"""Fine-tune the network of images16_ddpmpp.py for one or two evaluations.
+
+--config.data.path=photos/ --config.training.init_from=runs/mine
+"""
+
+from configs.parts import DDPMPP, PFGMPP, ConfigDict, consistency, experiment, images, quick
+
+
+def get_config() -> ConfigDict:
+    config = experiment(DDPMPP, images, PFGMPP, quick, consistency)
+    config.data.image_size = 16
+    config.training.n_iters = 3000
+    config.consistency.c = 0.06  # the reference batch need not be all of the data
+    config.optim.update(optimizer="Muon", lr=2e-3)
+    config.model.update(ch_mult=(1, 3, 3), attn_resolutions=(4,), ema_rate=0.995)
+    return config
