@@ -46,7 +46,8 @@ SAMPLERS = {
 BASELINE = "heun, 35"
 FACTORS = (0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)
 WITH_WRONG_SCALE = (BASELINE, "consistency, 1")
-GRID = 100  # images of each picture
+GRID = 64  # images of each picture
+PICTURED = ("consistency, 1", "consistency, 2", BASELINE)
 
 
 class Result(NamedTuple):
@@ -230,7 +231,7 @@ def main() -> None:
     if options.out:
         plot(runs, options.out)
     if options.grid:
-        grids = [image_grid(images) for name, images in pictures.items() if name != "fitted, 5"]
+        grids = [image_grid(pictures[name]) for name in PICTURED if name in pictures]
         framed = [np.pad(grid, ((4, 4), (4, 4), (0, 0)), constant_values=255) for grid in grids]
         save_png(Path(options.grid), np.concatenate(framed, 1))
 

@@ -40,8 +40,8 @@ the slope of the ODE lacks alpha: test_seams -k rectified
 + alpha_rate / alpha, with_rate(
 
 a velocity's slope takes alpha' with the wrong sign: test_seams -k rectified
-- -alpha * alpha_rate
-+ alpha * alpha_rate
+- (skip - alpha * of_state)
++ (skip + alpha * of_state)
 
 training draws a Gaussian in place of a Student t: test_pfgmpp
 - scaled(std * ..., normal)
@@ -64,8 +64,8 @@ PFGM: below z_exp the field has no gamma: test_methods
 + rho
 
 EDM: P_std is squared in the law of the noise levels: test_pfgmpp
-- self.P_std * torch.randn(
-+ self.P_std**2 * torch.randn(
+- self.P_std * torch.randn(n,
++ self.P_std**2 * torch.randn(n,
 
 EDM: the weight of the loss has a sum in place of a product: test_pfgmpp
 - (sigma * sd) ** 2

@@ -22,8 +22,10 @@ from storage.run_checkpoints import levels_path
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 512  # that are compared with as many training images, at each level of the grid
-FEWEST = 50  # training images by which levels can be chosen
+# Samples at each level of the grid: more of small images. With 512 digits in place of 2,048 the
+# distance varies more with the draw than with the level.
+LEAST_SAMPLES, MOST_SAMPLES = 512, 2048
+FEWEST, MOST = 50, 4096  # training images that they are compared with
 GRID = 16  # levels
 LOWEST, HIGHEST = 0.05, 8.0  # of the grid, for data of standard deviation 0.5
 
@@ -73,7 +75,7 @@ class LevelChoice:
                 f"{number} of: set sampling.levels"
             )
         data = self.data.stored.digest if self.data.stored else self.data.name
-        key = self.origin | {"sampling": self.sampler.settings, "samples": SAMPLES}
+        key = self.origin | {"sampling": self.sampler.settings, "samples": self.samples}
         key |= {"grid": grid, "data": data}
         path, spec = levels_path(self.checkpoint, self.sampler.n), {"levels": ("f", (number,))}
         try:
@@ -88,6 +90,12 @@ class LevelChoice:
         log.info(f"sampling.levels=({words}), chosen for {self.checkpoint.name}")
         return replace(self.sampler, levels=levels, levels_are_chosen=True)
 
+    @property
+    def samples(self) -> int:
+        """Number of samples at each level."""
+        dim = math.prod(self.sampler.codec.shape)
+        return max(LEAST_SAMPLES, min(MOST_SAMPLES, 2**21 // dim))
+
     def _grid(self) -> list[float]:
         low, high = self.sampler.level_range
         grid = torch.logspace(math.log10(HIGHEST), math.log10(LOWEST), GRID, dtype=torch.float64)
@@ -96,7 +104,7 @@ class LevelChoice:
 
     def _choose(self) -> dict:
         images, grid, number = self._images(), self._grid(), self.sampler.n - 1
-        log.info(f"choosing sampling.levels by {len(images)} samples at {len(grid)} noise levels")
+        log.info(f"choosing sampling.levels by {self.samples} samples at {len(grid)} noise levels")
         real = to_unit_interval(images.images).flatten(1).cpu().numpy()
         levels: list[float] = []
         with progress_bar(total=len(grid) * number, desc="levels") as progress:
@@ -123,14 +131,14 @@ class LevelChoice:
         if len(rows) < FEWEST:
             raise NoImages(f"{len(rows)} training images are fewer than {FEWEST}")
         generator = keyed_generator("cpu", "images for levels", self.seed)
-        rows = rows[torch.randperm(len(rows), generator=generator)[:SAMPLES]]
+        rows = rows[torch.randperm(len(rows), generator=generator)[:MOST]]
         return batch_at(train, rows)
 
     def _samples(self, levels: tuple[float, ...], images: Batch) -> NDArray:
-        """Pixels (n, K) of as many samples as `images`, with their conditions."""
+        """Pixels (n, K) of samples with the conditions of `images`, again and again."""
         generator = keyed_generator(self.device, "samples for levels", self.seed)
         sampler, samples = replace(self.sampler, n=len(levels) + 1, levels=levels), []
-        for part in images.split(sampler.batch_size):
+        for part in images[torch.arange(self.samples) % len(images)].split(sampler.batch_size):
             conditions = part.conditions.map(lambda rows: rows.to(self.device))
             batch, _ = sampler(self.network, len(part), generator=generator, conditions=conditions)
             samples.append(batch.flatten(1).cpu().numpy())
