@@ -45,6 +45,7 @@ SAMPLERS = {
 }
 BASELINE = "heun, 35"
 FACTORS = (0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)
+MARKERS = {"heun": "o", "fitted": "s", "consistency": "^"}
 WITH_WRONG_SCALE = (BASELINE, "consistency, 1")
 GRID = 64  # images of each picture
 PICTURED = ("consistency, 1", "consistency, 2", BASELINE)
@@ -191,14 +192,18 @@ def plot(runs: Runs, path: str) -> None:
         speed = np.median([result.speed for result in of_sampler])
         distance = np.mean([result.distance for result in of_sampler])
         label = method if name == "consistency, 1" else None
-        cost.plot(speed, distance, "o", color=color, label=label)
-        cost.annotate(name, (speed, distance), (4, 4), textcoords="offset points", fontsize=7)
+        kind, evaluations = name.split(", ")
+        cost.plot(speed, distance, MARKERS[kind], color=color, label=label)
+        offset = {"textcoords": "offset points", "fontsize": 8}
+        cost.annotate(evaluations, (speed, distance), (5, 4), **offset)
         if results := [each for each in results if (name, 1.0) in each]:
             rows = [[each[name, x].distance for each in results] for x in FACTORS]
             means, lows, highs = zip(*((np.mean(r), min(r), max(r)) for r in rows), strict=True)
             style = "--" if name == BASELINE else "-"
             line = {"color": color, "linestyle": style, "label": f"{method}, {name}"}
             draw_range(scale, FACTORS, means, lows, highs, **line)
+    title = "circles: heun, squares: fitted, triangles: consistency, with evaluations"
+    cost.set_title(title, fontsize=9)
     cost.set(xscale="log", yscale="log", xlabel="images per second", ylabel="Frechet distance")
     scale.set(xscale="log", yscale="log", xlabel="prior's scale / the right one")
     for axis in (cost, scale):
