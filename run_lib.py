@@ -25,7 +25,7 @@ from library.evaluated_restorations import restore_images
 from library.evaluated_samples import compare_samples, draw_images
 from library.initial_weights import entry_of_report
 from library.restoration import ToRestore
-from library.sample_folder import FILM_SAMPLES, SampleFolder, pair_of, read_pictures, seeds_of
+from library.sample_folder import FILM_SAMPLES, SampleFolder, read_encoded, read_pair, seeds_of
 from library.signals import stop_signals
 from library.training_run import LossWatch, TrainingRun, resumed_from
 from losses import objective_named
@@ -359,16 +359,11 @@ def sample(
     if options.film or options.between:
         check_writer(options.film_format)
     seeds = seeds_of(options.seeds or ("" if options.encode or options.between else "0-63"))
-    names = [options.encode] if options.encode else []
-    pictures = read_pictures("sampling.encode", names, data.shape, scale)
-    names = pair_of(options.between) if options.between else []
-    ends = read_pictures("sampling.between", names, data.shape, scale)
-    if ends and len(ends) != 2:
-        raise ValueError(f"sampling.between={options.between} must be two images, A.png,B.png")
     objective = objective_named(config.training.objective)
-    for key in ("encode", "between", "restore"):
-        if options[key]:
-            objective.check_ode(f"sampling.{key}")
+    for key in filter(options.get, ("encode", "between", "restore")):
+        objective.check_ode(f"sampling.{key}")
+    pictures = read_encoded(options.encode, data.shape, scale)
+    ends = read_pair(options.between, data.shape, scale)
     trained = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time
     experiment = trained.experiment
     execution.prepare_process(config.training.precision, experiment.device)
@@ -442,10 +437,7 @@ def export(
 
 @contextlib.contextmanager
 def _opened(workdir: Path, folder: Path, flag: str, remarks: Sequence[str] = ()) -> Iterator[None]:
-    """Within the block `folder` is this run's alone to write to; its log begins with `remarks`.
-
-    The `flag` names the folder.
-    """
+    """Within the block only this run writes to `folder`, named by `flag`; `remarks` are logged."""
     with open_workdir(workdir, folder, distributed.is_main(), flag):
         distributed.barrier()  # nobody writes before the main process holds the lock
         _log_lines(remarks)

@@ -233,6 +233,28 @@ class SampleFolder:
         return cached(path, self.settings | origin, draw, spec=spec)["frames"]
 
 
+def read_encoded(
+    text: str, shape: tuple[int, int, int], scale: tuple[float, ...] = ()
+) -> dict[str, Picture]:
+    """The images of `sampling.encode`, by name; see `read_pictures`."""
+    return read_pictures("sampling.encode", [text] if text else [], shape, scale)
+
+
+def read_pair(
+    text: str, shape: tuple[int, int, int], scale: tuple[float, ...] = ()
+) -> dict[str, Picture]:
+    """The two images of `sampling.between`, by name; none where it is empty.
+
+    Raises:
+        ValueError: they are not two; and as `read_pictures`.
+    """
+    names = pair_of(text) if text else []
+    ends = read_pictures("sampling.between", names, shape, scale)
+    if names and len(ends) != 2:
+        raise ValueError(f"sampling.between={text} must be two images, A.png,B.png")
+    return ends
+
+
 def read_pictures(
     key: str, names: list[str], shape: tuple[int, int, int], scale: tuple[float, ...] = ()
 ) -> dict[str, Picture]:
