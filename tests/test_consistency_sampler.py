@@ -17,6 +17,7 @@ from warm_start import run_main
 import run_lib
 from datasets import Data
 from experiment import Experiment, load
+from library import levels
 from library.levels import LevelChoice
 from methods.base import spread
 from metrics.distances import Gaussian, frechet_distance, frechet_distance_of_samples
@@ -156,6 +157,15 @@ def small(tmp_path, **overrides):
         consistency__stages=3,
         **overrides,
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_samples():
+    """Levels are chosen by few samples, in no time; which is best does not count here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(levels, "LEAST_SAMPLES", 64)
+        patch.setattr(levels, "MOST_SAMPLES", 64)
+        yield
 
 
 @pytest.fixture(scope="module")
