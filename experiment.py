@@ -47,14 +47,8 @@ log = logging.getLogger(__name__)
 GUIDE_KEYS = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
     *("data.codec", "data.conditions"),
-    *(
-        "training.objective",
-        "training.sde",
-        "training.continuous",
-        "training.gamma",
-        "model.D",
-        "model.sigma_data",
-    ),
+    *("training.objective", "training.sde", "training.continuous", "training.gamma"),
+    *("model.D", "model.sigma_data"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
 

@@ -429,8 +429,8 @@ def export(
         check_writable(path.parent, "--outdir")
         weights, identity = experiment.network.state_dict(), experiment.data.stored
         entry = identity.entry() if identity else None
-        if chosen := experiment.sampler.chosen_levels:
-            config.sampling.levels = chosen
+        if not follows_ode:
+            config.sampling.levels = experiment.sampler.levels
         save_shared(path, weights, flatten(config), trained.step, entry)
         log.info(f"{words}: {path} ({path.stat().st_size / 2**20:.3g} MiB)")
 

@@ -60,15 +60,15 @@ def get_sampling_fn(config, method: Method, guide: Network | None = None) -> Sam
 def from_config(config, method: Method, codec: Codec, guide: Network | None) -> Sampler:
     """The sampler of `config.sampling` between `method` and `codec`; see `get_sampling_fn`."""
     name = config.sampling.method
-    kind, objective = named(SAMPLERS, "sampling.method", name), config.training.objective
+    kind = named(SAMPLERS, "sampling.method", name)
+    objective = objective_named(config.training.objective)
     if kind.follows_ode:
         others = " or ".join(repr(n) for n, sampler in SAMPLERS.items() if not sampler.follows_ode)
-        feature = f"sampling.method={name!r} (else {others})"
-        objective_named(objective).check_ode(feature)
-    elif objective_named(objective).predicts_mean:
+        objective.check_ode(f"sampling.method={name!r} (else {others})")
+    elif objective.predicts_mean:
         raise ValueError(
             f"sampling.method={name!r} is for a network of training.objective='consistency', not "
-            f"{objective!r}"
+            f"{config.training.objective!r}"
         )
     return kind.from_config(config, method, codec, guide)
 

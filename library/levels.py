@@ -69,7 +69,7 @@ class LevelChoice:
         """
         number, grid = self.sampler.n - 1, self._grid()
         if len(grid) < number:
-            low, high = self.sampler.level_range
+            low, high = self.sampler.method.level_range
             raise ValueError(
                 f"between the noise levels {low:g} and {high:g} there are too few to choose "
                 f"{number} of: set sampling.levels"
@@ -88,7 +88,7 @@ class LevelChoice:
         levels = tuple(levels.tolist())
         words = ", ".join(f"{level:.3g}" for level in levels)
         log.info(f"sampling.levels=({words}), chosen for {self.checkpoint.name}")
-        return replace(self.sampler, levels=levels, levels_are_chosen=True)
+        return replace(self.sampler, levels=levels)
 
     @property
     def samples(self) -> int:
@@ -97,9 +97,9 @@ class LevelChoice:
         return max(LEAST_SAMPLES, min(MOST_SAMPLES, 2**21 // dim))
 
     def _grid(self) -> list[float]:
-        low, high = self.sampler.level_range
+        low, high = self.sampler.method.level_range
         grid = torch.logspace(math.log10(HIGHEST), math.log10(LOWEST), GRID, dtype=torch.float64)
-        grid = (grid * self.sampler.method.sigma_data / 0.5).tolist()
+        grid = (grid * self.sampler.scale).tolist()
         return [level for level in grid if low < level < high]
 
     def _choose(self) -> dict:

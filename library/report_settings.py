@@ -32,8 +32,9 @@ def from_config(
     made_by |= BEFORE | experiment.parts
     made_by |= {"eval.batch_size": options.batch_size, **of_method(experiment.method)}
     made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
-    if chosen := experiment.sampler.chosen_levels:
-        made_by[CHOSEN_LEVELS] = [*chosen]
+    levels = experiment.sampler.settings.get("levels")
+    if levels and not config.sampling.levels:
+        made_by[CHOSEN_LEVELS] = [*levels]
     made_by |= of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
     if split is not None:
         made_by |= {"eval.dataset": split.name, "split.data": experiment.data.name}

@@ -162,8 +162,7 @@ class Trained:
         method, codec = self.experiment.method, self.experiment.codec
         if not isinstance(frames, (int, np.integer)) or frames < 1:
             raise ValueError(f"frames must be a whole number of at least 1, not {shown(frames)}")
-        ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
-        high, low = method.sigma(ends).tolist()
+        low, high = method.level_range
         ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
         levels = high * (max(low, LOWEST_SHOWN) / high) ** ratio
         films = []
@@ -280,8 +279,7 @@ class Trained:
         if math.inf in codec.bounds:
             raise ValueError("the network denoises latents, not images: see Method.denoise")
         unit = codec.bounds[1] - codec.bounds[0]  # between black and white, as the network sees it
-        ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
-        low, high = (method.sigma(ends) / unit).tolist()
+        low, high = (level / unit for level in method.level_range)
         levels = checked_levels(sigma, len(x), low, high) * unit
         noisy = codec.encode(x.to(self.experiment.device, torch.float32))
 

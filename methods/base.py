@@ -218,6 +218,12 @@ class Method(abc.ABC):
     def time(self, sigma: Tensor) -> Tensor:
         """The time of noise level `sigma`, the inverse of `sigma(t)`."""
 
+    @property
+    def level_range(self) -> tuple[float, float]:
+        """Lowest and highest noise level: those where sampling ends and starts."""
+        times = torch.tensor([self.t_data, self.t_prior], dtype=torch.float64)
+        return tuple(self.sigma(times).tolist())
+
     def std(self, t: Tensor) -> Tensor:
         """The scale of the noise in x at time `t`."""
         return self.alpha(t) * self.sigma(t)

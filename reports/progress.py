@@ -4,7 +4,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-import torch
 from tqdm import tqdm
 
 import distributed
@@ -26,8 +25,7 @@ def solver_bar(method: Method, title: str = "solver") -> Iterator[Watch]:
     The solver calls the yielded `watch`. The bar has the evaluations so far, and the noise level
     with its range from data to prior.
     """
-    ends = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
-    low, high = method.sigma(ends).tolist()
+    low, high = method.level_range
     with progress_bar(desc=title, unit=" evaluations", leave=False, delay=1) as progress:
 
         def watch(evaluations: int, sigma: float) -> None:

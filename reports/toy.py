@@ -194,8 +194,7 @@ def draw_film(parts: Experiment, path: Path) -> None:
     """Save the learned flow, from the noise level `FAR` down to the data, as a WebP."""
     method, toy = parts.method, TOYS[parts.data.name]()
     y, _ = _starts(method, SAMPLES)
-    ends = torch.tensor([method.t_prior, method.t_data], dtype=torch.float64)
-    first, last = method.sigma(ends).tolist()
+    last, first = method.level_range
     above = torch.linspace(math.log(first), math.log(FAR), 20, dtype=torch.float64).exp()
     levels = torch.linspace(1, 0, FRAMES, dtype=torch.float64) ** 1.5 * (FAR - last) + last
     slope = partial(method.slope, parts.network)

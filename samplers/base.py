@@ -179,11 +179,6 @@ class Sampler(abc.ABC):
         return values | {"kind": type(self).__name__, "guidance": guidance}
 
     @property
-    def chosen_levels(self) -> tuple[float, ...]:
-        """Noise levels that the config leaves open and that were chosen for a network."""
-        return ()
-
-    @property
     @abc.abstractmethod
     def couples_samples(self) -> bool:
         """True if samples that are drawn together depend on each other.

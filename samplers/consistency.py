@@ -37,12 +37,10 @@ class ConsistencySampler(Sampler):
         n: evaluations, `sampling.N`.
         levels: noise levels of the n - 1 evaluations after the first, falling; () where they have
             to be chosen for the network.
-        levels_are_chosen: they were chosen so.
     """
 
     n: int = 2
     levels: tuple[float, ...] = ()
-    levels_are_chosen: bool = False
 
     follows_ode = False
     keys = KEYS | base.KEYS
@@ -63,7 +61,7 @@ class ConsistencySampler(Sampler):
             )
         if not self.levels:
             return
-        low, high = self.level_range
+        low, high = self.method.level_range
         falls = all(a > b for a, b in zip((high, *self.levels), (*self.levels, 0)))  # noqa: B905
         if len(self.levels) != self.n - 1 or not falls or min(self.levels) < low:
             raise ValueError(
@@ -72,14 +70,9 @@ class ConsistencySampler(Sampler):
             )
 
     @property
-    def level_range(self) -> tuple[float, float]:
-        """Lowest and highest noise level of the method."""
-        times = torch.tensor([self.method.t_data, self.method.t_prior], dtype=torch.float64)
-        return tuple(self.method.sigma(times).tolist())
-
-    @property
-    def chosen_levels(self):
-        return self.levels if self.levels_are_chosen else ()
+    def scale(self) -> float:
+        """Factor of noise levels that belong to data of standard deviation 0.5."""
+        return self.method.sigma_data / 0.5
 
     @property
     def is_fitted(self) -> bool:
@@ -105,11 +98,10 @@ class ConsistencySampler(Sampler):
         """The sampler with default levels in place of levels chosen for a network."""
         if not self.is_fitted:
             return self
-        low, high = self.level_range
-        first = min(FIRST_LEVEL * self.method.sigma_data / 0.5, 0.9 * high)
+        low, high = self.method.level_range
+        first = min(FIRST_LEVEL * self.scale, 0.9 * high)
         fall = max(FALL, (low / first) ** (1 / (self.n - 1)))
-        levels = tuple(first * fall**k for k in range(self.n - 1))
-        return replace(self, levels=levels, levels_are_chosen=True)
+        return replace(self, levels=tuple(first * fall**k for k in range(self.n - 1)))
 
 
 def sample_consistency(

@@ -75,7 +75,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk():
-    """What is written need not outlast a power cut; programs that tests start do wait for it."""
+    """Make `os.fsync` do nothing in the test process, whose files need not outlast a power cut."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

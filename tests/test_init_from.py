@@ -273,15 +273,15 @@ def test_classes_for_a_network_without(tmp_path, form):
     ],
 )
 def test_published_names_are_paired_like_own_ones(tmp_path, form, change):
-    """The same weights are copied from a checkpoint of this program, whose names say their place.
+    """Published names lead to the weights to which the names of this program's checkpoints do.
 
     Of more blocks a level, those of a published list may be others of the same shape.
     """
     make = edm_unet if form == "snapshot" else tiny
     config = make(**ATTENTION)
     model = redrawn(models.create_model(config))
-    own, theirs = tmp_path / "own.pth", tmp_path / "theirs.pth"
-    save_checkpoint(own, train_state(config, model).state_dict())
+    ours, theirs = tmp_path / "ours.pth", tmp_path / "theirs.pth"
+    save_checkpoint(ours, train_state(config, model).state_dict())
     if form == "snapshot":
         theirs = snapshot(tmp_path / "a.pkl", config, model)
     else:
@@ -289,7 +289,7 @@ def test_published_names_are_paired_like_own_ones(tmp_path, form, change):
     first = models.create_model(make(**ATTENTION | change))
     second = models.create_model(make(**ATTENTION | change))
     second.load_state_dict(first.state_dict())
-    lines = [initialise(net, str(path))[1] for net, path in ((first, own), (second, theirs))]
+    lines = [initialise(net, str(path))[1] for net, path in ((first, ours), (second, theirs))]
     if form == "published" and "model.num_res_blocks" in change:
         assert "initial values: " in lines[1]
     else:
