@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 from torch import Tensor
 
 KERNEL_BLOCK = 1024  # largest block of the kernel distance, tensorflow-gan's
@@ -118,7 +117,7 @@ def inception_score(logits: NDArray) -> float:
     As in tensorflow-gan, without splits: the mean over splits of the original depends on their
     number. `logits` (n, L) count up to a constant per row.
     """
-    log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
+    log_p = torch.from_numpy(np.asarray(logits, dtype=np.float64)).log_softmax(1).numpy()
     p = np.exp(log_p)
     mean = p.mean(0)
     log_mean = np.log(mean, where=mean > 0, out=np.zeros_like(mean))

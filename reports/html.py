@@ -5,7 +5,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from reports.plots import CSS, curve_colour
+from reports.plots import CSS, curve_colour, is_dashed
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ def figure(content: str, title: str, caption: str) -> str:
 
 
 def legend(names: Iterable[str]) -> str:
-    """The colours of curves, from that of number 0 on, with their `names`."""
+    """The colours and dashes of curves, from those of number 0 on, with their `names`."""
     keys = (
-        f'<span><i class=key style="background:var(--{curve_colour(k)})"></i>{escape(name)}</span>'
+        f'<span><i class="key{" dashed" if is_dashed(k) else ""}" '
+        f'style="color:var(--{curve_colour(k)})"></i>{escape(name)}</span>'
         for k, name in enumerate(names)
     )
     return f"<div class=legend>{''.join(keys)}</div>"

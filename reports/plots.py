@@ -81,6 +81,11 @@ def curve_colour(k: int) -> str:
     return CURVES[k % len(CURVES)]
 
 
+def is_dashed(k: int) -> bool:
+    """True where curve k has the colour of an earlier one."""
+    return k // len(CURVES) % 2 == 1
+
+
 def _in_style(draw: Callable[..., str]) -> Callable[..., str]:
     """`draw` in the style of the pages, whatever the user's matplotlibrc says."""
 
@@ -197,6 +202,7 @@ def curve_plot(
         axes.axhline(height, color=PALETTE["soft"], linewidth=1, linestyle=(0, (5, 4)), gid="floor")
     for k, (x, mean, low, high) in ((k, rows.T) for k, rows in curves if len(rows)):
         line = {"color": PALETTE[curve_colour(k)], "gid": f"curve-{k}"}
+        line["linestyle"] = "--" if is_dashed(k) else "-"
         if with_range:
             draw_range(axes, x, mean, low, high, **line)
         else:

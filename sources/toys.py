@@ -11,9 +11,9 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from ml_collections import ConfigDict
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from sources.base import Source
 
@@ -40,7 +40,8 @@ class Mixture(NamedTuple):
 
         Bytes 0 and 255 have the mass beyond them too, so that the sum is 1.
         """
-        cumulated = ndtr((EDGES[:, None] - self.centres.T[:, None]) / self.std)  # (2, 257, K)
+        steps = (EDGES[:, None] - self.centres.T[:, None]) / self.std  # (2, 257, K)
+        cumulated = torch.special.ndtr(torch.from_numpy(steps)).numpy()
         cumulated[:, 0], cumulated[:, -1] = 0, 1
         across, up = np.diff(cumulated, axis=1)
         return across @ up.T / len(self.centres)

@@ -21,7 +21,7 @@ from metrics.reference import Reference
 from metrics.table import METRICS, OF_HALVES, Comparison, compare, compare_halves
 from models import NETWORKS, paper_name
 from reports import evaluation_page
-from reports.html import Picture
+from reports.html import Picture, legend
 from reports.images import by_class, class_rows, image_grid
 from reports.page import render
 from reports.plots import PALETTE, curve_plot, number
@@ -156,6 +156,16 @@ def test_page_shows_the_floor(page):
     marks = [plot.split(f'class="curve-{k}"')[1].split("</g> </g>")[0] for k in (0, 1)]
     assert [mark.count("<use ") for mark in marks] == [2, 1]
     assert "&lt;heun&gt;" in page
+
+
+def test_more_curves_than_colours_are_told_apart():
+    plot = curve_plot([(k, [(0, k), (1, k + 1)]) for k in range(8)], ("x", "y"))
+    styles = [re.search(rf'"curve-{k}"> <path [^>]*style="([^"]*)"', plot)[1] for k in range(8)]
+    keys = re.findall(r"<i class=[^>]*>", legend(map(str, range(8))))
+    assert len({*styles}) == len({*keys}) == 8
+    for style, key in zip(styles, keys, strict=True):
+        assert ("stroke-dasharray" in style) == ("dashed" in key)
+        assert re.search(r"stroke: (var\(--\w+\))", style)[1] in key
 
 
 def test_numbers_can_be_downloaded(page):
