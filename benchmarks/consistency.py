@@ -41,7 +41,9 @@ SAMPLERS = {
         "heun, 35": HEUN,
         "fitted, 5": {"sampling.ode_solver": "fitted", "sampling.N": 5},
     },
-    "consistency": {f"consistency, {n}": {"sampling.N": n} for n in (1, 2, 3)},
+    "consistency": {
+        f"consistency, {n}": {"sampling.N": n, "sampling.sigma_max": 20.0} for n in (1, 2, 3)
+    },
 }
 BASELINE = "heun, 35"
 FACTORS = (0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)
