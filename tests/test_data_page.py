@@ -35,10 +35,12 @@ from library.first_look import measure
 from storage.checkpoints import load_checkpoint
 
 PAGE = (ROOT / "docs/data.md").read_text()
-BLOCKS = re.findall(r"^```\n(.*?)^```", PAGE, re.M | re.S)
-COMMANDS = [shlex.split(c) for b in BLOCKS for c in b.replace("\\\n", " ").splitlines()]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.M | re.S)
+LINES = [line for kind, b in BLOCKS if not kind for line in b.replace("\\\n", " ").splitlines()]
+COMMANDS = [*map(shlex.split, LINES)]
 SMALL = shlex.split(
     "--config.training.n_iters=20 --config.training.batch_size=8 --config.model.nf=8 "
+    "--config.training.small_batch_size=0 "
     "--config.model.ch_mult='(1,)' --config.model.attn_resolutions='()' "
     "--config.model.num_res_blocks=1 --config.data.num_workers=0 "
     "--config.sampling.ode_solver=heun --config.sampling.N=2 --config.data.image_size=8"
@@ -98,7 +100,7 @@ def folder(tmp_path_factory):
     write_tar(folder / "cifar-10-python.tar.gz", cifar_python(images, LABELS))
     write_tar(folder / "cifar-10-binary.tar.gz", cifar_binary(images, LABELS))
     (folder / "mnist").mkdir()
-    write_files(folder / "mnist", mnist(grey, np.array(LABELS), 4, packed=True))
+    write_files(folder / "mnist", mnist(grey, np.arange(12) % 4, 4, packed=True))
     faces = pictures(12, 8, 8)
     (folder / "ffhq-r04.tfrecords").write_bytes(tfrecord(*map(stylegan_example, faces)))
     return folder
