@@ -19,7 +19,7 @@ import distributed
 import sources
 from configs import keys
 from configs.schema import Key, OneOf, Text, whole
-from sources import digests, folder, splits
+from sources import description, digests, folder, hugging_face, splits
 from sources.arrays import Arrays, is_array
 from sources.base import MOST_CLASSES, Classes, Source, Unreadable
 from sources.batch import KINDS, Conditions
@@ -32,7 +32,6 @@ from sources.loaded import Loaded
 from sources.preparation import to_unit_interval
 from sources.sizes import made_of
 from sources.stream import (
-    MAX_NAMED,
     MAX_WORKERS,
     SMALL,
     DataSet,
@@ -105,21 +104,8 @@ KEYS = {
 SPLITS = ("train", "test")
 MEASURED = 64  # images that `Data.measure_channels` looks at
 
-
-# Of Hugging Face's library of the same name, which programs started here do not see.
-HUGGING_FACE = ("load_dataset", "load_from_disk", "load_dataset_builder", "concatenate_datasets")
-HUGGING_FACE += ("Dataset", "DatasetDict", "IterableDataset", "Features", "ClassLabel")
-
-
-def __getattr__(name: str):
-    """Say what to write instead of `from datasets import load_dataset`; other names are unknown."""
-    if name in HUGGING_FACE:
-        raise ImportError(
-            f"`datasets` is a module of this project here, and not Hugging Face's library, which "
-            f"has {name}: save the data as parquet files, in a program in another folder, and name "
-            "them in data.path; see docs/data.md"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# `from datasets import load_dataset` is told what to write instead
+__getattr__ = hugging_face.refuse
 
 
 class DataChanged(ValueError):
@@ -317,10 +303,9 @@ class Data:
         """Text on how the data are split; "" where a source does it as ever."""
         data = self.options
         if self._is_folder:
-            listing = self._find()
-            if listing.split_names:
-                return "{train} and {test}".format(**listing.split_names)
-            return splits.in_words(data.held_out, listing.by_name, data.groups)
+            if names := self._find().split_names:
+                return "{train} and {test}".format(**names)
+            return splits.in_words(data.held_out, self._find().by_name, data.groups)
         source = sources.SOURCES.get(data.dataset.lower())
         if data.held_out == splits.SHARE or "data.held_out" not in keys.of_part(source, "reads"):
             return ""
@@ -422,20 +407,22 @@ class Data:
 
         `changed` says how a training step changes the images.
         """
-        data, name, sizes, omitted = self.options, self.options.dataset.lower(), "", ""
-        channels, height, width = train[:1].shape[1:]
+        data, name, remarks = self.options, self.options.dataset.lower(), []
+        if data.num_classes and not self.has_labels("test"):
+            remarks.append("the test split has no class labels")
         if self._is_folder:
             name, omitted = str(data.path), self._find().omitted
-            sizes = made_of(self._source("train"), data.image_size)
-        unlabelled = data.num_classes and not self.has_labels("test")
-        return (
-            f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on"
-            + (f" ({self.split_words})" if self.split_words else "")
-            + f", {height} x {width}, {channels} channel{'s' * (channels > 1)}, {changed}"
-            + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
-            + ("; the test split has no class labels" if unlabelled else "")
-            + (f"; {sizes}" if sizes else "")
-            + (f"; left out: {omitted}" if omitted else "")
+            remarks.append(made_of(self._source("train"), data.image_size))
+            remarks.append(omitted and f"left out: {omitted}")
+        return description.line(
+            name,
+            (len(train), len(test)),
+            tuple(train[:1].shape[1:]),
+            split=self.split_words,
+            changed=changed,
+            classes=data.num_classes,
+            class_names=getattr(train, "names", ()),
+            remarks=remarks,
         )
 
 
@@ -460,10 +447,3 @@ def mean_norm(data: DataSet, encode: Callable[[Tensor], Tensor]) -> float:
     for batch in in_order(data, at_once):
         total += encode(batch.images / 255).flatten(1).norm(dim=1).sum().item()
     return total / len(data)
-
-
-def _named(names: tuple[str, ...]) -> str:
-    if names == tuple(map(str, range(len(names)))):
-        return ""
-    named = ", ".join(f"{k} {name:.30}" for k, name in enumerate(names[:MAX_NAMED]))
-    return f" ({named}{', ...' if len(names) > MAX_NAMED else ''})" if names else ""

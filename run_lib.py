@@ -55,8 +55,7 @@ from training import train_step
 
 log = logging.getLogger(__name__)
 
-# Evaluation and sampling keep the run's training precision; a sampling precision 'auto' is measured
-# on this machine.
+# Kept in evaluation and sampling; a sampling precision 'auto' is measured on this machine.
 PRECISIONS_OF_RUN = ("training.precision",)
 
 
@@ -194,14 +193,13 @@ def look_at_data(config, workdir: Path, outdir: Path | None = None, dry_run: boo
     ValueError where the config or the data are wrong, OSError where a file is.
     """
     experiment = Experiment.of_run(config, workdir, identity_of(workdir))
-    path = (outdir or workdir) / "data.html"
+    folder = outdir or workdir
     if dry_run:
-        log.info(f"would look at the data, and write {path}")
+        log.info(f"would look at the data, and write {folder / 'data.html'}")
         return
     look = FirstLook.from_config(experiment.config, experiment)
     _log_lines([look.line, *experiment.remarks])
-    look.save(path, f"{workdir.resolve().name}: data")
-    experiment.data.close()
+    look.save(folder / "data.html", f"{workdir.resolve().name}: data")
 
 
 @distributed.joined()
@@ -231,8 +229,6 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     if not parts:
         keys = ", ".join(f"eval.{part}" for part in evaluation.PARTS)
         raise ValueError(f"nothing is asked for: set one of {keys}, sampling.restore")
-    if options.enable_classification and not experiment.classes:
-        raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
     folder = evaluation_folder(workdir, eval_folder)
     checkpoints = (
         checkpoints_of_steps(workdir, options.steps, training.snapshot_freq)

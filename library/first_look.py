@@ -82,6 +82,7 @@ class FirstLook:
         It takes two training steps. OSError, which names the path, where it cannot be written.
         """
         page = self._page(title)
+        self.experiment.data.close()
         if distributed.is_main():
             with atomic_write(path) as file:
                 file.write(page.encode(errors="backslashreplace"))

@@ -216,9 +216,14 @@ def _crc(path: str, largest: int | None = LARGEST) -> int:
     return crc
 
 
-def _cache_path(where: Path) -> Path:
+def cache_path(where: Path, name: str) -> Path:
+    """The file `name` in which something is kept of the data at `where`; {} in it is a digest."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "pfgm" / f"digests-{joined(str(where.resolve()))[:16]}.npy"
+    return Path(base) / "pfgm" / name.format(joined(str(where.resolve()))[:16])
+
+
+def _cache_path(where: Path) -> Path:
+    return cache_path(where, "digests-{}.npy")
 
 
 def _read_cache(where: Path) -> Numbers:

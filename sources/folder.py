@@ -26,7 +26,7 @@ from sources.rules import NEWEST, RULES, Rules
 from sources.shards import Shards
 from sources.sixteen_bits import Range
 from sources.stores import InFolder, InZip, Store
-from storage.files import MAX_JSON, one_line, open_regular
+from storage.files import MAX_JSON, about, one_line, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def find(data: ConfigDict) -> "Folder | Arrays | Loaded":
 
 def _beginning(path: Path, size: int = 512) -> bytes:
     """The first bytes of a file, or of what gzip packed into it."""
-    with open_regular(path) as file:
+    with about(path), open_regular(path) as file:
         start = file.read(size)
         if start.startswith(GZIP):
             file.seek(0)
@@ -132,8 +132,8 @@ def _of_folder(path: Path, rules: Rules) -> "Folder":
 
 def _of_shards(path: Path, rules: Rules, shards: Shards, start: bytes) -> "Folder":
     with open_regular(shards.paths[0]) as file:
-        packed = file.read(2) == GZIP
-    if packed:
+        is_packed = file.read(2) == GZIP
+    if is_packed:
         raise ValueError(
             f"data.path={path}: a packed tar file cannot be read at random: unpack it by gunzip, "
             "or extract it into a folder"

@@ -1,31 +1,35 @@
 """Images in tar files, in WebDataset's naming too: a/0001.jpg with its label in a/0001.cls.
 
-The headers of a file are read once; then each image is read at its place.
+The headers of a file are read once, into an index; then each image is read at its place.
 """
 
 import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from sources import listing
 from sources.base import Classes
-from sources.digests import joined
+from sources.digests import FRESH, cache_path, joined
 from sources.files import MAX_FILE_BYTES
 from sources.labels import numbered
 from sources.listing import Listing, Omitted
 from sources.rules import Rules
 from sources.shards import Shards
-from storage.files import about, open_regular, refusing
+from storage.files import about, cached, open_regular, refusing
 
 MAX_HEADER = 2**20  # bytes; the long names and attributes of a member
 MAX_LABEL = 2**20  # bytes of a .cls or .json file
+LARGE = 2**26  # bytes of a file whose index is cached
+INDEX = {"names": ("u", (None,)), "places": ("i", (None, 2))}  # arrays of it
 LABELS = ("label", "cls", "class")  # keys of a .json file, the first that it has counts
 
 
@@ -40,16 +44,16 @@ class Tars:
         tops = shards.tops(rules.find_splits)
         self._place: dict[str, tuple[int, int, int]] = {}  # shard, start, size, by name
         places = {}
-        for number, (path, stem) in enumerate(zip(shards.paths, shards.stems, strict=True)):
-            for name, start, size in _members(path):
-                name = listing.clean(name)
+        paths = tqdm(shards.paths, desc="index", unit="tar", delay=1)
+        for number, (path, stem) in enumerate(zip(paths, shards.stems, strict=True)):
+            for stored, (start, size) in zip(*members(path), strict=True):
+                name = listing.clean(stored)
                 omitted[listing.SAME_NAME, ""] += stem + name in self._place
                 self._place[stem + name] = number, start, size
                 places[stem + name] = tops[number] + name
         found = rules.list_zip(self._place)
         omitted.update(found.omitted)
-        used = {f".{suffix}" for suffix in ("cls", "json")} if self._labels else ()
-        for kind in used:
+        for kind in (".cls", ".json") if self._labels else ():
             del omitted[kind, ""]
         self.listing = Listing(found.files, found.metadata, +omitted)
         self.places = [places[name] for name in self.listing.files]
@@ -123,8 +127,31 @@ class Headers:
         return self._file.read(size)
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, start and size in bytes of each regular member of the tar file at `path`."""
+def members(path: Path) -> tuple[list[str], list[list[int]]]:
+    """Names, and [start, size] in bytes, of the regular members of the tar at `path`.
+
+    Those of a large file are cached by its size and times. Raises ValueError, which names the file,
+    where it is damaged or cut off.
+    """
+    status = os.stat(path)
+    written = max(status.st_mtime_ns, status.st_ctime_ns)
+    if status.st_size < LARGE or time.time_ns() - written < FRESH:
+        return _scan(path)
+
+    def scan() -> dict[str, NDArray]:
+        names, places = _scan(path)
+        words = "\0".join(names).encode(errors="surrogateescape")
+        rows = np.array(places, np.int64).reshape(-1, 2)
+        return {"names": np.frombuffer(words, np.uint8), "places": rows}
+
+    origin = {"size": status.st_size, "written": [status.st_mtime_ns, status.st_ctime_ns]}
+    index = cached(cache_path(path, "tar-{}.npz"), origin, scan, spec=INDEX, optional=True)
+    names = index["names"].tobytes().decode(errors="surrogateescape")
+    return names.split("\0") if names else [], index["places"].tolist()
+
+
+def _scan(path: Path) -> tuple[list[str], list[list[int]]]:
+    names, places = [], []
     with refusing(path, "cannot be read as a tar file"), open_regular(path) as file:
         end, offset = os.fstat(file.fileno()).st_size, 0
         with tarfile.open(fileobj=Headers(file), mode="r:") as archive:
@@ -133,9 +160,11 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 if member.size < 0 or archive.offset <= offset:  # it would never end
                     raise ValueError(f"its member at byte {member.offset:,} has a negative size")
                 offset = archive.offset
-                if member.isreg() and not member.issparse():
-                    yield member.name, member.offset_data, member.size
+                if member.isreg() and not member.issparse() and "\0" not in member.name:
+                    names.append(member.name)
+                    places.append([member.offset_data, member.size])
             file.seek(archive.offset)
             rest = file.read(tarfile.BLOCKSIZE)
             if archive.offset > end or rest.strip(b"\0"):
                 raise ValueError(f"it is damaged at byte {archive.offset:,}")
+    return names, places

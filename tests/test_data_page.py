@@ -1,8 +1,10 @@
 """The commands of docs/data.md on small data, the page of --mode data, and Hugging Face's names."""
 
+import logging
 import re
 import shlex
 
+import fake_pyarrow
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,23 @@ def test_commands(folder, command, request):
         assert load_checkpoint(workdir / "checkpoints-meta/checkpoint.pth")["step"] == 20
 
 
+def test_the_command_for_parquet_without_pyarrow(folder, tmp_path, monkeypatch, caplog):
+    """In this process, where something stands for it."""
+    caplog.set_level(logging.INFO)
+    if not has_pyarrow():
+        fake_pyarrow.install(monkeypatch)
+    (command,) = (command for command in COMMANDS if "runs/parquet" in command)
+    assert command[3] == "configs/pfgmpp/images16_ddpmpp.py"
+    assert command[-2:] == ["--config.data.path=hub", "--config.data.num_classes=-1"]
+    data = {"data__path": str(folder / "hub"), "data__num_classes": -1, "data__image_size": 8}
+    config = tiny(command[3].removeprefix("configs/"), tmp_path, training__n_iters=20, **data)
+    assert run_lib.train(config, tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run/checkpoints-meta/checkpoint.pth")["step"] == 20
+    line = re.search(r"data: .*", caplog.text)[0]
+    print(f"| `parquet` | {line} |")
+    assert re.search(SAID["parquet"], line)
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 
@@ -195,8 +214,8 @@ def test_names_of_hugging_face_lead_to_the_page(tmp_path, name):
     arguments = ["--config", str(tmp_path / "mine.py"), "--mode", "train"]
     done = run_main([*arguments, "--workdir", str(tmp_path / "run")], expect=2)
     assert re.fullmatch(
-        rf"error: config file .*mine\.py.*: `datasets` is a module of this project .*has {name}: "
-        r"save the data as parquet files.*docs/data\.md\n",
+        rf"error: config file .*mine\.py.*: `datasets` is a module of this project, .*has {name}: "
+        r"save the data as parquet files elsewhere; see docs/data\.md\n",
         done.stderr,
     )
 

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import pickle
 import re
 import struct
@@ -374,6 +375,11 @@ def test_links_and_devices_in_a_tar_are_no_data(tmp_path):
     assert len(folder.find(folder_config(tmp_path / "a.tar").data).names) == 4
 
 
+def test_what_is_no_file_among_tars_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    assert re.search(r"a\.tar: it is not a file", mistake(tmp_path))
+
+
 def test_a_packed_tar_is_explained(tmp_path):
     write_tar(tmp_path / "a.tar.gz", examples(pictures(4), LABELS[:4]))
     assert "a packed tar file cannot be read at random: unpack it" in mistake(tmp_path / "a.tar.gz")
@@ -419,6 +425,27 @@ def test_tars_are_known_again(tmp_path):
     write_tar(tmp_path / "a.tar", files | {"000002.png": files["000003.png"]})
     assert identity(tmp_path / "a.tar") != before
     assert identity(tmp_path / "a.tar", digest="names").train == names.train
+
+
+def test_headers_of_a_large_tar_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tars, "LARGE", 1)
+    monkeypatch.setattr(tars, "FRESH", -(10**12))
+    scans, scan = [], tars._scan
+    monkeypatch.setattr(tars, "_scan", lambda path: scans.append(path.name) or scan(path))
+    path = tmp_path / "a.tar"
+    files = {f"ü{'x' * (150 * k)}\udce9.png": bytes(k) for k in range(1, 4)}
+    write_tar(path, files)
+    first = tars.members(path)
+    assert [*map(len, files.values())] == [size for _, size in first[1]]
+    assert tars.members(path) == first and first[0] == [*files] and scans == ["a.tar"]
+    (cache,) = (tmp_path / "cache/pfgm").iterdir()
+    cache.write_bytes(b"damaged")
+    assert tars.members(path) == first and len(scans) == 2
+    write_tar(path, dict(reversed(files.items())))
+    assert tars.members(path)[0] == [*reversed(files)] and len(scans) == 3
+    write_tar(path, {})
+    assert [*map(len, tars.members(path))] == [0, 0] == [*map(len, tars.members(path))]
 
 
 def test_a_worker_of_a_tar_needs_no_listing(tmp_path):
