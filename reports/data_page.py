@@ -59,7 +59,7 @@ def render(title: str, look: Look) -> str:
     plots = [_histogram(values) for values in look.values]
     content = [
         f"<header><h1>{escape(title)}</h1>{pairs(look.facts, 'facts')}</header>",
-        notes([look.line]),
+        notes(look.line.split("; ")),
         section("Cost", pairs(look.estimates, "facts")),
         section("Images", f"<div class=figures>{''.join([grid.html(), *plots])}</div>"),
         section("Values", _channels(look.values)),
@@ -70,7 +70,7 @@ def render(title: str, look: Look) -> str:
 
 def _histogram(values: Values) -> str:
     plot = histogram(values.sample, (f"{values.name} values", "how many"))
-    caption = "Of the images above, all channels; the line is the mean."
+    caption = "Of these images, all channels; the line is the mean."
     return figure(plot, f"{values.name[0].upper()}{values.name[1:]} values", caption)
 
 
@@ -89,11 +89,11 @@ def _channels(values: Sequence[Values]) -> str:
 def _classes(classes: Sequence[ClassCount]) -> str:
     """A table of the images of each class; of many classes the first."""
     rows = [
-        row([str(k), each.name, number(each.train), number(each.test)])
+        row([f"{k} {each.name}".removesuffix(f" {k}"), number(each.train), number(each.test)])
         for k, each in enumerate(classes[:MOST_CLASSES])
     ]
     if not rows:
         return ""
     train = [each.train for each in classes]
     lines = [f"{len(classes):,} classes of {min(train):,} to {max(train):,} training images."]
-    return table(("class", "name", "to train on", "to test on"), rows) + notes(lines)
+    return table(("class", "to train on", "to test on"), rows) + notes(lines)

@@ -4,10 +4,13 @@ They are read by pyarrow, which is an optional requirement. A row is read with i
 of which the last ones are kept: reading in order is fast, and reading at random is not.
 """
 
+import contextlib
 import io
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -35,6 +38,18 @@ def parquet():
     return pyarrow.parquet
 
 
+@contextlib.contextmanager
+def _opened(path: Path, says: str = "cannot be read as a parquet file") -> Iterator[Any]:
+    """The file at `path`, as pyarrow reads it; ValueError, "{path} {says}", where it is damaged."""
+    with refusing(path, says), open_regular(path) as file:
+        try:
+            yield parquet().ParquetFile(file)
+        except OSError as error:
+            if error.errno is None:  # pyarrow's own, of what is damaged
+                raise ValueError(one_line(error)) from error
+            raise
+
+
 class Parquet:
     """The rows of parquet files, each an image; ValueError where a file is damaged or has none."""
 
@@ -45,8 +60,7 @@ class Parquet:
         self._rows: list[np.ndarray] = []  # of each shard: the first row of each group, and the end
         self._columns: list[str] = []  # of the bytes of the images
         for path, stem, top in zip(shards.paths, shards.stems, tops, strict=True):
-            with refusing(path, "cannot be read as a parquet file"), open_regular(path) as file:
-                content = parquet().ParquetFile(file)
+            with _opened(path) as content:
                 metadata, size = content.metadata, path.stat().st_size
                 groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
                 if any(group.total_byte_size > may_unpack_to(size) for group in groups):
@@ -71,8 +85,8 @@ class Parquet:
         """The bytes of the images of a row group, as an array of pyarrow."""
         if (shard, group) not in self._groups:
             column = self._columns[shard]
-            with open_regular(self._shards.paths[shard]) as file:
-                table = parquet().ParquetFile(file).read_row_group(group, columns=[column])
+            with _opened(self._shards.paths[shard]) as content:
+                table = content.read_row_group(group, columns=[column])
             array = table.column(0).combine_chunks()
             if "." in column:
                 array = array.field(column.rpartition(".")[2])
@@ -93,8 +107,7 @@ class Parquet:
     def _classes(self) -> Classes | None:
         labels, names = [], ()
         for path in self._shards.paths:
-            with refusing(path, "gives no class labels"), open_regular(path) as file:
-                content = parquet().ParquetFile(file)
+            with _opened(path, "gives no class labels") as content:
                 schema = content.schema_arrow
                 column = next((name for name in LABELS if name in schema.names), None)
                 if column is None:

@@ -167,7 +167,7 @@ def test_the_page_has_what_there_is_to_know(tmp_path):
     text = re.sub(r"<svg.*?</svg>|<style>.*?</style>|data:image[^\"]*", "", page, flags=re.S)
     cells = re.findall(r"<td>(.*?)</td>", text)
     assert page.count("<svg") == 2 and page.count("data:image/png;base64,") == 1
-    assert "<ant>" not in text and "&lt;ant&gt;" in cells
+    assert "<ant>" not in text and "0 &lt;ant&gt;" in cells
     assert "left out: 1 .txt" in text and "held out by names" in text
     assert re.search(r"a step</dt><dd>[\d.e-]+ s for \d+ images on cpu", text)
     assert re.search(r"1,000 steps</dt><dd>[\d.]+ (seconds|minutes)", text)
@@ -178,7 +178,7 @@ def test_the_page_has_what_there_is_to_know(tmp_path):
     assert 0 <= low < high <= 230
     low_x, high_x = (float(cells[encoded + i].replace("−", "-")) for i in (2, 3))
     np.testing.assert_allclose((low_x, high_x), np.array((low, high)) / 127.5 - 1, atol=1e-3)
-    counts = cells[cells.index("&lt;ant&gt;") :]
+    counts = cells[cells.index("0 &lt;ant&gt;") :]
     train, test = int(counts[1]), int(counts[2])
     assert train + test == 8 and "2 classes of" in text
 

@@ -503,6 +503,24 @@ def test_parquet_without_what_is_needed(tmp_path, arrow):
         assert f"{number}.parquet cannot be read as a parquet file" in mistake(path)
 
 
+def test_a_row_group_that_claims_to_be_large_is_not_read(tmp_path, arrow, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", pictures(4))
+    monkeypatch.setattr(parquet, "may_unpack_to", lambda size: 100)
+    assert "a row group of it unpacks to a hundred times its size" in mistake(
+        tmp_path / "a.parquet"
+    )
+
+
+def test_row_groups_are_read_once_in_order(tmp_path, arrow):
+    write_parquet(tmp_path / "a.parquet", pictures(12), rows=3)
+    store = folder.find(folder_config(tmp_path / "a.parquet").data)._store
+    for i, path in enumerate(store.listing.files.values()):
+        group = store._group(0, i // 3)
+        store.open(path)
+        assert store._group(0, i // 3) is group and len(store._groups) <= parquet.KEPT
+    assert pickle.loads(pickle.dumps(store)).open(path).read() == store.open(path).read()
+
+
 def test_columns_of_images():
     """By their names, or the only one; a structure needs `bytes`."""
 
