@@ -15,7 +15,7 @@ import distributed
 import evaluation
 import execution
 import sampling
-from completion import complete
+from completion import PRECISIONS_OF_RUN, complete
 from configs.keys import flatten
 from experiment import Experiment, identity_of, load
 from library import report_settings
@@ -54,9 +54,6 @@ from storage.workdir import check_writable, evaluation_folder, open_workdir
 from training import train_step
 
 log = logging.getLogger(__name__)
-
-# Kept in evaluation and sampling; a sampling precision 'auto' is measured on this machine.
-PRECISIONS_OF_RUN = ("training.precision",)
 
 
 @distributed.joined()
@@ -229,6 +226,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     if not parts:
         keys = ", ".join(f"eval.{part}" for part in evaluation.PARTS)
         raise ValueError(f"nothing is asked for: set one of {keys}, sampling.restore")
+    if options.enable_classification and not experiment.classes:
+        raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
     folder = evaluation_folder(workdir, eval_folder)
     checkpoints = (
         checkpoints_of_steps(workdir, options.steps, training.snapshot_freq)

@@ -17,7 +17,7 @@ import numpy as np
 from sources.base import MOST_CLASSES
 from sources.files import MAX_FILE_BYTES, read_bounded
 from sources.loaded import Loaded, Part
-from sources.tars import Headers
+from sources.tars import in_order, open_archive
 from storage.files import MAX_JSON, about, open_regular, refusing
 from storage.inert_pickle import Record, Unpickler
 
@@ -78,8 +78,8 @@ def in_archive(path: Path) -> Loaded | None:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         content = gzip.GzipFile(fileobj=file) if packed else file
-        with tarfile.open(fileobj=Headers(content), mode="r:") as archive:
-            while member := archive.next():
+        with open_archive(content) as archive:
+            for member in in_order(archive):
                 folder, _, name = member.name.rpartition("/")
                 if not member.isdir() and folder not in FOLDERS:
                     return None

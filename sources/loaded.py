@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
 from sources import digests
-from sources.base import Classes, Picture, View
+from sources.base import Classes, View
 from sources.files import Measured
 from sources.images import cropped_then_resized
 from sources.splits import held_out
@@ -57,13 +57,15 @@ class Loaded:
                 f"data.num_channels={data.num_channels}"
             )
         number = len(images)
-        everything = np.arange(number)
+        index = np.arange(number)
+        if not self.split_names:
+            index = held_out(number, split, data.held_out, data.groups)
+        elif split == "test" and labels is None:  # it trains without
+            labels = np.full(number, -1)
         return View(
             source=images,
-            prepare=partial(_prepared, size=data.image_size),
-            index=everything
-            if self.split_names
-            else held_out(number, split, data.held_out, data.groups),
+            prepare=partial(cropped_then_resized, size=data.image_size),
+            index=index,
             classes_of_all=partial(self._classes, labels, number),
             digest_of=partial(_digest, images, labels if data.num_classes else None),
         )
@@ -78,10 +80,6 @@ class Loaded:
         if len(labels) != number:
             raise ValueError(f"data.path={self.path}: {len(labels):,} labels of {number:,} images")
         return Classes(labels, self._names())
-
-
-def _prepared(image: Picture, size: int) -> Picture:
-    return cropped_then_resized(image, size)
 
 
 def _digest(images: NDArray, labels: NDArray | None, index: NDArray[np.int64]) -> str:

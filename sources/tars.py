@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -115,7 +116,23 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-class Headers:
+def open_archive(file: IO[bytes]) -> tarfile.TarFile:
+    """The tar file whose content is `file`; raises errors of `tarfile` where it is none."""
+    return tarfile.open(fileobj=_Headers(file), mode="r:")
+
+
+def in_order(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of `archive`; ValueError where one is damaged, other errors of `tarfile` too."""
+    offset = 0
+    while member := archive.next():
+        archive.members = []  # it would keep them all
+        if member.size < 0 or archive.offset <= offset:  # it would never end
+            raise ValueError(f"its member at byte {member.offset:,} has a negative size")
+        offset = archive.offset
+        yield member
+
+
+class _Headers:
     """A tar file of which no more than a header is read at once: sizes may be lies."""
 
     def __init__(self, file: IO[bytes]):
@@ -153,13 +170,9 @@ def members(path: Path) -> tuple[list[str], list[list[int]]]:
 def _scan(path: Path) -> tuple[list[str], list[list[int]]]:
     names, places = [], []
     with refusing(path, "cannot be read as a tar file"), open_regular(path) as file:
-        end, offset = os.fstat(file.fileno()).st_size, 0
-        with tarfile.open(fileobj=Headers(file), mode="r:") as archive:
-            while member := archive.next():
-                archive.members = []  # it would keep them all
-                if member.size < 0 or archive.offset <= offset:  # it would never end
-                    raise ValueError(f"its member at byte {member.offset:,} has a negative size")
-                offset = archive.offset
+        end = os.fstat(file.fileno()).st_size
+        with open_archive(file) as archive:
+            for member in in_order(archive):
                 if member.isreg() and not member.issparse() and "\0" not in member.name:
                     names.append(member.name)
                     places.append([member.offset_data, member.size])

@@ -204,6 +204,15 @@ def test_mnist(tmp_path, packed, place):
         assert numbers.tolist() == LABELS[part]
 
 
+def test_a_test_split_of_mnist_without_labels(tmp_path):
+    files = mnist(pictures(12, 8, 8, 1)[..., 0], np.array(LABELS), 4, packed=True)
+    write_files(
+        tmp_path, {name: c for name, c in files.items() if name != "t10k-labels-idx1-ubyte.gz"}
+    )
+    assert read(tmp_path, "train")[1].tolist() == LABELS[:8]
+    assert read(tmp_path, "test")[1].tolist() == [-1] * 4
+
+
 def test_any_idx_file_of_images(tmp_path):
     """By its content, grey or colour; labels are those of the file beside it."""
     for name, images in (("a", pictures(20, 8, 8, 1)), ("b-images-idx4", pictures(20))):
@@ -342,6 +351,14 @@ def test_patterns_that_name_nothing(tmp_path):
     assert "too many files" in mistake(tmp_path / "a-{0..999999999}{0..9}.tar")
     assert not folder.exists(str(tmp_path / "a-{0..1}.tar"))
     assert Shards.of_pattern("a.tar") is None
+
+
+def test_a_negative_size_in_an_archive_of_cifar_ends(tmp_path):
+    member = tarfile.TarInfo("cifar-10-batches-py/other")
+    member.size = -(2**12)
+    content = member.tobuf(tarfile.GNU_FORMAT) * 32
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(gzip.compress(content))
+    assert "cannot be read as an archive of CIFAR" in mistake(tmp_path / "cifar-10-python.tar.gz")
 
 
 @pytest.mark.parametrize("mutate", ["cut", "cut header", "checksum", "long", "negative", "empty"])
@@ -574,4 +591,4 @@ def test_a_folder_of_images_stays_one(tmp_path):
 
 def test_headers_of_a_tar_are_read_in_pieces():
     with pytest.raises(ValueError, match="a header takes 1,048,577 bytes"):
-        tars.Headers(io.BytesIO()).read(2**20 + 1)
+        tars._Headers(io.BytesIO()).read(2**20 + 1)
