@@ -29,7 +29,7 @@ from training import TrainState, train_step
 
 log = logging.getLogger(__name__)
 
-SHOWN = 64  # images of the page's picture
+PICTURED = 64  # images of the page's picture
 VALUES = 2**18  # of a histogram
 
 
@@ -90,7 +90,7 @@ class FirstLook:
 
     def _page(self, title: str) -> str:
         experiment, data = self.experiment, self.experiment.data
-        stored = self._batch(SHOWN)
+        stored = self._batch(PICTURED)
         prepared = self.prepare(stored, self._generator())
         batch = self._batch(experiment.objective.batch_size)
         cost, on_gpu = self._cost(batch), experiment.device.type == "cuda"
@@ -113,8 +113,8 @@ class FirstLook:
             + (" of the GPU" if on_gpu else " of the whole program"),
         }
         grid = io.BytesIO()
-        shown = channels_last(experiment.codec.show(prepared.images))
-        Image.fromarray(image_grid(shown)).save(grid, "png")
+        pictures = channels_last(experiment.codec.show(prepared.images))
+        Image.fromarray(image_grid(pictures)).save(grid, "png")
         look = Look(
             line=self.line,
             facts=facts,

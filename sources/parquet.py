@@ -23,7 +23,7 @@ from sources.shards import Shards
 from storage.files import MAX_JSON, may_unpack_to, one_line, open_regular, refusing
 
 START = b"PAR1"  # of a file
-KEPT = 2  # row groups in memory
+MOST_GROUPS = 2  # in memory
 IMAGES = ("image", "img", "images", "picture", "png", "jpg", "jpeg", "webp", "bytes")  # columns
 LABELS = ("label", "labels", "cls", "class", "target", "fine_label", "y")
 
@@ -90,7 +90,7 @@ class Parquet:
             array = table.column(0).combine_chunks()
             if "." in column:
                 array = array.field(column.rpartition(".")[2])
-            while len(self._groups) >= KEPT:
+            while len(self._groups) >= MOST_GROUPS:
                 self._groups.popitem(last=False)
             self._groups[shard, group] = array
         self._groups.move_to_end((shard, group))

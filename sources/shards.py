@@ -72,9 +72,7 @@ class Shards:
 
     @cached_property
     def stems(self) -> list[str]:
-        """What tells the files of a shard from those of another: its name without suffixes; "" of a
-        single one.
-        """
+        """The beginning of the names of each shard's images: its own name; "" of a single one."""
         if len(self.names) == 1:
             return [""]
         return [f"{name.rpartition('.')[0]}/" for name in self.names]

@@ -52,11 +52,11 @@ class Tars:
                 omitted[listing.SAME_NAME, ""] += stem + name in self._place
                 self._place[stem + name] = number, start, size
                 places[stem + name] = tops[number] + name
-        found = rules.list_zip(self._place)
-        omitted.update(found.omitted)
+        images = rules.list_zip(self._place)
+        omitted.update(images.omitted)
         for kind in (".cls", ".json") if self._labels else ():
             del omitted[kind, ""]
-        self.listing = Listing(found.files, found.metadata, +omitted)
+        self.listing = Listing(images.files, images.metadata, +omitted)
         self.places = [places[name] for name in self.listing.files]
 
     def open(self, path: str) -> IO[bytes]:
@@ -91,7 +91,7 @@ class Tars:
                 raise ValueError(f"it is larger than {MAX_LABEL >> 20} MiB")
             if name.endswith(".cls"):
                 label = content.decode().strip()
-                return int(label) if label.isdecimal() else label
+                return int(label) if label.isdecimal() else label or None
             try:
                 entries = json.loads(content)
             except RecursionError as error:
@@ -111,7 +111,7 @@ def is_tar(start: bytes) -> bool:
 
 
 def _key(name: str) -> str:
-    """What the files of an example share: the path up to the first dot of its last part."""
+    """The key that the files of an example share: a path up to the first dot of its last part."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 

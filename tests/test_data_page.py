@@ -64,6 +64,7 @@ SAID = {  # by workdir, what the line on the data says
     "idx": r"train-images-idx3-ubyte.gz, 7 images to train on and 1 to test on \(a random tenth",
     "digits": r"digits, 1,617 images to train on and 180 to test on, 8 x 8, 1 channel,",
     "ffhq": r"ffhq, 11 images to train on and 1 to test on, 8 x 8, 3 channels,",
+    "published": r"cifar-10-python.tar.gz, 10 images to train on and 2 .*transformed at random",
     "patients": r"scans, \d+ images .*\(a share of 0.25 is held out by groups of names\)",
     "all": r"photos, 12 images to train on and 12 to test on \(none is held out",
 }

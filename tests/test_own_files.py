@@ -534,7 +534,7 @@ def test_row_groups_are_read_once_in_order(tmp_path, arrow):
     for i, path in enumerate(store.listing.files.values()):
         group = store._group(0, i // 3)
         store.open(path)
-        assert store._group(0, i // 3) is group and len(store._groups) <= parquet.KEPT
+        assert store._group(0, i // 3) is group and len(store._groups) <= parquet.MOST_GROUPS
     assert pickle.loads(pickle.dumps(store)).open(path).read() == store.open(path).read()
 
 
