@@ -72,9 +72,9 @@ def main(argv: list[str]) -> None:
             "--config is needed, a file of configs/; only --mode train does not find it"
         )
     for flag in ("outdir", "checkpoint"):
-        modes = ("data", "sample", "export") if flag == "outdir" else ("sample", "export")
+        modes = ["sample", "export"] + ["data"] * (flag == "outdir")
         if FLAGS[flag].value is not None and FLAGS.mode not in modes:
-            command_line.fail(f"--{flag} is for --mode sample and export, not {FLAGS.mode}")
+            command_line.fail(f"--{flag} is for --mode {' and '.join(modes)}, not {FLAGS.mode}")
     import distributed  # here and not above, so that --help answers at once
     import run_lib
     from configs.effects import without_effect

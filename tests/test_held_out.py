@@ -24,6 +24,8 @@ from configs.default import check
 from configs.schema import ShareOrCount
 from reports.table import report_table
 from sources import splits
+from storage import run_config as stored_config
+from storage.checkpoints import load_checkpoint, save_checkpoint
 from storage.run_config import flatten
 
 
@@ -268,6 +270,20 @@ def test_a_run_keeps_what_it_holds_out(tmp_path):
         datasets.DataChanged, match="35 to train and 5 to test on then, 34 to train"
     ):
         run_lib.train(config, tmp_path / "run")
+
+
+def test_a_run_that_began_before_the_keys_keeps_its_split(tmp_path):
+    path = make("folder", tmp_path)
+    config = run_config(path, tmp_path)
+    assert run_lib.train(config, tmp_path / "run")
+    checkpoints = [*(tmp_path / "run").glob("checkpoints*/*.pth")]
+    for checkpoint in checkpoints:
+        content = load_checkpoint(checkpoint)
+        del content["config"]["data.held_out"], content["config"]["data.groups"]
+        save_checkpoint(checkpoint, content)
+    assert stored_config.load(tmp_path / "run").data.held_out == splits.SHARE
+    config.training.n_iters = 3
+    assert run_lib.train(config, tmp_path / "run")  # it would refuse other data
 
 
 # --- test splits without labels -------------------------------------------------------------------
