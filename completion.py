@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 MEASURED = ("training.M", "sampling.z_max", "sampling.upper_norm")
 
 PRECISION_KEYS = ("training.precision", "sampling.precision")
+PRECISIONS_OF_RUN = PRECISION_KEYS[:1]  # kept in evaluation and sampling; the other is measured
 MEASURED_PIXELS = 2**14  # of the images that a precision is measured with on a CPU
 
 EARLIER_RULES = (

@@ -19,7 +19,7 @@ import distributed
 import sources
 from configs import keys
 from configs.schema import Key, OneOf, Text, whole
-from sources import digests, folder
+from sources import description, digests, folder, hugging_face, splits
 from sources.arrays import Arrays, is_array
 from sources.base import MOST_CLASSES, Classes, Source, Unreadable
 from sources.batch import KINDS, Conditions
@@ -28,10 +28,10 @@ from sources.folder import Folder
 from sources.identity import Identity
 from sources.keyed import keyed_generator, keyed_seed
 from sources.labels import number_of
+from sources.loaded import Loaded
 from sources.preparation import to_unit_interval
 from sources.sizes import made_of
 from sources.stream import (
-    MAX_NAMED,
     MAX_WORKERS,
     SMALL,
     DataSet,
@@ -104,6 +104,9 @@ KEYS = {
 SPLITS = ("train", "test")
 MEASURED = 64  # images that `Data.measure_channels` looks at
 
+# `from datasets import load_dataset` is told what to write instead
+__getattr__ = hugging_face.refuse
+
 
 class DataChanged(ValueError):
     """The data are not those of the run; nothing goes on without them."""
@@ -124,7 +127,7 @@ class Data:
 
     def __init__(self, options: ConfigDict, stored: Identity | None = None):
         self.options, self.stored = options, stored
-        self._folder: Folder | Arrays | None = None
+        self._folder: Folder | Arrays | Loaded | None = None
         self._sources: dict[str, Source] = {}
         self._classes: dict[str, Classes] = {}
         self._rows: dict[str, dict[str, Tensor]] = {}  # the named conditions of a split
@@ -218,6 +221,19 @@ class Data:
         labels = torch.from_numpy(self._numbered(split).labels)
         return labels[labels >= 0]
 
+    def has_labels(self, split: str) -> bool:
+        """Whether any image of a split has a class label; a test split may do without."""
+        return bool(self.options.num_classes and (self._numbered(split).labels >= 0).any())
+
+    def remark(self, split: str) -> str:
+        """Text on what is amiss with a loss or likelihood over `split`; "" where nothing is."""
+        remarks = []
+        if split == "test" and self.split_words == splits.NONE_HELD_OUT:
+            remarks.append("of the training images, as none are held out (data.held_out=0)")
+        if self.options.num_classes and not self.has_labels(split):
+            remarks.append(f"without class labels, which the {split} split does not have")
+        return "; ".join(remarks)
+
     def close(self) -> None:
         """Release what was opened, and log once how the data differ from those of the run.
 
@@ -282,7 +298,20 @@ class Data:
     def _is_folder(self) -> bool:
         return sources.SOURCES.get(self.options.dataset.lower()) is folder.open_folder
 
-    def _find(self) -> Folder | Arrays:
+    @property
+    def split_words(self) -> str:
+        """Text on how the data are split; "" where a source does it as ever."""
+        data = self.options
+        if self._is_folder:
+            if names := self._find().split_names:
+                return "{train} and {test}".format(**names)
+            return splits.in_words(data.held_out, self._find().by_name, data.groups)
+        source = sources.SOURCES.get(data.dataset.lower())
+        if data.held_out == splits.SHARE or "data.held_out" not in keys.of_part(source, "reads"):
+            return ""
+        return splits.in_words(data.held_out, by_name=False)
+
+    def _find(self) -> Folder | Arrays | Loaded:
         """The images at `data.path`, listed at the first call."""
         if self._folder is None:
             self._folder = folder.find(self.options)
@@ -360,7 +389,7 @@ class Data:
 
     def measure_scale(self) -> Measured:
         """The `data.scale` of 16-bit images of either split; () where there are no such files."""
-        if not (self.takes_scale and Path(keys.with_home("data.path", self.options.path)).exists()):
+        if not (self.takes_scale and folder.exists(self.options.path)):
             return Measured(())
         options = {"delay": 1, "disable": not distributed.is_main()}
         watch = partial(tqdm, desc="range of 16-bit images", unit="image", **options)
@@ -378,23 +407,22 @@ class Data:
 
         `changed` says how a training step changes the images.
         """
-        data, name, sizes, omitted = self.options, self.options.dataset.lower(), "", ""
-        channels, height, width = train[:1].shape[1:]
-        held_out = "a random tenth is held out"
+        data, name, remarks = self.options, self.options.dataset.lower(), []
+        if data.num_classes and not self.has_labels("test"):
+            remarks.append("the test split has no class labels")
         if self._is_folder:
-            name, listing = str(data.path), self._find()
-            sizes, omitted = made_of(self._source("train"), data.image_size), listing.omitted
-            if listing.split_names:
-                held_out = "{train} and {test}".format(**listing.split_names)
-            elif self.takes_scale and data.rules != 1:
-                held_out = "a tenth is held out by names"
-        return (
-            f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on"
-            + (f" ({held_out})" if self._is_folder else "")
-            + f", {height} x {width}, {channels} channel{'s' * (channels > 1)}, {changed}"
-            + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
-            + (f"; {sizes}" if sizes else "")
-            + (f"; left out: {omitted}" if omitted else "")
+            name, omitted = str(data.path), self._find().omitted
+            remarks.append(made_of(self._source("train"), data.image_size))
+            remarks.append(omitted and f"left out: {omitted}")
+        return description.line(
+            name,
+            (len(train), len(test)),
+            tuple(train[:1].shape[1:]),
+            split=self.split_words,
+            changed=changed,
+            classes=data.num_classes,
+            class_names=getattr(train, "names", ()),
+            remarks=remarks,
         )
 
 
@@ -419,10 +447,3 @@ def mean_norm(data: DataSet, encode: Callable[[Tensor], Tensor]) -> float:
     for batch in in_order(data, at_once):
         total += encode(batch.images / 255).flatten(1).norm(dim=1).sum().item()
     return total / len(data)
-
-
-def _named(names: tuple[str, ...]) -> str:
-    if names == tuple(map(str, range(len(names)))):
-        return ""
-    named = ", ".join(f"{k} {name:.30}" for k, name in enumerate(names[:MAX_NAMED]))
-    return f" ({named}{', ...' if len(names) > MAX_NAMED else ''})" if names else ""

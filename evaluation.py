@@ -57,7 +57,7 @@ def loss(evaluated: Evaluated, split: Split, batch_size: int) -> dict:
     origin = evaluated.origin | split.origin | {"sizes": sizes, "objective": objective}
     path = evaluated.folder / f"ckpt_{evaluated.k}_loss.npz"
     results = cached(path, origin, torch.no_grad()(compute), ("loss",))
-    return {"loss": results["loss"]}
+    return {"loss": results["loss"]} | split.remark_on("loss")
 
 
 def bits_per_dim(evaluated: Evaluated, split: Split, repeats: int) -> dict:
@@ -108,6 +108,7 @@ def bits_per_dim(evaluated: Evaluated, split: Split, repeats: int) -> dict:
         "bpd_seconds": np.sum([each["seconds"] for each in results]),
         "bpd_images": bpd,
         "encoding_error": results[0]["encoding_error"],
+        **split.remark_on("bpd"),
     }
     if number > 1:
         return report | {"bpd_error": bpd.std(ddof=1) / math.sqrt(number)}

@@ -26,13 +26,19 @@ from configs import command_line
 
 FLAGS = flags.FLAGS
 VERSION = "2.0.0"  # as in CITATION.cff; docs/changes.md says what it changed
-STORED = ("eval", "sample", "export")  # modes that take the run's own config without --config
+STORED = (
+    "data",
+    "eval",
+    "sample",
+    "export",
+)  # modes that take the run's own config without --config
 
 flags.DEFINE_enum(
     "mode",
     None,
     ["train", *STORED],
-    "Train a model, evaluate checkpoints of it, draw samples, or write one file to share.",
+    "Train a model, look at its data before, evaluate checkpoints, draw samples, or write one file "
+    "to share.",
 )
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
 flags.DEFINE_string(
@@ -41,7 +47,9 @@ flags.DEFINE_string(
     "Folder of an evaluation's results, in workdir unless absolute; of restorations: restored.",
 )
 flags.DEFINE_string(
-    "outdir", None, "Where sample and export write; default: below workdir/samples, and workdir."
+    "outdir",
+    None,
+    "Where sample, export and data write; default: below workdir/samples, and workdir.",
 )
 flags.DEFINE_string(
     "checkpoint", None, "What sample and export take, a file; default: the newest of workdir."
@@ -64,8 +72,9 @@ def main(argv: list[str]) -> None:
             "--config is needed, a file of configs/; only --mode train does not find it"
         )
     for flag in ("outdir", "checkpoint"):
-        if FLAGS[flag].value is not None and FLAGS.mode in ("train", "eval"):
-            command_line.fail(f"--{flag} is for --mode sample and export, not {FLAGS.mode}")
+        modes = ["sample", "export"] + ["data"] * (flag == "outdir")
+        if FLAGS[flag].value is not None and FLAGS.mode not in modes:
+            command_line.fail(f"--{flag} is for --mode {' and '.join(modes)}, not {FLAGS.mode}")
     import distributed  # here and not above, so that --help answers at once
     import run_lib
     from configs.effects import without_effect
@@ -73,7 +82,7 @@ def main(argv: list[str]) -> None:
     _log_to_stdout()
     workdir = Path(FLAGS.workdir)
     overrides = command_line.overridden(sys.argv[1:])
-    if FLAGS.mode == "train":  # how the run will be evaluated is not decided yet
+    if FLAGS.mode in ("train", "data"):  # how the run will be evaluated is not decided yet
         overrides = [key for key in overrides if not key.startswith("eval.")]
     if FLAGS.mode == "eval":
         _restore_alone(overrides)
@@ -84,6 +93,8 @@ def main(argv: list[str]) -> None:
             signal.signal(signal.SIGINT, INTERRUPT)
             if FLAGS.mode == "eval":
                 run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder, FLAGS.dry_run)
+            elif FLAGS.mode == "data":
+                run_lib.look_at_data(FLAGS.config, workdir, _path(FLAGS.outdir), FLAGS.dry_run)
             elif FLAGS.mode != "train":
                 run = {"sample": run_lib.sample, "export": run_lib.export}[FLAGS.mode]
                 outdir, checkpoint = _path(FLAGS.outdir), _path(FLAGS.checkpoint)

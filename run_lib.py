@@ -1,4 +1,4 @@
-"""The modes of main.py: training, evaluation, sampling, export."""
+"""The modes of main.py: a look at the data, training, evaluation, sampling, export."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ import distributed
 import evaluation
 import execution
 import sampling
-from completion import complete
+from completion import PRECISIONS_OF_RUN, complete
 from configs.keys import flatten
 from experiment import Experiment, identity_of, load
 from library import report_settings
@@ -23,6 +23,7 @@ from library.ema import rebuild_ema
 from library.evaluated import Evaluated, Split
 from library.evaluated_restorations import restore_images
 from library.evaluated_samples import compare_samples, draw_images
+from library.first_look import FirstLook
 from library.initial_weights import entry_of_report
 from library.restoration import ToRestore
 from library.sample_folder import FILM_SAMPLES, SampleFolder, read_encoded, read_pair, seeds_of
@@ -50,13 +51,9 @@ from storage.run_checkpoints import (
 from storage.shared_files import SHARED, save_shared
 from storage.tensorboard import TensorBoardWriter
 from storage.workdir import check_writable, evaluation_folder, open_workdir
-from training import TrainState, train_step
+from training import train_step
 
 log = logging.getLogger(__name__)
-
-# Evaluation and sampling keep the run's training precision; a sampling precision 'auto' is measured
-# on this machine.
-PRECISIONS_OF_RUN = ("training.precision",)
 
 
 @distributed.joined()
@@ -111,16 +108,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         _log_lines(lines + remarks)
         experiment.data.close()
         return True
-    state = TrainState.from_config(config, experiment.network, objective)
-    state.network = execution.for_training(
-        experiment.network,
-        training.precision,
-        training.channels_last,
-        training.compile,
-        some_unused=not config.model.conditional,  # published networks have unused layers then
-    )
-    keep, values = training.keep_checkpoints, flatten(config)
-    run = TrainingRun(experiment, state, workdir, values, data, config.seed, keep)
+    run = TrainingRun.from_config(config, experiment, workdir, data)
+    state = run.state
 
     def due(every: int) -> bool:
         return state.step == training.n_iters or state.step % every == 0
@@ -131,11 +120,6 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         start = f"{'resuming' if state.step else 'starting'} at step {state.step}"
         _log_lines([f"{start} of {training.n_iters}: {plan}", *remarks])
         experiment.data.close()
-        if main and state.step and experiment.data.stored is None:
-            log.info(
-                "the run does not say what its data were; from here on they are these, digest "
-                f"{data['digest']}"
-            )
         first, draws = state.step + 1, main and training.snapshot_sampling
         batches = datasets.shuffled_batches(
             train_data,
@@ -199,6 +183,23 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
 
 
 @distributed.joined()
+def look_at_data(config, workdir: Path, outdir: Path | None = None, dry_run: bool = False) -> None:
+    """Write `data.html` to `outdir`, by default the workdir: the data as a training sees them.
+
+    It takes two steps, to measure their cost. A `dry_run` only says where it would write.
+    ValueError where the config or the data are wrong, OSError where a file is.
+    """
+    experiment = Experiment.of_run(config, workdir, identity_of(workdir))
+    folder = outdir or workdir
+    if dry_run:
+        log.info(f"would look at the data, and write {folder / 'data.html'}")
+        return
+    look = FirstLook.from_config(experiment.config, experiment)
+    _log_lines([look.line, *experiment.remarks])
+    look.save(folder / "data.html", f"{workdir.resolve().name}: data")
+
+
+@distributed.joined()
 def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = False) -> None:
     """Evaluate the checkpoints of `eval.steps`, or `begin_ckpt` to `end_ckpt`, with EMA weights.
 
@@ -238,7 +239,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     distributed.check_same("checkpoints", " ".join(path.name for path in checkpoints.values()))
     split, statistics, restored = None, [], None
     if options.enable_loss or options.enable_bpd or options.enable_classification:
-        split = Split(options.dataset, experiment.data.get(options.dataset))
+        split = Split.from_config(config, experiment.data)
     if options.enable_bpd or options.enable_classification:
         experiment.check_likelihood()
     for part in filter(options.get, evaluation.ALONG_LATENTS):

@@ -15,7 +15,8 @@ from configs.keys import get, with_home
 from configs.schema import Text
 
 # Sections that a mode of the program does not read.
-UNREAD = {"eval": (), "sample": ("eval",), "export": ("eval", "sampling")}
+UNREAD = {"eval": (), "sample": ("eval",)}
+UNREAD |= dict.fromkeys(("data", "export"), ("eval", "sampling"))
 
 
 def reset(config: ConfigDict, single_file: bool = False) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def missing(
 
     Args:
         config: the config with the user's own values, named by `overridden`.
-        mode: "eval", "sample" or "export".
+        mode: "data", "eval", "sample" or "export".
     """
     keys, complete = all_keys(), config.copy_and_resolve_references()
     complete.update_from_flattened_dict(dict(values))

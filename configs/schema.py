@@ -122,6 +122,34 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """A regular expression of Python, in one line."""
+
+    def accepts(self, value: Any) -> bool:
+        if type(value) is not str or len(value) > 1000:
+            return False
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError):
+            return False
+        return "\n" not in value
+
+    def __str__(self) -> str:
+        return "a regular expression"
+
+
+@dataclass(frozen=True)
+class ShareOrCount:
+    """A share, a number from 0 to below 1, or how many: a whole number."""
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) in (int, float) and 0 <= value < EXACT and (value < 1 or value % 1 == 0)
+
+    def __str__(self) -> str:
+        return "a number from 0 to below 1, or a whole number"
+
+
+@dataclass(frozen=True)
 class NumberOrText:
     """A number, or a line of text."""
 
@@ -157,7 +185,7 @@ class Key:
     """
 
     default: Any
-    allowed: Number | Numbers | OneOf | Text | NumberOrText | Flag
+    allowed: Number | Numbers | OneOf | Text | NumberOrText | Flag | Pattern | ShareOrCount
     meaning: str
     before: Any = None
     of_machine: Literal["", "file", "always", "start"] = ""

@@ -4,11 +4,11 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from datasets import DataSet
+from datasets import Data, DataSet
 from experiment_parts import Parts
 from metrics.reference import origin_of
 from reports.evaluation_page import PICTURES
@@ -17,15 +17,34 @@ from sources.keyed import keyed_generator
 
 @dataclass(frozen=True)
 class Split:
-    """A split of the data, on which losses and likelihoods are computed."""
+    """A split of the data, on which losses and likelihoods are computed.
+
+    `remark` says what is amiss with them, such as class labels that it does not have.
+    """
 
     name: str
     data: DataSet
+    remark: str = ""
+
+    @classmethod
+    def from_config(cls, config, data: Data) -> Self:
+        """The split `eval.dataset`; ValueError where it lacks class labels that are needed."""
+        name = config.eval.dataset
+        if config.eval.enable_classification and not data.has_labels(name):
+            raise ValueError(
+                f"eval.enable_classification needs class labels, and the {name} split has none: "
+                "eval.dataset='train' may have"
+            )
+        return cls(name, data.get(name), data.remark(name))
 
     @functools.cached_property
     def origin(self) -> dict[str, str]:
         """Digests, which say what results were computed from."""
         return origin_of(self.data)
+
+    def remark_on(self, key: str) -> dict[str, str]:
+        """The report's entry that remarks on its number `key`, if there is anything to say."""
+        return {f"{key}_remark": self.remark} if self.remark else {}
 
 
 @dataclass(frozen=True, kw_only=True)

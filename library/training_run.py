@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 import distributed
+import execution
+from configs.keys import flatten
 from datasets import DataSet, batch_at, to_unit_interval
 from experiment_parts import Parts
 from library.initial_weights import INIT_FROM, InitialWeights, initialise, recall
@@ -69,6 +71,21 @@ class TrainingRun:
     written: list[int] = field(default_factory=list)
     initial_weights: InitialWeights | None = None
 
+    @classmethod
+    def from_config(cls, config, experiment: Parts, workdir: Path, data: dict[str, Any]) -> Self:
+        """The run of `config` in `workdir`, at its start; see `resume`."""
+        training, network = config.training, experiment.network
+        state = TrainState.from_config(config, network, experiment.objective)
+        state.network = execution.for_training(
+            network,
+            training.precision,
+            training.channels_last,
+            training.compile,
+            some_unused=not config.model.conditional,  # published networks have unused layers then
+        )
+        values, keep = flatten(config), training.keep_checkpoints
+        return cls(experiment, state, workdir, values, data, config.seed, keep)
+
     def resume(self) -> None:
         """Load the newest intact state, if there is one, else start and store the config.
 
@@ -95,6 +112,11 @@ class TrainingRun:
         for change in changes:
             log.warning(f"the config differs from that of the run: {change}")
         self.written = written_steps(content, path)
+        if distributed.is_main() and self.state.step and self.experiment.data.stored is None:
+            log.info(
+                "the run does not say what its data were; from here on they are these, digest "
+                f"{self.data['digest']}"
+            )
 
     def save(self, numbered: bool = False) -> None:
         """Save the state to resume from and, if `numbered`, to evaluate.

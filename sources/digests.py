@@ -116,18 +116,21 @@ def of_entries(archive: zipfile.ZipFile, names: list[str]) -> str:
     return _of_checks(names, sizes, np.array([entry.CRC for entry in entries], np.int64))
 
 
-def of_files(where: Path, names: list[str], content: bool, limit: int) -> str:
+def of_files(
+    where: Path, names: list[str], content: bool, limit: int, largest: int | None = LARGEST
+) -> str:
     """The digest of names, sizes and CRC-32 of the files `names` below `where`.
 
     Without `content` no file is read, and only names and sizes count. Checksums of files with
-    unchanged size and times come from a cache, which is emptied when it has `limit` entries. What
-    is no file, or cannot be read, has the size -1.
+    unchanged size and times come from a cache, which is emptied when it has `limit` entries. Of a
+    file the first `largest` bytes are read, None for all. What is no file, or cannot be read, has
+    the size -1.
     """
     stats = [_stat(f"{where}/{name}") for name in names]
     sizes = np.array([-1 if s is None else s.st_size for s in stats], np.int64)
     crcs = np.zeros(len(names), np.int64)
     if content:
-        crcs = _cached_crcs(where, names, stats, limit)
+        crcs = _cached_crcs(where, names, stats, limit, largest)
         sizes[crcs < 0] = -1
     return _of_checks(names, sizes, crcs.clip(0))
 
@@ -141,7 +144,11 @@ def _of_checks(names: list[str], sizes: Numbers, crcs: Numbers) -> str:
 
 
 def _cached_crcs(
-    where: Path, names: list[str], stats: list[os.stat_result | None], limit: int
+    where: Path,
+    names: list[str],
+    stats: list[os.stat_result | None],
+    limit: int,
+    largest: int | None,
 ) -> Numbers:
     """CRC-32 of each file, from the cache where it has them; -1 where one cannot be read."""
     cache = _read_cache(where)
@@ -151,7 +158,8 @@ def _cached_crcs(
     missing = [i for i in np.flatnonzero(crcs < 0) if stats[i]]
     amount, now, entries = sum(stats[i].st_size for i in missing), time.time_ns(), []
     try:
-        for i, crc in zip(missing, _crcs(where, [names[i] for i in missing]), strict=True):
+        of_missing = _crcs(where, [names[i] for i in missing], largest)
+        for i, crc in zip(missing, of_missing, strict=True):
             crcs[i] = crc
             if crc >= 0 and now - max(stats[i].st_mtime_ns, stats[i].st_ctime_ns) > FRESH:
                 entries.append((keys[i], crc))
@@ -177,7 +185,7 @@ def _key(name: str, status: os.stat_result | None) -> bytes:
     return hashlib.blake2b(words.encode(errors="surrogatepass"), digest_size=KEY).digest()
 
 
-def _crcs(where: Path, names: list[str]) -> Iterator[int]:
+def _crcs(where: Path, names: list[str], largest: int | None) -> Iterator[int]:
     """CRC-32 of each file, in order; -1 for a file that cannot be read."""
     if not names:
         return
@@ -188,7 +196,8 @@ def _crcs(where: Path, names: list[str]) -> Iterator[int]:
         tqdm(total=len(names), desc="digest", unit="file", delay=1, mininterval=interval) as bar,
     ):
         try:
-            for crcs in pool.map(lambda chunk: [_crc(f"{where}/{name}") for name in chunk], chunks):
+            paths = ([f"{where}/{name}" for name in chunk] for chunk in chunks)
+            for crcs in pool.map(lambda chunk: [_crc(path, largest) for path in chunk], paths):
                 bar.update(len(crcs))
                 yield from crcs
         except BaseException:
@@ -196,8 +205,8 @@ def _crcs(where: Path, names: list[str]) -> Iterator[int]:
             raise
 
 
-def _crc(path: str) -> int:
-    crc, rest = 0, LARGEST
+def _crc(path: str, largest: int | None = LARGEST) -> int:
+    crc, rest = 0, sys.maxsize if largest is None else largest
     try:
         with open(path, "rb", buffering=0) as file:
             while piece := file.read(min(PIECE, rest)):
@@ -207,9 +216,14 @@ def _crc(path: str) -> int:
     return crc
 
 
-def _cache_path(where: Path) -> Path:
+def cache_path(where: Path, name: str) -> Path:
+    """The file `name` in which something is kept of the data at `where`; {} in it is a digest."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "pfgm" / f"digests-{joined(str(where.resolve()))[:16]}.npy"
+    return Path(base) / "pfgm" / name.format(joined(str(where.resolve()))[:16])
+
+
+def _cache_path(where: Path) -> Path:
+    return cache_path(where, "digests-{}.npy")
 
 
 def _read_cache(where: Path) -> Numbers:

@@ -10,9 +10,12 @@ from sources.splits import held_out
 
 
 def open_digits(data: ConfigDict, split: str) -> Source:
-    """1,797 images, 8 x 8 grey: 1,617 to train, 180 to test on. The class of a digit is itself."""
+    """1,797 images, 8 x 8 grey, by default 180 to test on; the class of a digit is itself."""
     images = np.round(_digits().images * (255 / 16)).astype(np.uint8)[..., None]
-    return View(images, np.asarray, held_out(len(images), split), _classes)
+    return View(images, np.asarray, held_out(len(images), split, data.held_out), _classes)
+
+
+open_digits.reads = {"data.held_out": None}
 
 
 def _classes() -> Classes:

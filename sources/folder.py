@@ -1,8 +1,10 @@
-"""The user's own images: a folder or zip of image files, an .npy or an .npz."""
+"""The user's own images, whose layout is recognised by the content or name of `data.path`."""
 
+import contextlib
 import functools
+import gzip
 import logging
-import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -14,18 +16,22 @@ from numpy.typing import NDArray
 
 from configs.keys import with_home
 from configs.schema import Key, Number, Numbers, Text, whole
-from sources import digests, labels, listing, splits
+from sources import cifar, idx, labels, listing, parquet, splits, tars
 from sources.arrays import Arrays, is_array, read_array
-from sources.base import Classes, PerProcess, Picture, Source, View
-from sources.files import Files, Measured, open_below, open_in, read_bounded
+from sources.base import Classes, Picture, Source, View
+from sources.files import Files, Measured, open_below, read_bounded
 from sources.images import cropped_then_resized
+from sources.loaded import Loaded
 from sources.rules import NEWEST, RULES, Rules
+from sources.shards import Shards
 from sources.sixteen_bits import Range
-from storage.files import MAX_JSON, one_line
+from sources.stores import InFolder, InZip, Store
+from storage.files import MAX_JSON, about, one_line, open_regular
 
 log = logging.getLogger(__name__)
 
 LABEL_BYTES = 32  # of an image's line in a dataset.json, besides its name
+GZIP = b"\x1f\x8b"  # the first bytes of a file that gzip packed
 
 KEYS = {  # for image files of data, and of other keys such as sampling.encode
     "data.scale": Key(
@@ -38,7 +44,7 @@ KEYS = {  # for image files of data, and of other keys such as sampling.encode
 
 
 def open_folder(data: ConfigDict, split: str) -> Source:
-    """The images at `data.path`: files of a folder or a zip, or arrays of an .npy or an .npz.
+    """The images at `data.path`: image files, or arrays; docs/data.md has all layouts.
 
     See `sources.listing` for which files count, `sources.splits` for what is tested on, and
     `sources.labels` for class labels; of an .npz they are the array `labels`, or `train_labels` and
@@ -54,58 +60,113 @@ open_folder.keys = {
     "data.path": Key(
         "",
         Text(),
-        "of 'folder': a folder or .zip of images, an .npy or .npz",
+        "of 'folder': a folder or .zip of images, an .npy or .npz, .tar, .parquet, or the files of "
+        "CIFAR and MNIST; docs/data.md has all",
         of_machine="file",
     ),
     "data.rules": Key(
         0,
         whole(0, 2),
-        "of 'folder': rules on which files are data, and how a tenth is held out; 1: the first "
+        "of 'folder': rules on which files are data, and how a share is held out; 1: the first "
         "ones, for old runs; 2: those of docs/architecture.md; 0: the newest, which a run keeps",
         before=1,
     ),
+    **splits.KEYS,
 }
 
 
-def find(data: ConfigDict) -> "Folder | Arrays":
+def exists(name: str) -> bool:
+    """True if there is something at `name`, the value of `data.path`."""
+    name = with_home("data.path", name)
+    try:
+        return Path(name).exists() or Shards.of_pattern(name) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def find(data: ConfigDict) -> "Folder | Arrays | Loaded":
     """The images at `data.path`, which open either split; raises as `open_folder`."""
     if not data.path:
         kinds = "a folder or .zip of images, .npy or .npz"
-        raise ValueError(f"data.dataset='folder' needs data.path, {kinds}")
+        raise ValueError(f"data.dataset='folder' needs data.path, {kinds} (docs/data.md has all)")
     path, rules = Path(with_home("data.path", data.path)), RULES[data.rules or NEWEST]
     if not path.exists():
-        raise FileNotFoundError(f"data.path={data.path} does not exist")
-    return Arrays(path, rules) if is_array(path) else Folder(path, rules)
+        shards = Shards.of_pattern(str(path))
+        if shards is None:
+            raise FileNotFoundError(f"data.path={data.path} does not exist")
+        return _of_shards(path, rules, shards, _beginning(shards.paths[0]))
+    if is_array(path):
+        return Arrays(path, rules)
+    if path.is_dir():
+        return cifar.in_folder(path) or idx.in_folder(path) or _of_folder(path, rules)
+    start = _beginning(path) if path.is_file() else b""
+    if idx.is_idx(start):
+        return idx.of_file(path)
+    if tars.is_tar(start) and (loaded := cifar.in_archive(path)):
+        return loaded
+    if tars.is_tar(start) or start.startswith(parquet.START):
+        return _of_shards(path, rules, Shards.of_file(path), start)
+    return Folder(path, rules)
+
+
+def _beginning(path: Path, size: int = 512) -> bytes:
+    """The first bytes of a file, or of what gzip packed into it."""
+    with about(path), open_regular(path) as file:
+        start = file.read(size)
+        if start.startswith(GZIP):
+            file.seek(0)
+            with contextlib.suppress(OSError, EOFError, zlib.error):
+                return gzip.GzipFile(fileobj=file).read(size)
+        return start
+
+
+def _of_folder(path: Path, rules: Rules) -> "Folder":
+    """Image files in a folder, or the tars or parquet files in one without image files."""
+    store = InFolder(path, rules)
+    for suffix in (".tar", ".parquet") if not store.listing.files else ():
+        shards = Shards.below(path, suffix)
+        if shards.names:
+            return _of_shards(path, rules, shards, _beginning(shards.paths[0]))
+    return Folder(path, rules, store=store)
+
+
+def _of_shards(path: Path, rules: Rules, shards: Shards, start: bytes) -> "Folder":
+    with open_regular(shards.paths[0]) as file:
+        is_packed = file.read(2) == GZIP
+    if is_packed:
+        raise ValueError(
+            f"data.path={path}: a packed tar file cannot be read at random: unpack it by gunzip, "
+            "or extract it into a folder"
+        )
+    kind = parquet.Parquet if start.startswith(parquet.START) else tars.Tars
+    return Folder(path, rules, store=kind(shards, rules))
 
 
 class Folder:
-    """The image files of a folder or zip, listed once for both splits.
+    """Image files of a folder, zip, tars or parquet files, listed once for both splits.
 
     Attributes:
         names: of all files, of either split, in order.
         files: their images.
         listing: where they are stored, and what is omitted.
         split_names: names of the folders that hold the splits; {} without any.
+        by_name: images are held out by their names.
     """
 
-    def __init__(self, path: Path, rules: Rules, key: str = "data.path"):
-        """List the files at `path`, the value of `key`; ValueError where there are no images."""
-        self.path, self._rules, self._archive = path, rules, None
+    def __init__(
+        self, path: Path, rules: Rules, key: str = "data.path", store: Store | None = None
+    ):
+        """List the files at `path`, the value of `key`; ValueError where there are no images.
+
+        They are those of `store`, or of a folder or zip without it.
+        """
+        if store is None:
+            store = InZip(path, rules, key) if path.is_file() else InFolder(path, rules)
+        self.path, self._rules, self._store = path, rules, store
         self._measured: Measured | None = None
-        if path.is_file():
-            self._archive = archive = PerProcess(partial(zipfile.ZipFile, path))
-            try:
-                names = archive().namelist()
-            except Exception as error:  # a damaged directory makes it fail in any way
-                says = f"no folder, .npy, .npz or zip file: {one_line(error)}"
-                if listing.is_image(path.name):
-                    says = f"one image: name the folder with all of them, such as {path.parent}"
-                raise ValueError(f"{key}={path} is {says}") from error
-            self.listing, opener = rules.list_zip(names), partial(open_in, archive)
-        else:
-            self.listing, opener = rules.list_folder(path), partial(open_below, path)
+        self.listing, self.by_name = store.listing, rules is not RULES[1]
         self.names = [*self.listing.files]
-        self.files = Files(path, [*self.listing.files.values()], opener)
+        self.files = Files(path, [*self.listing.files.values()], store.open)
         if not self.names:
             words = listing.in_words(self.listing.omitted)
             beside = f"; left out: {words}" if words else ""
@@ -114,7 +175,7 @@ class Folder:
     @functools.cached_property
     def _tops(self) -> list[str]:
         """The top folder of each file, "" on top; the one below where a single folder holds all."""
-        pieces = [name.split("/", 2) for name in self.names]
+        pieces = [place.split("/", 2) for place in self._store.places]
         level = 1 if len({p[0] for p in pieces}) == 1 else 0
         return [p[level] if len(p) > level + 1 else "" for p in pieces]
 
@@ -145,7 +206,7 @@ class Folder:
         if self.split_names:
             index = np.flatnonzero(self._is_in([self.split_names[split]]))
         else:
-            index = self._rules.held_out(self.names, split)
+            index = self._rules.held_out(self.names, split, data.held_out, data.groups)
             if names := splits.lookalikes(self._tops):
                 _warn_of_splits(self.path, *names)
         scale = tuple(data.scale) or self.measure_scale().scale
@@ -162,21 +223,20 @@ class Folder:
 
         Without `content` no file of a folder is read; see `digests.of_files`.
         """
-        names = [self.files.names[i] for i in index]
+        paths = [self.files.names[i] for i in index]
         if labelled and self.listing.metadata:
-            names.append(self.listing.metadata[1])
-        if self._archive is None:
-            return digests.of_files(self.path, names, content, 4 * len(self.names))
-        return digests.of_entries(self._archive(), names)
+            paths.append(self.listing.metadata[1])
+        return self._store.digest(paths, content)
 
     @functools.cached_property
     def _classes(self) -> Classes:
-        """Classes of all files, read once; those of a split must have one."""
+        """Classes of all files, read once; -1 for those in no split, and of a test split in which
+        no file has one. The others must have one.
+        """
         names, metadata, where = self.names, self.listing.metadata, f"data.path={self.path}"
-        in_split = names
+        places, is_in = self._store.places, np.ones(len(names), bool)
         if self.split_names:
-            is_in = self._is_in(self.split_names.values())
-            in_split = [name for name, included in zip(names, is_in, strict=True) if included]
+            is_in = np.array(self._is_in(self.split_names.values()))
         if metadata:
             above = metadata[0].removesuffix(listing.METADATA)
             lines = sum(len(name) + LABEL_BYTES for name in names)  # ImageNet's take 40 MB
@@ -188,10 +248,17 @@ class Folder:
                 raise ValueError(
                     f"{where}: {metadata[0]} gives no class labels: {one_line(error)}"
                 ) from error
+        elif (of_store := self._store.classes()) is not None:
+            classes = of_store
         else:
+            in_split = [place for place, included in zip(places, is_in, strict=True) if included]
             order = self._rules.class_order
-            classes = labels.of_folders(names, in_split, bool(self.split_names), order)
-        labels.check(where, names, classes, in_split)
+            classes = labels.of_folders(places, in_split, bool(self.split_names), order)
+        if self.split_names:
+            is_test = np.array(self._is_in([self.split_names["test"]]))
+            if (classes.labels[is_test] < 0).all():
+                is_in = is_in & ~is_test
+        labels.check(where, names, classes, is_in)
         return classes
 
 

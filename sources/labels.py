@@ -1,4 +1,4 @@
-"""Class labels of image files: those of a `dataset.json`, else the folders they lie in."""
+"""Class labels of image files: those that come with them, else the folders they lie in."""
 
 import difflib
 import json
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.keys import shown
 from sources.base import MOST_CLASSES, Classes
@@ -59,6 +60,22 @@ def of_metadata(names: Sequence[str], content: bytes, clean: Callable[[str], str
     return Classes(np.array([numbers.get(name, -1) for name in names], np.int64))
 
 
+def numbered(values: Sequence[int | str | None]) -> Classes:
+    """Classes of images by the number or the name of each, None for none: the label -1.
+
+    Names are sorted. Raises ValueError where a value is neither, or there are both.
+    """
+    labels = [value for value in values if value is not None]
+    if all(type(label) is str for label in labels):
+        names = sorted(set(labels), key=natural)
+        numbers = {name: number for number, name in enumerate(names)}
+        return Classes(np.array([numbers.get(value, -1) for value in values], np.int64), (*names,))
+    for label in labels:
+        if type(label) is not int or not 0 <= label < MOST_CLASSES:
+            raise ValueError(f"{label!r:.50} is no class's number like those of other images")
+    return Classes(np.array([-1 if value is None else value for value in values], np.int64))
+
+
 def number_of(name: str, class_names: Sequence[str]) -> int:
     """The number of the class called `name`; ValueError, with some of the names, without it."""
     numbers = {unicodedata.normalize("NFC", each): i for i, each in enumerate(class_names)}
@@ -69,12 +86,14 @@ def number_of(name: str, class_names: Sequence[str]) -> int:
     raise ValueError(f"class_label={shown(name)} is the name of no class of the run: it has {has}")
 
 
-def check(where: str, names: Sequence[str], classes: Classes, in_split: Sequence[str]) -> None:
-    """Raise ValueError, which names `where`, if an image `in_split` has no label."""
-    labels = dict(zip(names, classes.labels.tolist(), strict=True))
-    if missing := [name for name in in_split if labels[name] < 0]:
+def check(
+    where: str, names: Sequence[str], classes: Classes, is_in_split: NDArray[np.bool_]
+) -> None:
+    """Raise ValueError, which names `where`, if an image of a split (n,) has no label."""
+    missing = [names[i] for i in np.flatnonzero(is_in_split & (classes.labels < 0))]
+    if missing:
         raise ValueError(
-            f"{len(missing):,} of {len(in_split):,} images of {where} have no class label, "
+            f"{len(missing):,} of {is_in_split.sum():,} images of {where} have no class label, "
             f"such as {missing[0]}: each class needs a folder, or each image a line in {METADATA}"
         )
 

@@ -25,7 +25,8 @@ class Rules:
     list_zip: Callable[[Iterable[str]], Listing]  # of the names in it
     clean: Callable[[str], str]  # the name of an image, from its path in a `dataset.json`
     find_splits: Callable[[Iterable[str]], dict[str, str]]
-    held_out: Callable[[Sequence[str], str], NDArray[np.int64]]  # where there are no splits
+    # where there are no splits: (names, split, data.held_out, data.groups)
+    held_out: Callable[[Sequence[str], str, float, str], NDArray[np.int64]]
     class_order: Callable[[str], Any]  # sort key of the names of classes
 
 
@@ -69,8 +70,8 @@ def _find_splits(names: Iterable[str]) -> dict[str, str]:
     return {"train": by_lower["train"], "test": test[0]} if "train" in by_lower and test else {}
 
 
-def _held_out(names: Sequence[str], split: str) -> NDArray[np.int64]:
-    return splits.held_out(len(names), split)
+def _held_out(names: Sequence[str], split: str, amount: float, groups: str) -> NDArray[np.int64]:
+    return splits.held_out(len(names), split, amount, groups)
 
 
 NEWEST = 2

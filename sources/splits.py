@@ -1,4 +1,4 @@
-"""Training and test images: by names of folders or arrays, else about a tenth is held out."""
+"""Training and test images: by names of folders or arrays, else a share is held out."""
 
 import hashlib
 import re
@@ -7,7 +7,25 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.schema import Key, Pattern, ShareOrCount
+
 SHARE = 0.1  # of the images, held out where nobody has split them
+NONE_HELD_OUT = "none is held out, the test split is the training split: data.held_out=0"
+
+KEYS = {
+    "data.held_out": Key(
+        SHARE,
+        ShareOrCount(),
+        "images that are held out to test on where the data have no splits: a share below 1, or "
+        "how many; 0: none, and the test split is the training split",
+    ),
+    "data.groups": Key(
+        "",
+        Pattern(),
+        "regular expression on the names of files: those in which its first group (without any, "
+        "the match) is the same are held out together, such as 'patient_(\\d+)'",
+    ),
+}
 
 # Words for the splits, in any case; of several names the first word counts.
 TRAIN = ("train", "training")
@@ -61,38 +79,99 @@ def _contains(name: str, words: Sequence[str]) -> bool:
     return re.search(rf"(?<![a-z])({'|'.join(words)})(?![a-z])", spaced) is not None
 
 
-def held_out(n: int, split: str) -> NDArray[np.int64]:
-    """Indices of `split` where nobody has split n images: "test" is a fixed random tenth.
+def held_out(n: int, split: str, amount: float = SHARE, groups: str = "") -> NDArray[np.int64]:
+    """Indices of `split` where nobody has split n images: "test" is fixed and random.
 
-    Raises ValueError where there are fewer than two.
+    `amount` is `data.held_out`. At least one image is in "test" and one in "train"; with an amount
+    of 0 both have all. Raises ValueError where there are fewer than two to split, or too few, or
+    with `groups` (`data.groups`), which need names.
     """
+    if groups:
+        raise ValueError(
+            f"data.groups={groups!r} needs names of files: arrays have none, and data.rules=1 does "
+            "not look at them"
+        )
+    if not amount:
+        return np.arange(n)
+    _check(n, amount)
+    order = np.random.RandomState(0).permutation(n)
+    number = round(n * amount) if amount < 1 else int(amount)
+    number = min(max(1, number), n - 1)
+    return order[number:] if split == "train" else order[:number]
+
+
+def held_out_by_name(
+    names: Sequence[str], split: str, amount: float = SHARE, groups: str = ""
+) -> NDArray[np.int64]:
+    """Indices of `split` of the images `names`, if there are no splits: "test" by their hashes.
+
+    A hash is the SHA-256 of the UTF-8 text, its first 8 bytes as a fraction of 2^64. With an
+    `amount` (`data.held_out`) below 1, "test" has the names whose hash is below it, so that an
+    added image moves no other; else the so many names with the smallest hashes. The name with the
+    smallest hash is always in "test", and that with the largest in "train". With an amount of 0
+    both splits have all.
+
+    `groups` is `data.groups`: images of one group share the hash of the group's name, and are held
+    out together, by whole groups until a number is reached. A name without a match is a group.
+
+    Raises ValueError where there are fewer than two groups, or too few images.
+    """
+    if not amount:
+        return np.arange(len(names))
+    _check(len(names), amount)
+    hashes = np.array([_hash(group) for group in _groups(names, groups)])
+    if hashes.min() == hashes.max():
+        raise ValueError(
+            f"data.groups={groups!r} puts all {len(names):,} images into one group, which cannot "
+            "be split: its first group must differ between images, or data.held_out be 0"
+        )
+    if amount < 1:
+        test = hashes < amount
+    else:
+        largest = np.sort(hashes)[int(amount) - 1]  # of those held out, with all of its group
+        test = hashes <= largest
+    test[hashes == hashes.min()] = True
+    if test.all():
+        test[hashes == hashes.max()] = False
+    return np.flatnonzero(test if split == "test" else ~test)
+
+
+def in_words(amount: float, by_name: bool, groups: str = "") -> str:
+    """Text on what is held out of data without splits; the arguments are those above."""
+    if not amount:
+        return NONE_HELD_OUT
+    tenth = "a tenth" if by_name else "a random tenth"
+    if amount >= 1:
+        words = f"{amount:,.0f} {'is' if amount == 1 else 'are'} held out"
+    else:
+        words = f"{tenth if amount == SHARE else f'a share of {amount:g}'} is held out"
+    if not by_name:
+        return words if words.startswith(tenth) else f"{words} at random"
+    return f"{words} by {'groups of ' * bool(groups)}names"
+
+
+def _check(n: int, amount: float) -> None:
     if n < 2:
         raise ValueError(
             f"{n} image(s) cannot be split into data to train and to test on: add images, or make "
-            "the splits yourself, train and test, which may hold the same image"
+            "the splits yourself, train and test, which may hold the same image, or train on all: "
+            "--config.data.held_out=0"
         )
-    order = np.random.RandomState(0).permutation(n)
-    tenth = max(1, round(n / 10))
-    return order[tenth:] if split == "train" else order[:tenth]
+    if amount >= n:
+        raise ValueError(
+            f"data.held_out={amount:,.0f} leaves none of {n:,} images to train on; 0 trains on all"
+        )
 
 
-def held_out_by_name(names: Sequence[str], split: str) -> NDArray[np.int64]:
-    """Indices of `split` of the images `names`, if there are no splits: "test" is about a tenth.
-
-    It has the names whose hash (SHA-256 of the UTF-8 text, its first 8 bytes as a fraction of 2^64)
-    is below `SHARE`, so that an added image moves no other. The name with the smallest hash is
-    always in "test", and that with the largest in "train".
-
-    Raises ValueError where there are fewer than two.
-    """
-    if len(names) < 2:
-        return held_out(len(names), split)  # raises ValueError
-    hashes = np.array([_hash(name) for name in names])
-    test = hashes < SHARE
-    test[hashes.argmin()] = True
-    if test.all():
-        test[hashes.argmax()] = False
-    return np.flatnonzero(test if split == "test" else ~test)
+def _groups(names: Sequence[str], pattern: str) -> Sequence[str]:
+    """The group of each of `names`: the first group of the match, else the match, else the name."""
+    if not pattern:
+        return names
+    matches = map(re.compile(pattern).search, names)
+    return [
+        name if match is None else (match[1] if match.re.groups else match[0]) or name
+        for name, match in zip(names, matches, strict=True)
+    ]
 
 
 def _hash(name: str) -> float:

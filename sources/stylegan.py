@@ -19,7 +19,7 @@ def stylegan_image(data: bytes) -> Picture:
 
 
 def open_faces(data: ConfigDict, split: str) -> Source:
-    """The images of the file `data.tfrecords_path`; a fixed random tenth is held out to test on.
+    """The images of the file `data.tfrecords_path`; a fixed random share is held out to test on.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged.
     """
@@ -30,7 +30,7 @@ def open_faces(data: ConfigDict, split: str) -> Source:
             f"1024) file that StyleGAN's dataset_tool.py makes of {data.dataset}"
         )
     records = tfrecords.TFRecords([path], stylegan_image)
-    index = held_out(len(records), split)
+    index = held_out(len(records), split, data.held_out)
     return View(records, np.asarray, index, digest_of=records.digest_of)
 
 
@@ -39,3 +39,4 @@ open_faces.keys = {
         "", Text(), "of CelebAHQ and FFHQ: their TFRecord file", of_machine="file"
     ),
 }
+open_faces.reads = {"data.held_out": None}

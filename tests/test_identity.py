@@ -213,7 +213,12 @@ def cached_photos(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(digests, "MANY", 1)
     monkeypatch.setattr(digests, "FRESH", -(10**12))
     files, crc = [], digests._crc
-    monkeypatch.setattr(digests, "_crc", lambda path: files.append(Path(path).name) or crc(path))
+
+    def noted(path, *limit):
+        files.append(Path(path).name)
+        return crc(path, *limit)
+
+    monkeypatch.setattr(digests, "_crc", noted)
     return photos, files
 
 

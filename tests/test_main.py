@@ -287,7 +287,10 @@ MISTAKES = {
     ),
     "unread": (["--config.sampling.vs=1"], "sampling.vs is a published key that .*: remove it"),
     "wrong type": (["--config.training.n_iters=many"], "config.training.n_iters=many"),
-    "mode": (["--mode=trian"], "mode=trian: value should be one of <train.eval.sample.export>"),
+    "mode": (
+        ["--mode=trian"],
+        "mode=trian: value should be one of <train.data.eval.sample.export>",
+    ),
     "flag": (["--workdri=x"], "workdri.*workdir"),
     "argument": (["train"], "unexpected argument 'train'"),
     "data set": (

@@ -441,4 +441,4 @@ def test_the_command_line_refuses_in_one_line(trained, tmp_path):
     assert done.stderr == f"error: --outdir={tmp_path}/file is a file; name a folder\n"
     config = f"--config={ROOT}/configs/poisson/digits_ddpmpp.py"
     done = run_main([workdir, "--mode=train", config, "--outdir=x"], expect=2)
-    assert done.stderr == "error: --outdir is for --mode sample and export, not train\n"
+    assert done.stderr == "error: --outdir is for --mode sample and export and data, not train\n"

@@ -1,0 +1,181 @@
+"""A look at the data before training: what a network would see, and what a step would cost."""
+
+import io
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import distributed
+import execution
+from datasets import SPLITS, DataSet, keyed_generator, shuffled_batches
+from experiment_parts import Parts
+from library.training_run import TrainingRun
+from reports.data_page import ClassCount, Look, Values, render
+from reports.images import channels_last, image_grid
+from sources.batch import Batch
+from sources.preparation import Preparation
+from storage.files import atomic_write
+from training import TrainState, train_step
+
+log = logging.getLogger(__name__)
+
+PICTURED = 64  # images of the page's picture
+VALUES = 2**18  # of a histogram
+
+
+class Cost(NamedTuple):
+    """Seconds of a training step, and the most memory, in bytes, that it needed."""
+
+    seconds: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """The data of a training, and its first step.
+
+    Attributes:
+        experiment: whose data and network they are.
+        train, test: the data.
+        prepare: what a step does to a batch.
+        state: what a step changes; it is thrown away.
+        seed: of the training.
+    """
+
+    experiment: Parts
+    train: DataSet
+    test: DataSet
+    prepare: Preparation
+    state: TrainState
+    seed: int
+
+    @classmethod
+    def from_config(cls, config, experiment: Parts) -> Self:
+        """Read the data of `experiment`, which is that of `config`; raises as `datasets.Data`."""
+        device, data = experiment.device, experiment.data
+        execution.check_precision(config.training.precision, device)
+        execution.prepare_process(config.training.precision, device)
+        shared = experiment.method.uses_reference_batch
+        prepare = Preparation.from_config(config, experiment.codec, shared)
+        state = TrainingRun.from_config(config, experiment, Path(), {}).state
+        train, test = data.get("train").to(device), data.get("test")
+        return cls(experiment, train, test, prepare, state, config.seed)
+
+    @property
+    def line(self) -> str:
+        """The line of the log on the data."""
+        return self.experiment.data.describe(self.train, self.test, self.prepare.words)
+
+    def save(self, path: Path, title: str) -> None:
+        """Write the page, under the heading `title`, to `path`; the main process of several does.
+
+        It takes two training steps. OSError, which names the path, where it cannot be written.
+        """
+        page = self._page(title)
+        self.experiment.data.close()
+        if distributed.is_main():
+            with atomic_write(path) as file:
+                file.write(page.encode(errors="backslashreplace"))
+            log.info(f"page: {path}")
+
+    def _page(self, title: str) -> str:
+        experiment, data = self.experiment, self.experiment.data
+        stored = self._batch(PICTURED)
+        prepared = self.prepare(stored, self._generator())
+        batch = self._batch(experiment.objective.batch_size)
+        cost, on_gpu = self._cost(batch), experiment.device.type == "cuda"
+        steps = self.state.schedule["n_iters"]
+        channels, height, width = experiment.codec.data_shape
+        parameters = sum(p.numel() for p in experiment.network.parameters())
+        facts = {
+            "data": data.name,
+            "images": f"{len(self.train):,} to train on, {len(self.test):,} to test on",
+            "splits": data.split_words or "those of the data set",
+            "size": f"{height} × {width}, {channels} channel{'s' * (channels > 1)}",
+            "input of the network": " × ".join(map(str, experiment.codec.shape)),
+            "parameters": f"{parameters:,}",
+            "training images": self.prepare.words,
+        }
+        estimates = {
+            "a step": f"{cost.seconds:.3g} s for {len(batch):,} images on {experiment.device}",
+            f"{steps:,} steps": _duration(cost.seconds * steps),
+            "memory": f"{cost.memory / 2**30:.2g} GiB"
+            + (" of the GPU" if on_gpu else " of the whole program"),
+        }
+        grid = io.BytesIO()
+        pictures = channels_last(experiment.codec.show(prepared.images))
+        Image.fromarray(image_grid(pictures)).save(grid, "png")
+        look = Look(
+            line=self.line,
+            facts=facts,
+            estimates=estimates,
+            grid=grid.getvalue(),
+            values=[_values("stored", stored.images), _values("encoded", prepared.images)],
+            classes=self._counts(),
+        )
+        return render(title, look)
+
+    def _batch(self, size: int) -> Batch:
+        batch = next(shuffled_batches(self.train, size, self.seed))
+        return batch.to(self.experiment.device)
+
+    def _generator(self) -> torch.Generator:
+        return keyed_generator(self.experiment.device, "training", self.seed, 0)
+
+    def _cost(self, batch: Batch) -> Cost:
+        generator = self._generator()
+
+        def step() -> float:
+            loss = train_step(self.state, self.prepare(batch, generator), generator)
+            return loss.item()  # which waits for the device
+
+        return measure(step, self.experiment.device)
+
+    def _counts(self) -> list[ClassCount]:
+        """Numbers of images of each class; [] without classes."""
+        classes, data = self.experiment.classes, self.experiment.data
+        if not classes:
+            return []
+        names = getattr(self.train, "names", ()) or map(str, range(classes))
+        counts = [data.labels(split).bincount(minlength=classes).tolist() for split in SPLITS]
+        return [ClassCount(*each) for each in zip(names, *counts, strict=False)]
+
+
+def measure(step: Callable[[], float], device: torch.device) -> Cost:
+    """Cost of the second of two calls of `step`: the first one also starts libraries."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - start
+    if device.type == "cuda":
+        return Cost(seconds, torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return Cost(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _values(name: str, images: Tensor) -> Values:
+    """Numbers of each channel of `images` (n, C, H, W), and a sample of all of them."""
+    channels = images.detach().double().cpu().transpose(0, 1).flatten(1).numpy()
+    everything = channels.ravel()
+    spread = np.linspace(0, everything.size - 1, min(everything.size, VALUES)).astype(int)
+    rows = [(each.min(), each.max(), each.mean(), each.std()) for each in channels]
+    return Values(name, everything[spread], rows)
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.2g} seconds"
