@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from ml_collections import ConfigDict
@@ -21,6 +22,7 @@ from datasets import Data, mean_norm
 from sources.codec import CODECS, Codec, Shape
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
+from sources.images import image_size_of, sides_of
 from storage import run_config
 
 log = logging.getLogger(__name__)
@@ -66,12 +68,16 @@ def complete(
     check(config)
     config = config.copy_and_resolve_references()
     machine.expand_home(config)
+    if size := config.data.image_size:
+        _set(config, {"data.image_size": image_size_of(sides_of(size))})  # (8, 8) is 8
     flat, data = flatten(config), Data(config.data, identity)
     measured_keys = {key for key in MEASURED if flat[key] is None}
     if data.takes_scale and not config.data.scale:
         measured_keys.add("data.scale")
     if config.data.num_channels == 0:
         measured_keys.add("data.num_channels")
+    if config.data.image_size == 0:
+        measured_keys.add("data.image_size")
     if config.data.num_classes == -1:
         measured_keys.add("data.num_classes")
     newest = sources.NEWEST_RULES.get(config.data.dataset.lower(), 1)
@@ -94,27 +100,43 @@ def complete(
     if not measured_keys:
         return config, data, lines
     of_codec = {*of_part(CODECS[config.data.codec.lower()], "keys")}
-    decisive = {*DECISIVE, *(({"data.scale"} | of_codec) - measured_keys)}
+    decisive = {*DECISIVE, "data.scale", *of_codec} - measured_keys
     values, decided = {}, []
     if run_values and all(run_values[key] == flat[key] for key in decisive):
         values = {key: run_values[key] for key in measured_keys if run_values[key]}
         config.data.scale = tuple(run_values["data.scale"])  # () for 8-bit images
         measured_keys.discard("data.scale")
     values.pop("data.scale", None)
-    config.update_from_flattened_dict(values)
+    _set(config, values)
     if "data.scale" in measured_keys:
         config.data.scale, line = data.measure_scale()
         decided += [line] * bool(line)
     if config.data.num_channels == 0:
         values["data.num_channels"] = config.data.num_channels = data.measure_channels()
+    if config.data.image_size == 0:
+        values["data.image_size"] = data.measure_size()
+        _set(config, values)
     if config.data.num_classes == -1:
         values["data.num_classes"] = config.data.num_classes = data.measure_classes()
     values |= _measured_by_method(config, data)
-    config.update_from_flattened_dict(values)
+    _set(config, values)
     if values:
-        words = ", ".join(f"{key} = {value:.6g}" for key, value in sorted(values.items()))
+        words = ", ".join(f"{key} = {_words(value)}" for key, value in sorted(values.items()))
         decided.append(f"the training images decide: {words}")
     return config, data, decided + lines
+
+
+def _set(config: ConfigDict, values: Mapping[str, Any]) -> None:
+    """Put `values`, by key, in `config`; what was one number may become several."""
+    with config.ignore_type():
+        config.update_from_flattened_dict(
+            {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        )
+
+
+def _words(value: float | tuple[float, ...]) -> str:
+    numbers = value if isinstance(value, tuple | list) else [value]
+    return " x ".join(f"{number:.6g}" for number in numbers)
 
 
 def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:

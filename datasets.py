@@ -18,7 +18,7 @@ from tqdm import tqdm
 import distributed
 import sources
 from configs import keys
-from configs.schema import Key, OneOf, Text, whole
+from configs.schema import Either, Key, Numbers, OneOf, Text, whole
 from sources import digests, folder
 from sources.arrays import Arrays, is_array
 from sources.base import MOST_CLASSES, Classes, Source, Unreadable
@@ -26,10 +26,11 @@ from sources.batch import KINDS, Conditions
 from sources.files import Measured
 from sources.folder import Folder
 from sources.identity import Identity
+from sources.images import ImageSize, image_size_of, sides_of
 from sources.keyed import keyed_generator, keyed_seed
 from sources.labels import number_of
 from sources.preparation import to_unit_interval
-from sources.sizes import made_of
+from sources.sizes import extent, made_of
 from sources.stream import (
     MAX_NAMED,
     MAX_WORKERS,
@@ -65,7 +66,12 @@ log = logging.getLogger(__name__)
 
 KEYS = {
     "data.dataset": Key("", OneOf(registry="sources.SOURCES"), "where the images come from"),
-    "data.image_size": Key(32, whole(1, 4096), "height and width; larger images are resized"),
+    "data.image_size": Key(
+        32,
+        Either(whole(0, 4096), Numbers(whole(1, 4096), (2,))),
+        "height and width: one number, or two as in (6, 10); images of other sizes are cut and "
+        "resized; 0: as the data have, which must be of one size",
+    ),
     "data.num_channels": Key(
         3, whole(0, 1024), "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as the data have"
     ),
@@ -102,7 +108,7 @@ KEYS = {
 }
 
 SPLITS = ("train", "test")
-MEASURED = 64  # images that `Data.measure_channels` looks at
+MEASURED = 64  # images of which channels and sizes are measured
 
 
 class DataChanged(ValueError):
@@ -128,7 +134,6 @@ class Data:
         self._sources: dict[str, Source] = {}
         self._classes: dict[str, Classes] = {}
         self._rows: dict[str, dict[str, Tensor]] = {}  # the named conditions of a split
-        self._channels = 0  # 0: not measured yet
         self._is_compared = self._is_closed = False
         self._warnings: list[str] = []  # for `close`: by then a run has opened its log
 
@@ -142,7 +147,7 @@ class Data:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         channels = self.options.num_channels or self.measure_channels()
-        return channels, self.options.image_size, self.options.image_size
+        return channels, *sides_of(self.options.image_size or self.measure_size())
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -288,8 +293,8 @@ class Data:
             self._folder = folder.find(self.options)
         return self._folder
 
-    def _open(self, split: str, channels: int) -> Source:
-        """The images of `split` with so many `channels`; 0: as many as they have."""
+    def _open(self, split: str, channels: int, size: ImageSize) -> Source:
+        """The images of `split` with so many `channels` and this `size`; 0: as they have."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         name = self.options.dataset
@@ -297,7 +302,8 @@ class Data:
         if self._is_folder:
             open_split = self._find().open
         options = self.options.copy_and_resolve_references()
-        options.num_channels = channels
+        with options.ignore_type():  # a size may be one number or two
+            options.num_channels, options.image_size = channels, size
         source = open_split(options, split)
         if not len(source):
             raise ValueError(f"{name} holds no images for the split {split}")
@@ -305,7 +311,8 @@ class Data:
 
     def _source(self, split: str) -> Source:
         if split not in self._sources:
-            self._sources[split] = self._open(split, self.shape[0])
+            channels, *sides = self.shape
+            self._sources[split] = self._open(split, channels, image_size_of(sides))
         return self._sources[split]
 
     def _read_classes(self, split: str) -> Classes:
@@ -342,21 +349,34 @@ class Data:
     def measure_channels(self) -> int:
         """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
 
-        The images are spread over the split; grey ones have R = G = B in every pixel. Arrays keep
-        the channels they are stored with.
+        Grey images have R = G = B in every pixel. Arrays keep the channels they are stored with.
         """
-        if self._channels:
-            return self._channels
-        source, error = self._open("train", 0), None
+        return max(channels for *_, channels in self._measured_shapes)
+
+    def measure_size(self) -> ImageSize:
+        """The size of up to `MEASURED` training images; ValueError where these differ."""
+        sizes = {(height, width) for height, width, _ in self._measured_shapes}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"data.image_size=0 takes images as they are, but these have {extent([*sizes])} "
+                "pixels: set it to one size, to which they are cut and resized"
+            )
+        return image_size_of(*sizes)
+
+    @functools.cached_property
+    def _measured_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes (H, W, C) of up to `MEASURED` training images, spread over the split."""
+        shapes, error = [], None
+        source = self._open("train", 0, self.options.image_size)
         number = min(len(source), MEASURED)
         for i in np.linspace(0, len(source) - 1, number).astype(int).tolist():
             try:
-                self._channels = max(self._channels, source[i].shape[2])
+                shapes.append(source[i].shape)
             except Unreadable as unreadable:
                 error = unreadable
-        if not self._channels:
+        if not shapes:
             raise ValueError(f"none of {number} images can be used; the last: {error}")
-        return self._channels
+        return shapes
 
     def measure_scale(self) -> Measured:
         """The `data.scale` of 16-bit images of either split; () where there are no such files."""
@@ -383,7 +403,7 @@ class Data:
         held_out = "a random tenth is held out"
         if self._is_folder:
             name, listing = str(data.path), self._find()
-            sizes, omitted = made_of(self._source("train"), data.image_size), listing.omitted
+            sizes, omitted = made_of(self._source("train"), (height, width)), listing.omitted
             if listing.split_names:
                 held_out = "{train} and {test}".format(**listing.split_names)
             elif self.takes_scale and data.rules != 1:
@@ -404,7 +424,7 @@ def get_dataset(config, split: str, labels: bool = True) -> DataSet:
     It has conditions, and among them, unless `labels` is False, class labels where
     `data.num_classes` is not 0. Data that take at most `data.resident_bytes` when decoded are
     decoded at once, without the images that cannot be read; larger data stay on disk. A
-    `data.num_channels` of 0 and a `data.scale` of () are measured.
+    `data.num_channels` or `data.image_size` of 0 and a `data.scale` of () are measured.
 
     Raises ValueError for an unknown data set or split, no image that can be read, images of another
     shape than configured, or class labels that are missing or out of range; OSError where the data

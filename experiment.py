@@ -23,6 +23,7 @@ from configs import machine
 from configs.default import all_keys, check
 from configs.effects import without_effect
 from configs.keys import explain_unknown, get, plain, shown, with_home
+from configs.schema import Either
 from datasets import Data
 from library.conditions import ConditionDrawer
 from library.fitting import Fitting
@@ -289,8 +290,9 @@ def load(
         value = plain(value)
         if not keys[key].accepts(value):
             raise ValueError(f"{key} must be {keys[key].allowed}, not {shown(value)}")
-        # the type of the value before does not count: a class is a number or a name
-        with config.ignore_type() if key == CLASS_LABEL else contextlib.nullcontext():
+        # the type of the value before does not count where a class is a number or a name, and so on
+        of_two_types = isinstance(keys[key].allowed, Either)
+        with config.ignore_type() if of_two_types else contextlib.nullcontext():
             config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
     machine.expand_home(config)
     if missing := machine.missing(config, values, overrides or {}, "sample"):

@@ -17,7 +17,7 @@ import optimizers
 import sampling
 import training
 from configs.keys import get, of_part, shown
-from configs.schema import LENGTH, Flag, Key, Number, NumberOrText, Numbers, OneOf, Text, whole
+from configs.schema import LENGTH, Either, Flag, Key, Number, Numbers, OneOf, Text, whole
 from library import restoration, sample_folder
 from losses import OBJECTIVES
 from methods import METHODS
@@ -143,7 +143,7 @@ def get_default_config() -> ConfigDict:
             config[section] = ConfigDict()
         owner = config[section] if section else config
         value = key.default
-        if isinstance(key.allowed, NumberOrText):  # else only values of the default's type fit
+        if isinstance(key.allowed, Either):  # else only values of the default's type fit
             value = config_dict.FieldReference(value, field_type=object)
         elif value is None:
             value = config_dict.placeholder(key.allowed.kind)

@@ -59,9 +59,8 @@ class Numbers:
         )
 
     def __str__(self) -> str:
-        lengths = f" {'to' if self.lengths[2:] else 'or'} ".join(
-            str(n) for n in (self.lengths[0], self.lengths[-1])
-        )
+        ends = dict.fromkeys(map(str, (self.lengths[0], self.lengths[-1])))
+        lengths = f" {'to' if self.lengths[2:] else 'or'} ".join(ends)
         order = "rising " if self.rising else ""
         return f"a tuple of {lengths} {order}numbers, each {self.each}"
 
@@ -122,17 +121,17 @@ class Text:
 
 
 @dataclass(frozen=True)
-class NumberOrText:
-    """A number, or a line of text."""
+class Either:
+    """A number, or something else: a line of text, or several numbers."""
 
     number: Number
-    text: Text
+    other: Text | Numbers
 
     def accepts(self, value: Any) -> bool:
-        return self.number.accepts(value) or self.text.accepts(value)
+        return self.number.accepts(value) or self.other.accepts(value)
 
     def __str__(self) -> str:
-        return f"{self.number}, or {self.text}"
+        return f"{self.number}, or {self.other}"
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Key:
     """
 
     default: Any
-    allowed: Number | Numbers | OneOf | Text | NumberOrText | Flag
+    allowed: Number | Numbers | OneOf | Text | Either | Flag
     meaning: str
     before: Any = None
     of_machine: Literal["", "file", "always", "start"] = ""

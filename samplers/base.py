@@ -11,7 +11,7 @@ from torch import Tensor
 
 import execution
 from configs.keys import arguments
-from configs.schema import Flag, Key, Number, NumberOrText, Numbers, OneOf, Text, whole
+from configs.schema import Either, Flag, Key, Number, Numbers, OneOf, Text, whole
 from methods.base import Method, Network, conditioned
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring
@@ -23,7 +23,7 @@ KEYS = {
     "sampling.noise_removal": Key(True, Flag(), "end with a step of denoising"),
     "sampling.class_label": Key(
         -1,
-        NumberOrText(whole(-1, MOST_CLASSES), Text(r"[^\0\n]+", "the name of a class of the run")),
+        Either(whole(-1, MOST_CLASSES), Text(r"[^\0\n]+", "the name of a class of the run")),
         "class of all samples, by number or name; -1: drawn from the training images, by --mode "
         "sample evenly",
     ),

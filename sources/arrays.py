@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sources import digests, listing, splits
 from sources.base import Classes, Picture, View
 from sources.files import MAX_FILE_BYTES
-from sources.images import cropped_then_resized
+from sources.images import ImageSize, cropped_then_resized, to_size
 from sources.npy import MAGIC, Header, StoredArray
 from sources.rules import Rules
 from sources.splits import bare, held_out
@@ -181,8 +181,8 @@ def check(where: str, shape: Shape, dtype: np.dtype, channels: int, says: str = 
     )
 
 
-def _prepared(image: NDArray, size: int) -> Picture:
-    return cropped_then_resized(np.atleast_3d(image), size)
+def _prepared(image: NDArray, size: ImageSize) -> Picture:
+    return to_size(cropped_then_resized, size)(np.atleast_3d(image))
 
 
 @contextlib.contextmanager

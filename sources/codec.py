@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from configs.keys import named, shown
 from configs.schema import Flag, Key, OneOf
+from sources.images import sides_of
 
 Shape = tuple[int, int, int]
 
@@ -79,11 +80,12 @@ class EightBitImages:
 
     @classmethod
     def from_config(cls, config) -> Self:
-        """The codec of `config.data`; ValueError where `data.num_channels` is not decided yet."""
+        """The codec of `config.data`; ValueError where the shape of the data is not decided yet."""
         data = config.data
-        if data.num_channels < 1:
-            raise ValueError("data.num_channels is open: training measures it at its first start")
-        return cls((data.num_channels, data.image_size, data.image_size), data.centered)
+        for key in ("num_channels", "image_size"):
+            if not data[key]:
+                raise ValueError(f"data.{key} is open: training measures it at its first start")
+        return cls((data.num_channels, *sides_of(data.image_size)), data.centered)
 
     @property
     def shape(self) -> Shape:

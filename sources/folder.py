@@ -18,7 +18,7 @@ from sources import digests, labels, listing, splits
 from sources.arrays import Arrays, is_array, read_array
 from sources.base import Classes, PerProcess, Picture, Source, View
 from sources.files import Files, Measured, open_below, open_in, read_bounded
-from sources.images import cropped_then_resized
+from sources.images import cropped_then_resized, to_size
 from sources.rules import NEWEST, RULES, Rules
 from sources.sixteen_bits import Range
 from storage.files import MAX_JSON, one_line
@@ -151,7 +151,7 @@ class Folder:
         scale = tuple(data.scale) or self.measure_scale().scale
         return View(
             source=replace(self.files, channels=data.num_channels, scale=scale),
-            prepare=partial(cropped_then_resized, size=data.image_size),
+            prepare=to_size(cropped_then_resized, data.image_size),
             index=index,
             classes_of_all=lambda: self._classes,
             digest_of=partial(self._digest, data.digest == "content", bool(data.num_classes)),
