@@ -17,7 +17,7 @@ from samplers.base import Sampler
 from sources.batch import KINDS, Batch, Conditions
 from sources.codec import Codec, Shape
 from sources.folder import read_images
-from sources.images import cropped_then_resized
+from sources.images import cropped_then_resized, image_size_of
 from sources.keyed import keyed_generator
 from sources.preparation import to_unit_interval
 from sources.sizes import changes, extent
@@ -152,15 +152,15 @@ class ToRestore:
             FileNotFoundError: a file does not exist.
         """
         name, whole = options.name, options.degrade
-        channels, size, _ = measured_shape(experiment.codec, name, options.noise)
+        shape = measured_shape(experiment.codec, name, options.noise)
         if not (options.path or whole):
             raise ValueError(
                 f"sampling.restore={name!r} needs sampling.restore_path, an image or more, or "
                 "sampling.restore_degrade for those of the split eval.dataset"
             )
         if whole:
-            channels, size, _ = experiment.codec.data_shape
-        batch = _batch(options, experiment, channels, size).to(experiment.device)
+            shape = experiment.codec.data_shape
+        batch = _batch(options, experiment, shape).to(experiment.device)
         mask = None
         if name == "inpaint":
             mask = known_pixels(options.mask, experiment.codec.shape[1:], len(batch)).to(
@@ -186,20 +186,21 @@ def measured_shape(codec: Codec, name: str, noise: float = 0.0) -> Shape:
     Raises:
         ValueError: such images cannot be measured so, or `noise` is 0 in denoising.
     """
-    channels, size, _ = codec.data_shape
+    channels, *sides = codec.data_shape
+    factor = RESTORE[name]
     if codec.shape != codec.data_shape:
         raise ValueError(
             f"sampling.restore={name!r} measures images, but the network sees latents of the "
             f"shape {codec.shape} (data.codec)"
         )
-    if size % RESTORE[name]:
+    if any(side % factor for side in sides):
+        size = image_size_of(sides)
         raise ValueError(f"sampling.restore={name!r} does not divide data.image_size={size}")
     if name == "colour" and channels != 3:
         raise ValueError(f"sampling.restore='colour' needs colour images; these have {channels}")
     if name == "denoise" and not noise:
         raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
-    size //= RESTORE[name]
-    return 1 if name == "colour" else channels, size, size
+    return 1 if name == "colour" else channels, *(side // factor for side in sides)
 
 
 def measurement_of(
@@ -254,8 +255,9 @@ def restoring_sampler(experiment: Parts, measurement: Measurement) -> Sampler:
     return replace(experiment.sampler.without_fit(), measurement=measurement)
 
 
-def _batch(options: Options, experiment: Parts, channels: int, size: int) -> Batch:
-    """uint8 images (n, channels, size, size), and the conditions that the network is given."""
+def _batch(options: Options, experiment: Parts, shape: Shape) -> Batch:
+    """uint8 images (n, *shape), and the conditions that the network is given."""
+    channels, *size = shape
     if options.path:
         pictures = read_images("sampling.restore_path", options.path, channels, options.scale)
         sizes = [picture.shape[:2] for picture in pictures.values()]
@@ -314,7 +316,7 @@ def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
 
     It is (H, W) for all images, or (n, 1, H, W) where there are n masks; `sides` are (H, W).
     """
-    size = sides[0]
+    height, width = sides
     if not name:
         raise ValueError(
             "sampling.restore='inpaint' needs sampling.restore_mask, an image that is white where "
@@ -322,11 +324,12 @@ def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
             "of a rectangle"
         )
     if re.fullmatch(r"\d{1,9}( *, *\d{1,9}){3}", name):
-        top, left, height, width = map(int, name.split(","))
-        if top + height > size or left + width > size:
-            raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
-        rectangle = torch.zeros(size, size, dtype=torch.bool)
-        rectangle[top : top + height, left : left + width] = True
+        top, left, rows, columns = map(int, name.split(","))
+        if top + rows > height or left + columns > width:
+            within = f"{height} x {width} pixels"
+            raise ValueError(f"sampling.restore_mask={name} is not within {within}")
+        rectangle = torch.zeros(sides, dtype=torch.bool)
+        rectangle[top : top + rows, left : left + columns] = True
         masks, white = {name: rectangle}, ""
     else:
         pictures = read_images("sampling.restore_mask", name, 1)
@@ -339,9 +342,9 @@ def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
         masks = {file: torch.from_numpy(image[..., 0] >= 128) for file, image in pictures.items()}
     for file, missing in masks.items():
         which = f"sampling.restore_mask={name}" + (f": {file}" if len(masks) > 1 else "")
-        if missing.shape != (size, size):
+        if missing.shape != tuple(sides):
             pixels = " x ".join(map(str, missing.shape))
-            raise ValueError(f"{which} has {pixels} pixels; the images have {size} x {size}")
+            raise ValueError(f"{which} has {pixels} pixels; the images have {height} x {width}")
         if missing.all() or not missing.any():
             share = "all pixels" if missing.all() else "no pixel"
             raise ValueError(f"{which} marks {share} as missing{white}")

@@ -114,9 +114,9 @@ class ReferenceStatistics:
 
         Raises ValueError, in one line, for what cannot be loaded or does not fit.
         """
-        channels, size, _ = train.source.shape
-        name = train.source.name
-        identity = {"space": space.name, "shape": f"{size}x{size}x{channels}"}
+        channels, height, width = train.source.shape
+        name, size = train.source.name, height if height == width else f"{height}x{width}"
+        identity = {"space": space.name, "shape": f"{height}x{width}x{channels}"}
         suffix = f"_{space.kind}_stats.npz" if further else "_stats.npz"
         names = f"{name}_{size}{suffix}", f"{name}{suffix}"
         for published in (folder / each for each in names):

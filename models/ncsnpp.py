@@ -22,7 +22,9 @@ UNET = {
     ),
     "model.num_res_blocks": Key(4, whole(1, 256), "per level"),
     "model.attn_resolutions": Key(
-        (16,), Numbers(whole(0), range(17)), "attention where the image is this wide"
+        (16,),
+        Numbers(whole(0), range(17)),
+        "attention at levels whose image has this longer side, with padding",
     ),
     "model.dropout": Key(0.1, SHARE, "share of the activations that is set to zero in training"),
     "model.augment_dim": Key(
@@ -115,7 +117,7 @@ class NCSNpp(UNet):
         check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
         options = {
             **{name: _argument(get(config, key)) for name, key in cls.options.items()},
-            "image_size": shape[1],
+            "image_size": shape[1:],
             "channels": shape[0],
             "out_channels": out_channels,
             "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),

@@ -78,6 +78,11 @@ class Preparation:
                 f"training.augment={augment} transforms images, but the network sees latents of "
                 f"the shape {codec.shape} (data.codec)"
             )
+        if augment and min(codec.shape[1:]) < augmentation.LEAST_SIDE:
+            raise ValueError(
+                f"training.augment={augment} turns and stretches images whose sides are at least "
+                f"{augmentation.LEAST_SIDE}, not {codec.shape[1]} x {codec.shape[2]}"
+            )
         flips = data.random_flip and not augment  # the augmentation flips too, and labels it
         return cls(codec, flips, data.uniform_dequantization, augment, shared)
 
