@@ -1,8 +1,10 @@
 """Values that a config leaves open: those of the run, or measured on its data and its network."""
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,22 @@ import methods
 import models
 import sources
 from configs import machine
-from configs.default import check
+from configs.default import all_keys, check
 from configs.keys import flatten, get, of_part
 from datasets import Data, mean_norm
 from sources.codec import CODECS, Codec, Shape
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
 from sources.images import image_size_of, sides_of
+from sources.measures import ImageMeasures
 from storage import run_config
 
 log = logging.getLogger(__name__)
 
-# Left at None these are measured, where the method has them.
-MEASURED = ("training.M", "sampling.z_max", "sampling.upper_norm")
+# Left at None these are measured, where the method has them; the first ones by the images' norm.
+NORM_KEYS = ("training.M", "sampling.z_max", "sampling.upper_norm")
+MEASURED = (*NORM_KEYS, "model.sigma_data", "model.sigma_max")
+REFERENCE_STD = 0.5  # of the data to which noise levels of a config belong (Karras et al. 2022)
 
 PRECISION_KEYS = ("training.precision", "sampling.precision")
 MEASURED_PIXELS = 2**14  # of the images that a precision is measured with on a CPU
@@ -72,6 +77,7 @@ def complete(
         _set(config, {"data.image_size": image_size_of(sides_of(size))})  # (8, 8) is 8
     flat, data = flatten(config), Data(config.data, identity)
     measured_keys = {key for key in MEASURED if flat[key] is None}
+    measured_keys |= {name for name, key in all_keys().items() if key.opens and flat[name] is None}
     if data.takes_scale and not config.data.scale:
         measured_keys.add("data.scale")
     if config.data.num_channels == 0:
@@ -123,7 +129,36 @@ def complete(
     if values:
         words = ", ".join(f"{key} = {_words(value)}" for key, value in sorted(values.items()))
         decided.append(f"the training images decide: {words}")
+    derived = {k: value for k, value in scaled(config, flat).items() if k not in values}
+    _set(config, derived)
+    if changed := [key for key in sorted(derived) if derived[key] != flat[key]]:
+        words = ", ".join(f"{key} = {_words(derived[key])}" for key in changed)
+        decided.append(f"noise levels follow model.sigma_data: {words}")
     return config, data, decided + lines
+
+
+def scaled(config: ConfigDict, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of keys that follow the standard deviation of the data, `model.sigma_data`.
+
+    Noise levels belong to data of standard deviation 0.5. Where `flat`, the config as it was given,
+    leaves sigma_data open, all keys that `scales` follow the measured one, else those that are
+    open, from their defaults.
+    """
+    if "model.sigma_data" not in of_part(methods.method_class(config.training.sde), "keys"):
+        return {}
+    scale = config.model.sigma_data / REFERENCE_STD
+    rules = {
+        "level": lambda value: value * scale,
+        "inverse": lambda value: value / scale,
+        "log": lambda value: value + math.log(scale),
+    }
+    values, follows = {}, flat["model.sigma_data"] is None
+    for name, key in all_keys().items():
+        if key.scales and (follows or flat[name] is None):
+            value, rule = key.default if flat[name] is None else flat[name], rules[key.scales]
+            several = isinstance(value, tuple | list)
+            values[name] = tuple(map(rule, value)) if several else rule(value)
+    return values
 
 
 def _set(config: ConfigDict, values: Mapping[str, Any]) -> None:
@@ -144,13 +179,42 @@ def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:
     models.check_labels(config.model, config.training.sde, config.training.continuous)
     codec = get_codec(config)
 
-    def norm() -> float:
-        with torch.device("meta"):  # mistakes in the network's config show before images are read
-            models.from_config(config, codec.shape)
-        return norm_of(data, codec)
+    def check_network() -> None:
+        trial = config.copy_and_resolve_references()
+        _set(trial, {"model.sigma_max": trial.model.sigma_max or 1.0})
+        with torch.device("meta"):
+            models.from_config(trial, codec.shape)
 
     method = methods.method_class(config.training.sde)
-    return method.measure(flatten(config), math.prod(codec.shape), norm)
+    images = TrainingImages(data, codec, check_network)
+    return method.measure(flatten(config), math.prod(codec.shape), images)
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Measures (`methods.base.Measures`) of the training images of `data`, encoded.
+
+    `check` is called before images are read, so that mistakes in the network's config show first.
+    """
+
+    data: Data
+    codec: Codec
+    check: Callable[[], None]
+
+    def mean_norm(self) -> float:
+        self.check()
+        return norm_of(self.data, self.codec)
+
+    def standard_deviation(self) -> float:
+        return self._sample.standard_deviation()
+
+    def largest_distance(self) -> float:
+        return self._sample.largest_distance()
+
+    @functools.cached_property
+    def _sample(self) -> ImageMeasures:
+        self.check()
+        return ImageMeasures(self.data.get("train", labels=False), self.codec.encode)
 
 
 def norm_of(data: Data, codec: Codec) -> float:
@@ -158,7 +222,7 @@ def norm_of(data: Data, codec: Codec) -> float:
     if mean := mean_norm(data.get("train", labels=False), codec.encode):
         return mean
     raise ValueError(
-        f"all training images are black, of norm 0, so no {', '.join(MEASURED)} can be measured "
+        f"all training images are black, of norm 0, so no {', '.join(NORM_KEYS)} can be measured "
         "from them: set data.centered=True, or set these keys"
     )
 

@@ -49,7 +49,7 @@ GUIDE_KEYS = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
     *("data.codec", "data.conditions"),
     *("training.objective", "training.sde", "training.continuous", "training.gamma"),
-    *("model.D", "model.sigma_data"),
+    *("model.D", "model.sigma_data", "model.sigma_unit"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
 
@@ -289,9 +289,9 @@ def load(
             raise ValueError(explain_unknown(key, keys))
         value = plain(value)
         if not keys[key].accepts(value):
-            raise ValueError(f"{key} must be {keys[key].allowed}, not {shown(value)}")
+            raise ValueError(f"{key} must be {keys[key]}, not {shown(value)}")
         # the type of the value before does not count where a class is a number or a name, and so on
-        of_two_types = isinstance(keys[key].allowed, Either)
+        of_two_types = isinstance(keys[key].allowed, Either) or keys[key].opens
         with config.ignore_type() if of_two_types else contextlib.nullcontext():
             config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
     machine.expand_home(config)

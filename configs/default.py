@@ -143,7 +143,7 @@ def get_default_config() -> ConfigDict:
             config[section] = ConfigDict()
         owner = config[section] if section else config
         value = key.default
-        if isinstance(key.allowed, Either):  # else only values of the default's type fit
+        if isinstance(key.allowed, Either) or key.opens:  # else only the default's type fits
             value = config_dict.FieldReference(value, field_type=object)
         elif value is None:
             value = config_dict.placeholder(key.allowed.kind)
@@ -156,4 +156,4 @@ def check(config: ConfigDict) -> None:
     """Raises a ValueError for the first value that its key does not allow, whatever is used."""
     for name, key in all_keys().items():
         if not key.accepts(value := get(config, name)):
-            raise ValueError(f"{name} must be {key.allowed}, not {shown(value)}")
+            raise ValueError(f"{name} must be {key}, not {shown(value)}")

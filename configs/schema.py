@@ -150,6 +150,9 @@ class Key:
     """A key of a config: its default (None: to be measured), allowed values and meaning.
 
     A config stored before the key existed has its value `before`, or the default if that is None.
+    A key that `opens` may be None too: measured. One that `scales` is a noise level ("level"), the
+    inverse of one, or the log of one, given for data of standard deviation 0.5; see
+    `completion.scaled`.
     The value of a key `of_machine` is not taken from the config of a workdir ("always"), or not
     from that of a single file ("file"); see `configs.machine`. One of "start" is read by the first
     start of a run alone, and never taken from a workdir.
@@ -160,6 +163,12 @@ class Key:
     meaning: str
     before: Any = None
     of_machine: Literal["", "file", "always", "start"] = ""
+    opens: bool = False
+    scales: Literal["", "level", "inverse", "log"] = ""
 
     def accepts(self, value: Any) -> bool:
-        return value is self.default is None or self.allowed.accepts(value)
+        may_be_none = self.opens or self.default is None
+        return value is None and may_be_none or self.allowed.accepts(value)
+
+    def __str__(self) -> str:
+        return f"{self.allowed}{', or None' if self.opens else ''}"

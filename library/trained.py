@@ -27,7 +27,7 @@ from sources.batch import Conditions
 from sources.keyed import keyed_generator
 from sources.labels import number_of
 
-LOWEST_SHOWN = 0.03  # noise level in the network's units below which noise hardly shows
+LOWEST_SHOWN = 0.03  # noise level, in `Method.sigma_unit`, below which noise hardly shows
 
 ClassLabel = int | str | Sequence[int | str] | Tensor | None
 OtherConditions = Mapping[str, Tensor] | None  # than class labels
@@ -164,7 +164,7 @@ class Trained:
             raise ValueError(f"frames must be a whole number of at least 1, not {shown(frames)}")
         low, high = method.level_range
         ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
-        levels = high * (max(low, LOWEST_SHOWN) / high) ** ratio
+        levels = high * (max(low, LOWEST_SHOWN * method.sigma_unit) / high) ** ratio
         films = []
         for sampler, start in self._batches(seeds, class_label, measurement, conditions):
             states = States(method, levels, sampler.tells_times, codec.show)

@@ -33,8 +33,13 @@ def check_whole(model: ConfigDict, *options: str) -> None:
             )
 
 
-def geometric_sigmas(sigma_max: float, sigma_min: float, num_scales: int) -> Tensor:
-    """Noise levels (num_scales,) from `sigma_max` down to `sigma_min`, evenly spaced in the log."""
+def geometric_sigmas(sigma_max: float | None, sigma_min: float, num_scales: int) -> Tensor:
+    """Noise levels (num_scales,) from `sigma_max` down to `sigma_min`, evenly spaced in the log.
+
+    ValueError where `sigma_max` is None.
+    """
+    if sigma_max is None:
+        raise ValueError("model.sigma_max is open: training measures it at its first start")
     return torch.linspace(
         math.log(sigma_max), math.log(sigma_min), num_scales, dtype=torch.float64
     ).exp()

@@ -115,12 +115,15 @@ class NCSNpp(UNet):
         """
         model = config.model
         check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
+        sigmas = None  # sigma_max may be open where it is not read
+        if model.scale_by_sigma:
+            sigmas = geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales)
         options = {
             **{name: _argument(get(config, key)) for name, key in cls.options.items()},
             "image_size": shape[1:],
             "channels": shape[0],
             "out_channels": out_channels,
-            "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
+            "sigmas": sigmas,
             "fir_kernel": tuple(model.fir_kernel) if model.fir else None,
             **cls.fixed,
         }

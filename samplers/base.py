@@ -37,6 +37,7 @@ KEYS = {
         (),
         Numbers(Number(0, 1e6, or_inf=True), (0, 2)),
         "(low, high): guidance at noise levels above low, up to high; (): at all",
+        scales="level",
     ),
     "sampling.guide": Key(
         "",
