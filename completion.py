@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from configs import machine
 from configs.default import all_keys, check
 from configs.keys import flatten, get, of_part
 from datasets import Data, mean_norm
-from sources.codec import CODECS, Codec, Shape
+from sources.codec import Codec, Shape, class_of, encoded
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
 from sources.images import image_size_of, sides_of
@@ -35,6 +36,9 @@ NORM_KEYS = ("training.M", "sampling.z_max", "sampling.upper_norm")
 MEASURED = (*NORM_KEYS, "model.sigma_data", "model.sigma_max")
 REFERENCE_STD = 0.5  # of the data to which noise levels of a config belong (Karras et al. 2022)
 
+# Measured of arrays in units of their own; data.dtype says whether the data are such arrays.
+OF_ARRAYS = ("data.mean", "data.std", "reports.window")
+
 PRECISION_KEYS = ("training.precision", "sampling.precision")
 MEASURED_PIXELS = 2**14  # of the images that a precision is measured with on a CPU
 
@@ -45,7 +49,7 @@ EARLIER_RULES = (
 
 # Keys that decide the `MEASURED` values, besides the images themselves.
 DECISIVE = (
-    *("data.dataset", "data.image_size", "data.centered", "data.codec"),
+    *("data.dataset", "data.image_size", "data.centered", "data.codec", "data.layout"),
     *("model.sigma_end", "training.tau"),
 )
 
@@ -86,6 +90,12 @@ def complete(
         measured_keys.add("data.image_size")
     if config.data.num_classes == -1:
         measured_keys.add("data.num_classes")
+    if data.are_arrays and not config.data.dtype:
+        measured_keys.add("data.dtype")
+    if data.are_arrays or config.data.dtype:
+        measured_keys |= {key for key in OF_ARRAYS if not flat[key]}
+    elif isinstance(config.data.scale, str):
+        raise ValueError(f"data.scale={config.data.scale!r} is for arrays; images take (low, high)")
     newest = sources.NEWEST_RULES.get(config.data.dataset.lower(), 1)
     of_run = {key for key in precisions if flat[key] == "auto"}
     run_values, lines = {}, []
@@ -105,14 +115,17 @@ def complete(
             lines.append(f"{key}='auto' is {run_values[key]!r}: as the run has it")
     if not measured_keys:
         return config, data, lines
-    of_codec = {*of_part(CODECS[config.data.codec.lower()], "keys")}
+    of_codec = {*of_part(class_of(config.data.codec, config.data.dtype), "keys")}
     decisive = {*DECISIVE, "data.scale", *of_codec} - measured_keys
     values, decided = {}, []
     if run_values and all(run_values[key] == flat[key] for key in decisive):
         values = {key: run_values[key] for key in measured_keys if run_values[key]}
-        config.data.scale = tuple(run_values["data.scale"])  # () for 8-bit images
-        measured_keys.discard("data.scale")
+        if "data.scale" in measured_keys:
+            config.data.scale = tuple(run_values["data.scale"])  # () for 8-bit images
+            measured_keys.discard("data.scale")
     values.pop("data.scale", None)
+    if data.are_arrays and not config.data.dtype and (dtype := data.measure_dtype()):
+        values["data.dtype"] = dtype
     _set(config, values)
     if "data.scale" in measured_keys:
         config.data.scale, line = data.measure_scale()
@@ -124,10 +137,16 @@ def complete(
         _set(config, values)
     if config.data.num_classes == -1:
         values["data.num_classes"] = config.data.num_classes = data.measure_classes()
+    if config.data.dtype and (open_keys := [key for key in OF_ARRAYS if not get(config, key)]):
+        moments = data.measure_moments()
+        measured = dict(zip(OF_ARRAYS, (moments.mean, moments.std, moments.window), strict=True))
+        values |= {key: measured[key] for key in open_keys}
+        decided.append(f"arrays of {config.data.dtype}: {moments.line}")
+        _set(config, values)
     values |= _measured_by_method(config, data)
     _set(config, values)
-    if values:
-        words = ", ".join(f"{key} = {_words(value)}" for key, value in sorted(values.items()))
+    if numbers := {key: value for key, value in values.items() if key not in OF_ARRAYS}:
+        words = ", ".join(f"{key} = {_words(value)}" for key, value in sorted(numbers.items()))
         decided.append(f"the training images decide: {words}")
     derived = {k: value for k, value in scaled(config, flat).items() if k not in values}
     _set(config, derived)
@@ -169,7 +188,9 @@ def _set(config: ConfigDict, values: Mapping[str, Any]) -> None:
         )
 
 
-def _words(value: float | tuple[float, ...]) -> str:
+def _words(value: float | str | tuple[float, ...]) -> str:
+    if isinstance(value, str):
+        return value
     numbers = value if isinstance(value, tuple | list) else [value]
     return " x ".join(f"{number:.6g}" for number in numbers)
 
@@ -214,12 +235,13 @@ class TrainingImages:
     @functools.cached_property
     def _sample(self) -> ImageMeasures:
         self.check()
-        return ImageMeasures(self.data.get("train", labels=False), self.codec.encode)
+        encode = partial(encoded, self.codec)
+        return ImageMeasures(self.data.get("train", labels=False), encode)
 
 
 def norm_of(data: Data, codec: Codec) -> float:
     """Mean Euclidean norm of the training images of `data`, encoded; ValueError where it is 0."""
-    if mean := mean_norm(data.get("train", labels=False), codec.encode):
+    if mean := mean_norm(data.get("train", labels=False), partial(encoded, codec)):
         return mean
     raise ValueError(
         f"all training images are black, of norm 0, so no {', '.join(NORM_KEYS)} can be measured "

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,17 +18,18 @@ import distributed
 import sources
 from configs import keys
 from configs.schema import Either, Key, Numbers, OneOf, Text, whole
-from sources import digests, folder
+from sources import digests, folder, moments
 from sources.arrays import Arrays, is_array
 from sources.base import MOST_CLASSES, Classes, Source, Unreadable
 from sources.batch import KINDS, Conditions
 from sources.files import Measured
 from sources.folder import Folder
 from sources.identity import Identity
-from sources.images import ImageSize, image_size_of, sides_of
+from sources.images import ImageSize, Shape, image_size_of, sides_of
 from sources.keyed import keyed_generator, keyed_seed
 from sources.labels import number_of
-from sources.preparation import to_unit_interval
+from sources.moments import Moments
+from sources.patches import Patches
 from sources.sizes import extent, made_of
 from sources.stream import (
     MAX_NAMED,
@@ -59,7 +59,6 @@ __all__ = [
     "keyed_seed",
     "mean_norm",
     "shuffled_batches",
-    "to_unit_interval",
 ]
 
 log = logging.getLogger(__name__)
@@ -144,10 +143,18 @@ class Data:
         return self.options.dataset.lower() + (f"_{category}" if category else "")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def whole_shape(self) -> Shape:
         """(C, H, W) of an image."""
         channels = self.options.num_channels or self.measure_channels()
         return channels, *sides_of(self.options.image_size or self.measure_size())
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of what the network sees of an image: of its patch, or `whole_shape`."""
+        (channels, *sides), patch = self.whole_shape, tuple(self.options.patch)
+        if patch and (patch[0] > sides[0] or patch[1] > sides[1]):
+            raise ValueError(f"data.patch={patch} is larger than the data, {sides[0]} x {sides[1]}")
+        return channels, *(patch or sides)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -172,16 +179,28 @@ class Data:
         path = self.options.path if self._is_folder else ""
         return bool(path) and not is_array(Path(path))
 
-    def get(self, split: str, labels: bool = True) -> DataSet:
-        """The images of `split`, with conditions as of `get_dataset`."""
+    @property
+    def are_arrays(self) -> bool:
+        """True where the data are an .npy or .npz, whose numbers may be in units of their own."""
+        return self._is_folder and is_array(Path(self.options.path))
+
+    def get(self, split: str, labels: bool = True, whole: bool = False) -> DataSet:
+        """The images of `split` as stored, with conditions as of `get_dataset`.
+
+        With `data.patch` they are a patch of each (`sources.patches`), unless they are to be
+        `whole`.
+        """
         self._compare()
         data, source = self.options, self._source(split)
         workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, processors())
         conditions = self.conditions(split, labels)
         names = self._numbered(split).names if "class_labels" in conditions else ()
-        stream = Stream(source, self.shape, workers, conditions, names)
-        stream.read([0])  # so that data of which none can be used are refused here
-        size = len(stream) * math.prod(self.shape)
+        shape = self.whole_shape if whole else self.shape
+        if shape != self.whole_shape:
+            source = Patches(source, shape[1:])
+        stream = Stream(source, shape, workers, conditions, names)
+        first, *_ = stream.read([0])  # so that data of which none can be used are refused here
+        size = len(stream) * first.nbytes
         del self._sources[split]  # see `close`
         if size > data.resident_bytes:
             return stream
@@ -311,7 +330,7 @@ class Data:
 
     def _source(self, split: str) -> Source:
         if split not in self._sources:
-            channels, *sides = self.shape
+            channels, *sides = self.whole_shape
             self._sources[split] = self._open(split, channels, image_size_of(sides))
         return self._sources[split]
 
@@ -386,6 +405,17 @@ class Data:
         watch = partial(tqdm, desc="range of 16-bit images", unit="image", **options)
         return self._find().measure_scale(watch)
 
+    def measure_dtype(self) -> str:
+        """The `data.dtype` of an .npy or .npz; "" of 8-bit images, and where there is no file."""
+        path = Path(keys.with_home("data.path", self.options.path))
+        return self._find().dtype() if self.are_arrays and path.exists() else ""
+
+    def measure_moments(self) -> Moments:
+        """The moments of the training images, by `data.scale`."""
+        options = {"delay": 1, "disable": not distributed.is_main()}
+        watch = partial(tqdm, desc="mean and deviation", unit="image", **options)
+        return moments.measure(self._source("train"), self.options.scale, watch)
+
     def measure_classes(self) -> int:
         """Number of classes of the training images: with names, or as many as labels need."""
         classes = self._read_classes("train")
@@ -411,7 +441,9 @@ class Data:
         return (
             f"data: {name}, {len(train):,} images to train on and {len(test):,} to test on"
             + (f" ({held_out})" if self._is_folder else "")
-            + f", {height} x {width}, {channels} channel{'s' * (channels > 1)}, {changed}"
+            + f", {height} x {width}"
+            + (" in random patches of {} x {}".format(*data.patch) if data.patch else "")
+            + f", {channels} channel{'s' * (channels > 1)}, {changed}"
             + (f", {data.num_classes} classes{_named(train.names)}" if data.num_classes else "")
             + (f"; {sizes}" if sizes else "")
             + (f"; left out: {omitted}" if omitted else "")
@@ -434,10 +466,10 @@ def get_dataset(config, split: str, labels: bool = True) -> DataSet:
 
 
 def mean_norm(data: DataSet, encode: Callable[[Tensor], Tensor]) -> float:
-    """Mean Euclidean norm of the images of a data set, encoded."""
+    """Mean Euclidean norm of the images of a data set, which `encode` encodes as stored."""
     total, at_once = 0.0, max(1, SMALL // data[:1].numel())
     for batch in in_order(data, at_once):
-        total += encode(batch.images / 255).flatten(1).norm(dim=1).sum().item()
+        total += encode(batch.images).flatten(1).norm(dim=1).sum().item()
     return total / len(data)
 
 

@@ -27,7 +27,7 @@ from optimizers import OPTIMIZERS
 from sampling import SAMPLERS
 from solvers import SCHEDULES, SOLVERS
 from solvers.rk45 import KEYS as LIMITS
-from sources import SOURCES, codec, folder, preparation
+from sources import SOURCES, codec, folder, patches, preparation
 from sources.codec import CODECS
 
 # Keys of the loops of training, sampling and evaluation.
@@ -124,7 +124,7 @@ def all_keys() -> dict[str, Key]:
     """
     keys = {}
     for owner in (  # in the order in which docs/config.md shows the keys of a section
-        *(datasets, *SOURCES.values(), folder, codec, *CODECS.values()),
+        *(datasets, *SOURCES.values(), folder, patches, codec, *CODECS.values()),
         *(methods, models, *NETWORKS.values(), sampling, *SAMPLERS.values(), LIMITS),
         *(*SOLVERS.values(), *SCHEDULES.values(), restoration, *METHODS.values()),
         *(losses, *OBJECTIVES.values(), preparation, optimizers, *OPTIMIZERS.values(), training),

@@ -122,10 +122,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Either:
-    """A number, or something else: a line of text, or several numbers."""
+    """A number or numbers, or something else: a line of text, one of several words, numbers."""
 
-    number: Number
-    other: Text | Numbers
+    number: Number | Numbers
+    other: Text | OneOf | Numbers
 
     def accepts(self, value: Any) -> bool:
         return self.number.accepts(value) or self.other.accepts(value)

@@ -2,7 +2,7 @@
 
 from configs.default import all_keys
 
-SECTIONS = ("config", "data", "training", "optim", "model", "sampling", "eval")
+SECTIONS = ("config", "data", "training", "optim", "model", "sampling", "eval", "reports")
 
 HEAD = """# The keys of a config
 

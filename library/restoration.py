@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -14,12 +15,13 @@ from configs.schema import Flag, Key, Number, OneOf, Text, whole
 from experiment_parts import Parts
 from methods.restoration import RESTORE, Measurement, get_operator
 from samplers.base import Sampler
+from sources.arrays import read_numbers
 from sources.batch import KINDS, Batch, Conditions
 from sources.codec import Codec, Shape
+from sources.dtypes import held
 from sources.folder import read_images
 from sources.images import cropped_then_resized, image_size_of
 from sources.keyed import keyed_generator
-from sources.preparation import to_unit_interval
 from sources.sizes import changes, extent
 from sources.stream import batch_at
 from storage.digests import digests, digests_of_conditions
@@ -86,6 +88,7 @@ class Options:
         noise: standard deviation of the measurement's noise; 1 is the range from black to white.
         split, number: of the images, if there is no path.
         scale: of 16-bit images; see `sources.sixteen_bits`.
+        layout: of arrays in units of their own, `data.layout`; "" for images.
         seed: of the measurement's noise.
     """
 
@@ -97,6 +100,7 @@ class Options:
     split: str = "test"
     number: int = 1
     scale: tuple[float, ...] = ()
+    layout: str = ""
     seed: int = 0
 
 
@@ -139,6 +143,7 @@ class ToRestore:
             evaluation.dataset,
             max(1, evaluation.num_samples // RESTORATIONS),
             config.data.scale,
+            config.data.layout if config.data.dtype else "",
             config.seed,
         )
         return cls.read(options, experiment)
@@ -166,7 +171,7 @@ class ToRestore:
             mask = known_pixels(options.mask, experiment.codec.shape[1:], len(batch)).to(
                 experiment.device
             )
-        images = to_unit_interval(batch.images)
+        images = experiment.codec.units(batch.images)
         measurement = measurement_of(experiment.codec, name, images, options.noise, mask)
         if whole:
             operator = measurement.operator
@@ -196,6 +201,8 @@ def measured_shape(codec: Codec, name: str, noise: float = 0.0) -> Shape:
     if any(side % factor for side in sides):
         size = image_size_of(sides)
         raise ValueError(f"sampling.restore={name!r} does not divide data.image_size={size}")
+    if name == "colour" and codec.levels is None:
+        raise ValueError("sampling.restore='colour' is for images of 8 bits, not for arrays")
     if name == "colour" and channels != 3:
         raise ValueError(f"sampling.restore='colour' needs colour images; these have {channels}")
     if name == "denoise" and not noise:
@@ -209,15 +216,16 @@ def measurement_of(
     """The measurement whose values are `images`, measured by `name`, one of `RESTORE`.
 
     Args:
-        images: (n, *measured_shape), in [0, 1] up to their noise.
-        noise: its standard deviation; 1 is the range from black to white.
+        images: (n, *measured_shape), in [0, 1] up to their noise, or arrays in their own units.
+        noise: its standard deviation; 1 is the range from black to white, of arrays the standard
+            deviation of a channel.
         mask: bool, of the pixels that are known; see `methods.restoration.inpainting`.
     """
-    operator, (low, high) = get_operator(name, mask), codec.bounds
+    operator = get_operator(name, mask)
     value = codec.encode(images)
     if name == "inpaint":
         value = operator.forward(value)  # sets the missing pixels to 0
-    return Measurement(operator, value, noise * (high - low))
+    return Measurement(operator, value, noise * codec.noise_unit)
 
 
 def damaged(
@@ -241,13 +249,13 @@ def damaged(
     if (missing is not None) != (name == "inpaint"):
         raise ValueError(f"'inpaint' needs the missing pixels, and nothing else does; not {name!r}")
     if missing is None:
-        return measurement_of(codec, name, images.float(), noise)
+        return measurement_of(codec, name, images.to(codec.precision), noise)
     sides = codec.data_shape[1:]
     if missing.shape not in (sides, (len(images), *sides)):
         raise ValueError(f"missing must be bool (H, W) or (n, H, W), not {tuple(missing.shape)}")
     mask = ~missing.to(images.device, torch.bool).view(-1, 1, *sides)
     mask = mask if len(mask) > 1 else mask[0, 0]
-    return measurement_of(codec, name, images.float(), noise, mask)
+    return measurement_of(codec, name, images.to(codec.precision), noise, mask)
 
 
 def restoring_sampler(experiment: Parts, measurement: Measurement) -> Sampler:
@@ -256,9 +264,14 @@ def restoring_sampler(experiment: Parts, measurement: Measurement) -> Sampler:
 
 
 def _batch(options: Options, experiment: Parts, shape: Shape) -> Batch:
-    """uint8 images (n, *shape), and the conditions that the network is given."""
+    """Images as stored, (n, *shape), and the conditions that the network is given."""
     channels, *size = shape
-    if options.path:
+    if options.path and options.layout:
+        key, path = "sampling.restore_path", Path(options.path)
+        arrays = read_numbers(key, path, (*size, channels), options.layout).values()
+        stored = torch.from_numpy(held(np.stack([*arrays]))).permute(0, 3, 1, 2)
+        batch = Batch(stored, _unknown_conditions(experiment, len(stored)))
+    elif options.path:
         pictures = read_images("sampling.restore_path", options.path, channels, options.scale)
         sizes = [picture.shape[:2] for picture in pictures.values()]
         for change in changes(sizes, size):

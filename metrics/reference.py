@@ -19,6 +19,7 @@ from datasets import Data, DataChanged, DataSet, Resident, Stream, in_order
 from metrics.distances import Gaussian, TooFew, shortage
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_spaces
 from sources import digests
+from sources.codec import Codec
 from storage.digests import digests as digests_of_tensors
 from storage.files import check_arrays, read_arrays, save_npz, sparing_time
 
@@ -94,9 +95,11 @@ class ReferenceStatistics:
     origin: Mapping[str, str | int] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config, device: torch.device, data: Data) -> "list[ReferenceStatistics]":
+    def from_config(
+        cls, config, device: torch.device, data: Data, codec: Codec
+    ) -> "list[ReferenceStatistics]":
         """Reference statistics in each feature space of `config`; raises as `build`."""
-        spaces = get_spaces(config.eval.features, config.eval.inception_path, data.shape, device)
+        spaces = get_spaces(config.eval.features, config.eval.inception_path, codec, device)
         for space in spaces:
             number = config.eval.num_samples
             if words := shortage(number, space.width):

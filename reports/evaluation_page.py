@@ -27,6 +27,7 @@ from reports.settings import (
     of_report,
     solver_words,
 )
+from sources.codec import Codec
 from storage.files import atomic_write, open_regular
 from storage.tensorboard import read_scalars, seconds_of_training
 
@@ -82,11 +83,13 @@ def save_page(
     warmup: int,
     cooldown: int,
     settings: Mapping[str, Any],
+    unit: str = "",
 ) -> None:
     """Write report.html: the numbers of all checkpoints in the folder, the pictures of number k.
 
     `network` is its name in papers; the learning rate rises over `warmup` steps and falls over the
     last `cooldown`. `settings` are shown as they are: every key of the config, in nested mappings.
+    `unit` is the name of that of arrays.
     """
     report = read_report(folder / f"report_{k}.npz")
     reports = {k: report}
@@ -98,12 +101,15 @@ def save_page(
     scalars = read_scalars(board)
     paths = {name: folder / f"{name}_{k}.png" for name in PICTURES}
     paths = {name: path for name, path in paths.items() if path.exists()}
-    pictures = [_picture(experiment, name, path) for name, path in paths.items()]
+    bars = colour_bars(experiment.codec, unit)
+    pictures = [_picture(experiment, name, path, bars) for name, path in paths.items()]
     pictures = [picture for picture in pictures if picture]
     samples = folder.glob(f"ckpt_{k}/samples_*.npz")
     files = {
         "numbers of this one": [folder / f"report_{k}.npz"],
-        "samples, uint8 (n, H, W, C)": sorted(samples, key=lambda path: (len(path.name), path)),
+        f"samples, {experiment.codec.dtype} (n, H, W, C)": sorted(
+            samples, key=lambda path: (len(path.name), path)
+        ),
         "pictures, whole": list(paths.values()),
     }
     parameters = sum(p.numel() for p in experiment.network.parameters())
@@ -153,7 +159,19 @@ def save_page(
         file.write(page.encode(errors="backslashreplace"))
 
 
-def _picture(experiment: Parts, name: str, path: Path) -> Picture | None:
+def colour_bars(codec: Codec, unit: str = "") -> list[tuple[str, str, str]]:
+    """What is black and white in pictures of arrays, by channel where these differ; else []."""
+    windows = dict(enumerate(codec.windows[:SIDE_BY_SIDE]))
+    if len({*windows.values()}) == 1:
+        windows = {"": windows[0]}
+    names = {key: f"channel {key}" * (key != "") for key in windows}
+    return [
+        (names[key], f"{low:.6g} {unit}".strip(), f"{high:.6g} {unit}".strip())
+        for key, (low, high) in windows.items()
+    ]
+
+
+def _picture(experiment: Parts, name: str, path: Path, bars: list) -> Picture | None:
     """The picture at `path`, its rows named by their classes; None if it is damaged."""
     title, caption = PICTURES[name]
     classes, class_label = experiment.classes, experiment.sampler.class_label
@@ -166,7 +184,7 @@ def _picture(experiment: Parts, name: str, path: Path) -> Picture | None:
         of_class = 0
     rows = min(classes, CLASS_ROWS) if name == "classes" else of_class
     png = _readable(path, page_png)
-    return png and Picture(title, caption, png, rows=_class_names(experiment)[:rows])
+    return png and Picture(title, caption, png, rows=_class_names(experiment)[:rows], bars=bars)
 
 
 def _class_names(experiment: Parts) -> list[str]:

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,11 +20,6 @@ LONGEST = 4  # side of an enlarged image, in units of the least one
 LARGEST = 9216  # side of a picture: WebP allows 16,383, and Pillow reads 89 megapixels
 
 Images = NDArray[np.uint8]  # (n, H, W, C)
-
-
-def to_uint8(images: Tensor) -> Images:
-    """Images in [0, 1], (B, C, H, W), as uint8 (B, H, W, C)."""
-    return channels_last((images * 255).round().to(torch.uint8))
 
 
 def channels_last(images: Tensor) -> NDArray:

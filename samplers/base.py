@@ -50,6 +50,12 @@ KEYS = {
         OneOf(("fp32", "bf16", "auto")),
         "precision of the network in sampling, as training.precision; states are float32",
     ),
+    "sampling.size": Key(
+        (),
+        Numbers(whole(1, 2**16), (0, 2)),
+        "--mode sample and the library: (height, width) of samples larger than what the network is "
+        "trained on, by overlapping tiles; (): the sides of the data, or of data.patch",
+    ),
     "sampling.channels_last": Key(False, Flag(), "memory format of images in sampling"),
     "sampling.compile": Key(False, Flag(), "torch.compile the network in sampling"),
 }

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
 from configs.keys import with_home
-from configs.schema import Key, Number, Numbers, Text, whole
-from sources import digests, labels, listing, splits
+from configs.schema import Either, Key, Number, Numbers, OneOf, Text, whole
+from sources import arrays, digests, labels, listing, splits
 from sources.arrays import Arrays, is_array, read_array
 from sources.base import Classes, PerProcess, Picture, Source, View
 from sources.files import Files, Measured, open_below, open_in, read_bounded
@@ -30,9 +30,11 @@ LABEL_BYTES = 32  # of an image's line in a dataset.json, besides its name
 KEYS = {  # for image files of data, and of other keys such as sampling.encode
     "data.scale": Key(
         (),
-        Numbers(Number(-1e9, 1e9), (0, 2), rising=True),
+        Either(Numbers(Number(-1e9, 1e9), (0, 2), rising=True), OneOf(("channels", "all"))),
         "of 16-bit image files: the values (low, high) that become black and white; (): measured, "
-        "(0, 2^b - 1) for the b bits of the largest value",
+        "(0, 2^b - 1) for the b bits of the largest value. Of arrays in units of their own: what "
+        "data.mean and data.std are measured of, 'channels' (or ()) each by itself, 'all' all "
+        "together; (low, high) become -1 and 1",
     ),
 }
 
@@ -50,7 +52,7 @@ def open_folder(data: ConfigDict, split: str) -> Source:
     return find(data).open(data, split)
 
 
-open_folder.keys = {
+open_folder.keys = arrays.KEYS | {
     "data.path": Key(
         "",
         Text(),

@@ -7,6 +7,7 @@ from functools import partial
 from typing import IO, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sources import sixteen_bits
@@ -21,6 +22,7 @@ SWAPPED = (5, 6, 7, 8)  # values of EXIF's orientation where height and width ar
 
 Size = tuple[int, int]  # height and width
 ImageSize = int | Size  # a value of `data.image_size`; one number for a square
+Shape = tuple[int, int, int]  # channels, height, width
 
 
 def sides_of(image_size: ImageSize) -> Size:
@@ -31,6 +33,14 @@ def sides_of(image_size: ImageSize) -> Size:
 def image_size_of(sides: Size) -> ImageSize:
     """The value of `data.image_size` for height and width, `sides`."""
     return sides[0] if sides[0] == sides[1] else tuple(sides)
+
+
+def shape_of(data: ConfigDict) -> Shape:
+    """(C, H, W) that a config's `data` states; ValueError where it is not decided yet."""
+    for key in ("num_channels", "image_size"):
+        if not data[key]:
+            raise ValueError(f"data.{key} is open: training measures it at its first start")
+    return data.num_channels, *sides_of(tuple(data.patch) or data.image_size)
 
 
 class Header(NamedTuple):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sources.preparation import to_unit_interval
 from sources.stream import DataSet, batch_at
 
 SAMPLED = 2000  # images of which distances and the standard deviation are estimated
@@ -16,7 +15,7 @@ MOST_ENTRIES = 2**27  # of all these together: 512 MiB
 
 @dataclass(frozen=True)
 class ImageMeasures:
-    """Measures of up to `SAMPLED` images of `data`, spread evenly, encoded by `encode`."""
+    """Measures of up to `SAMPLED` images of `data`, spread evenly; `encode` encodes stored ones."""
 
     data: DataSet
     encode: Callable[[Tensor], Tensor]
@@ -24,10 +23,10 @@ class ImageMeasures:
     @functools.cached_property
     def images(self) -> Tensor:
         """The encoded images (n, D), float32."""
-        dim = self.encode(to_unit_interval(self.data[:1])).numel()
+        dim = self.encode(self.data[:1]).numel()
         number = max(2, min(SAMPLED, len(self.data), MOST_ENTRIES // dim))
         rows = torch.linspace(0, len(self.data) - 1, number, dtype=torch.float64).long()
-        parts = (to_unit_interval(batch_at(self.data, part).images) for part in rows.split(100))
+        parts = (batch_at(self.data, part).images for part in rows.split(100))
         return torch.cat([self.encode(images).flatten(1) for images in parts])
 
     def standard_deviation(self) -> float:

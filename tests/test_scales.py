@@ -138,12 +138,12 @@ def test_the_largest_noise_level_of_ve():
 def test_measures_of_a_part_of_many_images(monkeypatch):
     monkeypatch.setattr(measures, "SAMPLED", 30)
     data = torch.randint(256, (1000, 2, 3, 4), dtype=torch.uint8)
-    sample = ImageMeasures(data, lambda x: 2 * x - 1)
+    sample = ImageMeasures(data, lambda stored: 2 * (stored / 255) - 1)
     rows = [int(k) for k in np.linspace(0, 999, 30)]
     x = data[rows].double().flatten(1).numpy() / 127.5 - 1
     assert sample.standard_deviation() == pytest.approx(x.std(), rel=1e-6)
     assert sample.largest_distance() == pytest.approx(pdist(x).max(), rel=1e-5)
-    black = ImageMeasures(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), lambda x: x)
+    black = ImageMeasures(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), lambda stored: stored / 255)
     for measure in (black.standard_deviation, black.largest_distance):
         with pytest.raises(ValueError, match=r"all (entries|training images).*: set model.sigma_"):
             measure()
