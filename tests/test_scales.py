@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.spatial.distance import pdist
 from sklearn.datasets import load_digits
 from test_configs import load
 from test_small_runs import tiny
+from warm_start import run_main
 
 import datasets
 import run_lib
@@ -159,6 +161,18 @@ def test_what_needs_an_open_value_says_so(path, key):
     config.update_from_flattened_dict({key: None})
     with pytest.raises(ValueError, match=f"^{key} is open: training measures it at its first"):
         get_method(config)
+
+
+def test_none_on_the_command_line(tmp_path):
+    train = ["--config", "configs/pfgmpp/digits_ddpmpp.py", "--mode", "train", "--dry_run"]
+    train += ["--workdir", tmp_path, "--config.model.sigma_data=None"]
+    done = run_main([*train, "--config.sampling.sigma_max=None"])
+    (measured,) = re.findall(r"model.sigma_data = ([\d.]+)", done.stdout + done.stderr)
+    assert float(measured) == pytest.approx(digits().std(), rel=1e-5)
+    done = run_main([*train, "--config.model.P_std=None"], expect=2)
+    assert done.stderr == "error: model.P_std must be a number from 0.001 to 4, not None\n"
+    done = run_main([*train, "--config.model.P=None"], expect=2)
+    assert "unknown config value model.P" in done.stderr
 
 
 def test_published_and_own_images():
