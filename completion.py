@@ -150,7 +150,8 @@ def complete(
         decided.append(f"the training images decide: {words}")
     derived = {k: value for k, value in scaled(config, flat).items() if k not in values}
     _set(config, derived)
-    if changed := [key for key in sorted(derived) if derived[key] != flat[key]]:
+    new = flatten(config)
+    if changed := [key for key in sorted(derived) if new[key] != flat[key]]:
         words = ", ".join(f"{key} = {_words(derived[key])}" for key in changed)
         decided.append(f"noise levels follow model.sigma_data: {words}")
     return config, data, decided + lines

@@ -39,7 +39,7 @@ def parse(
         The program's name.
     """
     try:
-        argv = _with_home(argv)
+        argv, emptied = _without_none(_with_home(argv))
         path = value_of(argv, "config")
         if path is not None:
             _check_file(path)
@@ -53,6 +53,8 @@ def parse(
             config_flags.DEFINE_config_file("config", None, HELP)
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["config"])  # --help lists it
         rest = FLAGS(argv)
+        if emptied:
+            _set_none(FLAGS.config, emptied)
     except (AttributeError, KeyError) as error:
         fail(f"unknown config value: {error.args[0]}")
     except (flags.Error, ValueError, TypeError, OSError, MemoryError, OverflowError) as error:
@@ -83,6 +85,26 @@ def _with_home(argv: list[str]) -> list[str]:
             argument = with_home(before, argument)
         arguments.append(argument)
     return arguments
+
+
+def _without_none(argv: list[str]) -> tuple[list[str], list[str]]:
+    """`argv` without values of the config that it sets to None, and their keys.
+
+    The flags of numbers, which config_flags makes, do not know None.
+    """
+    matches = [re.fullmatch(r"--?config\.([^=\[]*)=None", argument) for argument in argv]
+    rest = [a for a, match in zip(argv, matches, strict=True) if not match]
+    return rest, [match[1] for match in matches if match]
+
+
+def _set_none(config: ConfigDict, names: list[str]) -> None:
+    from configs.default import all_keys
+
+    keys = all_keys()
+    for name in names:
+        if not keys[name].accepts(None):
+            raise ValueError(f"{name} must be {keys[name]}, not None")
+        config.update_from_flattened_dict({name: None})
 
 
 @contextlib.contextmanager

@@ -143,8 +143,10 @@ def get_default_config() -> ConfigDict:
             config[section] = ConfigDict()
         owner = config[section] if section else config
         value = key.default
-        if isinstance(key.allowed, Either) or key.opens:  # else only the default's type fits
+        if isinstance(key.allowed, Either):  # else only values of the default's type fit
             value = config_dict.FieldReference(value, field_type=object)
+        elif key.opens:  # or None
+            value = config_dict.FieldReference(value)
         elif value is None:
             value = config_dict.placeholder(key.allowed.kind)
         owner[last] = value

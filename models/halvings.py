@@ -23,10 +23,12 @@ class Halvings:
     Attributes:
         sides: (height, width) at each level, the first after padding.
         factors: (vertical, horizontal) between each two levels, 2 or 1.
+        multiples: what height and width are padded to a multiple of.
     """
 
     sides: tuple[Size, ...]
     factors: tuple[Factors, ...]
+    multiples: Size
 
     @classmethod
     def of(cls, image_size: ImageSize, number: int) -> Self:
@@ -35,16 +37,14 @@ class Halvings:
         for _ in range(number):
             factors.append(tuple(2 if side > 1 else 1 for side in sides[-1]))
             sides.append(tuple(s // f for s, f in zip(sides[-1], factors[-1], strict=True)))
-        return cls(tuple(sides), tuple(factors))
+        multiples = tuple(first // last for first, last in zip(sides[0], sides[-1], strict=True))
+        return cls(tuple(sides), tuple(factors), multiples)
 
     def margins(self, x: Tensor) -> list[int]:
         """Pixels (left, right, top, bottom) around `x` (B, C, H, W) after which its sides halve."""
-        margins = []
-        for axis in (1, 0):
-            multiple = math.prod(factors[axis] for factors in self.factors)
-            missing = -x.shape[2 + axis] % multiple
-            margins += [missing // 2, missing - missing // 2]
-        return margins
+        height, width = x.shape[2:]
+        rows, columns = -height % self.multiples[0], -width % self.multiples[1]
+        return [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
 
     def remarks(self, image_size: ImageSize) -> list[str]:
         """A line on the padding of images of `image_size` where there is any."""

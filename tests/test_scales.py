@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.spatial.distance import pdist
 from sklearn.datasets import load_digits
 from test_configs import load
 from test_small_runs import tiny
+from warm_start import run_main
 
 import datasets
 import run_lib
@@ -19,6 +21,7 @@ from configs.schema import Key, Number
 from experiment import Experiment
 from experiment import load as load_trained
 from methods import get_method
+from models import create_model
 from sources import codec, measures
 from sources.codec import EightBitImages
 from sources.measures import ImageMeasures
@@ -131,8 +134,8 @@ def test_the_largest_noise_level_of_ve():
     assert 0.9 * largest <= done.model.sigma_max <= largest + 1e-4  # of the digits to train on
     x = (digits() + 1) / 2
     assert done.model.sigma_max == pytest.approx(pdist(x).max(), rel=1e-5)
-    with torch.device("meta"):
-        Experiment.build(done)
+    assert get_method(done).sigma_max == done.model.sigma_max
+    assert create_model(done).sigmas is None  # given the noise level itself
 
 
 def test_measures_of_a_part_of_many_images(monkeypatch):
@@ -158,6 +161,18 @@ def test_what_needs_an_open_value_says_so(path, key):
     config.update_from_flattened_dict({key: None})
     with pytest.raises(ValueError, match=f"^{key} is open: training measures it at its first"):
         get_method(config)
+
+
+def test_none_on_the_command_line(tmp_path):
+    train = ["--config", "configs/pfgmpp/digits_ddpmpp.py", "--mode", "train", "--dry_run"]
+    train += ["--workdir", tmp_path, "--config.model.sigma_data=None"]
+    done = run_main([*train, "--config.sampling.sigma_max=None"])
+    (measured,) = re.findall(r"model.sigma_data = ([\d.]+)", done.stdout + done.stderr)
+    assert float(measured) == pytest.approx(digits().std(), rel=1e-5)
+    done = run_main([*train, "--config.model.P_std=None"], expect=2)
+    assert done.stderr == "error: model.P_std must be a number from 0.001 to 4, not None\n"
+    done = run_main([*train, "--config.model.P=None"], expect=2)
+    assert "unknown config value model.P" in done.stderr
 
 
 def test_published_and_own_images():
@@ -195,22 +210,17 @@ def test_a_run_keeps_what_it_measured(tmp_path):
 # --- scaled data train as unscaled ones do --------------------------------------------------------
 
 
-def trajectory(tmp_path, std, objective, sde):
+def trajectory(tmp_path, std, path, changes):
     """Losses of 20 steps and samples after them, of digits scaled to `std`, in [0, 1]."""
-    path = "pfgmpp/digits_consistency.py" if objective == "consistency" else PFGMPP
     values = {
         **OPEN,
-        "training.sde": sde,
         "data.codec": "scaled",
-        "data.factor": std / digits().std(),
+        "data.factor": float(std / digits().std()),
         "training.batch_size": 64,
         "training.small_batch_size": 32,
         "optim.warmup": 0,
-        "sampling.N": 2 if objective == "consistency" else 6,
-        "consistency.c": 0.06,
+        **changes,
     }
-    if objective == "consistency":
-        values["sampling.levels"] = (0.8,)
     config = tiny(path, tmp_path, **{k.replace(".", "__"): v for k, v in values.items()})
     config.training.n_iters = 20
     config, data, _ = complete(config)
@@ -233,14 +243,31 @@ def trajectory(tmp_path, std, objective, sde):
     return np.array(losses), samples.numpy()
 
 
+RUNS = {
+    "PFGM++ with churn": (
+        PFGMPP,
+        {"sampling.ode_solver": "heun", "sampling.N": 6, "sampling.S_churn": 3.0}
+        | {"sampling.S_min": 0.05, "sampling.S_max": 20.0},
+    ),
+    "EDM by rk45": (
+        PFGMPP,
+        {"training.sde": "edm", "sampling.ode_solver": "rk45"}
+        | {"sampling.rtol": 1e-6, "sampling.atol": 1e-6},  # its first step knows the unit of t
+    ),
+    "consistency": (
+        "pfgmpp/digits_consistency.py",
+        {"sampling.method": "consistency", "sampling.N": 2, "sampling.levels": (0.8,)}
+        | {"consistency.c": 0.06},
+    ),
+}
+
+
 @pytest.mark.usefixtures("scaled_codec", "one_thread")
-@pytest.mark.parametrize(
-    "objective, sde", [("regression", "pfgmpp"), ("regression", "edm"), ("consistency", "pfgmpp")]
-)
-def test_scaled_digits_train_as_unscaled_ones(tmp_path, objective, sde):
-    losses, samples = trajectory(tmp_path, 0.5, objective, sde)
-    assert losses[-1] < losses[0]
+@pytest.mark.parametrize("name", RUNS)
+def test_scaled_digits_train_as_unscaled_ones(tmp_path, name):
+    losses, samples = trajectory(tmp_path, 0.5, *RUNS[name])
+    assert losses[-5:].mean() < losses[:5].mean() and samples.std() > 0.1
     for std in (0.05, 0.25, 2.0):
-        others = trajectory(tmp_path, std, objective, sde)
+        others = trajectory(tmp_path, std, *RUNS[name])
         np.testing.assert_allclose(others[0], losses, rtol=1e-4)
         np.testing.assert_allclose(others[1], samples, atol=1e-4)
