@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,7 +113,7 @@ def save_page(
         "pictures, whole": list(paths.values()),
     }
     parameters = sum(p.numel() for p in experiment.network.parameters())
-    channels, size, _ = experiment.data.shape
+    channels, *sides = experiment.data.shape
     width = f" of width {report['ema_std']:g}" if "ema_std" in report else ""
     cost = [f"{number(report['nfe'])} evaluations"] if "nfe" in report else []
     made_by = of_report(report)
@@ -121,7 +121,8 @@ def save_page(
     facts = {
         "method": experiment.method.name,
         "network": f"{network}, {parameters:,} parameters",
-        "data": f"{experiment.data.name}, {size} × {size}, {_colours(size, channels)}",
+        "data": f"{experiment.data.name}, {' × '.join(map(str, sides))}, "
+        f"{_colours(sides, channels)}",
         "checkpoint": f"step {step:,}, EMA weights{width}",
         "initial weights": str(report.get("initial_weights", "")),
         "training time": duration(seconds_of_training(board, step)),
@@ -201,10 +202,10 @@ def _classes(experiment: Parts) -> str:
     return f"{experiment.classes:,}" + (f": {names}{more}" if names else "")
 
 
-def _colours(size: int, channels: int) -> str:
+def _colours(sides: Sequence[int], channels: int) -> str:
     if channels in (1, 3):
         return "grey" if channels == 1 else "colour"
-    if (size, channels) == (1, 2):
+    if (*sides, channels) == (1, 1, 2):
         return "points of the plane"
     first = f"the first {SIDE_BY_SIDE} " if channels > SIDE_BY_SIDE else ""
     return f"{channels} channels, {first}side by side in pictures"
