@@ -39,7 +39,7 @@ def parse(
         The program's name.
     """
     try:
-        argv, emptied = _without_none(_with_home(argv))
+        argv = _with_home(argv)
         path = value_of(argv, "config")
         if path is not None:
             _check_file(path)
@@ -52,9 +52,10 @@ def parse(
         else:
             config_flags.DEFINE_config_file("config", None, HELP)
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["config"])  # --help lists it
+        argv, opened = _without_none(argv)
         rest = FLAGS(argv)
-        if emptied:
-            _set_none(FLAGS.config, emptied)
+        if opened:
+            FLAGS.config.update_from_flattened_dict(dict.fromkeys(opened))
     except (AttributeError, KeyError) as error:
         fail(f"unknown config value: {error.args[0]}")
     except (flags.Error, ValueError, TypeError, OSError, MemoryError, OverflowError) as error:
@@ -88,23 +89,19 @@ def _with_home(argv: list[str]) -> list[str]:
 
 
 def _without_none(argv: list[str]) -> tuple[list[str], list[str]]:
-    """`argv` without values of the config that it sets to None, and their keys.
+    """`argv` without the keys of numbers that it sets to None, to be measured, and these keys.
 
-    The flags of numbers, which config_flags makes, do not know None.
+    The flags of config_flags do not know None.
     """
     matches = [re.fullmatch(r"--?config\.([^=\[]*)=None", argument) for argument in argv]
-    rest = [a for a, match in zip(argv, matches, strict=True) if not match]
-    return rest, [match[1] for match in matches if match]
+    if not any(matches):
+        return argv, []
+    from configs.default import all_keys  # see `_defaults`
 
-
-def _set_none(config: ConfigDict, names: list[str]) -> None:
-    from configs.default import all_keys
-
-    keys = all_keys()
-    for name in names:
-        if not keys[name].accepts(None):
-            raise ValueError(f"{name} must be {keys[name]}, not None")
-        config.update_from_flattened_dict({name: None})
+    names = {name for name, key in all_keys().items() if key.accepts(None)}
+    opened = [match is not None and match[1] in names for match in matches]
+    rest = [argument for argument, is_open in zip(argv, opened, strict=True) if not is_open]
+    return rest, [match[1] for match, is_open in zip(matches, opened, strict=True) if is_open]
 
 
 @contextlib.contextmanager
