@@ -146,7 +146,7 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
         ValueError, OSError: there is no finished run in `workdir`, or its data cannot be read.
     """
     run = experiment.load(workdir, {"eval.num_samples": num}, fits=False).experiment
-    statistics, *_ = ReferenceStatistics.from_config(run.config, run.device, run.data)
+    statistics, *_ = ReferenceStatistics.from_config(run.config, run.device, run.data, run.codec)
     if statistics.reference is None:
         statistics.measure(lambda images: None)
     folder, distances = evaluation_folder(workdir, "robustness"), {}

@@ -10,6 +10,7 @@ from warm_start import run_main
 from experiment import load
 from likelihood import log_likelihood, rademacher
 from sources.keyed import keyed_generator
+from storage.checkpoints import load_checkpoint
 
 TINY = {
     "data.dataset": "folder",
@@ -33,14 +34,14 @@ TINY = {
 }
 
 
-def call(mode, workdir, *arguments, config="pfgmpp/digits_demo.py", **values):
+def call(mode, workdir, *arguments, expect=0, processes=1, **values):
     overrides = [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
     base = ["--mode", mode, "--workdir", workdir, *arguments]
     if mode == "train":
-        base += ["--config", ROOT / "configs" / config]
+        base += ["--config", ROOT / "configs/pfgmpp/digits_demo.py"]
         overrides = [f"--config.{key}={value}" for key, value in TINY.items()] + overrides
     overrides.append(f"--config.eval.stats_dir={workdir}/stats")
-    return run_main([*base, *overrides])
+    return run_main([*base, *overrides], expect, processes)
 
 
 def array(dtype, shape, seed=0):
@@ -140,3 +141,37 @@ def test_the_library_on_arrays(tmp_path):
         trained.restore(x[:, :1], "colour", [0])
     frames = trained.film([0], frames=3)
     assert frames.dtype == torch.uint8 and frames.shape == (3, 1, 2, 8, 8)
+
+
+@pytest.mark.slow
+def test_processes_share_arrays_on_disk(tmp_path):
+    """In types that gloo does not know too; the weights are those of one process."""
+    np.save(tmp_path / "x.npy", array("int16", (40, 8, 8)))
+    values = {"data__path": tmp_path / "x.npy", "data__resident_bytes": 0}
+    weights = {}
+    for processes in (1, 2):
+        run = tmp_path / f"run_{processes}"
+        call("train", run, processes=processes, training__snapshot_sampling=False, **values)
+        weights[processes] = load_checkpoint(run / "checkpoints/checkpoint_20.pth")["model"]
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[2][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_arrays_that_are_given_must_fit(tmp_path):
+    data, run = array("int16", (40, 8, 8, 2)), tmp_path / "run"
+    np.save(tmp_path / "x.npy", data)
+    call("train", run, data__path=tmp_path / "x.npy", training__n_iters=1)
+    np.save(tmp_path / "wide.npy", data[:, :, :4])
+    np.save(tmp_path / "nan.npy", np.where(data[:1] > 100, np.nan, data[:1]))
+    (tmp_path / "x.png").write_bytes(b"no array")
+    for name, says in {
+        "wide.npy": "must hold arrays of the shape (8, 8, 2) (H, W, C)",
+        "nan.npy": "is nan: replace what is not finite",
+        "x.png": "arrays are given as an .npy or .npz",
+    }.items():
+        done = call(
+            "sample", run, "--outdir", tmp_path / "out", expect=2,
+            sampling__encode=tmp_path / name,
+        )  # fmt: skip
+        assert says in done.stderr and done.stderr.count("\n") == 1

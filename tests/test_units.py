@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_arrays import config_of, mistake
+from test_configs import load
 from test_small_runs import tiny
 
 import datasets
 from completion import complete
 from experiment import Experiment
+from reports.evaluation_page import colour_bars
+from sources.codec import EightBitImages
 from sources.codec import from_config as get_codec
 from sources.dtypes import DTYPES, held, limits, name_of
 from sources.measured_arrays import MeasuredArrays
@@ -236,6 +240,33 @@ def test_images_of_8_bits_are_no_arrays(tmp_path):
         complete(tiny("vp/digits_ddpmpp.py", tmp_path, data__scale="all"))
 
 
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_pictures_show_the_window():
+    codec = MeasuredArrays((2, 1, 3), "int16", (0.0, 0.0), (1.0, 1.0), (-100.0, 100.0, 0.0, 10.0))
+    stored = np.array([[-200, 0], [0, 5], [200, 10]], np.int16).reshape(1, 1, 3, 2)
+    assert codec.pictures(stored).reshape(3, 2).tolist() == [[0, 0], [128, 128], [255, 255]]
+    x = codec.encode(codec.units(as_tensor(stored.clip(-100, 100))))
+    assert codec.show(x).flatten().tolist() == [0, 128, 255, 0, 128, 255]
+    assert (codec.show(1e4 * x).float().mean() - 128).abs() < 64  # noise stays visible
+    one = MeasuredArrays((2, 1, 3), "int16", (0.0, 0.0), (1.0, 1.0), (-100.0, 100.0))
+    assert one.windows == ((-100.0, 100.0),) * 2
+    assert one == codec and one.identity == codec.identity  # a window changes no result
+    with pytest.raises(ValueError, match="reports.window has 6 numbers"):
+        MeasuredArrays((2, 1, 3), "int16", (0.0, 0.0), (1.0, 1.0), 3 * (0.0, 1.0))
+    with pytest.raises(ValueError, match="each low must be below its high"):
+        MeasuredArrays((2, 1, 3), "int16", (0.0, 0.0), (1.0, 1.0), (1.0, 1.0))
+
+
+def test_colour_bars_of_a_page():
+    codec = MeasuredArrays((5, 1, 3), "int16", 5 * (0.0,), 5 * (1.0,), (-100.0, 100.0))
+    assert colour_bars(codec, "HU") == [("", "-100 HU", "100 HU")]
+    codec = MeasuredArrays((2, 1, 3), "int16", (0.0, 1.0), (1.0, 1.0), (0.0, 1.0, 2.0, 4.5))
+    assert colour_bars(codec) == [("channel 0", "0", "1"), ("channel 1", "2", "4.5")]
+    assert colour_bars(EightBitImages((3, 8, 8))) == []
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -269,3 +300,14 @@ def test_twelve_bits_and_their_floats_train_alike(tmp_path):
         assert (a - b).abs().max() < 1e-6
     for a, b in zip(ends["uint16"], ends["float"], strict=True):
         assert (a - b).abs().max() < 1e-9
+
+
+def test_no_config_of_own_data_mirrors_them():
+    """Arrays are not augmented unless this is asked for."""
+    paths = [p for p in (ROOT / "configs").glob("*/*.py") if not p.name.startswith("_")]
+    configs = [load(str(path.relative_to(ROOT / "configs"))) for path in paths]
+    of_folders = [config for config in configs if config.data.dataset == "folder"]
+    assert len(of_folders) > 5
+    for config in of_folders:
+        assert not config.data.random_flip
+        assert not config.training.augment or config.model.augment_dim == 9
