@@ -1,6 +1,7 @@
 """report.html: gathers from the files of a run what the page of an evaluation shows."""
 
 import logging
+import math
 import shlex
 import subprocess
 import sys
@@ -165,9 +166,13 @@ def colour_bars(codec: Codec, unit: str = "") -> list[tuple[str, str, str]]:
     windows = dict(enumerate(codec.windows[:SIDE_BY_SIDE]))
     if len({*windows.values()}) == 1:
         windows = {"": windows[0]}
-    names = {key: f"channel {key}" * (key != "") for key in windows}
+
+    def text(end: float, width: float) -> str:
+        digits = 3 - math.floor(math.log10(width))  # a thousandth of the width, or finer
+        return f"{round(end, digits):.12g} {unit}".strip()
+
     return [
-        (names[key], f"{low:.6g} {unit}".strip(), f"{high:.6g} {unit}".strip())
+        (f"channel {key}" * (key != ""), text(low, high - low), text(high, high - low))
         for key, (low, high) in windows.items()
     ]
 
