@@ -102,6 +102,7 @@ def test_levels_that_a_config_sets_follow_too():
     config = load("pfgmpp/digits_consistency.py")
     config.update_from_flattened_dict(OPEN)
     config.sampling.update(S_min=0.1, S_max=50.0, guidance_interval=(0.2, 3.0), levels=(0.8,))
+    config.sampling.atol = 1.0  # the largest there is
     before, done = config.consistency, complete(config)[0]
     s = done.model.sigma_data / 0.5
     assert (done.sampling.S_min, done.sampling.S_max) == (0.1 * s, 50 * s)
@@ -109,6 +110,7 @@ def test_levels_that_a_config_sets_follow_too():
     assert done.sampling.levels == (0.8 * s,)
     assert (done.consistency.c, done.consistency.b) == (before.c * s, before.b / s)
     assert done.consistency.P_mean == pytest.approx(before.P_mean + math.log(s), abs=1e-12)
+    assert s > 1 and done.sampling.atol == 1
     assert (done.consistency.k, done.consistency.q) == (before.k, before.q)
     assert (done.model.P_std, done.sampling.rtol) == (config.model.P_std, config.sampling.rtol)
 
