@@ -162,7 +162,7 @@ def scaled(config: ConfigDict, flat: Mapping[str, Any]) -> dict[str, Any]:
 
     Noise levels belong to data of standard deviation 0.5. Where `flat`, the config as it was given,
     leaves sigma_data open, all keys that `scales` follow the measured one, else those that are
-    open, from their defaults.
+    open, from their defaults. What would leave its range stays at its end.
     """
     if "model.sigma_data" not in of_part(methods.method_class(config.training.sde), "keys"):
         return {}
@@ -175,9 +175,11 @@ def scaled(config: ConfigDict, flat: Mapping[str, Any]) -> dict[str, Any]:
     values, follows = {}, flat["model.sigma_data"] is None
     for name, key in all_keys().items():
         if key.scales and (follows or flat[name] is None):
-            value, rule = key.default if flat[name] is None else flat[name], rules[key.scales]
-            several = isinstance(value, tuple | list)
-            values[name] = tuple(map(rule, value)) if several else rule(value)
+            value = key.default if flat[name] is None else flat[name]
+            several, rule = isinstance(value, tuple | list), rules[key.scales]
+            ends = key.allowed.each if several else key.allowed
+            new = [ends.nearest(rule(number)) for number in (value if several else [value])]
+            values[name] = tuple(new) if several else new[0]
     return values
 
 

@@ -24,6 +24,10 @@ class Number:
             self.low <= value <= self.high or self.or_inf and value == math.inf
         )
 
+    def nearest(self, value: float) -> float:
+        """`value`, or the end of the range that it is beyond."""
+        return value if self.accepts(value) else min(max(value, self.low), self.high)
+
     def __str__(self) -> str:
         words = "a whole number" if self.kind is int else "a number"
         if self.high == EXACT:

@@ -434,6 +434,7 @@ class WithSlope(Method):
     degrees_of_freedom, noisy_end = _of_method("degrees_of_freedom"), _of_method("noisy_end")
     perturb_at, prior_sampling = _of_method("perturb_at"), _of_method("prior_sampling")
     prior_logp, prior_norms = _of_method("prior_logp"), _of_method("prior_norms")
+    sigma_unit = _of_method("sigma_unit")
 
     def __init__(self, method: Method):
         self.method = method

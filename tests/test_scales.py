@@ -15,12 +15,14 @@ from test_small_runs import tiny
 from warm_start import run_main
 
 import datasets
+import methods
 import run_lib
 from completion import complete
 from configs.schema import Key, Number
 from experiment import Experiment
 from experiment import load as load_trained
 from methods import get_method
+from methods.restoration import RESTORERS, Measurement, Restoring, superresolution
 from models import create_model
 from sources import codec, measures
 from sources.codec import EightBitImages
@@ -100,6 +102,7 @@ def test_levels_that_a_config_sets_follow_too():
     config = load("pfgmpp/digits_consistency.py")
     config.update_from_flattened_dict(OPEN)
     config.sampling.update(S_min=0.1, S_max=50.0, guidance_interval=(0.2, 3.0), levels=(0.8,))
+    config.sampling.atol = 1.0  # the largest there is
     before, done = config.consistency, complete(config)[0]
     s = done.model.sigma_data / 0.5
     assert (done.sampling.S_min, done.sampling.S_max) == (0.1 * s, 50 * s)
@@ -107,6 +110,7 @@ def test_levels_that_a_config_sets_follow_too():
     assert done.sampling.levels == (0.8 * s,)
     assert (done.consistency.c, done.consistency.b) == (before.c * s, before.b / s)
     assert done.consistency.P_mean == pytest.approx(before.P_mean + math.log(s), abs=1e-12)
+    assert s > 1 and done.sampling.atol == 1
     assert (done.consistency.k, done.consistency.q) == (before.k, before.q)
     assert (done.model.P_std, done.sampling.rtol) == (config.model.P_std, config.sampling.rtol)
 
@@ -271,3 +275,26 @@ def test_scaled_digits_train_as_unscaled_ones(tmp_path, name):
         others = trajectory(tmp_path, std, *RUNS[name])
         np.testing.assert_allclose(others[0], losses, rtol=1e-4)
         np.testing.assert_allclose(others[1], samples, atol=1e-4)
+
+
+@pytest.mark.parametrize("D", [32.0, math.inf])
+@pytest.mark.parametrize("restorer", ["moment_matching", "pigdm", "dps"])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_restorers_of_scaled_data(D, restorer, noise):
+    """The slope at scaled states, levels and measurements is that of unscaled ones."""
+
+    def net(x, label):
+        wave = torch.sin(3 * x + label.view(-1, 1, 1, 1))
+        return wave + 0.3 * x.roll(1, -1) * x
+
+    draw = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(0)}
+    y, value = torch.randn(3, 1, 4, 6, **draw), torch.randn(3, 1, 2, 3, **draw)
+    slopes = []
+    for s in (1.0, 0.1, 4.0):
+        levels = {"sigma_min": 0.002 * s, "sigma_max": 80 * s, "sigma_data": 0.5 * s}
+        method = methods.PFGMPP(D=D, P_mean=-1.2, P_std=1.2, sigma_unit=s, **levels)
+        measurement = Measurement(superresolution(2), s * value, s * noise)
+        restoring = Restoring(method, measurement, RESTORERS[restorer])
+        slopes.append(restoring.slope(net, s * y, 0.7 * s))
+    for other in slopes[1:]:
+        torch.testing.assert_close(other, slopes[0], rtol=1e-8, atol=1e-8)
