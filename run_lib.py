@@ -368,8 +368,7 @@ def sample(
     for key in filter(options.get, ("encode", "between", "restore")):
         objective.check_ode(f"sampling.{key}")
     stored = config.data.scale, config.data.layout if config.data.dtype else ""
-    channels, *sides = data.shape
-    shape = channels, *(options.size or sides)
+    shape = data.shape[0], *(options.size or data.shape[1:])
     pictures = read_encoded(options.encode, shape, *stored)
     ends = read_pair(options.between, shape, *stored)
     trained = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time

@@ -39,8 +39,8 @@ class Trained:
 
     Images are float tensors (n, C, H, W) in [0, 1], and noise levels are in the same unit: at 0.1
     the noise is a tenth of the way from black to white. Arrays in units of their own (`data.dtype`)
-    are float64 in these units, and noise levels in standard deviations of a channel; what is said
-    of images holds for them. Latents are those of the method's prior.
+    are float64, and noise levels in standard deviations of a channel; all that is said of images
+    holds for them. Latents are those of the method's prior.
     Arguments may be on any device; results are on that of the network. A class label is one for all
     images, or one for each (n,), as a number or as a name of `class_names`; -1 is none.
     `conditions` are those besides class labels, rows (n, ...) by name, of a network that has any
@@ -97,8 +97,8 @@ class Trained:
             FloatingPointError: the solution is not finite, or takes more evaluations than
                 `sampling.max_evaluations`.
         """
-        device, dtype = self.experiment.device, self.experiment.codec.precision
-        images = [torch.empty(0, *self.shape, device=device, dtype=dtype)]
+        form = {"device": self.experiment.device, "dtype": self.experiment.codec.precision}
+        images = [torch.empty(0, *self.shape, **form)]
         for sampler, start in self._batches(seeds, class_label, measurement, conditions):
             with self._solving(start.pop("seeds")) as watch:
                 batch, _ = sampler(self.experiment.network, watch=watch, **start)
@@ -225,12 +225,11 @@ class Trained:
         *,
         conditions: OtherConditions = None,
     ) -> Tensor:
-        """Log density (n,), in nats, of images `x` (n, C, H, W) under the flow, over [0, 1]^D.
+        """Log density (n,), in nats, of images `x` (n, C, H, W) under the flow, in their units.
 
         The bits/dim of 8-bit images u are -log p / (D ln 2) + 8 at x = (u + noise) / 256, the noise
         uniform in [0, 1] (Theis et al. 2016). The divergence is that of `eval.divergence`, its
-        probe drawn by `seed`. A network of latents gives their density. That of arrays is in their
-        own units.
+        probe drawn by `seed`. A network of latents gives their density.
 
         Raises as `encode`, and ValueError for a network trained at discrete noise levels.
         """
@@ -250,8 +249,7 @@ class Trained:
     ) -> Tensor:
         """Bits/dim (n,) of images `x` (n, C, H, W) in [0, 1], as `log_likelihood` describes them.
 
-        For data without grey levels, such as latents, they are -log2 p / D; for arrays in units of
-        their own -log p / D, nats an entry.
+        Of latents they are -log2 p / D; of arrays in units of their own -log p / D, nats an entry.
         """
         likelihood, x = self.experiment.likelihood, self._encoded(x)
         probes = keyed_generator(self.experiment.device, "probe", checked_seed(seed))
@@ -283,8 +281,7 @@ class Trained:
         """
         check_floats(x, self.shape, "noisy images")
         method, codec = self.experiment.method, self.experiment.codec
-        unit = codec.noise_unit
-        if math.isinf(unit):
+        if math.isinf(unit := codec.noise_unit):
             raise ValueError("the network denoises latents, not images: see Method.denoise")
         low, high = (level / unit for level in method.level_range)
         levels = checked_levels(sigma, len(x), low, high) * unit
@@ -448,7 +445,6 @@ class Trained:
         return torch.cat(parts)
 
     def _encoded(self, x: Tensor) -> Tensor:
-        codec = self.experiment.codec
         check_shape(x, self.shape, "images")
-        codec.check(x)
+        (codec := self.experiment.codec).check(x)
         return codec.encode(x.to(self.experiment.device, codec.precision))

@@ -12,7 +12,7 @@ from storage.files import LARGEST
 
 PERCENTILES = (0.5, 99.5)  # that a window leads from and to
 LOOKED_AT = 1024  # images, spread evenly, whose numbers the percentiles are of
-VALUES = 2**20  # numbers of a channel that they are of, at most
+VALUES = 2**22  # numbers that they are of, at most
 NAMED = 4  # channels in a line of the log
 
 Scale = str | tuple[float, ...]  # a value of data.scale
@@ -23,20 +23,26 @@ class Moments:
     """What is measured of each channel: mean, standard deviation, and the ends of a window.
 
     `window` has low and high of each channel in turn, or of all at once. `constant` are the numbers
-    of the channels in which all is one number; their deviation is taken to be 1.
+    of the channels in which all is one number; their deviation is taken to be 1. `is_given`: mean
+    and deviation follow from a (low, high) of `data.scale`.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     window: tuple[float, ...]
     constant: tuple[int, ...] = ()
+    is_given: bool = False
 
     @property
     def line(self) -> str:
         """Text for the log."""
-        text = f"channels have mean {_in_words(self.mean)}, standard deviation "
-        text += f"{_in_words(self.std)}, and become 0 and 0.5; pictures show {self.window[0]:.6g} "
-        text += f"to {self.window[1]:.6g}" + ", ..." * (len(self.window) > 2)
+        mean, std = _in_words(self.mean), _in_words(self.std)
+        text = f"channels have mean {mean}, standard deviation {std}, and get 0 and 0.5"
+        if self.is_given:
+            ends = (self.mean[0] - 2 * self.std[0], self.mean[0] + 2 * self.std[0])
+            text = "{:.6g} and {:.6g} become -1 and 1 (data.scale)".format(*ends)
+        text += "; pictures show {:.6g} to {:.6g}".format(*self.window)
+        text += ", ..." * (len(self.window) > 2)
         if self.constant:
             text += f"; constant, and kept: channel {_in_words(self.constant)}"
         return text
@@ -57,7 +63,7 @@ def measure(
     """
     total, lowest, highest, sample = None, np.inf, -np.inf, []
     looked_at = {*np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int).tolist()}
-    random, most = np.random.default_rng(0), max(1, VALUES // len(looked_at))
+    random = np.random.default_rng(0)
     for i in watch(range(len(source))):
         with contextlib.suppress(Unreadable):  # reported when it is decoded
             values = np.asarray(source[i], np.float64)
@@ -67,6 +73,7 @@ def measure(
             lowest = np.minimum(lowest, values.min(0))
             highest = np.maximum(highest, values.max(0))
             if i in looked_at:
+                most = max(1, VALUES // (len(looked_at) * values.shape[1]))
                 rows = random.choice(len(values), min(len(values), most), replace=False)
                 sample.append(values[rows])
     if total is None:
@@ -78,7 +85,8 @@ def measure(
         variance = (variance + np.square(mean - mean.mean())).mean() + 0 * mean
         mean = mean.mean() + 0 * mean
     std = np.where(variance > 0, np.sqrt(variance), 1.0)
-    if type(scale) is tuple and scale:
+    is_given = type(scale) is tuple and len(scale) > 0
+    if is_given:
         low, high = scale
         mean, std = (low + high) / 2 + 0 * mean, (high - low) / 4 + 0 * std
     if not ((abs(mean) <= LARGEST) & (std >= 1 / LARGEST) & (std <= LARGEST)).all():
@@ -88,6 +96,7 @@ def measure(
         tuple(std.tolist()),
         _window(np.concatenate(sample), together=scale == "all"),
         tuple(np.flatnonzero(constant).tolist()),
+        is_given,
     )
 
 

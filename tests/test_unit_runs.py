@@ -175,3 +175,29 @@ def test_arrays_that_are_given_must_fit(tmp_path):
             sampling__encode=tmp_path / name,
         )  # fmt: skip
         assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_classes_and_restorations_of_arrays(tmp_path):
+    data, run = array("float32", (40, 8, 8, 2)), tmp_path / "run"
+    np.savez(tmp_path / "x.npz", images=data, labels=np.arange(40) % 2)
+    call("train", run, data__path=tmp_path / "x.npz", data__num_classes=-1)
+    restore = {"sampling__restore": "inpaint", "sampling__restore_mask": "0,0,4,8"}
+    call(
+        "eval", run, eval__enable_classification=True, eval__enable_sampling=True,
+        eval__num_samples=20, sampling__restore_degrade=True, **restore,
+    )  # fmt: skip
+    with np.load(run / "eval/report_1.npz") as report:
+        assert report["class_log_p"].shape == (4, 2)
+        np.testing.assert_allclose(np.exp(report["class_log_p"]).sum(1), 1, rtol=1e-5)
+        keys = ("restore_psnr", "restore_psnr_mean", "restore_psnr_plain", "restore_spread")
+        assert np.isfinite([report[key] for key in keys]).all()
+    with np.load(run / "eval/ckpt_1_restored_0.npz") as file:
+        assert file["restored"].dtype == np.float32 and file["restored"].shape[1:] == (8, 8, 2)
+    np.save(tmp_path / "two.npy", data[:2])
+    out = tmp_path / "out"
+    restore["sampling__restore_path"] = tmp_path / "two.npy"
+    call("sample", run, "--outdir", out, sampling__seeds="0-3", sampling__class_label=1, **restore)
+    with np.load(out / "samples.npz") as file:
+        kept, expected = file["samples"][:, 4:], data[[0, 1, 0, 1], 4:]
+        assert np.abs(kept - expected).max() < 1e-4 * data.std()  # of float32 in x
