@@ -1,9 +1,13 @@
 """Values that a config leaves open: those of the run, or measured on its data and its network."""
 
+import functools
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from ml_collections import ConfigDict
@@ -15,18 +19,25 @@ import methods
 import models
 import sources
 from configs import machine
-from configs.default import check
+from configs.default import all_keys, check
 from configs.keys import flatten, get, of_part
 from datasets import Data, mean_norm
-from sources.codec import CODECS, Codec, Shape
+from sources.codec import Codec, Shape, class_of, encoded
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
+from sources.images import image_size_of, sides_of
+from sources.measures import ImageMeasures
 from storage import run_config
 
 log = logging.getLogger(__name__)
 
-# Left at None these are measured, where the method has them.
-MEASURED = ("training.M", "sampling.z_max", "sampling.upper_norm")
+# Left at None these are measured, where the method has them; the first ones by the images' norm.
+NORM_KEYS = ("training.M", "sampling.z_max", "sampling.upper_norm")
+MEASURED = (*NORM_KEYS, "model.sigma_data", "model.sigma_max")
+REFERENCE_STD = 0.5  # of the data to which noise levels of a config belong (Karras et al. 2022)
+
+# Measured of arrays in units of their own; data.dtype says whether the data are such arrays.
+OF_ARRAYS = ("data.mean", "data.std", "reports.window")
 
 PRECISION_KEYS = ("training.precision", "sampling.precision")
 PRECISIONS_OF_RUN = PRECISION_KEYS[:1]  # kept in evaluation and sampling; the other is measured
@@ -39,7 +50,7 @@ EARLIER_RULES = (
 
 # Keys that decide the `MEASURED` values, besides the images themselves.
 DECISIVE = (
-    *("data.dataset", "data.image_size", "data.centered", "data.codec"),
+    *("data.dataset", "data.image_size", "data.centered", "data.codec", "data.layout"),
     *("model.sigma_end", "training.tau"),
 )
 
@@ -67,14 +78,25 @@ def complete(
     check(config)
     config = config.copy_and_resolve_references()
     machine.expand_home(config)
+    if size := config.data.image_size:
+        _set(config, {"data.image_size": image_size_of(sides_of(size))})  # (8, 8) is 8
     flat, data = flatten(config), Data(config.data, identity)
     measured_keys = {key for key in MEASURED if flat[key] is None}
+    measured_keys |= {name for name, key in all_keys().items() if key.opens and flat[name] is None}
     if data.takes_scale and not config.data.scale:
         measured_keys.add("data.scale")
     if config.data.num_channels == 0:
         measured_keys.add("data.num_channels")
+    if config.data.image_size == 0:
+        measured_keys.add("data.image_size")
     if config.data.num_classes == -1:
         measured_keys.add("data.num_classes")
+    if data.are_arrays and not config.data.dtype:
+        measured_keys.add("data.dtype")
+    if data.are_arrays or config.data.dtype:
+        measured_keys |= {key for key in OF_ARRAYS if not flat[key]}
+    elif isinstance(config.data.scale, str):
+        raise ValueError(f"data.scale={config.data.scale!r} is for arrays; images take (low, high)")
     newest = sources.NEWEST_RULES.get(config.data.dataset.lower(), 1)
     of_run = {key for key in precisions if flat[key] == "auto"}
     run_values, lines = {}, []
@@ -94,28 +116,87 @@ def complete(
             lines.append(f"{key}='auto' is {run_values[key]!r}: as the run has it")
     if not measured_keys:
         return config, data, lines
-    of_codec = {*of_part(CODECS[config.data.codec.lower()], "keys")}
-    decisive = {*DECISIVE, *(({"data.scale"} | of_codec) - measured_keys)}
+    of_codec = {*of_part(class_of(config.data.codec, config.data.dtype), "keys")}
+    decisive = {*DECISIVE, "data.scale", *of_codec} - measured_keys
     values, decided = {}, []
     if run_values and all(run_values[key] == flat[key] for key in decisive):
         values = {key: run_values[key] for key in measured_keys if run_values[key]}
-        config.data.scale = tuple(run_values["data.scale"])  # () for 8-bit images
-        measured_keys.discard("data.scale")
+        if "data.scale" in measured_keys:
+            config.data.scale = tuple(run_values["data.scale"])  # () for 8-bit images
+            measured_keys.discard("data.scale")
     values.pop("data.scale", None)
-    config.update_from_flattened_dict(values)
+    if data.are_arrays and not config.data.dtype and (dtype := data.measure_dtype()):
+        values["data.dtype"] = dtype
+    _set(config, values)
     if "data.scale" in measured_keys:
         config.data.scale, line = data.measure_scale()
         decided += [line] * bool(line)
     if config.data.num_channels == 0:
         values["data.num_channels"] = config.data.num_channels = data.measure_channels()
+    if config.data.image_size == 0:
+        values["data.image_size"] = data.measure_size()
+        _set(config, values)
     if config.data.num_classes == -1:
         values["data.num_classes"] = config.data.num_classes = data.measure_classes()
+    if config.data.dtype and (open_keys := [key for key in OF_ARRAYS if not get(config, key)]):
+        moments = data.measure_moments()
+        measured = dict(zip(OF_ARRAYS, (moments.mean, moments.std, moments.window), strict=True))
+        values |= {key: measured[key] for key in open_keys}
+        decided.append(f"arrays of {config.data.dtype}: {moments.line}")
+        _set(config, values)
     values |= _measured_by_method(config, data)
-    config.update_from_flattened_dict(values)
-    if values:
-        words = ", ".join(f"{key} = {value:.6g}" for key, value in sorted(values.items()))
+    _set(config, values)
+    if numbers := {key: value for key, value in values.items() if key not in OF_ARRAYS}:
+        words = ", ".join(f"{key} = {_words(value)}" for key, value in sorted(numbers.items()))
         decided.append(f"the training images decide: {words}")
+    derived = {k: value for k, value in scaled(config, flat).items() if k not in values}
+    _set(config, derived)
+    new = flatten(config)
+    if changed := [key for key in sorted(derived) if new[key] != flat[key]]:
+        words = ", ".join(f"{key} = {_words(derived[key])}" for key in changed)
+        decided.append(f"noise levels follow model.sigma_data: {words}")
     return config, data, decided + lines
+
+
+def scaled(config: ConfigDict, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of keys that follow the standard deviation of the data, `model.sigma_data`.
+
+    Noise levels belong to data of standard deviation 0.5. Where `flat`, the config as it was given,
+    leaves sigma_data open, all keys that `scales` follow the measured one, else those that are
+    open, from their defaults. What would leave its range stays at its end.
+    """
+    if "model.sigma_data" not in of_part(methods.method_class(config.training.sde), "keys"):
+        return {}
+    scale = config.model.sigma_data / REFERENCE_STD
+    rules = {
+        "level": lambda value: value * scale,
+        "inverse": lambda value: value / scale,
+        "log": lambda value: value + math.log(scale),
+    }
+    values, follows = {}, flat["model.sigma_data"] is None
+    for name, key in all_keys().items():
+        if key.scales and (follows or flat[name] is None):
+            value = key.default if flat[name] is None else flat[name]
+            several, rule = isinstance(value, tuple | list), rules[key.scales]
+            ends = key.allowed.each if several else key.allowed
+            new = [ends.nearest(rule(number)) for number in (value if several else [value])]
+            values[name] = tuple(new) if several else new[0]
+    return values
+
+
+def _set(config: ConfigDict, values: Mapping[str, Any]) -> None:
+    """Put `values`, by key, in `config`; what was one number may become several."""
+    with config.ignore_type():
+        config.update_from_flattened_dict(
+            {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        )
+
+
+def _words(value: float | str | tuple[float, ...]) -> str:
+    if isinstance(value, str):
+        return value
+    numbers = value if isinstance(value, tuple | list) else [value]
+    return " x ".join(f"{number:.6g}" for number in numbers)
 
 
 def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:
@@ -123,21 +204,51 @@ def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:
     models.check_labels(config.model, config.training.sde, config.training.continuous)
     codec = get_codec(config)
 
-    def norm() -> float:
-        with torch.device("meta"):  # mistakes in the network's config show before images are read
-            models.from_config(config, codec.shape)
-        return norm_of(data, codec)
+    def check_network() -> None:
+        trial = config.copy_and_resolve_references()
+        _set(trial, {"model.sigma_max": trial.model.sigma_max or 1.0})
+        with torch.device("meta"):
+            models.from_config(trial, codec.shape)
 
     method = methods.method_class(config.training.sde)
-    return method.measure(flatten(config), math.prod(codec.shape), norm)
+    images = TrainingImages(data, codec, check_network)
+    return method.measure(flatten(config), math.prod(codec.shape), images)
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Measures (`methods.base.Measures`) of the training images of `data`, encoded.
+
+    `check` is called before images are read, so that mistakes in the network's config show first.
+    """
+
+    data: Data
+    codec: Codec
+    check: Callable[[], None]
+
+    def mean_norm(self) -> float:
+        self.check()
+        return norm_of(self.data, self.codec)
+
+    def standard_deviation(self) -> float:
+        return self._sample.standard_deviation()
+
+    def largest_distance(self) -> float:
+        return self._sample.largest_distance()
+
+    @functools.cached_property
+    def _sample(self) -> ImageMeasures:
+        self.check()
+        encode = partial(encoded, self.codec)
+        return ImageMeasures(self.data.get("train", labels=False), encode)
 
 
 def norm_of(data: Data, codec: Codec) -> float:
     """Mean Euclidean norm of the training images of `data`, encoded; ValueError where it is 0."""
-    if mean := mean_norm(data.get("train", labels=False), codec.encode):
+    if mean := mean_norm(data.get("train", labels=False), partial(encoded, codec)):
         return mean
     raise ValueError(
-        f"all training images are black, of norm 0, so no {', '.join(MEASURED)} can be measured "
+        f"all training images are black, of norm 0, so no {', '.join(NORM_KEYS)} can be measured "
         "from them: set data.centered=True, or set these keys"
     )
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,19 +17,20 @@ from tqdm import tqdm
 import distributed
 import sources
 from configs import keys
-from configs.schema import Key, OneOf, Text, whole
-from sources import description, digests, folder, hugging_face, splits
+from sources import description, digests, folder, hugging_face, moments, splits
 from sources.arrays import Arrays, is_array
-from sources.base import MOST_CLASSES, Classes, Source, Unreadable
+from sources.base import Classes, Source
 from sources.batch import KINDS, Conditions
 from sources.files import Measured
 from sources.folder import Folder
 from sources.identity import Identity
+from sources.images import ImageSize, Shape, image_size_of, sides_of
 from sources.keyed import keyed_generator, keyed_seed
 from sources.labels import number_of
 from sources.loaded import Loaded
-from sources.preparation import to_unit_interval
-from sources.sizes import made_of
+from sources.moments import Moments
+from sources.patches import Patches
+from sources.sizes import extent, made_of, shapes_of
 from sources.stream import (
     MAX_WORKERS,
     SMALL,
@@ -58,51 +58,12 @@ __all__ = [
     "keyed_seed",
     "mean_norm",
     "shuffled_batches",
-    "to_unit_interval",
 ]
 
 log = logging.getLogger(__name__)
 
-KEYS = {
-    "data.dataset": Key("", OneOf(registry="sources.SOURCES"), "where the images come from"),
-    "data.image_size": Key(32, whole(1, 4096), "height and width; larger images are resized"),
-    "data.num_channels": Key(
-        3, whole(0, 1024), "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as the data have"
-    ),
-    "data.num_classes": Key(
-        0,
-        whole(-1, MOST_CLASSES),
-        "class labels of the images, which the network is given; 0: none; -1: "
-        "as many as the data have",
-    ),
-    "data.conditions": Key(
-        "",
-        Text(r"[a-z_]*( *, *[a-z_]+)*", "names with commas between them"),
-        "conditions besides class labels that the source has and the network takes, such as "
-        "'vector'; '': none",
-    ),
-    "data.resident_bytes": Key(
-        2**31, whole(0), "data of at most this size, decoded, stay in memory"
-    ),
-    "data.num_workers": Key(
-        -1, whole(-1, 1024), "processes that decode larger data; -1: as many as processors, up to 8"
-    ),
-    "data.changed": Key(
-        "refuse",
-        OneOf(("refuse", "allow")),
-        "if the data are not those that the run began with: 'refuse' to start, or 'allow' it for "
-        "this start; classes keep their numbers",
-    ),
-    "data.digest": Key(
-        "content",
-        OneOf(("content", "names")),
-        "how a run recognises its data: 'content' reads each file of a folder once, 'names' only "
-        "compares names and sizes, for network disks",
-    ),
-}
-
 SPLITS = ("train", "test")
-MEASURED = 64  # images that `Data.measure_channels` looks at
+MEASURED = 64  # images of which channels and sizes are measured
 
 # `from datasets import load_dataset` is told what to write instead
 __getattr__ = hugging_face.refuse
@@ -131,7 +92,6 @@ class Data:
         self._sources: dict[str, Source] = {}
         self._classes: dict[str, Classes] = {}
         self._rows: dict[str, dict[str, Tensor]] = {}  # the named conditions of a split
-        self._channels = 0  # 0: not measured yet
         self._is_compared = self._is_closed = False
         self._warnings: list[str] = []  # for `close`: by then a run has opened its log
 
@@ -142,10 +102,18 @@ class Data:
         return self.options.dataset.lower() + (f"_{category}" if category else "")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def whole_shape(self) -> Shape:
         """(C, H, W) of an image."""
         channels = self.options.num_channels or self.measure_channels()
-        return channels, self.options.image_size, self.options.image_size
+        return channels, *sides_of(self.options.image_size or self.measure_size())
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of what the network sees of an image: of its patch, or `whole_shape`."""
+        (channels, *sides), patch = self.whole_shape, tuple(self.options.patch)
+        if patch and (patch[0] > sides[0] or patch[1] > sides[1]):
+            raise ValueError(f"data.patch={patch} is larger than the data, {sides[0]} x {sides[1]}")
+        return channels, *(patch or sides)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -170,16 +138,28 @@ class Data:
         path = self.options.path if self._is_folder else ""
         return bool(path) and not is_array(Path(path))
 
-    def get(self, split: str, labels: bool = True) -> DataSet:
-        """The images of `split`, with conditions as of `get_dataset`."""
+    @property
+    def are_arrays(self) -> bool:
+        """True where the data are an .npy or .npz, whose numbers may be in units of their own."""
+        return self._is_folder and is_array(Path(self.options.path))
+
+    def get(self, split: str, labels: bool = True, whole: bool = False) -> DataSet:
+        """The images of `split` as stored, with conditions as of `get_dataset`.
+
+        With `data.patch` they are a patch of each (`sources.patches`), unless they are to be
+        `whole`.
+        """
         self._compare()
         data, source = self.options, self._source(split)
         workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, processors())
         conditions = self.conditions(split, labels)
         names = self._numbered(split).names if "class_labels" in conditions else ()
-        stream = Stream(source, self.shape, workers, conditions, names)
-        stream.read([0])  # so that data of which none can be used are refused here
-        size = len(stream) * math.prod(self.shape)
+        shape = self.whole_shape if whole else self.shape
+        if shape != self.whole_shape:
+            source = Patches(source, shape[1:])
+        stream = Stream(source, shape, workers, conditions, names)
+        first, *_ = stream.read([0])  # so that data of which none can be used are refused here
+        size = len(stream) * first.nbytes
         del self._sources[split]  # see `close`
         if size > data.resident_bytes:
             return stream
@@ -317,8 +297,8 @@ class Data:
             self._folder = folder.find(self.options)
         return self._folder
 
-    def _open(self, split: str, channels: int) -> Source:
-        """The images of `split` with so many `channels`; 0: as many as they have."""
+    def _open(self, split: str, channels: int, size: ImageSize) -> Source:
+        """The images of `split` with so many `channels` and this `size`; 0: as they have."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         name = self.options.dataset
@@ -326,7 +306,8 @@ class Data:
         if self._is_folder:
             open_split = self._find().open
         options = self.options.copy_and_resolve_references()
-        options.num_channels = channels
+        with options.ignore_type():  # a size may be one number or two
+            options.num_channels, options.image_size = channels, size
         source = open_split(options, split)
         if not len(source):
             raise ValueError(f"{name} holds no images for the split {split}")
@@ -334,7 +315,8 @@ class Data:
 
     def _source(self, split: str) -> Source:
         if split not in self._sources:
-            self._sources[split] = self._open(split, self.shape[0])
+            channels, *sides = self.whole_shape
+            self._sources[split] = self._open(split, channels, image_size_of(sides))
         return self._sources[split]
 
     def _read_classes(self, split: str) -> Classes:
@@ -371,21 +353,24 @@ class Data:
     def measure_channels(self) -> int:
         """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
 
-        The images are spread over the split; grey ones have R = G = B in every pixel. Arrays keep
-        the channels they are stored with.
+        Grey images have R = G = B in every pixel. Arrays keep the channels they are stored with.
         """
-        if self._channels:
-            return self._channels
-        source, error = self._open("train", 0), None
-        number = min(len(source), MEASURED)
-        for i in np.linspace(0, len(source) - 1, number).astype(int).tolist():
-            try:
-                self._channels = max(self._channels, source[i].shape[2])
-            except Unreadable as unreadable:
-                error = unreadable
-        if not self._channels:
-            raise ValueError(f"none of {number} images can be used; the last: {error}")
-        return self._channels
+        return max(channels for *_, channels in self._measured_shapes)
+
+    def measure_size(self) -> ImageSize:
+        """The size of up to `MEASURED` training images; ValueError where these differ."""
+        sizes = {(height, width) for height, width, _ in self._measured_shapes}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"data.image_size=0 takes images as they are, but these have {extent([*sizes])} "
+                "pixels: set it to one size, to which they are cut and resized"
+            )
+        return image_size_of(*sizes)
+
+    @functools.cached_property
+    def _measured_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes (H, W, C) of up to `MEASURED` training images, spread over the split."""
+        return shapes_of(self._open("train", 0, self.options.image_size), MEASURED)
 
     def measure_scale(self) -> Measured:
         """The `data.scale` of 16-bit images of either split; () where there are no such files."""
@@ -394,6 +379,17 @@ class Data:
         options = {"delay": 1, "disable": not distributed.is_main()}
         watch = partial(tqdm, desc="range of 16-bit images", unit="image", **options)
         return self._find().measure_scale(watch)
+
+    def measure_dtype(self) -> str:
+        """The `data.dtype` of an .npy or .npz; "" of 8-bit images, and where there is no file."""
+        path = Path(keys.with_home("data.path", self.options.path))
+        return self._find().dtype() if self.are_arrays and path.exists() else ""
+
+    def measure_moments(self) -> Moments:
+        """The moments of the training images, by `data.scale`."""
+        options = {"delay": 1, "disable": not distributed.is_main()}
+        watch = partial(tqdm, desc="mean and deviation", unit="image", **options)
+        return moments.measure(self._source("train"), self.options.scale, watch)
 
     def measure_classes(self) -> int:
         """Number of classes of the training images: with names, or as many as labels need."""
@@ -408,16 +404,18 @@ class Data:
         `changed` says how a training step changes the images.
         """
         data, name, remarks = self.options, self.options.dataset.lower(), []
+        shape = tuple(train[:1].shape[1:])
         if data.num_classes and not self.has_labels("test"):
             remarks.append("the test split has no class labels")
         if self._is_folder:
             name, omitted = str(data.path), self._find().omitted
-            remarks.append(made_of(self._source("train"), data.image_size))
+            remarks.append(made_of(self._source("train"), shape[1:]))
             remarks.append(omitted and f"left out: {omitted}")
         return description.line(
             name,
             (len(train), len(test)),
-            tuple(train[:1].shape[1:]),
+            shape,
+            patch=tuple(data.patch),
             split=self.split_words,
             changed=changed,
             classes=data.num_classes,
@@ -432,7 +430,7 @@ def get_dataset(config, split: str, labels: bool = True) -> DataSet:
     It has conditions, and among them, unless `labels` is False, class labels where
     `data.num_classes` is not 0. Data that take at most `data.resident_bytes` when decoded are
     decoded at once, without the images that cannot be read; larger data stay on disk. A
-    `data.num_channels` of 0 and a `data.scale` of () are measured.
+    `data.num_channels` or `data.image_size` of 0 and a `data.scale` of () are measured.
 
     Raises ValueError for an unknown data set or split, no image that can be read, images of another
     shape than configured, or class labels that are missing or out of range; OSError where the data
@@ -442,8 +440,8 @@ def get_dataset(config, split: str, labels: bool = True) -> DataSet:
 
 
 def mean_norm(data: DataSet, encode: Callable[[Tensor], Tensor]) -> float:
-    """Mean Euclidean norm of the images of a data set, encoded."""
+    """Mean Euclidean norm of the images of a data set, which `encode` encodes as stored."""
     total, at_once = 0.0, max(1, SMALL // data[:1].numel())
     for batch in in_order(data, at_once):
-        total += encode(batch.images / 255).flatten(1).norm(dim=1).sum().item()
+        total += encode(batch.images).flatten(1).norm(dim=1).sum().item()
     return total / len(data)

@@ -10,14 +10,16 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from ml_collections import ConfigDict
 
-from datasets import batch_at, in_order, to_unit_interval
+from datasets import batch_at, in_order
 from library.evaluated import Evaluated, Split
 from library.rounds import Rounds
-from likelihood import log_posterior, passes_of
+from likelihood import log_posterior, passes_of, unit_of
 from methods.base import conditioned
 from reports.progress import progress_bar, solver_bar
 from solvers.solve import solve_ode
+from sources.codec import encoded
 from storage.digests import digest
 from storage.files import cached
 
@@ -26,6 +28,24 @@ from storage.files import cached
 ALONG_LATENTS = ("enable_interpolate", "enable_rescale")
 DRAWN = ("enable_sampling", "save_images", *ALONG_LATENTS)
 PARTS = ("enable_loss", "enable_bpd", "enable_classification", *DRAWN)
+
+
+def parts_of(options: ConfigDict, sampling: ConfigDict, classes: int) -> list[str]:
+    """Names of the parts that `options`, a config's `eval`, and its `sampling` ask for.
+
+    `classes` is the number of classes that the network is given. ValueError where there is nothing
+    to do, or what is to be done needs classes or samples of another size.
+    """
+    parts = [part for part in PARTS if options[part]]
+    parts += [f"restore {sampling.restore}"] * bool(sampling.restore)
+    if not parts:
+        keys = ", ".join(f"eval.{part}" for part in PARTS)
+        raise ValueError(f"nothing is asked for: set one of {keys}, sampling.restore")
+    if sampling.size:
+        raise ValueError("sampling.size is for --mode sample; an evaluation compares with the data")
+    if options.enable_classification and not classes:
+        raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
+    return parts
 
 
 def loss(evaluated: Evaluated, split: Split, batch_size: int) -> dict:
@@ -41,7 +61,7 @@ def loss(evaluated: Evaluated, split: Split, batch_size: int) -> dict:
         with progress_bar(total=len(split.data), desc="loss", unit="image") as progress:
             for batch in in_order(split.data, batch_size):
                 batch = batch.to(experiment.device)
-                images = experiment.codec.encode(to_unit_interval(batch.images))
+                images = encoded(experiment.codec, batch.images)
                 reference = replace(batch, images=images)
                 for part in reference.split(evaluated.batch_size):
                     examples = objective.draw(part, evaluated.step, generator)
@@ -63,6 +83,8 @@ def loss(evaluated: Evaluated, split: Split, batch_size: int) -> dict:
 def bits_per_dim(evaluated: Evaluated, split: Split, repeats: int) -> dict:
     """Bits per dimension of every image of a split, averaged over passes of new noise.
 
+    Of arrays in units of their own it is nats an entry (`likelihood.unit_of`).
+
     The network is given the image's conditions, if there are any, and no guidance. The test split
     is passed `repeats` times.
 
@@ -75,45 +97,46 @@ def bits_per_dim(evaluated: Evaluated, split: Split, repeats: int) -> dict:
     """
     experiment, number = evaluated.experiment, len(split.data)
     method, codec, likelihood = experiment.method, experiment.codec, experiment.likelihood
+    unit = unit_of(codec)
 
     @torch.no_grad()
     def compute(i: int, part: slice) -> dict:
         generator = evaluated.generator("bits/dim", i)
         batch = batch_at(split.data, part).to(experiment.device)
-        images = to_unit_interval(batch.images, generator, dequantize=True)
+        images = codec.dequantized(batch.images, generator)
         with solver_bar(method) as watch:
-            bits, latents, nfe = likelihood(
+            values, latents, nfe = likelihood(
                 experiment.network, codec.encode(images), generator, batch.conditions, watch=watch
             )
-        results = {"bpd": bits.double().cpu().numpy(), "nfe": nfe}
+        results = {unit.key: values.double().cpu().numpy(), "nfe": nfe}
         if i == 0:
             net = conditioned(experiment.network, batch.conditions)
             with solver_bar(method) as watch:
                 x, _ = solve_ode(method, net, latents, watch=watch, **experiment.limits)
-            change = codec.unclamped(x) - images
+            change = codec.comparable(codec.unclamped(x)) - codec.comparable(images)
             results["encoding_error"] = change.square().mean().sqrt().item()
         return results
 
     passes = passes_of(split.name, repeats)
-    files = evaluated.folder / f"{split.name}_ckpt_{evaluated.k}_bpd"
+    files = evaluated.folder / f"{split.name}_ckpt_{evaluated.k}_{unit.key}"
     origin = evaluated.origin | split.origin | {"divergence": likelihood.divergence}
-    rounds = Rounds("bits/dim", number, evaluated.batch_size, passes)
-    results = rounds.cached(files, origin, ("bpd", "nfe"), compute)
+    rounds = Rounds(unit.name, number, evaluated.batch_size, passes)
+    results = rounds.cached(files, origin, (unit.key, "nfe"), compute)
     if not results:
         return {}
-    bpd = np.concatenate([each["bpd"] for each in results]).reshape(passes, number).mean(0)
+    values = np.concatenate([each[unit.key] for each in results]).reshape(passes, number).mean(0)
     report = {
-        "bpd": bpd.mean(),
-        "bpd_nfe": np.mean([each["nfe"] for each in results]),
-        "bpd_seconds": np.sum([each["seconds"] for each in results]),
-        "bpd_images": bpd,
+        unit.key: values.mean(),
+        f"{unit.key}_nfe": np.mean([each["nfe"] for each in results]),
+        f"{unit.key}_seconds": np.sum([each["seconds"] for each in results]),
+        f"{unit.key}_images": values,
         "encoding_error": results[0]["encoding_error"],
         **split.remark_on("bpd"),
     }
     if number > 1:
-        return report | {"bpd_error": bpd.std(ddof=1) / math.sqrt(number)}
-    remark = "left out: standard error of bits/dim: it needs 2 images, not 1"
-    return report | {"bpd_error_remark": remark}
+        return report | {f"{unit.key}_error": values.std(ddof=1) / math.sqrt(number)}
+    remark = f"left out: standard error of {unit.name}: it needs 2 images, not 1"
+    return report | {f"{unit.key}_error_remark": remark}
 
 
 def classification(evaluated: Evaluated, split: Split) -> dict:
@@ -134,15 +157,16 @@ def classification(evaluated: Evaluated, split: Split) -> dict:
     def compute(i: int, part: slice) -> dict:
         batch = batch_at(split.data, part).to(experiment.device)
         generator = evaluated.generator("classification", 2 * i)
-        x, bits = codec.encode(to_unit_interval(batch.images, generator, dequantize=True)), []
+        x, values = codec.encode(codec.dequantized(batch.images, generator)), []
         for label in range(classes):
             labels = torch.full((len(batch),), label, device=experiment.device)
             conditions = batch.conditions | {"class_labels": labels}
             probe = evaluated.generator("classification", 2 * i + 1)
             with solver_bar(experiment.method) as watch:
                 each, *_ = likelihood(experiment.network, x, probe, conditions, watch=watch)
-            bits.append(each.double().cpu())
-        posterior = log_posterior(torch.stack(bits, 1), math.prod(codec.shape), shares)
+            values.append(each.double().cpu())
+        nats = unit_of(codec).nats * torch.stack(values, 1)
+        posterior = log_posterior(nats, math.prod(codec.shape), shares)
         return {"log_p": posterior.numpy()}
 
     files = evaluated.folder / f"{split.name}_ckpt_{evaluated.k}_classes"

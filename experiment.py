@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,7 @@ from configs import machine
 from configs.default import all_keys, check
 from configs.effects import without_effect
 from configs.keys import explain_unknown, get, plain, shown, with_home
+from configs.schema import Either
 from datasets import Data
 from library.conditions import ConditionDrawer
 from library.fitting import Fitting
@@ -30,6 +31,7 @@ from library.levels import LevelChoice
 from library.sample_folder import KEYS as OUTPUTS
 from library.trained import Trained
 from likelihood import Likelihood
+from models.tiles import Tiled
 from models.weights import load_ema
 from solvers.rk45 import limits_of
 from sources.codec import Codec, check_codec
@@ -48,7 +50,7 @@ GUIDE_KEYS = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
     *("data.codec", "data.conditions"),
     *("training.objective", "training.sde", "training.continuous", "training.gamma"),
-    *("model.D", "model.sigma_data"),
+    *("model.D", "model.sigma_data", "model.sigma_unit"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
 
@@ -188,7 +190,7 @@ class Experiment:
     def parts(self) -> dict[str, Any]:
         """The settings of codec (where one is named), conditions and objective."""
         data = self.config.data
-        of_codec = {"data.codec": self.codec.identity} if data.codec else {}
+        of_codec = {"data.codec": self.codec.identity} if data.codec or data.dtype else {}
         return of_codec | {"data.conditions": data.conditions} | self.objective_settings
 
     @property
@@ -201,7 +203,33 @@ class Experiment:
             "warmup": optim.warmup,
             "cooldown": optim.cooldown,
             "settings": self.config.to_dict(),
+            "unit": self.config.reports.unit,
         }
+
+    def enlarge(self, sides: tuple[int, int]) -> None:
+        """Sample images of larger `sides` (H, W), by overlapping tiles; see `models.tiles`.
+
+        Raises ValueError where the sides are smaller, or the network has no tiles.
+        """
+        codec, sampler = self.codec, self.sampler
+        channels, *tile = codec.data_shape
+        if self.method.extra_channels:
+            raise ValueError(
+                f"sampling.size: the z entry of the field of {self.method.name} belongs to the "
+                "whole image, so that it has no tiles; PFGM++ has (D = 1 is the same field)"
+            )
+        if codec.shape != codec.data_shape:
+            raise ValueError(
+                "sampling.size is for images, and the network sees latents (data.codec)"
+            )
+        if any(new < old for new, old in zip(sides, tile, strict=True)):
+            raise ValueError(f"sampling.size={tuple(sides)} is smaller than {tile[0]} x {tile[1]}")
+        self.codec = replace(codec, data_shape=(channels, *sides))
+        self.network = Tiled(self.network, tuple(tile))
+        guidance = sampler.guidance
+        if guidance and guidance.guide is not None:
+            guidance = replace(guidance, guide=Tiled(guidance.guide, tuple(tile)))
+        self.sampler = replace(sampler, codec=self.codec, guidance=guidance)
 
     def load_objective(self, checkpoint: dict) -> None:
         """Copy the objective's weights of a `checkpoint`; ValueError where they do not fit."""
@@ -236,14 +264,17 @@ class Experiment:
         config, guidance = self.config, self.sampler.guidance
         guide = guidance and guidance.guide
         sampler = config.sampling.to_dict()
+        unset = [] if config.sampling.size else ["sampling.size"]
         return {
             "weights": digest(self.network.state_dict()),
             **({} if guide is None else {"guide": digest(guide.state_dict())}),
             "network": config.model.to_dict(),
             "method": repr(self.method),
-            "sampling": {k: v for k, v in sampler.items() if f"sampling.{k}" not in OUTPUTS},
+            "sampling": {
+                k: v for k, v in sampler.items() if f"sampling.{k}" not in [*OUTPUTS, *unset]
+            },
             "centered": config.data.centered,
-            **({"codec": self.codec.identity} if config.data.codec else {}),
+            **({"codec": self.codec.identity} if config.data.codec or config.data.dtype else {}),
             "seed": config.seed,
             "precision": config.training.precision,
             "device": self.device.type,
@@ -288,9 +319,10 @@ def load(
             raise ValueError(explain_unknown(key, keys))
         value = plain(value)
         if not keys[key].accepts(value):
-            raise ValueError(f"{key} must be {keys[key].allowed}, not {shown(value)}")
-        # the type of the value before does not count: a class is a number or a name
-        with config.ignore_type() if key == CLASS_LABEL else contextlib.nullcontext():
+            raise ValueError(f"{key} must be {keys[key]}, not {shown(value)}")
+        # the type of the value before does not count where a class is a number or a name, and so on
+        of_two_types = isinstance(keys[key].allowed, Either) or keys[key].opens
+        with config.ignore_type() if of_two_types else contextlib.nullcontext():
             config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})
     machine.expand_home(config)
     if missing := machine.missing(config, values, overrides or {}, "sample"):
@@ -312,6 +344,8 @@ def load(
         if change.partition(":")[0] not in OUTPUTS:
             log.info(f"the config differs from that of the run: {change}")
     experiment.network.eval().requires_grad_(False)
+    if config.sampling.size:
+        experiment.enlarge(config.sampling.size)
     sampler = experiment.sampler
     experiment.sampler = experiment.fitted_sampler(path) if fits else sampler.without_fit()
     experiment.data.close()

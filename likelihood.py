@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -101,20 +101,39 @@ def log_likelihood(
         return method.prior_logp(latent) + change, latent, flow.calls
 
 
-def log_posterior(bits: Tensor, dim: int, prior: Tensor) -> Tensor:
+class Unit(NamedTuple):
+    """The unit of likelihoods, which are negative logarithms of densities for each entry.
+
+    `key` names them in reports, `name` in sentences, and `nats` are in one of them.
+    """
+
+    key: str
+    name: str
+    nats: float
+
+
+BITS, NATS = Unit("bpd", "bits/dim", math.log(2)), Unit("nats", "nats an entry", 1.0)
+
+
+def unit_of(codec: Codec) -> Unit:
+    """Bits/dim of images in grey levels; of other arrays nats, in their own units."""
+    return NATS if codec.levels is None else BITS
+
+
+def log_posterior(nats: Tensor, dim: int, prior: Tensor) -> Tensor:
     """log p(label | image) (B, K) by Bayes' rule, in nats.
 
     Args:
-        bits: bits/dim (B, K) of each image given each of K labels.
+        nats: negative log-likelihoods (B, K) of an entry of each image given each of K labels.
         dim: of how many entries an image consists.
         prior: p(label) (K,), up to a factor.
     """
-    return (prior.log() - bits * dim * math.log(2)).log_softmax(1)
+    return (prior.log() - nats * dim).log_softmax(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """Bits per dimension of data under a method's ODE.
+    """Bits per dimension of data under a method's ODE, or nats: the `unit_of` the codec.
 
     Attributes:
         method: whose ODE.
@@ -162,7 +181,7 @@ class Likelihood:
         conditions: Mapping[str, Tensor] | None = None,
         watch: Watch | None = None,
     ) -> tuple[Tensor, Tensor, int]:
-        """Bits/dim (B,), latents (B, C, H, W) and the number of evaluations.
+        """Bits/dim or nats (B,), latents (B, C, H, W) and the number of evaluations.
 
         Args:
             net: the network.
@@ -176,18 +195,18 @@ class Likelihood:
         log_p, latent, evaluations = log_likelihood(
             self.method, net, data, probes, watch=watch, **limits_of(self)
         )
-        offset = math.log2(self.codec.levels) - self.codec.log_volume / math.log(2)
-        bits = -log_p / (data[0].numel() * math.log(2)) + offset
-        return bits, latent, evaluations
+        nats = unit_of(self.codec).nats
+        offset = math.log2(self.codec.levels or 1) - self.codec.log_volume / nats
+        return -log_p / (data[0].numel() * nats) + offset, latent, evaluations
 
 
 def passes_of(split: str, repeats: int) -> int:
-    """Passes of bits/dim over a split: several over the test split only."""
+    """Passes of likelihoods over a split: several over the test split only."""
     return repeats if split == "test" else 1
 
 
 def get_likelihood_fn(config, method: Method) -> Likelihood:
-    """Bits per dimension of `method`, to be called as `Likelihood.__call__` says.
+    """Bits per dimension, or nats, of `method`, to be called as `Likelihood.__call__` says.
 
     Raises ValueError as `Likelihood.from_config` does.
     """

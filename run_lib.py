@@ -81,7 +81,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     shared = experiment.method.uses_reference_batch
     prepare = Preparation.from_config(config, experiment.codec, shared)
     data = experiment.data.identity_of_run().entry() if main and not dry_run else {}
-    train_data, test_data = experiment.data.get("train").to(device), experiment.data.get("test")
+    train_data = experiment.data.get("train", whole=True).to(device)
+    test_data = experiment.data.get("test")
     names = getattr(train_data, "names", ())
     distributed.check_same("data", f"{len(train_data)} and {len(test_data)} images {names}")
     images_per_step = min(objective.examples, len(train_data))
@@ -221,13 +222,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     config, main, sampler = experiment.config, distributed.is_main(), experiment.sampler
     options, training, restore = config.eval, config.training, config.sampling.restore
     execution.prepare_process(training.precision, experiment.device)
-    parts = [part for part in evaluation.PARTS if options[part]]
-    parts += [f"restore {restore}"] * bool(restore)
-    if not parts:
-        keys = ", ".join(f"eval.{part}" for part in evaluation.PARTS)
-        raise ValueError(f"nothing is asked for: set one of {keys}, sampling.restore")
-    if options.enable_classification and not experiment.classes:
-        raise ValueError("eval.enable_classification needs class labels: data.num_classes is 0")
+    parts = evaluation.parts_of(options, config.sampling, experiment.classes)
     folder = evaluation_folder(workdir, eval_folder)
     checkpoints = (
         checkpoints_of_steps(workdir, options.steps, training.snapshot_freq)
@@ -248,7 +243,9 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     if draws:
         experiment.draw_conditions(1, "check")  # raises where there is no label to sample with
     if options.enable_sampling:
-        statistics = ReferenceStatistics.from_config(config, experiment.device, experiment.data)
+        statistics = ReferenceStatistics.from_config(
+            config, experiment.device, experiment.data, experiment.codec
+        )
     if restore:
         restored = ToRestore.from_config(config, experiment)
     if dry_run:
@@ -356,15 +353,17 @@ def sample(
         FloatingPointError: the solver diverges.
     """
     config, data, remarks = complete(config, workdir, precisions=PRECISIONS_OF_RUN)
-    options, main, scale = config.sampling, distributed.is_main(), config.data.scale
+    options, main = config.sampling, distributed.is_main()
     if options.film or options.between:
         check_writer(options.film_format)
     seeds = seeds_of(options.seeds or ("" if options.encode or options.between else "0-63"))
     objective = objective_named(config.training.objective)
     for key in filter(options.get, ("encode", "between", "restore")):
         objective.check_ode(f"sampling.{key}")
-    pictures = read_encoded(options.encode, data.shape, scale)
-    ends = read_pair(options.between, data.shape, scale)
+    stored = config.data.scale, config.data.layout if config.data.dtype else ""
+    shape = data.shape[0], *(options.size or data.shape[1:])
+    pictures = read_encoded(options.encode, shape, *stored)
+    ends = read_pair(options.between, shape, *stored)
     trained = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time
     experiment = trained.experiment
     execution.prepare_process(config.training.precision, experiment.device)

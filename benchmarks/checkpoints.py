@@ -16,7 +16,6 @@ from pathlib import Path
 import common
 import torch
 
-import datasets
 from experiment import Experiment
 from sources.batch import Batch
 from storage.checkpoints import _check_records, load_checkpoint
@@ -45,7 +44,7 @@ def main() -> None:
     run = Experiment.build(config)
     trained = TrainState.from_config(config, run.network, run.objective)
     images = run.data.get("train", labels=False)[: config.training.batch_size].to(run.device)
-    batch = Batch(run.codec.encode(datasets.to_unit_interval(images)))
+    batch = Batch(run.codec.encode(run.codec.units(images)))
 
     def step() -> None:
         train_step(trained, batch).item()

@@ -29,7 +29,7 @@ import experiment
 from datasets import batch_at
 from library.trained import Trained
 from metrics.distances import Gaussian, frechet_distance, precision_recall
-from reports.images import Images, image_grid, to_uint8
+from reports.images import Images, channels_last, image_grid
 from reports.plots import draw_range
 from sources.keyed import keyed_generator
 from storage.files import cached, save_png
@@ -72,7 +72,7 @@ def draw(trained: Trained, factor: float, num: int) -> dict:
         x = factor * parts.method.prior_sampling(shape, generator, parts.device)
         conditions = parts.draw_conditions(len(x), "samples", r)
         images, _ = parts.sampler(parts.network, x=x, generator=generator, conditions=conditions)
-        rounds.append(to_uint8(images))
+        rounds.append(parts.codec.stored(images))
     speed = num / (time.perf_counter() - start)
     return {"samples": np.concatenate(rounds), "speed": speed}
 
@@ -97,7 +97,7 @@ def measure(workdir: Path, num: int, num_of_factor: int, skip: str | None) -> Me
     """
     run = experiment.load(workdir, fits=False).experiment
     train, results, samples = run.data.get("train"), {}, {}
-    real = pixels(to_uint8(batch_at(train, slice(len(train))).images / 255))
+    real = pixels(channels_last(batch_at(train, slice(len(train))).images))
     real_gaussian, folder = Gaussian.fit(real), evaluation_folder(workdir, "consistency")
     for name, overrides in SAMPLERS[run.config.training.objective].items():
         if skip and name.startswith(skip):

@@ -23,6 +23,8 @@ from torch import Tensor
 
 import datasets
 from configs.default import get_default_config
+from sources.codec import EightBitImages
+from sources.preparation import mirrored
 
 RESIDENT, ON_DISK = 50_000, 20_000  # images
 COUNTED = 8  # batches of ours in a round
@@ -40,9 +42,9 @@ def write_zip(path: Path) -> None:
 
 
 def ours(data, batch: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator, codec = torch.Generator().manual_seed(0), EightBitImages((3, 32, 32))
     for rows in datasets.shuffled_batches(data, batch, seed=0):
-        yield datasets.to_unit_interval(rows.images, generator, flip=True)
+        yield codec.units(mirrored(rows.images, generator))
 
 
 def obvious(read: Callable[[int], Tensor], n: int, batch: int) -> Iterator[Tensor]:

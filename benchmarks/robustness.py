@@ -40,7 +40,7 @@ from experiment import Experiment
 from methods.base import noise_like
 from metrics.reference import ReferenceStatistics
 from models.layers import NIN
-from reports.images import Images, to_uint8
+from reports.images import Images
 from reports.plots import draw_range
 from solvers import SOLVERS, Solver
 from solvers.base import Callback, Slope, Step
@@ -127,7 +127,7 @@ def draw(run: Experiment, setting: Setting, num: int) -> dict:
                 print(f"no samples: {error}")
                 channels, *sides = run.codec.data_shape
                 return {"samples": np.empty((0, *sides, channels), np.uint8)}
-            rounds.append(to_uint8(images))
+            rounds.append(run.codec.stored(images))
     return {"samples": np.concatenate(rounds)}
 
 
@@ -146,7 +146,7 @@ def measure(workdir: Path, num: int) -> tuple[str, Distances]:
         ValueError, OSError: there is no finished run in `workdir`, or its data cannot be read.
     """
     run = experiment.load(workdir, {"eval.num_samples": num}, fits=False).experiment
-    statistics, *_ = ReferenceStatistics.from_config(run.config, run.device, run.data)
+    statistics, *_ = ReferenceStatistics.from_config(run.config, run.device, run.data, run.codec)
     if statistics.reference is None:
         statistics.measure(lambda images: None)
     folder, distances = evaluation_folder(workdir, "robustness"), {}

@@ -52,7 +52,10 @@ def parse(
         else:
             config_flags.DEFINE_config_file("config", None, HELP)
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["config"])  # --help lists it
+        argv, opened = _without_none(argv)
         rest = FLAGS(argv)
+        if opened:
+            FLAGS.config.update_from_flattened_dict(dict.fromkeys(opened))
     except (AttributeError, KeyError) as error:
         fail(f"unknown config value: {error.args[0]}")
     except (flags.Error, ValueError, TypeError, OSError, MemoryError, OverflowError) as error:
@@ -83,6 +86,22 @@ def _with_home(argv: list[str]) -> list[str]:
             argument = with_home(before, argument)
         arguments.append(argument)
     return arguments
+
+
+def _without_none(argv: list[str]) -> tuple[list[str], list[str]]:
+    """`argv` without the keys of numbers that it sets to None, to be measured, and these keys.
+
+    The flags of config_flags do not know None.
+    """
+    matches = [re.fullmatch(r"--?config\.([^=\[]*)=None", argument) for argument in argv]
+    if not any(matches):
+        return argv, []
+    from configs.default import all_keys  # see `_defaults`
+
+    names = {name for name, key in all_keys().items() if key.accepts(None)}
+    opened = [match is not None and match[1] in names for match in matches]
+    rest = [argument for argument, is_open in zip(argv, opened, strict=True) if not is_open]
+    return rest, [match[1] for match, is_open in zip(matches, opened, strict=True) if is_open]
 
 
 @contextlib.contextmanager

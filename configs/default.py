@@ -8,7 +8,6 @@ config is locked: parts and experiments can only set keys that exist, so a missp
 
 from ml_collections import ConfigDict, config_dict
 
-import datasets
 import likelihood
 import losses
 import methods
@@ -17,7 +16,7 @@ import optimizers
 import sampling
 import training
 from configs.keys import get, of_part, shown
-from configs.schema import LENGTH, Flag, Key, Number, NumberOrText, Numbers, OneOf, Text, whole
+from configs.schema import LENGTH, Either, Flag, Key, Number, Numbers, OneOf, Text, whole
 from library import restoration, sample_folder
 from losses import OBJECTIVES
 from methods import METHODS
@@ -27,7 +26,7 @@ from optimizers import OPTIMIZERS
 from sampling import SAMPLERS
 from solvers import SCHEDULES, SOLVERS
 from solvers.rk45 import KEYS as LIMITS
-from sources import SOURCES, codec, folder, preparation
+from sources import SOURCES, codec, folder, options, patches, preparation
 from sources.codec import CODECS
 
 # Keys of the loops of training, sampling and evaluation.
@@ -124,7 +123,7 @@ def all_keys() -> dict[str, Key]:
     """
     keys = {}
     for owner in (  # in the order in which docs/config.md shows the keys of a section
-        *(datasets, *SOURCES.values(), folder, codec, *CODECS.values()),
+        *(options, *SOURCES.values(), folder, patches, codec, *CODECS.values()),
         *(methods, models, *NETWORKS.values(), sampling, *SAMPLERS.values(), LIMITS),
         *(*SOLVERS.values(), *SCHEDULES.values(), restoration, *METHODS.values()),
         *(losses, *OBJECTIVES.values(), preparation, optimizers, *OPTIMIZERS.values(), training),
@@ -143,8 +142,10 @@ def get_default_config() -> ConfigDict:
             config[section] = ConfigDict()
         owner = config[section] if section else config
         value = key.default
-        if isinstance(key.allowed, NumberOrText):  # else only values of the default's type fit
+        if isinstance(key.allowed, Either):  # else only values of the default's type fit
             value = config_dict.FieldReference(value, field_type=object)
+        elif key.opens:  # or None
+            value = config_dict.FieldReference(value)
         elif value is None:
             value = config_dict.placeholder(key.allowed.kind)
         owner[last] = value
@@ -156,4 +157,4 @@ def check(config: ConfigDict) -> None:
     """Raises a ValueError for the first value that its key does not allow, whatever is used."""
     for name, key in all_keys().items():
         if not key.accepts(value := get(config, name)):
-            raise ValueError(f"{name} must be {key.allowed}, not {shown(value)}")
+            raise ValueError(f"{name} must be {key}, not {shown(value)}")

@@ -111,14 +111,16 @@ def toy(config: ConfigDict) -> None:
 def images(config: ConfigDict) -> None:
     """The user's own images, small, after method and network: for one small GPU or, slowly, a CPU.
 
-    There is a checkpoint at each tenth, and the EMA weights average over about as many steps.
+    There is a checkpoint at each tenth, and the EMA weights average over about as many steps. Noise
+    levels follow the standard deviation of the images, or of VE the distances between them.
     """
     config.data.update(dataset="folder", num_channels=0, random_flip=False)
     config.training.update(batch_size=128, small_batch_size=0, n_iters=50000, eval_freq=500)
     config.training.snapshot_freq_for_preemption = 1000
     config.optim.lr = 5e-4
     config.model.update(nf=64, ch_mult=(1, 2, 2), num_res_blocks=2)
-    config.sampling.update(method="ode", ode_solver="multistep", N=20)
+    config.model.update(sigma_data=None, P_mean=None, sigma_max=None)
+    config.sampling.update(method="ode", ode_solver="multistep", N=20, sigma_max=None)
     config.eval.update(batch_size=100, num_samples=1000, features="pixels")
     config.eval.update(enable_loss=True, enable_sampling=True)
     share_of_steps(config, snapshots=10)

@@ -24,6 +24,10 @@ class Number:
             self.low <= value <= self.high or self.or_inf and value == math.inf
         )
 
+    def nearest(self, value: float) -> float:
+        """`value`, or the end of the range that it is beyond."""
+        return value if self.accepts(value) else min(max(value, self.low), self.high)
+
     def __str__(self) -> str:
         words = "a whole number" if self.kind is int else "a number"
         if self.high == EXACT:
@@ -59,9 +63,8 @@ class Numbers:
         )
 
     def __str__(self) -> str:
-        lengths = f" {'to' if self.lengths[2:] else 'or'} ".join(
-            str(n) for n in (self.lengths[0], self.lengths[-1])
-        )
+        ends = dict.fromkeys(map(str, (self.lengths[0], self.lengths[-1])))
+        lengths = f" {'to' if self.lengths[2:] else 'or'} ".join(ends)
         order = "rising " if self.rising else ""
         return f"a tuple of {lengths} {order}numbers, each {self.each}"
 
@@ -150,17 +153,17 @@ class ShareOrCount:
 
 
 @dataclass(frozen=True)
-class NumberOrText:
-    """A number, or a line of text."""
+class Either:
+    """A number or numbers, or something else: a line of text, one of several words, numbers."""
 
-    number: Number
-    text: Text
+    number: Number | Numbers
+    other: Text | OneOf | Numbers
 
     def accepts(self, value: Any) -> bool:
-        return self.number.accepts(value) or self.text.accepts(value)
+        return self.number.accepts(value) or self.other.accepts(value)
 
     def __str__(self) -> str:
-        return f"{self.number}, or {self.text}"
+        return f"{self.number}, or {self.other}"
 
 
 @dataclass(frozen=True)
@@ -179,16 +182,25 @@ class Key:
     """A key of a config: its default (None: to be measured), allowed values and meaning.
 
     A config stored before the key existed has its value `before`, or the default if that is None.
+    A key that `opens` may be None too: measured. One that `scales` is a noise level ("level"), the
+    inverse of one, or the log of one, given for data of standard deviation 0.5; see
+    `completion.scaled`.
     The value of a key `of_machine` is not taken from the config of a workdir ("always"), or not
     from that of a single file ("file"); see `configs.machine`. One of "start" is read by the first
     start of a run alone, and never taken from a workdir.
     """
 
     default: Any
-    allowed: Number | Numbers | OneOf | Text | NumberOrText | Flag | Pattern | ShareOrCount
+    allowed: Number | Numbers | OneOf | Text | Either | Flag | Pattern | ShareOrCount
     meaning: str
     before: Any = None
     of_machine: Literal["", "file", "always", "start"] = ""
+    opens: bool = False
+    scales: Literal["", "level", "inverse", "log"] = ""
 
     def accepts(self, value: Any) -> bool:
-        return value is self.default is None or self.allowed.accepts(value)
+        may_be_none = self.opens or self.default is None
+        return value is None and may_be_none or self.allowed.accepts(value)
+
+    def __str__(self) -> str:
+        return f"{self.allowed}{', or None' if self.opens else ''}"

@@ -2,7 +2,7 @@
 
 from configs.default import all_keys
 
-SECTIONS = ("config", "data", "training", "optim", "model", "sampling", "eval")
+SECTIONS = ("config", "data", "training", "optim", "model", "sampling", "eval", "reports")
 
 HEAD = """# The keys of a config
 
@@ -16,7 +16,7 @@ def page() -> str:
     """The page, in Markdown: a table for each section of the config."""
     rows = {section: [] for section in SECTIONS}
     for name, key in all_keys().items():
-        cells = (f"`{name}`", f"`{key.default!r}`", str(key.allowed), key.meaning)
+        cells = (f"`{name}`", f"`{key.default!r}`", str(key), key.meaning)
         row = "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         rows.setdefault(name.rpartition(".")[0] or "config", []).append(row)
     lines = [HEAD]

@@ -1,19 +1,21 @@
 """Restorations by the weights of a checkpoint, and how near they come to the truth."""
 
 import logging
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import DataChanged, batch_at, to_unit_interval
+from datasets import DataChanged, batch_at
 from experiment_parts import Parts
 from library.evaluated import Evaluated
 from library.restoration import RESTORATIONS, ToRestore, restoring_sampler
 from library.rounds import Rounds
 from methods.restoration import Measurement
-from reports.images import save_grid, to_uint8
+from reports.images import save_grid
 from reports.progress import solver_bar
+from sources.codec import encoded
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def restore_images(evaluated: Evaluated, restored: ToRestore) -> dict:
                 conditions=conditions,
                 watch=watch,
             )
-        return {"restored": to_uint8(images), "nfe": nfe}
+        return {"restored": codec.stored(images), "nfe": nfe}
 
     # the restorations of an image in one round
     size = RESTORATIONS * max(1, evaluated.batch_size // RESTORATIONS)
@@ -56,28 +58,29 @@ def restore_images(evaluated: Evaluated, restored: ToRestore) -> dict:
         return {}
     images = np.concatenate([each["restored"] for each in rounds])
     images = images.reshape(len(value), RESTORATIONS, *sides, channels)
-    measured = to_uint8(codec.decode(measurement.picture()))
+    measured = codec.stored(codec.decode(measurement.picture()))
+    within = codec.within_window
     report = {
         "restore_images": len(value),
-        "restore_spread": np.sqrt((images / 255).var(1, ddof=1).mean()),
+        "restore_spread": np.sqrt(within(images).var(1, ddof=1).mean()),
         "restore_nfe": np.mean([each["nfe"] for each in rounds]),
         "restore_seconds": np.sum([each["seconds"] for each in rounds]),
     }
     columns = [measured[:, None], images]
     if restored.truth is not None:
-        truth = to_uint8(restored.truth)[:, None]
+        truth = codec.stored(restored.truth)[:, None]
         columns = [truth, *columns]
         plain, remark = plain_restoration(experiment, measurement)
-        plain = to_uint8(codec.decode(plain))
+        plain = codec.stored(codec.decode(plain))
         if remark:
             report["restore_psnr_plain_remark"] = remark
-        report["restore_psnr"] = psnr(images, truth)
-        report["restore_psnr_mean"] = psnr(images.mean(1, keepdims=True), truth)
-        report["restore_psnr_plain"] = psnr(plain[:, None], truth)
+        report["restore_psnr"] = psnr(within(images), within(truth))
+        report["restore_psnr_mean"] = psnr(within(images.mean(1, keepdims=True)), within(truth))
+        report["restore_psnr_plain"] = psnr(within(plain[:, None]), within(truth))
     strips = np.concatenate(columns, axis=1)[:RESTORED]
     strips = strips.reshape(-1, *sides, channels)
     width = len(columns) - 1 + RESTORATIONS
-    save_grid(evaluated.picture("restoration"), strips, columns=width)
+    save_grid(evaluated.picture("restoration"), codec.pictures(strips), columns=width)
     return report
 
 
@@ -98,18 +101,19 @@ def plain_restoration(experiment: Parts, measurement: Measurement) -> tuple[Tens
     except (OSError, ValueError) as error:  # published networks restore without their data
         remark = f"the plain restorations start from grey, not the mean image: {error}"
         log.warning(remark)
-        grey = torch.full((1, *experiment.codec.data_shape), 0.5, device=experiment.device)
-        mean = experiment.codec.encode(grey)[0]
+        low, high = experiment.codec.bounds
+        grey = (low + high) / 2 if math.isfinite(low) else 0.0
+        mean = torch.full(experiment.codec.shape, grey, device=experiment.device)
     else:
         batch = batch_at(data, slice(AVERAGED)).to(experiment.device)
-        mean = experiment.codec.encode(to_unit_interval(batch.images)).mean(0)
+        mean = encoded(experiment.codec, batch.images).mean(0)
     return measurement.project(mean.to(value).expand(len(value), -1, -1, -1)), remark
 
 
 def psnr(images: np.ndarray, truth: np.ndarray) -> float:
-    """Mean peak signal-to-noise ratio, dB, of `images` (n, k, H, W, C) in grey levels of 255.
+    """Mean peak signal-to-noise ratio, dB, of `images` (n, k, H, W, C); 1 is black to white.
 
-    The squared error counts as at least that of rounding, 1 / 12.
+    The squared error counts as at least that of rounding to 255 grey levels, 1 / 12 of one.
     """
-    error = np.square(images - truth.astype(np.float64)).mean((2, 3, 4))
+    error = np.square(255 * (images - truth.astype(np.float64))).mean((2, 3, 4))
     return (10 * np.log10(255**2 / np.maximum(error, 1 / 12))).mean()

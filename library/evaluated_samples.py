@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from datasets import DataSet
 from library.evaluated import Evaluated
@@ -18,13 +19,11 @@ from metrics.reference import ReferenceStatistics
 from metrics.table import OF_HALVES, Comparison, compare, compare_halves
 from reports.images import (
     GRID_SAMPLES,
-    Images,
     by_class,
     channels_last,
     class_rows,
     image_grid,
     save_grid,
-    to_uint8,
 )
 from reports.progress import solver_bar
 from solvers.base import TooManyEvaluations
@@ -74,7 +73,7 @@ def compare_samples(
 
 
 def draw_round(evaluated: Evaluated, r: int, number: int) -> dict:
-    """Draw `number` samples; the finite ones, uint8, with their class labels if there are any.
+    """Draw `number` samples; the finite ones, as stored, with their class labels if any.
 
     There are none where the solver diverges. Raises TooManyEvaluations where it stops at its
     limit, since with a larger one these samples could be finite.
@@ -94,7 +93,7 @@ def draw_round(evaluated: Evaluated, r: int, number: int) -> dict:
         samples, nfe = torch.empty(0, *experiment.codec.data_shape), 0
         labels = None if labels is None else labels[:0]
     finite = samples.flatten(1).isfinite().all(1)
-    result = {"samples": to_uint8(samples[finite]), "nfe": nfe}
+    result = {"samples": experiment.codec.stored(samples[finite]), "nfe": nfe}
     return result if labels is None else result | {"labels": labels[finite].cpu().numpy()}
 
 
@@ -144,8 +143,8 @@ def _rounds(evaluated: Evaluated, spaces: Sequence[FeatureSpace], number: int) -
     return rounds.results(compute)
 
 
-def features_of(space: FeatureSpace, images: Images) -> dict:
-    """The features of `images`, and logits where the space has any."""
+def features_of(space: FeatureSpace, images: NDArray) -> dict:
+    """The features of `images` as stored, (n, H, W, C), and logits where the space has any."""
     if not len(images):
         return {"pool_3": np.empty((0, space.width), np.float32)}
     pool_3, logits = space(images)
@@ -195,12 +194,13 @@ def _draw(
 ) -> None:
     """Save pictures of samples, of training images, and of samples beside their nearest."""
     number, labels = len(comparison.features), comparison.labels
+    pictures = evaluated.experiment.codec.pictures
     _save_first(evaluated, "ode_images", number, labels, partial(samples_at, rounds))
     if data is None:
         return
     reference, labels = comparison.reference, comparison.reference_labels
 
-    def training_images(rows: np.ndarray) -> Images:
+    def training_images(rows: np.ndarray) -> NDArray:
         return channels_last(data[torch.from_numpy(reference.index[rows])])
 
     number = min(number, len(reference.index))
@@ -212,7 +212,7 @@ def _draw(
     for sample_rows in (distances.argsort()[:number], np.arange(number)):
         nearest = training_images(rows[sample_rows])
         pairs = np.concatenate([samples_at(rounds, sample_rows), nearest])
-        strips.append(image_grid(pairs, columns=number))
+        strips.append(image_grid(pictures(pairs), columns=number))
     save_png(evaluated.picture("nearest"), np.concatenate(strips))
 
 
@@ -221,25 +221,26 @@ def _save_first(
     name: str,
     number: int,
     labels: np.ndarray | None,
-    images_at: Callable[[np.ndarray], Images],
+    images_at: Callable[[np.ndarray], NDArray],
 ) -> None:
     """Save a picture of the first of `number` images, sorted by their class `labels` (number,).
 
     Where there are `class_rows`, it has the first `OF_CLASS` images of each class in a row.
-    `images_at` gives the images of row numbers.
+    `images_at` gives the images of row numbers, as stored.
     """
     experiment, path = evaluated.experiment, evaluated.picture(name)
+    pictures = experiment.codec.pictures
     classes = class_rows(experiment.classes, experiment.sampler.class_label)
     if labels is not None and classes:
         of_class = [np.flatnonzero(labels == label)[:OF_CLASS] for label in range(classes)]
         rows = np.concatenate(of_class)
-        images = by_class(images_at(rows), labels[rows], classes, OF_CLASS)
+        images = by_class(pictures(images_at(rows)), labels[rows], classes, OF_CLASS)
         save_grid(path, images, OF_CLASS)
         return
     rows = np.arange(min(GRID_SAMPLES, number))
     if labels is not None:
         rows = rows[labels[rows].argsort(kind="stable")]
-    save_grid(path, images_at(rows))
+    save_grid(path, pictures(images_at(rows)))
 
 
 def labels_of(rounds: list[dict]) -> np.ndarray:
@@ -247,13 +248,13 @@ def labels_of(rounds: list[dict]) -> np.ndarray:
     return np.concatenate([_read_round(each, {"labels": "i"})["labels"] for each in rounds])
 
 
-def samples_at(rounds: list[dict], rows: np.ndarray) -> Images:
+def samples_at(rounds: list[dict], rows: np.ndarray) -> NDArray:
     """The samples number `rows`, from the files of the rounds, each of which is read once."""
     ends = np.cumsum([len(each["pool_3"]) for each in rounds])
     round_of = np.searchsorted(ends, rows, side="right")
     images = {}
     for r in np.unique(round_of):
-        samples = _read_round(rounds[r], {"samples": "u"})["samples"]
+        samples = _read_round(rounds[r], {"samples": "uifb"})["samples"]
         images |= {row: samples[row - ends[r]] for row in rows[round_of == r]}
     return np.stack([images[row] for row in rows])
 

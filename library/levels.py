@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import distributed
-from datasets import Data, batch_at, to_unit_interval
+from datasets import Data, batch_at
 from library.fitting import cached_arrays
 from metrics.distances import frechet_distance_of_samples
 from reports.progress import progress_bar
@@ -105,7 +105,8 @@ class LevelChoice:
     def _choose(self) -> dict:
         images, grid, number = self._images(), self._grid(), self.sampler.n - 1
         log.info(f"choosing sampling.levels by {self.samples} samples at {len(grid)} noise levels")
-        real = to_unit_interval(images.images).flatten(1).cpu().numpy()
+        codec = self.sampler.codec
+        real = codec.comparable(codec.units(images.images)).flatten(1).cpu().numpy()
         levels: list[float] = []
         with progress_bar(total=len(grid) * number, desc="levels") as progress:
             while len(levels) < number:
@@ -141,5 +142,5 @@ class LevelChoice:
         for part in images[torch.arange(self.samples) % len(images)].split(sampler.batch_size):
             conditions = part.conditions.map(lambda rows: rows.to(self.device))
             batch, _ = sampler(self.network, len(part), generator=generator, conditions=conditions)
-            samples.append(batch.flatten(1).cpu().numpy())
+            samples.append(sampler.codec.comparable(batch).flatten(1).cpu().numpy())
         return np.concatenate(samples)

@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -14,12 +15,13 @@ from configs.schema import Flag, Key, Number, OneOf, Text, whole
 from experiment_parts import Parts
 from methods.restoration import RESTORE, Measurement, get_operator
 from samplers.base import Sampler
+from sources.arrays import read_numbers
 from sources.batch import KINDS, Batch, Conditions
 from sources.codec import Codec, Shape
+from sources.dtypes import held
 from sources.folder import read_images
-from sources.images import cropped_then_resized
+from sources.images import cropped_then_resized, image_size_of
 from sources.keyed import keyed_generator
-from sources.preparation import to_unit_interval
 from sources.sizes import changes, extent
 from sources.stream import batch_at
 from storage.digests import digests, digests_of_conditions
@@ -86,6 +88,7 @@ class Options:
         noise: standard deviation of the measurement's noise; 1 is the range from black to white.
         split, number: of the images, if there is no path.
         scale: of 16-bit images; see `sources.sixteen_bits`.
+        layout: of arrays in units of their own, `data.layout`; "" for images.
         seed: of the measurement's noise.
     """
 
@@ -97,6 +100,7 @@ class Options:
     split: str = "test"
     number: int = 1
     scale: tuple[float, ...] = ()
+    layout: str = ""
     seed: int = 0
 
 
@@ -139,6 +143,7 @@ class ToRestore:
             evaluation.dataset,
             max(1, evaluation.num_samples // RESTORATIONS),
             config.data.scale,
+            config.data.layout if config.data.dtype else "",
             config.seed,
         )
         return cls.read(options, experiment)
@@ -152,21 +157,21 @@ class ToRestore:
             FileNotFoundError: a file does not exist.
         """
         name, whole = options.name, options.degrade
-        channels, size, _ = measured_shape(experiment.codec, name, options.noise)
+        shape = measured_shape(experiment.codec, name, options.noise)
         if not (options.path or whole):
             raise ValueError(
                 f"sampling.restore={name!r} needs sampling.restore_path, an image or more, or "
                 "sampling.restore_degrade for those of the split eval.dataset"
             )
         if whole:
-            channels, size, _ = experiment.codec.data_shape
-        batch = _batch(options, experiment, channels, size).to(experiment.device)
+            shape = experiment.codec.data_shape
+        batch = _batch(options, experiment, shape).to(experiment.device)
         mask = None
         if name == "inpaint":
             mask = known_pixels(options.mask, experiment.codec.shape[1:], len(batch)).to(
                 experiment.device
             )
-        images = to_unit_interval(batch.images)
+        images = experiment.codec.units(batch.images)
         measurement = measurement_of(experiment.codec, name, images, options.noise, mask)
         if whole:
             operator = measurement.operator
@@ -186,20 +191,23 @@ def measured_shape(codec: Codec, name: str, noise: float = 0.0) -> Shape:
     Raises:
         ValueError: such images cannot be measured so, or `noise` is 0 in denoising.
     """
-    channels, size, _ = codec.data_shape
+    channels, *sides = codec.data_shape
+    factor = RESTORE[name]
     if codec.shape != codec.data_shape:
         raise ValueError(
             f"sampling.restore={name!r} measures images, but the network sees latents of the "
             f"shape {codec.shape} (data.codec)"
         )
-    if size % RESTORE[name]:
+    if any(side % factor for side in sides):
+        size = image_size_of(sides)
         raise ValueError(f"sampling.restore={name!r} does not divide data.image_size={size}")
+    if name == "colour" and codec.levels is None:
+        raise ValueError("sampling.restore='colour' is for images of 8 bits, not for arrays")
     if name == "colour" and channels != 3:
         raise ValueError(f"sampling.restore='colour' needs colour images; these have {channels}")
     if name == "denoise" and not noise:
         raise ValueError("sampling.restore='denoise' needs a sampling.restore_noise above 0")
-    size //= RESTORE[name]
-    return 1 if name == "colour" else channels, size, size
+    return 1 if name == "colour" else channels, *(side // factor for side in sides)
 
 
 def measurement_of(
@@ -208,15 +216,16 @@ def measurement_of(
     """The measurement whose values are `images`, measured by `name`, one of `RESTORE`.
 
     Args:
-        images: (n, *measured_shape), in [0, 1] up to their noise.
-        noise: its standard deviation; 1 is the range from black to white.
+        images: (n, *measured_shape), in [0, 1] up to their noise, or arrays in their own units.
+        noise: its standard deviation; 1 is the range from black to white, of arrays the standard
+            deviation of a channel.
         mask: bool, of the pixels that are known; see `methods.restoration.inpainting`.
     """
-    operator, (low, high) = get_operator(name, mask), codec.bounds
+    operator = get_operator(name, mask)
     value = codec.encode(images)
     if name == "inpaint":
         value = operator.forward(value)  # sets the missing pixels to 0
-    return Measurement(operator, value, noise * (high - low))
+    return Measurement(operator, value, noise * codec.noise_unit)
 
 
 def damaged(
@@ -240,13 +249,13 @@ def damaged(
     if (missing is not None) != (name == "inpaint"):
         raise ValueError(f"'inpaint' needs the missing pixels, and nothing else does; not {name!r}")
     if missing is None:
-        return measurement_of(codec, name, images.float(), noise)
+        return measurement_of(codec, name, images.to(codec.precision), noise)
     sides = codec.data_shape[1:]
     if missing.shape not in (sides, (len(images), *sides)):
         raise ValueError(f"missing must be bool (H, W) or (n, H, W), not {tuple(missing.shape)}")
     mask = ~missing.to(images.device, torch.bool).view(-1, 1, *sides)
     mask = mask if len(mask) > 1 else mask[0, 0]
-    return measurement_of(codec, name, images.float(), noise, mask)
+    return measurement_of(codec, name, images.to(codec.precision), noise, mask)
 
 
 def restoring_sampler(experiment: Parts, measurement: Measurement) -> Sampler:
@@ -254,9 +263,15 @@ def restoring_sampler(experiment: Parts, measurement: Measurement) -> Sampler:
     return replace(experiment.sampler.without_fit(), measurement=measurement)
 
 
-def _batch(options: Options, experiment: Parts, channels: int, size: int) -> Batch:
-    """uint8 images (n, channels, size, size), and the conditions that the network is given."""
-    if options.path:
+def _batch(options: Options, experiment: Parts, shape: Shape) -> Batch:
+    """Images as stored, (n, *shape), and the conditions that the network is given."""
+    channels, *size = shape
+    if options.path and options.layout:
+        key, path = "sampling.restore_path", Path(options.path)
+        arrays = read_numbers(key, path, (*size, channels), options.layout).values()
+        stored = torch.from_numpy(held(np.stack([*arrays]))).permute(0, 3, 1, 2)
+        batch = Batch(stored, _unknown_conditions(experiment, len(stored)))
+    elif options.path:
         pictures = read_images("sampling.restore_path", options.path, channels, options.scale)
         sizes = [picture.shape[:2] for picture in pictures.values()]
         for change in changes(sizes, size):
@@ -314,7 +329,7 @@ def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
 
     It is (H, W) for all images, or (n, 1, H, W) where there are n masks; `sides` are (H, W).
     """
-    size = sides[0]
+    height, width = sides
     if not name:
         raise ValueError(
             "sampling.restore='inpaint' needs sampling.restore_mask, an image that is white where "
@@ -322,11 +337,12 @@ def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
             "of a rectangle"
         )
     if re.fullmatch(r"\d{1,9}( *, *\d{1,9}){3}", name):
-        top, left, height, width = map(int, name.split(","))
-        if top + height > size or left + width > size:
-            raise ValueError(f"sampling.restore_mask={name} is not within {size} x {size} pixels")
-        rectangle = torch.zeros(size, size, dtype=torch.bool)
-        rectangle[top : top + height, left : left + width] = True
+        top, left, rows, columns = map(int, name.split(","))
+        if top + rows > height or left + columns > width:
+            within = f"{height} x {width} pixels"
+            raise ValueError(f"sampling.restore_mask={name} is not within {within}")
+        rectangle = torch.zeros(sides, dtype=torch.bool)
+        rectangle[top : top + rows, left : left + columns] = True
         masks, white = {name: rectangle}, ""
     else:
         pictures = read_images("sampling.restore_mask", name, 1)
@@ -339,9 +355,9 @@ def known_pixels(name: str, sides: tuple[int, int], n: int) -> Tensor:
         masks = {file: torch.from_numpy(image[..., 0] >= 128) for file, image in pictures.items()}
     for file, missing in masks.items():
         which = f"sampling.restore_mask={name}" + (f": {file}" if len(masks) > 1 else "")
-        if missing.shape != (size, size):
+        if missing.shape != tuple(sides):
             pixels = " x ".join(map(str, missing.shape))
-            raise ValueError(f"{which} has {pixels} pixels; the images have {size} x {size}")
+            raise ValueError(f"{which} has {pixels} pixels; the images have {height} x {width}")
         if missing.all() or not missing.any():
             share = "all pixels" if missing.all() else "no pixel"
             raise ValueError(f"{which} marks {share} as missing{white}")

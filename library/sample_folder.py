@@ -13,21 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import distributed
 from configs.schema import Flag, Key, OneOf, Text
 from library.restoration import ToRestore
 from library.trained import Trained
+from likelihood import unit_of
 from reports.films import save_film
-from reports.images import GRID_SAMPLES, image_grid, to_uint8
+from reports.images import GRID_SAMPLES, image_grid
 from reports.progress import progress_bar
 from reports.samples import SampleFiles
 from samplers.ode import ODESampler
 from sampling import spherical_interpolation
-from sources.base import Picture
+from sources.arrays import read_numbers
+from sources.codec import Codec, Shape
+from sources.dtypes import held
 from sources.folder import read_images
 from sources.keyed import keyed_generator
-from sources.preparation import to_unit_interval
 from storage.digests import digests
 from storage.files import cached, save_npz, save_png
 from storage.workdir import check_settings, save_settings
@@ -88,8 +91,12 @@ class SampleFolder:
     @functools.cached_property
     def files(self) -> SampleFiles:
         """The files of the seeds."""
-        channels, *sides = self.trained.shape
-        return SampleFiles(self.path, (*sides, channels))
+        (channels, *sides), codec = self.trained.shape, self._codec
+        return SampleFiles(self.path, (*sides, channels), codec.dtype, codec.pictures)
+
+    @property
+    def _codec(self) -> Codec:
+        return self.trained.experiment.codec
 
     def check(self) -> bool:
         """Whether the folder has files of these settings.
@@ -128,9 +135,9 @@ class SampleFolder:
         with progress_bar(total=len(missing), desc="sampling", unit="image") as progress:
             for start in range(0, len(missing), trained.at_once):
                 batch = missing[start : start + trained.at_once]
-                images = to_uint8(trained.sample(batch, **self._restoring_arguments(batch)))
-                for seed, image in zip(batch, images, strict=True):
-                    files.save(seed, image)
+                samples = trained.sample(batch, **self._restoring_arguments(batch))
+                for seed, sample in zip(batch, self._codec.stored(samples), strict=True):
+                    files.save(seed, sample)
                 progress.update(len(batch))
         distributed.barrier()
         if not distributed.is_main():
@@ -144,7 +151,7 @@ class SampleFolder:
         if self.restored is not None:
             columns = min(len(self.restored.measurement.value), 20)
         grid = self.path / "grid.png"
-        save_png(grid, image_grid(samples[:GRID_SAMPLES], columns))
+        save_png(grid, image_grid(self._codec.pictures(samples[:GRID_SAMPLES]), columns))
         log.info(f"{len(seeds)} samples, {number_before} of which were there: {grid}")
 
     def _restoring_arguments(self, seeds: list[int]) -> dict[str, Any]:
@@ -166,58 +173,61 @@ class SampleFolder:
             return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
 
         frames = self._cached_frames("film", {"film": seeds}, draw, (FRAMES, len(seeds)))
-        for seed in self.files.missing(seeds):
-            self.files.save(seed, frames[-1][seeds.index(seed)])
+        if self.files.dtype == "uint8":  # else the frames are no samples but pictures of them
+            for seed in self.files.missing(seeds):
+                self.files.save(seed, frames[-1][seeds.index(seed)])
         path = self.path / f"film.{self.film_format}"
         save_film(path, [image_grid(frame) for frame in frames])
         log.info(f"film: {path}")
 
-    def encode(self, pictures: Mapping[str, Picture], divergence: str) -> None:
-        """encoded.npz: latents, bits/dim and reconstructions; encoded.png: these in pairs.
+    def encode(self, arrays: Mapping[str, NDArray], divergence: str) -> None:
+        """encoded.npz: latents, bits/dim or nats, reconstructions; encoded.png: these in pairs.
 
         Args:
-            pictures: (H, W, C), uint8, by name.
+            arrays: images as stored (H, W, C), by name.
             divergence: of the likelihood, which is part of what the results depend on.
         """
-        trained, names, stack = self.trained, [*pictures], np.stack([*pictures.values()])
-        images = torch.from_numpy(stack).permute(0, 3, 1, 2)
+        trained, codec, unit = self.trained, self._codec, unit_of(self._codec)
+        names, stack = [*arrays], np.stack([*arrays.values()])
+        images = _tensor_of(stack)
 
         def compute() -> dict:
             generator = keyed_generator("cpu", "dequantisation", 0)
-            continuous = to_unit_interval(images, generator, dequantize=True)
-            bits = trained.bits_per_dim(continuous)
-            latents = trained.encode(to_unit_interval(images))
+            values = trained.bits_per_dim(codec.dequantized(images, generator))
+            latents = trained.encode(codec.units(images))
             return {
                 "names": np.array(names),
                 "latents": latents.cpu().numpy(),
-                "bpd": bits.double().cpu().numpy(),
-                "decoded": to_uint8(trained.decode(latents)),
+                unit.key: values.double().cpu().numpy(),
+                "decoded": codec.stored(trained.decode(latents)),
             }
 
         origin = self.settings | digests(encoded=images)
         origin |= {"names": names, "divergence": divergence}
-        results = cached(self.path / "encoded.npz", origin, compute, ("bpd", "decoded"))
-        for name, bits in zip(names, results["bpd"], strict=True):
-            log.info(f"{name}: {bits:.4g} bits/dim")
+        results = cached(self.path / "encoded.npz", origin, compute, (unit.key, "decoded"))
+        for name, value in zip(names, results[unit.key], strict=True):
+            log.info(f"{name}: {value:.4g} {unit.name}")
         columns, strips = min(len(names), 10), []
+        before, after = codec.pictures(stack), codec.pictures(results["decoded"])
         for start in range(0, len(names), columns):
-            pair = [rows[start : start + columns] for rows in (stack, results["decoded"])]
+            pair = [rows[start : start + columns] for rows in (before, after)]
             blank = np.full((columns - len(pair[0]), *stack.shape[1:]), 128, np.uint8)
             strips.append(image_grid(np.concatenate([pair[0], blank, pair[1], blank]), columns))
         path = self.path / "encoded.png"
         save_png(path, np.concatenate(strips))
-        change = np.abs(results["decoded"].astype(int) - stack).max()
-        log.info(f"images and reconstructions, {change} grey levels apart: {path}")
+        change = np.abs(results["decoded"].astype(float) - stack).max()
+        apart = f"{change:g}" + " grey levels" * (codec.dtype == "uint8")
+        log.info(f"images and reconstructions, {apart} apart: {path}")
 
-    def draw_between(self, ends: Mapping[str, Picture]) -> None:
-        """A film along the arc between the latents of two pictures (H, W, C), uint8, by name."""
-        images = torch.from_numpy(np.stack([*ends.values()])).permute(0, 3, 1, 2)
+    def draw_between(self, ends: Mapping[str, NDArray]) -> None:
+        """A film along the arc between the latents of two images as stored (H, W, C), by name."""
+        images, codec = _tensor_of(np.stack([*ends.values()])), self._codec
 
         def draw() -> dict:
-            latents = self.trained.encode(to_unit_interval(images))
+            latents = self.trained.encode(codec.units(images))
             shares = torch.linspace(0, 1, FRAMES, device=latents.device)
             (arc,) = spherical_interpolation(latents[:1], latents[1:], shares)
-            return {"frames": to_uint8(self.trained.decode(arc))}
+            return {"frames": codec.pictures(codec.stored(self.trained.decode(arc)))}
 
         frames = self._cached_frames("between", digests(between=images), draw, (FRAMES,))
         path = self.path / f"between.{self.film_format}"
@@ -233,46 +243,60 @@ class SampleFolder:
         return cached(path, self.settings | origin, draw, spec=spec)["frames"]
 
 
+def _tensor_of(stack: NDArray) -> Tensor:
+    """Images (n, H, W, C) as a tensor (n, C, H, W), as stored."""
+    return torch.from_numpy(held(stack)).permute(0, 3, 1, 2)
+
+
 def read_encoded(
-    text: str, shape: tuple[int, int, int], scale: tuple[float, ...] = ()
-) -> dict[str, Picture]:
+    text: str, shape: Shape, scale: tuple[float, ...] = (), layout: str = ""
+) -> dict[str, NDArray]:
     """The images of `sampling.encode`, by name; see `read_pictures`."""
-    return read_pictures("sampling.encode", [text] if text else [], shape, scale)
+    return read_pictures("sampling.encode", [text] if text else [], shape, scale, layout)
 
 
 def read_pair(
-    text: str, shape: tuple[int, int, int], scale: tuple[float, ...] = ()
-) -> dict[str, Picture]:
+    text: str, shape: Shape, scale: tuple[float, ...] = (), layout: str = ""
+) -> dict[str, NDArray]:
     """The two images of `sampling.between`, by name; none where it is empty.
 
     Raises:
         ValueError: they are not two; and as `read_pictures`.
     """
     names = pair_of(text) if text else []
-    ends = read_pictures("sampling.between", names, shape, scale)
+    ends = read_pictures("sampling.between", names, shape, scale, layout)
     if names and len(ends) != 2:
         raise ValueError(f"sampling.between={text} must be two images, A.png,B.png")
     return ends
 
 
 def read_pictures(
-    key: str, names: list[str], shape: tuple[int, int, int], scale: tuple[float, ...] = ()
-) -> dict[str, Picture]:
-    """The images of files and folders `names` by name, (H, W, C), uint8.
+    key: str,
+    names: list[str],
+    shape: Shape,
+    scale: tuple[float, ...] = (),
+    layout: str = "",
+) -> dict[str, NDArray]:
+    """The images of files and folders `names` by name, (H, W, C), uint8 or as stored.
 
     Args:
         key: the key that names them, for errors.
         shape: (C, H, W) that they must have.
         scale: of 16-bit images; see `sources.sixteen_bits`.
+        layout: of arrays in units of their own, `data.layout`; "" for images.
 
     Raises:
         ValueError: an image has another size, or cannot be read.
         OSError: there is no such file.
     """
     channels, *size = shape
-    pictures: dict[str, Picture] = {}
-    for name in names:
-        for file, picture in read_images(key, name.strip(), channels, scale).items():
+    pictures: dict[str, NDArray] = {}
+    for name in map(str.strip, names):
+        if layout:
+            images = read_numbers(key, Path(name), (*size, channels), layout)
+        else:
+            images = read_images(key, name, channels, scale)
+        for file, picture in images.items():
             if picture.shape[:2] != tuple(size):
                 has, needs = (" x ".join(map(str, sides)) for sides in (picture.shape[:2], size))
                 raise ValueError(f"{key}: {file} has {has} pixels, the network's images {needs}")

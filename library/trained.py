@@ -16,6 +16,7 @@ from configs.keys import shown
 from experiment_parts import Parts
 from library.arguments import check_floats, check_shape, checked_levels, checked_seed, checked_seeds
 from library.restoration import damaged
+from likelihood import unit_of
 from methods.base import Network, conditioned
 from methods.restoration import Measurement
 from reports.progress import solver_bar
@@ -27,7 +28,7 @@ from sources.batch import Conditions
 from sources.keyed import keyed_generator
 from sources.labels import number_of
 
-LOWEST_SHOWN = 0.03  # noise level in the network's units below which noise hardly shows
+LOWEST_SHOWN = 0.03  # noise level, in `Method.sigma_unit`, below which noise hardly shows
 
 ClassLabel = int | str | Sequence[int | str] | Tensor | None
 OtherConditions = Mapping[str, Tensor] | None  # than class labels
@@ -37,7 +38,9 @@ class Trained:
     """A trained network and what can be done with it.
 
     Images are float tensors (n, C, H, W) in [0, 1], and noise levels are in the same unit: at 0.1
-    the noise is a tenth of the way from black to white. Latents are those of the method's prior.
+    the noise is a tenth of the way from black to white. Arrays in units of their own (`data.dtype`)
+    are float64, and noise levels in standard deviations of a channel; all that is said of images
+    holds for them. Latents are those of the method's prior.
     Arguments may be on any device; results are on that of the network. A class label is one for all
     images, or one for each (n,), as a number or as a name of `class_names`; -1 is none.
     `conditions` are those besides class labels, rows (n, ...) by name, of a network that has any
@@ -94,7 +97,8 @@ class Trained:
             FloatingPointError: the solution is not finite, or takes more evaluations than
                 `sampling.max_evaluations`.
         """
-        images = [torch.empty(0, *self.shape, device=self.experiment.device)]
+        form = {"device": self.experiment.device, "dtype": self.experiment.codec.precision}
+        images = [torch.empty(0, *self.shape, **form)]
         for sampler, start in self._batches(seeds, class_label, measurement, conditions):
             with self._solving(start.pop("seeds")) as watch:
                 batch, _ = sampler(self.experiment.network, watch=watch, **start)
@@ -164,14 +168,15 @@ class Trained:
             raise ValueError(f"frames must be a whole number of at least 1, not {shown(frames)}")
         low, high = method.level_range
         ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
-        levels = high * (max(low, LOWEST_SHOWN) / high) ** ratio
+        levels = high * (max(low, LOWEST_SHOWN * method.sigma_unit) / high) ** ratio
         films = []
         for sampler, start in self._batches(seeds, class_label, measurement, conditions):
             states = States(method, levels, sampler.tells_times, codec.show)
             with self._solving(start.pop("seeds")) as watch:
                 images, _ = sampler(self.experiment.network, watch=watch, callback=states, **start)
             film = states.end(codec.encode(images))
-            film[-1] = (images * 255).round()  # a lossy codec would show it less well
+            end = torch.from_numpy(codec.pictures(codec.stored(images)))
+            film[-1] = end.permute(0, 3, 1, 2)  # a lossy codec would show it less well
             films.append(film)
         return torch.cat(films, 1)
 
@@ -220,7 +225,7 @@ class Trained:
         *,
         conditions: OtherConditions = None,
     ) -> Tensor:
-        """Log density (n,), in nats, of images `x` (n, C, H, W) under the flow, over [0, 1]^D.
+        """Log density (n,), in nats, of images `x` (n, C, H, W) under the flow, in their units.
 
         The bits/dim of 8-bit images u are -log p / (D ln 2) + 8 at x = (u + noise) / 256, the noise
         uniform in [0, 1] (Theis et al. 2016). The divergence is that of `eval.divergence`, its
@@ -229,8 +234,8 @@ class Trained:
         Raises as `encode`, and ValueError for a network trained at discrete noise levels.
         """
         codec = self.experiment.codec
-        bits = self.bits_per_dim(x, class_label, seed, conditions=conditions)
-        per_entry = (math.log2(codec.levels) - bits) * math.log(2)
+        values = self.bits_per_dim(x, class_label, seed, conditions=conditions)
+        per_entry = (math.log2(codec.levels or 1) - values) * unit_of(codec).nats
         return per_entry * math.prod(codec.shape)
 
     @execution.own_numerics()
@@ -244,7 +249,7 @@ class Trained:
     ) -> Tensor:
         """Bits/dim (n,) of images `x` (n, C, H, W) in [0, 1], as `log_likelihood` describes them.
 
-        For data without grey levels, such as latents, they are -log2 p / D.
+        Of latents they are -log2 p / D; of arrays in units of their own -log p / D, nats an entry.
         """
         likelihood, x = self.experiment.likelihood, self._encoded(x)
         probes = keyed_generator(self.experiment.device, "probe", checked_seed(seed))
@@ -276,12 +281,11 @@ class Trained:
         """
         check_floats(x, self.shape, "noisy images")
         method, codec = self.experiment.method, self.experiment.codec
-        if math.inf in codec.bounds:
+        if math.isinf(unit := codec.noise_unit):
             raise ValueError("the network denoises latents, not images: see Method.denoise")
-        unit = codec.bounds[1] - codec.bounds[0]  # between black and white, as the network sees it
         low, high = (level / unit for level in method.level_range)
         levels = checked_levels(sigma, len(x), low, high) * unit
-        noisy = codec.encode(x.to(self.experiment.device, torch.float32))
+        noisy = codec.encode(x.to(self.experiment.device, codec.precision))
 
         def denoised(net: Network, part: slice, watch: Watch) -> Tensor:
             of_part = levels[part] if levels.dim() else levels
@@ -442,6 +446,5 @@ class Trained:
 
     def _encoded(self, x: Tensor) -> Tensor:
         check_shape(x, self.shape, "images")
-        if not (x.is_floating_point() and ((x >= 0) & (x <= 1)).all()):
-            raise ValueError("images must be floats in [0, 1]; divide those of 8 bits by 255")
-        return self.experiment.codec.encode(x.to(self.experiment.device, torch.float32))
+        (codec := self.experiment.codec).check(x)
+        return codec.encode(x.to(self.experiment.device, codec.precision))

@@ -14,13 +14,13 @@ from torch import Tensor
 import distributed
 import execution
 from configs.keys import flatten
-from datasets import DataSet, batch_at, to_unit_interval
+from datasets import DataSet, batch_at
 from experiment_parts import Parts
 from library.initial_weights import INIT_FROM, InitialWeights, initialise, recall
 from models.weights import load_ema
-from reports.images import image_grid, to_uint8
+from reports.images import image_grid
 from reports.progress import solver_bar
-from sources.codec import check_codec
+from sources.codec import check_codec, encoded
 from sources.keyed import keyed_generator
 from storage import run_config
 from storage.checkpoints import fit, open_checkpoint, save_checkpoint
@@ -130,7 +130,7 @@ class TrainingRun:
         written = self.written + [state.step] * numbered
         content = state.state_dict() | {"written": written, "data": self.data}
         content["config"] = self.values
-        if self.values["data.codec"]:
+        if self.values["data.codec"] or self.values["data.dtype"]:
             content["codec"] = self.experiment.codec.identity
         if self.initial_weights:
             content["init_from"] = self.initial_weights.entry()
@@ -145,7 +145,7 @@ class TrainingRun:
         """Loss of the EMA weights on the first batch of `data`, with the same noise every time."""
         experiment = self.experiment
         batch = batch_at(data, slice(experiment.objective.batch_size)).to(experiment.device)
-        batch = replace(batch, images=experiment.codec.encode(to_unit_interval(batch.images)))
+        batch = replace(batch, images=encoded(experiment.codec, batch.images))
         generator = keyed_generator(experiment.device, "held out", self.seed)
         shard = distributed.rank(), distributed.world()
         with self.state.with_ema():
@@ -196,9 +196,9 @@ class TrainingRun:
         except FloatingPointError as error:  # a network that is still young may have no smooth flow
             log.warning(f"step {step}: no samples drawn: {error}")
             return
-        images = to_uint8(samples)
-        grid = image_grid(images)
-        save_npz(self.picture.with_suffix(".npz"), samples=images)
+        stored = experiment.codec.stored(samples)
+        grid = image_grid(experiment.codec.pictures(stored))
+        save_npz(self.picture.with_suffix(".npz"), samples=stored)
         save_png(self.picture, grid)
         writer.add_image("samples", grid, step)
         log.info(f"step {step}: samples in {nfe} evaluations: {self.picture}")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -105,6 +105,22 @@ class Preconditioning:
         return linear(self.c_skip(t), x, self.c_out(t), net(*self.inputs(x, t)))
 
 
+class Measures(Protocol):
+    """Measures of the training images as the network sees them."""
+
+    def mean_norm(self) -> float:
+        """The mean Euclidean norm of an image."""
+        ...
+
+    def standard_deviation(self) -> float:
+        """The standard deviation of all entries of the images."""
+        ...
+
+    def largest_distance(self) -> float:
+        """The largest Euclidean distance between two images."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Examples(Batch):
     """Images perturbed to the times `t` (B,): x = alpha `clean` + std `noise`, (B, C, H, W)."""
@@ -144,6 +160,7 @@ class Method(abc.ABC):
         gaussian: true where Gaussian noise of variance b^2 - a^2 takes y from the noise level a up
             to b, exactly or nearly, so that a sampler can add noise.
         sigma_data: standard deviation of the scaled images' entries, as far as it is known.
+        sigma_unit: what noise levels are measured in, 1 where they belong to images in [-1, 1].
         degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
         noisy_end: true where samples at `t_data` have noise, which a step to sigma = 0 removes.
         predictors, correctors: names that `sampling.method='pc'` can use; none without an SDE.
@@ -158,6 +175,7 @@ class Method(abc.ABC):
     positive_labels: ClassVar[bool] = True
     gaussian: bool = False
     sigma_data: float = 0.5
+    sigma_unit: float = 1.0
     degrees_of_freedom: float = math.inf
     noisy_end: bool = True
     predictors: tuple[str, ...] = ()
@@ -182,17 +200,22 @@ class Method(abc.ABC):
         return cls(**arguments(cls, config))
 
     @classmethod
-    def measure(
-        cls, values: Mapping[str, Any], dim: int, mean_norm: Callable[[], float]
-    ) -> dict[str, Any]:
+    def measure(cls, values: Mapping[str, Any], dim: int, data: Measures) -> dict[str, Any]:
         """Values, by key, that the config leaves open and that are measured from the data.
 
         Args:
             values: the config, flat.
             dim: entries of an image.
-            mean_norm: measures the mean Euclidean norm of the scaled training images.
+            data: measures the training images.
         """
         return {}
+
+    def check_measured(self, *names: str) -> None:
+        """Raise ValueError, in one line, where one of the fields `names` is still open."""
+        for name in names:
+            if getattr(self, name) is None:
+                key = self.options[name]
+                raise ValueError(f"{key} is open: training measures it at its first start")
 
     def check_rising(self, low: str, high: str, equal: bool = False) -> None:
         """Raise ValueError unless the fields `low` and `high` are positive and rise.
@@ -411,6 +434,7 @@ class WithSlope(Method):
     degrees_of_freedom, noisy_end = _of_method("degrees_of_freedom"), _of_method("noisy_end")
     perturb_at, prior_sampling = _of_method("perturb_at"), _of_method("prior_sampling")
     prior_logp, prior_norms = _of_method("prior_logp"), _of_method("prior_norms")
+    sigma_unit = _of_method("sigma_unit")
 
     def __init__(self, method: Method):
         self.method = method

@@ -20,16 +20,42 @@ KEYS = {
         "reference batch",
     ),
     "sampling.sigma_min": Key(
-        0.002, NOISE_LEVEL, "PFGM++ and EDM: last noise level before 0, below sigma_max"
+        0.002,
+        NOISE_LEVEL,
+        "PFGM++ and EDM: last noise level before 0, below sigma_max",
+        scales="level",
     ),
-    "sampling.sigma_max": Key(80.0, NOISE_LEVEL, "PFGM++ and EDM: first noise level"),
+    "sampling.sigma_max": Key(
+        80.0,
+        NOISE_LEVEL,
+        "PFGM++ and EDM: first noise level; None: 160 times sigma_data",
+        opens=True,
+        scales="level",
+    ),
     "model.D": Key(
         2048.0, Number(0.5, 10**12, or_inf=True), "PFGM++: augmenting dimensions; inf is EDM"
     ),
     "model.sigma_data": Key(
-        0.5, Number(0.001, 1000), "PFGM++ and EDM: standard deviation of the scaled images' entries"
+        0.5,
+        Number(0.001, 1000),
+        "PFGM++ and EDM: standard deviation of the scaled images' entries; None: measured, and all "
+        "noise levels of the config, which are for 0.5, follow it (docs/guide.md)",
+        opens=True,
     ),
-    "model.P_mean": Key(-1.2, Number(-10, 10), "PFGM++ and EDM: mean of ln sigma in training"),
+    "model.sigma_unit": Key(
+        1.0,
+        NOISE_LEVEL,
+        "PFGM++ and EDM: the network's noise label is ln(sigma / sigma_unit) / 4; a measured "
+        "sigma_data makes it sigma_data / 0.5",
+        scales="level",
+    ),
+    "model.P_mean": Key(
+        -1.2,
+        Number(-10, 10),
+        "PFGM++ and EDM: mean of ln sigma in training; None: ln(sigma_data / 0.5) - 1.2",
+        opens=True,
+        scales="log",
+    ),
     "model.P_std": Key(1.2, Number(0.001, 4), "PFGM++ and EDM: its standard deviation"),
 }
 
@@ -50,6 +76,7 @@ class PFGMPP(Method):
         D: augmenting dimensions > 0, or `math.inf`.
         sigma_min, sigma_max: noise levels where sampling ends, before a step to 0, and starts.
         sigma_data: standard deviation of the scaled images' entries.
+        sigma_unit: noise level whose label is 0.
         P_mean, P_std: mean and standard deviation of ln sigma in training, which is normal.
         target_kind: "image", the clean one; or its "posterior_mean" over the reference batch.
     """
@@ -61,10 +88,11 @@ class PFGMPP(Method):
     P_mean: float
     P_std: float
     target_kind: str = "image"
+    sigma_unit: float = 1.0
 
     keys = KEYS
     options = {
-        **{name: f"model.{name}" for name in ("D", "sigma_data", "P_mean", "P_std")},
+        **{name: f"model.{name}" for name in ("D", "sigma_data", "P_mean", "P_std", "sigma_unit")},
         **{name: f"sampling.{name}" for name in ("sigma_min", "sigma_max")},
         "target_kind": "training.target",
     }
@@ -73,14 +101,21 @@ class PFGMPP(Method):
     gaussian = True  # exactly for D = inf; for a finite D as published
 
     def __post_init__(self):
+        self.check_measured("sigma_data", "sigma_max", "P_mean")
         self.check_rising("sigma_min", "sigma_max")
         if self.target_kind not in TARGETS:
             raise ValueError(
                 f"unknown training.target={self.target_kind!r}; known: {', '.join(TARGETS)}"
             )
-        for name in ("D", "sigma_data", "P_std"):
+        for name in ("D", "sigma_data", "sigma_unit", "P_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} must be positive, not {getattr(self, name)}")
+
+    @classmethod
+    def measure(cls, values, dim, data):
+        if values["model.sigma_data"] is not None:
+            return {}
+        return {"model.sigma_data": data.standard_deviation()}
 
     @property
     def name(self) -> str:
@@ -99,7 +134,7 @@ class PFGMPP(Method):
         """Network's output to the denoised image (arXiv 2206.00364, table 1, last column)."""
         sd = self.sigma_data
         return Preconditioning(
-            c_noise=lambda sigma: sigma.log() / 4,
+            c_noise=lambda sigma: (sigma / self.sigma_unit).log() / 4,
             c_in=lambda sigma: (sigma**2 + sd**2).rsqrt(),
             c_out=lambda sigma: sigma * sd * (sigma**2 + sd**2).rsqrt(),
             c_skip=lambda sigma: sd**2 / (sigma**2 + sd**2),

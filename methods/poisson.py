@@ -160,12 +160,12 @@ class Poisson(Method):
             raise ValueError(f"training.gamma must be at least 0, not {self.gamma}")
 
     @classmethod
-    def measure(cls, values, dim, mean_norm):
+    def measure(cls, values, dim, data):
         if None not in (values[key] for key in OPEN):
             return {}
         scales = values["model.sigma_end"], values["training.tau"]
         if values["training.M"] is None:
-            measured = poisson_range(mean_norm(), dim, *scales)
+            measured = poisson_range(data.mean_norm(), dim, *scales)
         else:
             measured = range_of(values["training.M"], dim, *scales)
         return {k: v for k, v in zip(OPEN, measured, strict=True) if values[k] is None}

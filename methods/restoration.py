@@ -142,12 +142,14 @@ class Denoised:
         covariance: v -> V v / variance, both (B, C, H, W); V is that of x given y.
         sigma: the noise level.
         variance: of the noise in y, given y, (B, 1, 1, 1).
+        unit: of noise levels and images, `Method.sigma_unit`.
     """
 
     image: Tensor
     covariance: Callable[[Tensor], Tensor]
     sigma: float
     variance: Tensor
+    unit: float = 1.0
 
 
 def moment_matching(m: Measurement, d: Denoised, iterations: int = 5) -> Tensor:
@@ -172,12 +174,12 @@ def moment_matching(m: Measurement, d: Denoised, iterations: int = 5) -> Tensor:
 def pigdm(m: Measurement, d: Denoised) -> Tensor:
     """Change of the denoised image by PiGDM: variance dlog p(m | y)/dy with
 
-        V = r^2 I,    r^2 = variance / (variance + 1),
+        V = r^2 I,    r^2 = variance / (variance + 1)    in the method's unit,
 
     which is right for white Gaussian data of variance 1. Source: Song et al. 2023 ("Pseudoinverse-
     guided diffusion models for inverse problems", ICLR 2023).
     """
-    covariance = d.variance / (d.variance + 1) * m.operator.gram + m.noise**2
+    covariance = d.variance / (d.variance / d.unit**2 + 1) * m.operator.gram + m.noise**2
     return d.variance * d.covariance(m.operator.adjoint(m.residual(d.image) / covariance))
 
 
@@ -296,7 +298,7 @@ def denoise(
         precision = n + degrees - spread(trace, y) + products(deviation)[1]  # times the numerator
         square = spread(deviation.flatten(1).square().sum(1), y)
         variance = (square + degrees * sigma**2) / precision.clamp(min=min(degrees, 1.0))
-    return Denoised(clamped, covariance, sigma, variance)
+    return Denoised(clamped, covariance, sigma, variance, method.sigma_unit)
 
 
 class Restoring(WithSlope):

@@ -175,13 +175,27 @@ class VESDE(SDE):
 
     keys = SDE.keys | {
         "model.sigma_min": Key(0.01, NOISE_LEVEL, "VE SDE: smallest noise level"),
-        "model.sigma_max": Key(50.0, NOISE_LEVEL, "VE SDE: largest noise level"),
+        "model.sigma_max": Key(
+            50.0,
+            NOISE_LEVEL,
+            "VE SDE: largest noise level; None: the largest distance between two training images, "
+            "of 2,000 at most",
+            opens=True,
+        ),
     }
     options = SDE.options | {name: f"model.{name}" for name in ("sigma_min", "sigma_max")}
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_measured("sigma_max")
         self.check_rising("sigma_min", "sigma_max")
+
+    @classmethod
+    def measure(cls, values, dim, data):
+        """`model.sigma_max` by technique 1 of Song and Ermon (2020, arXiv 2006.09011)."""
+        if values["model.sigma_max"] is not None:
+            return {}
+        return {"model.sigma_max": data.largest_distance()}
 
     @property
     def prior_scale(self) -> float:

@@ -3,7 +3,10 @@
 A feature space turns images into features (n, K) and, where its network classifies, logits (n, L).
 """
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +15,9 @@ from numpy.typing import NDArray
 from configs import keys
 from configs.schema import Key, Several, Text
 from metrics.distances import OURS, Backend
-from metrics.networks import Extractor, Images, inception, torchscript
+from metrics.networks import Extractor, inception, torchscript
+from sources.codec import Codec
+from sources.dtypes import held
 from storage.files import one_line
 
 EXTRACTED_AT_ONCE = 100  # images that a feature network sees at a time
@@ -37,10 +42,11 @@ KEYS = {
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """A space of `eval.features`: called, it gives float32 features (n, K), and logits or None.
+    """A space of `eval.features`: called with images as stored, (n, H, W, C), it gives features.
 
-    `kind` is its name in `FEATURES`; `name` also tells the weights apart. `width` is K, and logits
-    are (n, `classes`); 0: none.
+    They are float32 (n, K), with logits or None. `kind` is the name in `FEATURES`; `name` also
+    tells weights and codecs apart. `width` is K, and logits are (n, `classes`); 0: none. `prepare`
+    makes what `extract` takes of stored images.
     """
 
     kind: str
@@ -49,33 +55,33 @@ class FeatureSpace:
     classes: int
     extract: Extractor
     backend: Backend
+    prepare: Callable[[NDArray], NDArray]
 
-    def __call__(self, images: Images) -> tuple[NDArray, NDArray | None]:
+    def __call__(self, images: NDArray) -> tuple[NDArray, NDArray | None]:
         starts = range(0, len(images), EXTRACTED_AT_ONCE)
-        blocks = [self.extract(images[i : i + EXTRACTED_AT_ONCE]) for i in starts]
+        blocks = [self.extract(self.prepare(images[i : i + EXTRACTED_AT_ONCE])) for i in starts]
         features, logits = zip(*blocks, strict=True)
         return np.concatenate(features), None if logits[0] is None else np.concatenate(logits)
 
 
 def pixels(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
-    """Pixels in [0, 1], flattened; there is no network to load."""
+    """Pixels in [0, 1], of arrays the scaled ones, flattened; there is no network to load."""
 
-    def extract(images: Images) -> tuple[NDArray, None]:
-        return (images.reshape(len(images), -1) / 255).astype(np.float32), None
+    def extract(numbers: NDArray) -> tuple[NDArray, None]:
+        return numbers.reshape(len(numbers), -1).astype(np.float32), None
 
     return "pixels", extract, OURS
 
 
 # Loaders of the spaces of eval.features: (path of the network, device) -> name, extractor, backend.
-# One with the attribute `needs_path` gets a path of eval.inception_path, any other "".
-inception.needs_path = torchscript.needs_path = True
+# One with the attribute `needs_path` gets a path of eval.inception_path, any other "". An extractor
+# gets pictures, uint8, or numbers on one scale where its loader has `takes_numbers`.
+inception.needs_path = torchscript.needs_path = pixels.takes_numbers = True
 FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels}
 
 
-def get_spaces(
-    kinds: str, paths: str, shape: tuple[int, int, int], device: torch.device
-) -> list[FeatureSpace]:
-    """The feature spaces `kinds`, names of `FEATURES` with commas between them.
+def get_spaces(kinds: str, paths: str, codec: Codec, device: torch.device) -> list[FeatureSpace]:
+    """The feature spaces `kinds` of what `codec` stores, names of `FEATURES` with commas.
 
     `paths` is the path of the network of the kind that needs one; for several such kinds the paths
     of all, in the order of `kinds`, with commas between them.
@@ -95,22 +101,26 @@ def get_spaces(
             f"needs {len(networks)} paths with commas between them, of {', '.join(networks)}"
         )
     path_of = dict(zip(networks, separate_paths, strict=False))  # no network reads no path
-    return [get_space(name, path_of.get(name, ""), shape, device) for name in names]
+    return [get_space(name, path_of.get(name, ""), codec, device) for name in names]
 
 
-def get_space(
-    kind: str, path: str, shape: tuple[int, int, int], device: torch.device
-) -> FeatureSpace:
-    """The feature space `kind` of `FEATURES`, tried on two blank images of `shape` (C, H, W).
+def get_space(kind: str, path: str, codec: Codec, device: torch.device) -> FeatureSpace:
+    """The feature space `kind` of `FEATURES`, tried on two blank images that `codec` stores.
 
     `path` is that of its network. Raises ValueError, in one line, where the network cannot be
     loaded or used, or has more than `WIDEST` features.
     """
-    channels, *sides = shape
-    name, extract, backend = keys.named(FEATURES, "eval.features", kind)(path, device)
-    blank = np.zeros((2, *sides, channels), dtype=np.uint8)
+    channels, *sides = codec.data_shape
+    load = keys.named(FEATURES, "eval.features", kind)
+    name, extract, backend = load(path, device)
+    prepare, depends_on = codec.pictures, f"{codec.identity} {codec.windows}"
+    if getattr(load, "takes_numbers", False):
+        prepare, depends_on = partial(_numbers, codec), codec.identity
+    if codec.dtype != "uint8":
+        name += f"-{hashlib.sha256(depends_on.encode()).hexdigest()[:8]}"
+    blank = np.zeros((2, *sides, channels), codec.dtype)
     try:
-        pool_3, logits = extract(blank)
+        pool_3, logits = extract(prepare(blank))
         width, classes = pool_3.shape[1], 0 if logits is None else logits.shape[1]
     except Exception as error:  # an untrusted network fails in any way
         raise ValueError(
@@ -123,4 +133,10 @@ def get_space(
             f"{width**2 / 2**27:,.0f} GiB; at most {WIDEST:,} are compared: use 'inception' or "
             "'torchscript'"
         )
-    return FeatureSpace(kind, name, width, classes, extract, backend)
+    return FeatureSpace(kind, name, width, classes, extract, backend, prepare)
+
+
+def _numbers(codec: Codec, images: NDArray) -> NDArray:
+    """Images as stored (n, H, W, C) as numbers between which distances say something."""
+    stored = torch.from_numpy(held(images)).permute(0, 3, 1, 2)
+    return codec.comparable(codec.units(stored)).permute(0, 2, 3, 1).numpy()

@@ -19,6 +19,7 @@ from datasets import Data, DataChanged, DataSet, Resident, Stream, in_order
 from metrics.distances import Gaussian, TooFew, shortage
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_spaces
 from sources import digests
+from sources.codec import Codec
 from storage.digests import digests as digests_of_tensors
 from storage.files import check_arrays, read_arrays, save_npz, sparing_time
 
@@ -94,9 +95,11 @@ class ReferenceStatistics:
     origin: Mapping[str, str | int] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config, device: torch.device, data: Data) -> "list[ReferenceStatistics]":
+    def from_config(
+        cls, config, device: torch.device, data: Data, codec: Codec
+    ) -> "list[ReferenceStatistics]":
         """Reference statistics in each feature space of `config`; raises as `build`."""
-        spaces = get_spaces(config.eval.features, config.eval.inception_path, data.shape, device)
+        spaces = get_spaces(config.eval.features, config.eval.inception_path, codec, device)
         for space in spaces:
             number = config.eval.num_samples
             if words := shortage(number, space.width):
@@ -114,9 +117,9 @@ class ReferenceStatistics:
 
         Raises ValueError, in one line, for what cannot be loaded or does not fit.
         """
-        channels, size, _ = train.source.shape
-        name = train.source.name
-        identity = {"space": space.name, "shape": f"{size}x{size}x{channels}"}
+        channels, height, width = train.source.shape
+        name, size = train.source.name, height if height == width else f"{height}x{width}"
+        identity = {"space": space.name, "shape": f"{height}x{width}x{channels}"}
         suffix = f"_{space.kind}_stats.npz" if further else "_stats.npz"
         names = f"{name}_{size}{suffix}", f"{name}{suffix}"
         for published in (folder / each for each in names):

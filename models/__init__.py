@@ -77,8 +77,7 @@ def from_config(config: ConfigDict, shape: Shape) -> nn.Module:
     tensor and the channel's spatial mean (B,), which is the Poisson field.
 
     Raises:
-        ValueError: an option has an unknown value, two options do not go together, or the levels
-            do not divide the image size.
+        ValueError: an option has an unknown value, or two options do not go together.
     """
     if config.data.num_classes < 0:
         raise ValueError("data.num_classes is open: training measures it at its first start")

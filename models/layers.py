@@ -6,13 +6,15 @@ Sources: Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from op import upfirdn2d
+from models.halvings import Factors
+from op.upfirdn import Pass, filtered
 
 Taps = Sequence[float] | None  # of a resampling filter
 Norm = Callable[[int], nn.Module]  # made for a number of channels
@@ -31,17 +33,13 @@ def check_whole(model: ConfigDict, *options: str) -> None:
             )
 
 
-def check_size(height: int, width: int, *, halvings: int) -> None:
-    """Raise ValueError unless an image can be halved `halvings` times."""
-    if height % 2**halvings or width % 2**halvings:
-        raise ValueError(
-            f"images of {height} x {width} cannot be halved {halvings} times; make data.image_size "
-            f"a multiple of {2**halvings} (as the levels of model.ch_mult or model.name need)"
-        )
+def geometric_sigmas(sigma_max: float | None, sigma_min: float, num_scales: int) -> Tensor:
+    """Noise levels (num_scales,) from `sigma_max` down to `sigma_min`, evenly spaced in the log.
 
-
-def geometric_sigmas(sigma_max: float, sigma_min: float, num_scales: int) -> Tensor:
-    """Noise levels (num_scales,) from `sigma_max` down to `sigma_min`, evenly spaced in the log."""
+    ValueError where `sigma_max` is None.
+    """
+    if sigma_max is None:
+        raise ValueError("model.sigma_max is open: training measures it at its first start")
     return torch.linspace(
         math.log(sigma_max), math.log(sigma_min), num_scales, dtype=torch.float64
     ).exp()
@@ -144,43 +142,51 @@ class PositionalFeatures(nn.Module):
 
 
 class _Filter(nn.Module):
-    """The separable filter (len, len) of the taps `fir_kernel`, its entries summing to `gain`."""
+    """Resampling by `factors`, with the filter of the taps `fir_kernel` along axes of factor 2."""
 
-    gain: int
+    grows: ClassVar[bool]
 
-    def __init__(self, fir_kernel: Taps = None):
+    def __init__(self, fir_kernel: Taps = None, factors: Factors = (2, 2)):
         super().__init__()
-        kernel = None
+        self.factors, kernel = factors, None
         if fir_kernel is not None:
             if abs(math.fsum(fir_kernel)) < 1e-6:
                 raise ValueError(f"the taps of model.fir_kernel={fir_kernel} must not sum to 0")
-            taps = torch.tensor(fir_kernel, dtype=torch.float32)
-            kernel = torch.outer(taps, taps) * (self.gain / taps.sum() ** 2)
+            self.taps = len(fir_kernel)
+            taps = [fir_kernel if factor == 2 else (1.0,) for factor in factors]
+            vertical, horizontal = (torch.tensor(each, dtype=torch.float32) for each in taps)
+            gain = math.prod(factors) if self.grows else 1
+            scale = gain / (vertical.sum() * horizontal.sum())
+            kernel = torch.outer(vertical, horizontal) * scale
         self.register_buffer("kernel", kernel, persistent=False)
+
+    def pads(self, halved: tuple[int, int], whole: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
+        """Padding (top, bottom, left, right): `halved` of axes of factor 2, `whole` of others."""
+        return tuple(n for factor in self.factors for n in (halved if factor == 2 else whole))
 
 
 class Double(_Filter):
     """Images of twice the size, by the filter of `fir_kernel` or, for None, by repeating pixels."""
 
-    gain = 4
+    grows = True
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
-            return F.interpolate(x, scale_factor=2)
-        n = len(self.kernel)
-        return upfirdn2d(x, self.kernel, up=2, pad=((n + 1) // 2, n // 2 - 1))
+            return F.interpolate(x, scale_factor=self.factors)
+        pads = self.pads(((self.taps + 1) // 2, self.taps // 2 - 1))
+        return filtered(x, Pass(self.kernel, self.factors, (1, 1), pads))
 
 
 class Halve(_Filter):
     """Images of half the size, by the filter of `fir_kernel` or, for None, by 2x2 means."""
 
-    gain = 1
+    grows = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
-            return F.avg_pool2d(x, 2)
-        n = len(self.kernel)
-        return upfirdn2d(x, self.kernel, down=2, pad=((n - 1) // 2, n // 2 - 1))
+            return F.avg_pool2d(x, self.factors)
+        pads = self.pads(((self.taps - 1) // 2, self.taps // 2 - 1))
+        return filtered(x, Pass(self.kernel, (1, 1), self.factors, pads))
 
 
 class Resampling(nn.Module):
@@ -197,27 +203,32 @@ class Resampling(nn.Module):
         up: bool,
         with_conv: bool = True,
         fir_kernel: Taps = None,
+        factors: Factors = (2, 2),
     ):
         super().__init__()
-        self.resample = (Double if up else Halve)(fir_kernel)
-        options = {} if up else {"stride": 2, "padding": 0}
+        self.resample = (Double if up else Halve)(fir_kernel, factors)
+        options = {} if up else {"stride": factors, "padding": 0}
         layer = conv(in_channels, out_channels, **options) if with_conv else None
         self.conv, self.fir_conv = (layer, None) if fir_kernel is None else (None, layer)
         self.up = up
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        resample = self.resample
         if self.conv is not None:
-            return self.conv(self.resample(x) if self.up else F.pad(x, (0, 1, 0, 1)))
+            top, bottom, left, right = resample.pads((0, 1), (1, 1))
+            return self.conv(resample(x) if self.up else F.pad(x, (left, right, top, bottom)))
         if self.fir_conv is None:
-            return self.resample(x)
-        n = len(self.resample.kernel)
+            return resample(x)
+        n, same = resample.taps, (1, 1)
         if not self.up:
-            return self.fir_conv(upfirdn2d(x, self.resample.kernel, pad=((n + 1) // 2, n // 2)))
+            pads = resample.pads(((n + 1) // 2, n // 2), (1, 1))
+            return self.fir_conv(filtered(x, Pass(resample.kernel, same, same, pads)))
         # Zeros between the pixels and the 3x3 convolution are one transposed convolution; the
         # filter comes last, so that the border is padded once (Karras et al., StyleGAN2).
         weight = self.fir_conv.weight.transpose(0, 1).flip(2, 3)
-        h = F.conv_transpose2d(x, weight, stride=2)
-        h = upfirdn2d(h, self.resample.kernel, pad=((n - 1) // 2, n // 2 - 1))
+        h = F.conv_transpose2d(x, weight, stride=resample.factors)
+        pads = resample.pads(((n - 1) // 2, n // 2 - 1), (-1, -1))
+        h = filtered(h, Pass(resample.kernel, same, same, pads))
         return h + self.fir_conv.bias[:, None, None]
 
 

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.keys import named
-from models.layers import ACTIVATIONS, Norm, check_size, check_whole, geometric_sigmas, refuse
+from models.halvings import Factors, Halvings, cut, padded
+from models.layers import ACTIVATIONS, Norm, check_whole, geometric_sigmas, refuse
 from sources.codec import Shape
+from sources.images import ImageSize
 
 
 class Level(NamedTuple):
@@ -98,15 +100,17 @@ class NoNorm(nn.Module):
         return x
 
 
-def conv_mean_pool(in_channels: int, out_channels: int, size: int) -> nn.Sequential:
+def conv_mean_pool(
+    in_channels: int, out_channels: int, size: int, factors: Factors
+) -> nn.Sequential:
     layer = nn.Conv2d(in_channels, out_channels, size, padding=size // 2)
-    return nn.Sequential(OrderedDict(conv=layer, pool=nn.AvgPool2d(2)))
+    return nn.Sequential(OrderedDict(conv=layer, pool=nn.AvgPool2d(factors)))
 
 
 class ResidualBlock(nn.Module):
     """Two rounds of norm, activation and convolution, and a shortcut.
 
-    With `down` it halves the resolution, or, where dilated, only changes the width.
+    With `down` it divides the sides by `factors`, or, where dilated, only changes the width.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class ResidualBlock(nn.Module):
         act: nn.Module,
         dilation: int,
         down: bool = False,
+        factors: Factors = (2, 2),
     ):
         super().__init__()
         pool = down and dilation == 1
@@ -125,8 +130,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, middle, dilation=dilation)
         self.normalize2 = norm(middle)
         if pool:
-            self.conv2 = conv_mean_pool(middle, out_channels, 3)
-            self.shortcut = conv_mean_pool(in_channels, out_channels, 1)
+            self.conv2 = conv_mean_pool(middle, out_channels, 3, factors)
+            self.shortcut = conv_mean_pool(in_channels, out_channels, 1, factors)
         else:
             self.conv2 = conv3x3(middle, out_channels, dilation=dilation)
             self.shortcut = conv3x3(in_channels, out_channels, dilation=dilation) if down else None
@@ -231,7 +236,7 @@ class RefineNet(nn.Module):
 
     Args:
         layout: key of `LAYOUTS`, the image size for which its levels were made.
-        image_size: height and width of the images.
+        image_size: height and width of the images, one number if they are equal.
         conditional: every norm depends on the noise level (NCSN); else none does, and the output is
             divided by the noise level instead (NCSNv2).
         sigmas: the noise levels (num_scales,) that the labels number.
@@ -239,7 +244,8 @@ class RefineNet(nn.Module):
         nf, channels, nonlinearity: see `models.unet.UNet`.
 
     Raises:
-        ValueError: the nonlinearity is unknown, or the image cannot be halved as often as needed.
+        ValueError: the nonlinearity is unknown, or the images of the coarsest level have one pixel,
+            which the norms cannot take.
     """
 
     # Keys that others declare; the levels themselves only where the output is divided by them.
@@ -274,7 +280,7 @@ class RefineNet(nn.Module):
                 )
         return cls(
             layout=layout,
-            image_size=shape[1],
+            image_size=shape[1:],
             conditional=conditional,
             sigmas=geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
             channels=shape[0],
@@ -287,7 +293,7 @@ class RefineNet(nn.Module):
         self,
         *,
         layout: str,
-        image_size: int,
+        image_size: ImageSize,
         conditional: bool,
         sigmas: Tensor,
         channels: int = 3,
@@ -299,8 +305,14 @@ class RefineNet(nn.Module):
         act = named(ACTIVATIONS, "model.nonlinearity", nonlinearity)
         levels = LAYOUTS[layout]
         self.act, self.centered = act, centered
-        self.halvings = sum(level.dilation == 1 for level in levels[1:])
-        check_size(image_size, image_size, halvings=self.halvings)
+        halves = [level.dilation == 1 for level in levels[1:]]
+        self.halvings = Halvings.of(image_size, sum(halves))
+        self.remarks = self.halvings.remarks(image_size)
+        if self.halvings.sides[-1] == (1, 1):
+            raise ValueError(
+                f"the norms of a RefineNet need more than one pixel, which is what {sum(halves)} "
+                f"halvings leave of data.image_size={image_size}: use 'ncsnpp', or larger images"
+            )
         self.register_buffer("sigmas", None if conditional else sigmas.float(), persistent=False)
 
         norm = partial(InstanceNormPlus, num_classes=len(sigmas) if conditional else None)
@@ -310,12 +322,13 @@ class RefineNet(nn.Module):
 
         self.encoder = nn.ModuleDict()
         refine = partial(RefineBlock, norm=norm if conditional else NoNorm, act=act)
-        decoder, last = {}, len(levels) - 1
+        decoder, last, factors = {}, len(levels) - 1, iter(self.halvings.factors)
         for i, level in enumerate(levels):
             finer, width = nf * levels[max(i - 1, 0)].width, nf * level.width
             block = partial(ResidualBlock, norm=norm, act=act, dilation=level.dilation)
+            pooled = next(factors) if i > 0 and halves[i - 1] else (1, 1)
             self.encoder[level.encoder] = nn.ModuleList(
-                [block(finer, width, down=i > 0), block(width, width)]
+                [block(finer, width, down=i > 0, factors=pooled), block(width, width)]
             )
             # It fuses the level's features and those refined below it; the coarsest has no others.
             decoder[level.decoder] = refine(
@@ -328,8 +341,9 @@ class RefineNet(nn.Module):
         self, x: Tensor, noise_label: Tensor, class_labels: None = None, augment_labels: None = None
     ) -> Tensor:
         refuse(class_labels=class_labels, augment_labels=augment_labels)
-        check_size(*x.shape[2:], halvings=self.halvings)
         labels = noise_label.round().long()
+        margins = self.halvings.margins(x)
+        x = padded(x, margins)
         h = self.begin_conv(x if self.centered else 2 * x - 1)
 
         skips = []
@@ -342,7 +356,7 @@ class RefineNet(nn.Module):
         for name in self.ascent:
             refined = [self.decoder[name]([skips.pop(), *refined], labels)]
 
-        h = self.end_conv(self.act(self.normalizer(refined[0], labels)))
+        h = cut(self.end_conv(self.act(self.normalizer(refined[0], labels))), margins)
         if self.sigmas is not None:
             h = h / self.sigmas[labels].to(h.dtype)[:, None, None, None]
         return h

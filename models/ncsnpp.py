@@ -22,7 +22,9 @@ UNET = {
     ),
     "model.num_res_blocks": Key(4, whole(1, 256), "per level"),
     "model.attn_resolutions": Key(
-        (16,), Numbers(whole(0), range(17)), "attention where the image is this wide"
+        (16,),
+        Numbers(whole(0), range(17)),
+        "attention where the longer side of the image is this: its width, if it is a square",
     ),
     "model.dropout": Key(0.1, SHARE, "share of the activations that is set to zero in training"),
     "model.augment_dim": Key(
@@ -113,12 +115,15 @@ class NCSNpp(UNet):
         """
         model = config.model
         check_whole(model, "nf", "num_scales", "ch_mult", "num_res_blocks")
+        sigmas = None  # sigma_max may be open where it is not read
+        if model.scale_by_sigma:
+            sigmas = geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales)
         options = {
             **{name: _argument(get(config, key)) for name, key in cls.options.items()},
-            "image_size": shape[1],
+            "image_size": shape[1:],
             "channels": shape[0],
             "out_channels": out_channels,
-            "sigmas": geometric_sigmas(model.sigma_max, model.sigma_min, model.num_scales),
+            "sigmas": sigmas,
             "fir_kernel": tuple(model.fir_kernel) if model.fir else None,
             **cls.fixed,
         }

@@ -21,6 +21,7 @@ from models.edm import ADM, EDMUNet
 from models.ncsn import RefineNet
 from models.ncsnpp import NCSNpp
 from models.unet import InputSkip
+from sources.images import sides_of
 from storage.checks import check_tensor
 from storage.stored_tensors import StoredTensor
 
@@ -109,8 +110,11 @@ _EDM_PIECES = {
 
 
 def _edm_names(model: NCSNpp) -> dict[str, str]:
-    """`reference_names` for EDM."""
-    sizes = [model.image_size >> level for level in range(len(model.encoder))]
+    """`reference_names` for EDM, which names levels by the side of a square."""
+    longest = max(sides_of(model.image_size))
+    sizes = [longest >> level for level in range(len(model.encoder))]
+    if len({*sizes}) < len(sizes):
+        raise ValueError(f"EDM has no names for {len(sizes)} levels of images of side {longest}")
     places = _edm_modules(sizes, len(model.decoder[0]["stages"]), isinstance(model, ADM))
     names = {}
     for name, _ in model.named_parameters():

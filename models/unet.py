@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.keys import named
+from models.halvings import Factors, Halvings, cut, padded
 from models.layers import (
     ACTIVATIONS,
     Attention,
@@ -24,7 +25,6 @@ from models.layers import (
     Resampling,
     ResBlock,
     Taps,
-    check_size,
     conv,
     dense,
     group_norm,
@@ -32,6 +32,7 @@ from models.layers import (
     refuse,
     residual_sum,
 )
+from sources.images import ImageSize
 
 # Words that an option of a U-Net may be, as a key `model.*` too.
 CHOICES = {
@@ -58,9 +59,9 @@ class Stage(nn.Module):
 class InputSkip(nn.Module):
     """The image, halved, that joins the features of its size (`progressive_input='input_skip'`)."""
 
-    def __init__(self, image_channels: int, channels: int, fir_kernel: Taps, combine: str):
+    def __init__(self, image_channels: int, channels: int, resample: Halve, combine: str):
         super().__init__()
-        self.resample = Halve(fir_kernel)
+        self.resample = resample
         self.conv = conv(image_channels, channels, 1)
         self.combine = combine
 
@@ -108,7 +109,8 @@ class UNet(nn.Module):
     Arguments that are not listed are the keys `model.*` of their names (docs/config.md).
 
     Args:
-        image_size: height and width of the images; decides which levels have attention.
+        image_size: height and width of the images, one number if they are equal; they decide which
+            levels have attention. Images of other sides can be given in a call.
         channels, out_channels: of the image, and of the output.
         conditional: embed the label in every block; without it only `scale_by_sigma` reads it.
         resblock_type: 'biggan' resamples inside residual blocks, 'ddpm' between them.
@@ -126,16 +128,16 @@ class UNet(nn.Module):
             backward, which runs it again: less memory for a third more time (arXiv 1604.06174).
 
     Attributes:
-        remarks: lines on configured attention that has no effect in this network.
+        remarks: lines on configured attention that has no effect in this network, and on padding.
 
     Raises:
-        ValueError: an option's value is unknown, or the levels do not divide the image size.
+        ValueError: an option's value is unknown.
     """
 
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: ImageSize,
         channels: int = 3,
         out_channels: int = 3,
         nf: int = 128,
@@ -182,8 +184,7 @@ class UNet(nn.Module):
         self.act, self.centered, self.scale_by_sigma = act, centered, scale_by_sigma
         self.image_size, self.num_classes = image_size, num_classes
         self.checkpoint_activations = checkpoint_activations
-        self.halvings = len(ch_mult) - 1
-        check_size(image_size, image_size, halvings=self.halvings)
+        self.halvings = Halvings.of(image_size, len(ch_mult) - 1)
         positional = embedding_type == "positional"
         sigmas = sigmas.float() if positional and scale_by_sigma else None
         self.register_buffer("sigmas", sigmas, persistent=False)
@@ -207,10 +208,10 @@ class UNet(nn.Module):
             resnet = block(in_channels, out_channels)
             return Stage(resnet, attention(out_channels) if attend else None)
 
-        def resampled(width: int, *, up: bool) -> nn.Module:
+        def resampled(width: int, factors: Factors, *, up: bool) -> nn.Module:
             if resblock_type == "biggan":
-                return block(width, width, resample=(Double if up else Halve)(fir_kernel))
-            options = {"with_conv": resamp_with_conv, "fir_kernel": fir_kernel}
+                return block(width, width, resample=(Double if up else Halve)(fir_kernel, factors))
+            options = {"with_conv": resamp_with_conv, "fir_kernel": fir_kernel, "factors": factors}
             return Resampling(width, width, up=up, **options)
 
         # The modules are made in the order of the diagram, which is that of the published weights.
@@ -229,7 +230,7 @@ class UNet(nn.Module):
         width = nf if stem_width is None else stem_width
         self.stem = conv(channels, width)
 
-        sizes = [image_size // 2**i for i in range(len(ch_mult))]
+        sizes, factors = [*map(max, self.halvings.sides)], self.halvings.factors
         levels = [(nf * m, s in attn_resolutions) for m, s in zip(ch_mult, sizes, strict=True)]
         coarsest = len(levels) - 1
 
@@ -244,12 +245,14 @@ class UNet(nn.Module):
                 skip_widths.append(width)
             down = join = None
             if i < coarsest:
-                down = resampled(width, up=False)
+                down = resampled(width, factors[i], up=False)
                 if progressive_input == "input_skip":
-                    join = InputSkip(channels, width, fir_kernel, progressive_combine)
+                    halve = Halve(fir_kernel, factors[i])
+                    join = InputSkip(channels, width, halve, progressive_combine)
                     width *= 2 if progressive_combine == "cat" else 1
                 elif progressive_input == "residual":
-                    branch = Resampling(branch_width, width, up=False, fir_kernel=fir_kernel)
+                    options = {"fir_kernel": fir_kernel, "factors": factors[i]}
+                    branch = Resampling(branch_width, width, up=False, **options)
                     join = ResidualBranch(skip_rescale, down=branch)
                     branch_width = width
                 skip_widths.append(width)
@@ -268,32 +271,38 @@ class UNet(nn.Module):
                 stages.append(stage(width + skip_widths.pop(), level_width, attend=attend_now))
                 width = level_width
             grow = None
+            options = {"fir_kernel": fir_kernel, "factors": factors[i] if i < coarsest else (1, 1)}
             if progressive == "output_skip":
                 update = head(width, out_channels, init_scale=init_scale)
-                grow = OutputSkip(update, Double(fir_kernel))
+                grow = OutputSkip(update, Double(**options))
             elif progressive == "residual" and i == coarsest:
-                grow = OutputSkip(head(width, width, init_scale=1.0), Double(fir_kernel))
+                grow = OutputSkip(head(width, width, init_scale=1.0), Double(**options))
             elif progressive == "residual":
-                branch = Resampling(branch_width, width, up=True, fir_kernel=fir_kernel)
+                branch = Resampling(branch_width, width, up=True, **options)
                 grow = ResidualBranch(skip_rescale, up=branch)
             branch_width = width
-            up = resampled(width, up=True) if i > 0 else None
+            up = resampled(width, factors[i - 1], up=True) if i > 0 else None
             parts = {"stages": nn.ModuleList(stages), "progressive": grow, "up": up}
             self.decoder.append(nn.ModuleDict(parts))
 
         self.head = None
         if progressive != "output_skip":
             self.head = head(width, out_channels, init_scale=init_scale)
-        self.remarks = self._remarks(sizes, attn_resolutions)
+        self.remarks = self._remarks(sizes, attn_resolutions) + self.halvings.remarks(image_size)
 
     def _remarks(self, sizes: list[int], attn_resolutions: Sequence[int]) -> list[str]:
-        """Lines on configured attention that the network lacks; `sizes` are those of its levels."""
+        """Lines on configured attention that is lacking; `sizes` are the levels' longer sides."""
         heads = [level["stages"][0].attention for level in self.encoder]  # Identity: too narrow
         narrow = {s for s, head in zip(sizes, heads, strict=True) if isinstance(head, nn.Identity)}
         middle = ", nor in the middle" if isinstance(self.middle_attention, nn.Identity) else ""
         levels = ", ".join(map(str, sizes))
         reasons = (
-            ({*attn_resolutions} - {0, *sizes}, f": the levels of the network are {levels} wide"),
+            (
+                {*attn_resolutions} - {0, *sizes},
+                f": the levels of the network are {levels} wide"
+                if len({*self.halvings.sides[0]}) == 1
+                else f": the longer sides of the network's levels are {levels}",
+            ),
             (narrow, f"{middle}: too few channels for a head (model.nf, model.ch_mult)"),
         )
         return [
@@ -325,7 +334,6 @@ class UNet(nn.Module):
         Class labels (B,), int64, are -1 for none, augmentation labels (B, augment_dim) 0, and
         either may be None. ValueError for labels that the network was made without.
         """
-        check_size(*x.shape[2:], halvings=self.halvings)
         classes = emb = None  # the embedding is activated, as all blocks take it
         if self.num_classes:
             classes = one_hot(class_labels, self.num_classes, x)
@@ -340,6 +348,8 @@ class UNet(nn.Module):
             emb = self.act(self.embed(features, classes, augment_labels))
         if not self.centered:
             x = 2 * x - 1
+        margins = self.halvings.margins(x)
+        x = padded(x, margins)
 
         def run(block: nn.Module, *inputs: Tensor | None) -> Tensor:
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -369,7 +379,7 @@ class UNet(nn.Module):
                 h, pyramid = level["progressive"](h, pyramid)
             if level["up"] is not None:
                 h = run(level["up"], h, emb)
-        out = pyramid if self.head is None else self.head(h)
+        out = cut(pyramid if self.head is None else self.head(h), margins)
 
         if self.scale_by_sigma:
             sigma = noise_label if self.sigmas is None else self.sigmas[noise_label.long()]

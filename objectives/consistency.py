@@ -34,15 +34,19 @@ KEYS = {
         "start",
     ),
     "consistency.k": Key(8.0, Number(0, 1e4), "n(t) = 1 + k sigmoid(-b t) of consistency.q"),
-    "consistency.b": Key(1.0, Number(0, 1e4), "see consistency.k"),
+    "consistency.b": Key(1.0, Number(0, 1e4), "see consistency.k", scales="inverse"),
     "consistency.c": Key(
         0.06,
         Number(0, 1e4),
         "pseudo-Huber distance sqrt(|d|^2 + c^2) - c of the two denoised images, d their "
         "difference; 0: |d|, which is biased with training.target='image'",
+        scales="level",
     ),
     "consistency.P_mean": Key(
-        -1.1, Number(-10, 10), "mean of ln t, t the larger noise level of a training pair"
+        -1.1,
+        Number(-10, 10),
+        "mean of ln t, t the larger noise level of a training pair",
+        scales="log",
     ),
     "consistency.P_std": Key(2.0, Number(0.001, 4), "standard deviation of ln t"),
 }

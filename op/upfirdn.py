@@ -42,7 +42,14 @@ def upfirdn2d(
     Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020.
     """
     _check(x, kernel, up, down, pad)
-    whole = Pass(kernel.detach(), (up, up), (down, down), (*pad, *pad))
+    return filtered(x, Pass(kernel.detach(), (up, up), (down, down), (*pad, *pad)))
+
+
+def filtered(x: torch.Tensor, whole: "Pass") -> torch.Tensor:
+    """`x` (B, C, H, W) after a pass, whose factors and padding may differ between the axes.
+
+    It is differentiable, and raises ValueError for sizes, as `upfirdn2d`.
+    """
     _check_size(whole, x.shape[2:])
     dtype = torch.promote_types(x.dtype, torch.float32)  # that of the sums
     for step in _separate(whole):
@@ -213,8 +220,10 @@ def _check_size(whole: Pass, size: Sequence[int]) -> None:
             f"upfirdn2d of {tuple(size)} images has no output pixel with a filter of "
             f"{tuple(whole.kernel.shape)}, up={up}, pad={pad}; pad more or crop less"
         )
-    zeros = max(pad[0], 0) + max(pad[1], 0)
-    height, width = (max(n * up + zeros, m * down) for n, m in zip(size, out, strict=True))
+    height, width = (
+        max(n * up + max(before, 0) + max(after, 0), m * down)
+        for n, m, (_, up, down, (before, after)) in zip(size, out, whole.axes(), strict=True)
+    )
     pixels = height * width
     if pixels >= PIXELS:
         raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiment_parts import Parts
-from reports.images import CLASS_ROWS, save_grid, to_uint8
+from reports.images import CLASS_ROWS, save_grid
 from reports.progress import solver_bar
 from sampling import spherical_interpolation
 from sources.batch import Conditions
@@ -85,4 +85,5 @@ def _draw_strips(
     except FloatingPointError as error:
         log.warning(f"{path} is not drawn: {error}")
     else:
-        save_grid(path, to_uint8(samples), COLUMNS)
+        codec = experiment.codec
+        save_grid(path, codec.pictures(codec.stored(samples)), COLUMNS)

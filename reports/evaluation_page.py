@@ -1,12 +1,13 @@
 """report.html: gathers from the files of a run what the page of an evaluation shows."""
 
 import logging
+import math
 import shlex
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from reports.settings import (
     of_report,
     solver_words,
 )
+from sources.codec import Codec
 from storage.files import atomic_write, open_regular
 from storage.tensorboard import read_scalars, seconds_of_training
 
@@ -82,11 +84,13 @@ def save_page(
     warmup: int,
     cooldown: int,
     settings: Mapping[str, Any],
+    unit: str = "",
 ) -> None:
     """Write report.html: the numbers of all checkpoints in the folder, the pictures of number k.
 
     `network` is its name in papers; the learning rate rises over `warmup` steps and falls over the
     last `cooldown`. `settings` are shown as they are: every key of the config, in nested mappings.
+    `unit` is the name of that of arrays.
     """
     report = read_report(folder / f"report_{k}.npz")
     reports = {k: report}
@@ -98,16 +102,19 @@ def save_page(
     scalars = read_scalars(board)
     paths = {name: folder / f"{name}_{k}.png" for name in PICTURES}
     paths = {name: path for name, path in paths.items() if path.exists()}
-    pictures = [_picture(experiment, name, path) for name, path in paths.items()]
+    bars = colour_bars(experiment.codec, unit)
+    pictures = [_picture(experiment, name, path, bars) for name, path in paths.items()]
     pictures = [picture for picture in pictures if picture]
     samples = folder.glob(f"ckpt_{k}/samples_*.npz")
     files = {
         "numbers of this one": [folder / f"report_{k}.npz"],
-        "samples, uint8 (n, H, W, C)": sorted(samples, key=lambda path: (len(path.name), path)),
+        f"samples, {experiment.codec.dtype} (n, H, W, C)": sorted(
+            samples, key=lambda path: (len(path.name), path)
+        ),
         "pictures, whole": list(paths.values()),
     }
     parameters = sum(p.numel() for p in experiment.network.parameters())
-    channels, size, _ = experiment.data.shape
+    channels, *sides = experiment.data.shape
     width = f" of width {report['ema_std']:g}" if "ema_std" in report else ""
     cost = [f"{number(report['nfe'])} evaluations"] if "nfe" in report else []
     made_by = of_report(report)
@@ -115,7 +122,8 @@ def save_page(
     facts = {
         "method": experiment.method.name,
         "network": f"{network}, {parameters:,} parameters",
-        "data": f"{experiment.data.name}, {size} × {size}, {_colours(size, channels)}",
+        "data": f"{experiment.data.name}, {' × '.join(map(str, sides))}, "
+        f"{_colours(sides, channels)}",
         "checkpoint": f"step {step:,}, EMA weights{width}",
         "initial weights": str(report.get("initial_weights", "")),
         "training time": duration(seconds_of_training(board, step)),
@@ -153,7 +161,23 @@ def save_page(
         file.write(page.encode(errors="backslashreplace"))
 
 
-def _picture(experiment: Parts, name: str, path: Path) -> Picture | None:
+def colour_bars(codec: Codec, unit: str = "") -> list[tuple[str, str, str]]:
+    """What is black and white in pictures of arrays, by channel where these differ; else []."""
+    windows = dict(enumerate(codec.windows[:SIDE_BY_SIDE]))
+    if len({*windows.values()}) == 1:
+        windows = {"": windows[0]}
+
+    def text(end: float, width: float) -> str:
+        digits = 3 - math.floor(math.log10(width))  # a thousandth of the width, or finer
+        return f"{round(end, digits):.12g} {unit}".strip()
+
+    return [
+        (f"channel {key}" * (key != ""), text(low, high - low), text(high, high - low))
+        for key, (low, high) in windows.items()
+    ]
+
+
+def _picture(experiment: Parts, name: str, path: Path, bars: list) -> Picture | None:
     """The picture at `path`, its rows named by their classes; None if it is damaged."""
     title, caption = PICTURES[name]
     classes, class_label = experiment.classes, experiment.sampler.class_label
@@ -166,7 +190,7 @@ def _picture(experiment: Parts, name: str, path: Path) -> Picture | None:
         of_class = 0
     rows = min(classes, CLASS_ROWS) if name == "classes" else of_class
     png = _readable(path, page_png)
-    return png and Picture(title, caption, png, rows=_class_names(experiment)[:rows])
+    return png and Picture(title, caption, png, rows=_class_names(experiment)[:rows], bars=bars)
 
 
 def _class_names(experiment: Parts) -> list[str]:
@@ -183,10 +207,10 @@ def _classes(experiment: Parts) -> str:
     return f"{experiment.classes:,}" + (f": {names}{more}" if names else "")
 
 
-def _colours(size: int, channels: int) -> str:
+def _colours(sides: Sequence[int], channels: int) -> str:
     if channels in (1, 3):
         return "grey" if channels == 1 else "colour"
-    if (size, channels) == (1, 2):
+    if (*sides, channels) == (1, 1, 2):
         return "points of the plane"
     first = f"the first {SIDE_BY_SIDE} " if channels > SIDE_BY_SIDE else ""
     return f"{channels} channels, {first}side by side in pictures"

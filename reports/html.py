@@ -12,7 +12,8 @@ from reports.plots import CSS, curve_colour, is_dashed
 class Picture:
     """A picture of a page, in an image format called `kind`, with the words below it.
 
-    `rows` are names of its rows, which are of one height and stand beside them.
+    `rows` are names of its rows, which are of one height and stand beside them. `bars` are colour
+    bars: a name, and what is black and what is white.
     """
 
     title: str
@@ -20,6 +21,7 @@ class Picture:
     content: bytes
     kind: str = "png"
     rows: Sequence[str] = ()
+    bars: Sequence[tuple[str, str, str]] = ()
 
     def html(self) -> str:
         """The figure that holds the picture itself."""
@@ -29,6 +31,9 @@ class Picture:
         if self.rows:
             names = "".join(f"<li title='{escape(name)}'>{escape(name)}</li>" for name in self.rows)
             image = f"<div class=named><ol>{names}</ol>{image}</div>"
+        for bar in self.bars:
+            name, low, high = (f"<span>{escape(text)}</span>" for text in bar)
+            image += f"<div class=bar>{name}{low}<i></i>{high}</div>"
         return figure(image, self.title, self.caption)
 
 

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,14 +16,10 @@ log = logging.getLogger(__name__)
 SIDE_BY_SIDE = 4  # channels in a picture of images without colours
 GRID_SAMPLES = 100  # samples of a run or an evaluation that its picture shows
 CLASS_ROWS = 10  # most classes of a picture with a row for each
+LONGEST = 4  # side of an enlarged image, in units of the least one
 LARGEST = 9216  # side of a picture: WebP allows 16,383, and Pillow reads 89 megapixels
 
 Images = NDArray[np.uint8]  # (n, H, W, C)
-
-
-def to_uint8(images: Tensor) -> Images:
-    """Images in [0, 1], (B, C, H, W), as uint8 (B, H, W, C)."""
-    return channels_last((images * 255).round().to(torch.uint8))
 
 
 def channels_last(images: Tensor) -> NDArray:
@@ -49,13 +44,15 @@ def image_grid(
 ) -> Images:
     """One picture (H', W', 3) of `images`, row by row, in a near-square grid or in `columns`.
 
-    Images smaller than `min_size` are enlarged by a whole factor; `gap` pixels lie between them.
+    Images smaller than `min_size` are enlarged by a whole factor, long ones to at most `LONGEST`
+    times that; `gap` pixels lie between them.
     A picture wider or higher than `LARGEST` pixels is reduced. Channels are shown as by `visible`.
     Points of the plane, images (1, 1, 2), are dots of one square picture instead.
     """
     if images.shape[1:] == (1, 1, 2):
         return _dots(images[:, 0, 0])
-    factor = max(1, math.ceil(min_size / min(images.shape[1:3])))
+    short, long = sorted(images.shape[1:3])
+    factor = max(1, min(math.ceil(min_size / short), LONGEST * min_size // long))
     images = visible(images)
     n, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(n))

@@ -18,7 +18,7 @@ from metrics.table import METRICS, Entry, entries, remark_on, remarks
 from reports.html import Picture, document, figure, legend, notes, pairs, row, section, table
 from reports.plots import SMALL, Points, curve_plot, drawable, histogram, number
 from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
-from reports.table import RESTORED
+from reports.table import RESTORED, likelihood_of
 
 Report = Mapping[str, float | str | NDArray]
 
@@ -236,12 +236,17 @@ def _losses(curves: Mapping[str, Points]) -> list[str]:
 
 
 def _likelihoods(report: Report) -> list[str]:
-    bits = np.asarray(report.get("bpd_images", ()))
-    bits = bits[drawable(bits)]
-    caption = f"Bits per dimension of {len(bits):,} images; the line is their mean."
-    if not len(bits):
+    unit = likelihood_of(report)
+    values = np.asarray(report.get(f"{unit}_images", ()))
+    values = values[drawable(values)]
+    if not len(values):
         return []
-    return [figure(histogram(bits, ("bits/dim", "images")), "Likelihood", caption)]
+    words, name = {
+        "bpd": ("Bits per dimension", "bits/dim"),
+        "nats": ("Negative log-likelihoods, in nats an entry,", "nats an entry"),
+    }[unit]
+    caption = f"{words} of {len(values):,} images; the line is their mean."
+    return [figure(histogram(values, (name, "images")), "Likelihood", caption)]
 
 
 def _cost(report: Report) -> str:
@@ -250,9 +255,9 @@ def _cost(report: Report) -> str:
     if "num_samples" in report:
         samples = report["num_samples"] + report["nonfinite"]
         costs["samples"] = samples, report.get("nfe", math.nan), report["sampling_seconds"]
-    if "bpd_images" in report:
-        images = len(report["bpd_images"])
-        costs["likelihoods"] = images, report["bpd_nfe"], report["bpd_seconds"]
+    if f"{(unit := likelihood_of(report))}_images" in report:
+        images = len(report[f"{unit}_images"])
+        costs["likelihoods"] = images, report[f"{unit}_nfe"], report[f"{unit}_seconds"]
 
     if "restore_images" in report:
         images = report["restore_images"]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from metrics.table import METRICS, split_key
 from reports.settings import of_report
-from reports.table import RESTORED
+from reports.table import RESTORED, likelihood_of
 from sources.images import open_image, refuse_bomb
 from storage.files import check_arrays, open_regular, read_arrays, refusing
 
@@ -29,8 +29,9 @@ def read_report(path: Path) -> dict[str, NDArray]:
     if "num_samples" in arrays:
         needed = ("num_samples", "nonfinite", "sampling_seconds", *({"nfe"} & arrays.keys()))
         spec |= dict.fromkeys(needed, scalar)
-    if "bpd_images" in arrays:
-        spec |= dict.fromkeys(("bpd_nfe", "bpd_seconds"), scalar) | {"bpd_images": ("f", (None,))}
+    if f"{(unit := likelihood_of(arrays))}_images" in arrays:
+        spec |= dict.fromkeys((f"{unit}_nfe", f"{unit}_seconds"), scalar)
+        spec |= {f"{unit}_images": ("f", (None,))}
     if "restore_images" in arrays:
         spec |= dict.fromkeys(("restore_images", "restore_seconds"), scalar)
         spec |= dict.fromkeys(RESTORED.keys() & arrays.keys() | {"restore_nfe"}, scalar)

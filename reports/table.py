@@ -16,6 +16,11 @@ RESTORED = PSNR | {
 }
 
 
+def likelihood_of(report: Mapping) -> str | None:
+    """The key of the likelihoods of a report, bpd or nats; None where it has none."""
+    return next((key for key in ("bpd", "nats") if key in report), None)
+
+
 def report_table(report: Mapping, split: str, title: str) -> str:
     """Text of the numbers of a report (arrays of report_{k}.npz), of which some are of `split`."""
     rows = []
@@ -27,8 +32,8 @@ def report_table(report: Mapping, split: str, title: str) -> str:
         rows.append((label, value))
         if (of_data := report.get(f"{key}_data")) is not None:
             rows.append(("  of the data", f"{float(of_data):.6g}"))
-    if "bpd" in report:
-        rows.append(("evaluations of a likelihood", f"{report['bpd_nfe']:.0f}"))
+    if (unit := likelihood_of(report)) is not None:
+        rows.append(("evaluations of a likelihood", f"{report[f'{unit}_nfe']:.0f}"))
         rows.append(("encoded and decoded, error", f"{report['encoding_error']:.1e}"))
     if "num_samples" in report:
         rows.append(("samples", str(report["num_samples"])))

@@ -70,7 +70,7 @@ def exact_bits(toy: Mixture, points: NDArray[np.uint8]) -> float:
 def learned_bits(parts: Experiment, points: Tensor) -> float:
     """Mean bits/dim of `points`, uint8 (n, 2, 1, 1), under the ODE of an experiment."""
     generator = datasets.keyed_generator("cpu", "bits/dim", parts.seed)
-    images = datasets.to_unit_interval(points, generator, dequantize=True)
+    images = parts.codec.dequantized(points, generator)
     bits, _, _ = parts.likelihood(parts.network, parts.codec.encode(images), generator)
     return bits.mean().item()
 
@@ -237,7 +237,7 @@ def main() -> None:
     rows = [(name, f"{value:.3f}") for name, value in bits.items()]
     rows.append(("entropy of the data", f"{toy.bits_per_dim():.3f}"))
     print(format_table(rows, f"bits/dim of {TESTED} test points, {first.data.name}"))
-    scaled = first.codec.encode(datasets.to_unit_interval(train[:]))
+    scaled = first.codec.encode(first.codec.units(train[:]))
     draw_page(experiments, scaled, bits, out)
     print(f"page: {out}")
     if film:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import execution
 from configs.keys import arguments
-from configs.schema import Flag, Key, Number, NumberOrText, Numbers, OneOf, Text, whole
+from configs.schema import Either, Flag, Key, Number, Numbers, OneOf, Text, whole
 from methods.base import Method, Network, conditioned
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring
@@ -23,7 +23,7 @@ KEYS = {
     "sampling.noise_removal": Key(True, Flag(), "end with a step of denoising"),
     "sampling.class_label": Key(
         -1,
-        NumberOrText(whole(-1, MOST_CLASSES), Text(r"[^\0\n]+", "the name of a class of the run")),
+        Either(whole(-1, MOST_CLASSES), Text(r"[^\0\n]+", "the name of a class of the run")),
         "class of all samples, by number or name; -1: drawn from the training images, by --mode "
         "sample evenly",
     ),
@@ -37,6 +37,7 @@ KEYS = {
         (),
         Numbers(Number(0, 1e6, or_inf=True), (0, 2)),
         "(low, high): guidance at noise levels above low, up to high; (): at all",
+        scales="level",
     ),
     "sampling.guide": Key(
         "",
@@ -48,6 +49,12 @@ KEYS = {
         "fp32",
         OneOf(("fp32", "bf16", "auto")),
         "precision of the network in sampling, as training.precision; states are float32",
+    ),
+    "sampling.size": Key(
+        (),
+        Numbers(whole(1, 2**16), (0, 2)),
+        "--mode sample and the library: (height, width) of samples larger than what the network is "
+        "trained on, by overlapping tiles; (): the sides of the data, or of data.patch",
     ),
     "sampling.channels_last": Key(False, Flag(), "memory format of images in sampling"),
     "sampling.compile": Key(False, Flag(), "torch.compile the network in sampling"),

@@ -25,6 +25,7 @@ KEYS = {
         Numbers(NOISE_LEVEL, range(MOST_EVALUATIONS)),
         "of 'consistency': falling noise levels of evaluations 2 to N; (): chosen from a grid, "
         "once for a checkpoint, so that samples are closest to the training images",
+        scales="level",
     ),
 }
 

@@ -50,9 +50,14 @@ KEYS = {
         "'heun' and 'improved_euler', of PFGM++, EDM and SDEs: noise added on the way, with the "
         "levels raised by the share S_churn / N; 0: none, the ODE",
     ),
-    "sampling.S_min": Key(0.0, Number(0, 1e6), "smallest noise level at which noise is added"),
+    "sampling.S_min": Key(
+        0.0, Number(0, 1e6), "smallest noise level at which noise is added", scales="level"
+    ),
     "sampling.S_max": Key(
-        math.inf, Number(0, 1e6, or_inf=True), "largest noise level at which noise is added"
+        math.inf,
+        Number(0, 1e6, or_inf=True),
+        "largest noise level at which noise is added",
+        scales="level",
     ),
     "sampling.S_noise": Key(
         1.0, Number(0, 10), "factor of that noise, 1 in theory; published values are up to 1.007"

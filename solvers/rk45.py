@@ -15,7 +15,7 @@ KEYS = {
         Number(1e-12, 1),
         "largest error of a step of 'rk45', in sampling and likelihood: rtol |x| + atol",
     ),
-    "sampling.atol": Key(1e-4, Number(1e-12, 1), "see sampling.rtol"),
+    "sampling.atol": Key(1e-4, Number(1e-12, 1), "see sampling.rtol", scales="level"),
     "sampling.max_evaluations": Key(
         1000,
         whole(8),

@@ -5,8 +5,9 @@ raises `base.Unreadable` with its name. A numpy array (n, H, W, C) is one. Sourc
 and every process opens the files it needs by itself (`base.PerProcess`).
 
 A new kind of data is a function `(data, split) -> Source` and an entry here: `data` is
-`config.data`, `split` "train" or "test", and the images have the side `data.image_size` and
-`data.num_channels` channels, or as many as are stored where that is 0.
+`config.data`, `split` "train" or "test", and the images have the size `data.image_size`, which may
+be one number or (height, width), and `data.num_channels` channels, or the size and as many channels
+as are stored where that is 0.
 """
 
 from collections.abc import Callable

@@ -15,6 +15,7 @@ from torch import Tensor
 from sources.batch import Batch
 
 LABELS = 9  # entries of an augmentation label
+LEAST_SIDE = 3  # of an image, whose edges are reflected
 SCALE, ANISOTROPY, TRANSLATION = 2**0.2, 2**0.2, 1 / 8
 
 # Images are resampled on a lattice of half pixels, between the symmetric filters of Cohen,
@@ -27,7 +28,7 @@ DOWN = (0.602949018236, 0.266864118443, -0.078223266529, -0.016864118443, 0.0267
 def augment(
     batch: Batch, probability: float, shared: bool, generator: torch.Generator | None = None
 ) -> Batch:
-    """`batch`, its images (B, C, n, n), float, transformed, with "augment_labels".
+    """`batch`, its images (B, C, H, W), float, transformed, with "augment_labels".
 
     Args:
         batch: scaled images.
@@ -76,13 +77,15 @@ def labels_of(parameters: Tensor) -> Tensor:
 
 
 def transform(images: Tensor, parameters: Tensor) -> Tensor:
-    """`images` (B, C, n, n), n > 2, transformed by `parameters` (B, 8), reflected at their edges.
+    """`images` (B, C, H, W) transformed by `parameters` (B, 8), reflected at their edges.
 
     In this order they are mirrored, scaled by SCALE^a_2, rotated by -a_3, stretched by
     ANISOTROPY^a_5 along the direction a_4 and shrunk as much across it, and moved right and down by
-    TRANSLATION times their width. Angles are clockwise. Those of no parameters stay bit for bit.
+    TRANSLATION times their width and height, each at least `LEAST_SIDE`. Angles are clockwise.
+    Those of no parameters stay bit for bit.
     """
-    n, dtype = images.shape[-1], images.dtype
+    *_, height, width = images.shape
+    dtype = images.dtype
     flip_x, flip_y, scale, turn, axis, ratio, *moved = parameters.to(dtype).T
     stretch = ANISOTROPY**ratio
     inverse = (
@@ -91,14 +94,20 @@ def transform(images: Tensor, parameters: Tensor) -> Tensor:
         @ _diagonal(1 / stretch, stretch)
         @ _rotation(-axis)
     )
-    # the lattice around the centre of the image, in units that its edge pixels have -1 and 1 in
-    margin, half = len(DOWN) - 1, (n - 1) / 2
-    lattice = torch.arange(-margin, 2 * n - 1 + margin, device=images.device, dtype=dtype)
-    lattice = lattice / (2 * half) - 1
-    points = torch.stack(torch.meshgrid(lattice, lattice, indexing="xy"), -1)
-    shift = TRANSLATION * n / half * torch.stack(moved, 1)
-    points = (points - shift[:, None, None]) @ inverse.mT[:, None]
-    spaced = images.new_zeros(*images.shape[:2], 2 * n + 7, 2 * n + 7)
+    # the lattice around the centre of the image, in units that its left and right edge pixels have
+    # -1 and 1 in, and its upper and lower ones -ratio and ratio
+    margin, half, ratio = len(DOWN) - 1, (width - 1) / 2, (height - 1) / (width - 1)
+
+    def lattice(side: int) -> Tensor:
+        ticks = torch.arange(-margin, 2 * side - 1 + margin, device=images.device, dtype=dtype)
+        return ticks / (side - 1) - 1
+
+    points = torch.meshgrid(lattice(width), ratio * lattice(height), indexing="xy")
+    moves = zip((width, height), moved, strict=True)
+    shift = torch.stack([TRANSLATION * side / half * move for side, move in moves], 1)
+    points = (torch.stack(points, -1) - shift[:, None, None]) @ inverse.mT[:, None]
+    points = torch.stack([points[..., 0], points[..., 1] / ratio], -1)
+    spaced = images.new_zeros(*images.shape[:2], 2 * height + 7, 2 * width + 7)
     spaced[:, :, ::2, ::2] = F.pad(images, [2] * 4, mode="reflect")
     fine = _filtered(spaced[:, :, 1:-1, 1:-1], UP)
     fine = F.grid_sample(fine, points, padding_mode="reflection", align_corners=True)
@@ -117,7 +126,7 @@ def _rotation(angle: Tensor) -> Tensor:
 
 
 def _filtered(x: Tensor, half: tuple[float, ...], step: int = 1) -> Tensor:
-    """Every `step`-th pixel of `x` (B, C, n, n) under a filter, without the edges it sticks out of.
+    """Every `step`-th pixel of `x` (B, C, H, W) under a filter, without the edges it sticks out of.
 
     `half` holds its symmetric taps from the centre outwards. They are numbers, since a tensor of
     them would have to be copied to the device, which waits.

@@ -99,7 +99,7 @@ class Conditions(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Batch(Rows):
-    """Images of a batch, (B, C, H, W), uint8 as a data set gives them or float; and conditions."""
+    """Images of a batch, (B, C, H, W), as a data set stores them or float; and conditions."""
 
     images: Tensor
     conditions: Conditions = field(default_factory=Conditions)

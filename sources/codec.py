@@ -1,7 +1,8 @@
 """Codecs: maps between stored data and the tensors of a method.
 
-Data have units of their own, [0, 1] for images; a codec leads from there to the tensors x of the
-method, and back. A further one is a class and a line of `CODECS`.
+Data have units of their own, [0, 1] for images; a codec leads from what is stored to data in their
+units, from there to the tensors x of the method, and back. A further one is a class and a line of
+`CODECS`.
 """
 
 import math
@@ -10,28 +11,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from configs.keys import named, shown
 from configs.schema import Flag, Key, OneOf
-
-Shape = tuple[int, int, int]
+from sources import measured_arrays
+from sources.images import Shape, shape_of
+from sources.measured_arrays import MeasuredArrays, picture_of
 
 
 class Codec(Protocol):
-    """Between data (B, ...) in their units and x (B, C, H, W), on the device of what it is given.
+    """Between stored data, data (B, C, H, W) in their units, and x (B, C, H, W).
 
-    One with weights is an `nn.Module`, which `from_config` below moves to the device of the run.
+    Tensors stay on their device. A codec with weights is an `nn.Module`, which `from_config` below
+    moves to the device of the run. `EightBit` has all that concerns stored images of 8 bits.
 
     Attributes:
         keys: the keys that the codec declares, for `configs.default`.
         data_shape: (C, H, W) of the data.
         shape: (C, H, W) of x.
+        dtype: numpy's name of the type in which data are stored.
+        precision: type of tensors of data in their units.
         bounds: range of the entries of x that stand for data; infinite where unknown.
-        levels: stored grey levels in a unit of the data.
-        log_volume: for each entry, ln of the length in x of a unit of the data.
-            Bits/dim are log2(levels) - (ln p(x) / D + log_volume) / ln 2.
+        levels: stored grey levels in a unit of the data; None where likelihoods are in nats.
+        log_volume: for each entry, ln of the length in x of a unit of the data. Nats of an entry
+            are -ln p(x) / D - log_volume, and bits/dim are log2(levels) + nats / ln 2.
+        windows: low and high of each channel, which pictures show as black and white; () of 8 bits.
+        noise_unit: length in x of the unit in which users state noise: from black to white, or the
+            standard deviation of a channel; infinite where x has no such length.
         identity: words that are the same for codecs that encode and decode alike, in every process,
             and differ for others: its numbers, and `storage.digests.digest` of its weights.
     """
@@ -39,13 +49,40 @@ class Codec(Protocol):
     keys: ClassVar[Mapping[str, Key]]
     data_shape: Shape
     shape: Shape
+    dtype: str
+    precision: torch.dtype
     bounds: tuple[float, float]
-    levels: int
+    levels: int | None
     log_volume: float
+    windows: tuple[tuple[float, float], ...]
+    noise_unit: float
     identity: str
 
     @classmethod
     def from_config(cls, config) -> Self: ...
+
+    def check(self, data: Tensor) -> None:
+        """Raise ValueError unless `data` are numbers in the units and the range of the data."""
+        ...
+
+    def units(self, stored: Tensor) -> Tensor:
+        """Data in their units from stored ones (`sources.dtypes.held`)."""
+        ...
+
+    def dequantized(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """`units`, of whole numbers with uniform noise of the distance between two of them.
+
+        The density of such data bounds the likelihood of the whole numbers (Theis et al. 2016).
+        """
+        ...
+
+    def stored(self, data: Tensor) -> NDArray:
+        """Data (B, C, H, W) in their units as they are stored, (B, H, W, C) of type `dtype`."""
+        ...
+
+    def comparable(self, data: Tensor) -> Tensor:
+        """`data` such that distances between them say something: all entries on one scale."""
+        ...
 
     def encode(self, data: Tensor) -> Tensor: ...
 
@@ -57,13 +94,66 @@ class Codec(Protocol):
         """The inverse of `encode`, without clamping to the range of the data."""
         ...
 
+    def pictures(self, stored: NDArray) -> NDArray[np.uint8]:
+        """Pictures (n, H, W, C) of stored data (n, H, W, C)."""
+        ...
+
+    def within_window(self, stored: NDArray) -> NDArray:
+        """Stored data as floats, 0 where their pictures are black and 1 where white."""
+        ...
+
     def show(self, x: Tensor) -> Tensor:
-        """Pictures of `x`, noisy or not, uint8 (B, C, H, W) on the CPU."""
+        """Pictures of `x`, noisy or not, uint8 (B, C, H, W) on the CPU; see `picture_of`."""
         ...
 
 
+class EightBit:
+    """Base of codecs of images of 8 bits, whose unit leads from black to white."""
+
+    dtype, precision, levels, windows = "uint8", torch.float32, 256, ()
+
+    @property
+    def noise_unit(self) -> float:
+        low, high = self.bounds
+        return high - low
+
+    def check(self, data: Tensor) -> None:
+        if not (data.is_floating_point() and ((data >= 0) & (data <= 1)).all()):
+            raise ValueError("images must be floats in [0, 1]; divide those of 8 bits by 255")
+
+    def units(self, stored: Tensor) -> Tensor:
+        _check_bytes(stored)
+        return stored.float().div_(255)  # in place: fresh memory takes longer than the division
+
+    def dequantized(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(stored + u) / 256, u uniform in [0, 1)."""
+        _check_bytes(stored)
+        draw = {"generator": generator, "device": stored.device}
+        return torch.rand(stored.shape, **draw).add_(stored).div_(256)
+
+    def stored(self, data: Tensor) -> NDArray[np.uint8]:
+        return (data * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def comparable(self, data: Tensor) -> Tensor:
+        return data
+
+    def pictures(self, stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return stored
+
+    def within_window(self, stored: NDArray[np.uint8]) -> NDArray:
+        return stored / 255
+
+
+def _check_bytes(stored: Tensor) -> None:
+    if stored.dtype != torch.uint8:
+        raise ValueError(
+            f"the data are {str(stored.dtype).removeprefix('torch.')}, and data.dtype is open or "
+            "another: training measures it at its first start"
+        )
+
+
 @dataclass(frozen=True)
-class EightBitImages:
+class EightBitImages(EightBit):
     """Images in [0, 1], stored in 256 grey levels: x is in [-1, 1], or in [0, 1] if not `centered`.
 
     Attributes:
@@ -74,16 +164,12 @@ class EightBitImages:
     data_shape: Shape
     centered: bool = True
 
-    levels = 256
     keys = {"data.centered": Key(True, Flag(), "the network sees [-1, 1], else [0, 1]")}
 
     @classmethod
     def from_config(cls, config) -> Self:
-        """The codec of `config.data`; ValueError where `data.num_channels` is not decided yet."""
-        data = config.data
-        if data.num_channels < 1:
-            raise ValueError("data.num_channels is open: training measures it at its first start")
-        return cls((data.num_channels, data.image_size, data.image_size), data.centered)
+        """The codec of `config.data`; ValueError where the shape of the data is not decided yet."""
+        return cls(shape_of(config.data), config.data.centered)
 
     @property
     def shape(self) -> Shape:
@@ -112,35 +198,37 @@ class EightBitImages:
         return self.unclamped(x).clamp(0, 1)
 
     def show(self, x: Tensor) -> Tensor:
-        """Pictures of `x`; a root mean square above that of black and white is scaled down."""
-        contrast = 2 * self.unclamped(x) - 1
-        rms = contrast.flatten(1).square().mean(1).sqrt().clamp(min=1)
-        image = (contrast / rms.view(-1, 1, 1, 1) + 1) / 2
-        return (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        return picture_of(2 * self.unclamped(x) - 1)
 
 
-# data.codec -> the codec.
+# data.codec -> the codec; '' is that of `MeasuredArrays` where data.dtype names a type.
 CODECS: dict[str, type[Codec]] = {"": EightBitImages}
 
-KEYS = {
+KEYS = measured_arrays.KEYS | {
     "data.codec": Key(
         "",
         OneOf(registry="sources.codec.CODECS"),
-        "map between data and the network's x; '': grey levels are scaled",
+        "map between data and the network's x; '': grey levels, or the channels of arrays, are "
+        "scaled",
         of_machine="always",
     )
 }
 
 
+def class_of(name: str, dtype: str) -> type[Codec]:
+    """The codec that `data.codec` and `data.dtype` name."""
+    return MeasuredArrays if dtype and not name else named(CODECS, "data.codec", name)
+
+
 def from_config(config, device: torch.device | str = "cpu") -> Codec:
-    """The codec that `config.data.codec` names.
+    """The codec that `config.data` names.
 
     One that is an `nn.Module` is moved to `device`, and evaluates; its weights are not trained.
 
     Raises:
         ValueError: it does not fit the data, or has no `identity` to tell its results by.
     """
-    codec = named(CODECS, "data.codec", config.data.codec).from_config(config)
+    codec = class_of(config.data.codec, config.data.dtype).from_config(config)
     if not isinstance(getattr(codec, "identity", None), str):
         raise ValueError(
             f"data.codec={config.data.codec!r}: {type(codec).__name__} has no `identity`, words "
@@ -149,6 +237,11 @@ def from_config(config, device: torch.device | str = "cpu") -> Codec:
     if isinstance(codec, nn.Module):
         codec.to(device).eval().requires_grad_(False)
     return codec
+
+
+def encoded(codec: Codec, stored: Tensor) -> Tensor:
+    """x (B, C, H, W) of images as stored."""
+    return codec.encode(codec.units(stored))
 
 
 def check_codec(codec: Codec, checkpoint: dict, path: Path) -> None:

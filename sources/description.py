@@ -10,6 +10,7 @@ def line(
     numbers: tuple[int, int],
     shape: tuple[int, int, int],
     *,
+    patch: tuple[int, ...] = (),
     split: str = "",
     changed: str = "",
     classes: int = 0,
@@ -19,6 +20,7 @@ def line(
     """Text on the data called `name`, of so many images to train and to test on, (C, H, W).
 
     Args:
+        patch: sides of the random patches of a training; () for none.
         split: text on how they are split.
         changed: text on how a training step changes the images.
         classes, class_names: number and names of classes; 0 for none.
@@ -28,7 +30,7 @@ def line(
     words = [
         f"data: {name}",
         f"{train:,} images to train on and {test:,} to test on" + (f" ({split})" if split else ""),
-        f"{height} x {width}",
+        f"{height} x {width}" + (" in random patches of {} x {}".format(*patch) if patch else ""),
         f"{channels} channel{'s' * (channels > 1)}",
         changed,
     ]

@@ -15,12 +15,12 @@ from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
 from configs.keys import with_home
-from configs.schema import Key, Number, Numbers, Text, whole
-from sources import cifar, idx, labels, listing, parquet, splits, tars
+from configs.schema import Either, Key, Number, Numbers, OneOf, Text, whole
+from sources import arrays, cifar, idx, labels, listing, parquet, splits, tars
 from sources.arrays import Arrays, is_array, read_array
 from sources.base import Classes, Picture, Source, View
 from sources.files import Files, Measured, open_below, read_bounded
-from sources.images import cropped_then_resized
+from sources.images import cropped_then_resized, to_size
 from sources.loaded import Loaded
 from sources.rules import NEWEST, RULES, Rules
 from sources.shards import Shards
@@ -36,9 +36,11 @@ GZIP = b"\x1f\x8b"  # the first bytes of a file that gzip packed
 KEYS = {  # for image files of data, and of other keys such as sampling.encode
     "data.scale": Key(
         (),
-        Numbers(Number(-1e9, 1e9), (0, 2), rising=True),
+        Either(Numbers(Number(-1e9, 1e9), (0, 2), rising=True), OneOf(("channels", "all"))),
         "of 16-bit image files: the values (low, high) that become black and white; (): measured, "
-        "(0, 2^b - 1) for the b bits of the largest value",
+        "(0, 2^b - 1) for the b bits of the largest value. Of arrays in units of their own: what "
+        "data.mean and data.std are measured of, 'channels' (or ()) each by itself, 'all' all "
+        "together; (low, high) become -1 and 1",
     ),
 }
 
@@ -56,7 +58,7 @@ def open_folder(data: ConfigDict, split: str) -> Source:
     return find(data).open(data, split)
 
 
-open_folder.keys = {
+open_folder.keys = arrays.KEYS | {
     "data.path": Key(
         "",
         Text(),
@@ -212,7 +214,7 @@ class Folder:
         scale = tuple(data.scale) or self.measure_scale().scale
         return View(
             source=replace(self.files, channels=data.num_channels, scale=scale),
-            prepare=partial(cropped_then_resized, size=data.image_size),
+            prepare=to_size(cropped_then_resized, data.image_size),
             index=index,
             classes_of_all=lambda: self._classes,
             digest_of=partial(self._digest, data.digest == "content", bool(data.num_classes)),

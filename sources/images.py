@@ -2,10 +2,12 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import IO, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sources import sixteen_bits
@@ -19,6 +21,26 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # as Pillow names them
 SWAPPED = (5, 6, 7, 8)  # values of EXIF's orientation where height and width are swapped
 
 Size = tuple[int, int]  # height and width
+ImageSize = int | Size  # a value of `data.image_size`; one number for a square
+Shape = tuple[int, int, int]  # channels, height, width
+
+
+def sides_of(image_size: ImageSize) -> Size:
+    """Height and width that a value of `data.image_size` stands for."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+def image_size_of(sides: Size) -> ImageSize:
+    """The value of `data.image_size` for height and width, `sides`."""
+    return sides[0] if sides[0] == sides[1] else tuple(sides)
+
+
+def shape_of(data: ConfigDict) -> Shape:
+    """(C, H, W) that a config's `data` states; ValueError where it is not decided yet."""
+    for key in ("num_channels", "image_size"):
+        if not data[key]:
+            raise ValueError(f"data.{key} is open: training measures it at its first start")
+    return data.num_channels, *sides_of(tuple(data.patch) or data.image_size)
 
 
 class Header(NamedTuple):
@@ -41,31 +63,49 @@ def resize(image: Picture, height: int, width: int, kernel: Filter = Filter.BILI
     return np.dstack([np.asarray(plane) for plane in resized])
 
 
-def center_crop(image: Picture, size: int) -> Picture:
-    """The central square of side `size`; of a side that is shorter, all."""
-    top, left = ((side - size) // 2 for side in image.shape[:2])
-    return image[max(top, 0) :, max(left, 0) :][:size, :size]
+def center_crop(image: Picture, size: ImageSize) -> Picture:
+    """The centre of the image, of `size`; of a side that is shorter, all."""
+    height, width = sides_of(size)
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[max(top, 0) :, max(left, 0) :][:height, :width]
 
 
-def resized_whole(image: Picture, size: int) -> Picture:
-    """All of the image, at (size, size)."""
-    return resize(image, size, size)
+def largest_part(original: Size, size: ImageSize) -> Size:
+    """Height and width of the largest part of an image of `original` in the ratio of `size`."""
+    scale = min(old / new for old, new in zip(original, sides_of(size), strict=True))
+    return tuple(max(1, round(scale * side)) for side in sides_of(size))
 
 
-def cropped_then_resized(image: Picture, size: int) -> Picture:
-    """The largest central square, at (size, size) by a bicubic kernel."""
-    return resize(center_crop(image, min(image.shape[:2])), size, size, Filter.BICUBIC)
+def resized_whole(image: Picture, size: ImageSize) -> Picture:
+    """All of the image, at `size`."""
+    return resize(image, *sides_of(size))
 
 
-def resized_then_cropped(image: Picture, size: int) -> Picture:
-    """The image with its shorter side at `size`, of it the central square."""
-    ratio = size / min(image.shape[:2])
-    return center_crop(resize(image, *(round(side * ratio) for side in image.shape[:2])), size)
+def cropped_then_resized(
+    image: Picture, size: ImageSize, kernel: Filter = Filter.BICUBIC
+) -> Picture:
+    """The largest central part in the ratio of `size`, of a square the central square, resized."""
+    part = center_crop(image, largest_part(image.shape[:2], size))
+    return resize(part, *sides_of(size), kernel)
 
 
-def face(image: Picture, size: int) -> Picture:
-    """The central 140 x 140 of a CelebA image, at (size, size)."""
-    return resize(center_crop(image, 140), size, size)
+def resized_then_cropped(image: Picture, size: ImageSize) -> Picture:
+    """The centre, of `size`, of the image resized so that it just covers that."""
+    original = image.shape[:2]
+    ratio = max(new / old for new, old in zip(sides_of(size), original, strict=True))
+    return center_crop(resize(image, *(round(side * ratio) for side in original)), size)
+
+
+def face(image: Picture, size: ImageSize) -> Picture:
+    """The central 140 x 140 of a CelebA image, cut to the ratio of `size` and resized."""
+    return cropped_then_resized(center_crop(image, 140), size, Filter.BILINEAR)
+
+
+def to_size(
+    prepare: Callable[[Picture, ImageSize], Picture], size: ImageSize
+) -> Callable[[Picture], Picture]:
+    """`prepare` for one `size`; where that is 0, as the data have, images stay as they are."""
+    return partial(prepare, size=size) if size else np.asarray
 
 
 def open_image(file: IO[bytes]) -> Image.Image:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sources import digests
 from sources.base import Classes, View
 from sources.files import Measured
-from sources.images import cropped_then_resized
+from sources.images import cropped_then_resized, to_size
 from sources.splits import held_out
 
 
@@ -64,7 +64,7 @@ class Loaded:
             labels = np.full(number, -1)
         return View(
             source=images,
-            prepare=partial(cropped_then_resized, size=data.image_size),
+            prepare=to_size(cropped_then_resized, data.image_size),
             index=index,
             classes_of_all=partial(self._classes, labels, number),
             digest_of=partial(_digest, images, labels if data.num_classes else None),

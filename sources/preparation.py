@@ -10,10 +10,13 @@ from configs.schema import SHARE, Flag, Key
 from sources import augmentation
 from sources.batch import Batch
 from sources.codec import Codec
+from sources.patches import random_patches
 
 KEYS = {
     "data.random_flip": Key(True, Flag(), "half of the training images are mirrored"),
-    "data.uniform_dequantization": Key(False, Flag(), "noise of one grey level is added"),
+    "data.uniform_dequantization": Key(
+        False, Flag(), "noise of one grey level is added, to whole numbers of arrays of one unit"
+    ),
     "training.augment": Key(
         0.0,
         SHARE,
@@ -23,37 +26,25 @@ KEYS = {
 }
 
 
-def to_unit_interval(
-    images: Tensor,
-    generator: torch.Generator | None = None,
-    flip: bool = False,
-    dequantize: bool = False,
-) -> Tensor:
-    """Float images (B, C, H, W) in [0, 1] from uint8 ones, on their device.
-
-    `flip` mirrors each left to right with probability 1/2. `dequantize` adds uniform noise within a
-    grey level, (images + u) / 256; the density of such data bounds the likelihood of the
-    discrete images (Theis et al. 2016).
-    """
+def mirrored(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """`images` (B, C, H, W), each mirrored left to right with probability 1/2."""
     draw = {"generator": generator, "device": images.device}
-    if flip:
-        mirrored = torch.rand(len(images), 1, 1, 1, **draw) < 0.5
-        mask = mirrored.to(torch.uint8).neg()  # 255 or 0
-        # torch.where(mirrored, images.flip(-1), images), which takes four times as long on a CPU
-        images = images.flip(-1).bitwise_xor_(images).bitwise_and_(mask).bitwise_xor_(images)
-    if dequantize:
-        return torch.rand(images.shape, **draw).add_(images).div_(256)
-    return images.float().div_(255)  # in place: fresh memory takes longer than the division
+    chosen = torch.rand(len(images), 1, 1, 1, **draw) < 0.5
+    if images.dtype != torch.uint8:
+        return torch.where(chosen, images.flip(-1), images)
+    mask = chosen.to(torch.uint8).neg()  # 255 or 0
+    # as above, which takes four times as long with bytes on a CPU
+    return images.flip(-1).bitwise_xor_(images).bitwise_and_(mask).bitwise_xor_(images)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Preparation of a uint8 batch for a training step; called with the batch and a generator.
+    """Preparation of a batch as stored for a training step; called with it and a generator.
 
     Attributes:
-        codec: what encodes the images.
+        codec: what encodes the images; larger ones are cut to its shape, anywhere.
         flips: half of them are mirrored, unless they are transformed.
-        dequantizes: see `to_unit_interval`.
+        dequantizes: see `Codec.dequantized`.
         augment: probability of the transformations of `sources.augmentation`; 0 for none.
         shared: the transformation is the same for the whole batch.
     """
@@ -78,6 +69,11 @@ class Preparation:
                 f"training.augment={augment} transforms images, but the network sees latents of "
                 f"the shape {codec.shape} (data.codec)"
             )
+        if augment and min(codec.shape[1:]) < augmentation.LEAST_SIDE:
+            raise ValueError(
+                f"training.augment={augment} turns and stretches images whose sides are at least "
+                f"{augmentation.LEAST_SIDE}, not {codec.shape[1]} x {codec.shape[2]}"
+            )
         flips = data.random_flip and not augment  # the augmentation flips too, and labels it
         return cls(codec, flips, data.uniform_dequantization, augment, shared)
 
@@ -89,8 +85,13 @@ class Preparation:
         return f"{'mirrored at random' if self.flips else 'not mirrored'} (data.random_flip)"
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        images = to_unit_interval(batch.images, generator, self.flips, self.dequantizes)
-        batch = replace(batch, images=self.codec.encode(images))
+        codec, images, sides = self.codec, batch.images, self.codec.data_shape[1:]
+        if images.shape[2:] != sides:
+            images = random_patches(images, sides, generator)
+        if self.flips:
+            images = mirrored(images, generator)
+        data = codec.dequantized(images, generator) if self.dequantizes else codec.units(images)
+        batch = replace(batch, images=codec.encode(data))
         if not self.augment:
             return batch
         return augmentation.augment(batch, self.augment, self.shared, generator)

@@ -52,14 +52,14 @@ def open_prepared(
     data: ConfigDict,
     split: str,
     name: str,
-    prepare: Callable[[Picture, int], Picture],
+    prepare: Callable[[Picture, images.ImageSize], Picture],
     test: str = "test",
 ) -> Source:
     """A data set of tensorflow_datasets, which has to be on disk.
 
     It may have been prepared for random access (ArrayRecord), or as TFRecords, the default. `name`
     is what tensorflow_datasets calls it, `test` its split to test on, and `prepare` makes an image
-    of side `data.image_size` of a stored one. Class labels are its feature `label`, if it has one.
+    of `data.image_size` of a stored one. Class labels are its feature `label`, if it has one.
 
     Raises FileNotFoundError where it is not there, which says how to get it; ValueError where
     tensorflow_datasets is not installed.
@@ -89,7 +89,7 @@ def open_prepared(
     if "label" in builder.info.features:
         names = tuple(builder.info.features["label"].names)
         classes = partial(_classes, read_label, len(source), names)
-    return View(source, partial(prepare, size=data.image_size), index, classes, digest_of)
+    return View(source, images.to_size(prepare, data.image_size), index, classes, digest_of)
 
 
 open_prepared.keys = {

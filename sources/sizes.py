@@ -1,12 +1,13 @@
 """Sizes of images before they are cut and resized, and text on what is done to them."""
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
 
-from sources.base import Unreadable, View
+from sources.base import Source, Unreadable, View
 from sources.files import Files
-from sources.images import Size
+from sources.images import ImageSize, Size, largest_part, sides_of
 
 SAMPLED = 64  # images whose sizes are read, if there are more than FEW
 FEW = 1024  # up to so many images all sizes are read
@@ -28,7 +29,24 @@ def sizes_of(view: View) -> list[Size]:
     return sizes
 
 
-def made_of(view: View, size: int) -> str:
+def shapes_of(source: Source, most: int) -> list[tuple[int, int, int]]:
+    """Shapes (H, W, C) of up to `most` images, spread over the source, that can be read.
+
+    Raises ValueError where none of them can.
+    """
+    shapes, error = [], None
+    number = min(len(source), most)
+    for i in np.linspace(0, len(source) - 1, number).astype(int).tolist():
+        try:
+            shapes.append(source[i].shape)
+        except Unreadable as unreadable:
+            error = unreadable
+    if not shapes:
+        raise ValueError(f"none of {number} images can be used; the last: {error}")
+    return shapes
+
+
+def made_of(view: View, size: ImageSize) -> str:
     """Text on the original sizes of `view` and how images are cut and resized; "" if they are not.
 
     It covers the images of `sizes_of`, and says so where these are not all.
@@ -40,16 +58,18 @@ def made_of(view: View, size: int) -> str:
     return f"made of {extent(sizes)} pixels{number}: {', '.join(texts)}"
 
 
-def changes(sizes: Sequence[Size], size: int) -> list[str]:
-    """Texts on how images of these `sizes` change when a square is cut and resized to `size`.
+def changes(sizes: Sequence[Size], size: ImageSize) -> list[str]:
+    """Texts on how images of these `sizes` change when they are cut and resized to `size`.
 
     One text for each kind of change, with the number of images: cut, reduced, enlarged.
     """
-    sides = [min(height, width) for height, width in sizes]
+    height, width = sides_of(size)
+    parts = [largest_part(original, size) for original in sizes]
+    ratio = "square" if height == width else f"part in the ratio {height} : {width}"
     counts = {
-        "cut to the central square": sum(height != width for height, width in sizes),
-        f"reduced to {size} x {size}": sum(side > size for side in sides),
-        f"enlarged to {size} x {size}": sum(side < size for side in sides),
+        f"cut to the central {ratio}": sum(map(operator.ne, parts, sizes)),
+        f"reduced to {height} x {width}": sum(part > (height, width) for part in parts),
+        f"enlarged to {height} x {width}": sum(part < (height, width) for part in parts),
     }
     return [f"{count:,} of {len(sizes):,} {change}" for change, count in counts.items() if count]
 

@@ -1,9 +1,9 @@
 """Data sets with random access, in memory or on disk, and a deterministic stream of batches.
 
 A data set is a tensor, with conditions `Resident`, or a `Stream` from disk: all have `len()`, and
-indexing by an integer tensor or a slice gives uint8 images (k, C, H, W). Order and noise depend on
-(seed, step) alone, so the batches can start anywhere and do not depend on which process decodes
-them.
+indexing by an integer tensor or a slice gives images (k, C, H, W) of the stored type, uint8 or one
+of `sources.dtypes.held`. Order and noise depend on (seed, step) alone, so the batches can start
+anywhere and do not depend on which process decodes them.
 """
 
 import collections
@@ -26,6 +26,7 @@ from tqdm import tqdm
 import distributed
 from sources.base import Source, Unreadable
 from sources.batch import Batch, Conditions
+from sources.dtypes import held
 from sources.keyed import keyed_seed
 from storage.files import one_line
 
@@ -39,7 +40,7 @@ SMALL = 2**24  # bytes of images that one process decodes faster than worker pro
 
 @dataclass(frozen=True)
 class Resident:
-    """Images in memory, (n, C, H, W), uint8, with conditions; indexing gives the images alone."""
+    """Images in memory as stored, (n, C, H, W), and conditions; indexing gives the images alone."""
 
     images: Tensor
     conditions: Conditions = field(default_factory=Conditions)
@@ -128,7 +129,7 @@ class Stream:
         tries = min(len(self), MAX_TRIES)
         for j in ((i + k) % len(self) for k in range(tries)):
             try:
-                image = self.source[j].transpose(2, 0, 1)
+                image = held(self.source[j]).transpose(2, 0, 1)
             except Unreadable as error:
                 unreadable[j] = str(error)
                 continue
@@ -232,7 +233,7 @@ DataSet = Tensor | Resident | Stream
 
 def decode(stream: Stream) -> Tensor | Resident:
     """Read all images of `stream` that can be read, (n, C, H, W), with their conditions."""
-    images = torch.empty(len(stream), *stream.shape, dtype=torch.uint8)
+    images = torch.empty(len(stream), *stream.shape, dtype=stream.read([0])[0].dtype)
     interval = 0.2 if sys.stderr and sys.stderr.isatty() else 10
     options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
     with tqdm(total=len(stream), desc="decoding", **options) as progress:
@@ -256,12 +257,12 @@ def processors() -> int:
 
 
 def batch_at(data: DataSet, index: Tensor | slice) -> Batch:
-    """The uint8 images of `index`, and their conditions."""
+    """The images of `index` as stored, and their conditions."""
     return _batched(data).batch(index)
 
 
 def in_order(data: DataSet, size: int) -> Iterator[Batch]:
-    """Every image once, in uint8 batches of `size`; the last one may be smaller."""
+    """Every image once, as stored, in batches of `size`; the last one may be smaller."""
     return _batched(data).batches(torch.arange(len(data)).split(size))
 
 
@@ -272,7 +273,7 @@ def shuffled_batches(
     step: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Endless uint8 batches from batch number `step` on.
+    """Endless batches of images as stored, from batch number `step` on.
 
     Every epoch is a permutation determined by (seed, epoch); a batch that crosses the end of an
     epoch continues in the next, so that no image is left out. A batch has `batch_size` images, or

@@ -133,7 +133,7 @@ def open_toy(data: ConfigDict, split: str, toy: str) -> Source:
 
     Raises ValueError where the config does not have this shape.
     """
-    if (data.num_channels, data.image_size) not in ((2, 1), (0, 1)):
+    if data.num_channels not in (0, 2) or data.image_size not in (0, 1, (1, 1)):
         raise ValueError(
             f"data.dataset={toy!r} has points, images of one pixel and two channels: set "
             "data.image_size=1, data.num_channels=2"

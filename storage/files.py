@@ -20,7 +20,7 @@ from PIL import Image
 
 log = logging.getLogger(__name__)
 
-KINDS = {"f": "float", "i": "int", "u": "uint", "U": "str"}  # of numpy's dtypes
+KINDS = {"f": "float", "i": "int", "u": "uint", "b": "bool", "U": "str"}  # of numpy's dtypes
 MAX_JSON = 2**24  # bytes; parsed, they take up to twenty times as much
 LARGEST = 1e30  # of the numbers in a file: what is computed from them stays finite
 

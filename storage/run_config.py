@@ -111,9 +111,7 @@ def restore(flat: Any) -> ConfigDict:
         section, _, name = key.rpartition(".")
         value = tuple(flat[key]) if type(flat[key]) is list else flat[key]
         if not keys[key].accepts(value):
-            raise ValueError(
-                f"the stored value of {key} must be {keys[key].allowed}, not {shown(value)}"
-            )
+            raise ValueError(f"the stored value of {key} must be {keys[key]}, not {shown(value)}")
         (config[section] if section else config)[name] = value
     return config
 

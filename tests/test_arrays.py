@@ -123,7 +123,7 @@ def test_grey_images_need_no_channel(tmp_path, name, resident_bytes, order):
     "arrays, words",
     [
         ({"a": pictures(9), "b": pictures(9)}, "it has a (9, 8, 8, 3), b (9, 8, 8, 3)"),
-        ({"x": np.zeros((9, 64), np.uint8)}, "one array of images, or train and test; it has x (9"),
+        ({"x": np.zeros((9,), np.uint8)}, "one array of images, or train and test; it has x (9,)"),
         ({"labels": np.zeros(9, int)}, "it has labels (9,)"),
         ({}, "it has none"),
     ],
@@ -136,11 +136,7 @@ def test_an_npz_without_one_array_of_images_says_what_it_has(tmp_path, arrays, w
 @pytest.mark.parametrize(
     "array, words",
     [
-        (pictures(9).astype(np.float32) / 255, f"not float32 (9, 8, 8, 3): save {CONVERSION}"),
-        (pictures(9).astype(">u2"), f"(9, 8, 8, 3): save {CONVERSION}"),
-        (pictures(9).astype(np.longdouble), f"(9, 8, 8, 3): save {CONVERSION}"),
-        (pictures(9).astype(np.int64), f"not int64 (9, 8, 8, 3): save {CONVERSION}"),
-        (pictures(9) > 99, f"not bool (9, 8, 8, 3): save {CONVERSION}"),
+        (pictures(9).astype(np.uint64), "not uint64 (9, 8, 8, 3)"),
         (pictures(9).transpose(0, 3, 1, 2), "save x.transpose(0, 2, 3, 1)"),
         (np.zeros((9, 192), np.uint8), "not uint8 (9, 192): save x.reshape(n, H, W, C)"),
         (pictures(9).astype(complex), "not complex128 (9, 8, 8, 3)"),
@@ -151,7 +147,7 @@ def test_an_npz_without_one_array_of_images_says_what_it_has(tmp_path, arrays, w
 )
 @pytest.mark.parametrize("name", ["x.npy", "x.npz"])
 def test_arrays_that_are_no_images_say_how_to_convert(tmp_path, name, array, words):
-    if name == "x.npz" and array.ndim < 3:
+    if name == "x.npz" and array.ndim < 2:
         words = "it needs one array of images"
     (np.save if name == "x.npy" else np.savez)(tmp_path / name, array)
     assert words in mistake(tmp_path / name, channels=3)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import objective_of
 
-import datasets
 import methods
 from configs.edm import digits_ddpmpp as edm_digits
 from configs.poisson import digits_ddpmpp as poisson_digits
@@ -15,7 +14,7 @@ from models import create_model
 from sources.augmentation import augment, draw_parameters, labels_of, transform
 from sources.batch import Batch
 from sources.codec import from_config as get_codec
-from sources.preparation import Preparation
+from sources.preparation import Preparation, mirrored
 
 
 def parameters(**values):
@@ -149,7 +148,7 @@ def test_without_augmentation_nothing_is_drawn():
     config.data.random_flip = True
     images = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
-    expected = 2 * datasets.to_unit_interval(images, generator, flip=True) - 1
+    expected = 2 * (mirrored(images, generator) / 255) - 1
     found = prepared(config, images)
     assert torch.equal(found.images, expected) and "augment_labels" not in found.conditions
 

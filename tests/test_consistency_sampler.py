@@ -222,8 +222,8 @@ def test_levels_are_those_of_the_least_distance_and_chosen_once(run, caplog):
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_a_level_leaves_room_for_those_below_it(n, monkeypatch, tmp_path):
     """Where the lowest level of the grid is always best."""
-    real = np.random.default_rng(0).normal(size=(60, 3))
-    images = Batch(torch.from_numpy(real).view(60, 3, 1, 1))
+    stored = np.random.default_rng(0).integers(0, 256, (60, 3), dtype=np.uint8)
+    images, real = Batch(torch.from_numpy(stored).view(60, 3, 1, 1)), stored / 255
     monkeypatch.setattr(LevelChoice, "_images", lambda choice: images)
     monkeypatch.setattr(LevelChoice, "_samples", lambda choice, levels, _: real + levels[-1])
     choice = LevelChoice(

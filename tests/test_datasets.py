@@ -24,8 +24,9 @@ from configs.poisson import digits_ddpmpp
 from sources import SOURCES, stream
 from sources.base import Classes
 from sources.batch import Batch, Conditions
+from sources.codec import EightBitImages
 from sources.codec import from_config as get_codec
-from sources.preparation import Preparation
+from sources.preparation import Preparation, mirrored
 
 
 def test_digits_are_split_without_overlap_or_loss():
@@ -81,12 +82,12 @@ def test_keyed_generators_repeat_and_differ():
 
 def test_floats_are_in_the_unit_interval():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    plain = datasets.to_unit_interval(images)
+    codec = EightBitImages((1, 16, 16))
+    plain = codec.units(images)
     assert plain.min() == 0
     assert plain.max() == 1
-    noisy = datasets.to_unit_interval(
-        images.expand(50, 1, 16, 16), torch.Generator().manual_seed(0), dequantize=True
-    )
+    generator = torch.Generator().manual_seed(0)
+    noisy = codec.dequantized(images.expand(50, 1, 16, 16), generator)
     assert torch.equal((noisy * 256).floor(), images.float().expand_as(noisy))  # within its level
     within = (noisy * 256) % 1
     assert abs(within.mean() - 0.5) < 0.01
@@ -105,11 +106,12 @@ def test_the_config_says_whether_training_images_are_dequantised():
 
 def test_half_of_the_images_are_mirrored():
     images = torch.arange(8, dtype=torch.uint8).view(1, 1, 1, 8).expand(2000, 1, 8, 8)
-    out = datasets.to_unit_interval(images, torch.Generator().manual_seed(0), flip=True)
-    straight, mirrored = images[0] / 255, images[0].flip(-1) / 255
-    is_mirrored = torch.tensor([torch.equal(image, mirrored) for image in out])
-    assert all(m or torch.equal(image, straight) for m, image in zip(is_mirrored, out, strict=True))
-    assert 900 < is_mirrored.sum() < 1100
+    for stored in (images, images.int(), images.double(), images > 2):
+        out = mirrored(stored, torch.Generator().manual_seed(0))
+        straight, other = stored[0], stored[0].flip(-1)
+        is_other = torch.tensor([torch.equal(image, other) for image in out])
+        assert all(torch.equal(image, straight) for image in out[~is_other])
+        assert out.dtype == stored.dtype and 900 < is_other.sum() < 1100
 
 
 @pytest.mark.parametrize("centered, low, high", [(True, -1, 1), (False, 0, 1)])
@@ -124,7 +126,7 @@ def test_a_codec_and_its_inverse(centered, low, high):
     assert codec.decode(beyond).tolist() == [0, 1]
     torch.testing.assert_close(codec.encode(codec.unclamped(beyond)), beyond)
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(codec.show(codec.encode(datasets.to_unit_interval(levels))), levels)
+    assert torch.equal(codec.show(codec.encode(codec.units(levels))), levels)
 
 
 def test_mistakes_are_named():

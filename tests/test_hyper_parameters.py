@@ -53,7 +53,7 @@ def test_steps_of_a_tiny_tau():
 def test_norm_of_known_images():
     data = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
     data[1] = 255
-    assert mean_norm(data, lambda x: 3 * x) == pytest.approx(2 * 3 / 3)
+    assert mean_norm(data, lambda stored: 3 * (stored / 255)) == pytest.approx(2 * 3 / 3)
 
 
 def run(*arguments, expect=0):

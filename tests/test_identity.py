@@ -623,7 +623,7 @@ def test_splits_of_one_packed_array_hold_one_copy(tmp_path):
     np.savez(path, images=np.arange(20 * 16, dtype=np.uint8).reshape(20, 4, 4, 1))
     data = datasets.Data(config_of(path).data)
     first = data.identity
-    train, test = (data._source(split).source for split in datasets.SPLITS)
+    train, test = (data._source(split).source.array for split in datasets.SPLITS)
     assert np.shares_memory(train, test)
     unpacked = weakref.ref(train)
     del train, test

@@ -26,6 +26,7 @@ from metrics.distances import (
 from metrics.features import get_space
 from metrics.reference import Reference
 from metrics.table import METRICS, Comparison, compare
+from sources.codec import EightBitImages
 
 CPU = torch.device("cpu")
 
@@ -277,7 +278,7 @@ def test_labels_name_the_feature_space():
 
 
 def space_of(kind, path="", channels=3, size=8):
-    return get_space(kind, str(path), (channels, size, size), CPU)
+    return get_space(kind, str(path), EightBitImages((channels, size, size)), CPU)
 
 
 class MeanColour(torch.nn.Module):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import models
 from configs.published import UNREAD
 from models import layers
-from models.ncsn import InstanceNormPlus, RefineNet
+from models.ncsn import InstanceNormPlus
 from models.ncsnpp import NCSNpp
 from models.weights import load_model
 from tests.reference_weights import expand, weight
@@ -546,22 +546,6 @@ def test_unknown_nonlinearity_of_a_refinenet():
     config.model.nonlinearity = "sideways"
     with pytest.raises(ValueError, match="model.nonlinearity must be .*, not 'sideways'"):
         models.create_model(config)
-
-
-def test_size_that_the_levels_do_not_divide():
-    config = digits_config(ch_mult=(1, 2, 2, 2))
-    config.data.image_size = 12
-    with pytest.raises(ValueError) as error:
-        models.create_model(config)
-    text = message(error)
-    assert "12 x 12" in text
-    assert "data.image_size" in text
-    assert "multiple of 8" in text
-    model = models.create_model(digits_config())
-    with pytest.raises(ValueError, match="8 x 7 cannot be halved"):
-        model(torch.rand(1, 1, 8, 7), torch.ones(1))
-    with pytest.raises(ValueError, match="multiple of 4"):
-        RefineNet(layout="128", image_size=30, conditional=False, sigmas=torch.ones(3))
 
 
 def test_options_that_do_not_go_together():

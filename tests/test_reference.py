@@ -19,6 +19,8 @@ from metrics.features import FEATURES, get_spaces, pixels
 from metrics.reference import ReferenceStatistics, fingerprint
 from reports.settings import obstacle
 from sources import digests
+from sources.codec import EightBitImages
+from sources.codec import from_config as get_codec
 
 CPU = torch.device("cpu")
 
@@ -39,7 +41,8 @@ def publish(tmp_path, width=16, name="folder_stats", **entries):
 
 
 def statistics_of(config, stored=None):
-    return ReferenceStatistics.from_config(config, CPU, datasets.Data(config.data, stored))
+    data = datasets.Data(config.data, stored)
+    return ReferenceStatistics.from_config(config, CPU, data, get_codec(config))
 
 
 def test_changed_data_are_refused_beside_published_statistics(tmp_path):
@@ -60,9 +63,9 @@ def test_processes_do_as_the_main_one_whose_data_are_changed_or_not_there(tmp_pa
     monkeypatch.setattr(distributed, "from_main", lambda text: sent[-1])
     sent.append("changed the data are others")
     with pytest.raises(DataChanged, match="^the data are others$"):
-        ReferenceStatistics.from_config(config, CPU, data)
+        ReferenceStatistics.from_config(config, CPU, data, get_codec(config))
     sent.append("unread no such folder")
-    (statistics,) = ReferenceStatistics.from_config(config, CPU, data)
+    (statistics,) = ReferenceStatistics.from_config(config, CPU, data, get_codec(config))
     assert statistics.origin["split"] == "published"
 
 
@@ -132,7 +135,7 @@ def test_the_training_split_is_opened_and_digested_once_for_all_spaces(
     monkeypatch.setattr(
         digests, "of_array", lambda *args, **more: calls.append("digest") or of_array(*args, **more)
     )
-    scripted, pixels = ReferenceStatistics.from_config(config, CPU, data)
+    scripted, pixels = ReferenceStatistics.from_config(config, CPU, data, get_codec(config))
     assert calls == ["open", "digest"]
     assert pixels.origin["digest"] == digest
     assert scripted.data is (None if published else pixels.data)
@@ -155,7 +158,7 @@ def test_paths_go_to_the_spaces_that_need_one(tmp_path, monkeypatch):
 
     def paths_of(kinds, paths):
         seen.clear()
-        get_spaces(kinds, paths, (1, 4, 4), CPU)
+        get_spaces(kinds, paths, EightBitImages((1, 4, 4)), CPU)
         return {**seen}
 
     assert paths_of("plain,first", "a, b.pt") == {"plain": "", "first": "a, b.pt"}

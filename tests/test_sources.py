@@ -497,7 +497,7 @@ def mistakes_of_folders(tmp):
     (tmp / "cut.npy").write_bytes(b"\x93NUMPY")
     write_tree(tmp / "one", pictures(1))
     np.save(tmp / "four.npy", pictures(4, channels=4))
-    np.save(tmp / "float.npy", np.zeros((4, 8, 8, 3)))
+    np.save(tmp / "complex.npy", np.zeros((4, 8, 8, 3), complex))
     np.save(tmp / "objects.npy", np.array([None]), allow_pickle=True)
     np.save(tmp / "none.npy", np.zeros((0, 8, 8, 3), np.uint8))
     np.savez(tmp / "two.npz", a=pictures(2), b=pictures(2))
@@ -513,7 +513,7 @@ def mistakes_of_folders(tmp):
         "cut.npy": "cut.npy cannot be read",
         "one": r"1 image\(s\) cannot be split",
         "four.npy": r"must hold uint8 images \(n, H, W, 3\).*not uint8 \(4, 8, 8, 4\)",
-        "float.npy": "must hold uint8.*not float64",
+        "complex.npy": "must hold images or other arrays of numbers .*not complex128",
         "objects.npy": "objects.npy cannot be read",
         "none.npy": "holds no images",
         "two.npz": r"one array of images, or train and test; it has a \(2, 8, 8, 3\), b",

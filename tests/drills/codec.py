@@ -19,7 +19,7 @@ HAAR = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1,
 
 
 @dataclass(frozen=True)
-class LinearAutoencoder:
+class LinearAutoencoder(codec.EightBit):
     """Images (C, H, W) in [0, 1], H and W even, to latents (C k, H / 2, W / 2) and back."""
 
     data_shape: codec.Shape

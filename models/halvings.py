@@ -1,0 +1,74 @@
+"""Halvings of images between the levels of a network, and the padding that sides need for them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sources.images import ImageSize, Size, sides_of
+
+Factors = tuple[int, int]  # vertical and horizontal, by which images are resampled: 2, or 1
+
+
+@dataclass(frozen=True)
+class Halvings:
+    """Halvings of the height and the width of images between the levels of a network.
+
+    Sides that do not halve often enough are padded within a call, and the output is cut. A side
+    that has become 1 is halved no further: signals, which have a height of 1, keep it.
+
+    Attributes:
+        sides: (height, width) at each level, the first after padding.
+        factors: (vertical, horizontal) between each two levels, 2 or 1.
+        multiples: what height and width are padded to a multiple of.
+    """
+
+    sides: tuple[Size, ...]
+    factors: tuple[Factors, ...]
+    multiples: Size
+
+    @classmethod
+    def of(cls, image_size: ImageSize, number: int) -> Self:
+        """The halvings, `number` of them, of images of `image_size`, one number or two."""
+        sides, factors = [tuple(_padded(side, number) for side in sides_of(image_size))], []
+        for _ in range(number):
+            factors.append(tuple(2 if side > 1 else 1 for side in sides[-1]))
+            sides.append(tuple(s // f for s, f in zip(sides[-1], factors[-1], strict=True)))
+        multiples = tuple(first // last for first, last in zip(sides[0], sides[-1], strict=True))
+        return cls(tuple(sides), tuple(factors), multiples)
+
+    def margins(self, x: Tensor) -> list[int]:
+        """Pixels (left, right, top, bottom) around `x` (B, C, H, W) after which its sides halve."""
+        height, width = x.shape[2:]
+        rows, columns = -height % self.multiples[0], -width % self.multiples[1]
+        return [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
+
+    def remarks(self, image_size: ImageSize) -> list[str]:
+        """A line on the padding of images of `image_size` where there is any."""
+        old, new = sides_of(image_size), self.sides[0]
+        if old == new:
+            return []
+        cost = math.prod(new) / math.prod(old)
+        return [
+            f"the network pads {old[0]} x {old[1]} images to {new[0]} x {new[1]}, since it "
+            f"halves them {len(self.factors)} times: {cost:.2f} times the pixels"
+        ]
+
+
+def _padded(side: int, halvings: int) -> int:
+    """The next side that can be halved as often, or until it is 1."""
+    multiple = min(2**halvings, 2 ** (side - 1).bit_length())
+    return math.ceil(side / multiple) * multiple
+
+
+def padded(x: Tensor, margins: Sequence[int]) -> Tensor:
+    """`x` with its edge pixels repeated, so that noise stays noise; `x` itself without margins."""
+    return F.pad(x, margins, mode="replicate") if any(margins) else x
+
+
+def cut(x: Tensor, margins: Sequence[int]) -> Tensor:
+    """`x` without its `margins`."""
+    return F.pad(x, [-margin for margin in margins]) if any(margins) else x

@@ -1,0 +1,47 @@
+"""Measures of training images as the network sees them, on which methods depend."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sources.stream import DataSet, batch_at
+
+SAMPLED = 2000  # images of which distances and the standard deviation are estimated
+MOST_ENTRIES = 2**27  # of all these together: 512 MiB
+
+
+@dataclass(frozen=True)
+class ImageMeasures:
+    """Measures of up to `SAMPLED` images of `data`, spread evenly; `encode` encodes stored ones."""
+
+    data: DataSet
+    encode: Callable[[Tensor], Tensor]
+
+    @functools.cached_property
+    def images(self) -> Tensor:
+        """The encoded images (n, D), float32."""
+        dim = self.encode(self.data[:1]).numel()
+        number = max(2, min(SAMPLED, len(self.data), MOST_ENTRIES // dim))
+        rows = torch.linspace(0, len(self.data) - 1, number, dtype=torch.float64).long()
+        parts = (batch_at(self.data, part).images for part in rows.split(100))
+        return torch.cat([self.encode(images).flatten(1) for images in parts])
+
+    def standard_deviation(self) -> float:
+        """The standard deviation of all entries; ValueError where it is 0."""
+        images = self.images
+        mean = images.mean(dtype=torch.float64)
+        squares = [(part.double() - mean).square().sum() for part in images.split(100)]
+        if not (variance := (sum(squares) / images.numel()).item()):
+            raise ValueError("all entries of all training images are equal: set model.sigma_data")
+        return variance**0.5
+
+    def largest_distance(self) -> float:
+        """The largest Euclidean distance between two images; ValueError where it is 0."""
+        images = self.images
+        distance = max(torch.cdist(part, images).max().item() for part in images.split(100))
+        if not distance:
+            raise ValueError("all training images are equal: set model.sigma_max")
+        return distance
