@@ -19,6 +19,7 @@ import models
 import sources
 from configs import machine
 from configs.default import all_keys, check
+from configs.effects import without_effect
 from configs.keys import flatten, get, of_part
 from datasets import Data, mean_norm
 from sources.codec import CODECS, Codec, Shape
@@ -124,30 +125,32 @@ def complete(
         _set(config, values)
     if config.data.num_classes == -1:
         values["data.num_classes"] = config.data.num_classes = data.measure_classes()
-    values |= _measured_by_method(config, data)
+    measured = _measured_by_method(config, data)
+    values |= measured
     _set(config, values)
     if values:
         words = ", ".join(f"{key} = {_words(value)}" for key, value in sorted(values.items()))
         decided.append(f"the training images decide: {words}")
-    derived = {k: value for k, value in scaled(config, flat).items() if k not in values}
-    _set(config, derived)
-    new = flatten(config)
-    if changed := [key for key in sorted(derived) if new[key] != flat[key]]:
-        words = ", ".join(f"{key} = {_words(derived[key])}" for key in changed)
-        decided.append(f"noise levels follow model.sigma_data: {words}")
+    if "model.sigma_data" in of_part(methods.method_class(config.training.sde), "keys"):
+        scale = config.model.sigma_data / REFERENCE_STD
+        if flat["model.sigma_data"] is None and "model.sigma_data" not in measured:
+            scale = run_values["model.sigma_unit"]  # 1 where the run's sigma_data was a number
+        derived = {k: value for k, value in scaled(flat, scale).items() if k not in values}
+        _set(config, derived)
+        new = flatten(config)
+        changed = [k for k in derived if new[k] != flat[k] and not without_effect(config, [k])]
+        words = ", ".join(f"{key} = {_words(derived[key])}" for key in sorted(changed))
+        decided += [f"noise levels follow model.sigma_data: {words}"] * bool(words)
     return config, data, decided + lines
 
 
-def scaled(config: ConfigDict, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of keys that follow the standard deviation of the data, `model.sigma_data`.
+def scaled(flat: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """Values of keys that follow the data, whose standard deviation is 0.5 times `scale`.
 
-    Noise levels belong to data of standard deviation 0.5. Where `flat`, the config as it was given,
-    leaves sigma_data open, all keys that `scales` follow the measured one, else those that are
-    open, from their defaults. What would leave its range stays at its end.
+    Noise levels of a config belong to data of standard deviation 0.5. Where `flat`, the config as
+    it was given, leaves `model.sigma_data` open, all keys that `scales` follow the data, else those
+    that are open, from their defaults. What would leave its range stays at its end.
     """
-    if "model.sigma_data" not in of_part(methods.method_class(config.training.sde), "keys"):
-        return {}
-    scale = config.model.sigma_data / REFERENCE_STD
     rules = {
         "level": lambda value: value * scale,
         "inverse": lambda value: value / scale,
@@ -173,8 +176,9 @@ def _set(config: ConfigDict, values: Mapping[str, Any]) -> None:
 
 
 def _words(value: float | tuple[float, ...]) -> str:
-    numbers = value if isinstance(value, tuple | list) else [value]
-    return " x ".join(f"{number:.6g}" for number in numbers)
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_words, value))})"
+    return f"{value:.6g}"
 
 
 def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:
