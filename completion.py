@@ -20,6 +20,7 @@ import models
 import sources
 from configs import machine
 from configs.default import all_keys, check
+from configs.effects import without_effect
 from configs.keys import flatten, get, of_part
 from datasets import Data, mean_norm
 from sources.codec import Codec, Shape, class_of, encoded
@@ -144,30 +145,32 @@ def complete(
         values |= {key: measured[key] for key in open_keys}
         decided.append(f"arrays of {config.data.dtype}: {moments.line}")
         _set(config, values)
-    values |= _measured_by_method(config, data)
+    measured = _measured_by_method(config, data)
+    values |= measured
     _set(config, values)
     if numbers := {key: value for key, value in values.items() if key not in OF_ARRAYS}:
         words = ", ".join(f"{key} = {_words(value)}" for key, value in sorted(numbers.items()))
         decided.append(f"the training images decide: {words}")
-    derived = {k: value for k, value in scaled(config, flat).items() if k not in values}
-    _set(config, derived)
-    new = flatten(config)
-    if changed := [key for key in sorted(derived) if new[key] != flat[key]]:
-        words = ", ".join(f"{key} = {_words(derived[key])}" for key in changed)
-        decided.append(f"noise levels follow model.sigma_data: {words}")
+    if "model.sigma_data" in of_part(methods.method_class(config.training.sde), "keys"):
+        scale = config.model.sigma_data / REFERENCE_STD
+        if flat["model.sigma_data"] is None and "model.sigma_data" not in measured:
+            scale = run_values["model.sigma_unit"]  # 1 where the run's sigma_data was a number
+        derived = {k: value for k, value in scaled(flat, scale).items() if k not in values}
+        _set(config, derived)
+        new = flatten(config)
+        changed = [k for k in derived if new[k] != flat[k] and not without_effect(config, [k])]
+        words = ", ".join(f"{key} = {_words(derived[key])}" for key in sorted(changed))
+        decided += [f"noise levels follow model.sigma_data: {words}"] * bool(words)
     return config, data, decided + lines
 
 
-def scaled(config: ConfigDict, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of keys that follow the standard deviation of the data, `model.sigma_data`.
+def scaled(flat: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """Values of keys that follow the data, whose standard deviation is 0.5 times `scale`.
 
-    Noise levels belong to data of standard deviation 0.5. Where `flat`, the config as it was given,
-    leaves sigma_data open, all keys that `scales` follow the measured one, else those that are
-    open, from their defaults. What would leave its range stays at its end.
+    Noise levels of a config belong to data of standard deviation 0.5. Where `flat`, the config as
+    it was given, leaves `model.sigma_data` open, all keys that `scales` follow the data, else those
+    that are open, from their defaults. What would leave its range stays at its end.
     """
-    if "model.sigma_data" not in of_part(methods.method_class(config.training.sde), "keys"):
-        return {}
-    scale = config.model.sigma_data / REFERENCE_STD
     rules = {
         "level": lambda value: value * scale,
         "inverse": lambda value: value / scale,
@@ -193,10 +196,9 @@ def _set(config: ConfigDict, values: Mapping[str, Any]) -> None:
 
 
 def _words(value: float | str | tuple[float, ...]) -> str:
-    if isinstance(value, str):
-        return value
-    numbers = value if isinstance(value, tuple | list) else [value]
-    return " x ".join(f"{number:.6g}" for number in numbers)
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_words, value))})"
+    return value if isinstance(value, str) else f"{value:.6g}"
 
 
 def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:

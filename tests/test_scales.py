@@ -92,7 +92,8 @@ def test_open_values_are_measured_and_derived(sde):
     assert done.sampling.atol == config.sampling.atol * scale
     assert config.model.sigma_data is None  # what is given stays
     (words,) = [line for line in lines if "noise levels follow" in line]
-    assert "sampling.sigma_min = " in words and "sampling.S_min" not in words
+    assert "sampling.sigma_min = " in words and "model.P_mean = " in words
+    assert "sampling.S_min" not in words and "consistency" not in words
     method = get_method(done)
     sigma = torch.tensor([scale], dtype=torch.float64)
     assert method.precondition.c_noise(sigma).item() == 0
@@ -209,6 +210,16 @@ def test_a_run_keeps_what_it_measured(tmp_path):
     trained = load_trained(tmp_path / "run")
     assert trained.experiment.method.sigma_max == 80 * scale
     run_lib.evaluate(run_config.load(tmp_path / "run"), tmp_path / "run")
+
+
+def test_a_run_with_a_sigma_data_of_its_own_keeps_its_levels(tmp_path):
+    """One that was not measured, which the config leaves open later."""
+    config = tiny(PFGMPP, tmp_path)  # 0.75, of noise labels ln(sigma) / 4
+    assert run_lib.train(config, tmp_path / "run")
+    before = complete(config, tmp_path / "run")[0]
+    config.update_from_flattened_dict(OPEN)
+    after = complete(config, tmp_path / "run")[0]
+    assert run_config.flatten(after) == run_config.flatten(before)
 
 
 # --- scaled data train as unscaled ones do --------------------------------------------------------

@@ -15,6 +15,7 @@ from scipy import integrate, stats
 
 import losses
 import methods
+from configs.keys import get
 from configs.subvp import cifar10_ddpmpp_continuous as subvp_config
 from configs.ve import cifar10_ncsnpp_continuous as ve_config
 from configs.vp import cifar10_ddpmpp_continuous as vp_config
@@ -340,6 +341,10 @@ def test_every_experiment_has_a_method_and_a_sampler(path):
     if config.training.M is None:  # training measures these
         config.data.num_channels = 3
         config.training.M, config.sampling.z_max, config.sampling.upper_norm = 291, 40.0, 3000.0
+    measured = {"model.sigma_data": 0.5, "model.P_mean": -1.2, "sampling.sigma_max": 80.0}
+    for key, value in measured.items():
+        if get(config, key) is None:
+            config.update_from_flattened_dict({key: value})
     method = get_method(config)
     assert path.split("/")[0] == config.training.sde.removesuffix("sde")
     get_sampling_fn(config, method)

@@ -87,7 +87,7 @@ def test_sizes_as_the_data_have(tmp_path, name):
     assert datasets.get_dataset(config, "train")[:1].shape == (1, 3, 6, 10)
     done, data, lines = complete(config)
     assert done.data.image_size == (6, 10) and data.shape == (3, 6, 10)
-    assert any("data.image_size = 6 x 10" in line for line in lines)
+    assert any("data.image_size = (6, 10)" in line for line in lines)
     originals = {image.tobytes() for image in stack}
     assert {x.permute(1, 2, 0).numpy().tobytes() for x in data.get("train")} <= originals
     config.data.image_size = (8, 8)
