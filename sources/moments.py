@@ -23,7 +23,7 @@ class Moments:
     """What is measured of each channel: mean, standard deviation, and the ends of a window.
 
     `window` has low and high of each channel in turn, or of all at once. `constant` are the numbers
-    of the channels in which all is one number; their deviation is taken to be 1. `is_given`: mean
+    of the channels in which all is one number; their deviation is taken to be 1. `is_fixed`: mean
     and deviation follow from a (low, high) of `data.scale`.
     """
 
@@ -31,14 +31,14 @@ class Moments:
     std: tuple[float, ...]
     window: tuple[float, ...]
     constant: tuple[int, ...] = ()
-    is_given: bool = False
+    is_fixed: bool = False
 
     @property
     def line(self) -> str:
         """Text for the log."""
         mean, std = _in_words(self.mean), _in_words(self.std)
         text = f"channels have mean {mean}, standard deviation {std}, and get 0 and 0.5"
-        if self.is_given:
+        if self.is_fixed:
             ends = (self.mean[0] - 2 * self.std[0], self.mean[0] + 2 * self.std[0])
             text = "{:.6g} and {:.6g} become -1 and 1 (data.scale)".format(*ends)
         text += "; pictures show {:.6g} to {:.6g}".format(*self.window)
@@ -85,8 +85,8 @@ def measure(
         variance = (variance + np.square(mean - mean.mean())).mean() + 0 * mean
         mean = mean.mean() + 0 * mean
     std = np.where(variance > 0, np.sqrt(variance), 1.0)
-    is_given = type(scale) is tuple and len(scale) > 0
-    if is_given:
+    is_fixed = type(scale) is tuple and len(scale) > 0
+    if is_fixed:
         low, high = scale
         mean, std = (low + high) / 2 + 0 * mean, (high - low) / 4 + 0 * std
     if not ((abs(mean) <= LARGEST) & (std >= 1 / LARGEST) & (std <= LARGEST)).all():
@@ -96,7 +96,7 @@ def measure(
         tuple(std.tolist()),
         _window(np.concatenate(sample), together=scale == "all"),
         tuple(np.flatnonzero(constant).tolist()),
-        is_given,
+        is_fixed,
     )
 
 

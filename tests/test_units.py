@@ -183,12 +183,12 @@ def test_moments_are_those_of_all_numbers():
 
 def test_scales():
     array = numbers("float64")
-    each, together, given = (measure(array, scale) for scale in ("channels", "all", (-10.0, 30.0)))
+    each, together, fixed = (measure(array, scale) for scale in ("channels", "all", (-10.0, 30.0)))
     assert each == measure(array)
     assert together.mean == pytest.approx(3 * [array.mean()])
     assert together.std == pytest.approx(3 * [array.std()])
     assert together.window == pytest.approx(np.percentile(array, (0.5, 99.5)))
-    codec = MeasuredArrays((3, 8, 8), "float64", given.mean, given.std)
+    codec = MeasuredArrays((3, 8, 8), "float64", fixed.mean, fixed.std)
     ends = torch.tensor([-10.0, 10, 30]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
     assert codec.encode(ends)[:, 0, 0, 0].tolist() == [-1, 0, 1]
 
