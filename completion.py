@@ -37,8 +37,12 @@ NORM_KEYS = ("training.M", "sampling.z_max", "sampling.upper_norm")
 MEASURED = (*NORM_KEYS, "model.sigma_data", "model.sigma_max")
 REFERENCE_STD = 0.5  # of the data to which noise levels of a config belong (Karras et al. 2022)
 
+# Key -> the value that leaves it open, to be measured on the images.
+OPEN_IN_DATA = {"data.num_channels": 0, "data.image_size": 0, "data.num_classes": -1}
+
 # Measured of arrays in units of their own; data.dtype says whether the data are such arrays.
 OF_ARRAYS = ("data.mean", "data.std", "reports.window")
+SAID_BY_DATA = (*OF_ARRAYS, "data.scale")  # in lines of their own
 
 PRECISION_KEYS = ("training.precision", "sampling.precision")
 PRECISIONS_OF_RUN = PRECISION_KEYS[:1]  # kept in evaluation and sampling; the other is measured
@@ -82,26 +86,11 @@ def complete(
     if size := config.data.image_size:
         _set(config, {"data.image_size": image_size_of(sides_of(size))})  # (8, 8) is 8
     flat, data = flatten(config), Data(config.data, identity)
-    measured_keys = {key for key in MEASURED if flat[key] is None}
-    measured_keys |= {name for name, key in all_keys().items() if key.opens and flat[name] is None}
-    if data.takes_scale and not config.data.scale:
-        measured_keys.add("data.scale")
-    if config.data.num_channels == 0:
-        measured_keys.add("data.num_channels")
-    if config.data.image_size == 0:
-        measured_keys.add("data.image_size")
-    if config.data.num_classes == -1:
-        measured_keys.add("data.num_classes")
-    if data.are_arrays and not config.data.dtype:
-        measured_keys.add("data.dtype")
-    if data.are_arrays or config.data.dtype:
-        measured_keys |= {key for key in OF_ARRAYS if not flat[key]}
-    elif isinstance(config.data.scale, str):
-        raise ValueError(f"data.scale={config.data.scale!r} is for arrays; images take (low, high)")
+    open_keys = _open_keys(flat, data)
     newest = sources.NEWEST_RULES.get(config.data.dataset.lower(), 1)
     of_run = {key for key in precisions if flat[key] == "auto"}
     run_values, lines = {}, []
-    if workdir and (measured_keys or of_run or (newest > 1 and not config.data.rules)):
+    if workdir and (open_keys or of_run or (newest > 1 and not config.data.rules)):
         stored = run_config.find(workdir)
         # config.json may stem from a start that saved no state
         if stored and stored[0].suffix == ".pth":
@@ -115,45 +104,26 @@ def complete(
         if execution.has_precision(run_values[key], execution.named_device(config.device)):
             config.update_from_flattened_dict({key: run_values[key]})
             lines.append(f"{key}='auto' is {run_values[key]!r}: as the run has it")
-    if not measured_keys:
+    if not open_keys:
         return config, data, lines
     of_codec = {*of_part(class_of(config.data.codec, config.data.dtype), "keys")}
-    decisive = {*DECISIVE, "data.scale", *of_codec} - measured_keys
-    values, decided = {}, []
-    if run_values and all(run_values[key] == flat[key] for key in decisive):
-        values = {key: run_values[key] for key in measured_keys if run_values[key]}
-        if "data.scale" in measured_keys:
-            config.data.scale = tuple(run_values["data.scale"])  # () for 8-bit images
-            measured_keys.discard("data.scale")
-    values.pop("data.scale", None)
-    if data.are_arrays and not config.data.dtype and (dtype := data.measure_dtype()):
-        values["data.dtype"] = dtype
+    decisive = {*DECISIVE, "data.scale", *of_codec} - open_keys
+    if not (run_values and all(run_values[key] == flat[key] for key in decisive)):
+        run_values = {}
+    values = {key: run_values[key] for key in open_keys & run_values.keys() if run_values[key]}
+    if run_values:
+        open_keys.discard("data.scale")  # which is () where its images have 8 bits
     _set(config, values)
-    if "data.scale" in measured_keys:
-        config.data.scale, line = data.measure_scale()
-        decided += [line] * bool(line)
-    if config.data.num_channels == 0:
-        values["data.num_channels"] = config.data.num_channels = data.measure_channels()
-    if config.data.image_size == 0:
-        values["data.image_size"] = data.measure_size()
-        _set(config, values)
-    if config.data.num_classes == -1:
-        values["data.num_classes"] = config.data.num_classes = data.measure_classes()
-    if config.data.dtype and (open_keys := [key for key in OF_ARRAYS if not get(config, key)]):
-        moments = data.measure_moments()
-        measured = dict(zip(OF_ARRAYS, (moments.mean, moments.std, moments.window), strict=True))
-        values |= {key: measured[key] for key in open_keys}
-        decided.append(f"arrays of {config.data.dtype}: {moments.line}")
-        _set(config, values)
-    measured = _measured_by_method(config, data)
-    values |= measured
-    _set(config, values)
-    if numbers := {key: value for key, value in values.items() if key not in OF_ARRAYS}:
+    measured, decided = _measure_data(config, data, open_keys - values.keys())
+    of_method = _measured_by_method(config, data)
+    _set(config, of_method)
+    values |= measured | of_method
+    if numbers := {key: value for key, value in values.items() if key not in SAID_BY_DATA}:
         words = ", ".join(f"{key} = {_words(value)}" for key, value in sorted(numbers.items()))
         decided.append(f"the training images decide: {words}")
     if "model.sigma_data" in of_part(methods.method_class(config.training.sde), "keys"):
         scale = config.model.sigma_data / REFERENCE_STD
-        if flat["model.sigma_data"] is None and "model.sigma_data" not in measured:
+        if flat["model.sigma_data"] is None and "model.sigma_data" not in of_method:
             scale = run_values["model.sigma_unit"]  # 1 where the run's sigma_data was a number
         derived = {k: value for k, value in scaled(flat, scale).items() if k not in values}
         _set(config, derived)
@@ -162,6 +132,55 @@ def complete(
         words = ", ".join(f"{key} = {_words(derived[key])}" for key in sorted(changed))
         decided += [f"noise levels follow model.sigma_data: {words}"] * bool(words)
     return config, data, decided + lines
+
+
+def _open_keys(flat: Mapping[str, Any], data: Data) -> set[str]:
+    """Keys that `flat`, a config, leaves open; ValueError for a `data.scale` of another kind."""
+    keys = {key for key in MEASURED if flat[key] is None}
+    keys |= {name for name, key in all_keys().items() if key.opens and flat[name] is None}
+    keys |= {key for key, value in OPEN_IN_DATA.items() if flat[key] == value}
+    if data.takes_scale and not flat["data.scale"]:
+        keys.add("data.scale")
+    if data.are_arrays and not flat["data.dtype"]:
+        keys.add("data.dtype")
+    if data.are_arrays or flat["data.dtype"]:
+        keys |= {key for key in OF_ARRAYS if not flat[key]}
+    elif isinstance(flat["data.scale"], str):
+        raise ValueError(
+            f"data.scale={flat['data.scale']!r} is for arrays; images take (low, high)"
+        )
+    return keys
+
+
+def _measure_data(
+    config: ConfigDict, data: Data, open_keys: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Measure those of `open_keys` that the data decide; their values, and lines on some.
+
+    `config`, whose section `data` is that of `data`, gets the values.
+    """
+    values, lines = {}, []
+    if "data.dtype" in open_keys and (dtype := data.measure_dtype()):
+        values["data.dtype"] = config.data.dtype = dtype
+    if "data.scale" in open_keys:
+        values["data.scale"], line = data.measure_scale()
+        config.data.scale, lines = values["data.scale"], [line] * bool(line)
+    for key, measure in (
+        ("data.num_channels", data.measure_channels),
+        ("data.image_size", data.measure_size),
+        ("data.num_classes", data.measure_classes),
+    ):
+        if key in open_keys:
+            values[key] = measure()
+            _set(config, {key: values[key]})
+    if config.data.dtype and (of_arrays := [key for key in OF_ARRAYS if key in open_keys]):
+        moments = data.measure_moments()
+        measured = dict(zip(OF_ARRAYS, (moments.mean, moments.std, moments.window), strict=True))
+        of_arrays = {key: measured[key] for key in of_arrays}
+        _set(config, of_arrays)
+        values |= of_arrays
+        lines.append(f"arrays of {config.data.dtype}: {moments.line}")
+    return values, lines
 
 
 def scaled(flat: Mapping[str, Any], scale: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs.poisson import cifar10_ddpmpp, cifar10_ncsnpp
 from models import create_model, layers
+from op.upfirdn import Pass
 
 NETWORKS = {"DDPM++": cifar10_ddpmpp, "NCSN++": cifar10_ncsnpp}
 
@@ -47,6 +48,11 @@ def plain_upfirdn2d(
     return x[:, :, ::down, ::down]
 
 
+def plain_filtered(x: Tensor, whole: Pass) -> Tensor:
+    """A pass whose factors and padding are the same for height and width."""
+    return plain_upfirdn2d(x, whole.kernel, whole.up[0], whole.down[0], whole.pad[:2])
+
+
 def plain_double(self: layers.Double, x: Tensor) -> Tensor:
     if self.kernel is None:
         b, c, h, w = x.shape
@@ -70,7 +76,7 @@ def plain() -> AbstractContextManager:
         (layers.Attention, "forward", plain_attention),
         (layers.Double, "forward", plain_double),
         (layers.Halve, "forward", plain_halve),
-        (layers, "upfirdn2d", plain_upfirdn2d),
+        (layers, "filtered", plain_filtered),
     )
 
 

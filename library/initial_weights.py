@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from storage.files import about
 from storage.run_checkpoints import find_checkpoint
 
 INIT_FROM = "training.init_from"
+SCALES = ("model.sigma_data", "model.sigma_unit")  # what a network's inputs are scaled by
 MAX_NAMED = 6  # entries of a network that a line names one by one
 
 
@@ -60,8 +61,13 @@ class InitialWeights:
         return f"the weights of {self.path}, step {self.step:,}, digest {self.digest[:12]}"
 
 
-def initialise(network: nn.Module, source: str) -> tuple[InitialWeights, str]:
+def initialise(
+    network: nn.Module, source: str, values: Mapping[str, Any] | None = None
+) -> tuple[InitialWeights, str]:
     """Copy the matching EMA weights of the workdir or file `source` into `network`.
+
+    `values`, the flat config of the new run, is compared with that of the file: weights mean
+    something else at another scale of the data.
 
     Returns:
         Their record, and a line on what was copied and what was not.
@@ -78,9 +84,16 @@ def initialise(network: nn.Module, source: str) -> tuple[InitialWeights, str]:
     record = InitialWeights(source, content["step"], sha256)
     initial = f"; at their initial values: {_listed(copied.initial)}" if copied.initial else ""
     unused = f"; {copied.unused:,} tensors of the file are not used" if copied.unused else ""
+    stored = content.get("config")
+    stored = stored if type(stored) is dict else {}
+    scales = "".join(
+        f"; its {key} is {shown(stored[key])}, that of this run {shown(values[key])}"
+        for key in SCALES
+        if values and key in stored and stored[key] != values[key]
+    )
     line = (
         f"initialised from the EMA weights of {path}, step {record.step:,}, digest {sha256[:12]}: "
-        f"{len(copied.names):,} of {len(weights):,} tensors copied{initial}{unused}"
+        f"{len(copied.names):,} of {len(weights):,} tensors copied{initial}{unused}{scales}"
     )
     return record, line
 

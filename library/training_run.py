@@ -95,7 +95,7 @@ class TrainingRun:
         if newest is None:
             lines = passed_over(self.workdir)
             if name := self.values[INIT_FROM]:
-                self.initial_weights, *lines = initialise(self.state.model, name)
+                self.initial_weights, *lines = initialise(self.state.model, name, self.values)
                 self.state.restart_averages()
             if distributed.is_main():
                 run_config.store(self.workdir, self.values)
@@ -215,7 +215,7 @@ def resumed_from(workdir: Path, experiment: Parts, values: dict[str, Any]) -> tu
     newest = newest_checkpoint(workdir, set_aside=False, read=read)
     if newest is None:
         if name := values[INIT_FROM]:
-            return 0, [initialise(experiment.network, name)[1]]
+            return 0, [initialise(experiment.network, name, values)[1]]
         return 0, passed_over(workdir)
     path, content = newest
     check_codec(experiment.codec, content, path)

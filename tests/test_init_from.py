@@ -14,6 +14,7 @@ from warm_start import run_main
 import models
 import run_lib
 from configs.edm import digits_ddpmpp as edm_digits
+from configs.keys import flatten
 from configs.pfgmpp import digits_ddpmpp as pfgmpp_digits
 from experiment import load
 from library.initial_weights import initialise
@@ -537,3 +538,13 @@ def test_strange_names_fit_nothing(tmp_path, names):
     state["ema"] = {"shadow_params": [*state["model"].values()]}
     save_checkpoint(path, state)
     assert "does not fit the configured network: none of its " in refusal(tmp_path, path)
+
+
+def test_a_network_of_another_scale_is_named(teacher):
+    network, values = models.create_model(tiny(**ATTENTION)), flatten(tiny(**ATTENTION))
+    assert "sigma" not in initialise(network, str(teacher), values)[1]
+    values |= {"model.sigma_data": 0.5, "model.sigma_unit": 1.5}
+    assert initialise(network, str(teacher), values)[1].endswith(
+        "; its model.sigma_data is 0.75, that of this run 0.5"
+        "; its model.sigma_unit is 1.0, that of this run 1.5"
+    )

@@ -16,6 +16,7 @@ import training
 from configs.edm import digits_ddpmpp
 from library.evaluated import Evaluated, Split
 from sources.batch import Batch, Conditions
+from sources.codec import EightBitImages
 from sources.stream import Resident
 
 
@@ -56,7 +57,7 @@ def evaluated(objective, folder, step):
         objective=objective,
         objective_settings={"training.objective": "own"},
         network=lambda x, label=None, **conditions: torch.zeros_like(x),
-        codec=SimpleNamespace(encode=lambda images: 2 * images - 1),
+        codec=EightBitImages((1, 2, 2)),
     )
     return Evaluated(
         experiment=experiment, folder=folder, k=1, step=step, origin={}, seed=0, batch_size=4
