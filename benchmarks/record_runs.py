@@ -75,7 +75,10 @@ RUNS: dict[str, tuple[str, dict]] = {
     ),
     "folder": (
         "pfgmpp/images16_ddpmpp",
-        REFERENCE | {"data.image_size": 8, "data.num_classes": -1, "model.ch_mult": (1, 2)},
+        REFERENCE
+        | {"data.image_size": 8, "data.num_classes": -1, "model.ch_mult": (1, 2)}
+        # fixed in earlier versions of the config, where they are measured now
+        | {"model.sigma_data": 0.5, "model.P_mean": -1.2, "sampling.sigma_max": 80.0},
     ),
 }
 FITTED = ("poisson", "pfgmpp", "vp")
