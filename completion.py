@@ -32,10 +32,10 @@ from storage import run_config
 
 log = logging.getLogger(__name__)
 
-# Left at None these are measured, where the method has them; the first ones by the images' norm.
+# Measured where they are None and the method has them; the first ones by the images' norm.
 NORM_KEYS = ("training.M", "sampling.z_max", "sampling.upper_norm")
 MEASURED = (*NORM_KEYS, "model.sigma_data", "model.sigma_max")
-REFERENCE_STD = 0.5  # of the data to which noise levels of a config belong (Karras et al. 2022)
+REFERENCE_STD = 0.5  # of data that a config's noise levels are meant for (Karras et al. 2022)
 
 # Key -> the value that leaves it open, to be measured on the images.
 OPEN_IN_DATA = {"data.num_channels": 0, "data.image_size": 0, "data.num_classes": -1}
@@ -155,7 +155,7 @@ def _open_keys(flat: Mapping[str, Any], data: Data) -> set[str]:
 def _measure_data(
     config: ConfigDict, data: Data, open_keys: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Measure those of `open_keys` that the data decide; their values, and lines on some.
+    """Measure those of `open_keys` that the data decide: their values, and lines for the log.
 
     `config`, whose section `data` is that of `data`, gets the values.
     """
@@ -186,9 +186,9 @@ def _measure_data(
 def scaled(flat: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """Values of keys that follow the data, whose standard deviation is 0.5 times `scale`.
 
-    Noise levels of a config belong to data of standard deviation 0.5. Where `flat`, the config as
-    it was given, leaves `model.sigma_data` open, all keys that `scales` follow the data, else those
-    that are open, from their defaults. What would leave its range stays at its end.
+    Noise levels of a config are meant for data of standard deviation 0.5. Where `flat`, the config
+    as given, leaves `model.sigma_data` open, all keys with `scales` follow the data; else only open
+    ones do, from their defaults. A value that would leave its range becomes the end of it.
     """
     rules = {
         "level": lambda value: value * scale,

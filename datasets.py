@@ -146,8 +146,7 @@ class Data:
     def get(self, split: str, labels: bool = True, whole: bool = False) -> DataSet:
         """The images of `split` as stored, with conditions as of `get_dataset`.
 
-        With `data.patch` they are a patch of each (`sources.patches`), unless they are to be
-        `whole`.
+        With `data.patch` they are patches, one of each (`sources.patches`), unless `whole`.
         """
         self._compare()
         data, source = self.options, self._source(split)
@@ -280,7 +279,7 @@ class Data:
 
     @property
     def split_words(self) -> str:
-        """Text on how the data are split; "" where a source does it as ever."""
+        """Text on how the data are split; "" for a named data set that is split as by default."""
         data = self.options
         if self._is_folder:
             if names := self._find().split_names:
@@ -298,7 +297,7 @@ class Data:
         return self._folder
 
     def _open(self, split: str, channels: int, size: ImageSize) -> Source:
-        """The images of `split` with so many `channels` and this `size`; 0: as they have."""
+        """The images of `split` with `channels` and `size`; 0: those that are stored."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         name = self.options.dataset
@@ -440,7 +439,7 @@ def get_dataset(config, split: str, labels: bool = True) -> DataSet:
 
 
 def mean_norm(data: DataSet, encode: Callable[[Tensor], Tensor]) -> float:
-    """Mean Euclidean norm of the images of a data set, which `encode` encodes as stored."""
+    """Mean Euclidean norm of a data set's images, which `encode` takes as stored."""
     total, at_once = 0.0, max(1, SMALL // data[:1].numel())
     for batch in in_order(data, at_once):
         total += encode(batch.images).flatten(1).norm(dim=1).sum().item()

@@ -83,7 +83,7 @@ def loss(evaluated: Evaluated, split: Split, batch_size: int) -> dict:
 def bits_per_dim(evaluated: Evaluated, split: Split, repeats: int) -> dict:
     """Bits per dimension of every image of a split, averaged over passes of new noise.
 
-    Of arrays in units of their own it is nats an entry (`likelihood.unit_of`).
+    For arrays in units of their own it is nats per entry (`likelihood.unit_of`).
 
     The network is given the image's conditions, if there are any, and no guidance. The test split
     is passed `repeats` times.

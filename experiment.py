@@ -216,7 +216,7 @@ class Experiment:
         if self.method.extra_channels:
             raise ValueError(
                 f"sampling.size: the z entry of the field of {self.method.name} belongs to the "
-                "whole image, so that it has no tiles; PFGM++ has (D = 1 is the same field)"
+                "whole image, so that it cannot be tiled; PFGM++ can (D = 1 is the same field)"
             )
         if codec.shape != codec.data_shape:
             raise ValueError(
@@ -320,7 +320,7 @@ def load(
         value = plain(value)
         if not keys[key].accepts(value):
             raise ValueError(f"{key} must be {keys[key]}, not {shown(value)}")
-        # the type of the value before does not count where a class is a number or a name, and so on
+        # the previous value's type does not matter: a class, for example, is a number or a name
         of_two_types = isinstance(keys[key].allowed, Either) or keys[key].opens
         with config.ignore_type() if of_two_types else contextlib.nullcontext():
             config.update_from_flattened_dict({key: tuple(value) if type(value) is list else value})

@@ -102,9 +102,9 @@ def log_likelihood(
 
 
 class Unit(NamedTuple):
-    """The unit of likelihoods, which are negative logarithms of densities for each entry.
+    """A unit of likelihoods, which are negative log densities per entry.
 
-    `key` names them in reports, `name` in sentences, and `nats` are in one of them.
+    It is called `key` in reports and `name` in sentences, and is `nats` nats.
     """
 
     key: str
@@ -112,7 +112,7 @@ class Unit(NamedTuple):
     nats: float
 
 
-BITS, NATS = Unit("bpd", "bits/dim", math.log(2)), Unit("nats", "nats an entry", 1.0)
+BITS, NATS = Unit("bpd", "bits/dim", math.log(2)), Unit("nats", "nats per entry", 1.0)
 
 
 def unit_of(codec: Codec) -> Unit:
@@ -206,7 +206,7 @@ def passes_of(split: str, repeats: int) -> int:
 
 
 def get_likelihood_fn(config, method: Method) -> Likelihood:
-    """Bits per dimension, or nats, of `method`, to be called as `Likelihood.__call__` says.
+    """The likelihood of `method`, in bits per dimension or nats; see `Likelihood.__call__`.
 
     Raises ValueError as `Likelihood.from_config` does.
     """

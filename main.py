@@ -37,7 +37,7 @@ flags.DEFINE_enum(
     "mode",
     None,
     ["train", *STORED],
-    "Train a model, look at its data before, evaluate checkpoints, draw samples, or write one file "
+    "Look at the data, train a model, evaluate checkpoints, draw samples, or write one file "
     "to share.",
 )
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, logs, reports.")
@@ -49,7 +49,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "outdir",
     None,
-    "Where sample, export and data write; default: below workdir/samples, and workdir.",
+    "Where sample, export and data write; default: below workdir/samples; else workdir.",
 )
 flags.DEFINE_string(
     "checkpoint", None, "What sample and export take, a file; default: the newest of workdir."

@@ -89,7 +89,7 @@ def _with_home(argv: list[str]) -> list[str]:
 
 
 def _without_none(argv: list[str]) -> tuple[list[str], list[str]]:
-    """`argv` without the keys of numbers that it sets to None, to be measured, and these keys.
+    """`argv` without the flags that set numbers to None (to be measured), and their keys.
 
     The flags of config_flags do not know None.
     """

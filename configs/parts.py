@@ -112,7 +112,7 @@ def images(config: ConfigDict) -> None:
     """The user's own images, small, after method and network: for one small GPU or, slowly, a CPU.
 
     There is a checkpoint at each tenth, and the EMA weights average over about as many steps. Noise
-    levels follow the standard deviation of the images, or of VE the distances between them.
+    levels follow the standard deviation of the images, or for VE the distances between them.
     """
     config.data.update(dataset="folder", num_channels=0, random_flip=False)
     config.training.update(batch_size=128, small_batch_size=0, n_iters=50000, eval_freq=500)
@@ -147,8 +147,8 @@ def consistency(config: ConfigDict) -> None:
 
     The two noisy images of a pair are joined by an Euler step of the ODE of the reference batch.
     Where that is all of the data, as with the digits, their difference has no noise that would bias
-    a Euclidean distance, so that `c` can be small. Samples start at a noise level that the training
-    reaches in 2 % of its examples: it sees few higher ones, where the network is worse.
+    a Euclidean distance, so that `c` can be small. Samples start at a noise level above which
+    training has only 2 % of its examples, and the network is worse.
     Bits/dim, which follow the ODE, are left out of the evaluation.
     """
     config.training.update(objective="consistency", target="posterior_mean")

@@ -25,7 +25,7 @@ class Number:
         )
 
     def nearest(self, value: float) -> float:
-        """`value`, or the end of the range that it is beyond."""
+        """`value`, or the nearer end of the range where it is outside."""
         return value if self.accepts(value) else min(max(value, self.low), self.high)
 
     def __str__(self) -> str:
@@ -143,7 +143,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class ShareOrCount:
-    """A share, a number from 0 to below 1, or how many: a whole number."""
+    """A share from 0 to below 1, or a count, a whole number."""
 
     def accepts(self, value: Any) -> bool:
         return type(value) in (int, float) and 0 <= value < EXACT and (value < 1 or value % 1 == 0)

@@ -33,7 +33,7 @@ class Split:
         if config.eval.enable_classification and not data.has_labels(name):
             raise ValueError(
                 f"eval.enable_classification needs class labels, and the {name} split has none: "
-                "eval.dataset='train' may have"
+                "eval.dataset='train' may have them"
             )
         return cls(name, data.get(name), data.remark(name))
 

@@ -73,7 +73,7 @@ def compare_samples(
 
 
 def draw_round(evaluated: Evaluated, r: int, number: int) -> dict:
-    """Draw `number` samples; the finite ones, as stored, with their class labels if any.
+    """Draw `number` samples; return the finite ones, as stored, with class labels if any.
 
     There are none where the solver diverges. Raises TooManyEvaluations where it stops at its
     limit, since with a larger one these samples could be finite.

@@ -45,7 +45,7 @@ class FirstLook:
     """The data of a training, and its first step.
 
     Attributes:
-        experiment: whose data and network they are.
+        experiment: has the data and the network.
         train, test: the data.
         prepare: what a step does to a batch.
         state: what a step changes; it is thrown away.
@@ -77,7 +77,7 @@ class FirstLook:
         return self.experiment.data.describe(self.train, self.test, self.prepare.words)
 
     def save(self, path: Path, title: str) -> None:
-        """Write the page, under the heading `title`, to `path`; the main process of several does.
+        """Write the page, headed `title`, to `path`, in the main process only.
 
         It takes two training steps. OSError, which names the path, where it cannot be written.
         """
@@ -152,7 +152,7 @@ class FirstLook:
 
 
 def measure(step: Callable[[], float], device: torch.device) -> Cost:
-    """Cost of the second of two calls of `step`: the first one also starts libraries."""
+    """Cost of the second of two calls of `step`: the first also initialises libraries."""
     step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

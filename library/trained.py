@@ -249,7 +249,7 @@ class Trained:
     ) -> Tensor:
         """Bits/dim (n,) of images `x` (n, C, H, W) in [0, 1], as `log_likelihood` describes them.
 
-        Of latents they are -log2 p / D; of arrays in units of their own -log p / D, nats an entry.
+        Of latents they are -log2 p / D; of arrays in units of their own -log p / D, nats per entry.
         """
         likelihood, x = self.experiment.likelihood, self._encoded(x)
         probes = keyed_generator(self.experiment.device, "probe", checked_seed(seed))

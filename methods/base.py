@@ -160,7 +160,7 @@ class Method(abc.ABC):
         gaussian: true where Gaussian noise of variance b^2 - a^2 takes y from the noise level a up
             to b, exactly or nearly, so that a sampler can add noise.
         sigma_data: standard deviation of the scaled images' entries, as far as it is known.
-        sigma_unit: what noise levels are measured in, 1 where they belong to images in [-1, 1].
+        sigma_unit: unit of noise levels, 1 where they are meant for images in [-1, 1].
         degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
         noisy_end: true where samples at `t_data` have noise, which a step to sigma = 0 removes.
         predictors, correctors: names that `sampling.method='pc'` can use; none without an SDE.

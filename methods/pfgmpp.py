@@ -38,8 +38,8 @@ KEYS = {
     "model.sigma_data": Key(
         0.5,
         Number(0.001, 1000),
-        "PFGM++ and EDM: standard deviation of the scaled images' entries; None: measured, and all "
-        "noise levels of the config, which are for 0.5, follow it (docs/guide.md)",
+        "PFGM++ and EDM: standard deviation of the scaled images' entries; None: measured; all "
+        "noise levels of the config, which are meant for 0.5, then follow it (docs/guide.md)",
         opens=True,
     ),
     "model.sigma_unit": Key(

@@ -178,8 +178,8 @@ class VESDE(SDE):
         "model.sigma_max": Key(
             50.0,
             NOISE_LEVEL,
-            "VE SDE: largest noise level; None: the largest distance between two training images, "
-            "of 2,000 at most",
+            "VE SDE: largest noise level; None: the largest distance between two of up to "
+            "2,000 training images",
             opens=True,
         ),
     }

@@ -65,7 +65,7 @@ class FeatureSpace:
 
 
 def pixels(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
-    """Pixels in [0, 1], of arrays the scaled ones, flattened; there is no network to load."""
+    """Flattened pixels in [0, 1], or scaled arrays; there is no network to load."""
 
     def extract(numbers: NDArray) -> tuple[NDArray, None]:
         return numbers.reshape(len(numbers), -1).astype(np.float32), None
@@ -81,7 +81,7 @@ FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels
 
 
 def get_spaces(kinds: str, paths: str, codec: Codec, device: torch.device) -> list[FeatureSpace]:
-    """The feature spaces `kinds` of what `codec` stores, names of `FEATURES` with commas.
+    """The feature spaces `kinds`, names of `FEATURES` with commas, of data of `codec`.
 
     `paths` is the path of the network of the kind that needs one; for several such kinds the paths
     of all, in the order of `kinds`, with commas between them.
@@ -137,6 +137,6 @@ def get_space(kind: str, path: str, codec: Codec, device: torch.device) -> Featu
 
 
 def _numbers(codec: Codec, images: NDArray) -> NDArray:
-    """Images as stored (n, H, W, C) as numbers between which distances say something."""
+    """Images as stored (n, H, W, C) as numbers whose distances are meaningful."""
     stored = torch.from_numpy(held(images)).permute(0, 3, 1, 2)
     return codec.comparable(codec.units(stored)).permute(0, 2, 3, 1).numpy()

@@ -154,7 +154,7 @@ METRICS: dict[str, Metric] = {
     "recall": Metric("Recall", 1, _RECALL, lambda c: c.precision_recall[1], halves=True),
     "agreement": Metric("Agreement with the labels", 1, _AGREEMENT, _agreement, _agreement_of_data),
     "bpd": Metric("Bits/dim", -1, "negative log-likelihood"),
-    "nats": Metric("Nats an entry", -1, "negative log-likelihood in the data's own units"),
+    "nats": Metric("Nats per entry", -1, "negative log-likelihood in the data's own units"),
     "loss": Metric("Loss", -1, "over the evaluated split"),
     "accuracy": Metric("Accuracy of p(label | image)", 1, _ACCURACY),
     "nearest": Metric("Nearest training image", 0, _NEAREST, _nearest, _nearest_of_data),

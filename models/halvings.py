@@ -23,7 +23,7 @@ class Halvings:
     Attributes:
         sides: (height, width) at each level, the first after padding.
         factors: (vertical, horizontal) between each two levels, 2 or 1.
-        multiples: what height and width are padded to a multiple of.
+        multiples: height and width are padded to multiples of these.
     """
 
     sides: tuple[Size, ...]
@@ -41,7 +41,7 @@ class Halvings:
         return cls(tuple(sides), tuple(factors), multiples)
 
     def margins(self, x: Tensor) -> list[int]:
-        """Pixels (left, right, top, bottom) around `x` (B, C, H, W) after which its sides halve."""
+        """Pixels (left, right, top, bottom) to pad `x` (B, C, H, W) by, so that its sides halve."""
         height, width = x.shape[2:]
         rows, columns = -height % self.multiples[0], -width % self.multiples[1]
         return [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
@@ -59,7 +59,7 @@ class Halvings:
 
 
 def _padded(side: int, halvings: int) -> int:
-    """The next side that can be halved as often, or until it is 1."""
+    """`side`, or the next larger one that can be halved so many times, or until it is 1."""
     multiple = min(2**halvings, 2 ** (side - 1).bit_length())
     return math.ceil(side / multiple) * multiple
 

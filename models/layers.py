@@ -142,7 +142,7 @@ class PositionalFeatures(nn.Module):
 
 
 class _Filter(nn.Module):
-    """Resampling by `factors`, with the filter of the taps `fir_kernel` along axes of factor 2."""
+    """Resampling by `factors`, with a filter of taps `fir_kernel` along axes of factor 2."""
 
     grows: ClassVar[bool]
 

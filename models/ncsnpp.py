@@ -24,7 +24,7 @@ UNET = {
     "model.attn_resolutions": Key(
         (16,),
         Numbers(whole(0), range(17)),
-        "attention where the longer side of the image is this: its width, if it is a square",
+        "attention where the longer side of the image is one of these",
     ),
     "model.dropout": Key(0.1, SHARE, "share of the activations that is set to zero in training"),
     "model.augment_dim": Key(

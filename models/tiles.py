@@ -1,4 +1,4 @@
-"""A network of given sides on larger images: the mean of what it says of overlapping tiles.
+"""A network of given sides on larger images: the mean of its outputs on overlapping tiles.
 
 Noise needs no tiles: the part of a Student t on a tile has the same law, with the same degrees of
 freedom, so that each tile is noisy as in training.
@@ -23,7 +23,7 @@ def ramp(start: int, length: int, tile: int) -> Tensor:
     """Weights (tile,), float64, of a tile's entries along one axis.
 
     Towards the edge of the image they are 1. Towards a neighbour they fall from 1, at three eighths
-    of the tile, to 0 in its last eighth, where a network of the whole would see beyond the edge.
+    of the tile, to 0 in its last eighth, where a network on the whole would see beyond the tile.
     """
     place = torch.arange(tile, dtype=torch.float64)
     distance = torch.full_like(place, math.inf)  # to the next inner edge, from an entry's centre
@@ -36,10 +36,10 @@ def ramp(start: int, length: int, tile: int) -> Tensor:
 
 
 class Tiled(nn.Module):
-    """A network whose x has the `sides` (h, w), for x (B, C, H, W) of larger sides.
+    """A network made for the `sides` (h, w), applied to x (B, C, H, W) of larger sides.
 
-    Its output is a weighted mean over tiles that overlap by half or more. So it is that of the
-    network on the whole where the network acts by neighbourhoods of an eighth of the tile.
+    Its output is a weighted mean over tiles that overlap by half or more. It is that of the network
+    on the whole if no output depends on entries farther away than an eighth of a tile.
     """
 
     def __init__(self, network: nn.Module, sides: tuple[int, int]):
@@ -47,7 +47,7 @@ class Tiled(nn.Module):
         self.network, self.sides = network, sides
 
     def state_dict(self, *args, **kwargs) -> dict:
-        """That of the network itself."""
+        """The state dict of the network itself."""
         return self.network.state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor, noise_label: Tensor, **conditions: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def upfirdn2d(
 def filtered(x: torch.Tensor, whole: "Pass") -> torch.Tensor:
     """`x` (B, C, H, W) after a pass, whose factors and padding may differ between the axes.
 
-    It is differentiable, and raises ValueError for sizes, as `upfirdn2d`.
+    It is differentiable, and raises ValueError for sizes as `upfirdn2d` does.
     """
     _check_size(whole, x.shape[2:])
     dtype = torch.promote_types(x.dtype, torch.float32)  # that of the sums

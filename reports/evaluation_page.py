@@ -90,7 +90,7 @@ def save_page(
 
     `network` is its name in papers; the learning rate rises over `warmup` steps and falls over the
     last `cooldown`. `settings` are shown as they are: every key of the config, in nested mappings.
-    `unit` is the name of that of arrays.
+    `unit` is the name of the unit of arrays.
     """
     report = read_report(folder / f"report_{k}.npz")
     reports = {k: report}
@@ -162,7 +162,7 @@ def save_page(
 
 
 def colour_bars(codec: Codec, unit: str = "") -> list[tuple[str, str, str]]:
-    """What is black and white in pictures of arrays, by channel where these differ; else []."""
+    """(name, black, white) of pictures of arrays, by channel where these differ; [] of images."""
     windows = dict(enumerate(codec.windows[:SIDE_BY_SIDE]))
     if len({*windows.values()}) == 1:
         windows = {"": windows[0]}

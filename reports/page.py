@@ -243,7 +243,7 @@ def _likelihoods(report: Report) -> list[str]:
         return []
     words, name = {
         "bpd": ("Bits per dimension", "bits/dim"),
-        "nats": ("Negative log-likelihoods, in nats an entry,", "nats an entry"),
+        "nats": ("Negative log-likelihoods, in nats per entry,", "nats per entry"),
     }[unit]
     caption = f"{words} of {len(values):,} images; the line is their mean."
     return [figure(histogram(values, (name, "images")), "Likelihood", caption)]

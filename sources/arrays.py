@@ -74,7 +74,7 @@ class Arrays:
 
     Attributes:
         split_names: names of the arrays that hold the splits; {} where there is one array.
-        by_name: images are held out by their names, which arrays do not have.
+        by_name: False, since arrays have no names by which they could be held out.
     """
 
     by_name = False
@@ -164,7 +164,7 @@ class Arrays:
                     images or _of_images(self._headers)[0], self._headers, is_split
                 )
             except ValueError:
-                if is_split and split == "test":  # it trains without
+                if is_split and split == "test":  # training needs none there
                     return Classes(np.full(n, -1))
                 raise
             labels = _read_bounded(content, name, max(limit, 16 * n + 1024))
@@ -204,7 +204,7 @@ class Rows:
 
 
 def check_finite(array: NDArray, name: str, *row: int) -> None:
-    """Raise ValueError, with its index, for a number of `array`, a `row` of `name`, not finite."""
+    """Raise ValueError, with the index, where `array`, a `row` of `name`, is not finite."""
     if not np.isfinite(array).all():
         index = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
         raise ValueError(f"{name}{[*row, *index]} is {array[index]}: replace what is not finite")
@@ -303,13 +303,13 @@ def check(
 
 
 def _check_axes(where: str, shape: Shape, data: ConfigDict) -> None:
-    """Raise ValueError for an array of which the order of the axes is not what it looks like."""
+    """Raise ValueError for an array whose axes seem to be in another order than stated."""
     if data.layout != "nhwc":
         return
     if len(shape) == 3 and shape[2] < 5 <= min(shape[:2]):
         raise ValueError(
             f"{where} is {shape}, which looks like one image (H, W, C): data are several, "
-            "(n, H, W, C); grey images (n, H, W) so narrow are given as x[..., None], signals "
+            "(n, H, W, C); such narrow grey images (n, H, W) are given as x[..., None], signals "
             "(n, L, C) with data.layout='nlc'"
         )
     if not data.num_channels and len(shape) == 4 and shape[1] < 5 <= min(shape[2:]):

@@ -82,7 +82,7 @@ def transform(images: Tensor, parameters: Tensor) -> Tensor:
     In this order they are mirrored, scaled by SCALE^a_2, rotated by -a_3, stretched by
     ANISOTROPY^a_5 along the direction a_4 and shrunk as much across it, and moved right and down by
     TRANSLATION times their width and height, each at least `LEAST_SIDE`. Angles are clockwise.
-    Those of no parameters stay bit for bit.
+    Images whose parameters are all 0 do not change in any bit.
     """
     *_, height, width = images.shape
     dtype = images.dtype
@@ -94,8 +94,8 @@ def transform(images: Tensor, parameters: Tensor) -> Tensor:
         @ _diagonal(1 / stretch, stretch)
         @ _rotation(-axis)
     )
-    # the lattice around the centre of the image, in units that its left and right edge pixels have
-    # -1 and 1 in, and its upper and lower ones -ratio and ratio
+    # the lattice around the centre of the image, in units in which its left and right edge pixels
+    # are at -1 and 1, its upper and lower ones at -ratio and ratio
     margin, half, ratio = len(DOWN) - 1, (width - 1) / 2, (height - 1) / (width - 1)
 
     def lattice(side: int) -> Tensor:

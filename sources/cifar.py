@@ -69,9 +69,9 @@ def in_folder(path: Path) -> Loaded | None:
 
 
 def in_archive(path: Path) -> Loaded | None:
-    """The data in the tar file at `path`, packed by gzip or not; None where it has others.
+    """The data in the tar file at `path`, packed by gzip or not; None where it has other files.
 
-    Its files are read at once. Raises ValueError where it is damaged, or has not all of them.
+    Its files are read at once. Raises ValueError where it is damaged, or lacks some of them.
     """
     files = {}
     with refusing(path, "cannot be read as an archive of CIFAR"), open_regular(path) as file:

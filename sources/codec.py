@@ -1,8 +1,7 @@
 """Codecs: maps between stored data and the tensors of a method.
 
-Data have units of their own, [0, 1] for images; a codec leads from what is stored to data in their
-units, from there to the tensors x of the method, and back. A further one is a class and a line of
-`CODECS`.
+Data have units of their own, [0, 1] for images; a codec maps what is stored to data in their units,
+these to the tensors x of the method, and back. A new one is a class and a line of `CODECS`.
 """
 
 import math
@@ -70,7 +69,7 @@ class Codec(Protocol):
         ...
 
     def dequantized(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """`units`, of whole numbers with uniform noise of the distance between two of them.
+        """`units`; whole numbers get uniform noise as wide as the step between them.
 
         The density of such data bounds the likelihood of the whole numbers (Theis et al. 2016).
         """
@@ -81,7 +80,7 @@ class Codec(Protocol):
         ...
 
     def comparable(self, data: Tensor) -> Tensor:
-        """`data` such that distances between them say something: all entries on one scale."""
+        """`data` with all entries on one scale, so that distances are meaningful."""
         ...
 
     def encode(self, data: Tensor) -> Tensor: ...
@@ -108,7 +107,7 @@ class Codec(Protocol):
 
 
 class EightBit:
-    """Base of codecs of images of 8 bits, whose unit leads from black to white."""
+    """Base of codecs of 8-bit images, whose unit is the range from black to white."""
 
     dtype, precision, levels, windows = "uint8", torch.float32, 256, ()
 

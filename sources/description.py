@@ -40,7 +40,7 @@ def line(
 
 
 def _named(names: Sequence[str]) -> str:
-    """The first names with their numbers, in brackets; "" where they are but numbers."""
+    """The first names with their numbers, in brackets; "" where they are only numbers."""
     if not names or [*names] == [*map(str, range(len(names)))]:
         return ""
     named = ", ".join(f"{k} {name:.30}" for k, name in enumerate(names[:MAX_NAMED]))

@@ -217,7 +217,7 @@ def _crc(path: str, largest: int | None = LARGEST) -> int:
 
 
 def cache_path(where: Path, name: str) -> Path:
-    """The file `name` in which something is kept of the data at `where`; {} in it is a digest."""
+    """Path of a cache file on the data at `where`; {} in its `name` becomes a digest of that."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "pfgm" / name.format(joined(str(where.resolve()))[:16])
 

@@ -38,8 +38,8 @@ KEYS = {  # for image files of data, and of other keys such as sampling.encode
         (),
         Either(Numbers(Number(-1e9, 1e9), (0, 2), rising=True), OneOf(("channels", "all"))),
         "of 16-bit image files: the values (low, high) that become black and white; (): measured, "
-        "(0, 2^b - 1) for the b bits of the largest value. Of arrays in units of their own: what "
-        "data.mean and data.std are measured of, 'channels' (or ()) each by itself, 'all' all "
+        "(0, 2^b - 1) for the b bits of the largest value. Of arrays in units of their own: "
+        "'channels' (or ()) measures data.mean and data.std of each channel, 'all' of all "
         "together; (low, high) become -1 and 1",
     ),
 }
@@ -63,7 +63,7 @@ open_folder.keys = arrays.KEYS | {
         "",
         Text(),
         "of 'folder': a folder or .zip of images, an .npy or .npz, .tar, .parquet, or the files of "
-        "CIFAR and MNIST; docs/data.md has all",
+        "CIFAR and MNIST; docs/data.md has all layouts",
         of_machine="file",
     ),
     "data.rules": Key(
@@ -137,7 +137,7 @@ def _of_shards(path: Path, rules: Rules, shards: Shards, start: bytes) -> "Folde
         is_packed = file.read(2) == GZIP
     if is_packed:
         raise ValueError(
-            f"data.path={path}: a packed tar file cannot be read at random: unpack it by gunzip, "
+            f"data.path={path}: a packed tar file cannot be read at random: unpack it with gunzip, "
             "or extract it into a folder"
         )
     kind = parquet.Parquet if start.startswith(parquet.START) else tars.Tars

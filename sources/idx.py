@@ -87,7 +87,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         content = gzip.GzipFile(fileobj=file) if packed else file
         start = content.read(4)
         if not is_idx(start + b"\0"):
-            raise ValueError("it begins otherwise")
+            raise ValueError("it does not begin like one")
         kind, axes = start[2], start[3]
         if kind != BYTES or axes not in AXES:
             raise ValueError(

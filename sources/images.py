@@ -84,7 +84,7 @@ def resized_whole(image: Picture, size: ImageSize) -> Picture:
 def cropped_then_resized(
     image: Picture, size: ImageSize, kernel: Filter = Filter.BICUBIC
 ) -> Picture:
-    """The largest central part in the ratio of `size`, of a square the central square, resized."""
+    """The largest central part in the ratio of `size`, resized."""
     part = center_crop(image, largest_part(image.shape[:2], size))
     return resize(part, *sides_of(size), kernel)
 

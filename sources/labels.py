@@ -72,7 +72,7 @@ def numbered(values: Sequence[int | str | None]) -> Classes:
         return Classes(np.array([numbers.get(value, -1) for value in values], np.int64), (*names,))
     for label in labels:
         if type(label) is not int or not 0 <= label < MOST_CLASSES:
-            raise ValueError(f"{label!r:.50} is no class's number like those of other images")
+            raise ValueError(f"{label!r:.50} is no class's number, unlike other labels")
     return Classes(np.array([-1 if value is None else value for value in values], np.int64))
 
 

@@ -60,7 +60,7 @@ class Loaded:
         index = np.arange(number)
         if not self.split_names:
             index = held_out(number, split, data.held_out, data.groups)
-        elif split == "test" and labels is None:  # it trains without
+        elif split == "test" and labels is None:  # training needs none there
             labels = np.full(number, -1)
         return View(
             source=images,

@@ -39,16 +39,18 @@ KEYS = {
     "data.std": Key(
         (),
         Numbers(Number(1e-30, 1e30), range(MOST_CHANNELS + 1)),
-        "of such arrays: the difference of each channel that becomes 0.5; (): measured",
+        "of such arrays: the difference in each channel that becomes 0.5; (): measured",
     ),
     "reports.window": Key(
         (),
         Numbers(_NUMBER, range(0, 2 * MOST_CHANNELS + 1, 2)),
-        "of such arrays: the numbers (low, high) that are black and white in pictures, or two for "
-        "each channel; (): measured, the 0.5 and 99.5 percentiles",
+        "of arrays in units of their own: the numbers (low, high) that are black and white in "
+        "pictures, or two for each channel; (): measured, the 0.5 and 99.5 percentiles",
     ),
     "reports.unit": Key(
-        "", Text(r"[^\0\n]{,40}", "a few letters"), "of such arrays: the name of their unit"
+        "",
+        Text(r"[^\0\n]{,40}", "a few letters"),
+        "of arrays in units of their own: the name of the unit",
     ),
 }
 

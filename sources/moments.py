@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from sources.base import Source, Unreadable
 from storage.files import LARGEST
 
-PERCENTILES = (0.5, 99.5)  # that a window leads from and to
-LOOKED_AT = 1024  # images, spread evenly, whose numbers the percentiles are of
-VALUES = 2**22  # numbers that they are of, at most
+PERCENTILES = (0.5, 99.5)  # at which a window begins and ends
+LOOKED_AT = 1024  # images, spread evenly, from which the percentiles are taken
+VALUES = 2**22  # of these images, at most
 NAMED = 4  # channels in a line of the log
 
 Scale = str | tuple[float, ...]  # a value of data.scale
@@ -20,10 +20,10 @@ Scale = str | tuple[float, ...]  # a value of data.scale
 
 @dataclass(frozen=True)
 class Moments:
-    """What is measured of each channel: mean, standard deviation, and the ends of a window.
+    """Measured mean, standard deviation and ends of a window of each channel.
 
-    `window` has low and high of each channel in turn, or of all at once. `constant` are the numbers
-    of the channels in which all is one number; their deviation is taken to be 1. `is_fixed`: mean
+    `window` has low and high of each channel in turn, or of all at once. `constant` are the indices
+    of channels whose entries are all equal; their deviation is taken to be 1. `is_fixed`: mean
     and deviation follow from a (low, high) of `data.scale`.
     """
 
@@ -37,7 +37,7 @@ class Moments:
     def line(self) -> str:
         """Text for the log."""
         mean, std = _in_words(self.mean), _in_words(self.std)
-        text = f"channels have mean {mean}, standard deviation {std}, and get 0 and 0.5"
+        text = f"channels have mean {mean}, standard deviation {std}, which become 0 and 0.5"
         if self.is_fixed:
             ends = (self.mean[0] - 2 * self.std[0], self.mean[0] + 2 * self.std[0])
             text = "{:.6g} and {:.6g} become -1 and 1 (data.scale)".format(*ends)

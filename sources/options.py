@@ -9,10 +9,12 @@ KEYS = {
         32,
         Either(whole(0, 4096), Numbers(whole(1, 4096), (2,))),
         "height and width: one number, or two as in (6, 10); images of other sizes are cut and "
-        "resized; 0: as the data have, which must be of one size",
+        "resized; 0: the size of the data, if all have one",
     ),
     "data.num_channels": Key(
-        3, whole(0, 1024), "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as the data have"
+        3,
+        whole(0, 1024),
+        "1 (grey) or 3 (colour), of an .npy or .npz any; 0: as many as the data have",
     ),
     "data.num_classes": Key(
         0,

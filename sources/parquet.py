@@ -1,7 +1,7 @@
 """Images in parquet files, as Hugging Face stores data sets: encoded images, and class labels.
 
 They are read by pyarrow, which is an optional requirement. A row is read with its whole row group,
-of which the last ones are kept: reading in order is fast, and reading at random is not.
+and the last few groups are kept: reading in order is fast, and reading at random is not.
 """
 
 import contextlib

@@ -17,8 +17,8 @@ KEYS = {
     "data.patch": Key(
         (),
         Numbers(whole(1, 4096), (0, 2)),
-        "(height, width) of patches that the network is trained and evaluated on: random ones of "
-        "each image; (): whole images. sampling.size is for samples of larger sides",
+        "(height, width) of the patches that the network sees: random ones in training, a fixed "
+        "one of each image in evaluation; (): whole images. sampling.size draws larger samples",
     ),
 }
 
@@ -41,7 +41,7 @@ def random_patches(images: Tensor, sides: Size, generator: torch.Generator | Non
 
 @dataclass(frozen=True)
 class Patches:
-    """A patch of `sides` (h, w) of each image of a source, at a place that its number draws."""
+    """A patch of `sides` (h, w) of each image of a source, at a place drawn from its number."""
 
     source: Source
     sides: Size

@@ -15,7 +15,9 @@ from sources.patches import random_patches
 KEYS = {
     "data.random_flip": Key(True, Flag(), "half of the training images are mirrored"),
     "data.uniform_dequantization": Key(
-        False, Flag(), "noise of one grey level is added, to whole numbers of arrays of one unit"
+        False,
+        Flag(),
+        "uniform noise is added, as wide as a grey level, or as a unit of arrays of whole numbers",
     ),
     "training.augment": Key(
         0.0,
@@ -33,7 +35,7 @@ def mirrored(images: Tensor, generator: torch.Generator | None = None) -> Tensor
     if images.dtype != torch.uint8:
         return torch.where(chosen, images.flip(-1), images)
     mask = chosen.to(torch.uint8).neg()  # 255 or 0
-    # as above, which takes four times as long with bytes on a CPU
+    # the same as `torch.where`, which takes four times as long for bytes on a CPU
     return images.flip(-1).bitwise_xor_(images).bitwise_and_(mask).bitwise_xor_(images)
 
 

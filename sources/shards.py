@@ -45,7 +45,7 @@ class Shards:
         """The files that `pattern`, such as "a-{000..009}.tar", names; None if it has no range.
 
         Raises FileNotFoundError for the first that does not exist, and ValueError for a range that
-        falls, or too many files.
+        runs backwards, or too many files.
         """
         if not _RANGE.search(pattern):
             return None
@@ -80,7 +80,7 @@ class Shards:
     def tops(self, find_splits: Callable[[Sequence[str]], dict[str, str]]) -> list[str]:
         """The folder in whose place each shard stands: that of its split, "train/", else "".
 
-        Splits are found by the names without their numbers and what all begin with, such as "train"
+        Splits are found by the names without numbers and their common beginning, such as "train"
         and "val" of imagenet-train-000.tar and imagenet-val-000.tar.
         """
         words = [_NUMBER.sub("", name.rpartition(".")[0]) for name in self.names]

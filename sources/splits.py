@@ -17,13 +17,13 @@ KEYS = {
         SHARE,
         ShareOrCount(),
         "images that are held out to test on where the data have no splits: a share below 1, or "
-        "how many; 0: none, and the test split is the training split",
+        "a number; 0: none, and the test split is the training split",
     ),
     "data.groups": Key(
         "",
         Pattern(),
-        "regular expression on the names of files: those in which its first group (without any, "
-        "the match) is the same are held out together, such as 'patient_(\\d+)'",
+        "regular expression on the names of files, such as 'patient_(\\d+)': files with the same "
+        "first group (without groups: with the same match) are held out together",
     ),
 }
 
@@ -80,7 +80,7 @@ def _contains(name: str, words: Sequence[str]) -> bool:
 
 
 def held_out(n: int, split: str, amount: float = SHARE, groups: str = "") -> NDArray[np.int64]:
-    """Indices of `split` where nobody has split n images: "test" is fixed and random.
+    """Indices of `split` of n images that come without splits: "test" is fixed and random.
 
     `amount` is `data.held_out`. At least one image is in "test" and one in "train"; with an amount
     of 0 both have all. Raises ValueError where there are fewer than two to split, or too few, or
@@ -107,9 +107,9 @@ def held_out_by_name(
 
     A hash is the SHA-256 of the UTF-8 text, its first 8 bytes as a fraction of 2^64. With an
     `amount` (`data.held_out`) below 1, "test" has the names whose hash is below it, so that an
-    added image moves no other; else the so many names with the smallest hashes. The name with the
-    smallest hash is always in "test", and that with the largest in "train". With an amount of 0
-    both splits have all.
+    added image moves no other; else that many names, those with the smallest hashes. The
+    name with the smallest hash is always in "test", and that with the largest in "train". With an
+    amount of 0 both splits have all.
 
     `groups` is `data.groups`: images of one group share the hash of the group's name, and are held
     out together, by whole groups until a number is reached. A name without a match is a group.

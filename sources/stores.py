@@ -18,8 +18,8 @@ class Store(Protocol):
 
     Attributes:
         listing: which of them are data, and what is omitted.
-        places: paths of the files of `listing` by which splits and classes are found, where names
-            have more to tell them apart.
+        places: paths of the files of `listing`, by which splits and classes are found; their names
+            may be longer, to tell them apart.
     """
 
     listing: Listing

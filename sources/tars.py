@@ -35,7 +35,7 @@ LABELS = ("label", "cls", "class")  # keys of a .json file, the first that it ha
 
 
 class Tars:
-    """The members of tar files that are no folders or links.
+    """The members of tar files that are neither folders nor links.
 
     Raises ValueError, which names the file, where one is damaged or cut off.
     """
@@ -125,8 +125,8 @@ def in_order(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The members of `archive`; ValueError where one is damaged, other errors of `tarfile` too."""
     offset = 0
     while member := archive.next():
-        archive.members = []  # it would keep them all
-        if member.size < 0 or archive.offset <= offset:  # it would never end
+        archive.members = []  # else it would keep them all
+        if member.size < 0 or archive.offset <= offset:  # else this would never end
             raise ValueError(f"its member at byte {member.offset:,} has a negative size")
         offset = archive.offset
         yield member

@@ -1,4 +1,4 @@
-"""What of pyarrow the program uses, on files of JSON, for machines where it is not installed."""
+"""The parts of pyarrow that the program uses, on JSON files, for machines without it."""
 
 import base64
 import json
@@ -89,7 +89,7 @@ def write(path, columns: dict, kinds: dict, metadata: dict, rows: int) -> None:
 
 
 def install(monkeypatch) -> None:
-    """Put these in the place of pyarrow."""
+    """Put these in place of pyarrow."""
     package, module = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
     package.parquet, module.ParquetFile = module, ParquetFile
     monkeypatch.setitem(sys.modules, "pyarrow", package)

@@ -132,7 +132,7 @@ def test_commands(folder, command, request):
 
 
 def test_the_command_for_parquet_without_pyarrow(folder, tmp_path, monkeypatch, caplog):
-    """In this process, where something stands for it."""
+    """In this process, with a stand-in for pyarrow."""
     caplog.set_level(logging.INFO)
     if not has_pyarrow():
         fake_pyarrow.install(monkeypatch)

@@ -210,7 +210,7 @@ def test_splits_that_the_data_have_stay(tmp_path):
 
 
 def test_a_zip_of_edm_trains_on_all_its_images(tmp_path):
-    """That of its dataset_tool.py: folders of numbers, and dataset.json."""
+    """As its dataset_tool.py writes it: numbered folders, and dataset.json."""
     for number in range(30):
         write_tree(tmp_path / f"set/0000{number % 3}", grey(number, 1), f"img{number:08d}.png")
     lines = [[f"0000{n % 3}/img{n:08d}.png", n % 5] for n in range(30)]

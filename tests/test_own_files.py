@@ -135,7 +135,7 @@ class Evil:
 
 
 def test_pickles_of_cifar_run_nothing(tmp_path):
-    """And what is damaged or is none is one line that names the file."""
+    """A damaged file, or one of another kind, is refused in one line that names it."""
     images = pictures(12, 32, 32)
     files = cifar_python(images, LABELS)
     place = "cifar-10-batches-py/data_batch_3"
@@ -180,7 +180,7 @@ def test_archives_of_cifar_that_are_damaged(tmp_path):
 
 
 def test_a_header_that_claims_to_be_long_takes_no_memory(tmp_path):
-    """A member with its name in 2^28 bytes that gzip packs well."""
+    """A member whose name takes 2^28 bytes, which gzip packs well."""
     member = tarfile.TarInfo("././@LongLink")
     member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2**28
     for name, pack in (("cifar-10-python.tar.gz", gzip.compress), ("a.tar", bytes)):

@@ -111,7 +111,7 @@ class Local(nn.Module):
 
 @pytest.mark.parametrize("sides", [(16, 16), (17, 16), (24, 40), (50, 21)])
 def test_tiles_of_a_local_network_are_exact(sides):
-    """Whose neighbourhoods are an eighth of a tile of 16, edges and conditions included."""
+    """Its neighbourhoods are an eighth of a tile of 16; edges and conditions are included."""
     net, generator = Local(2), torch.Generator().manual_seed(1)
     x = torch.randn(3, 2, *sides, dtype=torch.float64, generator=generator)
     label, classes = torch.rand(3, dtype=torch.float64), torch.arange(3.0).double()
@@ -135,7 +135,7 @@ def test_tiles_can_be_differentiated():
 
 def test_what_has_no_tiles_is_one_line(tmp_path):
     config = tiny("poisson/digits_ddpmpp.py", tmp_path)
-    with pytest.raises(ValueError, match="the z entry of the field of .* has no tiles") as caught:
+    with pytest.raises(ValueError, match="the z entry of the field .* cannot be tiled") as caught:
         Experiment.build(config).enlarge((16, 16))
     assert "\n" not in str(caught.value)
     config = tiny("pfgmpp/digits_ddpmpp.py", tmp_path)

@@ -75,12 +75,12 @@ def test_a_run_on_each_kind_of_arrays(tmp_path, kind):
     with np.load(run / "samples/iter_20/sample.npz") as file:
         assert file["samples"].dtype == dtype and file["samples"].shape[1:] == sample_shape
     output = call("eval", run).stdout
-    assert "Nats an entry (test)" in output and "Bits/dim" not in output
+    assert "Nats per entry (test)" in output and "Bits/dim" not in output
     with np.load(run / "eval/report_1.npz") as report:
         assert np.isfinite([report[key] for key in ("loss", "fid", "nats", "nats_error")]).all()
         assert len(report["nats_images"]) == 4 and "bpd" not in report
     page = (run / "eval/report.html").read_text()
-    assert "Negative log-likelihoods, in nats an entry" in page and " HU</span>" in page
+    assert "Negative log-likelihoods, in nats per entry" in page and " HU</span>" in page
     height, width, channels = sample_shape
     sides = f"{height} × {width}" if height != width else f"{height} × {height}"
     assert sides in page and f"samples, {dtype} (n, H, W, C)" in page

@@ -23,7 +23,7 @@ UNSIGNED = ("uint16", "uint32")
 
 
 def numbers(dtype, shape=(40, 8, 8, 3), seed=0):
-    """Random numbers of a type, of other mean and deviation in each channel."""
+    """Random numbers of a type, with another mean and deviation in each channel."""
     random = np.random.default_rng(seed)
     values = random.standard_normal(shape) * (10.0 ** np.arange(shape[-1])) + 20
     if dtype == "bool":
@@ -35,13 +35,13 @@ def numbers(dtype, shape=(40, 8, 8, 3), seed=0):
 
 
 def completed(path, **data):
-    """The complete config of a first start on the arrays at `path`, its data, and what it says."""
+    """The complete config of a first start on the arrays at `path`, its data, and its log lines."""
     config = config_of(path, **{"image_size": 0} | data)
     return complete(config)
 
 
 def codec_of(array, dtype=None):
-    """The codec that is measured of an array (n, H, W, C)."""
+    """The codec measured on an array (n, H, W, C)."""
     moments = measure(array)
     shape = (array.shape[3], *array.shape[1:3])
     return MeasuredArrays(shape, dtype or array.dtype.name, moments.mean, moments.std)
@@ -171,7 +171,7 @@ def test_axes_that_look_like_others(tmp_path):
 
 
 def test_moments_are_those_of_all_numbers():
-    """Also of means so large beside the deviations that a sum of squares would have no digits."""
+    """Also where a sum of squares would lose all digits: means far above the deviations."""
     random = np.random.default_rng(0)
     array = 1e3 + random.standard_normal((200, 4, 5, 3)) * np.array([1e-2, 1, 1e2])
     moments = measure(array)
