@@ -25,6 +25,7 @@ from configs.keys import flatten, get, of_part
 from datasets import Data, mean_norm
 from sources.codec import Codec, Shape, class_of, encoded
 from sources.codec import from_config as get_codec
+from sources.dtypes import is_whole
 from sources.identity import Identity
 from sources.images import image_size_of, sides_of
 from sources.measures import ImageMeasures
@@ -44,6 +45,8 @@ OPEN_IN_DATA = {"data.num_channels": 0, "data.image_size": 0, "data.num_classes"
 OF_ARRAYS = ("data.mean", "data.std", "reports.window")
 SAID_BY_DATA = (*OF_ARRAYS, "data.scale")  # in lines of their own
 
+FEW_LEVELS = 100  # whole numbers of a variance below that many times 1/12, the rounding's, are few
+
 PRECISION_KEYS = ("training.precision", "sampling.precision")
 PRECISIONS_OF_RUN = PRECISION_KEYS[:1]  # kept in evaluation and sampling; the other is measured
 MEASURED_PIXELS = 2**14  # of the images that a precision is measured with on a CPU
@@ -56,6 +59,7 @@ EARLIER_RULES = (
 # Keys that decide the `MEASURED` values, besides the images themselves.
 DECISIVE = (
     *("data.dataset", "data.image_size", "data.centered", "data.codec", "data.layout"),
+    "data.patch",
     *("model.sigma_end", "training.tau"),
 )
 
@@ -180,6 +184,12 @@ def _measure_data(
         _set(config, of_arrays)
         values |= of_arrays
         lines.append(f"arrays of {config.data.dtype}: {moments.line}")
+        few = is_whole(config.data.dtype) and min(config.data.std) ** 2 < FEW_LEVELS / 12
+        if few and not config.data.uniform_dequantization:
+            lines.append(
+                "likelihoods add noise as wide as a unit, which is not little for numbers so close "
+                "together: --config.data.uniform_dequantization trains the network with it"
+            )
     return values, lines
 
 

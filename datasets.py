@@ -113,6 +113,8 @@ class Data:
         (channels, *sides), patch = self.whole_shape, tuple(self.options.patch)
         if patch and (patch[0] > sides[0] or patch[1] > sides[1]):
             raise ValueError(f"data.patch={patch} is larger than the data, {sides[0]} x {sides[1]}")
+        if patch and "image" in self.condition_names:
+            raise ValueError("data.patch cuts images, but not those of data.conditions='image'")
         return channels, *(patch or sides)
 
     @property

@@ -131,7 +131,7 @@ def bits_per_dim(evaluated: Evaluated, split: Split, repeats: int) -> dict:
         f"{unit.key}_seconds": np.sum([each["seconds"] for each in results]),
         f"{unit.key}_images": values,
         "encoding_error": results[0]["encoding_error"],
-        **split.remark_on("bpd"),
+        **split.remark_on(unit.key),
     }
     if number > 1:
         return report | {f"{unit.key}_error": values.std(ddof=1) / math.sqrt(number)}

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -54,6 +54,8 @@ GUIDE_KEYS = (
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
 
+# Keys that results of earlier versions do not name, and the values that they were computed with.
+LATER = {"model.sigma_unit": 1.0, "sampling.size": (), "sampling.levels": ()}
 
 CLASS_LABEL = "sampling.class_label"
 
@@ -218,9 +220,9 @@ class Experiment:
                 f"sampling.size: the z entry of the field of {self.method.name} belongs to the "
                 "whole image, so that it cannot be tiled; PFGM++ can (D = 1 is the same field)"
             )
-        if codec.shape != codec.data_shape:
+        if codec.shape != codec.data_shape or not is_dataclass(codec):
             raise ValueError(
-                "sampling.size is for images, and the network sees latents (data.codec)"
+                "sampling.size is for images, and the network sees what data.codec makes of them"
             )
         if any(new < old for new, old in zip(sides, tile, strict=True)):
             raise ValueError(f"sampling.size={tuple(sides)} is smaller than {tile[0]} x {tile[1]}")
@@ -263,16 +265,18 @@ class Experiment:
         """Everything that results of the network depend on, as text that can be compared."""
         config, guidance = self.config, self.sampler.guidance
         guide = guidance and guidance.guide
-        sampler = config.sampling.to_dict()
-        unset = [] if config.sampling.size else ["sampling.size"]
+        left_out = {*OUTPUTS, *(key for key, value in LATER.items() if get(config, key) == value)}
+
+        def section(name: str) -> dict:
+            values = config[name].to_dict()
+            return {key: v for key, v in values.items() if f"{name}.{key}" not in left_out}
+
         return {
             "weights": digest(self.network.state_dict()),
             **({} if guide is None else {"guide": digest(guide.state_dict())}),
-            "network": config.model.to_dict(),
+            "network": section("model"),
             "method": repr(self.method),
-            "sampling": {
-                k: v for k, v in sampler.items() if f"sampling.{k}" not in [*OUTPUTS, *unset]
-            },
+            "sampling": section("sampling"),
             "centered": config.data.centered,
             **({"codec": self.codec.identity} if config.data.codec or config.data.dtype else {}),
             "seed": config.seed,
@@ -344,10 +348,10 @@ def load(
         if change.partition(":")[0] not in OUTPUTS:
             log.info(f"the config differs from that of the run: {change}")
     experiment.network.eval().requires_grad_(False)
-    if config.sampling.size:
-        experiment.enlarge(config.sampling.size)
     sampler = experiment.sampler
     experiment.sampler = experiment.fitted_sampler(path) if fits else sampler.without_fit()
+    if config.sampling.size:
+        experiment.enlarge(config.sampling.size)
     experiment.data.close()
     return Trained(experiment, path, step)
 

@@ -88,7 +88,7 @@ class PFGMPP(Method):
     P_mean: float
     P_std: float
     target_kind: str = "image"
-    sigma_unit: float = 1.0
+    sigma_unit: float = field(default=1.0, repr=False)  # in origins by its key
 
     keys = KEYS
     options = {

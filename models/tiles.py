@@ -51,6 +51,12 @@ class Tiled(nn.Module):
         return self.network.state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor, noise_label: Tensor, **conditions: Tensor) -> Tensor:
+        for name, rows in conditions.items():
+            if rows.dim() == 4 and rows.shape[2:] != x.shape[2:]:
+                raise ValueError(
+                    f"sampling.size: the condition {name!r} has {rows.shape[2]} x {rows.shape[3]} "
+                    f"pixels, not the {x.shape[2]} x {x.shape[3]} of the samples"
+                )
         axes = [*zip(x.shape[2:], self.sides, strict=True)]
         total, weights = 0, x.new_zeros(x.shape[2:])
         for corner in product(*(starts(length, tile) for length, tile in axes)):
@@ -58,7 +64,7 @@ class Tiled(nn.Module):
             down, across = (ramp(at, *axis) for at, axis in zip(corner, axes, strict=True))
             weight = torch.outer(down, across).to(x)
             of_tile = {
-                name: rows[(..., *part)] if rows.shape[2:] == x.shape[2:] else rows
+                name: rows[(..., *part)] if rows.dim() == 4 else rows
                 for name, rows in conditions.items()
             }
             output = self.network(x[(..., *part)], noise_label, **of_tile)

@@ -115,7 +115,8 @@ class Arrays:
             is_packed = isinstance(content, zipfile.ZipFile)
             images = self._unpack(content, split, data.resident_bytes) if is_packed else content
         shape, says = images.shape, ", as data.num_channels says" if data.num_channels else ""
-        types = (data.dtype,) if data.dtype else ("uint8", *DTYPES)
+        of_train = data.dtype or (split == "test" and (self.dtype() or "uint8"))
+        types = (of_train,) if of_train else ("uint8", *DTYPES)
         check(where, shape, images.dtype, data.num_channels, says, layout, types)
         _check_axes(where, shape, data)
         sides, size = image_shape(shape, layout)[:2], data.image_size

@@ -85,7 +85,7 @@ def measure(
         variance = (variance + np.square(mean - mean.mean())).mean() + 0 * mean
         mean = mean.mean() + 0 * mean
     std = np.where(variance > 0, np.sqrt(variance), 1.0)
-    is_fixed = type(scale) is tuple and len(scale) > 0
+    is_fixed = not isinstance(scale, str) and len(scale) > 0
     if is_fixed:
         low, high = scale
         mean, std = (low + high) / 2 + 0 * mean, (high - low) / 4 + 0 * std

@@ -65,6 +65,8 @@ class Parquet:
                 groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
                 if any(group.total_byte_size > may_unpack_to(size) for group in groups):
                     raise ValueError("a row group of it unpacks to a hundred times its size")
+                if not all(0 <= group.num_rows <= size for group in groups):
+                    raise ValueError("it says that it has more rows than bytes")
                 self._rows.append(np.cumsum([0, *(group.num_rows for group in groups)]))
                 self._columns.append(_column_of_images(content.schema_arrow))
             names = [f"{row:08d}" for row in range(self._rows[-1][-1])]
@@ -88,7 +90,7 @@ class Parquet:
             with _opened(self._shards.paths[shard]) as content:
                 table = content.read_row_group(group, columns=[column])
             array = table.column(0).combine_chunks()
-            if "." in column:
+            if column != table.column_names[0]:  # a field of a structure
                 array = array.field(column.rpartition(".")[2])
             while len(self._groups) >= MOST_GROUPS:
                 self._groups.popitem(last=False)
@@ -105,19 +107,21 @@ class Parquet:
 
     @cached_property
     def _classes(self) -> Classes | None:
-        labels, names = [], ()
+        labels, names, has_labels = [], (), False
         for path in self._shards.paths:
             with _opened(path, "gives no class labels") as content:
                 schema = content.schema_arrow
                 column = next((name for name in LABELS if name in schema.names), None)
                 if column is None:
-                    return None
-                values = content.read(columns=[column]).column(0).to_numpy()
+                    labels.append(np.full(content.metadata.num_rows, -1))
+                    continue
+                has_labels, values = True, content.read(columns=[column]).column(0)
+                values = (values.fill_null(-1) if values.null_count else values).to_numpy()
                 if values.dtype.kind not in "iu":
                     raise ValueError(f"its column {column} holds {values.dtype}, no whole numbers")
                 labels.append(values)
                 names = names or _names_of_classes(schema.metadata or {}, column)
-        return Classes(np.concatenate(labels), names)
+        return Classes(np.concatenate(labels), names) if has_labels else None
 
     def __getstate__(self) -> dict:
         """Without row groups, which each process reads itself, and without names."""

@@ -31,6 +31,13 @@ class Column:
     def __getitem__(self, i: int):
         return SimpleNamespace(as_py=lambda: self.cells[i])
 
+    @property
+    def null_count(self) -> int:
+        return self.cells.count(None)
+
+    def fill_null(self, value):
+        return Column([value if cell is None else cell for cell in self.cells])
+
     def to_numpy(self):
         return np.array(self.cells)
 
@@ -59,7 +66,9 @@ class ParquetFile:
             SimpleNamespace(num_rows=min(rows, number - start), total_byte_size=len(content))
             for start in self.starts
         ]
-        self.metadata = SimpleNamespace(num_row_groups=len(groups), row_group=groups.__getitem__)
+        self.metadata = SimpleNamespace(
+            num_rows=number, num_row_groups=len(groups), row_group=groups.__getitem__
+        )
 
     def read_row_group(self, group: int, columns: list[str]):
         start = self.starts[group]
@@ -69,13 +78,15 @@ class ParquetFile:
         return self._read(columns, slice(None))
 
     def _read(self, columns: list[str], rows: slice):
-        name, _, part = columns[0].partition(".")
+        name, part = columns[0], ""
+        if name not in self.table["columns"]:
+            name, _, part = name.partition(".")
         cells = self.table["columns"][name][rows]
         if self.table["kinds"][name] != "int64":
             cells = [cell and base64.b64decode(cell) for cell in cells]
         if part:
             cells = [{part: cell} for cell in cells]
-        return SimpleNamespace(column=lambda i: Column(cells))
+        return SimpleNamespace(column=lambda i: Column(cells), column_names=[name])
 
 
 def write(path, columns: dict, kinds: dict, metadata: dict, rows: int) -> None:

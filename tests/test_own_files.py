@@ -510,6 +510,26 @@ def test_parquet_files_of_hugging_face(tmp_path, arrow):
         assert labels.tolist() == LABELS[part]
 
 
+def test_parquet_of_a_test_split_without_labels(tmp_path, arrow):
+    images = pictures(8)
+    write_parquet(tmp_path / "x/train-0.parquet", images[:4], LABELS[:4], NAMES)
+    write_parquet(tmp_path / "x/test-0.parquet", images[4:])
+    data = datasets.Data(folder_config(tmp_path / "x", num_classes=-1).data)
+    assert data.labels("train").tolist() == LABELS[:4]
+    assert not data.has_labels("test")
+
+
+def test_parquet_with_more_rows_than_bytes(tmp_path, arrow, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", pictures(4))
+    with open(tmp_path / "a.parquet", "rb") as file:
+        content = parquet.parquet().ParquetFile(file)
+    group = types.SimpleNamespace(num_rows=10**11, total_byte_size=1)
+    claims = types.SimpleNamespace(num_row_groups=1, row_group=lambda i: group)
+    claiming = types.SimpleNamespace(metadata=claims, schema_arrow=content.schema_arrow)
+    monkeypatch.setattr(parquet.parquet(), "ParquetFile", lambda file: claiming)
+    assert "it says that it has more rows than bytes" in mistake(tmp_path / "a.parquet")
+
+
 def test_parquet_without_what_is_needed(tmp_path, arrow):
     write_parquet(tmp_path / "a.parquet", pictures(4))
     assert "4 of 4 images" in mistake(tmp_path / "a.parquet", num_classes=2)

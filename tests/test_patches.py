@@ -10,6 +10,7 @@ from torch import nn
 from warm_start import run_main
 
 from completion import complete
+from datasets import Data
 from experiment import Experiment, load
 from models.tiles import Tiled, ramp, starts
 from sources.batch import Batch
@@ -131,6 +132,16 @@ def test_tiles_can_be_differentiated():
     (result,) = torch.autograd.grad(Tiled(net, (16, 16))(x, label).square().sum(), x)
     torch.testing.assert_close(result, expected)
     assert Tiled(net, (16, 16)).state_dict().keys() == net.state_dict().keys()
+
+
+def test_conditions_of_other_sides_are_one_line(tmp_path):
+    net, x, label = Local(1), torch.randn(1, 2, 4, 8), torch.ones(1)
+    with pytest.raises(ValueError, match="condition 'image' has 4 x 4 pixels, not the 4 x 8"):
+        Tiled(net, (4, 4))(x, label, image=torch.zeros(1, 1, 4, 4))
+    config = tiny("pfgmpp/digits_ddpmpp.py", tmp_path)
+    config.data.update(conditions="image", patch=(4, 4))
+    with pytest.raises(ValueError, match="data.patch cuts images, but not those of data.cond"):
+        _ = Data(config.data).shape
 
 
 def test_what_has_no_tiles_is_one_line(tmp_path):

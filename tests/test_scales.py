@@ -309,3 +309,12 @@ def test_restorers_of_scaled_data(D, restorer, noise):
         slopes.append(restoring.slope(net, s * y, 0.7 * s))
     for other in slopes[1:]:
         torch.testing.assert_close(other, slopes[0], rtol=1e-8, atol=1e-8)
+
+
+def test_results_of_earlier_versions_keep_their_origin(tmp_path):
+    """A key that they do not have counts only where its value is not the one they stood for."""
+    config = tiny("pfgmpp/digits_ddpmpp.py", tmp_path)
+    origin = str(Experiment.build(config).origin())
+    assert not any(word in origin for word in ("sigma_unit", "'size'", "'levels'"))
+    config.model.sigma_unit = 1.5
+    assert "'sigma_unit': 1.5" in str(Experiment.build(config).origin())

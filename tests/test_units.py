@@ -123,6 +123,26 @@ def test_data_of_another_type_than_the_config_says(tmp_path):
     )
 
 
+def test_splits_of_two_types_are_one_line(tmp_path):
+    train, test = numbers("uint8"), numbers("float32")
+    np.savez(tmp_path / "x.npz", x_train=train, x_test=test)
+    data = datasets.Data(config_of(tmp_path / "x.npz", image_size=8, num_channels=3).data)
+    data.get("train")
+    with pytest.raises(ValueError, match="must hold uint8 images .*, not float32"):
+        data.get("test")
+
+
+def test_whole_numbers_close_together_are_told_how_to_train(tmp_path):
+    """Likelihoods add noise of a variance of 1/12: beside 100 times that it is little."""
+    random = np.random.default_rng(0)
+    for std, tells in ((0.5, True), (30.0, False)):
+        path = tmp_path / f"{std}.npy"
+        np.save(path, random.normal(0, std, (40, 8, 8)).round().astype("int16"))
+        for flag in (False, True):
+            *_, lines = completed(path, uniform_dequantization=flag)
+            assert any("uniform_dequantization" in line for line in lines) == (tells > flag)
+
+
 # --- layouts and sides ----------------------------------------------------------------------------
 
 LAYOUTS = {
@@ -191,6 +211,7 @@ def test_scales():
     codec = MeasuredArrays((3, 8, 8), "float64", fixed.mean, fixed.std)
     ends = torch.tensor([-10.0, 10, 30]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
     assert codec.encode(ends)[:, 0, 0, 0].tolist() == [-1, 0, 1]
+    assert measure(array, [-10.0, 30.0]) == fixed
 
 
 def test_constant_channels_are_named_and_kept(tmp_path):
