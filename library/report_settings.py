@@ -35,6 +35,7 @@ def from_config(
     levels = experiment.sampler.settings.get("levels")
     if levels and not config.sampling.levels:
         made_by[CHOSEN_LEVELS] = [*levels]
+    made_by["sampling.levels"] = [*config.sampling.levels]
     made_by |= of_sampler(origin["sampling"], origin.get("guide", "")[:DIGITS])
     if split is not None:
         made_by |= {"eval.dataset": split.name, "split.data": experiment.data.name}

@@ -132,7 +132,11 @@ def test_field_equals_its_definition(dim, n, gamma, spread, seed):
     seed=st.integers(0, 2**31),
 )
 def test_split_products_are_accurate_at_any_scale(dim, low, high, seed):
-    """Rows of scales 2^low to 2^(low + high), entries too: the error is far below float32's."""
+    """Rows of scales 2^low to 2^(low + high), entries too: the error is far below float32's.
+
+    A single term: two products with a rest, each at most 2^-6 of it, and their sum are rounded, to
+    2^-24 of 2^-6, 2^-6 and 2^-5 of the term: 2^-28 in all. The rests have a rounding of their own.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def rows(n):
@@ -143,7 +147,7 @@ def test_split_products_are_accurate_at_any_scale(dim, low, high, seed):
     x[0] = 0
     error = (field_module.split_products(x, y) - x.double() @ y.double().T).abs()
     sizes = x.double().abs().amax(1)[:, None] * y.double().abs().amax(1) * dim
-    assert (error <= 2.0**-29 * sizes).all()
+    assert (error <= 1.05 * 2.0**-28 * sizes).all()
 
 
 @pytest.mark.parametrize("dim", [64, 4096])
