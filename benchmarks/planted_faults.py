@@ -164,8 +164,8 @@ every step has the same noise: test_objectives test_ema
 + "training", ...seed)
 
 each image of a reference batch has its own transformation: test_objectives test_augmentation
-- shared...method.uses_reference_batch
-+ shared=False
+- data.uniform_dequantization, augment, shared)
++ data.uniform_dequantization, augment, False)
 
 the EMA's half-life counts the images of the reference batch: test_training
 - 0.5 ** (... / half_life)
@@ -210,6 +210,26 @@ consistency: at the noise level 0 the endpoint is the network's: test_consistenc
 the noise of a consistency sampler is Gaussian for every D: test_consistency_sampler -k kernel
 - y = y + scaled(level * width, normal)
 + y = y + scaled(level, normal)
+
+channels of arrays get the deviation 1: test_units
+- (data.double() - mean) * (DEVIATION / std)
++ (data.double() - mean) * (2 * DEVIATION / std)
+
+nats of arrays have the volume of the inverse map: test_gaussian_arrays
+- math.log(DEVIATION / std) for std in
++ math.log(std / DEVIATION) for std in
+
+joined sums of squares lack a factor: test_units
+- change**2 * n * m / (n + m)
++ change**2 * n / (n + m)
+
+P_mean falls where noise levels rise with the data: test_scales
+- value + math.log(scale)
++ value - math.log(scale)
+
+tiles are averaged by their number: test_patches
+- weights[part] += weight
++ weights[part] += 1
 """
 
 
