@@ -22,6 +22,7 @@ from configs import machine
 from configs.default import all_keys, check
 from configs.effects import without_effect
 from configs.keys import flatten, get, of_part
+from configs.schema import REFERENCE_STD
 from datasets import Data, mean_norm
 from sources.codec import Codec, Shape, class_of, encoded
 from sources.codec import from_config as get_codec
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 # Measured where they are None and the method has them; the first ones by the images' norm.
 NORM_KEYS = ("training.M", "sampling.z_max", "sampling.upper_norm")
 MEASURED = (*NORM_KEYS, "model.sigma_data", "model.sigma_max")
-REFERENCE_STD = 0.5  # of data that a config's noise levels are meant for (Karras et al. 2022)
 
 # Key -> the value that leaves it open, to be measured on the images.
 OPEN_IN_DATA = {"data.num_channels": 0, "data.image_size": 0, "data.num_classes": -1}

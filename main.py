@@ -26,12 +26,7 @@ from configs import command_line
 
 FLAGS = flags.FLAGS
 VERSION = "2.0.0"  # as in CITATION.cff; docs/changes.md says what it changed
-STORED = (
-    "data",
-    "eval",
-    "sample",
-    "export",
-)  # modes that take the run's own config without --config
+STORED = ("data", "eval", "sample", "export")  # without --config they take the run's own config
 
 flags.DEFINE_enum(
     "mode",

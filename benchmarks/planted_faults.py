@@ -212,12 +212,12 @@ the noise of a consistency sampler is Gaussian for every D: test_consistency_sam
 + y = y + scaled(level, normal)
 
 channels of arrays get the deviation 1: test_units
-- (data.double() - mean) * (DEVIATION / std)
-+ (data.double() - mean) * (2 * DEVIATION / std)
+- (data.double() - mean) * (REFERENCE_STD / std)
++ (data.double() - mean) * (2 * REFERENCE_STD / std)
 
 nats of arrays have the volume of the inverse map: test_gaussian_arrays
-- math.log(DEVIATION / std) for std in
-+ math.log(std / DEVIATION) for std in
+- math.log(REFERENCE_STD / std) for std in
++ math.log(std / REFERENCE_STD) for std in
 
 joined sums of squares lack a factor: test_units
 - change**2 * n * m / (n + m)

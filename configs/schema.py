@@ -43,6 +43,7 @@ def whole(low: int, high: int = EXACT) -> Number:
 # stays finite in float32 or float64, whichever it is computed in.
 SHARE = Number(0, 1)
 NOISE_LEVEL = Number(1e-6, 10**6)
+REFERENCE_STD = 0.5  # of data that a config's noise levels are meant for (arXiv 2206.00364)
 LENGTH = Number(1e-9, 10**9)  # of a Poisson flow: heights and norms
 
 

@@ -18,7 +18,7 @@ from samplers.base import Sampler
 from sources.arrays import read_numbers
 from sources.batch import KINDS, Batch, Conditions
 from sources.codec import Codec, Shape
-from sources.dtypes import held
+from sources.dtypes import tensor_of
 from sources.folder import read_images
 from sources.images import cropped_then_resized, image_size_of
 from sources.keyed import keyed_generator
@@ -269,7 +269,7 @@ def _batch(options: Options, experiment: Parts, shape: Shape) -> Batch:
     if options.path and options.layout:
         key, path = "sampling.restore_path", Path(options.path)
         arrays = read_numbers(key, path, (*size, channels), options.layout).values()
-        stored = torch.from_numpy(held(np.stack([*arrays]))).permute(0, 3, 1, 2)
+        stored = tensor_of(np.stack([*arrays]))
         batch = Batch(stored, _unknown_conditions(experiment, len(stored)))
     elif options.path:
         pictures = read_images("sampling.restore_path", options.path, channels, options.scale)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 import distributed
 from configs.schema import Flag, Key, OneOf, Text
@@ -28,7 +27,7 @@ from samplers.ode import ODESampler
 from sampling import spherical_interpolation
 from sources.arrays import read_numbers
 from sources.codec import Codec, Shape
-from sources.dtypes import held
+from sources.dtypes import tensor_of
 from sources.folder import read_images
 from sources.keyed import keyed_generator
 from storage.digests import digests
@@ -189,7 +188,7 @@ class SampleFolder:
         """
         trained, codec, unit = self.trained, self._codec, unit_of(self._codec)
         names, stack = [*arrays], np.stack([*arrays.values()])
-        images = _tensor_of(stack)
+        images = tensor_of(stack)
 
         def compute() -> dict:
             generator = keyed_generator("cpu", "dequantisation", 0)
@@ -221,7 +220,7 @@ class SampleFolder:
 
     def draw_between(self, ends: Mapping[str, NDArray]) -> None:
         """A film along the arc between the latents of two images as stored (H, W, C), by name."""
-        images, codec = _tensor_of(np.stack([*ends.values()])), self._codec
+        images, codec = tensor_of(np.stack([*ends.values()])), self._codec
 
         def draw() -> dict:
             latents = self.trained.encode(codec.units(images))
@@ -241,11 +240,6 @@ class SampleFolder:
         spec = {"frames": ("u", (*number, *self.files.shape))}
         path = self.path / f"{name}.npz"
         return cached(path, self.settings | origin, draw, spec=spec)["frames"]
-
-
-def _tensor_of(stack: NDArray) -> Tensor:
-    """Images (n, H, W, C) as a tensor (n, C, H, W), as stored."""
-    return torch.from_numpy(held(stack)).permute(0, 3, 1, 2)
 
 
 def read_encoded(

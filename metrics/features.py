@@ -17,7 +17,7 @@ from configs.schema import Key, Several, Text
 from metrics.distances import OURS, Backend
 from metrics.networks import Extractor, inception, torchscript
 from sources.codec import Codec
-from sources.dtypes import held
+from sources.dtypes import tensor_of
 from storage.files import one_line
 
 EXTRACTED_AT_ONCE = 100  # images that a feature network sees at a time
@@ -138,5 +138,4 @@ def get_space(kind: str, path: str, codec: Codec, device: torch.device) -> Featu
 
 def _numbers(codec: Codec, images: NDArray) -> NDArray:
     """Images as stored (n, H, W, C) as numbers whose distances are meaningful."""
-    stored = torch.from_numpy(held(images)).permute(0, 3, 1, 2)
-    return codec.comparable(codec.units(stored)).permute(0, 2, 3, 1).numpy()
+    return codec.comparable(codec.units(tensor_of(images))).permute(0, 2, 3, 1).numpy()

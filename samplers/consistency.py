@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from configs.schema import NOISE_LEVEL, Key, Numbers
+from configs.schema import NOISE_LEVEL, REFERENCE_STD, Key, Numbers
 from methods.base import Method, Network, scaled, spread
 from samplers import base
 from samplers.base import Sampler
@@ -73,7 +73,7 @@ class ConsistencySampler(Sampler):
     @property
     def scale(self) -> float:
         """Factor of noise levels that belong to data of standard deviation 0.5."""
-        return self.method.sigma_data / 0.5
+        return self.method.sigma_data / REFERENCE_STD
 
     @property
     def is_fitted(self) -> bool:

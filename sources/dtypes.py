@@ -1,7 +1,9 @@
 """Types of the numbers in arrays that are no 8-bit images: which are read, and their ranges."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from storage.files import plain
 
@@ -20,6 +22,11 @@ def held(array: NDArray) -> NDArray:
     """`array` in a type that PyTorch computes with."""
     array = plain(array)
     return array.astype(WIDER.get(array.dtype.name, array.dtype), copy=False)
+
+
+def tensor_of(images: NDArray) -> Tensor:
+    """Images as stored, (n, H, W, C), as a tensor (n, C, H, W) that PyTorch computes with."""
+    return torch.from_numpy(held(images)).permute(0, 3, 1, 2)
 
 
 def is_whole(name: str) -> bool:

@@ -14,11 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.schema import Key, Number, Numbers, OneOf, Text
+from configs.schema import REFERENCE_STD, Key, Number, Numbers, OneOf, Text
 from sources.dtypes import DTYPES, is_whole, limits
 from sources.images import Shape, shape_of
 
-DEVIATION = 0.5  # of x, for which the numbers of EDM are made (arXiv 2206.00364)
 SHOWN = 2.5  # deviations around the mean that pictures show where no window is measured
 MOST_CHANNELS = 1024
 
@@ -84,7 +83,7 @@ class MeasuredArrays:
 
     bounds = (-math.inf, math.inf)
     levels = None
-    noise_unit = DEVIATION
+    noise_unit = REFERENCE_STD
     precision = torch.float64
     keys = KEYS
 
@@ -117,7 +116,7 @@ class MeasuredArrays:
 
     @property
     def log_volume(self) -> float:
-        return math.fsum(math.log(DEVIATION / std) for std in self.std) / len(self.std)
+        return math.fsum(math.log(REFERENCE_STD / std) for std in self.std) / len(self.std)
 
     @property
     def identity(self) -> str:
@@ -153,11 +152,11 @@ class MeasuredArrays:
 
     def encode(self, data: Tensor) -> Tensor:
         mean, std = self._of_channels(self.mean, data), self._of_channels(self.std, data)
-        return ((data.double() - mean) * (DEVIATION / std)).float()
+        return ((data.double() - mean) * (REFERENCE_STD / std)).float()
 
     def unclamped(self, x: Tensor) -> Tensor:
         mean, std = self._of_channels(self.mean, x), self._of_channels(self.std, x)
-        return x.double() * (std / DEVIATION) + mean
+        return x.double() * (std / REFERENCE_STD) + mean
 
     def decode(self, x: Tensor) -> Tensor:
         data = self.unclamped(x)

@@ -119,8 +119,8 @@ def test_commands(folder, command, request):
     workdir = folder / command[command.index("--workdir") + 1]
     if workdir.name == "parquet" and not has_pyarrow():
         pytest.skip("pyarrow is an optional requirement")
-    own = [f"--config.eval.stats_dir={folder}/stats"]
-    done = Program([*MAIN, *command[2:], *SMALL, *own], cwd=folder).finish()
+    stats = [f"--config.eval.stats_dir={folder}/stats"]
+    done = Program([*MAIN, *command[2:], *SMALL, *stats], cwd=folder).finish()
     line = re.search(r"^data: .*$", done.stdout, re.M)[0]
     print(f"| `{workdir.name}` | {line} |")  # the table of a closing note: pytest -rP
     assert re.search(SAID[workdir.name], line)

@@ -1,4 +1,4 @@
-"""What is held out: a share, a number, nothing; groups of names; and test splits without labels."""
+"""Images held out by share, by number, by groups of names, or not; test splits without labels."""
 
 import hashlib
 import json

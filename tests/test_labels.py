@@ -645,11 +645,11 @@ def test_the_most_probable_label_by_likelihood(name, one_thread):
         bits_per_dim(net, x, conditions={"class_labels": torch.full((12,), k)})[0].double()
         for k in (0, 1)
     ]
-    found = log_posterior(math.log(2) * torch.stack(bits, 1), 2, prior)
+    log_p = log_posterior(math.log(2) * torch.stack(bits, 1), 2, prior)
     densities = [torch.distributions.Normal(m, STD).log_prob(x).flatten(1).sum(1) for m in MEANS]
     expected = (torch.stack(densities, 1) + (prior / 5).log()).log_softmax(1)
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-    assert len({row.argmax().item() for row in found}) == 2
+    torch.testing.assert_close(log_p, expected, rtol=0.02, atol=0.02)
+    assert len({row.argmax().item() for row in log_p}) == 2
 
 
 def test_evaluation_by_class(trained, tmp_path, monkeypatch):

@@ -303,8 +303,8 @@ def test_resampling_a_row_by_its_definition(taps):
                 expected[out, i] += whole[start : start + 16]
             else:
                 blurred = np.convolve(row, fir)[n - 1 - (n + 1) // 2 :][:9]
-                kept = np.convolve(blurred, weights[i, j][::-1], mode="valid")[::2]
-                expected[out, i, : len(kept)] += kept
+                halved = np.convolve(blurred, weights[i, j][::-1], mode="valid")[::2]
+                expected[out, i, : len(halved)] += halved
     with torch.no_grad():
         np.testing.assert_allclose(up(x)[0, :, 0], expected[0], rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(
@@ -363,8 +363,8 @@ def test_moves_of_whole_pixels_are_exact(sides):
         ({"a6": 1}, image[..., reflected(width, width / 8).long()]),
         ({"a7": 8 / height}, image[:, :, reflected(height, 1).long()]),
     ):
-        found = transform(image, parameters(**values))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        transformed = transform(image, parameters(**values))
+        torch.testing.assert_close(transformed, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("sides", [(24, 40), (40, 24)])
@@ -384,10 +384,10 @@ def test_turns_and_stretches_are_those_of_the_picture_not_of_its_frame(sides, va
     def wave(x, y):
         return torch.cos(2 * math.pi * (x / 20 + y / 27) + 0.3)
 
-    found = transform(wave(x, y)[None, None], parameters(**values))[0, 0]
+    transformed = transform(wave(x, y)[None, None], parameters(**values))[0, 0]
     expected = wave(*source(x, y))
     inner = x.hypot(y) < 7
-    assert (found - expected)[inner].abs().max() < 0.015
+    assert (transformed - expected)[inner].abs().max() < 0.015
     assert (wave(x, y) - expected)[inner].abs().max() > 0.2
 
 
@@ -410,10 +410,10 @@ def test_what_is_measured_of_images_of_two_sides():
 
 
 def test_masks_of_two_sides(tmp_path):
-    known = known_pixels("1,2,4,9", (6, 12), 3)
+    pixels = known_pixels("1,2,4,9", (6, 12), 3)
     missing = torch.zeros(6, 12, dtype=torch.bool)
     missing[1:5, 2:11] = True
-    assert torch.equal(known, ~missing)
+    assert torch.equal(pixels, ~missing)
     with pytest.raises(ValueError, match="1,2,6,3 is not within 6 x 12 pixels"):
         known_pixels("1,2,6,3", (6, 12), 3)
     np.save(tmp_path / "mask.npy", missing.numpy())
@@ -495,7 +495,7 @@ def test_a_run_from_training_to_films(tmp_path, shape):
 
 
 def test_derivatives_of_a_padded_call():
-    """Those that the likelihood and restorers take, against differences."""
+    """Derivatives, as likelihoods and restorers take them, agree with finite differences."""
     net, x, step = network("ncsn++", (6, 10)), noise(1, 2, 6, 10), 1e-6
     a, b = noise(2, 2, 6, 10).split(1)
     _, product = torch.autograd.functional.vjp(lambda x: output(net, x), x, a)
