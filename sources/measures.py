@@ -1,13 +1,17 @@
 """Measures of training images as the network sees them, on which methods depend."""
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from configs.schema import REFERENCE_STD
 from sources.stream import DataSet, batch_at
+
+log = logging.getLogger(__name__)
 
 SAMPLED = 2000  # images of which distances and the standard deviation are estimated
 MOST_ENTRIES = 2**27  # of all these together: 512 MiB
@@ -30,12 +34,13 @@ class ImageMeasures:
         return torch.cat([self.encode(images).flatten(1) for images in parts])
 
     def standard_deviation(self) -> float:
-        """The standard deviation of all entries; ValueError where it is 0."""
+        """The standard deviation of all entries; EDM's 0.5 where it is 0, as a log line says."""
         images = self.images
         mean = images.mean(dtype=torch.float64)
         squares = [(part.double() - mean).square().sum() for part in images.split(100)]
         if not (variance := (sum(squares) / images.numel()).item()):
-            raise ValueError("all entries of all training images are equal: set model.sigma_data")
+            log.warning("all entries of all training images are equal: model.sigma_data is 0.5")
+            return REFERENCE_STD
         return variance**0.5
 
     def largest_distance(self) -> float:
