@@ -136,8 +136,8 @@ class Data:
 
     @property
     def takes_scale(self) -> bool:
-        """True where `data.scale` has an effect: the data are image files."""
-        path = self.options.path if self._is_folder else ""
+        """True where `data.scale` makes 8 bits of 16: image files that are no numbers of a type."""
+        path = self.options.path if self._is_folder and not self.options.dtype else ""
         return bool(path) and not is_array(Path(path))
 
     @property

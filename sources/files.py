@@ -10,7 +10,7 @@ from typing import IO, NamedTuple, TypeVar
 import numpy as np
 
 from sources.base import PerProcess, Picture, Unreadable
-from sources.images import Header, decode_image, extent_of_16_bits, read_header
+from sources.images import Header, decode_image, decode_numbers, extent_of_16_bits, read_header
 from sources.sixteen_bits import WHOLE, Range, range_of_bits
 from storage.files import one_line, open_entry, open_regular
 
@@ -31,7 +31,8 @@ class Measured(NamedTuple):
 class Files:
     """Image files by name, each opened by `open`; nothing is extracted to disk.
 
-    `channels` and `scale` are those of `decode_image`. `headers` are those read so far.
+    `channels` and `scale` are those of `decode_image`; with a `dtype` images are numbers of that
+    type (`decode_numbers`). `headers` are those read so far.
     """
 
     where: Path
@@ -39,13 +40,17 @@ class Files:
     open: Callable[[str], IO[bytes]]
     channels: int = 0
     scale: Range | tuple[()] = ()
+    dtype: str = ""
     headers: dict[int, Header] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Picture:
-        decode = partial(decode_image, channels=self.channels, scale=self.scale)
+        if self.dtype:
+            decode = partial(decode_numbers, channels=self.channels, dtype=self.dtype)
+        else:
+            decode = partial(decode_image, channels=self.channels, scale=self.scale)
         return self._read(i, lambda file: decode(read_bounded(file)))
 
     def header(self, i: int) -> Header:

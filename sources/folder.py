@@ -211,10 +211,12 @@ class Folder:
             index = self._rules.held_out(self.names, split, data.held_out, data.groups)
             if names := splits.lookalikes(self._tops):
                 _warn_of_splits(self.path, *names)
-        scale = tuple(data.scale) or self.measure_scale().scale
+        files = replace(self.files, channels=data.num_channels, dtype=data.dtype)
+        if not data.dtype:
+            files = replace(files, scale=tuple(data.scale) or self.measure_scale().scale)
         return View(
-            source=replace(self.files, channels=data.num_channels, scale=scale),
-            prepare=to_size(cropped_then_resized, data.image_size),
+            source=files,
+            prepare=to_size(cropped_then_resized, 0 if data.dtype else data.image_size),
             index=index,
             classes_of_all=lambda: self._classes,
             digest_of=partial(self._digest, data.digest == "content", bool(data.num_classes)),

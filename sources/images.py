@@ -8,10 +8,12 @@ from typing import IO, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sources import sixteen_bits
 from sources.base import Picture
+from sources.dtypes import is_whole, limits
 from sources.sixteen_bits import Range
 from storage.files import may_unpack_to
 
@@ -154,6 +156,33 @@ def decode_image(data: bytes, channels: int, scale: Range | tuple[()] = ()) -> P
     if channels == 0 and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]
     return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def decode_numbers(data: bytes, channels: int, dtype: str) -> NDArray:
+    """The values of a file of `FORMATS` as they are stored, (H, W, C) of `dtype`, upright.
+
+    Of 8 bits, of 16, or of a TIFF's 32; `channels` is 1, 3, or 0 for as many as there are. Raises
+    ValueError for another number of channels, transparency, or values that `dtype` does not hold,
+    and any exception where the data are damaged.
+    """
+    image = _opened(data)
+    if image.has_transparency_data:
+        raise ValueError("its transparent pixels have no value: save it without transparency")
+    if sixteen_bits.has_32_bits(image):
+        values = np.asarray(ImageOps.exif_transpose(image))[..., None]
+    elif deep := sixteen_bits.read(partial(_opened, data)):
+        values = deep.values
+    else:
+        image = ImageOps.exif_transpose(image)
+        values = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+        values = values.reshape(*values.shape[:2], -1)
+    if channels not in (0, values.shape[2]):
+        raise ValueError(f"its channels are {values.shape[2]}, not data.num_channels={channels}")
+    low, high = limits(dtype)
+    if values.min() < low or values.max() > high or values.dtype.kind == "f" and is_whole(dtype):
+        extent = f"{values.min():,} to {values.max():,}"
+        raise ValueError(f"its values, {values.dtype} from {extent}, are not of data.dtype={dtype}")
+    return values.astype(dtype)
 
 
 def extent_of_16_bits(data: bytes) -> tuple[int, int]:

@@ -27,8 +27,9 @@ KEYS = {
     "data.dtype": Key(
         "",
         OneOf(("", *DTYPES)),
-        "type of arrays in units of their own, which samples have too; '': that of the file, or "
-        "images of 8 bits",
+        "type of arrays in units of their own, which samples have too, and of image files that are "
+        "such arrays: 'uint16', or of TIFF 'float32'; '': that of an array's file, or images of 8 "
+        "bits",
     ),
     "data.mean": Key(
         (),

@@ -89,6 +89,11 @@ def may_have_16_bits(image: Image.Image) -> bool:
     return image.format == "PNG" and ";16" in _raw_mode(image.tile[0])
 
 
+def has_32_bits(image: Image.Image) -> bool:
+    """True if the header of `image`, opened and not loaded, has 32 bits a channel."""
+    return image.mode == "F" or max(getattr(image, "tag_v2", {}).get(BITS, (16,))) > 16
+
+
 def read(open_image: Callable[[], Image.Image]) -> SixteenBits | None:
     """The values, upright, of a PNG or TIFF file that `open_image` opens; None if it has 8 bits.
 
@@ -97,13 +102,13 @@ def read(open_image: Callable[[], Image.Image]) -> SixteenBits | None:
     image = open_image()
     if not may_have_16_bits(image):
         return None
-    tags = getattr(image, "tag_v2", {})
-    if image.mode == "F" or max(tags.get(BITS, (16,))) > 16:
-        kind = "floating point" if image.mode == "F" else "whole"
+    if has_32_bits(image):
+        kind, dtype = ("floating point", "float32") if image.mode == "F" else ("whole", "int32")
         raise ValueError(
-            f"it holds {kind} numbers of 32 bits, whose range is not known: save them as 8 bits, "
-            "or as 16 bits with data.scale"
+            f"it holds {kind} numbers of 32 bits, whose range is not known: set data.dtype={dtype} "
+            "to train on them in their own units, or save them as 8 bits"
         )
+    tags = getattr(image, "tag_v2", {})
     is_grey, has_planes = image.mode.startswith("I"), tags.get(PLANES) == SEPARATE
     if has_planes and (image.mode == "I" or not is_grey and image.tile[0].codec_name == "libtiff"):
         raise ValueError("its channels lie one after another in 16 bits: save it as PNG")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from data_files import (
+    encoded,
     pictures,
     png_of_16_bits,
     stylegan_example,
@@ -52,6 +53,7 @@ SAID = {  # by workdir, what the line on the data says
     "folder": r"photos, \d+ images .*2 classes \(0 ant, 1 bee\)",
     "splits": r"imagenet, 12 images to train on and 5 .*\(train and val\).*; the test split has no",
     "scans": r"scans, \d+ images .*1 channel,",
+    "counts": r"counts, \d+ images .*8 x 8, 1 channel,",
     "zip": r"cifar10-32x32.zip, 12 images to train on and 12 to test on \(none is held out",
     "array": r"images.npy, 11 images to train on and 1 to test on \(a random tenth is held out\)",
     "arrays": r"images.npz, 11 images .*10 classes",
@@ -85,6 +87,7 @@ def folder(tmp_path_factory):
     files = [tiff(v) if i % 2 else png_of_16_bits(v) for i, v in enumerate(scans)]
     for i, content in enumerate(files):
         write_tree(folder / "scans", [content], f"patient{i // 3}_{i}.{('png', 'tif')[i % 2]}")
+    write_tree(folder / "counts", [encoded(v[:8, :8]) for v in 2 * grey.astype(np.uint16)])
     write_tree(folder / "edm/00000", images)
     lines = ", ".join(f'["00000/{i:03d}.png", {label}]' for i, label in enumerate(LABELS))
     (folder / "edm/dataset.json").write_text(f'{{"labels": [{lines}]}}')

@@ -18,7 +18,7 @@ import run_lib
 from completion import complete
 from sources.files import LOOKED_AT, Files, read_bounded
 from sources.folder import read_images
-from sources.images import decode_image, read_header
+from sources.images import decode_image, decode_numbers, read_header
 from storage import run_config
 from storage.checkpoints import load_checkpoint
 
@@ -118,7 +118,9 @@ def test_values_below_zero_need_a_scale(order):
 
 @pytest.mark.parametrize("dtype", ["f4", "u4", "i4"])
 def test_32_bits_are_refused(dtype):
-    with pytest.raises(ValueError, match="numbers of 32 bits, .*: save them as 8 bits, or as 16"):
+    with pytest.raises(
+        ValueError, match="numbers of 32 bits, .*: set data.dtype=.*or save them as 8"
+    ):
         decode_image(tiff(np.ones((4, 4, 1), dtype)), 1)
 
 
@@ -387,3 +389,63 @@ def test_the_key_is_a_pair_that_rises():
         with pytest.raises((ValueError, TypeError), match=r"data.scale|type"):
             config.data.scale = scale
             experiment.check(config)
+
+
+# --- in units of their own ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels, writers", [(1, GREY), (3, COLOUR)])
+def test_numbers_are_those_of_the_file(channels, writers):
+    values = random_values(13, (5, 7, channels))
+    for write in writers.values():
+        for dtype in ("uint16", "int32", "float32"):
+            numbers = decode_numbers(write(values), 0, dtype)
+            assert numbers.dtype == dtype and (numbers == values).all()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_numbers_of_32_bits(dtype):
+    values = (np.random.default_rng(0).standard_normal((5, 7)) * 1e6).astype(dtype)
+    assert (decode_numbers(encoded(values, "TIFF"), 1, dtype)[..., 0] == values).all()
+    with pytest.raises(ValueError, match=f"set data.dtype={dtype} to train on them in their own"):
+        decode_image(encoded(values, "TIFF"), 1)
+
+
+def test_numbers_of_8_bits():
+    values = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    assert (decode_numbers(encoded(values), 0, "uint16") == values).all()
+    assert (decode_numbers(encoded(values[..., 0]), 1, "int16")[..., 0] == values[..., 0]).all()
+
+
+@pytest.mark.parametrize(
+    "values, channels, dtype, words",
+    [
+        (random_values(16)[..., 0], 1, "int16", "are not of data.dtype=int16"),
+        (random_values(9)[..., 0], 3, "uint16", "its channels are 1, not data.num_channels=3"),
+        (np.full((4, 4), 0.5, np.float32), 1, "uint16", "float32 from 0.5 to 0.5, are not"),
+        (np.zeros((4, 4, 4), np.uint8), 0, "uint16", "transparent pixels have no value"),
+    ],
+)
+def test_numbers_that_a_type_does_not_hold(values, channels, dtype, words):
+    kind = "TIFF" if values.dtype == np.float32 else "PNG"
+    with pytest.raises(ValueError, match=words):
+        decode_numbers(encoded(values, kind), channels, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_a_folder_of_numbers_is_encoded_as_their_array(tmp_path, dtype):
+    """Number, moments, and x of a folder of image files are those of an .npy of the values."""
+    values = np.stack([random_values(12, (8, 6, 1), seed) for seed in range(12)]).astype(dtype)
+    kind = "TIFF" if dtype == "float32" else "PNG"
+    images = [encoded(image[..., 0], kind) for image in values]
+    write_tree(tmp_path / "files", images, "{i:03d}." + kind.lower().replace("tiff", "tif"))
+    np.save(tmp_path / "x.npy", values)
+    x = {}
+    for path in ("files", "x.npy"):
+        config = config_of("folder", size=0, channels=0, path=str(tmp_path / path), held_out=0)
+        config.data.dtype = dtype if path == "files" else ""
+        built = experiment.Experiment.build(complete(config)[0])
+        stored = built.data.get("train")[:]
+        assert built.codec.stored(built.codec.units(stored)).dtype == dtype
+        x[path] = built.codec.encode(built.codec.units(stored))
+    assert (x["files"] == x["x.npy"]).all() and abs(x["files"].std(correction=0) - 0.5) < 1e-6
