@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from metrics.table import METRICS, Entry, entries, remark_on, remarks
+from metrics.table import METRICS, Entry, entries, interval_of, remark_on, remarks
 from reports.html import Picture, document, figure, legend, notes, pairs, row, section, table
 from reports.plots import SMALL, Points, curve_plot, drawable, histogram, number
 from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
@@ -22,6 +22,10 @@ from reports.table import RESTORED, likelihood_of
 
 Report = Mapping[str, float | str | NDArray]
 
+INTERVALS = (
+    "Small numbers beside a metric: within them are 95 % of the values that other draws of as many "
+    "samples of this network would have, compared with the same data (docs/metrics.md)."
+)
 SHARP_COSTS = (
     "A restoration is one of many images that fit what was measured. Its mean squared error is "
     "twice that of the mean of them all, which costs 3 dB; a blurred image, as that mean is, can "
@@ -82,6 +86,8 @@ def _cards(report: Report) -> str:
         error, of_data = report.get(f"{key}_error"), report.get(f"{key}_data")
         remark = remark_on(report, key)
         spread = "" if error is None else f"<small> ± {float(error):.2g}</small>"
+        if ends := interval_of(report, key):
+            spread = f"<small> {number(ends[0])} to {number(ends[1])}</small>"
         note = metric.note
         if of_data is not None:
             note += f"{'; data against data' if metric.halves else ''}: {number(of_data)}"
@@ -100,6 +106,8 @@ def _cards(report: Report) -> str:
             "Fréchet distances, as their moments are more exact."
         )
         content += notes([line])
+    if any(interval_of(report, entry.key) for entry in entries(report)):
+        content += notes([INTERVALS])
     if report.get("nonfinite", 0) > 0:
         samples = float(report["num_samples"]) + float(report["nonfinite"])
         line = (

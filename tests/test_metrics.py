@@ -244,7 +244,7 @@ def test_few_samples_are_compared_with_much_data():
     real = random.standard_normal((3000, 2))
     few = random.standard_normal((4, 2))
     scores = compare(Comparison(few, None, Reference.measure([real], 3000, 3000)))
-    scores.pop("nearest_remark", None)
+    scores = {key: v for key, v in scores.items() if not key.endswith(("_remark", "_low", "_high"))}
     assert scores.keys() == {"fid", "kid", "precision", "recall", "nearest", "nearest_data"}
     assert all(np.isfinite(list(scores.values())))
 
@@ -253,7 +253,8 @@ def test_moments_alone_give_a_frechet_distance():
     random = np.random.RandomState(0)
     a, b = random.standard_normal((2, 50, 4))
     scores = compare(Comparison(a, None, Reference(Gaussian.fit(b))))
-    assert scores == {"fid": frechet_distance(Gaussian.fit(a), Gaussian.fit(b))}
+    assert scores.keys() == {"fid", "fid_low", "fid_high"}
+    assert scores["fid"] == frechet_distance(Gaussian.fit(a), Gaussian.fit(b))
 
 
 def test_what_two_metrics_share_is_computed_once(monkeypatch):
