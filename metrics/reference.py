@@ -103,7 +103,7 @@ class ReferenceStatistics:
         for space in spaces:
             number = config.eval.num_samples
             if words := shortage(number, space.width):
-                log.warning(f"eval.num_samples={number} is {words} ({space.kind})")
+                log.warning(f"eval.num_samples={number} is {words} ({space.label})")
         folder, train = Path(config.eval.stats_dir), Training(data)
         return [cls.build(space, folder, train, further=i > 0) for i, space in enumerate(spaces)]
 
@@ -120,7 +120,7 @@ class ReferenceStatistics:
         channels, height, width = train.source.shape
         name, size = train.source.name, height if height == width else f"{height}x{width}"
         identity = {"space": space.name, "shape": f"{height}x{width}x{channels}"}
-        suffix = f"_{space.kind}_stats.npz" if further else "_stats.npz"
+        suffix = f"_{space.label}_stats.npz" if further else "_stats.npz"
         names = f"{name}_{size}{suffix}", f"{name}{suffix}"
         for published in (folder / each for each in names):
             if published.exists():

@@ -363,7 +363,7 @@ def test_the_name_tells_weights_apart(tmp_path):
         with torch.no_grad():
             module.weight.fill_(scale)
         module.save(str(tmp_path / "network.pt"))
-        names.add(networks.torchscript(str(tmp_path / "network.pt"), CPU)[0])
+        names.add(networks.network(str(tmp_path / "network.pt"), CPU)[0])
     assert len(names) == 2
 
 
@@ -422,7 +422,7 @@ def test_inception_that_cannot_be_fetched_is_told_soon(tmp_path, monkeypatch):
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/inception"
         monkeypatch.setattr(networks, "INCEPTION_URL", address)
         start = time.monotonic()
-        with pytest.raises(ValueError, match="cannot be fetched.*eval.inception_path.*torchscript"):
+        with pytest.raises(ValueError, match="cannot be fetched.*eval.inception_path.*network"):
             space_of("inception")
         assert time.monotonic() - start < 5
     with pytest.raises(ValueError, match="cannot be fetched"):  # nobody listens
@@ -432,7 +432,7 @@ def test_inception_that_cannot_be_fetched_is_told_soon(tmp_path, monkeypatch):
 
 def test_without_tensorflow_the_way_is_named(monkeypatch):
     monkeypatch.setattr(networks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs tensorflow, .*'torchscript' does without"):
+    with pytest.raises(ValueError, match="needs tensorflow, .*'network' does without"):
         space_of("inception")
 
 
