@@ -66,6 +66,9 @@ def _in_space(a: ImageSet, b: ImageSet, space: FeatureSpace | None, device: torc
     backend = space.backend if space else OURS
     device = device if device.type == "cuda" else torch.device("cpu")  # which has float64
     comparison = Comparison(features, logits, reference, backend, device)
+    of_a, of_b = (side.images and side.images.classes() for side in (a, b))
+    if of_a and of_b and of_a.names == of_b.names and reference.index is not None:
+        comparison.labels, comparison.reference_labels = of_a.labels, of_b.labels[reference.index]
     return compare(comparison) | _floor(comparison)
 
 

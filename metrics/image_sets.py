@@ -14,7 +14,7 @@ from tqdm import tqdm
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace
 from metrics.reference import FEATURES_KEPT, Reference, read_reference
 from sources import arrays, folder
-from sources.base import Source, Unreadable
+from sources.base import Classes, Source, Unreadable
 from sources.sizes import shapes_of
 from storage.files import read_arrays
 
@@ -34,6 +34,14 @@ class Images:
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
+
+    def classes(self) -> Classes | None:
+        """Class labels of all images; None where one has none."""
+        try:
+            parts = [part.classes() for part in self.parts]
+        except (ValueError, AttributeError):  # the latter of a source that never has any
+            return None
+        return Classes(np.concatenate([part.labels for part in parts]), parts[0].names)
 
     def blocks(self) -> Iterator[NDArray[np.uint8]]:
         """All images, (n, H, W, C) at a time; ValueError where one has another shape or type."""

@@ -17,7 +17,7 @@ from metrics import compare
 from metrics.distances import OURS, Gaussian, frechet_distance, kernel_distance
 from metrics.image_sets import ImageSet
 from metrics.networks import tensorflow_gan
-from storage.files import save_npz
+from storage.files import read_arrays, save_npz
 
 SAME = {"rtol": 1e-6, "atol": 1e-9}
 
@@ -90,18 +90,18 @@ def test_images_of_any_form(a, b, sets, monkeypatch, tmp_path, capsys):
 
 
 def test_it_gives_the_figures_of_an_evaluation(monkeypatch, tmp_path, one_thread):
-    """In two spaces, from the run's samples and its data."""
+    """In two spaces, from the run's samples and its data; what is written for ADM's evaluator."""
     network = save_torchscript(tmp_path / "network.pt", MeanColour())
-    np.save(tmp_path / "data.npy", images_of(1, 90))
-    config = tiny("vp/digits_ddpmpp.py", tmp_path, training__snapshot_sampling=False)
-    config.data.update(dataset="folder", path=str(tmp_path / "data.npy"), held_out=0)
-    config.data.update(num_channels=3, image_size=8)
+    np.savez(tmp_path / "data.npz", images_of(1, 90), np.arange(90) % 3)
+    config = tiny("edm/digits_ddpmpp.py", tmp_path, training__snapshot_sampling=False)
+    config.data.update(dataset="folder", path=str(tmp_path / "data.npz"), held_out=0)
+    config.data.update(num_channels=3, image_size=8, num_classes=3)
     config.eval.update(inception_path=str(network), num_samples=30, enable_loss=False)
     config.eval.features = "pixels,network:colour"
     assert run_lib.train(config, tmp_path / "run")
     run_lib.evaluate(config, tmp_path / "run")
     report = report_of(tmp_path / "run", 2)
-    sides = tmp_path / "run/eval/ckpt_2", tmp_path / "data.npy"
+    sides = tmp_path / "run/eval/ckpt_2", tmp_path / "data.npz"
     options = "--features", "pixels,network:colour", "--networks", network
     numbers = compared(monkeypatch, tmp_path, *sides, *options)
     keys = {key for key in report if key.partition(":")[2] or key in numbers} - {"features"}
@@ -110,6 +110,20 @@ def test_it_gives_the_figures_of_an_evaluation(monkeypatch, tmp_path, one_thread
     for key in keys:
         np.testing.assert_allclose(numbers[key], report[key], **SAME, err_msg=key)
     assert numbers["spaces"].keys() == {"pixels", "colour"}
+
+    config.sampling.update(npz="arr_0", seeds="0-4")
+    run_lib.sample(config, tmp_path / "run", tmp_path / "adm")
+    written = read_arrays(tmp_path / "adm/samples.npz")
+    assert written.keys() == {"arr_0", "arr_1"}
+    assert (written["arr_0"].dtype, written["arr_0"].shape) == (np.uint8, (5, 8, 8, 3))
+    for seed, image in enumerate(written["arr_0"]):
+        with Image.open(tmp_path / f"adm/{seed:06d}.png") as picture:
+            np.testing.assert_array_equal(image, np.asarray(picture))
+    config.sampling.npz = "samples"
+    run_lib.sample(config, tmp_path / "run", tmp_path / "adm")  # the samples are not drawn again
+    usual = read_arrays(tmp_path / "adm/samples.npz")
+    np.testing.assert_array_equal(usual["samples"], written["arr_0"])
+    np.testing.assert_array_equal(usual["labels"], written["arr_1"])
 
 
 def test_it_gives_the_figures_of_tensorflow_gan(sets, monkeypatch, tmp_path):
