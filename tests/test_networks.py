@@ -1,10 +1,13 @@
 """Networks of feature spaces: programs of torch.export, several at once, files that are neither."""
 
+import contextlib
+import shutil
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from test_evaluate import Killed, assert_same_metrics, evaluate, save_checkpoints, tiny
 from test_metrics import (
     CPU,
     MeanColour,
@@ -14,10 +17,13 @@ from test_metrics import (
     space_of,
 )
 
+import sampling
 from configs.default import all_keys
 from metrics.features import get_spaces
 from metrics.table import METRICS
+from reports import evaluation_page
 from sources.codec import EightBitImages
+from storage import files
 
 CODEC = EightBitImages((3, 8, 8))
 
@@ -109,3 +115,35 @@ def test_a_damaged_program_is_one_line(exported, tmp_path):
 def test_a_program_for_other_images_is_one_line(exported):
     with pytest.raises(ValueError, match=r"does not take images of shape \(9, 9, 3\)"):
         space_of("network", exported[0], size=9)
+
+
+def test_two_spaces_cost_one_pass_of_sampling_killed_or_not(tmp_path, exported, monkeypatch):
+    """The process dies between the features of a round, and after the samples of another."""
+    options = {"enable_bpd": False, "enable_loss": False, "num_samples": 60, "batch_size": 20}
+    networks = {"features": "pixels,network:colour", "inception_path": str(exported[0])}
+    config, workdir = tiny(tmp_path, **options, **networks), tmp_path / "run"
+    save_checkpoints(config, workdir, 4)
+    calls, call = [], sampling.Sampler.__call__
+    counted = lambda self, *rest, **more: calls.append(1) or call(self, *rest, **more)  # noqa: E731
+    monkeypatch.setattr(sampling.Sampler, "__call__", counted)
+    expected = evaluate(config, workdir)
+    assert len(calls) == 3  # rounds
+    assert {"fid", "colour:fid", "colour:fid_high", "colour:IS_low"} <= expected.keys()
+    shutil.rmtree(workdir / "eval")
+    shutil.rmtree(config.eval.stats_dir)
+    calls.clear()
+    write = files.atomic_write
+    for number in (4, 5, 99):  # 2 statistics, then for each round 1 of samples and 2 of features
+        budget = iter(range(number))
+
+        def write_some(path, budget=budget):
+            if next(budget, None) is None:
+                raise Killed
+            return write(path)
+
+        for module in (evaluation_page, files):
+            monkeypatch.setattr(module, "atomic_write", write_some)
+        with pytest.raises(Killed) if number < 99 else contextlib.nullcontext():
+            report = evaluate(config, workdir)
+    assert len(calls) == 3  # none is drawn again
+    assert_same_metrics(report, expected)
