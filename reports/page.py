@@ -23,8 +23,8 @@ from reports.table import RESTORED, likelihood_of
 Report = Mapping[str, float | str | NDArray]
 
 INTERVALS = (
-    "Small numbers beside a metric: within them are 95 % of the values that other draws of as many "
-    "samples of this network would have, compared with the same data (docs/metrics.md)."
+    "95 %: the range of 95 % of the values that other draws of as many samples of this network "
+    "would have, compared with the same data (docs/metrics.md)."
 )
 SHARP_COSTS = (
     "A restoration is one of many images that fit what was measured. Its mean squared error is "
@@ -86,15 +86,16 @@ def _cards(report: Report) -> str:
         error, of_data = report.get(f"{key}_error"), report.get(f"{key}_data")
         remark = remark_on(report, key)
         spread = "" if error is None else f"<small> ± {float(error):.2g}</small>"
-        if ends := interval_of(report, key):
-            spread = f"<small> {number(ends[0])} to {number(ends[1])}</small>"
         note = metric.note
         if of_data is not None:
             note += f"{'; data against data' if metric.halves else ''}: {number(of_data)}"
+        interval = ""
+        if ends := interval_of(report, key):
+            interval = f"<span>95 %: {number(ends[0])} to {number(ends[1])}</span>"
         doubt = f"<span class=doubt>{escape(remark)}.</span>" if remark else ""
         cards.append(
             f"<div class='card{' doubted' * bool(remark)}'><h3>{escape(label)}</h3>"
-            f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span>{doubt}</div>"
+            f"<p>{number(report[key])}{spread}</p>{interval}<span>{escape(note)}</span>{doubt}</div>"
         )
     content = f"<div class=cards>{''.join(cards)}</div>"
     content += notes((f"{remark}." for remark in remarks(report, apart=True)), "warning")

@@ -155,7 +155,7 @@ def test_intervals_are_shown_wherever_there_are_metrics(tmp_path):
     assert re.search(r"\n    95 % interval +1.125 to 1.5\n", report_table(first, "test", "title"))
     whole = {"nfe": 9.0, "sampling_seconds": 1.0, "settings": made_by(step=10)}
     page = page_of({1: first | whole})
-    assert "<p>1.250<small> 1.125 to 1.500</small></p>" in page and INTERVALS in page
+    assert "<p>1.250</p><span>95 %: 1.125 to 1.500</span><span>of" in page and INTERVALS in page
     save_npz(tmp_path / "report_1.npz", **first | whole)
     assert interval_of(read_report(tmp_path / "report_1.npz"), "fid") == (1.125, 1.5)
     page = compare_page([run("a", first), run("b", report(2, {"fid": 2.0}), optim__lr=0.5)])
