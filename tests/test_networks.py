@@ -1,12 +1,14 @@
 """Networks of feature spaces: programs of torch.export, several at once, files that are neither."""
 
 import contextlib
+import re
 import shutil
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_evaluate import Killed, assert_same_metrics, evaluate, save_checkpoints, tiny
 from test_metrics import (
     CPU,
@@ -147,3 +149,21 @@ def test_two_spaces_cost_one_pass_of_sampling_killed_or_not(tmp_path, exported, 
             report = evaluate(config, workdir)
     assert len(calls) == 3  # none is drawn again
     assert_same_metrics(report, expected)
+
+
+def test_the_recipe_for_files_of_networks(tmp_path):
+    """That of docs/metrics.md, with a small network in place of DINOv2."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/metrics.md").read_text(), re.S)[1]
+    recipe = {}
+    exec(code, recipe)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    scaled = recipe["Scaled"](network, 12, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    recipe["save"](scaled, tmp_path / "small.pt2", 8, 8)
+    images = random_images(n=3)
+    features, logits = space_of("network", tmp_path / "small.pt2")(images)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).double()
+    x = torch.nn.functional.interpolate(x, (12, 12), mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    expected = network.double()((x.clamp(0, 255) / 255 - mean) / std)
+    np.testing.assert_allclose(features, expected.detach(), atol=1e-4)
+    assert logits is None
