@@ -68,7 +68,8 @@ def of_frechet(distance: float, fake: NDArray, real: Gaussian) -> Interval | Non
         return None
     samples, factor = Gaussian.fit(fake), _factor(real.covariance)
     values, vectors = np.linalg.eigh(factor.T @ samples.covariance @ factor)
-    half = factor @ vectors / values.clip(SMALLEST * values[-1]) ** 0.25
+    smallest = max(SMALLEST * values[-1], np.finfo(np.float64).tiny)  # of samples all alike too
+    half = factor @ vectors / values.clip(smallest) ** 0.25
     slope, offset = np.eye(width) - half @ half.T, 2 * (samples.mean - real.mean)
     influences = []
     for block in np.array_split(fake, math.ceil(n / KERNEL_BLOCK)):
@@ -89,13 +90,12 @@ def _factor(covariance: NDArray) -> NDArray:
 
 def of_kernel(distance: float, real: NDArray, fake: NDArray) -> Interval | None:
     """Interval of the kernel distance of data (m, K) and samples (n, K)."""
-    blocks = [*kernel_blocks(real, fake, KERNEL_BLOCK)]
-    influences = []
-    for x, y in blocks:
+    number, influences = math.ceil(max(len(real), len(fake)) / KERNEL_BLOCK), []
+    for x, y in kernel_blocks(real, fake, KERNEL_BLOCK):
         within = polynomial_kernel(y, y)
         others = (within.sum(1) - np.diag(within)) / (len(y) - 1)
         of_block = 2 * (others - polynomial_kernel(y, x).mean(1))
-        weight = len(fake) / (len(blocks) * len(y))  # a block counts the same, whatever its length
+        weight = len(fake) / (number * len(y))  # a block counts the same, whatever its length
         influences.append(weight * (of_block - of_block.mean()))
     return from_influences(distance, np.concatenate(influences))
 

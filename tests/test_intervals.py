@@ -55,6 +55,18 @@ def test_frechet_interval_is_that_of_numerical_derivatives():
     assert intervals.of_frechet(10.0, fake[:3], real) is None
 
 
+def test_frechet_interval_of_samples_or_data_without_variance():
+    """Where pixels, or all samples, are the same: finite, and of a collapsed generator 0 wide."""
+    random = np.random.default_rng(7)
+    fake, real = random.standard_normal((2, 60, 4))
+    fake[:, 1] = real[:, 1] = real[:, 2] = 0.5
+    both = half_width(intervals.of_frechet(1e3, fake, Gaussian.fit(real)))
+    without = [np.delete(each, 1, 1) for each in (fake, real)]
+    expected = half_width(intervals.of_frechet(1e3, without[0], Gaussian.fit(without[1])))
+    assert both == pytest.approx(expected, rel=1e-3)
+    assert intervals.of_frechet(9.0, np.ones((60, 4)), Gaussian.fit(real)) == (9, 9)
+
+
 def test_inception_score_interval_is_that_of_numerical_derivatives():
     random = np.random.default_rng(1)
     p = random.dirichlet(np.ones(4), 50)
