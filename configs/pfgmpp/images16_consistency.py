@@ -12,5 +12,6 @@ def get_config() -> ConfigDict:
     config.training.n_iters = 3000
     config.consistency.c = 0.06  # the reference batch need not be all of the data
     config.optim.update(optimizer="Muon", lr=2e-3)
-    config.model.update(ch_mult=(1, 3, 3), attn_resolutions=(4,), ema_rate=0.995)
+    config.training.precision = "auto"
+    config.model.update(D=128, ch_mult=(1, 4, 4), attn_resolutions=(8, 4), ema_rate=0.995)
     return config

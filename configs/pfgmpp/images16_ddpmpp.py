@@ -9,6 +9,7 @@ from configs.parts import DDPMPP, PFGMPP, ConfigDict, experiment, images, quick
 def get_config() -> ConfigDict:
     config = experiment(DDPMPP, images, PFGMPP, quick)
     config.data.image_size = 16
-    config.training.n_iters = 1200
-    config.model.update(ch_mult=(1, 3, 3), attn_resolutions=(4,))
+    config.training.update(n_iters=1700, precision="auto")
+    config.optim.optimizer = "Muon"
+    config.model.update(D=128, ch_mult=(1, 4, 4), attn_resolutions=(8, 4))
     return config
