@@ -587,15 +587,16 @@ def test_a_further_metric_is_a_function_and_a_line(workdir, tmp_path, monkeypatc
 # --- the page -------------------------------------------------------------------------------------
 
 
-def test_loss_curve_of_a_run_that_was_killed(tmp_path):
+def test_loss_curve_of_a_run_that_was_killed(tmp_path, monkeypatch):
     """A second start goes back to step 4; what the first logged after that is gone."""
     from tensorboardX import SummaryWriter
 
-    for first, last, purge in ((1, 6, 1), (4, 8, 4)):
+    now = time.time()
+    for start, (first, last, purge) in enumerate([(1, 6, 1), (4, 8, 4)]):
+        monkeypatch.setattr(time, "time", lambda later=start: now + later)  # names count seconds
         with SummaryWriter(str(tmp_path), purge_step=purge) as board:
             for step in range(first, last + 1):
                 board.add_scalar("loss/train", 10 * purge + step, step)
-        time.sleep(1.1)  # the files' names count seconds
     expected = [(s, 10 + s) for s in range(1, 4)] + [(s, 40 + s) for s in range(4, 9)]
     assert read_scalars(tmp_path) == {"loss/train": expected}
     newest = max(tmp_path.iterdir())
