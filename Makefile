@@ -9,7 +9,8 @@ WORKDIR ?= runs/demo
 TOY     ?= heart
 TOYS    ?= runs/toy_$(TOY)
 CONFIG  ?= configs/pfgmpp/digits_demo.py
-# processes that run the tests, of one thread each; files in their order: the long ones come early
+# processes that run the tests, of one thread each; files in their order: the long ones come early.
+# Each start of Python would compile the program anew, were bytecode not kept.
 WORKERS ?= 2
 PIP      = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 
@@ -41,8 +42,8 @@ toy-%: $(VENV)/.core
 test: $(VENV)/.all
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
-	    --no-loadscope-reorder --durations=10
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) \
+	    --dist loadfile --no-loadscope-reorder --durations=10
 
 gpu: $(VENV)/.all
 	$(VENV)/bin/python benchmarks/gpu.py

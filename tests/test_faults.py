@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import re
-import resource
 import shlex
 import signal
 import socket
@@ -40,7 +39,6 @@ from storage.run_checkpoints import newest_checkpoint
 from storage.tensorboard import TensorBoardWriter, read_scalars
 
 FULL_DISK = r"^error: .*No space left on device: '.*checkpoint.*\.pth'\n\Z"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def flags(**overrides):
@@ -52,14 +50,6 @@ def flags(**overrides):
 def training(workdir, *options):
     config = ROOT / "configs/poisson/digits_ddpmpp.py"
     return ["--config", str(config), "--mode", "train", "--workdir", str(workdir), *options]
-
-
-def run(arguments, expect=0, **options):
-    done = subprocess.run(
-        arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
 
 
 def same(a, b):
@@ -672,15 +662,20 @@ def test_a_disk_that_is_full_from_the_start_is_named(small_disk):
     assert re.search(rf"^error: .*No space left on device.*{small_disk}", done.stderr, re.M)
 
 
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files_costs_nothing_earlier(tmp_path):
     run_main(training(tmp_path, *flags(**{"training.n_iters": 4})))
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
     start = [*MAIN, *training(tmp_path, *flags())]
-    done = run(start, expect=2, preexec_fn=limit)
+    done = Program([sys.executable, "-c", LIMITED, *start[1:]]).finish(expect=2)
     assert re.search(r"^error: .*File too large: '.*checkpoint.*\.pth'\n\Z", done.stderr, re.M)
     assert_intact(tmp_path)
     assert newest(tmp_path)["step"] == 4

@@ -17,6 +17,7 @@ from configs.default import all_keys, check
 from configs.keys import get
 from configs.schema import Number
 from experiment import Experiment
+from reports import page
 from sources.batch import Batch
 from storage.checkpoints import load_checkpoint
 from training import TrainState, train_step
@@ -108,7 +109,15 @@ def configured(images, workdir, key, value):
     return config
 
 
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Pages without what matplotlib draws, a quarter of the time; test_report has any numbers."""
+    for name in ("curve_plot", "histogram"):
+        monkeypatch.setattr(page, name, lambda *values, **options: "")
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize("key", KEYS)
 def test_every_kind_of_value_is_run_or_refused_in_one_line(tmp_path, images, key, monkeypatch):
     monkeypatch.chdir(tmp_path)  # eval.stats_dir may be relative

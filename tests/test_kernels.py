@@ -280,7 +280,11 @@ def test_planted_faults_are_caught(kernels, objects, tmp_path, source, name, tex
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_nvcc_compiles_for_every_architecture_without_spills(tmp_path):
-    """Both sources as one: CUDA's headers take half of the time, for each architecture."""
+    """Both sources as one: CUDA's headers take half of the time, for each intermediate code (PTX).
+
+    Architectures of which nvcc writes the same PTX, but for its name, take that of the first; the
+    machine code is each one's own.
+    """
     source = tmp_path / "both.cu"
     source.write_text(
         f'#include "{OP}/{SOURCES[0]}"\n'
@@ -291,13 +295,14 @@ def test_nvcc_compiles_for_every_architecture_without_spills(tmp_path):
     names = run_program(["nvcc", "--list-gpu-arch"]).stdout.split()
     architectures = [name.removeprefix("compute_") for name in names]
     assert {"80", "90"} <= set(architectures)
+    first = {"86": "80", "87": "80", "88": "80", "89": "80", "110": "100", "120": "100"}
     # Torch builds extensions with these, so that no code leans on implicit conversions.
     without = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
     done = run_program(
         [
             *("nvcc", "-std=c++17", "-O3", "--Werror=all-warnings", "-Xptxas=-v"),
             *(f"-D__CUDA_NO_{name}__" for name in without),
-            *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
+            *(f"-gencode=arch=compute_{first.get(a, a)},code=sm_{a}" for a in architectures),
             *("-c", source, "-o", tmp_path / "both.o"),
         ]
     )

@@ -88,6 +88,7 @@ def held_out_loss(experiment, state, images, seed):
 
 def test_held_out_loss_has_the_same_noise_at_every_step():
     config = digits_ddpmpp.get_config()
+    config.model.update(nf=8, ch_mult=(1,))
     run = run_lib.Experiment.build(config)
     state = train_state(config, run.network, run.objective)
     images = datasets.get_dataset(config, "test")
@@ -100,6 +101,7 @@ def test_held_out_loss_has_the_same_noise_at_every_step():
 
 def test_held_out_loss_in_parts_is_that_of_the_whole():
     config = digits_ddpmpp.get_config()
+    config.model.update(nf=8, ch_mult=(1,))
     images = datasets.get_dataset(config, "test")
     run = run_lib.Experiment.build(config)
     state = train_state(config, run.network, run.objective)

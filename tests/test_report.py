@@ -3,8 +3,10 @@
 import base64
 import csv
 import io
+import itertools
 import json
 import logging
+import math
 import re
 import shutil
 import subprocess
@@ -24,7 +26,7 @@ from reports import evaluation_page
 from reports.html import Picture, legend
 from reports.images import by_class, class_rows, image_grid
 from reports.page import render
-from reports.plots import PALETTE, curve_plot, number
+from reports.plots import PALETTE, curve_plot, drawable, histogram, number
 from reports.report_file import read_report
 from reports.settings import Settings, guidance_words, to_json
 from reports.table import format_table, report_table
@@ -378,6 +380,21 @@ def test_ticks_are_round_numbers(low, high, marks):
         values = np.log(values)
     slopes = np.diff(heights) / np.diff(values)
     assert (slopes < 0).all() and slopes == pytest.approx(slopes[0], rel=1e-3)
+
+
+NUMBERS = [0.0, -1.0, 1e-300, 0.7, 1e30, -1e300, math.inf, math.nan]
+
+
+@pytest.mark.parametrize("low, high", [*itertools.combinations_with_replacement(NUMBERS, 2)])
+def test_plots_of_any_numbers_are_drawn(low, high):
+    """Points and bars where an axis can hold the numbers, and no mark at one that it cannot."""
+    values = np.array([low, high])
+    plot = curve_plot([(0, [(1, low), (2, high)])], ("step", "loss"), floor=high, with_range=True)
+    assert ('class="curve-0"' in plot) == bool(plot) == drawable(values).any()
+    if len(values := values[drawable(values)]):
+        plot += histogram(values, ("bits/dim", "images"))
+        assert 'class="mean"' in plot
+    assert not re.search(r"nan|inf|e\+?\d", " ".join(re.findall(r' d="(.*?)"', plot)))
 
 
 def test_a_plot_is_the_same_svg_each_time_and_of_the_pages_colours():

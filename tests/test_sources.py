@@ -5,14 +5,13 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
 import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_program
 from data_files import (
     encoded,
     example,
@@ -25,6 +24,7 @@ from data_files import (
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from warm_start import Program
 
 import datasets
 from configs.poisson import digits_ddpmpp
@@ -611,8 +611,6 @@ import sys
 import numpy as np
 import tensorflow_datasets as tfds
 
-builder = tfds.builder("cifar10", data_dir=sys.argv[1], file_format=sys.argv[2])
-
 def generate(seed, n):
     images = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
     for i, image in enumerate(images):
@@ -622,9 +620,13 @@ def split_generators(self, _):  # where cifar10 reads the names of its classes, 
     self.info.features["label"].names = [f"class {k}" for k in range(10)]
     return {"train": generate(1, 12), "test": generate(2, 5)}
 
-type(builder)._split_generators = split_generators
-builder.download_and_prepare()
+for file_format in sys.argv[2:]:
+    folder = f"{sys.argv[1]}/{file_format}"
+    builder = tfds.builder("cifar10", data_dir=folder, file_format=file_format)
+    type(builder)._split_generators = split_generators
+    builder.download_and_prepare()
 """
+FORMATS = ("array_record", "tfrecord")
 
 READ = """
 import sys
@@ -647,24 +649,25 @@ assert "tensorflow" not in sys.modules
 """
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with CIFAR-10 in each of the formats, prepared by one process with TensorFlow."""
+    pytest.importorskip("tensorflow")
+    folder = tmp_path_factory.mktemp("prepared")
+    run_program([sys.executable, "-c", PREPARE, str(folder), *FORMATS])
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
-def test_prepared_data_are_read_without_tensorflow(tmp_path, file_format):
-    pytest.importorskip("tensorflow")  # it prepares them
-
-    def run(script, *arguments):
-        command = [sys.executable, "-c", script, str(tmp_path), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run(PREPARE, file_format)
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_prepared_data_are_read_without_tensorflow(prepared, file_format):
     lines = []
     for seed, n in ((1, 12), (2, 5)):  # the records are in an order of tensorflow_datasets' own
         images = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
         expected = sorted((float(image.sum()), i % 10) for i, image in enumerate(images))
         lines += 2 * [f"torch.Size([{n}, 3, 32, 32]) {expected}"]
-    assert run(READ, str(ROOT)).splitlines() == lines
+    done = Program([sys.executable, "-c", READ, prepared / file_format, ROOT]).finish()
+    assert done.stdout.splitlines() == lines
 
 
 @pytest.mark.parametrize(
