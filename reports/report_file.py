@@ -12,7 +12,7 @@ from reports.table import RESTORED, likelihood_of
 from sources.images import open_image, refuse_bomb
 from storage.files import check_arrays, open_regular, read_arrays, refusing
 
-TEXTS = ("features", "sampling", "settings", "initial_weights")  # entries that are text
+TEXTS = ("features", "sampling", "settings", "initial_weights", "best")  # that are text
 PAGE_PIXELS = 1400  # side of the largest picture on a page
 
 
