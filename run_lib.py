@@ -376,7 +376,7 @@ def sample(
         origin |= restored.origin(experiment.codec.shape)
     path = outdir.absolute() if outdir else workdir / "samples" / f"step_{trained.step}"
     values = flatten(ConfigDict(origin))
-    folder = SampleFolder(trained, path, values, restored, options.film_format)
+    folder = SampleFolder(trained, path, values, restored, options.film_format, options.npz)
     is_begun = folder.check()
     weights = f"the EMA weights of step {trained.step}, {trained.path}"
     if dry_run:

@@ -99,16 +99,25 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Several(OneOf):
-    """One or more words of `OneOf` with commas between them, each once."""
+    """One or more words of `OneOf` with commas between them, each once.
+
+    A `labelled` word may have a label of letters, digits and underscores behind a colon; words of
+    different labels differ.
+    """
+
+    labelled: bool = False
 
     def accepts(self, value: Any) -> bool:
         if type(value) is not str:
             return False
-        words = [word.strip() for word in value.split(",")]
-        return all(map(super().accepts, words)) and len({*words}) == len(words)
+        entries = [entry.strip() for entry in value.split(",")]
+        label = r"(:[A-Za-z]\w{0,30})?" if self.labelled else ""
+        words = [re.sub(rf"{label}\Z", "", entry, flags=re.ASCII) for entry in entries]
+        return all(map(super().accepts, words)) and len({*entries}) == len(entries)
 
     def __str__(self) -> str:
-        return f"{super().__str__()}, or several with commas between them"
+        label = ", each with a label of its own after a colon if need be" * self.labelled
+        return f"{super().__str__()}, or several with commas between them{label}"
 
 
 @dataclass(frozen=True)

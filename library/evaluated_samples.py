@@ -48,7 +48,7 @@ def compare_samples(
         return {}
     finite = sum(len(each["pool_3"]) for each in rounds)
     report = {
-        "features": ",".join(each.space.kind for each in statistics),
+        "features": ",".join(each.space.label for each in statistics),
         "num_samples": finite,
         "nonfinite": number - finite,
         "sampling_seconds": np.sum([each["seconds"] for each in rounds]),
@@ -65,7 +65,7 @@ def compare_samples(
     for i, each in enumerate(statistics):
         comparison = _comparison(evaluated, each, rounds, i, labels)
         entries = compare(comparison) | _halves(evaluated, comparison, each.space, i)
-        prefix = "" if i == 0 else f"{each.space.kind}:"
+        prefix = "" if i == 0 else f"{each.space.label}:"
         report |= {f"{prefix}{key}": value for key, value in entries.items()}
         if i == 0:
             _draw(evaluated, comparison, each.data, rounds)
@@ -118,7 +118,7 @@ def _rounds(evaluated: Evaluated, spaces: Sequence[FeatureSpace], number: int) -
     experiment, folder = evaluated.experiment, evaluated.folder / f"ckpt_{evaluated.k}"
     rounds = Rounds("sampling", number, evaluated.batch_size)
     sample_paths = [folder / f"samples_{r}.npz" for r in range(len(rounds.parts))]
-    suffixes = ["", *(f"_{space.kind}" for space in spaces[1:])]
+    suffixes = ["", *(f"_{space.label}" for space in spaces[1:])]
     feature_paths = [
         [folder / f"statistics{suffix}_{r}.npz" for suffix in suffixes]
         for r in range(len(rounds.parts))
@@ -180,7 +180,7 @@ def _halves(evaluated: Evaluated, comparison: Comparison, space: FeatureSpace, i
         return {}
     origin = {"data": hashlib.sha256(features.tobytes()).hexdigest()}
     origin |= {"samples": len(comparison.features), "entries": OF_HALVES}
-    suffix = f"_{space.kind}" if i else ""
+    suffix = f"_{space.label}" if i else ""
     path = evaluated.folder / f"data_halves{suffix}.npz"
     try:
         results = cached(path, origin, partial(compare_halves, comparison), OF_HALVES)

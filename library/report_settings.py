@@ -56,7 +56,7 @@ def from_config(
         spaces = ",".join(each.space.name for each in statistics)
         made_by |= {"eval.num_samples": options.num_samples, "eval.features": spaces}
         for i, each in enumerate(statistics):
-            prefix = f"{each.space.kind}:reference." if i else "reference."
+            prefix = f"{each.space.label}:reference." if i else "reference."
             made_by |= {f"{prefix}{name}": value for name, value in each.origin.items()}
     if restored is not None:
         measured = digests(measurements=restored.measurement.value)

@@ -53,6 +53,12 @@ KEYS = {
     "sampling.film_format": Key(
         "webp", OneOf(("webp", "gif", "mp4")), "of films; 'mp4' needs the program ffmpeg"
     ),
+    "sampling.npz": Key(
+        "samples",
+        OneOf(("samples", "arr_0")),
+        "--mode sample: names of the arrays in samples.npz: samples, seeds and labels; 'arr_0': "
+        "what ADM's evaluator takes, uint8 (n, H, W, 3), and labels as arr_1",
+    ),
     "sampling.encode": Key(
         "",
         Text(),
@@ -79,6 +85,7 @@ class SampleFolder:
         settings: those that all files of the folder share, a flat dictionary.
         restored: the images to restore, seed s that number s modulo their number; None: samples.
         film_format: of films, the suffix of their files.
+        names: `sampling.npz`.
     """
 
     trained: Trained
@@ -86,6 +93,7 @@ class SampleFolder:
     settings: dict[str, Any]
     restored: ToRestore | None = None
     film_format: str = "webp"
+    names: str = "samples"
 
     @functools.cached_property
     def files(self) -> SampleFiles:
@@ -101,9 +109,15 @@ class SampleFolder:
         """Whether the folder has files of these settings.
 
         Raises:
-            ValueError: it has samples of other settings.
+            ValueError: it has samples of other settings, or `names` is for other data.
             NotADirectoryError: it is a file.
         """
+        channels = self.trained.shape[0]
+        if self.names == "arr_0" and (self._codec.dtype != "uint8" or channels not in (1, 3)):
+            raise ValueError(
+                f"sampling.npz='arr_0' is for images of 8 bits, of 1 or 3 channels; these have "
+                f"{channels} of {self._codec.dtype}: sampling.npz='samples' takes them"
+            )
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"--outdir={self.path} is a file; name a folder")
         return check_settings(self.path, self.settings)
@@ -144,8 +158,13 @@ class SampleFolder:
         samples = files.read(seeds)
         class_label = self._restoring_arguments(seeds).get("class_label")
         labels = trained.labels(class_label, len(seeds), seeds)
-        arrays = {} if labels is None else {"labels": labels.cpu().numpy()}
-        save_npz(self.path / "samples.npz", samples=samples, seeds=np.array(seeds), **arrays)
+        arrays = {"samples": samples, "seeds": np.array(seeds)}
+        if self.names == "arr_0":
+            arrays = {"arr_0": np.broadcast_to(samples, (*samples.shape[:3], 3))}
+        if labels is not None:
+            name = "labels" if self.names == "samples" else "arr_1"
+            arrays[name] = labels.cpu().numpy()
+        save_npz(self.path / "samples.npz", **arrays)
         columns = None
         if self.restored is not None:
             columns = min(len(self.restored.measurement.value), 20)

@@ -117,11 +117,16 @@ def inception_score(logits: NDArray) -> float:
     As in tensorflow-gan, without splits: the mean over splits of the original depends on their
     number. `logits` (n, L) count up to a constant per row.
     """
+    return float(np.exp(label_divergences(logits).mean()))
+
+
+def label_divergences(logits: NDArray) -> NDArray[np.float64]:
+    """KL(p(y|x) || p(y)) of each sample, (n,), from `logits` (n, L)."""
     log_p = torch.from_numpy(np.asarray(logits, dtype=np.float64)).log_softmax(1).numpy()
     p = np.exp(log_p)
     mean = p.mean(0)
     log_mean = np.log(mean, where=mean > 0, out=np.zeros_like(mean))
-    return float(np.exp((p * (log_p - log_mean)).sum(1).mean()))
+    return (p * (log_p - log_mean)).sum(1)
 
 
 def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> float:
@@ -136,24 +141,28 @@ def kernel_distance(real: NDArray, fake: NDArray, block: int = KERNEL_BLOCK) -> 
     if (fewer := min(len(real), len(fake))) < 2 * blocks:
         needed = f"a kernel distance over {blocks} blocks needs at least {2 * blocks} samples"
         raise TooFew(f"{needed}, not {fewer}")
-    pairs = zip(_split(real, blocks), _split(fake, blocks), strict=True)
-    return float(np.mean([_block_discrepancy(x, y) for x, y in pairs]))
+    return float(np.mean([_discrepancy(x, y) for x, y in kernel_blocks(real, fake, block)]))
 
 
-def _split(features: NDArray, blocks: int) -> list[NDArray]:
-    """Consecutive `blocks` of `features`, of sizes that differ by one at most, longer ones last."""
-    return np.array_split(np.asarray(features, dtype=np.float64)[::-1], blocks)
+def kernel_blocks(real: NDArray, fake: NDArray, block: int) -> Iterator[tuple[NDArray, NDArray]]:
+    """Consecutive blocks of both, at most `block` long, in float64; longer ones come last."""
+    blocks = math.ceil(max(len(real), len(fake)) / block)
+    pairs = zip(*(np.array_split(each[::-1], blocks) for each in (real, fake)), strict=True)
+    for x, y in pairs:
+        yield np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
 
 
-def _block_discrepancy(x: NDArray, y: NDArray) -> float:
-    def kernel(a: NDArray, b: NDArray) -> NDArray:
-        return (a @ b.T / x.shape[1] + 1) ** 3
+def polynomial_kernel(a: NDArray, b: NDArray) -> NDArray:
+    """(x . y / K + 1)^3 of the rows of `a` (n, K) and `b` (m, K): (n, m)."""
+    return (a @ b.T / a.shape[1] + 1) ** 3
 
+
+def _discrepancy(x: NDArray, y: NDArray) -> float:
     def within(a: NDArray) -> float:
-        k = kernel(a, a)
+        k = polynomial_kernel(a, a)
         return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
 
-    return within(x) + within(y) - 2 * kernel(x, y).mean()
+    return within(x) + within(y) - 2 * polynomial_kernel(x, y).mean()
 
 
 def _double(features: NDArray, device: torch.device | str) -> Tensor:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from configs import keys
 from configs.schema import Key, Several, Text
 from metrics.distances import OURS, Backend
-from metrics.networks import Extractor, inception, torchscript
+from metrics.networks import Extractor, inception, network
 from sources.codec import Codec
 from sources.dtypes import tensor_of
 from storage.files import one_line
@@ -26,15 +26,16 @@ WIDEST = 12_288  # features whose covariance is still worth computing: 1.1 GiB, 
 KEYS = {
     "eval.features": Key(
         "inception",
-        Several(registry="metrics.features.FEATURES"),
-        "features by which samples are compared: 'inception' (tensorflow-gan's), 'torchscript' (a "
-        "file, no TensorFlow), 'pixels'",
+        Several(registry="metrics.features.FEATURES", labelled=True),
+        "spaces in which samples are compared: 'network' (a file), 'network:dinov2' (its name in "
+        "reports), 'inception' (tensorflow-gan's), 'pixels'; docs/metrics.md",
     ),
     "eval.inception_path": Key(
         "",
         Text(),
-        "the network: for 'inception' the folder of a SavedModel ('': fetched), for 'torchscript' "
-        "its file; for both, with a comma between them in the order of eval.features",
+        "the file of the network, a program of torch.export or TorchScript; for 'inception' the "
+        "folder of a SavedModel ('': fetched); of several, in the order of eval.features, with "
+        "commas between them",
         of_machine="always",
     ),
 }
@@ -44,12 +45,12 @@ KEYS = {
 class FeatureSpace:
     """A space of `eval.features`: called with images as stored, (n, H, W, C), it gives features.
 
-    They are float32 (n, K), with logits or None. `kind` is the name in `FEATURES`; `name` also
-    tells weights and codecs apart. `width` is K, and logits are (n, `classes`); 0: none. `prepare`
-    makes what `extract` takes of stored images.
+    They are float32 (n, K), with logits or None. `label` is its name in reports, that in `FEATURES`
+    or the user's; `name` tells weights and codecs apart. `width` is K, and logits are
+    (n, `classes`); 0: none. `prepare` makes what `extract` takes of stored images.
     """
 
-    kind: str
+    label: str
     name: str
     width: int
     classes: int
@@ -76,39 +77,55 @@ def pixels(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
 # Loaders of the spaces of eval.features: (path of the network, device) -> name, extractor, backend.
 # One with the attribute `needs_path` gets a path of eval.inception_path, any other "". An extractor
 # gets pictures, uint8, or numbers on one scale where its loader has `takes_numbers`.
-inception.needs_path = torchscript.needs_path = pixels.takes_numbers = True
-FEATURES = {"inception": inception, "torchscript": torchscript, "pixels": pixels}
+inception.needs_path = network.needs_path = pixels.takes_numbers = True
+FEATURES = {
+    "inception": inception,
+    "network": network,
+    "torchscript": network,  # its name in older configs
+    "pixels": pixels,
+}
 
 
-def get_spaces(kinds: str, paths: str, codec: Codec, device: torch.device) -> list[FeatureSpace]:
-    """The feature spaces `kinds`, names of `FEATURES` with commas, of data of `codec`.
+def get_spaces(text: str, paths: str, codec: Codec, device: torch.device) -> list[FeatureSpace]:
+    """The feature spaces of `eval.features`, the value `text`, of data of `codec`.
 
-    `paths` is the path of the network of the kind that needs one; for several such kinds the paths
-    of all, in the order of `kinds`, with commas between them.
+    `paths` is the path of the network of the space that needs one; for several such spaces the
+    paths of all, in their order, with commas between them.
 
     Raises ValueError, in one line, where a space is named twice, where the number of paths is not
-    that of such kinds, and where `get_space` does.
+    that of such spaces, and where `get_space` does.
     """
-    names = [name.strip().lower() for name in kinds.split(",")]
-    if len({*names}) < len(names):
-        raise ValueError(f"eval.features={kinds!r} names a space twice")
-    loaders = {name: keys.named(FEATURES, "eval.features", name) for name in names}
-    networks = [name for name, load in loaders.items() if getattr(load, "needs_path", False)]
+    kinds = dict(_labelled(entry) for entry in text.split(","))
+    if len(kinds) <= text.count(","):
+        raise ValueError(f"eval.features={text!r} names a space twice: label them, network:dinov2")
+    loaders = {label: keys.named(FEATURES, "eval.features", kind) for label, kind in kinds.items()}
+    networks = [label for label, load in loaders.items() if getattr(load, "needs_path", False)]
     separate_paths = [path.strip() for path in paths.split(",")] if len(networks) > 1 else [paths]
     if len(separate_paths) != max(1, len(networks)):
         raise ValueError(
-            f"eval.inception_path={paths!r} has another number of commas: eval.features={kinds!r} "
+            f"eval.inception_path={paths!r} has another number of commas: eval.features={text!r} "
             f"needs {len(networks)} paths with commas between them, of {', '.join(networks)}"
         )
     path_of = dict(zip(networks, separate_paths, strict=False))  # no network reads no path
-    return [get_space(name, path_of.get(name, ""), codec, device) for name in names]
+    return [
+        get_space(kind, path_of.get(label, ""), codec, device, label)
+        for label, kind in kinds.items()
+    ]
 
 
-def get_space(kind: str, path: str, codec: Codec, device: torch.device) -> FeatureSpace:
+def _labelled(entry: str) -> tuple[str, str]:
+    """Label and kind of an entry of `eval.features`, "network:dinov2" or "pixels"."""
+    kind, _, label = entry.strip().lower().partition(":")
+    return label or kind, kind
+
+
+def get_space(
+    kind: str, path: str, codec: Codec, device: torch.device, label: str = ""
+) -> FeatureSpace:
     """The feature space `kind` of `FEATURES`, tried on two blank images that `codec` stores.
 
-    `path` is that of its network. Raises ValueError, in one line, where the network cannot be
-    loaded or used, or has more than `WIDEST` features.
+    `path` is that of its network, `label` its name in reports. Raises ValueError, in one line,
+    where the network cannot be loaded or used, or has more than `WIDEST` features.
     """
     channels, *sides = codec.data_shape
     load = keys.named(FEATURES, "eval.features", kind)
@@ -130,10 +147,9 @@ def get_space(kind: str, path: str, codec: Codec, device: torch.device) -> Featu
     if width > WIDEST:
         raise ValueError(
             f"eval.features={kind!r} gives {width:,} features of each image, a covariance of "
-            f"{width**2 / 2**27:,.0f} GiB; at most {WIDEST:,} are compared: use 'inception' or "
-            "'torchscript'"
+            f"{width**2 / 2**27:,.0f} GiB; at most {WIDEST:,} are compared: use 'network'"
         )
-    return FeatureSpace(kind, name, width, classes, extract, backend, prepare)
+    return FeatureSpace(label or kind, name, width, classes, extract, backend, prepare)
 
 
 def _numbers(codec: Codec, images: NDArray) -> NDArray:

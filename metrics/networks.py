@@ -1,4 +1,4 @@
-"""Networks that give the features of images: a TorchScript file, and TensorFlow's Inception."""
+"""Networks that give the features of images: a file of PyTorch, and TensorFlow's Inception."""
 
 import hashlib
 import importlib.util
@@ -7,6 +7,7 @@ import tempfile
 import threading
 import urllib.request
 import warnings
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,37 +29,84 @@ FETCH_SECONDS = 5  # within which the network has to answer
 TENSORFLOW = ("tensorflow", "tensorflow_gan", "tensorflow_hub", "tensorflow_probability")
 
 
-def torchscript(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
-    """The TorchScript module at `path`, run on `device`.
+def network(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
+    """The network in the file at `path`, run on `device`.
 
-    It is called with uint8 (n, 3, H, W) and resizes and scales by itself. It returns features, or
-    features and logits; or, with the arguments `return_features` and `no_output_bias` of the 2015
-    Inception graph that NVIDIA published as TorchScript, either features or probabilities.
+    It is a program of torch.export or a TorchScript module, as the content tells. It is called with
+    uint8 (n, 3, H, W), resizes and scales by itself, and returns features, or features and logits
+    (docs/metrics.md). Either kind of file is code: loading it can run anything.
     """
     if not Path(path).is_file():
-        raise ValueError(f"eval.features='torchscript' needs a file: eval.inception_path={path!r}")
-    try:
-        module = torch.jit.load(path, map_location=device).eval()
-        arguments = {argument.name for argument in module.forward.schema.arguments}
-    except Exception as error:  # a damaged file fails in any way
-        raise ValueError(f"{path} is not a TorchScript module: {one_line(error)}") from error
-
-    def call(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not arguments >= {"return_features", "no_output_bias"}:
-            outputs = module(x)
-            return outputs if isinstance(outputs, tuple) else (outputs, None)
-        # Inception Scores are published without the output's bias
-        probabilities = module(x, no_output_bias=True)
-        smallest = torch.finfo(probabilities.dtype).tiny
-        return module(x, return_features=True), probabilities.clamp_min(smallest).log()
+        raise ValueError(f"eval.features='network' needs a file: eval.inception_path={path!r}")
+    load = _exported if _is_exported(path) else _torchscript
+    kind, call = load(path, device)
 
     @torch.no_grad()
     def extract(images: Images) -> tuple[NDArray, NDArray | None]:
         x = torch.from_numpy(np.ascontiguousarray(_three_channels(images))).permute(0, 3, 1, 2)
         outputs = call(x.to(device))
-        return tuple(y if y is None else y.flatten(1).float().cpu().numpy() for y in outputs)
+        features, logits = outputs if isinstance(outputs, tuple) else (outputs, None)
+        return _flat(features), None if logits is None else _flat(logits)
 
-    return f"torchscript-{_digest_files(Path(path))}", extract, OURS
+    return f"{kind}-{_digest_files(Path(path))}", extract, OURS
+
+
+def _flat(outputs: Tensor) -> NDArray[np.float32]:
+    return outputs.flatten(1).float().cpu().numpy()
+
+
+def _is_exported(path: str) -> bool:
+    """Whether the file at `path` is an archive of `torch.export.save`, of any version."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = {name.rpartition("/")[2] for name in archive.namelist()}
+    return bool(names & {"archive_format", "serialized_exported_program.json"})
+
+
+def _exported(path: str, device: torch.device) -> tuple[str, Callable]:
+    from torch.export.passes import move_to_device_pass
+
+    try:
+        program = move_to_device_pass(torch.export.load(path), device)
+        module = program.module()
+    except Exception as error:  # a damaged file fails in any way
+        raise ValueError(
+            f"{path} is no program of torch.export that can be loaded: {one_line(error)}"
+        ) from error
+
+    def call(x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if len(x) > 1:
+            return module(x)
+        outputs = module(x.repeat(2, 1, 1, 1))  # a program with any batch takes two or more
+        return outputs[:1] if isinstance(outputs, Tensor) else tuple(y[:1] for y in outputs)
+
+    return "pt2", call
+
+
+def _torchscript(path: str, device: torch.device) -> tuple[str, Callable]:
+    """The TorchScript module at `path`.
+
+    One with the arguments `return_features` and `no_output_bias` is the 2015 Inception graph that
+    NVIDIA published as TorchScript, which gives either features or probabilities.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # PyTorch calls TorchScript deprecated
+            module = torch.jit.load(path, map_location=device).eval()
+        arguments = {argument.name for argument in module.forward.schema.arguments}
+    except Exception as error:  # a damaged file fails in any way
+        raise ValueError(
+            f"{path} is not a TorchScript module, nor a program of torch.export: {one_line(error)}"
+        ) from error
+
+    def published(x: Tensor) -> tuple[Tensor, Tensor]:
+        # Inception Scores are published without the output's bias
+        probabilities = module(x, no_output_bias=True)
+        smallest = torch.finfo(probabilities.dtype).tiny
+        return module(x, return_features=True), probabilities.clamp_min(smallest).log()
+
+    is_published = arguments >= {"return_features", "no_output_bias"}
+    return "torchscript", published if is_published else module
 
 
 def inception(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
@@ -72,7 +120,7 @@ def inception(path: str, device: torch.device) -> tuple[str, Extractor, Backend]
     if missing:
         raise ValueError(
             f"eval.features='inception' needs {', '.join(missing)}, which requirements.txt has for "
-            "Python 3.11 only; eval.features='torchscript' does without"
+            "Python 3.11 only; eval.features='network' does without"
         )
     source = _find_saved_model(path)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -156,7 +204,7 @@ def _check_reachable(url: str) -> None:
     if failure:
         raise ValueError(
             f"the Inception graph cannot be fetched from {url} ({failure[0]}): unpack it elsewhere "
-            "and name its folder in eval.inception_path, or use eval.features='torchscript'"
+            "and name its folder in eval.inception_path, or use eval.features='network'"
         )
 
 

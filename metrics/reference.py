@@ -18,6 +18,7 @@ from configs.schema import Key, Text
 from datasets import Data, DataChanged, DataSet, Resident, Stream, in_order
 from metrics.distances import Gaussian, TooFew, shortage
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_spaces
+from metrics.published import with_our_names
 from sources import digests
 from sources.codec import Codec
 from storage.digests import digests as digests_of_tensors
@@ -103,7 +104,7 @@ class ReferenceStatistics:
         for space in spaces:
             number = config.eval.num_samples
             if words := shortage(number, space.width):
-                log.warning(f"eval.num_samples={number} is {words} ({space.kind})")
+                log.warning(f"eval.num_samples={number} is {words} ({space.label})")
         folder, train = Path(config.eval.stats_dir), Training(data)
         return [cls.build(space, folder, train, further=i > 0) for i, space in enumerate(spaces)]
 
@@ -120,7 +121,7 @@ class ReferenceStatistics:
         channels, height, width = train.source.shape
         name, size = train.source.name, height if height == width else f"{height}x{width}"
         identity = {"space": space.name, "shape": f"{height}x{width}x{channels}"}
-        suffix = f"_{space.kind}_stats.npz" if further else "_stats.npz"
+        suffix = f"_{space.label}_stats.npz" if further else "_stats.npz"
         names = f"{name}_{size}{suffix}", f"{name}{suffix}"
         for published in (folder / each for each in names):
             if published.exists():
@@ -132,7 +133,9 @@ class ReferenceStatistics:
             f"statistics of the data: {path}, {'kept' if cached else 'to be measured'}, as there "
             f"is no {' or '.join(names)}"
         )
-        reference = _reference(path, read_arrays(path), space, identity) if cached else None
+        reference = (
+            read_reference(path, read_arrays(path), space, identity, REMEDY) if cached else None
+        )
         origin = {"data": name, "split": "train", "images": len(data), "digest": identity["data"]}
         return cls(space, reference, data, path, identity, origin)
 
@@ -150,7 +153,7 @@ class ReferenceStatistics:
             except ValueError as error:
                 log.info(f"{path} cannot be compared with the training images: {error}")
         statistics = {name: array for name, array in arrays.items() if name != "index"}
-        reference = _reference(path, statistics, space, identity)
+        reference = read_reference(path, statistics, space, identity, REMEDY)
         compared = identity.keys() & arrays.keys()
         missing = [word for name, word in IDENTITY.items() if name not in compared]
         doubt = f", nor its {', '.join(missing)}" if missing else ""
@@ -247,24 +250,33 @@ class Training:
         return text
 
 
+REMEDY = "; remove it, or name another folder in eval.stats_dir"
+
 # The entries of a file that say what its statistics are of, and how messages call them.
 IDENTITY = {"space": "feature space", "shape": "image size", "data": "digest"}
 
 
-def _reference(path: Path, arrays: dict, space: FeatureSpace, identity: Mapping) -> Reference:
-    """Reference from the `arrays` of a file: `mu` and `sigma`, or features `pool_3`, or both.
+def read_reference(
+    path: Path,
+    arrays: Mapping[str, NDArray],
+    space: FeatureSpace | None,
+    identity: Mapping[str, str],
+    remedy: str = "",
+) -> Reference:
+    """Reference from the `arrays` of a statistics file: moments, or features, or both.
 
-    Raises ValueError where they do not fit, are no statistics, or say that they are of another
-    `identity`.
+    Raises ValueError where they do not fit the `space`, are no statistics, or say that they are of
+    another `identity`; `remedy` ends the message.
     """
+    arrays = with_our_names(arrays)
     features, moments = arrays.get("pool_3"), {"mu", "sigma"} <= arrays.keys()
     if not moments and features is None:
         raise ValueError(f"{path} holds no statistics: neither mu and sigma nor pool_3")
     width = np.atleast_1d(arrays.get("mu", features)).shape[-1]
-    if width != space.width:
+    if space and width != space.width:
         raise ValueError(
-            f"{path} holds statistics of {width} features, but eval.features={space.name!r} has "
-            f"{space.width}: name another folder in eval.stats_dir, or the network they are of"
+            f"{path} holds statistics of {width} features, but the space {space.name!r} has "
+            f"{space.width}: they are of another network{remedy}"
         )
     spec = {"mu": ("f", (width,)), "sigma": ("f", (width, width)), "pool_3": ("f", (None, width))}
     spec |= {"count": ("iu", ()), "index": ("iu", (len(np.atleast_1d(features)),))}
@@ -274,7 +286,7 @@ def _reference(path: Path, arrays: dict, space: FeatureSpace, identity: Mapping)
         if (value := str(arrays.get(name, expected))) != expected:
             raise ValueError(
                 f"{path} holds statistics of other data: their {IDENTITY[name]} is {value:.80}, "
-                f"not {expected}; remove it, or name another folder in eval.stats_dir"
+                f"not {expected}{remedy}"
             )
     number = 0 if features is None else len(features)
     count, gaussian = int(arrays.get("count", max(number, 2))), None

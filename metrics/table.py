@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metrics import classifier, distances
+from metrics import classifier, distances, intervals
 from metrics.distances import KERNEL_BLOCK, NEIGHBOURS, OURS, Backend, Gaussian, TooFew
+from metrics.intervals import Interval
 from metrics.reference import Reference
 
 QUERIED = 5_000  # training images whose own nearest neighbours are looked for
@@ -70,6 +71,7 @@ class Metric:
     names_space: bool = False  # whether the label is followed by the feature space
     labels: Mapping[str, str] = field(default_factory=dict)  # other names, by feature space
     halves: bool = False  # whether it is also computed for two halves of the data
+    interval: Callable[[Comparison, float], Interval | None] | None = None
 
     def label_in(self, space: str) -> str:
         """The label where `space` is the feature space, "" where there is none."""
@@ -85,17 +87,42 @@ def _frechet(c: Comparison) -> float:
     return c.backend.frechet_distance(c.features, c.reference.gaussian, real)
 
 
-def _kernel(c: Comparison) -> float | None:
-    if (real := c.reference.features) is None:
-        return None
-    if (fewer := min(len(real), len(c.features))) < 2:
+def _frechet_interval(c: Comparison, distance: float) -> Interval | None:
+    return intervals.of_frechet(distance, c.features, c.reference.gaussian)
+
+
+def _in_blocks(c: Comparison) -> tuple[NDArray, NDArray]:
+    """Features of data and samples, so many that blocks of the kernel have two of each."""
+    fewer = min(len(c.reference.features), len(c.features))
+    if fewer < 2:
         raise TooFew("it needs at least 2 training images and 2 samples")
     two_in_every_block = KERNEL_BLOCK * (fewer // 2)
-    return c.backend.kernel_distance(real[:two_in_every_block], c.features[:two_in_every_block])
+    return c.reference.features[:two_in_every_block], c.features[:two_in_every_block]
+
+
+def _kernel(c: Comparison) -> float | None:
+    return None if c.reference.features is None else c.backend.kernel_distance(*_in_blocks(c))
+
+
+def _kernel_interval(c: Comparison, distance: float) -> Interval | None:
+    return intervals.of_kernel(distance, *_in_blocks(c))
 
 
 def _inception_score(c: Comparison) -> float | None:
     return None if c.logits is None else c.backend.inception_score(c.logits)
+
+
+def _score_interval(c: Comparison, score: float) -> Interval | None:
+    return intervals.of_inception_score(score, c.logits)
+
+
+def _share_of_samples(c: Comparison, share: float) -> Interval:
+    return intervals.of_share(share, len(c.features))
+
+
+def _recall_interval(c: Comparison, recall: float) -> Interval:
+    # one ball of a sample may hold many images of the data
+    return intervals.of_share(recall, min(len(c.features), len(c.reference.features)))
 
 
 def _nearest(c: Comparison) -> float | None:
@@ -147,17 +174,60 @@ METRICS: dict[str, Metric] = {
         names_space=True,
         labels=_FID,
         halves=True,
+        interval=_frechet_interval,
     ),
-    "kid": Metric("Kernel distance", -1, _KID, _kernel, names_space=True, halves=True),
-    "IS": Metric("Inception Score", 1, "over all samples, without splits", _inception_score),
-    "precision": Metric("Precision", 1, _PRECISION, lambda c: c.precision_recall[0], halves=True),
-    "recall": Metric("Recall", 1, _RECALL, lambda c: c.precision_recall[1], halves=True),
-    "agreement": Metric("Agreement with the labels", 1, _AGREEMENT, _agreement, _agreement_of_data),
+    "kid": Metric(
+        "Kernel distance",
+        -1,
+        _KID,
+        _kernel,
+        names_space=True,
+        halves=True,
+        interval=_kernel_interval,
+    ),
+    "IS": Metric(
+        "Inception Score",
+        1,
+        "over all samples, without splits",
+        _inception_score,
+        interval=_score_interval,
+    ),
+    "precision": Metric(
+        "Precision",
+        1,
+        _PRECISION,
+        lambda c: c.precision_recall[0],
+        halves=True,
+        interval=_share_of_samples,
+    ),
+    "recall": Metric(
+        "Recall",
+        1,
+        _RECALL,
+        lambda c: c.precision_recall[1],
+        halves=True,
+        interval=_recall_interval,
+    ),
+    "agreement": Metric(
+        "Agreement with the labels",
+        1,
+        _AGREEMENT,
+        _agreement,
+        _agreement_of_data,
+        interval=_share_of_samples,
+    ),
     "bpd": Metric("Bits/dim", -1, "negative log-likelihood"),
     "nats": Metric("Nats per entry", -1, "negative log-likelihood in the data's own units"),
     "loss": Metric("Loss", -1, "over the evaluated split"),
     "accuracy": Metric("Accuracy of p(label | image)", 1, _ACCURACY),
-    "nearest": Metric("Nearest training image", 0, _NEAREST, _nearest, _nearest_of_data),
+    "nearest": Metric(
+        "Nearest training image",
+        0,
+        _NEAREST,
+        _nearest,
+        _nearest_of_data,
+        interval=lambda c, median: intervals.of_median(c.nearest[0]),
+    ),
 }
 
 
@@ -176,6 +246,8 @@ def compare(comparison: Comparison) -> dict[str, float | str]:
             except TooFew as error:
                 label = metric.label + (" of the data" if name != key else "")
                 prevented.setdefault(str(error), {})[name] = label
+        if metric.interval and key in values and (ends := metric.interval(comparison, values[key])):
+            values |= zip((f"{key}_low", f"{key}_high"), ends, strict=True)
     for reason, labels in prevented.items():
         values[f"{min(labels)}_remark"] = f"left out: {', '.join(labels.values())}: {reason}"
     if "fid" in values and (words := distances.shortage(*comparison.features.shape)):
@@ -248,6 +320,12 @@ def remarks(report: Mapping, apart: bool = False) -> list[str]:
 def remark_on(report: Mapping, key: str) -> str:
     """The remark on the number that `report` has under `key`; "" without either."""
     return str(report.get(f"{key}_remark", "")) if key in report else ""
+
+
+def interval_of(report: Mapping, key: str) -> Interval | None:
+    """The 95 % interval of the number that `report` has under `key`; None without one."""
+    ends = (report.get(f"{key}_low"), report.get(f"{key}_high"))
+    return None if None in ends else (float(ends[0]), float(ends[1]))
 
 
 # Entries that `compare_halves` gives.

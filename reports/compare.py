@@ -20,7 +20,7 @@ import numpy as np
 
 from configs.keys import of_part, with_home
 from losses import OBJECTIVES, own_keys
-from metrics.table import entries
+from metrics.table import entries, interval_of
 from metrics.table import remarks as remarks_on_metrics
 from reports import streams
 from reports.html import Picture, document, figure, legend, notes, row, section, table
@@ -39,6 +39,10 @@ OF_LOSS = (
     *("training.target", "training.likelihood_weighting", "training.continuous"),
     *("training.gamma", "training.tau", "training.M", "training.restrict_M", "model.D"),
     *("model.sigma_", "model.beta_", "model.P_"),
+)
+INTERVALS = (
+    "In square brackets: 95 % of the values that other draws of as many samples would have "
+    "(docs/metrics.md)."
 )
 
 
@@ -97,9 +101,11 @@ def _metrics(groups: Sequence[Group]) -> str:
             best = []
             if len(means) > 1:
                 obstacles.setdefault(reason, []).append(name)
-        cells = [f"{label} {'↓' if metric.better < 0 else '↑'}", *map(_over_seeds, values)]
+        arrow = "↓" if metric.better < 0 else "↑"
+        cells = [f"{label} {arrow}", *(_cell(group, key) for group in groups)]
         rows.append(row(cells, [best[0] + 1] if len(best) == 1 else ()))
-    lines = [
+    has_intervals = any("\n[" in each for each in rows)
+    lines = [INTERVALS] * has_intervals + [
         f"{run.name}: {remark}."
         for group in groups
         for run in group
@@ -112,6 +118,15 @@ def _values(group: Group, key: str) -> list[list[float]]:
     """Distinct values of a metric in the runs of a group, for each seed that has any."""
     of_seeds = ([float(run.report[key]) for run in s if key in run.report] for s in by_seed(group))
     return [[*dict.fromkeys(values)] for values in of_seeds if values]
+
+
+def _cell(group: Group, key: str) -> str:
+    """Text of a metric of a group; the interval below a value that is the only one."""
+    values = _values(group, key)
+    reports = [run.report for run in group if key in run.report]
+    if sum(map(len, values)) == 1 and (ends := interval_of(reports[0], key)):
+        return f"{_over_seeds(values)}\n[{number(ends[0])}, {number(ends[1])}]"
+    return _over_seeds(values)
 
 
 def _over_seeds(values: Sequence[Sequence[float]]) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from metrics.table import METRICS, Entry, entries, remark_on, remarks
+from metrics.table import METRICS, Entry, entries, interval_of, remark_on, remarks
 from reports.html import Picture, document, figure, legend, notes, pairs, row, section, table
 from reports.plots import SMALL, Points, curve_plot, drawable, histogram, number
 from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
@@ -22,6 +22,10 @@ from reports.table import RESTORED, likelihood_of
 
 Report = Mapping[str, float | str | NDArray]
 
+INTERVALS = (
+    "95 %: the range of 95 % of the values that other draws of as many samples of this network "
+    "would have, compared with the same data (docs/metrics.md)."
+)
 SHARP_COSTS = (
     "A restoration is one of many images that fit what was measured. Its mean squared error is "
     "twice that of the mean of them all, which costs 3 dB; a blurred image, as that mean is, can "
@@ -85,10 +89,13 @@ def _cards(report: Report) -> str:
         note = metric.note
         if of_data is not None:
             note += f"{'; data against data' if metric.halves else ''}: {number(of_data)}"
+        interval = ""
+        if ends := interval_of(report, key):
+            interval = f"<span>95 %: {number(ends[0])} to {number(ends[1])}</span>"
         doubt = f"<span class=doubt>{escape(remark)}.</span>" if remark else ""
         cards.append(
             f"<div class='card{' doubted' * bool(remark)}'><h3>{escape(label)}</h3>"
-            f"<p>{number(report[key])}{spread}</p><span>{escape(note)}</span>{doubt}</div>"
+            f"<p>{number(report[key])}{spread}</p>{interval}<span>{escape(note)}</span>{doubt}</div>"
         )
     content = f"<div class=cards>{''.join(cards)}</div>"
     content += notes((f"{remark}." for remark in remarks(report, apart=True)), "warning")
@@ -100,6 +107,8 @@ def _cards(report: Report) -> str:
             "Fréchet distances, as their moments are more exact."
         )
         content += notes([line])
+    if any(interval_of(report, entry.key) for entry in entries(report)):
+        content += notes([INTERVALS])
     if report.get("nonfinite", 0) > 0:
         samples = float(report["num_samples"]) + float(report["nonfinite"])
         line = (

@@ -13,13 +13,14 @@ from sources.images import open_image, refuse_bomb
 from storage.files import check_arrays, open_regular, read_arrays, refusing
 
 TEXTS = ("features", "sampling", "settings", "initial_weights", "best")  # that are text
+OF_METRIC = ("", "_error", "_low", "_high", "_data")  # ends of the keys of a metric's numbers
 PAGE_PIXELS = 1400  # side of the largest picture on a page
 
 
 def read_report(path: Path) -> dict[str, NDArray]:
     """The arrays of a report that a page shows; ValueError, in one line, where they do not fit."""
     arrays, scalar = read_arrays(path), ("iuf", ())
-    metrics = [f"{key}{what}" for key in METRICS for what in ("", "_error", "_data")]
+    metrics = [f"{key}{what}" for key in METRICS for what in OF_METRIC]
     spec = dict.fromkeys((*metrics, "half_first", "half_other"), scalar)
     spec |= {name: scalar for name in arrays if split_key(name)[1] in spec}  # in further spaces
     spec |= {"ema_std": scalar} | dict.fromkeys(TEXTS, ("U", ()))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from metrics.table import entries, remarks
+from metrics.table import entries, interval_of, remarks
 from reports.settings import of_report, sampler_words
 
 PSNR = {
@@ -23,15 +23,7 @@ def likelihood_of(report: Mapping) -> str | None:
 
 def report_table(report: Mapping, split: str, title: str) -> str:
     """Text of the numbers of a report (arrays of report_{k}.npz), of which some are of `split`."""
-    rows = []
-    for key, metric, *_, label in entries(report):
-        value = f"{float(report[key]):.6g}"
-        label += f" ({split})" if metric.compute is None else ""
-        if (error := report.get(f"{key}_error")) is not None:
-            value += f" +- {float(error):.2g}"
-        rows.append((label, value))
-        if (of_data := report.get(f"{key}_data")) is not None:
-            rows.append(("  of the data", f"{float(of_data):.6g}"))
+    rows = metric_rows(report, split)
     if (unit := likelihood_of(report)) is not None:
         rows.append(("evaluations of a likelihood", f"{report[f'{unit}_nfe']:.0f}"))
         rows.append(("encoded and decoded, error", f"{report['encoding_error']:.1e}"))
@@ -50,6 +42,22 @@ def report_table(report: Mapping, split: str, title: str) -> str:
                 rows.append((f"  {label}", f"{float(report[key]):.4g}"))
     rows.append(("seconds", f"{report['seconds']:.1f}"))
     return "\n  ".join([format_table(rows, title), *remarks(report)])
+
+
+def metric_rows(report: Mapping, split: str = "") -> list[tuple[str, str]]:
+    """Labels and values of the metrics of a report, each with its interval and floor below it."""
+    rows = []
+    for key, metric, *_, label in entries(report):
+        value = f"{float(report[key]):.6g}"
+        label += f" ({split})" if metric.compute is None else ""
+        if (error := report.get(f"{key}_error")) is not None:
+            value += f" +- {float(error):.2g}"
+        rows.append((label, value))
+        if ends := interval_of(report, key):
+            rows.append(("  95 % interval", "{:.6g} to {:.6g}".format(*ends)))
+        if (of_data := report.get(f"{key}_data")) is not None:
+            rows.append(("  of the data", f"{float(of_data):.6g}"))
+    return rows
 
 
 def format_table(rows: list[tuple[str, str]], title: str) -> str:

@@ -69,6 +69,13 @@ def is_array(path: Path) -> bool:
     return path.suffix.lower() in (".npy", ".npz")
 
 
+def shapes(path: Path) -> dict[str, Shape]:
+    """Shapes of the arrays in an .npz by their names; {} of an .npy. No array is read."""
+    with _opened(path, f"{path} cannot be read") as content:
+        headers = {} if isinstance(content, StoredArray) else _headers(content)
+        return {name: header.shape for name, header in headers.items()}
+
+
 class Arrays:
     """The images of the .npy or .npz at `data.path`, for either split.
 

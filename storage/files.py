@@ -202,8 +202,8 @@ def may_unpack_to(size: int) -> int:
     return max(2**26, 100 * size)
 
 
-def read_arrays(path: Path) -> dict[str, NDArray]:
-    """The arrays of the .npz file at `path`.
+def read_arrays(path: Path, names: Collection[str] = ()) -> dict[str, NDArray]:
+    """The arrays of the .npz file at `path`, of `names` only where there are any.
 
     Raises:
         FileNotFoundError, PermissionError: it cannot be read.
@@ -214,7 +214,8 @@ def read_arrays(path: Path) -> dict[str, NDArray]:
             size = sum(entry.file_size for entry in archive.infolist())
             if size > may_unpack_to(path.stat().st_size):
                 raise ValueError(f"it unpacks to {size:,} bytes")
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            every = [name.removesuffix(".npy") for name in archive.namelist()]
+            names = [name for name in every if name in names] if names else every
             return {name: read_entry_array(archive, name) for name in names}
     except (FileNotFoundError, PermissionError):
         raise

@@ -63,7 +63,7 @@ def test_two_spaces_in_one_evaluation_are_those_of_two_evaluations(tmp_path, cap
         assert re.search(rf"^ +{label} +{re.escape(f'{value:.6g}')}$", caplog.text, re.M)
         assert f"<h3>{escape(label)}</h3><p>{number(value)}" in page  # a card
         assert f"<th>{escape(label)}\u00a0↓</th>" in page  # a column of the checkpoints
-        assert f"<tr><td>{escape(label)} ↓</td><td>{number(value)}</td>" in beside
+        assert f"<tr><td>{escape(label)} ↓</td><td>{number(value)}" in beside
     both, pixels, scripted = map(of_report, (both, pixels, scripted))
     names = [alone.values["eval.features"] for alone in (pixels, scripted)]
     assert both.values["eval.features"].split(",") == names
