@@ -302,7 +302,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             if options.enable_classification:
                 report |= evaluation.classification(evaluated, split)
             if options.enable_sampling:
-                report |= compare_samples(evaluated, statistics, options.num_samples)
+                number, repeats = options.num_samples, options.repeats
+                report |= compare_samples(evaluated, statistics, number, repeats)
             if restored:
                 report |= restore_images(evaluated, restored)
             if not main:

@@ -105,6 +105,11 @@ LOOPS = {
     ),
     "eval.enable_sampling": Key(False, Flag(), "samples, and how far they are from the data"),
     "eval.num_samples": Key(50000, whole(4, 10**7), "samples"),
+    "eval.repeats": Key(
+        1,
+        whole(1, 1000),
+        "independent sets of as many samples; metrics are then means, with minimum and maximum",
+    ),
     "eval.save_images": Key(False, Flag(), "without sampling: draw the first samples only"),
     "eval.enable_interpolate": Key(
         False, Flag(), "draw rows of samples between pairs of prior samples"
