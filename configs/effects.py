@@ -62,7 +62,11 @@ def rows() -> list[Row]:
         ({"training.objective": no_targets}, "model", "P_mean P_std"),
         ({"sampling.method": no_ode}, "sampling", "noise_removal restore restorer"),
         ({"data.num_classes": (0,), "data.conditions": ("",)}, "training", "label_dropout"),
-        ({"training.snapshot_sampling": (False,)}, "training", "snapshot_solver"),
+        (
+            {"training.snapshot_sampling": (False,), "training.metric_freq": (0,)},
+            "training",
+            "snapshot_solver",
+        ),
         ({"sampling.method": of_sde}, "training", "snapshot_solver"),
         ({"sampling.ode_solver": stepping}, "training", "snapshot_solver"),
         ({"model.ema_half_life": SET}, "model", "ema_rate"),

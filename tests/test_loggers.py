@@ -17,7 +17,7 @@ from conftest import ROOT
 from scipy import linalg
 from test_small_runs import STEPS as STEPS_OF_ODE
 from test_small_runs import TINY, report_of, tiny
-from warm_start import Program
+from warm_start import Program, run_main
 
 import run_lib
 from datasets import get_dataset
@@ -455,3 +455,17 @@ def test_an_evaluation_of_the_best_says_how_it_was_chosen(runs):
     missing = runs / "plain/checkpoints/best.pth"
     with pytest.raises(FileNotFoundError, match=f"there is no {missing}, which training.metric"):
         run_lib.evaluate(config, runs / "plain", "eval_best")
+
+
+def test_the_main_one_of_several_processes_logs_and_measures(tmp_path):
+    """Alone: the others go on to the next step, as where pictures are drawn."""
+    values = TINY | STEPS_OF_ODE | FEW | {"eval.stats_dir": tmp_path / "stats"}
+    values |= {"training.n_iters": 4, "training.metric_freq": 2, "training.loggers": "jsonl"}
+    flags = [f"--config={ROOT}/configs/{CONFIG}", "--mode=train", f"--workdir={tmp_path}/run"]
+    run_main([*flags, *(f"--config.{key}={value}" for key, value in values.items())], processes=2)
+    lines = lines_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    distances = {line["step"]: line[METRICS[0]] for line in lines if METRICS[0] in line}
+    assert [*distances] == [2, 4]
+    best = load_checkpoint(tmp_path / "run/checkpoints/best.pth")
+    assert best["best"]["fid"] == distances[best["step"]] == min(distances.values())
