@@ -61,30 +61,35 @@ class JsonLines(Logger):
         self.start = time.monotonic() - self.last.get("seconds", 0.0)
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        seconds = round(time.monotonic() - self.start, 3)
-        line = {"step": step, "seconds": seconds}
+        numbers = {tag: float(x) if math.isfinite(x) else None for tag, x in values.items()}
         if self.last.get("step") == step:  # what a signal had prevented is logged by the next start
-            line = self.last
-            self._keep_until(step - 1)
-        line |= {tag: float(x) if math.isfinite(x) else None for tag, x in values.items()}
+            self.last |= numbers
+            self._keep_until(step - 1, _line(self.last))
+            return
+        seconds = round(time.monotonic() - self.start, 3)
+        self.last = {"step": step, "seconds": seconds} | numbers
         with open_regular(self.path, "ab", follow=False) as file:
-            file.write(f"{json.dumps(line)}\n".encode())
-        self.last = line
+            file.write(_line(self.last))
 
-    def _keep_until(self, step: int) -> None:
-        """Remove lines of later steps and those that are damaged; the last one stays in `last`."""
+    def _keep_until(self, step: int, added: bytes = b"") -> None:
+        """Remove lines of later steps and damaged ones, and append the line `added`."""
         try:
             with open_regular(self.path, follow=False) as file:
                 lines = file.readlines()
         except FileNotFoundError:
-            return
-        entries = {line: entry for line in lines if (entry := _entry(line))["step"] <= step}
+            lines = []
         if lines and not lines[-1].endswith(b"\n"):
-            entries.pop(lines[-1], None)
-        if len(entries) < len(lines):
+            lines[-1] = b"torn"
+        entries = {line: entry for line in lines if (entry := _entry(line))["step"] <= step}
+        if added or len(entries) < len(lines):
             with atomic_write(self.path) as file:
-                file.writelines(entries)
-        self.last = [*entries.values()][-1] if entries else {}
+                file.writelines([*entries, added])
+        if entries and not added:
+            self.last = [*entries.values()][-1]
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return f"{json.dumps(entry)}\n".encode()
 
 
 def _entry(line: bytes) -> dict[str, Any]:
