@@ -18,7 +18,7 @@ import sampling
 from completion import PRECISIONS_OF_RUN, complete
 from configs.keys import flatten
 from experiment import Experiment, identity_of, load
-from library import report_settings
+from library import report_settings, training_metrics
 from library.ema import rebuild_ema
 from library.evaluated import Evaluated, Split
 from library.evaluated_restorations import restore_images
@@ -43,13 +43,13 @@ from sources.preparation import Preparation
 from storage import run_config
 from storage.checkpoints import fit
 from storage.files import save_npz
+from storage.loggers import Loggers
 from storage.run_checkpoints import (
     checkpoints_of_steps,
     checkpoints_to_evaluate,
     open_unless_removed,
 )
 from storage.shared_files import SHARED, save_shared
-from storage.tensorboard import TensorBoardWriter
 from storage.workdir import check_writable, evaluation_folder, open_workdir
 from training import train_step
 
@@ -112,9 +112,6 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     run = TrainingRun.from_config(config, experiment, workdir, data)
     state = run.state
 
-    def due(every: int) -> bool:
-        return state.step == training.n_iters or state.step % every == 0
-
     with _opened(workdir, workdir / "checkpoints", "--workdir"):
         run.resume()
         state.check_agreement()
@@ -132,13 +129,14 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         losses = LossWatch(training.max_bad_steps, config.optim.nonfinite)
         logged, logged_at = state.step, time.perf_counter()
         with (
-            TensorBoardWriter(workdir / "tensorboard" if main else None, state.step) as writer,
+            Loggers(training.loggers if main else "", workdir, state.step, run.values) as loggers,
             progress_bar(total=training.n_iters, initial=state.step, unit="step") as progress,
             stop_signals() as stop,
         ):
-            # a run that was stopped between saving and drawing lacks its last picture
+            # a run that was stopped before it had drawn lacks its last picture or metrics
             if draws and state.step and run.picture_is_due() and not run.picture.exists():
-                run.draw(writer, images_per_step, stop)
+                run.draw(loggers, images_per_step, stop)
+            loggers.add_scalars(run.measure(stop), state.step)
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
                 generator = datasets.keyed_generator(device, "training", config.seed, state.step)
                 # dropout knows no other generator than the global one
@@ -150,28 +148,28 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 losses.add(state.step, train_step(state, batch, generator, shard))
                 progress.update()
 
-                if due(training.log_freq):
+                scalars = {}
+                if run.is_due(training.log_freq):
                     newest, now = losses.look(), time.perf_counter()  # it waits for the device
                     speed = (state.step - logged) * images_per_step / (now - logged_at)
                     logged, logged_at = state.step, now
                     progress.set_postfix_str(f"loss {newest:.4g}, {speed:.0f} images/s")
-                    writer.add_scalar("loss/train", newest, state.step)
-                    if phase := objective.phase(state.step - 1):
-                        writer.add_scalar(f"loss/{phase}", newest, state.step)
-                    writer.add_scalar("images_per_second", speed, state.step)
+                    phase = objective.phase(state.step - 1)
+                    scalars = {"loss/train": newest} | ({f"loss/{phase}": newest} if phase else {})
+                    scalars["images_per_second"] = speed
                 paused_at = time.perf_counter()
                 if state.step == first:  # processes that go apart do so in their first step
                     state.check_agreement()
-                if due(training.eval_freq):
-                    held_out = run.held_out_loss(test_data)
-                    writer.add_scalar("loss/test", held_out, state.step)
+                if run.is_due(training.eval_freq):
+                    scalars["loss/test"] = held_out = run.held_out_loss(test_data)
                     log.info(f"step {state.step}: held-out loss {held_out:.5g}")
-                numbered = due(training.snapshot_freq)
-                if numbered or due(training.snapshot_freq_for_preemption):
-                    writer.flush()
+                loggers.add_scalars(scalars | run.measure(stop), state.step)
+                numbered = run.is_due(training.snapshot_freq)
+                if numbered or run.is_due(training.snapshot_freq_for_preemption):
+                    loggers.flush()
                     run.save(numbered)
                 if draws and run.picture_is_due() and not stop():
-                    run.draw(writer, images_per_step, stop)
+                    run.draw(loggers, images_per_step, stop)
                 logged_at += time.perf_counter() - paused_at  # the speed is that of the steps
 
             if state.step < training.n_iters:
@@ -276,6 +274,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                 log.info(f"the config differs from that of the run: {change}")
             logged_changes = changes
             report, width = {"step": step, **entry_of_report(path, content)}, ""
+            report |= training_metrics.entry_of_report(path, content)
             if options.ema_std:
                 report["ema_std"], width = options.ema_std, f" of width {options.ema_std:g}"
                 ema = rebuild_ema(experiment.network, options.ema_std, workdir, path, content)
@@ -303,7 +302,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             if options.enable_classification:
                 report |= evaluation.classification(evaluated, split)
             if options.enable_sampling:
-                report |= compare_samples(evaluated, statistics, options.num_samples)
+                number, repeats = options.num_samples, options.repeats
+                report |= compare_samples(evaluated, statistics, number, repeats)
             if restored:
                 report |= restore_images(evaluated, restored)
             if not main:

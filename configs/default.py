@@ -17,7 +17,7 @@ import sampling
 import training
 from configs.keys import get, of_part, shown
 from configs.schema import LENGTH, Either, Flag, Key, Number, Numbers, OneOf, Text, whole
-from library import restoration, sample_folder
+from library import restoration, sample_folder, training_metrics
 from losses import OBJECTIVES
 from methods import METHODS
 from metrics import features, reference
@@ -28,6 +28,8 @@ from solvers import SCHEDULES, SOLVERS
 from solvers.rk45 import KEYS as LIMITS
 from sources import SOURCES, codec, folder, options, patches, preparation
 from sources.codec import CODECS
+from storage import loggers
+from storage.loggers import LOGGERS
 
 # Keys of the loops of training, sampling and evaluation.
 LOOPS = {
@@ -72,9 +74,9 @@ LOOPS = {
     "training.channels_last": Key(False, Flag(), "memory format of the network, for tensor cores"),
     "eval.steps": Key(
         "",
-        Text(r"|last|\d{1,15}(,\d{1,15})*", "'last', or steps with commas between them"),
-        "checkpoints to evaluate, by the steps in their names; 'last': the newest one; '': those "
-        "from begin_ckpt to end_ckpt",
+        Text(r"|last|best|\d{1,15}(,\d{1,15})*", "'last', 'best', or steps with commas between"),
+        "checkpoints to evaluate, by the steps in their names; 'last': the newest one; 'best': "
+        "best.pth of training.metric_freq; '': those from begin_ckpt to end_ckpt",
     ),
     "eval.begin_ckpt": Key(
         1, whole(0, 10**6), "first checkpoint to evaluate, counted in training.snapshot_freq steps"
@@ -103,6 +105,11 @@ LOOPS = {
     ),
     "eval.enable_sampling": Key(False, Flag(), "samples, and how far they are from the data"),
     "eval.num_samples": Key(50000, whole(4, 10**7), "samples"),
+    "eval.repeats": Key(
+        1,
+        whole(1, 1000),
+        "independent sets of as many samples; metrics are then means, with minimum and maximum",
+    ),
     "eval.save_images": Key(False, Flag(), "without sampling: draw the first samples only"),
     "eval.enable_interpolate": Key(
         False, Flag(), "draw rows of samples between pairs of prior samples"
@@ -127,7 +134,16 @@ def all_keys() -> dict[str, Key]:
         *(methods, models, *NETWORKS.values(), sampling, *SAMPLERS.values(), LIMITS),
         *(*SOLVERS.values(), *SCHEDULES.values(), restoration, *METHODS.values()),
         *(losses, *OBJECTIVES.values(), preparation, optimizers, *OPTIMIZERS.values(), training),
-        *(LOOPS, sample_folder, features, reference, likelihood.Likelihood),
+        *(
+            LOOPS,
+            training_metrics,
+            loggers,
+            *LOGGERS.values(),
+            sample_folder,
+            features,
+            reference,
+            likelihood.Likelihood,
+        ),
     ):
         keys |= owner if isinstance(owner, dict) else getattr(owner, "KEYS", of_part(owner, "keys"))
     return keys

@@ -58,6 +58,7 @@ class Evaluated:
         origin: everything that the results of these weights depend on; see `Experiment.origin`.
         seed: of everything random.
         batch_size: images at once.
+        repeat: number of the set of samples, of `eval.repeats`.
     """
 
     experiment: Parts
@@ -67,10 +68,22 @@ class Evaluated:
     origin: Mapping[str, Any]
     seed: int
     batch_size: int
+    repeat: int = 0
 
     def generator(self, purpose: str, *key: int) -> torch.Generator:
         """A generator on the device; see `keyed_generator`."""
         return keyed_generator(self.experiment.device, purpose, self.seed, *key)
+
+    @property
+    def samples_folder(self) -> Path:
+        """Where the rounds of samples are cached; those of further sets lie in folders below."""
+        folder = self.folder / f"ckpt_{self.k}"
+        return folder / f"repeat_{self.repeat}" if self.repeat else folder
+
+    @property
+    def of_set(self) -> tuple[int, ...]:
+        """The part of a generator's key that sets the draws of further sets apart."""
+        return (self.repeat,) if self.repeat else ()
 
     def picture(self, name: str) -> Path:
         """The path of a picture."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from library.rounds import Rounds, remove_others
 from metrics.distances import TooFew
 from metrics.features import FeatureSpace
 from metrics.reference import ReferenceStatistics
-from metrics.table import OF_HALVES, Comparison, compare, compare_halves
+from metrics.table import OF_HALVES, Comparison, compare, compare_halves, over_sets
 from reports.images import (
     GRID_SAMPLES,
     by_class,
@@ -37,38 +38,48 @@ PAIRS = 10  # samples in a row of the picture of nearest training images
 
 
 def compare_samples(
-    evaluated: Evaluated, statistics: Sequence[ReferenceStatistics], number: int
+    evaluated: Evaluated, statistics: Sequence[ReferenceStatistics], number: int, repeats: int = 1
 ) -> dict:
     """Draw `number` samples and compare their features with those of the data, in each space.
 
+    With `repeats` so many independent sets are drawn. Metrics are then means over the sets, with
+    their ends; see `metrics.table.over_sets`. Pictures and remarks are those of the first one.
+
     Returns the report's entries on samples (docs/architecture.md), in the main process only.
     """
-    rounds = _rounds(evaluated, [each.space for each in statistics], number)
-    if not rounds:
+    spaces = [each.space for each in statistics]
+    sets = [_rounds(replace(evaluated, repeat=i), spaces, number) for i in range(repeats)]
+    if not sets[0]:
         return {}
-    finite = sum(len(each["pool_3"]) for each in rounds)
+    finite = [sum(len(each["pool_3"]) for each in rounds) for rounds in sets]
     report = {
-        "features": ",".join(each.space.label for each in statistics),
-        "num_samples": finite,
-        "nonfinite": number - finite,
-        "sampling_seconds": np.sum([each["seconds"] for each in rounds]),
+        "features": ",".join(space.label for space in spaces),
+        "num_samples": min(finite),
+        "nonfinite": number - min(finite),
+        "sampling_seconds": sum(each["seconds"] for rounds in sets for each in rounds) / repeats,
         "sampling": json.dumps(evaluated.origin["sampling"], sort_keys=True),
+        **({"repeats": repeats} if repeats > 1 else {}),
     }
-    if finite < number:
-        log.warning(f"{number - finite} of {number} samples are not finite and do not count")
-    if not finite:
+    for count in finite:
+        if count < number:
+            log.warning(f"{number - count} of {number} samples are not finite and do not count")
+    sets = [rounds for rounds, count in zip(sets, finite, strict=True) if count]
+    if not sets:
         log.warning("no sample is finite: there is nothing to compare with the data")
         return report
-    report["nfe"] = np.mean([each["nfe"] for each in rounds if len(each["pool_3"])])
-    log.info(f"comparing {finite:,} samples with the data")
-    labels = labels_of(rounds) if evaluated.experiment.classes else None
+    report["nfe"] = np.mean([x["nfe"] for rounds in sets for x in rounds if len(x["pool_3"])])
+    log.info(f"comparing {' and '.join(f'{n:,}' for n in finite)} samples with the data")
+    labels = [labels_of(rounds) if evaluated.experiment.classes else None for rounds in sets]
     for i, each in enumerate(statistics):
-        comparison = _comparison(evaluated, each, rounds, i, labels)
-        entries = compare(comparison) | _halves(evaluated, comparison, each.space, i)
+        comparisons = [
+            _comparison(evaluated, each, *of_set, i) for of_set in zip(sets, labels, strict=True)
+        ]
+        entries = over_sets([*map(compare, comparisons)])
+        entries |= _halves(evaluated, comparisons[0], each.space, i)
         prefix = "" if i == 0 else f"{each.space.label}:"
         report |= {f"{prefix}{key}": value for key, value in entries.items()}
         if i == 0:
-            _draw(evaluated, comparison, each.data, rounds)
+            _draw(evaluated, comparisons[0], each.data, sets[0])
     return report
 
 
@@ -78,8 +89,9 @@ def draw_round(evaluated: Evaluated, r: int, number: int) -> dict:
     There are none where the solver diverges. Raises TooManyEvaluations where it stops at its
     limit, since with a larger one these samples could be finite.
     """
-    experiment, generator = evaluated.experiment, evaluated.generator("samples", r)
-    conditions = experiment.draw_conditions(number, "samples", r)
+    experiment, key = evaluated.experiment, (r, *evaluated.of_set)
+    generator = evaluated.generator("samples", *key)
+    conditions = experiment.draw_conditions(number, "samples", *key)
     labels = conditions.get("class_labels")
     try:
         with solver_bar(experiment.method) as watch:
@@ -115,7 +127,7 @@ def _rounds(evaluated: Evaluated, spaces: Sequence[FeatureSpace], number: int) -
     `spaces` are the features in each space, `pool_3` those in the first. A round has a file of
     samples, and a file of their features in each space; a kill costs one round at most.
     """
-    experiment, folder = evaluated.experiment, evaluated.folder / f"ckpt_{evaluated.k}"
+    experiment, folder = evaluated.experiment, evaluated.samples_folder
     rounds = Rounds("sampling", number, evaluated.batch_size)
     sample_paths = [folder / f"samples_{r}.npz" for r in range(len(rounds.parts))]
     suffixes = ["", *(f"_{space.label}" for space in spaces[1:])]
@@ -129,7 +141,9 @@ def _rounds(evaluated: Evaluated, spaces: Sequence[FeatureSpace], number: int) -
     def compute(r: int, part: slice) -> dict:
         number = part.stop - part.start
         key = evaluated.origin | {"round": r, "number": number}
-        key |= digests_of_conditions(experiment.draw_conditions(number, "samples", r))
+        key |= {"repeat": evaluated.repeat} if evaluated.repeat else {}
+        conditions = experiment.draw_conditions(number, "samples", r, *evaluated.of_set)
+        key |= digests_of_conditions(conditions)
         draw = partial(draw_round, evaluated, r, number)
         samples = cached(sample_paths[r], key, draw, names)
         images, features = samples["samples"], []
@@ -155,8 +169,8 @@ def _comparison(
     evaluated: Evaluated,
     statistics: ReferenceStatistics,
     rounds: list[dict],
-    i: int,
     labels: np.ndarray | None,
+    i: int,
 ) -> Comparison:
     """The samples and the data in feature space number `i`."""
     space, device = statistics.space, evaluated.experiment.device

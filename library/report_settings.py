@@ -55,6 +55,8 @@ def from_config(
     if statistics:
         spaces = ",".join(each.space.name for each in statistics)
         made_by |= {"eval.num_samples": options.num_samples, "eval.features": spaces}
+        if options.repeats > 1:
+            made_by["eval.repeats"] = options.repeats
         for i, each in enumerate(statistics):
             prefix = f"{each.space.label}:reference." if i else "reference."
             made_by |= {f"{prefix}{name}": value for name, value in each.origin.items()}

@@ -1,8 +1,9 @@
-"""The work of training beside its steps: saving, resuming, held-out loss, pictures, bad losses."""
+"""The work of training beside its steps: saves, held-out loss, pictures, metrics, bad losses."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +18,18 @@ from configs.keys import flatten
 from datasets import DataSet, batch_at
 from experiment_parts import Parts
 from library.initial_weights import INIT_FROM, InitialWeights, initialise, recall
+from library.training_metrics import Best, FewSamples, metrics_of, noise_of
+from metrics.table import Comparison
 from models.weights import load_ema
 from reports.images import image_grid
 from reports.progress import solver_bar
+from solvers.base import Watch
 from sources.codec import check_codec, encoded
 from sources.keyed import keyed_generator
 from storage import run_config
 from storage.checkpoints import fit, open_checkpoint, save_checkpoint
 from storage.files import save_npz, save_png
+from storage.loggers import Loggers
 from storage.run_checkpoints import (
     drop_checkpoints,
     newest_checkpoint,
@@ -32,13 +37,17 @@ from storage.run_checkpoints import (
     save_to_resume,
     written_steps,
 )
-from storage.tensorboard import TensorBoardWriter
-from storage.workdir import checkpoint_path
+from storage.workdir import best_path, checkpoint_path
 from training import TrainState, held_out_loss
 
 log = logging.getLogger(__name__)
 
 SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
+
+
+WORSE = 2  # standard deviations above the best from which a distance is warned of
+
+Stop = Callable[[], str | None]  # gives the name of a signal to stop, if there was one
 
 
 class _Stopped(Exception):
@@ -59,6 +68,9 @@ class TrainingRun:
         keep_checkpoints: newest numbered checkpoints that are kept; 0: all.
         written: the steps of the numbered checkpoints.
         initial_weights: those of another model that it started from, if it did.
+        few_samples: for metrics along the training, if there are any.
+        measured: the last step with such metrics.
+        best: the best checkpoint by them.
     """
 
     experiment: Parts
@@ -70,6 +82,9 @@ class TrainingRun:
     keep_checkpoints: int = 0
     written: list[int] = field(default_factory=list)
     initial_weights: InitialWeights | None = None
+    few_samples: FewSamples | None = None
+    measured: int = 0
+    best: Best | None = None
 
     @classmethod
     def from_config(cls, config, experiment: Parts, workdir: Path, data: dict[str, Any]) -> Self:
@@ -84,7 +99,10 @@ class TrainingRun:
             some_unused=not config.model.conditional,  # published networks have unused layers then
         )
         values, keep = flatten(config), training.keep_checkpoints
-        return cls(experiment, state, workdir, values, data, config.seed, keep)
+        few_samples = FewSamples.from_config(config, experiment)
+        run = cls(experiment, state, workdir, values, data, config.seed, keep)
+        run.few_samples = few_samples
+        return run
 
     def resume(self) -> None:
         """Load the newest intact state, if there is one, else start and store the config.
@@ -112,6 +130,7 @@ class TrainingRun:
         for change in changes:
             log.warning(f"the config differs from that of the run: {change}")
         self.written = written_steps(content, path)
+        self.measured, self.best = content.get("measured", 0), self._best_so_far(changes)
         if distributed.is_main() and self.state.step and self.experiment.data.stored is None:
             log.info(
                 "the run does not say what its data were; from here on they are these, digest "
@@ -128,18 +147,25 @@ class TrainingRun:
         if not state.is_finite():
             raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
         written = self.written + [state.step] * numbered
-        content = state.state_dict() | {"written": written, "data": self.data}
-        content["config"] = self.values
-        if self.values["data.codec"] or self.values["data.dtype"]:
-            content["codec"] = self.experiment.codec.identity
-        if self.initial_weights:
-            content["init_from"] = self.initial_weights.entry()
+        content = self._content(written)
         if distributed.is_main() and numbered:
             save_checkpoint(checkpoint_path(self.workdir, state.step), content)
             written = drop_checkpoints(self.workdir, written, self.keep_checkpoints)
         if distributed.is_main():
             save_to_resume(self.workdir, content)
         self.written = written
+
+    def _content(self, written: list[int]) -> dict[str, Any]:
+        """The content of a checkpoint, with the steps of the numbered ones."""
+        content = self.state.state_dict() | {"written": written, "data": self.data}
+        content["config"] = self.values
+        if self.values["data.codec"] or self.values["data.dtype"]:
+            content["codec"] = self.experiment.codec.identity
+        if self.initial_weights:
+            content["init_from"] = self.initial_weights.entry()
+        if self.few_samples:
+            content["measured"] = self.measured
+        return content
 
     def held_out_loss(self, data: DataSet) -> float:
         """Loss of the EMA weights on the first batch of `data`, with the same noise every time."""
@@ -150,6 +176,10 @@ class TrainingRun:
         shard = distributed.rank(), distributed.world()
         with self.state.with_ema():
             return held_out_loss(self.state, batch, generator, shard).item()
+
+    def is_due(self, every: int) -> bool:
+        """Whether this step is the last one, or a multiple of `every`."""
+        return self.state.step == self.values["training.n_iters"] or self.state.step % every == 0
 
     def picture_is_due(self) -> bool:
         """Whether this step has a picture of samples.
@@ -166,42 +196,106 @@ class TrainingRun:
         """The path of the picture of this step's samples."""
         return self.workdir / "samples" / f"iter_{self.state.step}" / "sample.png"
 
-    def draw(self, writer: TensorBoardWriter, number: int, stop: Callable[[], str | None]) -> None:
+    def draw(self, loggers: Loggers, number: int, stop: Stop) -> None:
         """Save a picture of at most `number` samples, from the same prior draw at every call.
 
         Nothing is saved where `stop` names a signal before it is done, or the solver diverges.
         """
-        experiment, step = self.experiment, self.state.step
+        experiment, step, samples = self.experiment, self.state.step, None
         generator = keyed_generator(experiment.device, "snapshot", self.seed)
         number = min(SNAPSHOT_SAMPLES, number)
+        with self._drawing("samples", stop) as watch:
+            conditions = experiment.draw_conditions(number, "snapshot")
+            samples, nfe = experiment.sampler(
+                experiment.network, number, generator=generator, conditions=conditions, watch=watch
+            )
+        if samples is None:
+            return
+        stored = experiment.codec.stored(samples)
+        grid = image_grid(experiment.codec.pictures(stored))
+        save_npz(self.picture.with_suffix(".npz"), samples=stored)
+        save_png(self.picture, grid)
+        loggers.add_image("samples", grid, step)
+        log.info(f"step {step}: samples in {nfe} evaluations: {self.picture}")
+
+    @contextlib.contextmanager
+    def _drawing(self, what: str, stop: Stop) -> Iterator[Watch]:
+        """Within the block the network has its EMA weights, for samples drawn with the `watch`.
+
+        A signal that `stop` names and a solver that diverges end the block, and the log says so.
+        """
+        step = self.state.step
         try:
-            with self.state.with_ema(), solver_bar(experiment.method) as show:
+            with self.state.with_ema(), solver_bar(self.experiment.method) as show:
 
                 def watch(evaluations: int, sigma: float) -> None:
                     show(evaluations, sigma)
                     if stop():
                         raise _Stopped
 
-                conditions = experiment.draw_conditions(number, "snapshot")
-                samples, nfe = experiment.sampler(
-                    experiment.network,
-                    number,
-                    generator=generator,
-                    conditions=conditions,
-                    watch=watch,
-                )
+                yield watch
         except _Stopped:
-            log.info(f"step {step}: no samples drawn: {stop()}; the next start draws them")
-            return
+            log.info(f"step {step}: no {what} drawn: {stop()}; the next start draws them")
         except FloatingPointError as error:  # a network that is still young may have no smooth flow
-            log.warning(f"step {step}: no samples drawn: {error}")
+            log.warning(f"step {step}: no {what} drawn: {error}")
+
+    def measure(self, stop: Stop) -> dict[str, float]:
+        """Metrics of a few samples by the EMA weights, by their tags; the best state is kept.
+
+        There are none in a step without them, in other processes than the main one, where `stop`
+        names a signal before they are done, and where the solver diverges.
+        """
+        freq, first = self.values["training.metric_freq"], self.measured != self.state.step
+        if not (freq and self.is_due(freq) and first and distributed.is_main()) or stop():
+            return {}
+        step, comparison = self.state.step, None
+        with self._drawing("samples for metrics", stop) as watch:
+            comparison = self.few_samples.compare(watch)
+        if comparison is None and stop():
+            return {}
+        self.measured = step
+        values = metrics_of(comparison) if comparison else {}
+        if "fid" in values:
+            self._keep_best(values["fid"], comparison)
+        return {f"metrics/{key}": value for key, value in values.items()}
+
+    def _keep_best(self, fid: float, comparison: Comparison) -> None:
+        """Save the state if its distance is the lowest so far; else say how much larger it is."""
+        step, best, path = self.state.step, self.best, best_path(self.workdir)
+        distance = f"Fréchet distance {fid:.4g} of {self.few_samples.number:,} samples"
+        if best is None or fid < best.fid:
+            self.best = self.few_samples.best(step, fid)
+            written = [number for number in self.written if number < step]
+            save_checkpoint(path, self._content(written) | {"best": self.best.entry()})
+            log.info(f"step {step}: {distance}, the lowest so far: {path}")
             return
-        stored = experiment.codec.stored(samples)
-        grid = image_grid(experiment.codec.pictures(stored))
-        save_npz(self.picture.with_suffix(".npz"), samples=stored)
-        save_png(self.picture, grid)
-        writer.add_image("samples", grid, step)
-        log.info(f"step {step}: samples in {nfe} evaluations: {self.picture}")
+        noise, lowest = noise_of(comparison), f"{best.fid:.4g} of step {best.step}"
+        if (excess := fid - best.fid) > WORSE * noise:
+            log.warning(
+                f"step {step}: the samples have become worse: {distance}, {excess:.2g} above "
+                f"{lowest}; the noise of so few samples is {noise:.2g}"
+            )
+        else:
+            log.info(f"step {step}: {distance}, equal to {lowest} within its noise, {noise:.2g}")
+
+    def _best_so_far(self, changes: list[str]) -> Best | None:
+        """The best checkpoint of earlier starts, if those to come can be compared with it.
+
+        One of a later step than this belongs to the run if it takes the same steps again.
+        """
+        path = best_path(self.workdir)
+        if self.few_samples is None or not path.exists():
+            return None
+        try:
+            best = Best.read(path, open_checkpoint(path))
+        except (OSError, ValueError) as error:
+            log.warning(f"{error}; the next metrics replace it")
+            return None
+        is_of_run = best is not None and (best.step <= self.state.step or not changes)
+        if is_of_run and self.few_samples.are_comparable(best):
+            return best
+        log.info(f"{path} is of other samples or steps; the next metrics replace it")
+        return None
 
 
 def resumed_from(workdir: Path, experiment: Parts, values: dict[str, Any]) -> tuple[int, list[str]]:

@@ -1,6 +1,6 @@
 """Table of metrics: their names, their better direction, their computation."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -325,6 +325,32 @@ def remark_on(report: Mapping, key: str) -> str:
 def interval_of(report: Mapping, key: str) -> Interval | None:
     """The 95 % interval of the number that `report` has under `key`; None without one."""
     ends = (report.get(f"{key}_low"), report.get(f"{key}_high"))
+    return None if None in ends else (float(ends[0]), float(ends[1]))
+
+
+def over_sets(sets: Sequence[Mapping[str, float | str]]) -> dict[str, float | str]:
+    """Entries of `compare` over several sets of samples, each given by its own.
+
+    Metrics are means, with the least and the largest value as {key}_min and {key}_max in place of
+    an interval. All else is that of the first set.
+    """
+    first, *further = sets
+    if not further:
+        return dict(first)
+    report = {key: value for key, value in first.items() if not key.endswith(("_low", "_high"))}
+    for key in METRICS.keys() & first.keys():
+        values = [float(each[key]) for each in sets if key in each]
+        report |= {
+            key: float(np.mean(values)),
+            f"{key}_min": min(values),
+            f"{key}_max": max(values),
+        }
+    return report
+
+
+def range_of(report: Mapping, key: str) -> Interval | None:
+    """The least and the largest value of the sets of samples of a report; None of one set."""
+    ends = (report.get(f"{key}_min"), report.get(f"{key}_max"))
     return None if None in ends else (float(ends[0]), float(ends[1]))
 
 

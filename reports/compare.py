@@ -20,7 +20,7 @@ import numpy as np
 
 from configs.keys import of_part, with_home
 from losses import OBJECTIVES, own_keys
-from metrics.table import entries, interval_of
+from metrics.table import entries, interval_of, range_of
 from metrics.table import remarks as remarks_on_metrics
 from reports import streams
 from reports.html import Picture, document, figure, legend, notes, row, section, table
@@ -121,11 +121,14 @@ def _values(group: Group, key: str) -> list[list[float]]:
 
 
 def _cell(group: Group, key: str) -> str:
-    """Text of a metric of a group; the interval below a value that is the only one."""
+    """Text of a metric of a group; below a value that is the only one its interval or range."""
     values = _values(group, key)
     reports = [run.report for run in group if key in run.report]
     if sum(map(len, values)) == 1 and (ends := interval_of(reports[0], key)):
         return f"{_over_seeds(values)}\n[{number(ends[0])}, {number(ends[1])}]"
+    if sum(map(len, values)) == 1 and (ends := range_of(reports[0], key)):
+        of_sets = f"{number(ends[0])} to {number(ends[1])}, {number(reports[0]['repeats'])} sets"
+        return f"{_over_seeds(values)}\n({of_sets})"
     return _over_seeds(values)
 
 

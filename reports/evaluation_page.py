@@ -125,6 +125,7 @@ def save_page(
         "data": f"{experiment.data.name}, {' × '.join(map(str, sides))}, "
         f"{_colours(sides, channels)}",
         "checkpoint": f"step {step:,}, EMA weights{width}",
+        "chosen by": str(report.get("best", "")),
         "initial weights": str(report.get("initial_weights", "")),
         "training time": duration(seconds_of_training(board, step)),
         "learning rate": f"{learning_rate:g}, {warmup:,} steps of warm-up"

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from metrics.table import METRICS, Entry, entries, interval_of, remark_on, remarks
+from metrics.table import METRICS, Entry, entries, interval_of, range_of, remark_on, remarks
 from reports.html import Picture, document, figure, legend, notes, pairs, row, section, table
 from reports.plots import SMALL, Points, curve_plot, drawable, histogram, number
 from reports.settings import OF_CHECKPOINT, Settings, differing, obstacle, of_report
@@ -92,6 +92,9 @@ def _cards(report: Report) -> str:
         interval = ""
         if ends := interval_of(report, key):
             interval = f"<span>95 %: {number(ends[0])} to {number(ends[1])}</span>"
+        if ends := range_of(report, key):
+            words = f"mean of {number(report['repeats'])} sets: minimum {number(ends[0])}"
+            interval = f"<span>{words}, maximum {number(ends[1])}</span>"
         doubt = f"<span class=doubt>{escape(remark)}.</span>" if remark else ""
         cards.append(
             f"<div class='card{' doubted' * bool(remark)}'><h3>{escape(label)}</h3>"

@@ -12,8 +12,8 @@ from reports.table import RESTORED, likelihood_of
 from sources.images import open_image, refuse_bomb
 from storage.files import check_arrays, open_regular, read_arrays, refusing
 
-TEXTS = ("features", "sampling", "settings", "initial_weights")  # entries that are text
-OF_METRIC = ("", "_error", "_low", "_high", "_data")  # ends of the keys of a metric's numbers
+TEXTS = ("features", "sampling", "settings", "initial_weights", "best")  # that are text
+OF_METRIC = ("", "_error", "_low", "_high", "_min", "_max", "_data")  # ends of a metric's keys
 PAGE_PIXELS = 1400  # side of the largest picture on a page
 
 
@@ -23,7 +23,7 @@ def read_report(path: Path) -> dict[str, NDArray]:
     metrics = [f"{key}{what}" for key in METRICS for what in OF_METRIC]
     spec = dict.fromkeys((*metrics, "half_first", "half_other"), scalar)
     spec |= {name: scalar for name in arrays if split_key(name)[1] in spec}  # in further spaces
-    spec |= {"ema_std": scalar} | dict.fromkeys(TEXTS, ("U", ()))
+    spec |= dict.fromkeys(("ema_std", "repeats"), scalar) | dict.fromkeys(TEXTS, ("U", ()))
     spec |= dict.fromkeys((name for name in arrays if name.endswith("_remark")), ("U", ()))
     spec = {name: kind for name, kind in spec.items() if name in arrays}
     spec |= dict.fromkeys(("step", "seconds"), scalar)

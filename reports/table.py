@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from metrics.table import entries, interval_of, remarks
+from metrics.table import entries, interval_of, range_of, remarks
 from reports.settings import of_report, sampler_words
 
 PSNR = {
@@ -55,6 +55,8 @@ def metric_rows(report: Mapping, split: str = "") -> list[tuple[str, str]]:
         rows.append((label, value))
         if ends := interval_of(report, key):
             rows.append(("  95 % interval", "{:.6g} to {:.6g}".format(*ends)))
+        if ends := range_of(report, key):
+            rows.append((f"  of {report['repeats']} sets", "{:.6g} to {:.6g}".format(*ends)))
         if (of_data := report.get(f"{key}_data")) is not None:
             rows.append(("  of the data", f"{float(of_data):.6g}"))
     return rows

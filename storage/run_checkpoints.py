@@ -18,7 +18,7 @@ from storage.checkpoints import (
     snapshot_number,
 )
 from storage.shared_files import SHARED
-from storage.workdir import checkpoint_path, refuse_links, resume_paths
+from storage.workdir import best_path, checkpoint_path, refuse_links, resume_paths
 
 log = logging.getLogger(__name__)
 
@@ -198,15 +198,22 @@ def levels_path(checkpoint: Path, n: int) -> Path:
 
 
 def checkpoints_of_steps(workdir: Path, steps: str, freq: int) -> dict[int, Path]:
-    """{k: path} of the numbered checkpoints of `steps`, "1000,2000", or of the "last" one.
+    """{k: path} of the numbered checkpoints of `steps`, "1000,2000", of the "last" or the "best".
 
     Number k is the step in units of `freq`, rounded up. A workdir that has `snapshots` only gives
     the last of them, or those of the numbers `steps`.
 
     Raises:
         FileNotFoundError: one of them does not exist.
-        ValueError: two steps have the same number k.
+        ValueError: two steps have the same number k, or the best checkpoint is damaged.
     """
+    if steps == "best":
+        path = best_path(workdir)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"eval.steps=best: there is no {path}, which training.metric_freq makes"
+            )
+        return {math.ceil(open_checkpoint(path)["step"] / freq): path}
     paths, divisor = numbered_checkpoints(workdir), freq
     if not paths:
         paths, divisor = snapshots(workdir), 1

@@ -5,7 +5,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -32,15 +32,9 @@ class TensorBoardWriter:
     which are on disk at most `FLUSH_SECONDS` later or with `flush`.
     """
 
-    def __init__(self, folder: Path | None, step: int):
-        """Start a file in `folder`; what a killed run logged beyond `step` is purged.
-
-        Without a folder nothing is written.
-        """
-        self.folder, self.events = folder, None
-        if folder is None:
-            return
-        self.flushed = 0.0
+    def __init__(self, folder: Path, step: int):
+        """Start a file in `folder`; what a killed run logged beyond `step` is purged."""
+        self.folder, self.events, self.flushed = folder, None, 0.0
         with self._failing():
             folder.mkdir(parents=True, exist_ok=True)
             # Names are read in their order, and start with a time: but clocks are set back. The
@@ -53,6 +47,10 @@ class TensorBoardWriter:
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         self._write(step, summary=summary.scalar(tag, value))
 
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self.add_scalar(tag, value, step)
+
     def add_image(self, tag: str, image: NDArray[np.uint8], step: int) -> None:
         """`image` is (H, W, C)."""
         self._write(step, summary=summary.image(tag, image, dataformats="HWC"))
@@ -63,6 +61,8 @@ class TensorBoardWriter:
             with self._failing():
                 self.events.flush()
                 self.flushed = time.monotonic()
+
+    close = flush
 
     def _write(self, step: int, **content) -> None:
         if self.events:

@@ -4,7 +4,10 @@
 config.json                           the config of the first start
 stdout.txt                            the log of all starts
 tensorboard/                          curves and pictures
+metrics.jsonl                         the same numbers, a line a log step
+wandb/                                id and files of Weights & Biases, where it logs
 checkpoints/checkpoint_{step}.pth     numbered states, to evaluate
+checkpoints/best.pth                  the state with the best metrics along the training
 checkpoints/*.pkl, *.pt               snapshots of EDM and PFGM++, placed there to be evaluated
 checkpoints-meta/checkpoint.pth       the newest state, to go on from
 checkpoints-meta/checkpoint.prev.pth  the one before, where the newest is damaged
@@ -35,8 +38,12 @@ log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"  # of a folder of samples
 
-FOLDERS = {"checkpoints", "checkpoints-meta", "samples", "tensorboard"}
-TRAININGS_OWN = FOLDERS | {"config.json", "stdout.txt"}  # no evaluation may take these places
+FOLDERS = {"checkpoints", "checkpoints-meta", "samples", "tensorboard", "wandb"}
+TRAININGS_OWN = FOLDERS | {
+    "config.json",
+    "metrics.jsonl",
+    "stdout.txt",
+}  # no evaluation may take these places
 
 # Pictures that are no samples, and files that lie beside them where this program wrote them.
 PICTURES = re.compile(
@@ -69,6 +76,11 @@ def own_pictures(files: Iterable[str]) -> set[str]:
 def checkpoint_path(workdir: Path, step: int) -> Path:
     """The numbered state of `step`."""
     return workdir / "checkpoints" / f"checkpoint_{step}.pth"
+
+
+def best_path(workdir: Path) -> Path:
+    """The state with the best metrics along the training (`training.metric_freq`)."""
+    return workdir / "checkpoints" / "best.pth"
 
 
 def resume_paths(workdir: Path) -> tuple[Path, Path]:

@@ -99,6 +99,7 @@ OTHER = {
         "target": "posterior_mean",
         "reduce_mean": True,
         "likelihood_weighting": True,
+        "metric_samples": 30,
         "snapshot_solver": "dpmpp",
     },
     "model": {

@@ -1,0 +1,172 @@
+"""Metrics of a few samples along a training, by which its best checkpoint is chosen."""
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from configs.keys import shown
+from configs.schema import EXACT, Key, Text, whole
+from experiment_parts import Parts
+from metrics.distances import TooFew
+from metrics.features import get_spaces
+from metrics.reference import ReferenceStatistics, Training
+from metrics.table import METRICS, Comparison
+from reports.progress import progress_bar
+from solvers.base import Watch
+from sources.keyed import keyed_generator
+
+KEYS = {
+    "training.metric_freq": Key(
+        0,
+        whole(0),
+        "steps between metrics of a few samples, in the first space of eval.features; the state "
+        "with the lowest Frechet distance is kept as checkpoints/best.pth; 0: none",
+    ),
+    "training.metric_samples": Key(500, whole(4, 10**6), "samples of these metrics"),
+}
+
+LOGGED = ("fid", "kid")  # metrics that cost little
+RESAMPLED = 10  # times, for the noise of a distance
+
+
+@dataclass(frozen=True)
+class Best:
+    """The checkpoint with the lowest Frechet distance of its samples along a training.
+
+    `fid` is the distance of that many `samples` in the space `features`, at `step`.
+    """
+
+    step: int
+    fid: float
+    samples: int
+    features: str
+
+    @classmethod
+    def read(cls, path: Path, checkpoint: dict) -> Self | None:
+        """The record in a `checkpoint`, from `path`; None in those that are not the best.
+
+        Raises:
+            ValueError: it holds something else in its place.
+        """
+        match checkpoint.get("best"):
+            case None:
+                return None
+            case {"fid": float(fid), "samples": int(samples), "features": str(features)} if (
+                0 <= fid < EXACT and 0 <= samples < EXACT and Text().accepts(features)
+            ):
+                return cls(checkpoint["step"], fid, samples, features)
+            case other:
+                raise ValueError(f"{path}: its entry `best` is no choice: {shown(other)}")
+
+    def entry(self) -> dict[str, Any]:
+        """The entry of the checkpoint, which `read` reads."""
+        return {"fid": self.fid, "samples": self.samples, "features": self.features}
+
+    def __str__(self) -> str:
+        return (
+            f"lowest Fréchet distance along the training, {self.fid:.4g} of {self.samples:,} "
+            f"samples ({self.features}); they are others than those of this evaluation"
+        )
+
+
+def entry_of_report(path: Path, checkpoint: dict) -> dict[str, str]:
+    """The entry of a report on the choice of `checkpoint`, from `path`; {} if it was not chosen."""
+    best = Best.read(path, checkpoint)
+    return {"best": str(best)} if best else {}
+
+
+@dataclass
+class FewSamples:
+    """A few samples, from the same prior draws every time, in the first feature space of a run.
+
+    The draws are others than those of an evaluation, so that a checkpoint that is chosen by these
+    is not judged by them.
+    """
+
+    experiment: Parts
+    statistics: ReferenceStatistics
+    number: int
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def from_config(cls, config, experiment: Parts) -> Self | None:
+        """None where `training.metric_freq` is 0; all processes have to call this."""
+        if not config.training.metric_freq:
+            return None
+        options = config.eval
+        spaces = get_spaces(
+            options.features, options.inception_path, experiment.codec, experiment.device
+        )
+        statistics = ReferenceStatistics.build(
+            spaces[0], Path(options.stats_dir), Training(experiment.data)
+        )
+        number = config.training.metric_samples
+        return cls(experiment, statistics, number, options.batch_size, config.seed)
+
+    def compare(self, watch: Watch) -> Comparison | None:
+        """Draw samples of the network as it is, for a comparison; None where none is finite.
+
+        Raises FloatingPointError where the solver diverges, and what `watch` raises.
+        """
+        experiment, statistics = self.experiment, self.statistics
+        if statistics.reference is None:
+            with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
+                statistics.measure(progress.update)
+        statistics.data = None  # a second copy of the images
+        features, logits = [], []
+        for r, first in enumerate(range(0, self.number, self.batch_size)):
+            number = min(self.batch_size, self.number - first)
+            samples, _ = experiment.sampler(
+                experiment.network,
+                number,
+                generator=keyed_generator(experiment.device, "metrics", self.seed, r),
+                conditions=experiment.draw_conditions(number, "metrics", r),
+                watch=watch,
+            )
+            samples = samples[samples.flatten(1).isfinite().all(1)]
+            if len(samples):
+                of_round = statistics.space(experiment.codec.stored(samples))
+                features.append(of_round[0])
+                logits.append(of_round[1])
+        if not features:
+            return None
+        return Comparison(
+            np.concatenate(features),
+            None if logits[0] is None else np.concatenate(logits),
+            statistics.reference,
+            statistics.space.backend,
+            experiment.device if experiment.device.type == "cuda" else torch.device("cpu"),
+        )
+
+    def best(self, step: int, fid: float) -> Best:
+        """The record of a distance of these samples."""
+        return Best(step, fid, self.number, self.statistics.space.name)
+
+    def are_comparable(self, best: Best) -> bool:
+        """Whether the distance of `best` is one of as many samples in the same space."""
+        return best == self.best(best.step, best.fid)
+
+
+def metrics_of(comparison: Comparison) -> dict[str, float]:
+    """The metrics `LOGGED` as far as they can be computed, by their keys."""
+    values = {}
+    for key in LOGGED:
+        with contextlib.suppress(TooFew):
+            if (value := METRICS[key].compute(comparison)) is not None:
+                values[key] = float(value)
+    return values
+
+
+def noise_of(comparison: Comparison) -> float:
+    """Standard deviation of the Frechet distance over draws of as many samples: a bootstrap."""
+    rng, distances = np.random.default_rng(0), []
+    for _ in range(RESAMPLED):
+        rows = rng.integers(len(comparison.features), size=len(comparison.features))
+        resampled = replace(comparison, features=comparison.features[rows])
+        distances.append(METRICS["fid"].compute(resampled))
+    return float(np.std(distances, ddof=1))
