@@ -43,7 +43,7 @@ LINES = [line for kind, b in BLOCKS if not kind for line in b.replace("\\\n", " 
 COMMANDS = [*map(shlex.split, LINES)]
 SMALL = shlex.split(
     "--config.training.n_iters=20 --config.training.batch_size=8 --config.model.nf=8 "
-    "--config.training.small_batch_size=0 "
+    "--config.training.small_batch_size=0 --config.training.precision=fp32 "
     "--config.model.ch_mult='(1,)' --config.model.attn_resolutions='()' "
     "--config.model.num_res_blocks=1 --config.data.num_workers=0 "
     "--config.sampling.ode_solver=heun --config.sampling.N=2 --config.data.image_size=8"

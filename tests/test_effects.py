@@ -58,7 +58,8 @@ def test_only_attention_that_falls_away_is_said(resolutions, missing):
 
 @pytest.mark.parametrize("nf, where", [(32, "16"), (16, "16, 4, nor in the middle"), (64, None)])
 def test_features_too_narrow_for_a_head_of_adm_are_said(nf, where):
-    lines = remarks("pfgmpp/images16_ddpmpp.py", name="adm", nf=nf, attn_resolutions=(16, 4))
+    model = {"name": "adm", "nf": nf, "ch_mult": (1, 3, 3), "attn_resolutions": (16, 4)}
+    lines = remarks("pfgmpp/images16_ddpmpp.py", **model)
     assert len(lines) == bool(where)
     assert all(f"no attention at {where}: too few channels" in line for line in lines)
 

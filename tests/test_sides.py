@@ -443,6 +443,7 @@ def test_a_run_from_training_to_films(tmp_path, shape):
         "training.small_batch_size": 0,
         "model.nf": 8,
         "model.ch_mult": "(1,2,2)",
+        "training.precision": "fp32",
         "sampling.N": 3,
         "eval.num_samples": 10,
         "eval.batch_size": 10,
