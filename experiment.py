@@ -25,7 +25,7 @@ from configs.effects import without_effect
 from configs.keys import explain_unknown, get, plain, shown, with_home
 from configs.schema import Either
 from datasets import Data
-from library.conditions import ConditionDrawer
+from library.conditions import ConditionDrawer, check_conditions
 from library.fitting import Fitting
 from library.levels import LevelChoice
 from library.sample_folder import KEYS as OUTPUTS
@@ -34,6 +34,7 @@ from likelihood import Likelihood
 from models.tiles import Tiled
 from models.weights import load_ema
 from solvers.rk45 import limits_of
+from sources import pairs
 from sources.codec import Codec, check_codec
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 # Keys whose values a guide shares with the network that it guides.
 GUIDE_KEYS = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
-    *("data.codec", "data.conditions"),
+    *("data.codec", "data.conditions", "data.condition_channels"),
     *("training.objective", "training.sde", "training.continuous", "training.gamma"),
     *("model.D", "model.sigma_data", "model.sigma_unit"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
@@ -89,6 +90,7 @@ class Experiment:
         config: the complete one.
         draw_conditions: conditions to sample with, of training images.
         data: read when they are first needed.
+        condition_codec: of the images that the network is given; None where it is given none.
         remarks: lines for the log on what was decided.
     """
 
@@ -101,6 +103,7 @@ class Experiment:
     sampler: sampling.Sampler
     draw_conditions: ConditionDrawer
     data: Data
+    condition_codec: Codec | None = None
     remarks: list[str] = field(default_factory=list)
 
     @classmethod
@@ -136,6 +139,9 @@ class Experiment:
         method = methods.get_method(config)
         models.check_labels(config.model, config.training.sde, config.training.continuous)
         codec = get_codec(config, device)
+        condition_codec = pairs.codec_of(config.data)
+        if condition_codec:
+            check_conditions(method, codec)
         network = models.from_config(config, codec.shape).to(device)
         remarks = decide_precisions(config, network, codec.shape)
         execution.check_precision(config.sampling.precision, device, "sampling.precision")
@@ -153,6 +159,7 @@ class Experiment:
             sampler=sampling.from_config(config, method, codec, guide),
             draw_conditions=ConditionDrawer(data, device, config.seed, label),
             data=data,
+            condition_codec=condition_codec,
             remarks=remarks,
         )
 
@@ -193,7 +200,9 @@ class Experiment:
         """The settings of codec (where one is named), conditions and objective."""
         data = self.config.data
         of_codec = {"data.codec": self.codec.identity} if data.codec or data.dtype else {}
-        return of_codec | {"data.conditions": data.conditions} | self.objective_settings
+        of_pairs = {"condition": self.condition_codec.identity} if self.condition_codec else {}
+        conditions = {"data.conditions": data.conditions} | of_pairs
+        return of_codec | conditions | self.objective_settings
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -279,6 +288,7 @@ class Experiment:
             "sampling": section("sampling"),
             "centered": config.data.centered,
             **({"codec": self.codec.identity} if config.data.codec or config.data.dtype else {}),
+            **({"condition": self.condition_codec.identity} if self.condition_codec else {}),
             "seed": config.seed,
             "precision": config.training.precision,
             "device": self.device.type,

@@ -26,7 +26,7 @@ from optimizers import OPTIMIZERS
 from sampling import SAMPLERS
 from solvers import SCHEDULES, SOLVERS
 from solvers.rk45 import KEYS as LIMITS
-from sources import SOURCES, codec, folder, options, patches, preparation
+from sources import SOURCES, codec, folder, options, pairs, patches, preparation
 from sources.codec import CODECS
 
 # Keys of the loops of training, sampling and evaluation.
@@ -123,7 +123,7 @@ def all_keys() -> dict[str, Key]:
     """
     keys = {}
     for owner in (  # in the order in which docs/config.md shows the keys of a section
-        *(options, *SOURCES.values(), folder, patches, codec, *CODECS.values()),
+        *(options, *SOURCES.values(), folder, pairs, patches, codec, *CODECS.values()),
         *(methods, models, *NETWORKS.values(), sampling, *SAMPLERS.values(), LIMITS),
         *(*SOLVERS.values(), *SCHEDULES.values(), restoration, *METHODS.values()),
         *(losses, *OBJECTIVES.values(), preparation, optimizers, *OPTIMIZERS.values(), training),

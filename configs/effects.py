@@ -62,6 +62,12 @@ def rows() -> list[Row]:
         ({"training.objective": no_targets}, "model", "P_mean P_std"),
         ({"sampling.method": no_ode}, "sampling", "noise_removal restore restorer"),
         ({"data.num_classes": (0,), "data.conditions": ("",)}, "training", "label_dropout"),
+        (
+            {"data.condition_channels": (0,), "data.condition_path": ("",)}
+            | {"data.conditions": ("",)},
+            "training",
+            "condition_dropout",
+        ),
         ({"training.snapshot_sampling": (False,)}, "training", "snapshot_solver"),
         ({"sampling.method": of_sde}, "training", "snapshot_solver"),
         ({"sampling.ode_solver": stepping}, "training", "snapshot_solver"),

@@ -94,8 +94,16 @@ class Guidance:
             return None
         if sampling.guide and guide is None:
             raise ValueError("the network of sampling.guide has to be given as `guide`")
-        conditional = config.data.num_classes or config.data.conditions
-        if not sampling.guide and not (conditional and config.training.label_dropout):
+        data, training = config.data, config.training
+        dropouts = [training.label_dropout] * bool(data.num_classes or data.conditions)
+        dropouts += [training.condition_dropout] * bool(data.condition_channels)
+        if not sampling.guide and data.condition_channels and not training.condition_dropout:
+            raise ValueError(
+                f"sampling.guidance={sampling.guidance} needs a network trained with its condition "
+                "and without (training.condition_dropout above 0), or another network as "
+                "sampling.guide"
+            )
+        if not sampling.guide and not (dropouts and all(dropouts)):
             raise ValueError(
                 f"sampling.guidance={sampling.guidance} needs a network trained with class labels "
                 "and without (data.num_classes and training.label_dropout above 0), or another "

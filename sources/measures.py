@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sources.stream import DataSet, batch_at
+from sources.stream import SMALL, DataSet, batch_at, in_order
 
 SAMPLED = 2000  # images of which distances and the standard deviation are estimated
 MOST_ENTRIES = 2**27  # of all these together: 512 MiB
@@ -45,3 +45,11 @@ class ImageMeasures:
         if not distance:
             raise ValueError("all training images are equal: set model.sigma_max")
         return distance
+
+
+def mean_norm(data: DataSet, encode: Callable[[Tensor], Tensor]) -> float:
+    """Mean Euclidean norm of a data set's images, which `encode` takes as stored."""
+    total, at_once = 0.0, max(1, SMALL // data[:1].numel())
+    for batch in in_order(data, at_once):
+        total += encode(batch.images).flatten(1).norm(dim=1).sum().item()
+    return total / len(data)

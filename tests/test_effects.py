@@ -96,6 +96,7 @@ OTHER = {
         "M": 100,
         "restrict_M": False,
         "label_dropout": 0.5,
+        "condition_dropout": 0.5,
         "target": "posterior_mean",
         "reduce_mean": True,
         "likelihood_weighting": True,
