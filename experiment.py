@@ -236,6 +236,9 @@ class Experiment:
         if any(new < old for new, old in zip(sides, tile, strict=True)):
             raise ValueError(f"sampling.size={tuple(sides)} is smaller than {tile[0]} x {tile[1]}")
         self.codec = replace(codec, data_shape=(channels, *sides))
+        if condition := self.condition_codec:
+            shape = condition.data_shape[0], *sides
+            self.condition_codec = replace(condition, data_shape=shape)
         self.network = Tiled(self.network, tuple(tile))
         guidance = sampler.guidance
         if guidance and guidance.guide is not None:
