@@ -21,6 +21,7 @@ from experiment import Experiment, identity_of, load
 from library import report_settings
 from library.ema import rebuild_ema
 from library.evaluated import Evaluated, Split
+from library.evaluated_pairs import compare_pairs
 from library.evaluated_restorations import restore_images
 from library.evaluated_samples import compare_samples, draw_images
 from library.first_look import FirstLook
@@ -234,7 +235,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     )
     distributed.check_same("checkpoints", " ".join(path.name for path in checkpoints.values()))
     split, statistics, restored = None, [], None
-    if options.enable_loss or options.enable_bpd or options.enable_classification:
+    if any(map(options.get, evaluation.SPLIT_PARTS)):
         split = Split.from_config(config, experiment.data)
     if options.enable_bpd or options.enable_classification:
         experiment.check_likelihood()
@@ -305,6 +306,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
                 report |= evaluation.classification(evaluated, split)
             if options.enable_sampling:
                 report |= compare_samples(evaluated, statistics, options.num_samples)
+            if options.enable_pairs:
+                report |= compare_pairs(evaluated, split, options.pairs, options.pair_draws)
             if restored:
                 report |= restore_images(evaluated, restored)
             if not main:

@@ -104,6 +104,13 @@ LOOPS = {
     "eval.enable_sampling": Key(False, Flag(), "samples, and how far they are from the data"),
     "eval.num_samples": Key(50000, whole(4, 10**7), "samples"),
     "eval.save_images": Key(False, Flag(), "without sampling: draw the first samples only"),
+    "eval.enable_pairs": Key(
+        False,
+        Flag(),
+        "draws for the conditions of the split (data.condition_path): PSNR, SSIM, coverage",
+    ),
+    "eval.pairs": Key(100, whole(1, 10**6), "pairs, the first of the split"),
+    "eval.pair_draws": Key(9, whole(1, 1000), "draws of each"),
     "eval.enable_interpolate": Key(
         False, Flag(), "draw rows of samples between pairs of prior samples"
     ),

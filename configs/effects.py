@@ -92,6 +92,7 @@ def rows() -> list[Row]:
             "eval",
             "num_samples",
         ),
+        ({"eval.enable_pairs": (False,)}, "eval", "pairs pair_draws"),
         ({"eval.steps": SET}, "eval", "begin_ckpt end_ckpt"),
         ({"eval.enable_sampling": (True,)}, "eval", "save_images"),
         ({"eval.enable_bpd": (False,)}, "eval", "bpd_num_repeats"),

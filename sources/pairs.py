@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from configs.keys import shown, with_home
 from configs.schema import Key, Number, Numbers, OneOf, Text, whole
-from sources import moments
+from sources import digests, moments
 from sources.arrays import Arrays, is_array, read_numbers
 from sources.base import Unreadable, View
 from sources.codec import Codec, EightBitImages, encoded
@@ -133,6 +133,10 @@ class EncodedConditions:
             )
         stored = tensor_of(np.stack([image]))
         return encoded(self.codec, stored)[0].permute(1, 2, 0).contiguous().numpy()
+
+    def digest(self) -> str:
+        """The digest of the conditions as stored, and of the codec."""
+        return digests.joined(digests.of_source(self.source), self.codec.identity)
 
 
 class Pairs:
