@@ -57,6 +57,7 @@ GUIDE_KEYS = (
 
 # Keys that results of earlier versions do not name, and the values that they were computed with.
 LATER = {"model.sigma_unit": 1.0, "sampling.size": (), "sampling.levels": ()}
+OF_START = {f"sampling.{name}" for name in ("init", "init_level", "init_weight")}  # from conditions
 
 CLASS_LABEL = "sampling.class_label"
 
@@ -278,6 +279,7 @@ class Experiment:
         config, guidance = self.config, self.sampler.guidance
         guide = guidance and guidance.guide
         left_out = {*OUTPUTS, *(key for key, value in LATER.items() if get(config, key) == value)}
+        left_out |= set() if self.sampler.start else OF_START
 
         def section(name: str) -> dict:
             values = config[name].to_dict()

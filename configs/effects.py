@@ -81,6 +81,7 @@ def rows() -> list[Row]:
         ({"sampling.schedule": without_rho}, "sampling", "rho"),
         ({"sampling.schedule": ("auto",), "sampling.ode_solver": uniform}, "sampling", "rho"),
         ({"sampling.S_churn": (0,)}, "sampling", "S_min S_max S_noise"),
+        ({"sampling.init": ("prior",)}, "sampling", "init_level init_weight"),
         ({"sampling.guidance": (1,)}, "sampling", "guidance_interval"),
         ({"sampling.restore": ("",)}, "sampling", "restore_path restore_degrade restore_mask"),
         ({"sampling.restore": ("",)}, "sampling", "restore_noise restorer restore_resample"),

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from datasets import batch_at
 from library.evaluated import Evaluated, Split
 from library.evaluated_restorations import psnr
-from library.posterior import condition_pictures, in_type, is_alike
+from library.posterior import condition_pictures, in_type
 from library.rounds import Rounds
 from reports.images import save_grid
 from reports.progress import solver_bar
+from sources.pairs import is_alike
 from storage.digests import digests_of_conditions
 
 log = logging.getLogger(__name__)

@@ -125,19 +125,13 @@ def in_type(mean: NDArray, dtype: np.dtype) -> NDArray:
     return (mean.round() if np.dtype(dtype).kind in "biu" else mean).astype(dtype)
 
 
-def is_alike(condition: Codec, image: Codec) -> bool:
-    """True where conditions have the channels, sides and units of the images."""
-    same = condition.data_shape == image.data_shape
-    return same and (condition.dtype == "uint8") == (image.dtype == "uint8")
-
-
 def condition_pictures(stored: NDArray, condition: Codec, image: Codec) -> NDArray[np.uint8]:
     """Pictures (n, H, W, C) of conditions as stored, with as many channels as those of images.
 
     They are shown in the window of the images where they have their units; else in their own, and
     of other channels the mean is shown.
     """
-    if is_alike(condition, image):
+    if pairs.is_alike(condition, image):
         return image.pictures(stored)
     pictures, channels = condition.pictures(stored), image.data_shape[0]
     if pictures.shape[3] == channels:

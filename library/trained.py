@@ -165,9 +165,11 @@ class Trained(Conditioned):
         whose root mean square exceeds that of black and white is divided by it, to be visible.
         """
         method, codec = self.experiment.method, self.experiment.codec
+        start = self.experiment.sampler.start
         if not isinstance(frames, (int, np.integer)) or frames < 1:
             raise ValueError(f"frames must be a whole number of at least 1, not {shown(frames)}")
         low, high = method.level_range
+        high = start.level if start else high
         ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
         levels = high * (max(low, LOWEST_SHOWN * method.sigma_unit) / high) ** ratio
         films = []

@@ -86,6 +86,12 @@ def codec_of(data: ConfigDict, sides: Size | None = None) -> Codec | None:
     return MeasuredArrays(shape, data.condition_dtype, *numbers)
 
 
+def is_alike(condition: Codec, image: Codec) -> bool:
+    """True where conditions have the channels, sides and units of the images."""
+    same = condition.data_shape == image.data_shape
+    return same and (condition.dtype == "uint8") == (image.dtype == "uint8")
+
+
 def read_conditions(
     key: str, name: str, codec: Codec, scale: tuple[float, ...], layout: str
 ) -> dict[str, NDArray]:

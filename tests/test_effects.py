@@ -132,6 +132,8 @@ OTHER = {
         "checkpoint_activations": True,
     },
     "sampling": {
+        "init_level": 0.7,
+        "init_weight": 0.5,
         "z_max": 30.0,
         "z_min": 0.01,
         "z_exp": 2.0,
