@@ -54,9 +54,8 @@ def reconstruction(image: NDArray, dose: float, random: np.random.Generator) -> 
 
 def make(folder: Path, number: int, side: int, low: float, high: float, seed: int = 0) -> None:
     """Write x.npy, c.npy and phantoms.npy; see the module."""
-    arrays = {
-        name: np.empty((number, side, side, 1), np.float32) for name in ("phantoms", "x", "c")
-    }
+    shape, names = (number, side, side, 1), ("phantoms", "x", "c")
+    arrays = {name: np.empty(shape, np.float32) for name in names}
     for i in range(number):
         random = np.random.default_rng((seed, i))
         image = phantom(random, side)

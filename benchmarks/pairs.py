@@ -76,7 +76,7 @@ def tuned_start(workdir: Path) -> tuple[float, float]:
 
     def quality(level: float, weight: float) -> float:
         flags = f"--config.sampling.init_level={level}", f"--config.sampling.init_weight={weight}"
-        name = f"tuning/{level}-{weight}"
+        name = f"tuning-{level}-{weight}"
         return evaluate(workdir, name, TUNED, START, ONE, *flags, *split)["pairs_psnr"]
 
     level = max(LEVELS, key=lambda each: quality(each, 1.0))
@@ -103,20 +103,19 @@ def classical(noisy: NDArray, clean: NDArray) -> tuple[str, Callable[[NDArray], 
 
     Wavelets are left out where PyWavelets is missing.
     """
-    ways = {
-        f"TV {w:g}": (restoration.denoise_tv_chambolle, {"weight": w})
-        for w in 0.02 * 1.5 ** np.arange(8)
-    }
+    ways = {}
+    for w in 0.02 * 1.5 ** np.arange(8):
+        ways[f"TV {w:.3g}"] = restoration.denoise_tv_chambolle, {"weight": w}
     for h in 0.02 * 1.5 ** np.arange(7):
         sizes = {"h": h, "sigma": h, "patch_size": 3, "patch_distance": 5, "fast_mode": True}
-        ways[f"non-local means {h:g}"] = restoration.denoise_nl_means, sizes
+        ways[f"non-local means {h:.3g}"] = restoration.denoise_nl_means, sizes
     try:
         import pywt  # noqa: F401
     except ImportError:
         print("wavelets are left out: they need pip install PyWavelets")
     else:
         for s in 0.02 * 1.5 ** np.arange(7):
-            ways[f"wavelets {s:g}"] = restoration.denoise_wavelet, {"sigma": s}
+            ways[f"wavelets {s:.3g}"] = restoration.denoise_wavelet, {"sigma": s}
 
     def apply(name: str, images: NDArray) -> NDArray:
         way, numbers = ways[name]
@@ -165,9 +164,8 @@ def others(workdir: Path, pairs: int, steps_seconds: float) -> dict[str, dict]:
         return shown(run.condition_codec.decode(batch.conditions["image"]))
 
     truth, noisy = shown(codec.units(test.images)), measured(test)
-    name, way = classical(
-        measured(train_pairs)[..., 0], shown(codec.units(train_pairs.images))[..., 0]
-    )
+    clean = shown(codec.units(train_pairs.images))
+    name, way = classical(measured(train_pairs)[..., 0], clean[..., 0])
     net = regression(run, steps_seconds)
     with torch.no_grad():
         of_net = shown(codec.decode(predicted(net, test.conditions["image"])))
@@ -258,9 +256,7 @@ def main() -> None:
             cached.write_text(json.dumps(others(first, options.pairs, seconds)))
         lines = json.loads(cached.read_text())
         beside = {name: [report] for name, report in lines.items()}
-        print(
-            f"\nafter {seed + 1} of {options.seeds} seeds:\n{table(dict(sorted(rows.items())) | beside)}"
-        )
+        print(f"\nafter {seed + 1} of {options.seeds} seeds:\n{table(rows | beside)}")
         plot(Path(options.plot or out / "pairs.png"), runs, lines)
 
 
