@@ -1,7 +1,7 @@
 """Denoise low-dose CT with PFGM++ of several D, in 1, 5 and 35 evaluations, beside other ways.
 
     python3 benchmarks/ct_data.py DATA
-    python3 benchmarks/pairs.py DATA [--out RUNS] [--dims 16,64,128,inf] [--seeds 3] [--steps 6000]
+    python3 benchmarks/pairs.py DATA [--out RUNS] [--dims 16,64,128,inf] [--seeds 3] [--steps 4000]
             [--pairs 100] [--plot docs/pairs.png]
 
 It trains configs/pfgmpp/denoise_ddpmpp.py on DATA/x.npy and c.npy in RUNS/{D}-{seed} (DATA/runs),
@@ -236,7 +236,7 @@ def main() -> None:
         out=None,
         dims="16,64,128,inf",
         seeds=3,
-        steps=6000,
+        steps=4000,
         pairs=100,
         plot=None,
     )
