@@ -62,11 +62,11 @@ def train(workdir: Path, data: Path, D: str, seed: int, steps: int) -> None:
 
 def evaluate(workdir: Path, name: str, pairs: int, *flags: str) -> dict:
     """The report of an evaluation of `pairs` in the folder `name`; computed once."""
-    if not (found := [*(workdir / name).glob("report_*.npz")]):
+    if not (reports := [*(workdir / name).glob("report_*.npz")]):
         keys = f"--config.eval.pairs={pairs}", "--noconfig.eval.enable_loss"
         program("eval", workdir, "--eval_folder", name, *keys, *flags)
-        found = [*(workdir / name).glob("report_*.npz")]
-    with np.load(found[0]) as report:
+        reports = [*(workdir / name).glob("report_*.npz")]
+    with np.load(reports[0]) as report:
         return dict(report)
 
 
@@ -132,11 +132,11 @@ def regression(run: Experiment, seconds: float) -> nn.Module:
     optimizer = torch.optim.Adam(net.parameters(), lr=run.config.optim.lr)
     data, end, start = run.data.get("train"), time.monotonic() + seconds, time.monotonic()
     for batch in shuffled_batches(data, run.config.training.batch_size, run.seed):
-        left = (end - time.monotonic()) / (end - start)
-        if left <= 0:
+        share = (end - time.monotonic()) / (end - start)  # of the time that remains
+        if share <= 0:
             break
         for group in optimizer.param_groups:
-            group["lr"] = run.config.optim.lr * min(1, 2 * left)
+            group["lr"] = run.config.optim.lr * min(1, 2 * share)
         y = encoded(run.codec, batch.images)
         loss = (predicted(net, batch.conditions["image"]) - y).square().mean()
         optimizer.zero_grad()
@@ -157,18 +157,18 @@ def others(workdir: Path, pairs: int, steps_seconds: float) -> dict[str, dict]:
     codec, train_pairs = run.codec, batch_at(run.data.get("train"), slice(TUNED))
     test = batch_at(run.data.get("test"), slice(pairs))
 
-    def shown(data: torch.Tensor) -> NDArray:
+    def in_window(data: torch.Tensor) -> NDArray:
         return codec.within_window(codec.stored(data))
 
     def measured(batch) -> NDArray:
-        return shown(run.condition_codec.decode(batch.conditions["image"]))
+        return in_window(run.condition_codec.decode(batch.conditions["image"]))
 
-    truth, noisy = shown(codec.units(test.images)), measured(test)
-    clean = shown(codec.units(train_pairs.images))
+    truth, noisy = in_window(codec.units(test.images)), measured(test)
+    clean = in_window(codec.units(train_pairs.images))
     name, way = classical(measured(train_pairs)[..., 0], clean[..., 0])
     net = regression(run, steps_seconds)
     with torch.no_grad():
-        of_net = shown(codec.decode(predicted(net, test.conditions["image"])))
+        of_net = in_window(codec.decode(predicted(net, test.conditions["image"])))
     images = {"measured": noisy, name: way(noisy[..., 0])[..., None], "regression network": of_net}
     return {
         name: {

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from library.trained_conditions import NO_CONDITION
 from reports.images import save_grid
@@ -82,17 +80,12 @@ class ToDrawFrom:
 
     def arguments(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Arguments of `Trained.sample` for these draws."""
-        rows = np.array(numbers) % self.number
-        return {"conditions": {"image": self.encoded[rows]}}
-
-    @property
-    def encoded(self) -> Tensor:
-        """The conditions as the network is given them, (n, C, H, W)."""
-        return encoded(self.codec, tensor_of(self.stored))
+        stored = tensor_of(self.stored[np.array(numbers) % self.number])
+        return {"conditions": {"image": encoded(self.codec, stored)}}
 
     def origin(self, shape: object = None) -> dict[str, str]:
         """A digest of the conditions, on which samples depend."""
-        return digests(condition=torch.from_numpy(np.ascontiguousarray(self.stored)))
+        return digests(condition=tensor_of(self.stored))
 
     def save(self, folder: Path, samples: NDArray, codec: Codec) -> Path:
         """Write posterior.npz and posterior.png; the path of the picture.
@@ -110,9 +103,9 @@ class ToDrawFrom:
             numbers["std"] = draws.std(0, ddof=1)
         save_npz(folder / "posterior.npz", **numbers)
         path = folder / "posterior.png"
-        some = draws[:DRAWS, :ROWS].swapaxes(0, 1).astype(samples.dtype)
-        pictures = codec.pictures(some.reshape(-1, *samples.shape[1:]))
-        pictures = pictures.reshape(len(some), -1, *pictures.shape[1:])
+        first = draws[:DRAWS, :ROWS].swapaxes(0, 1).astype(samples.dtype)
+        pictures = codec.pictures(first.reshape(-1, *samples.shape[1:]))
+        pictures = pictures.reshape(len(first), -1, *pictures.shape[1:])
         means = codec.pictures(in_type(mean[:ROWS], samples.dtype))[:, None]
         columns = [condition_pictures(self.stored[:ROWS], self.codec, codec)[:, None]]
         rows = np.concatenate([*columns, pictures, means], 1)
