@@ -24,6 +24,7 @@ from configs.effects import without_effect
 from configs.keys import flatten, get, of_part
 from configs.schema import REFERENCE_STD
 from datasets import Data, mean_norm
+from sources import pairs
 from sources.codec import Codec, Shape, class_of, encoded
 from sources.codec import from_config as get_codec
 from sources.dtypes import is_whole
@@ -43,7 +44,7 @@ OPEN_IN_DATA = {"data.num_channels": 0, "data.image_size": 0, "data.num_classes"
 
 # Measured of arrays in units of their own; data.dtype says whether the data are such arrays.
 OF_ARRAYS = ("data.mean", "data.std", "reports.window")
-SAID_BY_DATA = (*OF_ARRAYS, "data.scale")  # in lines of their own
+SAID_BY_DATA = (*OF_ARRAYS, "data.scale", *pairs.MEASURED)  # in lines of their own
 
 FEW_LEVELS = 100  # whole numbers of a variance below that many times 1/12, the rounding's, are few
 
@@ -143,6 +144,8 @@ def _open_keys(flat: Mapping[str, Any], data: Data) -> set[str]:
     keys = {key for key in MEASURED if flat[key] is None}
     keys |= {name for name, key in all_keys().items() if key.opens and flat[name] is None}
     keys |= {key for key, value in OPEN_IN_DATA.items() if flat[key] == value}
+    if flat[pairs.PATH]:
+        keys |= {key for key in pairs.MEASURED if not flat[key]}
     if data.takes_scale and not flat["data.scale"]:
         keys.add("data.scale")
     if data.are_arrays and not flat["data.dtype"]:
@@ -190,6 +193,12 @@ def _measure_data(
                 "likelihoods add noise as wide as a unit, which is not little for numbers so close "
                 "together: --config.data.uniform_dequantization trains the network with it"
             )
+    if of_pairs := [key for key in pairs.MEASURED if key in open_keys]:
+        measured, line = data.measure_conditions()
+        of_pairs = {key: measured[key] for key in of_pairs}
+        _set(config, of_pairs)
+        values |= of_pairs
+        lines.append(line)
     return values, lines
 
 

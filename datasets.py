@@ -3,34 +3,27 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
-from tqdm import tqdm
 
 import distributed
 import sources
-from configs import keys
-from sources import description, digests, folder, hugging_face, moments, splits
-from sources.arrays import Arrays, is_array
-from sources.base import Classes, Source
+from sources import description, digests, hugging_face, splits
+from sources.base import Classes
 from sources.batch import KINDS, Conditions
-from sources.files import Measured
-from sources.folder import Folder
 from sources.identity import Identity
-from sources.images import ImageSize, Shape, image_size_of, sides_of
+from sources.images import Shape
 from sources.keyed import keyed_generator, keyed_seed
 from sources.labels import number_of
-from sources.loaded import Loaded
-from sources.moments import Moments
+from sources.measures import mean_norm
+from sources.opened import MEASURED, SPLITS, OpenedData
+from sources.pairs import EncodedConditions, codec_of
 from sources.patches import Patches
-from sources.sizes import extent, made_of, shapes_of
+from sources.sizes import made_of
 from sources.stream import (
     MAX_WORKERS,
     SMALL,
@@ -46,6 +39,8 @@ from sources.stream import (
 from storage.files import plain
 
 __all__ = [
+    "MEASURED",
+    "SPLITS",
     "Data",
     "DataChanged",
     "DataSet",
@@ -58,12 +53,10 @@ __all__ = [
     "keyed_seed",
     "mean_norm",
     "shuffled_batches",
+    "sources",
 ]
 
 log = logging.getLogger(__name__)
-
-SPLITS = ("train", "test")
-MEASURED = 64  # images of which channels and sizes are measured
 
 # `from datasets import load_dataset` is told what to write instead
 __getattr__ = hugging_face.refuse
@@ -73,8 +66,8 @@ class DataChanged(ValueError):
     """The data are not those of the run; nothing goes on without them."""
 
 
-class Data:
-    """The data that `options`, a config's `data`, name; each split is opened when it is needed.
+class Data(OpenedData):
+    """The data that `options`, a config's `data`, name, and the identity of a run's data.
 
     One object serves all of a start, which lists a folder once; values that `options` leave open
     are measured, and may be filled in later. A run continues on the data it began with, whose
@@ -87,25 +80,11 @@ class Data:
     """
 
     def __init__(self, options: ConfigDict, stored: Identity | None = None):
-        self.options, self.stored = options, stored
-        self._folder: Folder | Arrays | Loaded | None = None
-        self._sources: dict[str, Source] = {}
-        self._classes: dict[str, Classes] = {}
+        super().__init__(options)
+        self.stored = stored
         self._rows: dict[str, dict[str, Tensor]] = {}  # the named conditions of a split
         self._is_compared = self._is_closed = False
         self._warnings: list[str] = []  # for `close`: by then a run has opened its log
-
-    @property
-    def name(self) -> str:
-        """Name of the data set, with the category where it has several."""
-        category = self.options.get("category")
-        return self.options.dataset.lower() + (f"_{category}" if category else "")
-
-    @property
-    def whole_shape(self) -> Shape:
-        """(C, H, W) of an image."""
-        channels = self.options.num_channels or self.measure_channels()
-        return channels, *sides_of(self.options.image_size or self.measure_size())
 
     @property
     def shape(self) -> Shape:
@@ -134,33 +113,25 @@ class Data:
         """Names of the conditions besides class labels, from `data.conditions`."""
         return [name.strip() for name in self.options.conditions.split(",") if name.strip()]
 
-    @property
-    def takes_scale(self) -> bool:
-        """True where `data.scale` makes 8 bits of 16: image files that are no numbers of a type."""
-        path = self.options.path if self._is_folder and not self.options.dtype else ""
-        return bool(path) and not is_array(Path(path))
-
-    @property
-    def are_arrays(self) -> bool:
-        """True where the data are an .npy or .npz, whose numbers may be in units of their own."""
-        return self._is_folder and is_array(Path(self.options.path))
-
     def get(self, split: str, labels: bool = True, whole: bool = False) -> DataSet:
         """The images of `split` as stored, with conditions as of `get_dataset`.
 
-        With `data.patch` they are patches, one of each (`sources.patches`), unless `whole`.
+        With `data.patch` they are patches, one of each (`sources.patches`), unless `whole`. Without
+        `labels` the conditions of `data.condition_path` are left out too.
         """
         self._compare()
         data, source = self.options, self._source(split)
+        beside = {"image": self._encoded_conditions(split)} if self.has_pairs and labels else {}
         workers = data.num_workers if data.num_workers >= 0 else min(MAX_WORKERS, processors())
         conditions = self.conditions(split, labels)
         names = self._numbered(split).names if "class_labels" in conditions else ()
         shape = self.whole_shape if whole else self.shape
         if shape != self.whole_shape:
             source = Patches(source, shape[1:])
-        stream = Stream(source, shape, workers, conditions, names)
-        first, *_ = stream.read([0])  # so that data of which none can be used are refused here
-        size = len(stream) * first.nbytes
+            beside = {name: Patches(rows, shape[1:]) for name, rows in beside.items()}
+        stream = Stream(source, shape, workers, conditions, names, beside)
+        first = stream.read([0])  # so that data of which none can be used are refused here
+        size = len(stream) * sum(rows.nbytes for rows in (first.images, *first.beside.values()))
         del self._sources[split]  # see `close`
         if size > data.resident_bytes:
             return stream
@@ -196,6 +167,22 @@ class Data:
             return Conditions(rows | labelled)
         return Conditions(rows)
 
+    def paired(self, split: str, rows: Tensor) -> Tensor:
+        """Conditions (k, C, H, W) of the images number `rows` (k,), encoded."""
+        conditions, channels = self._encoded_conditions(split), self.options.condition_channels
+        if self.shape != self.whole_shape:
+            conditions = Patches(conditions, self.shape[1:])
+        stream = Stream(conditions, (channels, *self.shape[1:]))
+        return stream[rows]
+
+    def _encoded_conditions(self, split: str) -> EncodedConditions:
+        codec = codec_of(self.options, self.whole_shape[1:])
+        return EncodedConditions(self._conditions_of(split), codec)
+
+    def number(self, split: str) -> int:
+        """The number of images of `split`."""
+        return len(self._source(split))
+
     def labels(self, split: str) -> Tensor:
         """Class labels (n,), int64, of a split; no image is decoded."""
         self._compare()
@@ -220,7 +207,7 @@ class Data:
 
         Data that are first compared after it have this logged at once.
         """
-        self._folder = None
+        self._folder = self._pairs = None
         self._sources.clear()  # they may hold as much memory as the images
         self._is_closed = True
         self._warn()
@@ -238,7 +225,8 @@ class Data:
         if self.options.num_classes:
             with contextlib.suppress(ValueError):  # there are no labels: `get` says so
                 names = self._read_classes("train").names
-        digest = digests.joined(*map(digests.of_source, sources), *names)
+        conditions = [self._conditions_of(split) for split in SPLITS] if self.has_pairs else []
+        digest = digests.joined(*map(digests.of_source, sources + conditions), *names)
         return Identity(*map(len, sources), names, f"{kind}:{digest}")
 
     def identity_of_run(self) -> Identity:
@@ -273,68 +261,6 @@ class Data:
         while self._warnings:
             log.warning(self._warnings.pop(0))
 
-    # --- sources and classes ----------------------------------------------------------------------
-
-    @property
-    def _is_folder(self) -> bool:
-        return sources.SOURCES.get(self.options.dataset.lower()) is folder.open_folder
-
-    @property
-    def split_words(self) -> str:
-        """Text on how the data are split; "" for a named data set that is split as by default."""
-        data = self.options
-        if self._is_folder:
-            if names := self._find().split_names:
-                return "{train} and {test}".format(**names)
-            return splits.in_words(data.held_out, self._find().by_name, data.groups)
-        source = sources.SOURCES.get(data.dataset.lower())
-        if data.held_out == splits.SHARE or "data.held_out" not in keys.of_part(source, "reads"):
-            return ""
-        return splits.in_words(data.held_out, by_name=False)
-
-    def _find(self) -> Folder | Arrays | Loaded:
-        """The images at `data.path`, listed at the first call."""
-        if self._folder is None:
-            self._folder = folder.find(self.options)
-        return self._folder
-
-    def _open(self, split: str, channels: int, size: ImageSize) -> Source:
-        """The images of `split` with `channels` and `size`; 0: those that are stored."""
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-        name = self.options.dataset
-        open_split = keys.named(sources.SOURCES, "data.dataset", name)
-        if self._is_folder:
-            open_split = self._find().open
-        options = self.options.copy_and_resolve_references()
-        with options.ignore_type():  # a size may be one number or two
-            options.num_channels, options.image_size = channels, size
-        source = open_split(options, split)
-        if not len(source):
-            raise ValueError(f"{name} holds no images for the split {split}")
-        return source
-
-    def _source(self, split: str) -> Source:
-        if split not in self._sources:
-            channels, *sides = self.whole_shape
-            self._sources[split] = self._open(split, channels, image_size_of(sides))
-        return self._sources[split]
-
-    def _read_classes(self, split: str) -> Classes:
-        if split not in self._classes:
-            source = self._source(split)
-            message = (
-                f"data.num_classes asks for class labels, which {self.options.dataset} does not "
-                f"give ({split} split)"
-            )
-            if not hasattr(source, "classes"):
-                raise ValueError(message)
-            try:
-                self._classes[split] = source.classes()
-            except ValueError as error:
-                raise ValueError(f"{message}: {error}") from error
-        return self._classes[split]
-
     def _numbered(self, split: str) -> Classes:
         """The classes of `split` with the run's numbers, which are in range."""
         data, classes = self.options, self._read_classes(split)
@@ -348,54 +274,6 @@ class Data:
                 f"{data.num_classes - 1}"
             )
         return classes
-
-    # --- measured values --------------------------------------------------------------------------
-
-    def measure_channels(self) -> int:
-        """Channels of the training images: 1 where up to `MEASURED` of them are grey, else 3.
-
-        Grey images have R = G = B in every pixel. Arrays keep the channels they are stored with.
-        """
-        return max(channels for *_, channels in self._measured_shapes)
-
-    def measure_size(self) -> ImageSize:
-        """The size of up to `MEASURED` training images; ValueError where these differ."""
-        sizes = {(height, width) for height, width, _ in self._measured_shapes}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"data.image_size=0 takes images as they are, but these have {extent([*sizes])} "
-                "pixels: set it to one size, to which they are cut and resized"
-            )
-        return image_size_of(*sizes)
-
-    @functools.cached_property
-    def _measured_shapes(self) -> list[tuple[int, int, int]]:
-        """Shapes (H, W, C) of up to `MEASURED` training images, spread over the split."""
-        return shapes_of(self._open("train", 0, self.options.image_size), MEASURED)
-
-    def measure_scale(self) -> Measured:
-        """The `data.scale` of 16-bit images of either split; () where there are no such files."""
-        if not (self.takes_scale and folder.exists(self.options.path)):
-            return Measured(())
-        options = {"delay": 1, "disable": not distributed.is_main()}
-        watch = partial(tqdm, desc="range of 16-bit images", unit="image", **options)
-        return self._find().measure_scale(watch)
-
-    def measure_dtype(self) -> str:
-        """The `data.dtype` of an .npy or .npz; "" of 8-bit images, and where there is no file."""
-        path = Path(keys.with_home("data.path", self.options.path))
-        return self._find().dtype() if self.are_arrays and path.exists() else ""
-
-    def measure_moments(self) -> Moments:
-        """The moments of the training images, by `data.scale`."""
-        options = {"delay": 1, "disable": not distributed.is_main()}
-        watch = partial(tqdm, desc="mean and deviation", unit="image", **options)
-        return moments.measure(self._source("train"), self.options.scale, watch)
-
-    def measure_classes(self) -> int:
-        """Number of classes of the training images: with names, or as many as labels need."""
-        classes = self._read_classes("train")
-        return max(len(classes.names), int(classes.labels.max()) + 1)
 
     # --- the log ----------------------------------------------------------------------------------
 
@@ -412,6 +290,10 @@ class Data:
             name, omitted = str(data.path), self._find().omitted
             remarks.append(made_of(self._source("train"), shape[1:]))
             remarks.append(omitted and f"left out: {omitted}")
+        if self.has_pairs:
+            remarks.append(
+                f"conditions of {data.condition_channels} channels: {data.condition_path}"
+            )
         return description.line(
             name,
             (len(train), len(test)),
@@ -438,11 +320,3 @@ def get_dataset(config, split: str, labels: bool = True) -> DataSet:
     are not where they should be.
     """
     return Data(config.data).get(split, labels)
-
-
-def mean_norm(data: DataSet, encode: Callable[[Tensor], Tensor]) -> float:
-    """Mean Euclidean norm of a data set's images, which `encode` takes as stored."""
-    total, at_once = 0.0, max(1, SMALL // data[:1].numel())
-    for batch in in_order(data, at_once):
-        total += encode(batch.images).flatten(1).norm(dim=1).sum().item()
-    return total / len(data)

@@ -26,7 +26,8 @@ from storage.files import cached
 # Keys of config.eval that switch a part of an evaluation on: those of DRAWN draw samples, and of
 # these ALONG_LATENTS decode latents, which needs the ODE.
 ALONG_LATENTS = ("enable_interpolate", "enable_rescale")
-DRAWN = ("enable_sampling", "save_images", *ALONG_LATENTS)
+DRAWN = ("enable_sampling", "save_images", "enable_pairs", *ALONG_LATENTS)
+SPLIT_PARTS = ("enable_loss", "enable_bpd", "enable_classification", "enable_pairs")
 PARTS = ("enable_loss", "enable_bpd", "enable_classification", *DRAWN)
 
 

@@ -25,7 +25,7 @@ from configs.effects import without_effect
 from configs.keys import explain_unknown, get, plain, shown, with_home
 from configs.schema import Either
 from datasets import Data
-from library.conditions import ConditionDrawer
+from library.conditions import ConditionDrawer, check_conditions
 from library.fitting import Fitting
 from library.levels import LevelChoice
 from library.sample_folder import KEYS as OUTPUTS
@@ -34,6 +34,7 @@ from likelihood import Likelihood
 from models.tiles import Tiled
 from models.weights import load_ema
 from solvers.rk45 import limits_of
+from sources import pairs
 from sources.codec import Codec, check_codec
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 # Keys whose values a guide shares with the network that it guides.
 GUIDE_KEYS = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
-    *("data.codec", "data.conditions"),
+    *("data.codec", "data.conditions", "data.condition_channels"),
     *("training.objective", "training.sde", "training.continuous", "training.gamma"),
     *("model.D", "model.sigma_data", "model.sigma_unit"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
@@ -56,6 +57,7 @@ GUIDE_KEYS = (
 
 # Keys that results of earlier versions do not name, and the values that they were computed with.
 LATER = {"model.sigma_unit": 1.0, "sampling.size": (), "sampling.levels": ()}
+OF_START = {f"sampling.{name}" for name in ("init", "init_level", "init_weight")}  # from conditions
 
 CLASS_LABEL = "sampling.class_label"
 
@@ -89,6 +91,7 @@ class Experiment:
         config: the complete one.
         draw_conditions: conditions to sample with, of training images.
         data: read when they are first needed.
+        condition_codec: of the images that the network is given; None where it is given none.
         remarks: lines for the log on what was decided.
     """
 
@@ -101,6 +104,7 @@ class Experiment:
     sampler: sampling.Sampler
     draw_conditions: ConditionDrawer
     data: Data
+    condition_codec: Codec | None = None
     remarks: list[str] = field(default_factory=list)
 
     @classmethod
@@ -136,6 +140,9 @@ class Experiment:
         method = methods.get_method(config)
         models.check_labels(config.model, config.training.sde, config.training.continuous)
         codec = get_codec(config, device)
+        condition_codec = pairs.codec_of(config.data)
+        if condition_codec:
+            check_conditions(method, codec)
         network = models.from_config(config, codec.shape).to(device)
         remarks = decide_precisions(config, network, codec.shape)
         execution.check_precision(config.sampling.precision, device, "sampling.precision")
@@ -153,6 +160,7 @@ class Experiment:
             sampler=sampling.from_config(config, method, codec, guide),
             draw_conditions=ConditionDrawer(data, device, config.seed, label),
             data=data,
+            condition_codec=condition_codec,
             remarks=remarks,
         )
 
@@ -193,7 +201,9 @@ class Experiment:
         """The settings of codec (where one is named), conditions and objective."""
         data = self.config.data
         of_codec = {"data.codec": self.codec.identity} if data.codec or data.dtype else {}
-        return of_codec | {"data.conditions": data.conditions} | self.objective_settings
+        of_pairs = {"condition": self.condition_codec.identity} if self.condition_codec else {}
+        conditions = {"data.conditions": data.conditions} | of_pairs
+        return of_codec | conditions | self.objective_settings
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -227,6 +237,9 @@ class Experiment:
         if any(new < old for new, old in zip(sides, tile, strict=True)):
             raise ValueError(f"sampling.size={tuple(sides)} is smaller than {tile[0]} x {tile[1]}")
         self.codec = replace(codec, data_shape=(channels, *sides))
+        if condition := self.condition_codec:
+            shape = condition.data_shape[0], *sides
+            self.condition_codec = replace(condition, data_shape=shape)
         self.network = Tiled(self.network, tuple(tile))
         guidance = sampler.guidance
         if guidance and guidance.guide is not None:
@@ -266,6 +279,7 @@ class Experiment:
         config, guidance = self.config, self.sampler.guidance
         guide = guidance and guidance.guide
         left_out = {*OUTPUTS, *(key for key, value in LATER.items() if get(config, key) == value)}
+        left_out |= set() if self.sampler.start else OF_START
 
         def section(name: str) -> dict:
             values = config[name].to_dict()
@@ -279,6 +293,7 @@ class Experiment:
             "sampling": section("sampling"),
             "centered": config.data.centered,
             **({"codec": self.codec.identity} if config.data.codec or config.data.dtype else {}),
+            **({"condition": self.condition_codec.identity} if self.condition_codec else {}),
             "seed": config.seed,
             "precision": config.training.precision,
             "device": self.device.type,

@@ -27,6 +27,7 @@ class Parts(Protocol):
     likelihood: Likelihood
     draw_conditions: Callable[..., Conditions]
     data: Data
+    condition_codec: Codec | None
     classes: int
     limits: dict[str, float]
     parts: dict[str, Any]

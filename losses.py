@@ -35,6 +35,12 @@ KEYS = {
     "training.label_dropout": Key(
         0.1, SHARE, "share of the examples that lose their conditions, which guidance needs"
     ),
+    "training.condition_dropout": Key(
+        0.0,
+        SHARE,
+        "share of the examples that lose the image of data.condition_path alone, 0 in its place, "
+        "which guidance by it needs",
+    ),
 }
 
 # training.objective -> the class of the objective.

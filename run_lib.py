@@ -21,12 +21,14 @@ from experiment import Experiment, identity_of, load
 from library import report_settings, training_metrics
 from library.ema import rebuild_ema
 from library.evaluated import Evaluated, Split
+from library.evaluated_pairs import compare_pairs
 from library.evaluated_restorations import restore_images
 from library.evaluated_samples import compare_samples, draw_images
 from library.first_look import FirstLook
 from library.initial_weights import entry_of_report
+from library.posterior import ToDrawFrom
 from library.restoration import ToRestore
-from library.sample_folder import FILM_SAMPLES, SampleFolder, read_encoded, read_pair, seeds_of
+from library.sample_folder import SampleFolder, default_seeds, read_encoded, read_pair, seeds_of
 from library.signals import stop_signals
 from library.training_run import LossWatch, TrainingRun, resumed_from
 from losses import objective_named
@@ -231,7 +233,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     )
     distributed.check_same("checkpoints", " ".join(path.name for path in checkpoints.values()))
     split, statistics, restored = None, [], None
-    if options.enable_loss or options.enable_bpd or options.enable_classification:
+    if any(map(options.get, evaluation.SPLIT_PARTS)):
         split = Split.from_config(config, experiment.data)
     if options.enable_bpd or options.enable_classification:
         experiment.check_likelihood()
@@ -304,6 +306,8 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             if options.enable_sampling:
                 number, repeats = options.num_samples, options.repeats
                 report |= compare_samples(evaluated, statistics, number, repeats)
+            if options.enable_pairs:
+                report |= compare_pairs(evaluated, split, options.pairs, options.pair_draws)
             if restored:
                 report |= restore_images(evaluated, restored)
             if not main:
@@ -356,7 +360,7 @@ def sample(
     options, main = config.sampling, distributed.is_main()
     if options.film or options.between:
         check_writer(options.film_format)
-    seeds = seeds_of(options.seeds or ("" if options.encode or options.between else "0-63"))
+    seeds = seeds_of(options.seeds or default_seeds(options))
     objective = objective_named(config.training.objective)
     for key in filter(options.get, ("encode", "between", "restore")):
         objective.check_ode(f"sampling.{key}")
@@ -364,6 +368,7 @@ def sample(
     shape = data.shape[0], *(options.size or data.shape[1:])
     pictures = read_encoded(options.encode, shape, *stored)
     ends = read_pair(options.between, shape, *stored)
+    source = ToDrawFrom.from_config(config, shape[1:]) if seeds else None
     trained = load(checkpoint or workdir, config=config, fits=not dry_run)  # a fit takes time
     experiment = trained.experiment
     execution.prepare_process(config.training.precision, experiment.device)
@@ -372,22 +377,17 @@ def sample(
     origin = experiment.origin()
     distributed.check_same("weights", origin["weights"])
     del origin["seed"]  # of the training
-    restored = ToRestore.from_config(config, experiment) if options.restore else None
-    if restored:
-        origin |= restored.origin(experiment.codec.shape)
+    if options.restore:
+        source = ToRestore.from_config(config, experiment)
+    origin |= source.origin(experiment.codec.shape) if source else {}
     path = outdir.absolute() if outdir else workdir / "samples" / f"step_{trained.step}"
     values = flatten(ConfigDict(origin))
-    folder = SampleFolder(trained, path, values, restored, options.film_format, options.npz)
+    folder = SampleFolder(trained, path, values, source, options.film_format, options.npz)
     is_begun = folder.check()
     weights = f"the EMA weights of step {trained.step}, {trained.path}"
     if dry_run:
-        number = len(seeds) - len(folder.files.missing(seeds))
-        parts = [f"{len(seeds)} samples, {number} of which are there"] * bool(seeds)
-        parts += [f"a film of {min(len(seeds), FILM_SAMPLES)}"] * bool(seeds and options.film)
-        parts += [f"{len(pictures)} images encoded"] * bool(pictures)
-        parts += [f"a film between {' and '.join(ends)}"] * bool(ends)
         log.info(f"would sample from {weights}, to {path}")
-        log.info("; ".join(parts))
+        log.info(folder.plan(seeds, options.film, pictures, ends))
         return
     with _opened(workdir, path, "--outdir", remarks + experiment.remarks):
         log.info(f"sampling with {weights}")

@@ -26,7 +26,7 @@ from optimizers import OPTIMIZERS
 from sampling import SAMPLERS
 from solvers import SCHEDULES, SOLVERS
 from solvers.rk45 import KEYS as LIMITS
-from sources import SOURCES, codec, folder, options, patches, preparation
+from sources import SOURCES, codec, folder, options, pairs, patches, preparation
 from sources.codec import CODECS
 from storage import loggers
 from storage.loggers import LOGGERS
@@ -111,6 +111,13 @@ LOOPS = {
         "independent sets of as many samples; metrics are then means, with minimum and maximum",
     ),
     "eval.save_images": Key(False, Flag(), "without sampling: draw the first samples only"),
+    "eval.enable_pairs": Key(
+        False,
+        Flag(),
+        "draws for the conditions of the split (data.condition_path): PSNR, SSIM, coverage",
+    ),
+    "eval.pairs": Key(100, whole(1, 10**6), "pairs, the first of the split"),
+    "eval.pair_draws": Key(9, whole(1, 1000), "draws of each"),
     "eval.enable_interpolate": Key(
         False, Flag(), "draw rows of samples between pairs of prior samples"
     ),
@@ -130,7 +137,7 @@ def all_keys() -> dict[str, Key]:
     """
     keys = {}
     for owner in (  # in the order in which docs/config.md shows the keys of a section
-        *(options, *SOURCES.values(), folder, patches, codec, *CODECS.values()),
+        *(options, *SOURCES.values(), folder, pairs, patches, codec, *CODECS.values()),
         *(methods, models, *NETWORKS.values(), sampling, *SAMPLERS.values(), LIMITS),
         *(*SOLVERS.values(), *SCHEDULES.values(), restoration, *METHODS.values()),
         *(losses, *OBJECTIVES.values(), preparation, optimizers, *OPTIMIZERS.values(), training),

@@ -63,6 +63,12 @@ def rows() -> list[Row]:
         ({"sampling.method": no_ode}, "sampling", "noise_removal restore restorer"),
         ({"data.num_classes": (0,), "data.conditions": ("",)}, "training", "label_dropout"),
         (
+            {"data.condition_channels": (0,), "data.condition_path": ("",)}
+            | {"data.conditions": ("",)},
+            "training",
+            "condition_dropout",
+        ),
+        (
             {"training.snapshot_sampling": (False,), "training.metric_freq": (0,)},
             "training",
             "snapshot_solver",
@@ -79,6 +85,7 @@ def rows() -> list[Row]:
         ({"sampling.schedule": without_rho}, "sampling", "rho"),
         ({"sampling.schedule": ("auto",), "sampling.ode_solver": uniform}, "sampling", "rho"),
         ({"sampling.S_churn": (0,)}, "sampling", "S_min S_max S_noise"),
+        ({"sampling.init": ("prior",)}, "sampling", "init_level init_weight"),
         ({"sampling.guidance": (1,)}, "sampling", "guidance_interval"),
         ({"sampling.restore": ("",)}, "sampling", "restore_path restore_degrade restore_mask"),
         ({"sampling.restore": ("",)}, "sampling", "restore_noise restorer restore_resample"),
@@ -91,6 +98,7 @@ def rows() -> list[Row]:
             "num_samples",
         ),
         ({"training.metric_freq": (0,)}, "training", "metric_samples"),
+        ({"eval.enable_pairs": (False,)}, "eval", "pairs pair_draws"),
         ({"eval.steps": SET}, "eval", "begin_ckpt end_ckpt"),
         ({"eval.enable_sampling": (True,)}, "eval", "save_images"),
         ({"eval.enable_bpd": (False,)}, "eval", "bpd_num_repeats"),

@@ -6,8 +6,25 @@ from dataclasses import dataclass
 import torch
 
 from datasets import Data
+from methods.base import Method
 from sources.batch import Conditions
+from sources.codec import Codec
 from sources.keyed import keyed_generator
+
+
+def check_conditions(method: Method, codec: Codec) -> None:
+    """Raise ValueError where a network of `method` cannot be given an image as a condition."""
+    if method.uses_reference_batch:
+        raise ValueError(
+            f"data.condition_path: the targets of {method.name} here are means over images of "
+            "other conditions: use training.sde='pfgmpp' with training.target='image' (model.D=1 "
+            "is the field of a Poisson flow)"
+        )
+    if codec.shape != codec.data_shape:
+        raise ValueError(
+            "data.condition_path: conditions have the sides of the images, and the network sees "
+            f"latents of the shape {codec.shape} (data.codec)"
+        )
 
 
 @dataclass(frozen=True)
@@ -35,21 +52,30 @@ class ConditionDrawer:
         labels = None
         if self._is_named:
             labels = torch.full((number,), self.class_label, device=self.device)
-        if not self.data.condition_names and (self._is_named or not self._classes):
+        if not self._reads_rows and not self.data.has_pairs:
+            self._check_image()
             return Conditions(class_labels=labels)
-        try:
-            conditions = self._of_training
-        except (ValueError, OSError) as error:
-            if self._is_named or not self._classes:
-                raise
-            raise ValueError(f"{error}; sampling.class_label can name a class instead") from error
-        generator = keyed_generator("cpu", f"class labels of {purpose}", self.seed, *key)
-        rows = torch.arange(len(next(iter(conditions.values()))))
+        conditions = self._of_training if self._reads_rows else Conditions()
+        rows = torch.arange(self.data.number("train"))
         if (classes_of := conditions.get("class_labels")) is not None:
             rows = rows[classes_of >= 0]  # -1 labels an image that cannot be read
+        generator = keyed_generator("cpu", f"class labels of {purpose}", self.seed, *key)
         rows = rows[torch.randint(len(rows), (number,), generator=generator)]
         conditions = conditions.map(lambda condition: condition[rows].to(self.device))
+        if self.data.has_pairs:
+            conditions |= {"image": self.data.paired("train", rows).to(self.device)}
         return conditions if labels is None else conditions | {"class_labels": labels}
+
+    def _check_image(self) -> None:
+        if self.data.options.condition_channels:
+            raise ValueError(
+                "the network is given an image as a condition, and data.condition_path names none"
+            )
+
+    @property
+    def _reads_rows(self) -> bool:
+        """True where conditions of all training images are read."""
+        return bool(self.data.condition_names or (self._classes and not self._is_named))
 
     @property
     def _classes(self) -> int:
@@ -61,4 +87,9 @@ class ConditionDrawer:
 
     @functools.cached_property
     def _of_training(self) -> Conditions:
-        return self.data.conditions("train", labels=not self._is_named)
+        try:
+            return self.data.conditions("train", labels=not self._is_named)
+        except (ValueError, OSError) as error:
+            if self._is_named or not self._classes:
+                raise
+            raise ValueError(f"{error}; sampling.class_label can name a class instead") from error

@@ -12,6 +12,7 @@ from datasets import Data, DataSet
 from experiment_parts import Parts
 from metrics.reference import origin_of
 from reports.evaluation_page import PICTURES
+from sources.digests import of_source
 from sources.keyed import keyed_generator
 
 
@@ -30,6 +31,8 @@ class Split:
     def from_config(cls, config, data: Data) -> Self:
         """The split `eval.dataset`; ValueError where it lacks class labels that are needed."""
         name = config.eval.dataset
+        if config.eval.enable_pairs and not data.has_pairs:
+            raise ValueError("eval.enable_pairs needs pairs: data.condition_path names none")
         if config.eval.enable_classification and not data.has_labels(name):
             raise ValueError(
                 f"eval.enable_classification needs class labels, and the {name} split has none: "
@@ -40,7 +43,8 @@ class Split:
     @functools.cached_property
     def origin(self) -> dict[str, str]:
         """Digests, which say what results were computed from."""
-        return origin_of(self.data)
+        beside = getattr(self.data, "read_beside", {})
+        return origin_of(self.data) | {name: of_source(rows) for name, rows in beside.items()}
 
     def remark_on(self, key: str) -> dict[str, str]:
         """The report's entry that remarks on its number `key`, if there is anything to say."""

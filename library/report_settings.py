@@ -52,6 +52,8 @@ def from_config(
     if options.enable_classification:
         digest = digests(labels=split.data.labels)["labels"]
         made_by |= {"classes.number": experiment.classes, "classes.labels": digest[:DIGITS]}
+    if options.enable_pairs:
+        made_by |= {"pairs.number": options.pairs, "pairs.draws": options.pair_draws}
     if statistics:
         spaces = ",".join(each.space.name for each in statistics)
         made_by |= {"eval.num_samples": options.num_samples, "eval.features": spaces}

@@ -2,9 +2,10 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -122,6 +123,29 @@ class ToRestore:
     def labels(self) -> Tensor | None:
         """Class labels (n,); None without classes."""
         return self.conditions.get("class_labels")
+
+    def numbers(self, seeds: Sequence[int]) -> list[int]:
+        """The numbers of the restorations by `seeds`: seed s restores image s modulo n."""
+        return [*seeds]
+
+    def seeds(self, numbers: Sequence[int]) -> list[int]:
+        """The seed of each restoration."""
+        return [*numbers]
+
+    @property
+    def number(self) -> int:
+        """The number of images."""
+        return len(self.measurement.value)
+
+    def arguments(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Arguments of `Trained.sample` for these restorations."""
+        rows = torch.tensor(numbers, device=self.measurement.value.device) % self.number
+        conditions = dict(self.conditions.map(lambda each: each[rows]))
+        return {
+            "measurement": self.measurement[rows],
+            "class_label": conditions.pop("class_labels", None),
+            "conditions": conditions,
+        }
 
     def origin(self, shape: Shape) -> dict[str, str]:
         """Digests of measurement, operator and conditions; `shape` is that of x, (C, H, W)."""
@@ -309,6 +333,11 @@ def _unknown_conditions(experiment: Parts, n: int) -> Conditions:
         ValueError: the network was not trained without them.
     """
     names = experiment.data.condition_names
+    if experiment.condition_codec:
+        raise ValueError(
+            "the conditions of the images of sampling.restore_path are not known "
+            "(data.condition_path): restore images of the split, sampling.restore_path=''"
+        )
     if not names:
         return Conditions()
     if not experiment.objective.label_dropout:

@@ -5,7 +5,7 @@ Existing files are kept; a folder has those of one network and one sampler.
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import distributed
 from configs.schema import Flag, Key, OneOf, Text
+from library.posterior import ToDrawFrom
 from library.restoration import ToRestore
 from library.trained import Trained
 from likelihood import unit_of
@@ -45,7 +46,15 @@ KEYS = {
     "sampling.seeds": Key(
         "",
         Text(r"|\d{1,15}(-\d{1,15})?(,\d{1,15}(-\d{1,15})?)*", "seeds such as 0-63 or 1,2,5-10"),
-        "--mode sample: one sample each; '': 0-63, with encode or between none",
+        "--mode sample: one sample each, of each condition; '': 0-63, with condition 0-4, with "
+        "encode or between none",
+    ),
+    "sampling.condition": Key(
+        "",
+        Text(),
+        "--mode sample, of a network of data.condition_path: an image, or a folder, .zip, .npy or "
+        ".npz of conditions: samples from the posterior of each",
+        of_machine="file",
     ),
     "sampling.film": Key(
         False, Flag(), "--mode sample: a film of the first 36 seeds from the prior to the image"
@@ -83,7 +92,7 @@ class SampleFolder:
         trained: the network that draws.
         path: of the folder.
         settings: those that all files of the folder share, a flat dictionary.
-        restored: the images to restore, seed s that number s modulo their number; None: samples.
+        source: the images to restore, or the conditions to draw from; None: neither.
         film_format: of films, the suffix of their files.
         names: `sampling.npz`.
     """
@@ -91,7 +100,7 @@ class SampleFolder:
     trained: Trained
     path: Path
     settings: dict[str, Any]
-    restored: ToRestore | None = None
+    source: ToRestore | ToDrawFrom | None = None
     film_format: str = "webp"
     names: str = "samples"
 
@@ -126,19 +135,32 @@ class SampleFolder:
         """Write the settings, by which the next start recognises the folder."""
         save_settings(self.path, self.settings)
 
+    def plan(
+        self, seeds: list[int], film: bool, encoded: Collection[str], ends: Collection[str]
+    ) -> str:
+        """Text on what would be drawn: samples, a film, images `encoded`, a film between `ends`."""
+        numbers = self.source.numbers(seeds) if self.source else seeds
+        number = len(numbers) - len(self.files.missing(numbers))
+        parts = [f"{len(numbers)} samples, {number} of which are there"] * bool(seeds)
+        parts += [f"a film of {min(len(numbers), FILM_SAMPLES)}"] * bool(seeds and film)
+        parts += [f"{len(encoded)} images encoded"] * bool(encoded)
+        parts += [f"a film between {' and '.join(ends)}"] * bool(ends)
+        return "; ".join(parts)
+
     def draw(self, seeds: list[int], film: bool = False) -> None:
         """The files of the seeds, samples.npz, grid.png and, if asked for, the film.
 
         Several processes share the seeds. Raises FloatingPointError where the solver diverges.
         """
-        trained, files = self.trained, self.files
-        number_before = len(seeds) - len(files.missing(seeds))
+        trained, files, source = self.trained, self.files, self.source
+        numbers = source.numbers(seeds) if source else seeds
+        number_before = len(numbers) - len(files.missing(numbers))
         distributed.barrier()  # nobody writes before all have counted
         if film:
             if distributed.is_main():
-                self._draw_film(seeds[:FILM_SAMPLES])
+                self._draw_film(numbers[:FILM_SAMPLES])
             distributed.barrier()
-        missing = files.missing(seeds[distributed.rank() :: distributed.world()])
+        missing = files.missing(numbers[distributed.rank() :: distributed.world()])
         sampler = trained.experiment.sampler
         if isinstance(sampler, ODESampler) and sampler.couples_samples and len(missing) > 1:
             log.info(
@@ -148,52 +170,49 @@ class SampleFolder:
         with progress_bar(total=len(missing), desc="sampling", unit="image") as progress:
             for start in range(0, len(missing), trained.at_once):
                 batch = missing[start : start + trained.at_once]
-                samples = trained.sample(batch, **self._restoring_arguments(batch))
-                for seed, sample in zip(batch, self._codec.stored(samples), strict=True):
-                    files.save(seed, sample)
+                samples = trained.sample(self._seeds_of(batch), **self._arguments(batch))
+                for number, sample in zip(batch, self._codec.stored(samples), strict=True):
+                    files.save(number, sample)
                 progress.update(len(batch))
         distributed.barrier()
         if not distributed.is_main():
             return
-        samples = files.read(seeds)
-        class_label = self._restoring_arguments(seeds).get("class_label")
-        labels = trained.labels(class_label, len(seeds), seeds)
-        arrays = {"samples": samples, "seeds": np.array(seeds)}
+        samples = files.read(numbers)
+        of_noise = self._seeds_of(numbers)
+        class_label = self._arguments(numbers).get("class_label")
+        labels = trained.labels(class_label, len(numbers), of_noise)
+        arrays = {"samples": samples, "seeds": np.array(of_noise)}
         if self.names == "arr_0":
             arrays = {"arr_0": np.broadcast_to(samples, (*samples.shape[:3], 3))}
         if labels is not None:
             name = "labels" if self.names == "samples" else "arr_1"
             arrays[name] = labels.cpu().numpy()
         save_npz(self.path / "samples.npz", **arrays)
-        columns = None
-        if self.restored is not None:
-            columns = min(len(self.restored.measurement.value), 20)
-        grid = self.path / "grid.png"
+        if isinstance(source, ToDrawFrom):
+            picture = source.save(self.path, samples, self._codec)
+            log.info(f"{source.number} conditions, {len(seeds)} draws of each: {picture}")
+        grid, columns = self.path / "grid.png", min(source.number, 20) if source else None
         save_png(grid, image_grid(self._codec.pictures(samples[:GRID_SAMPLES]), columns))
-        log.info(f"{len(seeds)} samples, {number_before} of which were there: {grid}")
+        log.info(f"{len(numbers)} samples, {number_before} of which were there: {grid}")
 
-    def _restoring_arguments(self, seeds: list[int]) -> dict[str, Any]:
-        """Arguments of `Trained.sample` that restore an image for each seed; {} without any."""
-        if self.restored is None:
-            return {}
-        measurement = self.restored.measurement
-        rows = torch.tensor(seeds, device=measurement.value.device) % len(measurement.value)
-        conditions = dict(self.restored.conditions.map(lambda each: each[rows]))
-        return {
-            "measurement": measurement[rows],
-            "class_label": conditions.pop("class_labels", None),
-            "conditions": conditions,
-        }
+    def _seeds_of(self, numbers: list[int]) -> list[int]:
+        """The seeds from which the noise of samples number `numbers` comes."""
+        return self.source.seeds(numbers) if self.source else numbers
 
-    def _draw_film(self, seeds: list[int]) -> None:
+    def _arguments(self, numbers: list[int]) -> dict[str, Any]:
+        """Further arguments of `Trained.sample` for samples number `numbers`."""
+        return self.source.arguments(numbers) if self.source else {}
+
+    def _draw_film(self, numbers: list[int]) -> None:
         def draw() -> dict:
-            frames = self.trained.film(seeds, **self._restoring_arguments(seeds), frames=FRAMES)
+            arguments = self._arguments(numbers)
+            frames = self.trained.film(self._seeds_of(numbers), **arguments, frames=FRAMES)
             return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
 
-        frames = self._cached_frames("film", {"film": seeds}, draw, (FRAMES, len(seeds)))
+        frames = self._cached_frames("film", {"film": numbers}, draw, (FRAMES, len(numbers)))
         if self.files.dtype == "uint8":  # else the frames are no samples but pictures of them
-            for seed in self.files.missing(seeds):
-                self.files.save(seed, frames[-1][seeds.index(seed)])
+            for number in self.files.missing(numbers):
+                self.files.save(number, frames[-1][numbers.index(number)])
         path = self.path / f"film.{self.film_format}"
         save_film(path, [image_grid(frame) for frame in frames])
         log.info(f"film: {path}")
@@ -337,6 +356,13 @@ def pair_of(text: str) -> list[str]:
         names = "several pairs of files" if present else "no two files"
         raise ValueError(f"sampling.between={text} must be two images, A.png,B.png: it is {names}")
     return present[0]
+
+
+def default_seeds(sampling: Mapping[str, Any]) -> str:
+    """The seeds that an empty `sampling.seeds` stands for."""
+    if sampling["encode"] or sampling["between"]:
+        return ""
+    return "0-4" if sampling["condition"] else "0-63"
 
 
 def seeds_of(text: str) -> list[int]:

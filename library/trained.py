@@ -2,13 +2,12 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 import execution
@@ -16,6 +15,7 @@ from configs.keys import shown
 from experiment_parts import Parts
 from library.arguments import check_floats, check_shape, checked_levels, checked_seed, checked_seeds
 from library.restoration import damaged
+from library.trained_conditions import ClassLabel, Conditioned, OtherConditions
 from likelihood import unit_of
 from methods.base import Network, conditioned
 from methods.restoration import Measurement
@@ -24,17 +24,12 @@ from samplers.base import Sampler
 from solvers.base import Watch
 from solvers.solve import encode, solve_ode
 from solvers.states import States
-from sources.batch import Conditions
 from sources.keyed import keyed_generator
-from sources.labels import number_of
 
 LOWEST_SHOWN = 0.03  # noise level, in `Method.sigma_unit`, below which noise hardly shows
 
-ClassLabel = int | str | Sequence[int | str] | Tensor | None
-OtherConditions = Mapping[str, Tensor] | None  # than class labels
 
-
-class Trained:
+class Trained(Conditioned):
     """A trained network and what can be done with it.
 
     Images are float tensors (n, C, H, W) in [0, 1], and noise levels are in the same unit: at 0.1
@@ -44,7 +39,7 @@ class Trained:
     Arguments may be on any device; results are on that of the network. A class label is one for all
     images, or one for each (n,), as a number or as a name of `class_names`; -1 is none.
     `conditions` are those besides class labels, rows (n, ...) by name, of a network that has any
-    (`data.conditions`).
+    (`data.conditions`, and the `image` of `data.condition_path`; see `encoded_condition`).
 
     `denoise`, `encode`, `decode`, `log_likelihood` and `bits_per_dim` can be differentiated by the
     images or latents they are given, where these require a gradient, and by nothing else; through
@@ -60,9 +55,9 @@ class Trained:
     """
 
     def __init__(self, experiment: Parts, path: Path, step: int):
-        self.experiment, self.path, self.step = experiment, path, step
+        super().__init__(experiment)
+        self.path, self.step = path, step
         self.shape = experiment.codec.data_shape
-        self.class_names = experiment.data.class_names
         self.batch_size = experiment.sampler.batch_size
 
     @property
@@ -78,6 +73,7 @@ class Trained:
         *,
         measurement: Measurement | None = None,
         conditions: OtherConditions = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Images (n, C, H, W) in [0, 1], one for each of n `seeds`; each depends on its seed alone.
 
@@ -91,6 +87,8 @@ class Trained:
             measurement: of n images; `sampling.restorer` makes the samples agree with it.
             conditions: rows (n, ...) by name, of `data.conditions`; any other is that of a training
                 image, which the seed draws.
+            condition: of a network of `data.condition_path`, in its own units: one image (C, H, W)
+                for all seeds, or one for each; the samples are draws from its posterior.
 
         Raises:
             ValueError: a seed or a class label is not a valid one, or conditions do not fit.
@@ -98,7 +96,10 @@ class Trained:
                 `sampling.max_evaluations`.
         """
         form = {"device": self.experiment.device, "dtype": self.experiment.codec.precision}
-        images = [torch.empty(0, *self.shape, **form)]
+        images, seeds = [torch.empty(0, *self.shape, **form)], checked_seeds(seeds)
+        if condition is not None:
+            image = self.encoded_condition(condition, len(seeds))
+            conditions = {**(conditions or {}), "image": image}
         for sampler, start in self._batches(seeds, class_label, measurement, conditions):
             with self._solving(start.pop("seeds")) as watch:
                 batch, _ = sampler(self.experiment.network, watch=watch, **start)
@@ -164,9 +165,11 @@ class Trained:
         whose root mean square exceeds that of black and white is divided by it, to be visible.
         """
         method, codec = self.experiment.method, self.experiment.codec
+        start = self.experiment.sampler.start
         if not isinstance(frames, (int, np.integer)) or frames < 1:
             raise ValueError(f"frames must be a whole number of at least 1, not {shown(frames)}")
         low, high = method.level_range
+        high = start.level if start else high
         ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
         levels = high * (max(low, LOWEST_SHOWN * method.sigma_unit) / high) ** ratio
         films = []
@@ -293,96 +296,11 @@ class Trained:
 
         return self._in_batches(denoised, noisy, class_label, conditions)
 
-    def labels(
-        self, class_label: ClassLabel, n: int, seeds: Sequence[int] | None = None
-    ) -> Tensor | None:
-        """Class labels (n,) of n images: `class_label`, else the config's, else drawn by `seeds`.
-
-        None where the network has no classes. Raises ValueError for a label that is no class.
-        """
-        classes, default = self.experiment.classes, self.experiment.sampler.class_label
-        if class_label is None and not classes:
-            return None
-        if class_label is None:
-            class_label = default
-            if default < 0 and seeds is not None:
-                draws = (keyed_generator("cpu", "class", seed) for seed in seeds)
-                class_label = [torch.randint(classes, (), generator=g).item() for g in draws]
-        labels = self._numbers_of(class_label)
-        if labels.dtype.kind not in "iu" or labels.shape not in ((), (n,)):
-            raise ValueError(f"class_label must be the number or name of a class, or {n} of them")
-        least = -1 if classes and self.experiment.objective.label_dropout else 0
-        if ((labels < least) | (labels >= classes)).any():
-            has = f"those from {least} to {classes - 1}" if classes else "none (data.num_classes=0)"
-            raise ValueError(
-                f"class_label={shown(class_label)} is no class of the network: it has {has}"
-            )
-        return torch.from_numpy(labels.astype(np.int64)).to(self.experiment.device).expand(n)
-
-    def conditions_of(
-        self, class_label: ClassLabel, n: int, others: OtherConditions = None
-    ) -> Conditions:
-        """The conditions of n images: class labels, and `others`.
-
-        Raises:
-            ValueError: as of `labels`, or `others` are not those of `data.conditions`.
-        """
-        conditions = self._checked(others, n)
-        missing = [each for each in self.experiment.data.condition_names if each not in conditions]
-        if missing:
-            raise ValueError(
-                f"the network takes {', '.join(missing)} of each image (data.conditions), which is "
-                "not known here: give the library's conditions={name: rows}"
-            )
-        return conditions | {"class_labels": self.labels(class_label, n)}
-
     # --- parts ---
-
-    def _numbers_of(self, class_label: ClassLabel) -> NDArray:
-        """`class_label` as an array, with numbers in place of names."""
-        if isinstance(class_label, Tensor):
-            return class_label.cpu().numpy()
-        if isinstance(class_label, str):
-            return np.asarray(number_of(class_label, self.class_names))
-        if np.ndim(class_label):
-            names = self.class_names
-            class_label = [number_of(c, names) if isinstance(c, str) else c for c in class_label]
-        labels = np.asarray(class_label)
-        return labels if labels.size else labels.astype(np.int64)
 
     def _fine_limits(self) -> dict[str, float]:
         limits = self.experiment.limits
         return limits | {name: limits[name] / 10 for name in ("rtol", "atol")}
-
-    def _checked(self, others: OtherConditions, n: int) -> Conditions:
-        """`others` on the device; ValueError unless they are n rows each of `data.conditions`."""
-        names = self.experiment.data.condition_names
-        for name, rows in (others or {}).items():
-            if name not in names or len(rows) != n:
-                form = f"{n} rows of each of {', '.join(names)}" if names else "empty"
-                raise ValueError(
-                    f"conditions, without class labels, must be {form} (data.conditions), not "
-                    f"{len(rows)} rows of {name}"
-                )
-        return Conditions(others or {}).map(lambda rows: rows.to(self.experiment.device))
-
-    def _conditions(
-        self, class_label: ClassLabel, seeds: Sequence[int], others: OtherConditions
-    ) -> Conditions:
-        """Conditions of an image for each seed.
-
-        Class labels come from `labels`, conditions that are not among `others` from a training
-        image drawn by the seed.
-        """
-        labels = {"class_labels": self.labels(class_label, len(seeds), seeds)}
-        conditions = self._checked(others, len(seeds)) | labels
-        if conditions.keys() >= {*self.experiment.data.condition_names} or not seeds:
-            return conditions
-        of_training = self.experiment.data.conditions("train", labels=False)
-        number = len(next(iter(of_training.values())))
-        draws = (keyed_generator("cpu", "conditions", seed) for seed in seeds)
-        rows = torch.cat([torch.randint(number, (1,), generator=draw) for draw in draws])
-        return of_training.map(lambda each: each[rows].to(self.experiment.device)) | conditions
 
     def _batches(
         self,

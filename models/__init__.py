@@ -1,5 +1,6 @@
 """The networks, by name: tensors in, tensors out. A further one is a file and a `NETWORKS` line."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -72,7 +73,8 @@ def from_config(config: ConfigDict, shape: Shape) -> nn.Module:
 
     Call it as `model(x, noise_label)`, with `x` (B, *shape) as the codec encodes it and
     `noise_label` (B,). Where the config has `data.num_classes` or `model.augment_dim`, it also
-    takes `class_labels` (B,), int64, or `augment_labels` (B, augment_dim); -1, 0 or None for none.
+    takes `class_labels` (B,), int64, or `augment_labels` (B, augment_dim); -1, 0 or None for none;
+    with `data.condition_channels` also `image` (B, condition_channels, H, W), 0 or None for none.
     It returns a tensor of the shape of `x`; where the method needs a channel more, the pair of that
     tensor and the channel's spatial mean (B,), which is the Poisson field.
 
@@ -84,6 +86,12 @@ def from_config(config: ConfigDict, shape: Shape) -> nn.Module:
     extra = method_class(config.training.sde).extra_channels
     build = named(NETWORKS, "model.name", config.model.name)
     network = build(config, shape, shape[0] + extra)
+    takes_image = "image" in inspect.signature(network.forward).parameters
+    if config.data.condition_channels and not takes_image:
+        raise ValueError(
+            f"model.name={config.model.name!r} takes no image as a condition "
+            "(data.condition_path): 'ncsnpp', 'ddpm', 'edm_unet' and 'adm' do"
+        )
     if extra:  # a hook, and no wrapper, which would rename the weights
         network.register_forward_hook(_field)
     return network

@@ -86,6 +86,7 @@ def residual_sum(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
 def refuse(**conditions: Tensor | None) -> None:
     """Raise ValueError for conditions other than None, which the network does not take."""
     keys = {"class_labels": "data.num_classes", "augment_labels": "model.augment_dim"}
+    keys["image"] = "data.condition_channels"
     for name, value in conditions.items():
         if value is not None:
             raise ValueError(

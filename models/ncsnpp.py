@@ -102,7 +102,10 @@ class NCSNpp(UNet):
     }
     options: ClassVar[Mapping[str, str]] = {
         key.partition(".")[2]: key
-        for key in ("data.num_classes", "data.centered", "model.nf", "model.nonlinearity", *keys)
+        for key in (
+            *("data.num_classes", "data.condition_channels", "data.centered"),
+            *("model.nf", "model.nonlinearity", *keys),
+        )
         if key not in ("model.fir", "model.fir_kernel")
     }
     fixed: ClassVar[Mapping[str, Any]] = {}

@@ -120,6 +120,7 @@ class UNet(nn.Module):
         sigmas: noise levels (num_scales,) that the labels number.
         centered: `x` is in [-1, 1]; else in [0, 1], and is centred first.
         num_classes: number of classes, labelled from 0.
+        condition_channels: channels of the condition "image", which are further input channels.
         norm, attention, block: constructors, such as `group_norm`, `Attention` and `ResBlock`.
         log_label: 'fourier' embeds the log of the label.
         stem_width: channels of the first convolution, None for `nf`.
@@ -161,6 +162,7 @@ class UNet(nn.Module):
         sigmas: Tensor | None = None,
         centered: bool = True,
         num_classes: int = 0,
+        condition_channels: int = 0,
         augment_dim: int = 0,
         norm: Norm = group_norm,
         attention: Callable[..., nn.Module] = Attention,
@@ -183,6 +185,7 @@ class UNet(nn.Module):
             raise ValueError("data.num_classes and model.augment_dim must not be negative")
         self.act, self.centered, self.scale_by_sigma = act, centered, scale_by_sigma
         self.image_size, self.num_classes = image_size, num_classes
+        self.condition_channels, channels = condition_channels, channels + condition_channels
         self.checkpoint_activations = checkpoint_activations
         self.halvings = Halvings.of(image_size, len(ch_mult) - 1)
         positional = embedding_type == "positional"
@@ -328,11 +331,13 @@ class UNet(nn.Module):
         noise_label: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         """The output (B, out_channels, H, W) at `x` (B, channels, H, W) and `noise_label` (B,).
 
-        Class labels (B,), int64, are -1 for none, augmentation labels (B, augment_dim) 0, and
-        either may be None. ValueError for labels that the network was made without.
+        Class labels (B,), int64, are -1 for none, augmentation labels (B, augment_dim) 0, and a
+        condition `image` (B, condition_channels, H, W) 0; each may be None. ValueError for those
+        that the network was made without.
         """
         classes = emb = None  # the embedding is activated, as all blocks take it
         if self.num_classes:
@@ -348,6 +353,11 @@ class UNet(nn.Module):
             emb = self.act(self.embed(features, classes, augment_labels))
         if not self.centered:
             x = 2 * x - 1
+        if not self.condition_channels:
+            refuse(image=image)
+        else:
+            none = x.new_zeros(len(x), self.condition_channels, *x.shape[2:])
+            x = torch.cat([x, none if image is None else image.to(x)], 1)
         margins = self.halvings.margins(x)
         x = padded(x, margins)
 

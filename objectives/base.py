@@ -32,7 +32,8 @@ class Objective(nn.Module, abc.ABC):
         batch_size: images that a training step takes from the data: as many as are perturbed, or
             those of the reference batch where the targets depend on one.
         examples: number of these that are perturbed; the others are in the reference batch only.
-        label_dropout: share of the examples that lose their conditions; see `Conditions.drop`.
+        label_dropout, condition_dropout: shares of the examples that lose conditions of these kinds
+            (`sources.batch.KINDS`).
     """
 
     keys: ClassVar[Mapping[str, Key]] = {}
@@ -40,10 +41,18 @@ class Objective(nn.Module, abc.ABC):
         "batch_size": "training.batch_size",
         "examples": "training.small_batch_size",
         "label_dropout": "training.label_dropout",
+        "condition_dropout": "training.condition_dropout",
     }
     predicts_mean: ClassVar[bool] = True
 
-    def __init__(self, method: Method, batch_size: int, examples: int, label_dropout: float = 0.0):
+    def __init__(
+        self,
+        method: Method,
+        batch_size: int,
+        examples: int,
+        label_dropout: float = 0.0,
+        condition_dropout: float = 0.0,
+    ):
         super().__init__()
         if not 0 <= examples <= batch_size:
             raise ValueError(
@@ -52,7 +61,7 @@ class Objective(nn.Module, abc.ABC):
             )
         self.method, self.examples = method, examples or batch_size
         self.batch_size = batch_size if method.uses_reference_batch else self.examples
-        self.label_dropout = label_dropout
+        self.label_dropout, self.condition_dropout = label_dropout, condition_dropout
 
     @classmethod
     def from_config(cls, config, method: Method) -> Self:
@@ -93,12 +102,15 @@ class Objective(nn.Module, abc.ABC):
         """The perturbed examples of training step number `step` on `batch`."""
         batch = batch[: self.examples]
         examples = self.perturb(batch, step, generator)
-        if not (self.label_dropout and examples.conditions.droppable):
-            return examples
-        # the last draw, so that it changes none of the method's
-        uniform = torch.rand(len(examples), generator=generator, device=examples.images.device)
-        mask = uniform < self.label_dropout
-        return replace(examples, conditions=examples.conditions.drop(mask))
+        # the last draws, so that they change none of the method's
+        shares = {"label": self.label_dropout, "condition": self.condition_dropout}
+        for kind, share in shares.items():
+            conditions = examples.conditions
+            if share and conditions.droppable(kind):
+                draw = {"generator": generator, "device": examples.images.device}
+                mask = torch.rand(len(examples), **draw) < share
+                examples = replace(examples, conditions=conditions.drop(mask, kind))
+        return examples
 
     def perturb(self, batch: Batch, step: int, generator: torch.Generator | None = None) -> Batch:
         """An example of each image of `batch`; here `Method.draw`."""
@@ -110,7 +122,7 @@ class Objective(nn.Module, abc.ABC):
         It is for the loss over a data set, whose draws are those of the objective all the same.
         """
         view = copy.copy(self)
-        view.examples, view.label_dropout = sys.maxsize, 0.0
+        view.examples, view.label_dropout, view.condition_dropout = sys.maxsize, 0.0, 0.0
         return view
 
     @abc.abstractmethod

@@ -98,6 +98,7 @@ class Consistency(Objective):
         batch_size: int,
         examples: int,
         label_dropout: float = 0.0,
+        condition_dropout: float = 0.0,
         *,
         q: float = 2.0,
         stages: int = 8,
@@ -109,7 +110,7 @@ class Consistency(Objective):
         P_std: float = 2.0,
         n_iters: int = 1,
     ):
-        super().__init__(method, batch_size, examples, label_dropout)
+        super().__init__(method, batch_size, examples, label_dropout, condition_dropout)
         if method.predicts != "image":
             raise ValueError(
                 f"training.objective='consistency' needs a denoiser, as of PFGM++ and EDM: the "

@@ -27,8 +27,9 @@ class Regression(Objective):
         batch_size: int,
         examples: int,
         label_dropout: float = 0.0,
+        condition_dropout: float = 0.0,
     ):
-        super().__init__(method, batch_size, examples, label_dropout)
+        super().__init__(method, batch_size, examples, label_dropout, condition_dropout)
         self.reduce_mean = reduce_mean
 
     @property

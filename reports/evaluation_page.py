@@ -66,6 +66,11 @@ PICTURES = {
         "A row for each image: the image itself where it is known, what was measured of it, and "
         "restorations of that.",
     ),
+    "pairs": (
+        "Pairs",
+        "A row for each of the first pairs of the split: the condition, draws from its posterior, "
+        "the mean of all draws, the truth.",
+    ),
     "rescale": (
         "Temperature",
         "Each row keeps the direction of a draw of the prior while its norm grows.",

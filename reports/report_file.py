@@ -7,6 +7,7 @@ from pathlib import Path
 from numpy.typing import NDArray
 
 from metrics.table import METRICS, split_key
+from reports import paired
 from reports.settings import of_report
 from reports.table import RESTORED, likelihood_of
 from sources.images import open_image, refuse_bomb
@@ -36,6 +37,9 @@ def read_report(path: Path) -> dict[str, NDArray]:
     if "restore_images" in arrays:
         spec |= dict.fromkeys(("restore_images", "restore_seconds"), scalar)
         spec |= dict.fromkeys(RESTORED.keys() & arrays.keys() | {"restore_nfe"}, scalar)
+    spec |= dict.fromkeys(paired.scalars(arrays), scalar)
+    if "pairs_ranks" in arrays:
+        spec["pairs_ranks"] = ("f", (None,))
     report = check_arrays(path, arrays, spec, finite=False)
     try:
         of_report(report)

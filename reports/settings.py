@@ -206,6 +206,8 @@ def solver_words(settings: Settings, *cost: str) -> str:
         words = [at.get("ode_solver"), *cost, f"{at.get('N')} steps"]
     if at.get("S_churn"):
         words.append(f"churn {at['S_churn']}")
+    if at.get("init") == "condition":
+        words.append(f"from the condition at {at['init_level']}, weight {at['init_weight']}")
     return ", ".join(words)
 
 

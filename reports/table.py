@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from metrics.table import entries, interval_of, range_of, remarks
+from reports import paired
 from reports.settings import of_report, sampler_words
 
 PSNR = {
@@ -40,6 +41,9 @@ def report_table(report: Mapping, split: str, title: str) -> str:
         for key, label in RESTORED.items():
             if key in report:
                 rows.append((f"  {label}", f"{float(report[key]):.4g}"))
+    if "pairs_images" in report:
+        rows.append(("pairs", f"{report['pairs_images']}, {report['pairs_draws']} draws of each"))
+        rows += [(f"  {label}", text) for label, text in paired.rows(report, "{:.4g}".format)]
     rows.append(("seconds", f"{report['seconds']:.1f}"))
     return "\n  ".join([format_table(rows, title), *remarks(report)])
 

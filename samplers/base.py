@@ -12,9 +12,11 @@ from torch import Tensor
 import execution
 from configs.keys import arguments
 from configs.schema import Either, Flag, Key, Number, Numbers, OneOf, Text, whole
-from methods.base import Method, Network, conditioned
+from methods.base import Method, Network, conditioned, scaled
 from methods.guidance import Guided
 from methods.restoration import RESTORERS, Measurement, Restoring
+from methods.start import StartingAt
+from samplers.start import ConditionStart
 from solvers.base import Callback, Watch
 from sources.base import MOST_CLASSES
 from sources.codec import Codec
@@ -94,8 +96,16 @@ class Guidance:
             return None
         if sampling.guide and guide is None:
             raise ValueError("the network of sampling.guide has to be given as `guide`")
-        conditional = config.data.num_classes or config.data.conditions
-        if not sampling.guide and not (conditional and config.training.label_dropout):
+        data, training = config.data, config.training
+        dropouts = [training.label_dropout] * bool(data.num_classes or data.conditions)
+        dropouts += [training.condition_dropout] * bool(data.condition_channels)
+        if not sampling.guide and data.condition_channels and not training.condition_dropout:
+            raise ValueError(
+                f"sampling.guidance={sampling.guidance} needs a network trained with its condition "
+                "and without (training.condition_dropout above 0), or another network as "
+                "sampling.guide"
+            )
+        if not sampling.guide and not (dropouts and all(dropouts)):
             raise ValueError(
                 f"sampling.guidance={sampling.guidance} needs a network trained with class labels "
                 "and without (data.num_classes and training.label_dropout above 0), or another "
@@ -119,6 +129,7 @@ class Sampler(abc.ABC):
             range of the data. It has one row for each sample.
         restorer: name in `RESTORERS` of the way to make samples agree.
         resample: times that each step is taken by the restorer "replacement".
+        start: of samples at their conditions; None for draws of the prior.
         batch_size: samples of a call that names neither their number nor prior draws.
         precision, channels_last, compiles: see `execution.for_sampling`.
     """
@@ -131,6 +142,7 @@ class Sampler(abc.ABC):
     measurement: Measurement | None = None
     restorer: str = "moment_matching"
     resample: int = 1
+    start: ConditionStart | None = None
     batch_size: int = 1024
     precision: str = "fp32"
     channels_last: bool = False
@@ -183,7 +195,8 @@ class Sampler(abc.ABC):
         plain = (str, int, float, bool, tuple, type(None))
         values = {name: value for name, value in values.items() if isinstance(value, plain)}
         guidance = self.guidance and (self.guidance.weight, self.guidance.interval)
-        return values | {"kind": type(self).__name__, "guidance": guidance}
+        start = self.start and (self.start.level, self.start.weight)
+        return values | {"kind": type(self).__name__, "guidance": guidance, "start": start}
 
     @property
     @abc.abstractmethod
@@ -215,7 +228,9 @@ class Sampler(abc.ABC):
                 f"sampling.class_label={label} is no class of the network: it has {has}"
             )
         guidance = Guidance.from_config(config, guide)
-        return cls(method=method, codec=codec, guidance=guidance, **arguments(cls, config))
+        start = ConditionStart.from_config(config, method, codec)
+        parts = {"method": method, "codec": codec, "guidance": guidance, "start": start}
+        return cls(**parts, **arguments(cls, config))
 
     @torch.no_grad()
     @execution.full_float32()
@@ -236,7 +251,7 @@ class Sampler(abc.ABC):
         Args:
             net: the network.
             num: number of samples from a fresh prior draw; by default `batch_size`.
-            x: prior draws (B, C, H, W) to start from instead.
+            x: prior draws (B, C, H, W) to start from instead; `start` takes their number alone.
             generator: source of all noise, on the device of the samples; or, with `x`, one for each
                 sample. Without any, samples are on the device of `x`, else on the network's.
             callback: called before each step (`solvers.base.Step`).
@@ -265,11 +280,18 @@ class Sampler(abc.ABC):
         restorer = RESTORERS[self.restorer]
         if self.measurement is not None and restorer is not None:
             method = Restoring(method, self.measurement, restorer, self.codec.bounds)
+        condition = None
+        if self.start:
+            condition = self.start.image(conditions, self.codec)
+            method = StartingAt(method, self.start.level)
+            x = scaled(method.alpha(torch.tensor(method.t_prior, dtype=torch.float64)), condition)
         network = conditioned(network, conditions)
         seen = {"generator": generator, "callback": callback, "watch": watch}
         x, evaluations = self.integrate(method, network, x, **seen)
         if self.measurement is not None and self.measurement.noise == 0:
             x = self.measurement.project(x)
+        if self.start:
+            x = self.start.weight * x + (1 - self.start.weight) * condition
         return self.codec.decode(x), evaluations
 
     def _prepared(self, net: Network, device: torch.device) -> Network:

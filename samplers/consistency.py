@@ -9,7 +9,7 @@ from torch import Tensor
 
 from configs.schema import NOISE_LEVEL, REFERENCE_STD, Key, Numbers
 from methods.base import Method, Network, scaled, spread
-from samplers import base
+from samplers import base, start
 from samplers.base import Sampler
 from solvers.base import Callback, Counted, FiniteStates, Step, Watch
 
@@ -44,7 +44,7 @@ class ConsistencySampler(Sampler):
     levels: tuple[float, ...] = ()
 
     follows_ode = False
-    keys = KEYS | base.KEYS
+    keys = KEYS | base.KEYS | start.KEYS
     reads = {"sampling.N": None}
     options = Sampler.options | {"n": "sampling.N", "levels": "sampling.levels"}
 
@@ -60,9 +60,15 @@ class ConsistencySampler(Sampler):
                 f"sampling.N={self.n}: are steps of the ODE meant, with a network of "
                 "training.objective='regression'?"
             )
+        if self.start and self.is_fitted:
+            raise ValueError(
+                "sampling.init='condition' with sampling.N above 1 needs sampling.levels, noise "
+                "levels that fall from sampling.init_level"
+            )
         if not self.levels:
             return
         low, high = self.method.level_range
+        high = self.start.level if self.start else high
         falls = all(a > b for a, b in zip((high, *self.levels), (*self.levels, 0)))  # noqa: B905
         if len(self.levels) != self.n - 1 or not falls or min(self.levels) < low:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Self
 from configs.keys import check_positive
 from configs.schema import Key, Number, OneOf, whole
 from methods.restoration import RESTORERS
-from samplers import base
+from samplers import base, start
 from samplers.base import Sampler, choose
 from solvers import FITTED, SCHEDULES, SOLVERS, solver_named
 from solvers.fitted import FINE_STEPS, Fit
@@ -86,7 +86,7 @@ class ODESampler(Sampler):
     max_evaluations: int = 10_000
     fit: Fit | None = None
 
-    keys = KEYS | base.KEYS
+    keys = KEYS | base.KEYS | start.KEYS
     options = Sampler.options | {
         "solver": "sampling.ode_solver",
         "n": "sampling.N",
@@ -113,6 +113,11 @@ class ODESampler(Sampler):
             )
         if self.n < 1:
             raise ValueError(f"sampling.N must be at least 1, not {self.n}")
+        if self.start and self.is_fitted:
+            raise ValueError(
+                "sampling.init='condition': schedule and solver 'fitted' are made for trajectories "
+                "from the prior"
+            )
         choose("ode_solver", self.solver, (*SOLVERS, FITTED), self.method)
         choose("schedule", self.schedule, ("auto", *SCHEDULES, FITTED), self.method)
         check_positive(self, "rho", "rtol", "atol", "max_evaluations")

@@ -57,6 +57,8 @@ class PCSampler(Sampler):
             raise ValueError("sampling.predictor and sampling.corrector are both 'none'")
         if self.predictor == "ancestral_sampling" and self.probability_flow:
             raise ValueError("sampling.predictor='ancestral_sampling' has no probability_flow")
+        if self.start:
+            raise ValueError("sampling.init='condition' needs an ODE: sampling.method='ode'")
         if self.measurement is not None:
             self._check_restorer()
 

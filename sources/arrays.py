@@ -86,14 +86,15 @@ class Arrays:
 
     by_name = False
 
-    def __init__(self, path: Path, rules: Rules):
+    def __init__(self, path: Path, rules: Rules, key: str = "data.path"):
         self.path, self._rules = path, rules
+        self._where = f"{key}={path}"
         self._unpacked = weakref.WeakValueDictionary()  # an array of both splits is held once
 
     @functools.cached_property
     def _headers(self) -> dict[str, Header]:
         """Headers of the arrays in an .npz by their names; {} of an .npy."""
-        with _opened(self.path, f"data.path={self.path} cannot be read") as content:
+        with _opened(self.path, f"{self._where} cannot be read") as content:
             return {} if isinstance(content, StoredArray) else _headers(content)
 
     @functools.cached_property
@@ -110,14 +111,14 @@ class Arrays:
 
     def dtype(self) -> str:
         """The `data.dtype` of the training split: "" where it holds images of 8 bits."""
-        with _opened(self.path, f"data.path={self.path} cannot be read") as content:
+        with _opened(self.path, f"{self._where} cannot be read") as content:
             is_packed = isinstance(content, zipfile.ZipFile)
             dtype = (self._headers[self._name("train")] if is_packed else content).dtype
         return name if dtype.kind in "biuf" and (name := name_of(dtype)) in DTYPES else ""
 
     def open(self, data: ConfigDict, split: str) -> View:
         """The images of `split`; ValueError where the array does not hold images."""
-        where, layout = f"data.path={self.path}", data.layout
+        where, layout = self._where, data.layout
         with _opened(self.path, f"{where} cannot be read") as content:
             is_packed = isinstance(content, zipfile.ZipFile)
             images = self._unpack(content, split, data.resident_bytes) if is_packed else content
@@ -163,7 +164,7 @@ class Arrays:
 
     def _classes(self, split: str, n: int, limit: int) -> Classes:
         """The classes of the `n` images of the array of `split`."""
-        with _opened(self.path, f"data.path={self.path} gives no class labels") as content:
+        with _opened(self.path, f"{self._where} gives no class labels") as content:
             if isinstance(content, StoredArray):
                 raise ValueError("an .npy has none; put images and labels in an .npz")
             images, is_split = self.split_names.get(split), bool(self.split_names)

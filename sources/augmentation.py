@@ -41,8 +41,9 @@ def augment(
     number = 1 if shared else len(images)
     parameters = draw_parameters(number, probability, generator, images.device)
     parameters = parameters.expand(len(images), -1)
-    conditions = batch.conditions | {"augment_labels": labels_of(parameters)}
-    return replace(batch, images=transform(images, parameters), conditions=conditions)
+    batch = batch.moved(lambda rows: transform(rows, parameters))
+    labels = {"augment_labels": labels_of(parameters)}
+    return replace(batch, conditions=batch.conditions | labels)
 
 
 def draw_parameters(

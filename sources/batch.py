@@ -47,15 +47,16 @@ class Kind(NamedTuple):
     """A kind of condition."""
 
     none: float  # value of the entries of a row without a condition
-    drops: bool = True  # `training.label_dropout` drops rows, to learn without them too
+    dropout: str = "label"  # training.{dropout}_dropout drops rows, to learn without them too
+    spatial: bool = False  # mirrored, cut and transformed as the image is
 
 
 # The name under which a network takes a condition -> its kind.
 KINDS: dict[str, Kind] = {
     "class_labels": Kind(none=-1),  # (B,), int64
-    "augment_labels": Kind(none=0, drops=False),  # (B, 9), from `sources.augmentation`
+    "augment_labels": Kind(none=0, dropout=""),  # (B, 9), from `sources.augmentation`
     "vector": Kind(none=0),  # (B, K)
-    "image": Kind(none=0),  # (B, C, H, W)
+    "image": Kind(none=0, dropout="condition", spatial=True),  # (B, C, H, W)
 }
 
 
@@ -82,17 +83,17 @@ class Conditions(Mapping[str, Tensor]):
         """The conditions with `change` applied to the tensor of each."""
         return Conditions({name: change(row) for name, row in self.items()})
 
-    @property
-    def droppable(self) -> bool:
+    def droppable(self, dropout: str = "label") -> bool:
         """True if `drop` changes any condition."""
-        return any(KINDS[name].drops for name in self)
+        return any(KINDS[name].dropout == dropout for name in self)
 
-    def drop(self, mask: Tensor) -> "Conditions":
-        """The conditions without the rows of `mask` (B,), bool, for kinds that can be dropped."""
+    def drop(self, mask: Tensor, dropout: str = "label") -> "Conditions":
+        """The conditions without the rows of `mask` (B,), bool, for kinds of this `dropout`."""
 
         def dropped(name: str, row: Tensor) -> Tensor:
             at = mask.view(-1, *[1] * (row.dim() - 1))
-            return row.masked_fill(at, KINDS[name].none) if KINDS[name].drops else row
+            kind = KINDS[name]
+            return row.masked_fill(at, kind.none) if kind.dropout == dropout else row
 
         return Conditions({name: dropped(name, row) for name, row in self.items()})
 
@@ -108,3 +109,8 @@ class Batch(Rows):
     def labels(self) -> Tensor | None:
         """Class labels (B,), int64; None where there are none."""
         return self.conditions.get("class_labels")
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The batch with `move` applied to the images and to spatial conditions (B, C, H, W)."""
+        spatial = {n: move(rows) for n, rows in self.conditions.items() if KINDS[n].spatial}
+        return replace(self, images=move(self.images), conditions=self.conditions | spatial)

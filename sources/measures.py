@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import REFERENCE_STD
-from sources.stream import DataSet, batch_at
+from sources.stream import SMALL, DataSet, batch_at, in_order
 
 log = logging.getLogger(__name__)
 
@@ -50,3 +50,11 @@ class ImageMeasures:
         if not distance:
             raise ValueError("all training images are equal: set model.sigma_max")
         return distance
+
+
+def mean_norm(data: DataSet, encode: Callable[[Tensor], Tensor]) -> float:
+    """Mean Euclidean norm of a data set's images, which `encode` takes as stored."""
+    total, at_once = 0.0, max(1, SMALL // data[:1].numel())
+    for batch in in_order(data, at_once):
+        total += encode(batch.images).flatten(1).norm(dim=1).sum().item()
+    return total / len(data)

@@ -1,5 +1,6 @@
 """Patches of larger images: random ones for training, a fixed one of each for all else."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,18 +26,32 @@ KEYS = {
 
 def random_patches(images: Tensor, sides: Size, generator: torch.Generator | None = None) -> Tensor:
     """A patch of `sides` (h, w) of each of `images` (B, C, H, W), anywhere in it: (B, C, h, w)."""
+    return random_cut(images, sides, generator)(images)
+
+
+def random_cut(
+    images: Tensor, sides: Size, generator: torch.Generator | None = None
+) -> Callable[[Tensor], Tensor]:
+    """A function that cuts a patch of `sides` (h, w) of each image (B, C, H, W), anywhere in it.
+
+    It cuts all tensors of the number and sides of `images` at the same places.
+    """
     height, width = images.shape[2:]
     draw = {"generator": generator, "device": images.device}
     top = torch.randint(height - sides[0] + 1, (len(images), 1), **draw)
     left = torch.randint(width - sides[1] + 1, (len(images), 1), **draw)
     rows, columns = (torch.arange(side, device=images.device) for side in sides)
-    numbers, channels = (torch.arange(n, device=images.device) for n in images.shape[:2])
-    return images[
-        numbers[:, None, None, None],
-        channels[:, None, None],
-        (top + rows)[:, None, :, None],
-        (left + columns)[:, None, None, :],
-    ]
+
+    def cut(whole: Tensor) -> Tensor:
+        numbers, channels = (torch.arange(n, device=whole.device) for n in whole.shape[:2])
+        return whole[
+            numbers[:, None, None, None],
+            channels[:, None, None],
+            (top + rows)[:, None, :, None],
+            (left + columns)[:, None, None, :],
+        ]
+
+    return cut
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from configs.schema import SHARE, Flag, Key
 from sources import augmentation
 from sources.batch import Batch
 from sources.codec import Codec
-from sources.patches import random_patches
+from sources.patches import random_cut
 
 KEYS = {
     "data.random_flip": Key(True, Flag(), "half of the training images are mirrored"),
@@ -28,10 +28,19 @@ KEYS = {
 }
 
 
+def half(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """True, with probability 1/2, for each of `images` (B, ...): (B, 1, 1, 1)."""
+    draw = {"generator": generator, "device": images.device}
+    return torch.rand(len(images), 1, 1, 1, **draw) < 0.5
+
+
 def mirrored(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """`images` (B, C, H, W), each mirrored left to right with probability 1/2."""
-    draw = {"generator": generator, "device": images.device}
-    chosen = torch.rand(len(images), 1, 1, 1, **draw) < 0.5
+    return flipped(images, half(images, generator))
+
+
+def flipped(images: Tensor, chosen: Tensor) -> Tensor:
+    """`images` (B, C, H, W), those mirrored left to right that are `chosen` (B, 1, 1, 1)."""
     if images.dtype != torch.uint8:
         return torch.where(chosen, images.flip(-1), images)
     mask = chosen.to(torch.uint8).neg()  # 255 or 0
@@ -44,7 +53,8 @@ class Preparation:
     """Preparation of a batch as stored for a training step; called with it and a generator.
 
     Attributes:
-        codec: what encodes the images; larger ones are cut to its shape, anywhere.
+        codec: what encodes the images; larger ones are cut to its shape, anywhere. Conditions that
+            are images are cut and transformed alike.
         flips: half of them are mirrored, unless they are transformed.
         dequantizes: see `Codec.dequantized`.
         augment: probability of the transformations of `sources.augmentation`; 0 for none.
@@ -87,11 +97,13 @@ class Preparation:
         return f"{'mirrored at random' if self.flips else 'not mirrored'} (data.random_flip)"
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        codec, images, sides = self.codec, batch.images, self.codec.data_shape[1:]
-        if images.shape[2:] != sides:
-            images = random_patches(images, sides, generator)
+        codec, sides = self.codec, self.codec.data_shape[1:]
+        if batch.images.shape[2:] != sides:
+            batch = batch.moved(random_cut(batch.images, sides, generator))
         if self.flips:
-            images = mirrored(images, generator)
+            chosen = half(batch.images, generator)
+            batch = batch.moved(lambda rows: flipped(rows, chosen))
+        images = batch.images
         data = codec.dequantized(images, generator) if self.dequantizes else codec.units(images)
         batch = replace(batch, images=codec.encode(data))
         if not self.augment:

@@ -14,8 +14,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -74,6 +75,15 @@ class Resident:
         return Batch(self.images, self.conditions).map(lambda rows: rows.index_select(0, index))
 
 
+class Reading(NamedTuple):
+    """Images (k, C, H, W), their numbers, why some are replaced, and conditions read with them."""
+
+    images: Tensor
+    numbers: list[int]
+    unreadable: dict[int, str]
+    beside: dict[str, Tensor]
+
+
 @dataclass(eq=False)
 class Stream:
     """Images that stay on disk and are decoded when they are indexed.
@@ -85,6 +95,7 @@ class Stream:
         shape: (C, H, W) of an image.
         workers: processes that decode the batches of `batches`; 0: the calling one does.
         conditions, names: conditions of the images, and names of their classes.
+        read_beside: sources of conditions, by name, that are read from disk with the images.
         pinned: batches are in memory that is copied to a GPU while it computes.
         unreadable: why an image could not be read, by its number, so far.
     """
@@ -94,6 +105,7 @@ class Stream:
     workers: int = 0
     conditions: Conditions = field(default_factory=Conditions)
     names: tuple[str, ...] = ()
+    read_beside: Mapping[str, Source] = field(default_factory=dict)
     pinned: bool = False
     unreadable: dict[int, str] = field(default_factory=dict)
 
@@ -119,37 +131,41 @@ class Stream:
         self.pinned = torch.device(device).type == "cuda"
         return self
 
-    def read(self, index: list[int]) -> tuple[Tensor, list[int], dict[int, str]]:
-        """Images (k, C, H, W), their numbers, and why those of `index` that differ are replaced."""
+    def read(self, index: list[int]) -> Reading:
+        """Read the images of `index` and what lies beside them; replace those that cannot be."""
         unreadable: dict[int, str] = {}
-        numbers, images = zip(*(self._readable(i, unreadable) for i in index), strict=True)
-        return torch.from_numpy(np.stack(images)), list(numbers), unreadable
+        numbers, *arrays = zip(*(self._readable(i, unreadable) for i in index), strict=True)
+        images, *beside = (torch.from_numpy(np.stack(each)) for each in arrays)
+        named = dict(zip(self.read_beside, beside, strict=True))
+        return Reading(images, list(numbers), unreadable, named)
 
-    def _readable(self, i: int, unreadable: dict[int, str]) -> tuple[int, np.ndarray]:
+    def _readable(self, i: int, unreadable: dict[int, str]) -> tuple[int, *tuple[np.ndarray, ...]]:
+        """The number of an image from `i` on, the image (C, H, W), what is read beside it."""
         tries = min(len(self), MAX_TRIES)
         for j in ((i + k) % len(self) for k in range(tries)):
             try:
                 image = held(self.source[j]).transpose(2, 0, 1)
+                beside = [each[j].transpose(2, 0, 1) for each in self.read_beside.values()]
             except Unreadable as error:
                 unreadable[j] = str(error)
                 continue
             if image.shape == self.shape:
-                return j, image
+                return j, image, *beside
             unreadable[j] = (
                 f"number {j} is {image.shape} (C, H, W), but data.num_channels and "
                 f"data.image_size say {self.shape}"
             )
         raise ValueError(f"{tries} images in a row cannot be used; the last: {unreadable[j]}")
 
-    def _accept(self, read: tuple[Tensor, list[int], dict[int, str]]) -> Batch:
-        images, numbers, unreadable = read
+    def _accept(self, reading: Reading) -> Batch:
+        images, numbers, unreadable, beside = reading
         for i in unreadable.keys() - self.unreadable.keys():
             self.unreadable[i] = unreadable[i]
             if len(self.unreadable) <= MAX_NAMED:
                 log.warning(f"unreadable image: {unreadable[i]}")
             if len(self.unreadable) == MAX_NAMED:
                 log.warning("further unreadable images are not named")
-        return Batch(images, self.conditions.map(lambda rows: rows[numbers]))
+        return Batch(images, self.conditions.map(lambda rows: rows[numbers]) | beside)
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """`self.batch(index)` for each index, decoded ahead by the worker processes."""
@@ -203,7 +219,8 @@ class _Reader:
     """`Stream.read` for DataLoader; it returns errors, so that they keep type and message."""
 
     def __init__(self, stream: Stream):
-        self.stream = Stream(stream.source, stream.shape)  # workers need no conditions
+        beside = stream.read_beside  # workers need no other conditions
+        self.stream = Stream(stream.source, stream.shape, read_beside=beside)
 
     def __getitem__(self, index: list[int]):
         try:
@@ -233,14 +250,20 @@ DataSet = Tensor | Resident | Stream
 
 def decode(stream: Stream) -> Tensor | Resident:
     """Read all images of `stream` that can be read, (n, C, H, W), with their conditions."""
-    images = torch.empty(len(stream), *stream.shape, dtype=stream.read([0])[0].dtype)
+    first = stream.read([0])
+    images = first.images.new_empty(len(stream), *stream.shape)
+    beside = {
+        name: row.new_empty(len(stream), *row.shape[1:]) for name, row in first.beside.items()
+    }
     interval = 0.2 if sys.stderr and sys.stderr.isatty() else 10
     options = {"delay": 1, "mininterval": interval, "disable": not distributed.is_main()}
     with tqdm(total=len(stream), desc="decoding", **options) as progress:
-        for piece, batch in zip(images.split(64), in_order(stream, 64), strict=True):
-            piece.copy_(batch.images)
+        for start, batch in zip(range(0, len(stream), 64), in_order(stream, 64), strict=True):
+            images[start : start + 64] = batch.images
+            for name, rows in beside.items():
+                rows[start : start + 64] = batch.conditions[name]
             progress.update(len(batch))
-    conditions = stream.conditions
+    conditions = stream.conditions | beside
     if stream.unreadable:
         readable = torch.ones(len(stream), dtype=torch.bool)
         readable[list(stream.unreadable)] = False

@@ -30,6 +30,7 @@ DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("edm", "pfgmpp", "poisson", "s
 DIGITS += ["pfgmpp/digits_demo.py", "poisson/digits_ncsnpp.py", "ve/digits_ncsnpp.py"]
 IMAGES = [f"{name}/images{n}_ddpmpp.py" for name in ("pfgmpp", "poisson", "vp") for n in (32, 64)]
 IMAGES += ["pfgmpp/images16_ddpmpp.py", "pfgmpp/images16_consistency.py"]
+IMAGES += ["pfgmpp/denoise_ddpmpp.py"]
 FAMILY = [
     f"{method}/{name}.py"
     for method in ("edm", "pfgmpp")

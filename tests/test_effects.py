@@ -97,6 +97,7 @@ OTHER = {
         "M": 100,
         "restrict_M": False,
         "label_dropout": 0.5,
+        "condition_dropout": 0.5,
         "target": "posterior_mean",
         "reduce_mean": True,
         "likelihood_weighting": True,
@@ -133,6 +134,8 @@ OTHER = {
         "checkpoint_activations": True,
     },
     "sampling": {
+        "init_level": 0.7,
+        "init_weight": 0.5,
         "z_max": 30.0,
         "z_min": 0.01,
         "z_exp": 2.0,

@@ -302,7 +302,7 @@ def test_rows_without_a_condition_are_none():
     batch = Conditions(
         class_labels=torch.arange(4), vector=torch.ones(4, 2), augment_labels=torch.ones(4, 9)
     )
-    assert batch.droppable and not Conditions(augment_labels=torch.ones(4, 9)).droppable
+    assert batch.droppable() and not Conditions(augment_labels=torch.ones(4, 9)).droppable()
     mask = torch.tensor([True, False, False, True])
     dropped = batch.drop(mask)
     assert dropped["class_labels"].tolist() == [-1, 1, 2, -1]
