@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def remarks(path, **model):
     config = load(path)
-    config.data.image_size = model.pop("image_size", config.data.image_size)
+    config.data.image_size = model.pop("image_size", config.data.image_size) or 32
     config.data.num_channels = config.data.num_channels or 3
     config.model.update(**model)
     with torch.device("meta"):
