@@ -55,7 +55,12 @@ GUIDE_KEYS = (
 )
 
 # Keys that results of earlier versions do not name, and the values that they were computed with.
-LATER = {"model.sigma_unit": 1.0, "sampling.size": (), "sampling.levels": ()}
+LATER = {
+    "model.sigma_unit": 1.0,
+    "model.head_width": 64,
+    "sampling.size": (),
+    "sampling.levels": (),
+}
 
 CLASS_LABEL = "sampling.class_label"
 

@@ -10,6 +10,7 @@ from configs.keys import named
 from configs.schema import Key, OneOf, whole
 from methods import method_class
 from models.edm import ADM, EDMUNet
+from models.edm2 import EDM2UNet
 from models.mlp import MLP
 from models.ncsn import RefineNet
 from models.ncsnpp import DDPM, NCSNpp
@@ -32,6 +33,7 @@ NETWORKS: dict[str, Callable[[ConfigDict, Shape, int], nn.Module]] = {
     "ddpm": DDPM.from_config,
     "edm_unet": EDMUNet.from_config,
     "adm": ADM.from_config,
+    "edm2": EDM2UNet.from_config,
     "ncsn": partial(RefineNet.from_config, layout="64", conditional=True),
     "ncsnv2_64": partial(RefineNet.from_config, layout="64"),
     "ncsnv2_128": partial(RefineNet.from_config, layout="128"),
@@ -45,6 +47,7 @@ PAPER_NAMES = {
     "edm_unet": ("DDPM++", "NCSN++"),
     "ddpm": ("DDPM",),
     "adm": ("ADM",),
+    "edm2": ("EDM2",),
     "ncsn": ("NCSN",),
     **dict.fromkeys(("ncsnv2_64", "ncsnv2_128", "ncsnv2_256"), ("NCSNv2",)),
     "mlp": ("MLP",),
