@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import objective_of
 from reference_weights import weight
+from test_configs import load
 from torch import nn
 
 import models
@@ -135,12 +137,12 @@ def test_training_normalises_the_stored_weights_as_published(case):
         assert torch.equal(value, in_training[name]), name
 
 
-@pytest.mark.parametrize("size, nf", [("xs", 128), ("s", 192)])
-def test_full_size_names_and_shapes(size, nf):
+@pytest.mark.parametrize("size", ["xs", "s"])
+def test_full_size_names_and_shapes(size):
     expected = {name: tuple(shape) for name, shape in PUBLISHED["full"][f"imagenet64_{size}"]}
     expected = {name: shape for name, shape in expected.items() if not name.startswith("logvar")}
     with torch.device("meta"):
-        model = EDM2UNet(image_size=64, nf=nf, num_classes=1000)
+        model = models.create_model(load(f"edm2/imagenet64_{size}.py"))
     names, parameters = models.reference_names(model), dict(model.named_parameters())
     assert {name: tuple(parameters[ours].shape) for name, ours in names.items()} == expected
     assert list(names) == list(expected)
@@ -148,6 +150,34 @@ def test_full_size_names_and_shapes(size, nf):
     fixed = {name for name, p in parameters.items() if not p.requires_grad}
     assert fixed == {"emb_fourier.freqs", "emb_fourier.phases"}
     assert model.remarks == []
+
+
+# Millions of parameters, learning rate, dropout, millions of images of training. Source: arXiv
+# 2312.02696, tables 2 and 6; of XS the learning rate is that of the reference numbers.
+SIZES = {
+    "xs": (124.7, 0.012, 0.0, 1073.7),
+    "s": (280.2, 0.010, 0.0, 1073.7),
+    "m": (497.8, 0.009, 0.1, 2147.5),
+    "l": (777.5, 0.008, 0.1, 1073.7),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_sizes_are_those_of_the_paper(size):
+    config = load(f"edm2/imagenet64_{size}.py")
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in models.create_model(config).parameters())
+        parameters += sum(p.numel() for p in objective_of(config).parameters())
+    training, optim, model = config.training, config.optim, config.model
+    images = training.n_iters * training.batch_size / 1e6
+    published = SIZES[size]
+    assert round(parameters / 1e6, 1) == published[0]
+    assert (optim.lr, model.dropout, round(images, 1)) == published[1:]
+    assert optim.warmup * training.batch_size == pytest.approx(10e6, rel=1e-3)
+    assert (training.batch_size, optim.decay_from, optim.beta2) == (2048, 35_000, 0.99)
+    assert (model.P_mean, model.P_std, model.ema_stds) == (-0.8, 1.6, (0.05, 0.1))
+    assert training.n_iters == training.snapshot_freq * config.eval.end_ckpt
+    assert config.sampling.N == 32 and config.training.objective == "uncertainty"
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
