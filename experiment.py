@@ -58,6 +58,9 @@ GUIDE_KEYS = (
 LATER = {
     "model.sigma_unit": 1.0,
     "model.head_width": 64,
+    "model.patch": 2,
+    "model.depth": 12,
+    "model.heads": 6,
     "sampling.size": (),
     "sampling.levels": (),
 }
@@ -240,8 +243,12 @@ class Experiment:
 
     def load_objective(self, checkpoint: dict) -> None:
         """Copy the objective's weights of a `checkpoint`; ValueError where they do not fit."""
-        weights = checkpoint.get("objective", {})
-        expected = dict(self.objective.state_dict())
+        weights, expected = checkpoint.get("objective", {}), dict(self.objective.state_dict())
+        if expected and not weights:  # a shared file, or a snapshot of EDM
+            raise ValueError(
+                "it lacks the objective's weights, which the loss needs: leave the loss out, "
+                "--noconfig.eval.enable_loss"
+            )
         check_like(weights, expected, "objective")
         entries = {k: loaded(v, f"objective.{k}", expected[k].dtype) for k, v in weights.items()}
         self.objective.load_state_dict(entries)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from configs.keys import named
 from configs.schema import Key, OneOf, whole
 from methods import method_class
+from models.dit import DiT
 from models.edm import ADM, EDMUNet
 from models.edm2 import EDM2UNet
 from models.mlp import MLP
@@ -34,6 +35,7 @@ NETWORKS: dict[str, Callable[[ConfigDict, Shape, int], nn.Module]] = {
     "edm_unet": EDMUNet.from_config,
     "adm": ADM.from_config,
     "edm2": EDM2UNet.from_config,
+    "dit": DiT.from_config,
     "ncsn": partial(RefineNet.from_config, layout="64", conditional=True),
     "ncsnv2_64": partial(RefineNet.from_config, layout="64"),
     "ncsnv2_128": partial(RefineNet.from_config, layout="128"),
@@ -48,6 +50,7 @@ PAPER_NAMES = {
     "ddpm": ("DDPM",),
     "adm": ("ADM",),
     "edm2": ("EDM2",),
+    "dit": ("DiT",),
     "ncsn": ("NCSN",),
     **dict.fromkeys(("ncsnv2_64", "ncsnv2_128", "ncsnv2_256"), ("NCSNv2",)),
     "mlp": ("MLP",),

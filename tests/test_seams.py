@@ -117,18 +117,18 @@ def test_a_source(trained):
 
 
 def test_a_network(tmp_path):
-    """Its own options, `depth` other than by default, are part of the run."""
-    overrides = ["--config.sampling.ode_solver=forward_euler", "--config.model.depth=1"]
+    """Its own options, `mixer_depth` other than by default, are part of the run."""
+    overrides = ["--config.sampling.ode_solver=forward_euler", "--config.model.mixer_depth=1"]
     program("train", "network", tmp_path, *overrides)
     content = load_checkpoint(tmp_path / "checkpoints/checkpoint_20.pth")
-    assert content["config"]["model.depth"] == 1
-    assert content["model"]["blocks.0.attention.in_proj_weight"].shape == (24, 8)
-    assert "blocks.1.attention.in_proj_weight" not in content["model"]
+    assert content["config"]["model.mixer_depth"] == 1
+    assert content["model"]["blocks.0.among.0.weight"].shape == (32, 16)
+    assert "blocks.1.among.0.weight" not in content["model"]
     head = content["model"]["head.weight"]
     assert head.shape == (8, 2, 2, 2)  # of the image's channel and the field's
     report, _, page = evaluated("network", tmp_path, *overrides)
     assert report["nfe"] == 3
-    assert re.search(r"<dd>dit, [\d,]+ parameters</dd>", page)
+    assert re.search(r"<dd>mixer, [\d,]+ parameters</dd>", page)
 
 
 def test_a_method(tmp_path):
@@ -488,8 +488,8 @@ def test_what_is_not_registered_is_one_line(drill):
     """A stored config names a drill, which only its file registers."""
     config = run_config.restore(flatten(drill("network").get_config()))
     assert isinstance(models.create_model(config), torch.nn.Module)
-    del models.NETWORKS["dit"]
-    with pytest.raises(ValueError, match="model.name.*'dit'"):
+    del models.NETWORKS["mixer"]
+    with pytest.raises(ValueError, match="model.name.*'mixer'"):
         models.create_model(config)
     config.data.dataset = "stripes"
     with pytest.raises(ValueError, match="data.dataset must be one of .*, not 'stripes'"):
