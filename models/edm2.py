@@ -83,13 +83,13 @@ class Block(nn.Module):
             x = unit_magnitude(self._widened(x), 1)
         h = self.conv_res0(mp_silu(x))
         scale = self.emb_linear(emb, self.emb_gain) + 1
-        h = mp_silu(h * scale[:, :, None, None].to(h.dtype))
+        h = mp_silu(h * scale[:, :, None, None])
         h = self.conv_res1(F.dropout(h, self.dropout, self.training))
         if not self.encodes:
             x = self._widened(x)
-        x = mp_sum(x, h.to(x.dtype), self.res_balance)
+        x = mp_sum(x, h, self.res_balance)
         if self.heads:
-            x = mp_sum(x, self._attention(x).to(x.dtype), self.attn_balance)
+            x = mp_sum(x, self._attention(x), self.attn_balance)
         return x.clip(-self.clip, self.clip)
 
     def _widened(self, x: Tensor) -> Tensor:
