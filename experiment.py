@@ -59,8 +59,8 @@ LATER = {
     "model.sigma_unit": 1.0,
     "model.head_width": 64,
     "model.patch": 2,
-    "model.depth": 12,
-    "model.heads": 6,
+    "model.depth": 4,
+    "model.heads": 4,
     "sampling.size": (),
     "sampling.levels": (),
 }

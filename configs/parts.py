@@ -389,8 +389,8 @@ EDM2 = {
     }
 }
 
-# DiT (Peebles and Xie, ICCV 2023), whose numbers by default are those of DiT-S/2.
-DIT = {"model": {"name": "dit", "nf": 384}}
+# DiT-S/2 (Peebles and Xie, ICCV 2023).
+DIT = {"model": {"name": "dit", "nf": 384, "patch": 2, "depth": 12, "heads": 6}}
 
 # After NCSNPP or DDPMPP: its "deep" form, and how long the same paper trains it.
 DEEP = {"training": {"n_iters": 950001}, "model": {"num_res_blocks": 8}}

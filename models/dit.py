@@ -70,8 +70,8 @@ class DiT(nn.Module):
 
     keys: ClassVar[Mapping[str, Key]] = {
         "model.patch": Key(2, whole(1, 256), "DiT: side of a patch; it divides the images' sides"),
-        "model.depth": Key(12, whole(1, 256), "DiT: blocks"),
-        "model.heads": Key(6, whole(1, 256), "DiT: heads of the attention; they divide nf"),
+        "model.depth": Key(4, whole(1, 256), "DiT: blocks"),
+        "model.heads": Key(4, whole(1, 256), "DiT: heads of the attention; they divide nf"),
     }
     reads: ClassVar[Mapping[str, str | None]] = {"model.checkpoint_activations": None}
 
@@ -79,10 +79,10 @@ class DiT(nn.Module):
         self,
         shape: Shape,
         out_channels: int,
-        nf: int = 384,
+        nf: int = 128,
         patch: int = 2,
-        depth: int = 12,
-        heads: int = 6,
+        depth: int = 4,
+        heads: int = 4,
         num_classes: int = 0,
         checkpoint_activations: bool = False,
     ):

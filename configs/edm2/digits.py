@@ -7,6 +7,6 @@ def get_config() -> ConfigDict:
     config = experiment(EDM, EDM2, EDM2_TRAINING, digits)
     config.data.num_classes = 0
     config.training.update(batch_size=96, reduce_mean=True)
-    config.optim.decay_from = config.training.get_ref("n_iters") // 4
-    config.model.update(nf=16, head_width=32)
+    config.optim.update(lr=0.02, decay_from=config.training.get_ref("n_iters") // 4)
+    config.model.update(nf=16, head_width=16, P_std=1.2)
     return config
