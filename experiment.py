@@ -56,7 +56,15 @@ GUIDE_KEYS = (
 )
 
 # Keys that results of earlier versions do not name, and the values that they were computed with.
-LATER = {"model.sigma_unit": 1.0, "sampling.size": (), "sampling.levels": ()}
+LATER = {
+    "model.sigma_unit": 1.0,
+    "model.head_width": 64,
+    "model.patch": 2,
+    "model.depth": 4,
+    "model.heads": 4,
+    "sampling.size": (),
+    "sampling.levels": (),
+}
 OF_START = {f"sampling.{name}" for name in ("init", "init_level", "init_weight")}  # from conditions
 
 CLASS_LABEL = "sampling.class_label"
@@ -248,8 +256,12 @@ class Experiment:
 
     def load_objective(self, checkpoint: dict) -> None:
         """Copy the objective's weights of a `checkpoint`; ValueError where they do not fit."""
-        weights = checkpoint.get("objective", {})
-        expected = dict(self.objective.state_dict())
+        weights, expected = checkpoint.get("objective", {}), dict(self.objective.state_dict())
+        if expected and not weights:  # a shared file, or a snapshot of EDM
+            raise ValueError(
+                "it lacks the objective's weights, which the loss needs: leave the loss out, "
+                "--noconfig.eval.enable_loss"
+            )
         check_like(weights, expected, "objective")
         entries = {k: loaded(v, f"objective.{k}", expected[k].dtype) for k, v in weights.items()}
         self.objective.load_state_dict(entries)

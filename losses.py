@@ -7,12 +7,14 @@ from methods.field import poisson_field, posterior_mean
 from objectives.base import Objective
 from objectives.consistency import Consistency
 from objectives.regression import Regression
+from objectives.uncertainty import Uncertainty
 
 __all__ = [
     "OBJECTIVES",
     "Consistency",
     "Objective",
     "Regression",
+    "Uncertainty",
     "get_loss_fn",
     "poisson_field",
     "posterior_mean",
@@ -22,8 +24,9 @@ KEYS = {
     "training.objective": Key(
         "regression",
         OneOf(registry="losses.OBJECTIVES"),
-        "training loss; 'consistency': PFGM++ and EDM, for samples in one or a few evaluations, "
-        "fine-tuned from a trained network (training.init_from)",
+        "training loss; 'uncertainty': regression with a learned variance of each noise level; "
+        "'consistency': PFGM++ and EDM, for samples in one or a few evaluations, fine-tuned from a "
+        "trained network (training.init_from)",
     ),
     "training.batch_size": Key(128, whole(1), "images of a step; they are the reference batch"),
     "training.small_batch_size": Key(
@@ -44,7 +47,11 @@ KEYS = {
 }
 
 # training.objective -> the class of the objective.
-OBJECTIVES: dict[str, type[Objective]] = {"regression": Regression, "consistency": Consistency}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "regression": Regression,
+    "uncertainty": Uncertainty,
+    "consistency": Consistency,
+}
 
 
 def own_keys(part: type[Objective]) -> list[str]:

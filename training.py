@@ -35,6 +35,11 @@ KEYS = {
     "optim.warmup": Key(
         5000, whole(0), "steps over which the learning rate rises linearly from zero"
     ),
+    "optim.decay_from": Key(
+        0,
+        whole(0),
+        "step from which the learning rate falls as 1 / sqrt(step), as EDM2's does; 0: it does not",
+    ),
     "optim.cooldown": Key(0, whole(0), "steps at the end over which it falls linearly to zero"),
     "optim.grad_clip": Key(
         1.0, Number(-1, 10**6), "largest global norm of the gradient; negative: no clipping"
@@ -58,15 +63,19 @@ KEYS = {
 }
 
 
-def learning_rate_factor(step: int, n_iters: int, warmup: int = 0, cooldown: int = 0) -> float:
+def learning_rate_factor(
+    step: int, n_iters: int, warmup: int = 0, cooldown: int = 0, decay_from: int = 0
+) -> float:
     """Share of the learning rate that update `step` (from 0) of `n_iters` uses.
 
     It rises linearly over the first `warmup` updates and falls linearly to 0 over the last
-    `cooldown` ones.
+    `cooldown` ones. From the update `decay_from` on, if that is not 0, it falls as 1 / sqrt(step)
+    besides (Karras et al. 2024, arXiv 2312.02696, section 2.3).
     """
     rise = min(1.0, step / warmup) if warmup else 1.0
+    decay = math.sqrt(decay_from / max(step, decay_from)) if decay_from else 1.0
     fall = min(1.0, (n_iters - step) / cooldown) if cooldown else 1.0
-    return rise * max(0.0, fall)
+    return rise * decay * max(0.0, fall)
 
 
 class TrainState:
@@ -78,7 +87,7 @@ class TrainState:
         optimizer: makes the optimiser of named parameters; see `optimizers`.
         ema: EMA of the network's parameters.
         ema_stds: relative widths of additional power-function averages.
-        n_iters, warmup, cooldown: see `learning_rate_factor`.
+        n_iters, warmup, cooldown, decay_from: see `learning_rate_factor`.
         grad_clip: largest global norm of the gradient; negative for no clipping.
         replaces_nonfinite: entries of a gradient that are not finite are replaced; see
             `train_step`.
@@ -101,6 +110,7 @@ class TrainState:
         n_iters: int = 1,
         warmup: int = 0,
         cooldown: int = 0,
+        decay_from: int = 0,
         grad_clip: float = -1.0,
         replaces_nonfinite: bool = False,
         accumulate: int = 1,
@@ -118,7 +128,12 @@ class TrainState:
             mark_tables(module)
         self.optimizer = optimizer(self.named_parameters)
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.schedule = {"n_iters": n_iters, "warmup": warmup, "cooldown": cooldown}
+        self.schedule = {
+            "n_iters": n_iters,
+            "warmup": warmup,
+            "cooldown": cooldown,
+            "decay_from": decay_from,
+        }
         self.grad_clip, self.replaces_nonfinite = grad_clip, replaces_nonfinite
         self.accumulate, self.step = accumulate, 0
 
@@ -145,6 +160,7 @@ class TrainState:
             n_iters=training.n_iters,
             warmup=optim.warmup,
             cooldown=optim.cooldown,
+            decay_from=optim.decay_from,
             grad_clip=optim.grad_clip,
             replaces_nonfinite=optim.nonfinite == "replace",
             accumulate=training.accumulate,

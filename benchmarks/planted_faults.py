@@ -139,6 +139,30 @@ the objective's own gradient is not clipped: test_training
 - nn.utils.clip_grad_norm_(..., limit)
 + nn.utils.clip_grad_norm_(state.parameters, limit)
 
+the stored weights of EDM2 are normalised in evaluation too: test_edm2 -k stored
+- if self.training: normalise_weights(self) classes
++ normalise_weights(self); classes
+
+queries and keys of EDM2 keep their magnitudes: test_edm2 -k "published or cosines"
+- unit_magnitude(heads, 2).permute
++ heads.permute
+
+a sum of two activations is smaller than they are: test_edm2 -k "published or magnitude"
+- a.lerp(b, t) / math.hypot(1 - t, t)
++ a.lerp(b, t)
+
+the second gate of DiT is the first: test_dit -k paper
+- gate2 * self.outer
++ gate * self.outer
+
+the log of the variance is subtracted: test_uncertainty
+- u.exp() + u
++ u.exp() - u
+
+the learning rate falls from the first step on: test_uncertainty -k learning
+- decay_from / max(step, decay_from)
++ decay_from / (step + decay_from)
+
 the objective is told the number of the next step: test_objectives
 - objective.draw(batch, state.step, generator) values = []
 + objective.draw(batch, state.step + 1, generator); values = []

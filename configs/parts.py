@@ -251,6 +251,32 @@ EDM_IMAGENET = {
     "sampling": {"N": 40},
 }
 
+# After the network EDM2: how EDM2-XS trains on ImageNet at 64 x 64 (Karras et al. 2024, arXiv
+# 2312.02696, table 6), in steps of 2,048: about a billion images, of which the first 10 million
+# raise the learning rate. EMA weights of any length come from the averages (eval.ema_std).
+EDM2_TRAINING = {
+    "data": {"random_flip": False, "dataset": "folder", "image_size": 64, "num_classes": 1000},
+    "training": {
+        "objective": "uncertainty",
+        "batch_size": 2048,
+        "n_iters": 524_288,
+        "snapshot_freq": 32_768,
+        "eval_freq": 10_000,
+        "label_dropout": 0.0,
+    },
+    "optim": {
+        "lr": 0.012,
+        "beta2": 0.99,
+        "warmup": 4883,
+        "decay_from": 35_000,
+        "grad_clip": -1.0,
+        "nonfinite": "replace",
+    },
+    "model": {"P_mean": -0.8, "P_std": 1.6, "ema_stds": (0.05, 0.1)},
+    "sampling": {"N": 32},
+    "eval": {"begin_ckpt": 16, "end_ckpt": 16, "enable_sampling": True},
+}
+
 # After EDM_TRAINING: consistency tuning of an EDM or PFGM++ network on CIFAR-10 (Geng et al. 2024,
 # arXiv 2406.14548), 200,000 steps in 8 stages.
 ECT = {
@@ -351,6 +377,20 @@ ADM = {
         "attn_resolutions": (32, 16, 8),
     }
 }
+
+# The U-Net of EDM2 (Karras et al. 2024, arXiv 2312.02696), config G, as for ImageNet at 64 x 64.
+EDM2 = {
+    "model": {
+        "name": "edm2",
+        "ch_mult": (1, 2, 3, 4),
+        "num_res_blocks": 3,
+        "attn_resolutions": (16, 8),
+        "dropout": 0.0,
+    }
+}
+
+# DiT-S/2 (Peebles and Xie, ICCV 2023).
+DIT = {"model": {"name": "dit", "nf": 384, "patch": 2, "depth": 12, "heads": 6}}
 
 # After NCSNPP or DDPMPP: its "deep" form, and how long the same paper trains it.
 DEEP = {"training": {"n_iters": 950001}, "model": {"num_res_blocks": 8}}

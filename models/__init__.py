@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from configs.keys import named
 from configs.schema import Key, OneOf, whole
 from methods import method_class
+from models.dit import DiT
 from models.edm import ADM, EDMUNet
+from models.edm2 import EDM2UNet
 from models.mlp import MLP
 from models.ncsn import RefineNet
 from models.ncsnpp import DDPM, NCSNpp
@@ -33,6 +35,8 @@ NETWORKS: dict[str, Callable[[ConfigDict, Shape, int], nn.Module]] = {
     "ddpm": DDPM.from_config,
     "edm_unet": EDMUNet.from_config,
     "adm": ADM.from_config,
+    "edm2": EDM2UNet.from_config,
+    "dit": DiT.from_config,
     "ncsn": partial(RefineNet.from_config, layout="64", conditional=True),
     "ncsnv2_64": partial(RefineNet.from_config, layout="64"),
     "ncsnv2_128": partial(RefineNet.from_config, layout="128"),
@@ -46,6 +50,8 @@ PAPER_NAMES = {
     "edm_unet": ("DDPM++", "NCSN++"),
     "ddpm": ("DDPM",),
     "adm": ("ADM",),
+    "edm2": ("EDM2",),
+    "dit": ("DiT",),
     "ncsn": ("NCSN",),
     **dict.fromkeys(("ncsnv2_64", "ncsnv2_128", "ncsnv2_256"), ("NCSNv2",)),
     "mlp": ("MLP",),

@@ -1,7 +1,7 @@
 """Halvings of images between the levels of a network, and the padding that sides need for them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -62,6 +62,39 @@ def _padded(side: int, halvings: int) -> int:
     """`side`, or the next larger one that can be halved so many times, or until it is 1."""
     multiple = min(2**halvings, 2 ** (side - 1).bit_length())
     return math.ceil(side / multiple) * multiple
+
+
+def attention_remarks(
+    halvings: Halvings,
+    attn_resolutions: Sequence[int],
+    narrow_levels: Collection[int],
+    narrow_middle: bool,
+) -> list[str]:
+    """Lines on configured attention that a network lacks.
+
+    Args:
+        halvings: those between the network's levels.
+        attn_resolutions: longer sides of the levels that are to have attention.
+        narrow_levels: longer sides of the levels that have too few channels for a head.
+        narrow_middle: so has the middle of the network.
+    """
+    sizes = [*map(max, halvings.sides)]
+    levels, middle = ", ".join(map(str, sizes)), ", nor in the middle" if narrow_middle else ""
+    reasons = (
+        (
+            {*attn_resolutions} - {0, *sizes},
+            f": the levels of the network are {levels} wide"
+            if len({*halvings.sides[0]}) == 1
+            else f": the longer sides of the network's levels are {levels}",
+        ),
+        (narrow_levels, f"{middle}: too few channels for a head (model.nf, model.ch_mult)"),
+    )
+    return [
+        f"model.attn_resolutions: there is no attention at "
+        f"{', '.join(str(size) for size in attn_resolutions if size in lacking)}{reason}"
+        for lacking, reason in reasons
+        if {*attn_resolutions} & {*lacking}
+    ]
 
 
 def padded(x: Tensor, margins: Sequence[int]) -> Tensor:

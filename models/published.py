@@ -1,10 +1,10 @@
-"""Published weights (score_sde_pytorch, Poisson_flow, ncsnv2, EDM): names, and how they are read.
+"""Published weights (score_sde_pytorch, Poisson_flow, ncsnv2, EDM, EDM2): names, and reading them.
 
 The published U-Nets keep their blocks in one list, `all_modules`, in the order of the diagram. The
 networks here register the same blocks in the same order, under names of their own. So the number
 of a block is its index among the blocks, and a table renames the pieces inside it. The RefineNets
-have the published names, below the two dictionaries of their encoder and decoder. EDM names its
-blocks by the image size that they give, as `_edm_names` has it.
+have the published names, below the two dictionaries of their encoder and decoder. EDM and EDM2
+name their blocks by the image size that they give, as `_edm_names` and `_edm2_name` have it.
 """
 
 import re
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from configs.keys import shown
 from models import layers
 from models.edm import ADM, EDMUNet
+from models.edm2 import EDM2UNet
 from models.ncsn import RefineNet
 from models.ncsnpp import NCSNpp
 from models.unet import InputSkip
@@ -59,6 +60,7 @@ _PIECES = {
 }
 
 DERIVED = ("sigmas", "resample_filter")  # entries that follow from the config
+OF_OBJECTIVE = ("logvar_fourier", "logvar_linear")  # EDM2's learned uncertainty
 MAX_LEVELS = 16  # of a U-Net
 
 
@@ -84,6 +86,9 @@ def reference_names(model: nn.Module) -> dict[str, str]:
         return {name.removeprefix("encoder.").removeprefix("decoder."): name for name in names}
     if isinstance(model, EDMUNet | ADM):
         return _edm_names(model)
+    if isinstance(model, EDM2UNet):
+        sizes = _level_sizes(model)
+        return {_edm2_name(name, sizes): name for name, _ in model.named_parameters()}
     names = {}
     for number, (path, block) in enumerate(_blocks(model)):
         for name, _ in block.named_parameters():
@@ -109,12 +114,18 @@ _EDM_PIECES = {
 }
 
 
-def _edm_names(model: NCSNpp) -> dict[str, str]:
-    """`reference_names` for EDM, which names levels by the side of a square."""
+def _level_sizes(model: NCSNpp | EDM2UNet) -> list[int]:
+    """The longer sides of a network's levels, by which EDM and EDM2 name them."""
     longest = max(sides_of(model.image_size))
     sizes = [longest >> level for level in range(len(model.encoder))]
     if len({*sizes}) < len(sizes):
         raise ValueError(f"EDM has no names for {len(sizes)} levels of images of side {longest}")
+    return sizes
+
+
+def _edm_names(model: NCSNpp) -> dict[str, str]:
+    """`reference_names` for EDM, which names levels by the side of a square."""
+    sizes = _level_sizes(model)
     places = _edm_modules(sizes, len(model.decoder[0]["stages"]), isinstance(model, ADM))
     names = {}
     for name, _ in model.named_parameters():
@@ -168,6 +179,16 @@ def _edm_modules(sizes: Sequence[int], blocks: int, is_adm: bool) -> dict[str, s
     return places
 
 
+def _edm2_name(name: str, sizes: Sequence[int]) -> str:
+    """EDM2's name of a parameter: levels by the `sizes` of square images, from the finest on."""
+    side, _, rest = name.partition(".")
+    if side not in ("encoder", "decoder"):
+        return f"unet.{name}"
+    level, _, rest = rest.partition(".")  # of the decoder from the coarsest on
+    size = sizes[int(level) if side == "encoder" else -1 - int(level)]
+    return f"unet.{side[:3]}.{size}x{size}_{rest}"
+
+
 # --- networks of other sizes --------------------------------------------------------------------
 
 
@@ -186,6 +207,8 @@ def match_names(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[s
         return _paired_by_number(model, shapes)
     if isinstance(model, NCSNpp):
         return _paired_by_size(shapes)
+    if isinstance(model, EDM2UNet):
+        return _edm2_pairs(shapes)
     return {name: published for published, name in reference_names(model).items()}
 
 
@@ -208,6 +231,21 @@ def _paired_by_size(names: Collection[str]) -> dict[str, str]:
         for place in modules.get(module, ()):
             places[f"{place}.{_renamed(rest, pieces)}"] = name
     return places
+
+
+def _edm2_pairs(names: Collection[str]) -> dict[str, str]:
+    """`match_names` weights of EDM2."""
+    levels = {name: re.match(r"unet\.(enc|dec)\.(\d{1,5})x\2_", name) for name in names}
+    sizes = sorted({int(match[2]) for match in levels.values() if match}, reverse=True)
+    pairs = {}
+    for name, match in levels.items():
+        if match:
+            level = sizes.index(int(match[2]))
+            place = f"encoder.{level}" if match[1] == "enc" else f"decoder.{len(sizes) - 1 - level}"
+            pairs[f"{place}.{name[match.end() :]}"] = name
+        elif name.startswith("unet."):
+            pairs[name.removeprefix("unet.")] = name
+    return pairs
 
 
 def _paired_by_number(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
@@ -311,7 +349,7 @@ def published_weights(
     weights = {
         name: value
         for name, value in without_wrappers(state_dict).items()
-        if name.rsplit(".", 1)[-1] not in DERIVED
+        if name.rsplit(".", 1)[-1] not in DERIVED and not name.startswith(OF_OBJECTIVE)
     }
     names, parameters = reference_names(model), dict(model.named_parameters())
     for problem, others in (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.keys import named
-from models.halvings import Factors, Halvings, cut, padded
+from models.halvings import Factors, Halvings, attention_remarks, cut, padded
 from models.layers import (
     ACTIVATIONS,
     Attention,
@@ -291,29 +291,14 @@ class UNet(nn.Module):
         self.head = None
         if progressive != "output_skip":
             self.head = head(width, out_channels, init_scale=init_scale)
-        self.remarks = self._remarks(sizes, attn_resolutions) + self.halvings.remarks(image_size)
-
-    def _remarks(self, sizes: list[int], attn_resolutions: Sequence[int]) -> list[str]:
-        """Lines on configured attention that is lacking; `sizes` are the levels' longer sides."""
         heads = [level["stages"][0].attention for level in self.encoder]  # Identity: too narrow
         narrow = {s for s, head in zip(sizes, heads, strict=True) if isinstance(head, nn.Identity)}
-        middle = ", nor in the middle" if isinstance(self.middle_attention, nn.Identity) else ""
-        levels = ", ".join(map(str, sizes))
-        reasons = (
-            (
-                {*attn_resolutions} - {0, *sizes},
-                f": the levels of the network are {levels} wide"
-                if len({*self.halvings.sides[0]}) == 1
-                else f": the longer sides of the network's levels are {levels}",
-            ),
-            (narrow, f"{middle}: too few channels for a head (model.nf, model.ch_mult)"),
-        )
-        return [
-            f"model.attn_resolutions: there is no attention at "
-            f"{', '.join(str(size) for size in attn_resolutions if size in lacking)}{reason}"
-            for lacking, reason in reasons
-            if lacking
-        ]
+        self.remarks = attention_remarks(
+            self.halvings,
+            attn_resolutions,
+            narrow,
+            narrow_middle=isinstance(self.middle_attention, nn.Identity),
+        ) + self.halvings.remarks(image_size)
 
     def embed(
         self, features: Tensor, classes: Tensor | None, augment_labels: Tensor | None

@@ -132,7 +132,7 @@ def load_matching(model: nn.Module, checkpoint: Mapping) -> Copied:
 def _is_fixed(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a weight is one that training does not move, such as Fourier frequencies."""
     last = name.rpartition(".")[2]
-    return last in DERIVED or last == "W" and len(shape) == 1
+    return last in (*DERIVED, "freqs", "phases") or last == "W" and len(shape) == 1
 
 
 def _averages(

@@ -37,8 +37,12 @@ class Regression(Objective):
         return {"reduce_mean": self.reduce_mean}
 
     def loss(self, net: Network, examples: Batch, reference: Batch) -> Tensor:
-        squared = self.squared_errors(net, examples, reference)
-        return squared.mean() if self.reduce_mean else 0.5 * squared.sum(1).mean()
+        losses = self.losses(net, examples, reference)
+        return losses.mean() if self.reduce_mean else 0.5 * losses.sum(1).mean()
+
+    def losses(self, net: Network, examples: Batch, reference: Batch) -> Tensor:
+        """The loss (B, K) of each entry: its weighted squared error."""
+        return self.squared_errors(net, examples, reference)
 
     def squared_errors(self, net: Network, examples: Batch, reference: Batch) -> Tensor:
         """The weighted squared errors (B, K) of the entries; for the arguments see `loss`."""

@@ -26,6 +26,7 @@ KEYS = {
     ),
     "optim.lr": Key(2e-4, Number(0, 10), "learning rate"),
     "optim.beta1": Key(0.9, Number(0, 0.999999), "Adam's decay of the first moment"),
+    "optim.beta2": Key(0.999, Number(0, 0.999999), "Adam's decay of the second moment"),
     "optim.eps": Key(
         1e-8, Number(1e-16, 1), "added to the root of Adam's second moment before it divides"
     ),
@@ -47,7 +48,7 @@ def adam(
     optimizer = kind(
         [p for _, p in parameters],
         lr=options["lr"],
-        betas=(options["beta1"], 0.999),
+        betas=(options["beta1"], options["beta2"]),
         eps=options["eps"],
         weight_decay=options["weight_decay"],
         amsgrad=options["amsgrad"],
@@ -79,7 +80,7 @@ def radam(parameters: NamedParameters, options: Mapping[str, Any]) -> torch.opti
     return torch.optim.RAdam(
         [p for _, p in parameters],
         lr=options["lr"],
-        betas=(options["beta1"], 0.999),
+        betas=(options["beta1"], options["beta2"]),
         eps=options["eps"],
         weight_decay=options["weight_decay"],
     )

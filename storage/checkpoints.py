@@ -11,7 +11,7 @@ import torch
 
 from configs.keys import flatten
 from storage.checks import check_like
-from storage.edm_snapshots import complete_config, read_snapshot
+from storage.edm_snapshots import complete_config, objective_weights, read_snapshot
 from storage.files import about, atomic_write, naming, open_regular, refusing
 from storage.shared_files import SHARED, open_shared
 from storage.stored_tensors import StoredTensor
@@ -20,7 +20,7 @@ from storage.torch_files import read_state
 T = TypeVar("T")
 
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step")
-SNAPSHOTS = (".pkl", ".pt", SHARED)  # EMA weights alone: of EDM and PFGM++, and shared files
+SNAPSHOTS = (".pkl", ".pt", SHARED)  # EMA weights alone: of EDM, EDM2 and PFGM++; shared files
 
 
 def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:
@@ -114,12 +114,21 @@ def _load_snapshot(path: Path) -> dict:
     snapshot = read_snapshot(path)
     with about(path):
         config = flatten(complete_config(snapshot))
-    return {"model": snapshot.weights, "step": snapshot_number(path), "config": config}
+    return {
+        "model": snapshot.weights,
+        "step": snapshot_number(path),
+        "config": config,
+        "objective": objective_weights(snapshot),
+    }
 
 
 def snapshot_number(path: Path) -> int:
-    """k of network-snapshot-{k}.pkl and training-state-{k}.pt, else 0."""
-    match = re.fullmatch(r"(?:network-snapshot|training-state)-([0-9]{1,15})", path.stem)
+    """k of network-snapshot-{k}.pkl and training-state-{k}.pt, else 0.
+
+    In EDM2's names the relative width of the EMA follows: network-snapshot-{k}-0.100.pkl.
+    """
+    name = r"(?:network-snapshot|training-state)-([0-9]{1,15})(?:-0\.[0-9]{1,9})?"
+    match = re.fullmatch(name, path.stem)
     return int(match[1]) if match else 0
 
 

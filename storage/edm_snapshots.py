@@ -1,4 +1,4 @@
-"""Snapshots of the published programs EDM and PFGM++, read without running them.
+"""Snapshots of the published programs EDM, EDM2 and PFGM++, read without running them.
 
 A snapshot (`network-snapshot-*.pkl`, `training-state-*.pt`) is a pickle of whole modules, each with
 the source code of its class, which the published programs execute. Here a pickle is data
@@ -6,6 +6,7 @@ the source code of its class, which the published programs execute. Here a pickl
 buffers and options, and everything else is left alone.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ MAX_OPTIONS = 10_000  # values of all options together
 class Snapshot(NamedTuple):
     """A published network."""
 
-    network: str  # its class: "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"
+    network: str  # its class: "EDMPrecond", "VPPrecond", ...; EDM2's is "Precond"
     options: dict  # what it was constructed with (img_resolution, ...); {} where that is not told
     weights: dict[str, Tensor]  # parameters and buffers under the names of its state dict
 
@@ -191,6 +192,26 @@ _WITHOUT_DEFAULT_OR_KEY = {
     # without a key: the bounds of the noise level, and what holds for training only
     *("sigma_min", "sigma_max", "use_fp16", "label_dropout"),
 }
+# Of EDM2. What is fixed has no key: the network here has these values.
+_EDM2 = {
+    "img_channels": 3,
+    "label_dim": 0,
+    "sigma_data": 0.5,
+    "model_channels": 192,
+    "channel_mult": [1, 2, 3, 4],
+    "num_blocks": 3,
+    "attn_resolutions": [16, 8],
+    "channels_per_head": 64,
+    "dropout": 0.0,
+    "logvar_channels": 128,
+}
+_EDM2_FIXED = {
+    "label_balance": 0.5,
+    "concat_balance": 0.5,
+    "res_balance": 0.3,
+    "attn_balance": 0.3,
+    "clip_act": 256,
+}
 _EMBEDDINGS = {"positional": "positional", "fourier": "fourier"}
 _ENCODERS = {"standard": "none", "skip": "input_skip", "residual": "residual"}
 _DECODERS = {"standard": "none", "skip": "output_skip"}
@@ -205,6 +226,8 @@ def config_values(snapshot: Snapshot) -> dict[str, object]:
         ValueError: an option is missing, or says what the networks here cannot be.
     """
     options = {key: value for key, value in snapshot.options.items() if value is not None}
+    if snapshot.network == "Precond":
+        return _edm2_values(options)
     if snapshot.network != "EDMPrecond" or options.get("pfgm") or options.get("small"):
         raise ValueError(f"no config for the preconditioning {snapshot.network!r:.100}")
     options = _PRECOND | options
@@ -222,7 +245,7 @@ def config_values(snapshot: Snapshot) -> dict[str, object]:
     for key, width in widths.items():
         if options[key] != width:
             raise ValueError(f"no config for the network's option {key} other than {width}")
-    try:
+    with _damaged_options():
         values = {
             "training.sde": "pfgmpp" if "D" in options and options.get("pfgmpp", True) else "edm",
             "data.image_size": int(options["img_resolution"]),
@@ -250,9 +273,61 @@ def config_values(snapshot: Snapshot) -> dict[str, object]:
             }
             if values["model.fir"]:
                 values["model.fir_kernel"] = fir
+    return values
+
+
+def _edm2_values(options: dict) -> dict[str, object]:
+    """`config_values` of EDM2, from its options other than None."""
+    for key, value in _EDM2_FIXED.items():
+        if options.get(key, value) != value:
+            raise ValueError(f"no config for the network's option {key} other than {value}")
+    if unknown := options.keys() - _EDM2.keys() - _EDM2_FIXED.keys() - _WITHOUT_DEFAULT_OR_KEY:
+        raise ValueError(f"no config for the network's option {min(unknown)!r:.100}")
+    options = _EDM2 | options
+    if options["img_channels"] not in (1, 3):
+        raise ValueError(
+            f"no config for images of {options['img_channels']!r:.100} channels: they are latents "
+            "of an autoencoder, which this program does not have"
+        )
+    with _damaged_options():
+        return {
+            "training.sde": "edm",
+            "training.uncertainty_features": int(options["logvar_channels"]),
+            "data.image_size": int(options["img_resolution"]),
+            "data.num_channels": int(options["img_channels"]),
+            "data.num_classes": int(options["label_dim"]),
+            "model.name": "edm2",
+            "model.nf": int(options["model_channels"]),
+            "model.ch_mult": tuple(map(int, options["channel_mult"])),
+            "model.num_res_blocks": int(options["num_blocks"]),
+            "model.attn_resolutions": tuple(map(int, options["attn_resolutions"])),
+            "model.head_width": int(options["channels_per_head"]),
+            "model.dropout": float(options["dropout"]),
+            "model.sigma_data": float(options["sigma_data"]),
+        }
+
+
+@contextlib.contextmanager
+def _damaged_options() -> Iterator[None]:
+    """Turns errors of options of another type or number into ValueErrors of one line."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the network's options are damaged: {one_line(error)}") from error
-    return values
+
+
+# EDM2's names of its learned uncertainty, and those of `objectives.uncertainty`.
+_UNCERTAINTY = {
+    "logvar_fourier.freqs": "features.freqs",
+    "logvar_fourier.phases": "features.phases",
+    "logvar_linear.weight": "linear.weight",
+}
+
+
+def objective_weights(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The weights of the objective in a snapshot of EDM2, under their names here; else none."""
+    weights = snapshot.weights if snapshot.network == "Precond" else {}
+    return {_UNCERTAINTY[name]: weights[name].float() for name in weights if name in _UNCERTAINTY}
 
 
 def complete_config(snapshot: Snapshot) -> ConfigDict:
@@ -262,6 +337,10 @@ def complete_config(snapshot: Snapshot) -> ConfigDict:
     `config_values` does.
     """
     values = config_values(snapshot)
+    if values["model.name"] == "edm2":
+        config = parts.experiment(parts.EDM, parts.EDM2, parts.EDM2_TRAINING)
+        config.update_from_flattened_dict(values)
+        return config
     adm = values["model.name"] == "adm"
     if values["data.image_size"] == 32:
         data = parts.CIFAR10

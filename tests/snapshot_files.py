@@ -1,4 +1,4 @@
-"""Files in the shape of EDM's and PFGM++'s snapshots, whose embedded source is executed on loading.
+"""Files in the shape of EDM's (EDM2's) and PFGM++'s snapshots, whose source runs on loading.
 
 The published classes write themselves as a call of `torch_utils.persistence`, with the source code
 of their module and their attributes as its argument. Here are classes that do the same.
@@ -107,7 +107,7 @@ def published_network(weights: dict, options: dict, class_name="EDMPrecond") -> 
             if part not in owner._modules:
                 owner.add_module(part, Persistent())
             owner = owner._modules[part]
-        if leaf in ("freqs", "resample_filter"):
+        if leaf in ("freqs", "phases", "resample_filter"):
             owner.register_buffer(leaf, tensor)
         else:
             owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))

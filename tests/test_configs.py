@@ -37,13 +37,15 @@ FAMILY = [
     for name in ("cifar10_ddpmpp", "cifar10_ncsnpp", "ffhq64_ddpmpp")
 ]
 FAMILY += ["edm/imagenet64_adm.py"]
+NEIGHBOURS = ["edm2/digits.py", "pfgmpp/digits_dit.py"]
+NEIGHBOURS += [f"edm2/imagenet64_{size}.py" for size in ("xs", "s", "m", "l")]
 TOYS = [f"{method}/toy_mlp.py" for method in ("pfgmpp", "poisson", "vp")]
 CONSISTENCY = [
     f"{method}/{name}_consistency.py"
     for method in ("edm", "pfgmpp")
     for name in ("cifar10", "digits")
 ]
-EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *CONSISTENCY, *TOYS]
+EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *NEIGHBOURS, *CONSISTENCY, *TOYS]
 
 
 def load(path: str):

@@ -315,7 +315,8 @@ def trained_in_the_plane(D, steps, draw):
     """Objective, and a network trained from new weights on images `draw(n)` (n, 2, 1, 1)."""
     torch.manual_seed(0)
     net = MLP((2, 1, 1), 2, nf=32, num_blocks=2, nonlinearity="swish")
-    options = {"lr": 4e-3, "beta1": 0.9, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+    options = {"lr": 4e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    options |= {"weight_decay": 0.0, "amsgrad": False}
     optimizer = OPTIMIZERS["adam"]([*net.named_parameters()], options)
     objective = objective_for(pfgmpp(D), 512, stages=6, n_iters=steps)
     for step in range(steps):
@@ -444,7 +445,8 @@ def test_a_resumed_state_goes_on_bit_for_bit(optimizer, one_thread):
 def test_radam_follows_its_definition():
     """Algorithm 2 of Liu et al. 2020 (arXiv 1908.03265), in float64."""
     p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
-    options = {"lr": 0.1, "beta1": 0.9, "eps": 1e-12, "weight_decay": 0.0, "amsgrad": False}
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-12}
+    options |= {"weight_decay": 0.0, "amsgrad": False}
     optimizer = OPTIMIZERS["radam"]([("p", p)], options)
     x, m, v = p.detach().clone(), torch.zeros(2).double(), torch.zeros(2).double()
     longest = 2 / (1 - 0.999) - 1

@@ -39,7 +39,7 @@ def test_networks_of_all_experiments_have_the_attention_that_is_asked_for(path):
 
 
 @pytest.mark.parametrize("size, levels", [(12, "12, 6, 3"), (20, "20, 10, 5"), (28, "28, 14, 7")])
-@pytest.mark.parametrize("name", ["ncsnpp", "ddpm", "edm_unet", "adm"])
+@pytest.mark.parametrize("name", ["ncsnpp", "ddpm", "edm_unet", "adm", "edm2"])
 def test_attention_that_no_level_has_is_said(name, size, levels):
     (line,) = remarks(
         "pfgmpp/images16_ddpmpp.py", image_size=size, name=name, nf=64, attn_resolutions=(16, 4)

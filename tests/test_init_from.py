@@ -313,7 +313,8 @@ OTHER_FORMS = {
 @pytest.mark.parametrize(
     "path",
     ["vp/cifar10_ddpmpp_continuous.py", "ve/cifar10_ncsnpp.py"]
-    + ["edm/cifar10_ncsnpp.py", "edm/ffhq64_ddpmpp.py", "edm/imagenet64_adm.py"],
+    + ["edm/cifar10_ncsnpp.py", "edm/ffhq64_ddpmpp.py", "edm/imagenet64_adm.py"]
+    + ["edm2/imagenet64_xs.py"],
 )
 def test_names_of_the_published_networks(path, change):
     """Each weight has the place that it has in the network it was published for."""
@@ -326,7 +327,7 @@ def test_names_of_the_published_networks(path, change):
     common = {name for name, _ in new.named_parameters()} & weights.keys()
     assert {here: names[places[here]] for here in common} == {here: here for here in common}
     assert {*places.values()} == names.keys() if path.startswith("edm") else places.keys() == common
-    assert len(common) > 300
+    assert len(common) > (150 if path.startswith("edm2") else 300)
 
 
 def test_larger_images_and_a_level_more(teacher, tmp_path, caplog):

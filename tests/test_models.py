@@ -104,7 +104,8 @@ def test_outputs_are_the_published_ones(case):
 
 
 def test_every_network_has_a_published_case():
-    others = {"edm_unet", "adm", "mlp"}  # test_edm_networks.py, test_toys.py
+    # test_edm_networks.py, test_edm2.py, test_dit.py, test_toys.py
+    others = {"edm_unet", "adm", "edm2", "dit", "mlp"}
     assert {case_config(case).model.name for case in CASES} | others == set(models.NETWORKS)
 
 
@@ -532,7 +533,7 @@ def test_unknown_name_lists_all_networks():
         models.create_model(digits_config(name="unet"))
     listed = re.findall(r"'(\w+)'", message(error).partition(", not 'unet'")[0])
     published = ["ddpm", "ncsn", "ncsnpp", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"]
-    assert sorted(listed) == sorted([*published, "edm_unet", "adm", "mlp"])
+    assert sorted(listed) == sorted([*published, "edm_unet", "adm", "edm2", "dit", "mlp"])
 
 
 @pytest.mark.parametrize("taps", [(1.0, -1.0), (0,), (1e-30, 1e-30), (0.1, 0.2, -0.3)])

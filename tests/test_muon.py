@@ -21,7 +21,8 @@ from storage.checkpoints import load_checkpoint
 from training import TrainState
 
 sides, decay = st.integers(1, 40), st.floats(0, 3)
-OPTIONS = {"lr": 0.1, "beta1": 0.9, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+OPTIONS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+OPTIONS |= {"weight_decay": 0.0, "amsgrad": False}
 
 
 def defined(matrix):

@@ -451,6 +451,8 @@ def test_networks_have_the_names_of_papers():
         "edm/cifar10_ddpmpp.py": "DDPM++",
         "edm/cifar10_ncsnpp.py": "NCSN++",
         "edm/imagenet64_adm.py": "ADM",
+        "edm2/imagenet64_xs.py": "EDM2",
+        "pfgmpp/digits_dit.py": "DiT",
         "vp/ddpm/cifar10.py": "DDPM",
     }
     models = {path: load(path).model for path in names}

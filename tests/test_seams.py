@@ -117,18 +117,18 @@ def test_a_source(trained):
 
 
 def test_a_network(tmp_path):
-    """Its own options, `depth` other than by default, are part of the run."""
-    overrides = ["--config.sampling.ode_solver=forward_euler", "--config.model.depth=1"]
+    """Its own options, `mixer_depth` other than by default, are part of the run."""
+    overrides = ["--config.sampling.ode_solver=forward_euler", "--config.model.mixer_depth=1"]
     program("train", "network", tmp_path, *overrides)
     content = load_checkpoint(tmp_path / "checkpoints/checkpoint_20.pth")
-    assert content["config"]["model.depth"] == 1
-    assert content["model"]["blocks.0.attention.in_proj_weight"].shape == (24, 8)
-    assert "blocks.1.attention.in_proj_weight" not in content["model"]
+    assert content["config"]["model.mixer_depth"] == 1
+    assert content["model"]["blocks.0.among.0.weight"].shape == (32, 16)
+    assert "blocks.1.among.0.weight" not in content["model"]
     head = content["model"]["head.weight"]
     assert head.shape == (8, 2, 2, 2)  # of the image's channel and the field's
     report, _, page = evaluated("network", tmp_path, *overrides)
     assert report["nfe"] == 3
-    assert re.search(r"<dd>dit, [\d,]+ parameters</dd>", page)
+    assert re.search(r"<dd>mixer, [\d,]+ parameters</dd>", page)
 
 
 def test_a_method(tmp_path):
@@ -217,16 +217,16 @@ def test_an_objective_with_a_parameter(drill, tmp_path, monkeypatch, one_thread)
 
     def make_config():
         options = {"training__snapshot_freq_for_preemption": 10}
-        return tiny(module, training__uncertainty_features=8, optim__warmup=0, **options)
+        return tiny(module, training__bins=8, optim__warmup=0, **options)
 
     one, two = in_one_life_and_in_two(make_config, tmp_path, monkeypatch)
     check_equal(one, two)
-    assert one["objective"]["linear.weight"].shape == (1, 8)
-    assert (one["objective"]["linear.weight"] != 0).all()
+    assert one["objective"]["table"].shape == (8,)
+    assert (one["objective"]["table"] != 0).all()
     n = len(one["optimizer"]["param_groups"][0]["params"])
-    assert one["optimizer"]["state"][n - 1]["exp_avg"].shape == (1, 8)
+    assert one["optimizer"]["state"][n - 1]["exp_avg"].shape == (8,)
     assert len(one["ema"]["shadow_params"]) == n - 1  # of the network alone
-    overrides = ["--config.training.uncertainty_features=8"]
+    overrides = ["--config.training.bins=8"]
     report, _, _ = evaluated("objective", tmp_path / "one", *overrides)
     assert report["num_samples"] == 20
 
@@ -237,7 +237,7 @@ def test_the_loss_of_an_evaluation_is_that_of_the_learned_objective(drill, tmp_p
     config.eval.enable_sampling = False
     assert run_lib.train(config, tmp_path / "learned")
     content = load_checkpoint(tmp_path / "learned/checkpoints/checkpoint_4.pth")
-    content["objective"]["linear.weight"].zero_()
+    content["objective"]["table"].zero_()
     save_checkpoint(tmp_path / "none/checkpoints/checkpoint_4.pth", content)
     for name in ("learned", "none"):
         run_lib.evaluate(config, tmp_path / name)
@@ -405,15 +405,15 @@ def test_learned_uncertainty_is_the_log_of_the_mean_error(drill):
     """There the loss of each noise level is smallest."""
     config = drill("objective").get_config()
     config.data.image_size = 2
-    config.training.update(batch_size=64, uncertainty_features=4)
+    config.training.update(batch_size=64, bins=4)
     method = methods.get_method(config)
     objective, net = get_loss_fn(config, method), lambda x, label: torch.zeros_like(x)
     batch = Batch(torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0)))
     examples = objective.draw(batch)
     examples = replace(examples, t=torch.full((64,), 0.7, dtype=torch.float64))
     error = objective.squared_errors(net, examples, batch).mean()
-    features = (objective.uncertainty(examples.t[:1]).sum()).item()
-    assert features == 0  # in the beginning u is 0, and the loss is the mean error
+    # in the beginning u is 0, and the loss is the mean error
+    assert objective.uncertainty(examples.t[:1]) == 0
     assert objective.loss(net, examples, batch).item() == pytest.approx(error.item())
     optimizer = torch.optim.LBFGS(objective.parameters(), max_iter=100)
 
@@ -488,8 +488,8 @@ def test_what_is_not_registered_is_one_line(drill):
     """A stored config names a drill, which only its file registers."""
     config = run_config.restore(flatten(drill("network").get_config()))
     assert isinstance(models.create_model(config), torch.nn.Module)
-    del models.NETWORKS["dit"]
-    with pytest.raises(ValueError, match="model.name.*'dit'"):
+    del models.NETWORKS["mixer"]
+    with pytest.raises(ValueError, match="model.name.*'mixer'"):
         models.create_model(config)
     config.data.dataset = "stripes"
     with pytest.raises(ValueError, match="data.dataset must be one of .*, not 'stripes'"):

@@ -163,6 +163,7 @@ U_NETS = {
     "ddpm": ("edm/digits_ddpmpp.py", {"name": "ddpm"}),
     "edm": ("edm/digits_ddpmpp.py", {"name": "edm_unet"}),
     "adm": ("edm/digits_ddpmpp.py", {"name": "adm", "nf": 32}),
+    "edm2": ("edm/digits_ddpmpp.py", {"name": "edm2", "nf": 32, "head_width": 32}),
     "poisson": ("poisson/digits_ddpmpp.py", {}),
 }
 REFINE_NETS = {
@@ -236,7 +237,7 @@ def test_height_and_width_are_treated_alike(name, size):
     torch.testing.assert_close(output(turned, x.mT).mT, output(net, x))
 
 
-@pytest.mark.parametrize("name", ["ddpm++", "ncsn++", "edm", "adm", "ncsn"])
+@pytest.mark.parametrize("name", ["ddpm++", "ncsn++", "edm", "adm", "edm2", "ncsn"])
 def test_a_square_by_one_number_or_two(name):
     one, two, x = network(name, 8), network(name, (8, 8)), noise(1, 2, 8, 8)
     assert torch.equal(output(one, x), output(two, x))

@@ -1,7 +1,6 @@
-"""A new network in one file: a small DiT, a transformer of patches (arXiv 2212.09748)."""
+"""A new network in one file: a small MLP-Mixer, two MLPs in turn (arXiv 2105.01601)."""
 
 import ml_collections
-import torch
 from torch import Tensor, nn
 
 import models
@@ -10,73 +9,65 @@ from configs.schema import Key, whole
 from models.layers import PositionalFeatures
 
 
-class Block(nn.Module):
-    """Attention and MLP of tokens (B, N, width), each scaled, shifted and gated by the noise."""
+def mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def __init__(self, width: int, heads: int):
+
+class Block(nn.Module):
+    """Patches (B, N, width), mixed among the N and then within each; the noise shifts both."""
+
+    def __init__(self, patches: int, width: int):
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in "ab")
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-        self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in "ab")
+        self.among, self.within = mlp(patches), mlp(width)
+        self.shifts = nn.Linear(width, 2 * width)
 
     def forward(self, h: Tensor, noise: Tensor) -> Tensor:
-        scale, shift, gate, scale2, shift2, gate2 = self.modulation(noise)[:, None].chunk(6, -1)
-        n = self.norms[0](h) * (1 + scale) + shift
-        h = h + gate * self.attention(n, n, n, need_weights=False)[0]
-        return h + gate2 * self.mlp(self.norms[1](h) * (1 + scale2) + shift2)
+        first, second = self.shifts(noise)[:, None].chunk(2, -1)
+        h = h + self.among((self.norms[0](h) + first).mT).mT
+        return h + self.within(self.norms[1](h) + second)
 
 
-class DiT(nn.Module):
+class Mixer(nn.Module):
     """(x (B, C, H, W), noise_label (B,)) -> (B, out_channels, H, W).
 
     Raises ValueError where the patches do not fill the images.
     """
 
     keys = {
-        "model.patch": Key(2, whole(1, 256), "DiT: side of its patches, in pixels"),
-        "model.depth": Key(2, whole(1, 256), "DiT: blocks"),
-        "model.heads": Key(4, whole(1, 256), "DiT: of the attention; they divide model.nf"),
+        "model.mixer_patch": Key(2, whole(1, 256), "Mixer: side of its patches, in pixels"),
+        "model.mixer_depth": Key(2, whole(1, 256), "Mixer: blocks"),
     }
 
-    def __init__(self, shape, out_channels: int, width: int, patch: int, depth: int, heads: int):
+    def __init__(self, shape, out_channels: int, width: int, patch: int, depth: int):
         super().__init__()
         channels, *sides = shape
-        if any(side % patch for side in sides) or width % heads:
-            raise ValueError(
-                f"model.patch={patch} has to divide the sides {sides}, and model.heads={heads} "
-                f"model.nf={width}"
-            )
+        if any(side % patch for side in sides):
+            raise ValueError(f"model.mixer_patch={patch} has to divide the sides {sides}")
         rows, columns = (side // patch for side in sides)
         self.features = PositionalFeatures(width)
         self.noise = nn.Sequential(nn.Linear(width, width), nn.SiLU())
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, rows * columns, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(rows * columns, width) for _ in range(depth))
         self.head = nn.ConvTranspose2d(width, out_channels, patch, stride=patch)
 
     @classmethod
-    def from_config(cls, config, shape, out_channels: int) -> "DiT":
+    def from_config(cls, config, shape, out_channels: int) -> "Mixer":
         model = config.model
-        return cls(shape, out_channels, model.nf, model.patch, model.depth, model.heads)
+        return cls(shape, out_channels, model.nf, model.mixer_patch, model.mixer_depth)
 
     def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
         patches = self.patches(x)
-        h = patches.flatten(2).mT + self.positions
-        noise = self.noise(self.features(noise_label))
+        h, noise = patches.flatten(2).mT, self.noise(self.features(noise_label))
         for block in self.blocks:
             h = block(h, noise)
         return self.head(h.mT.unflatten(2, patches.shape[2:]))
 
 
-models.NETWORKS["dit"] = DiT.from_config
+models.NETWORKS["mixer"] = Mixer.from_config
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = digits_ddpmpp.get_config()
-    config.model.update(name="dit", nf=32)
+    config.model.update(name="mixer", nf=32)
     return config

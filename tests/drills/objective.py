@@ -1,10 +1,8 @@
-"""A new objective in one file: the uncertainty of each noise level is learned (arXiv 2312.02696).
+"""A new objective in one file: a table has a learned log variance of each range of noise levels.
 
-The loss is error / exp(u) + u. It is smallest where exp(u) is the mean error at a noise level, so
-that all levels come to weigh alike.
+The loss is error / exp(u) + u. It is smallest where exp(u) is the mean error in a range, so that
+all ranges come to weigh alike. (`objectives/uncertainty.py` learns a smooth u.)
 """
-
-import math
 
 import ml_collections
 import torch
@@ -14,19 +12,18 @@ import losses
 from configs.edm import digits_ddpmpp
 from configs.schema import Key, whole
 
+LOWEST, HIGHEST = -4.0, 2.0  # ln sigma of the outer ranges' borders
 
-class LearnedUncertainty(losses.Regression):
-    """u is a linear layer on `features` Fourier features of the noise label."""
 
-    keys = {"training.uncertainty_features": Key(32, whole(1, 4096), "Fourier features of u")}
-    options = losses.Regression.options | {"features": "training.uncertainty_features"}
+class Table(losses.Regression):
+    """u is the entry of `table` (bins,) for the range that ln sigma is in."""
 
-    def __init__(self, method, *, features: int, **numbers):
+    keys = {"training.bins": Key(32, whole(1, 4096), "Table: ranges of the noise level")}
+    options = losses.Regression.options | {"bins": "training.bins"}
+
+    def __init__(self, method, *, bins: int, **numbers):
         super().__init__(method, **numbers)
-        self.register_buffer("frequencies", 2 * math.pi * torch.randn(features))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(features))
-        self.linear = nn.Linear(features, 1, bias=False)
-        nn.init.zeros_(self.linear.weight)
+        self.table = nn.Parameter(torch.zeros(bins))
 
     def loss(self, net, examples, reference):
         error = self.squared_errors(net, examples, reference).mean(1)
@@ -35,14 +32,15 @@ class LearnedUncertainty(losses.Regression):
 
     def uncertainty(self, t: Tensor) -> Tensor:
         """u (B,) at times `t` (B,)."""
-        label = self.method.precondition.c_noise(t).to(self.frequencies)
-        return self.linear((label[:, None] * self.frequencies + self.phases).cos())[:, 0]
+        share = (self.method.sigma(t).log() - LOWEST) / (HIGHEST - LOWEST)
+        bins = len(self.table)
+        return self.table[(share * bins).long().clamp(0, bins - 1)]
 
 
-losses.OBJECTIVES["uncertainty"] = LearnedUncertainty
+losses.OBJECTIVES["table"] = Table
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = digits_ddpmpp.get_config()
-    config.training.objective = "uncertainty"
+    config.training.objective = "table"
     return config

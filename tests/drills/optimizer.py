@@ -4,7 +4,6 @@ import ml_collections
 import torch
 
 import optimizers
-from configs.schema import Key, Number
 from configs.vp import digits_ddpmpp
 
 
@@ -41,12 +40,10 @@ def lion(parameters, options) -> Lion:
     return Lion([p for _, p in parameters], defaults)
 
 
-lion.keys = {"optim.beta2": Key(0.99, Number(0, 0.999999), "Lion's decay of the momentum")}
-
 optimizers.OPTIMIZERS |= {"adamw": adamw, "radam": radam, "lion": lion}
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = digits_ddpmpp.get_config()
-    config.optim.update(optimizer="lion", lr=1e-4, weight_decay=0.1)
+    config.optim.update(optimizer="lion", lr=1e-4, beta2=0.99, weight_decay=0.1)
     return config
