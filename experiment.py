@@ -50,12 +50,17 @@ GUIDE_KEYS = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
     *("data.codec", "data.conditions"),
     *("training.objective", "training.sde", "training.continuous", "training.gamma"),
-    *("model.D", "model.sigma_data", "model.sigma_unit"),
+    *("model.D", "model.sigma_data", "model.sigma_unit", "model.coupling"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
 
 # Keys that results of earlier versions do not name, and the values that they were computed with.
-LATER = {"model.sigma_unit": 1.0, "sampling.size": (), "sampling.levels": ()}
+LATER = {
+    "model.sigma_unit": 1.0,
+    "model.coupling": "independent",
+    "sampling.size": (),
+    "sampling.levels": (),
+}
 
 CLASS_LABEL = "sampling.class_label"
 

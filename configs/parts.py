@@ -207,6 +207,14 @@ EDM = {
     "sampling": {"ode_solver": "heun", "N": 18},
 }
 
+# Rectified flow and TrigFlow, which takes EDM's noise levels in training (arXiv 2410.11081).
+FLOW = {
+    "training": {"sde": "flow"},
+    "model": {"D": math.inf},
+    "sampling": {"ode_solver": "heun", "N": 18},
+}
+TRIGFLOW = {**FLOW, "training": {"sde": "trigflow"}, "flow": {"times": "edm"}}
+
 # After a network: how EDM trains on CIFAR-10, and PFGM++ after it. Its 200 million images, and its
 # learning rate's rise over the first 10 million, are counted in steps of 512.
 EDM_TRAINING = {

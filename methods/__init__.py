@@ -3,6 +3,7 @@
 from configs.keys import named
 from configs.schema import Key, OneOf
 from methods.base import Method
+from methods.flow import RectifiedFlow, TrigFlow
 from methods.pfgmpp import EDM, PFGMPP
 from methods.poisson import Poisson
 from methods.sde import VESDE, VPSDE, SubVPSDE
@@ -15,6 +16,8 @@ METHODS: dict[str, type[Method]] = {
     "vesde": VESDE,
     "vpsde": VPSDE,
     "subvpsde": SubVPSDE,
+    "flow": RectifiedFlow,
+    "trigflow": TrigFlow,
 }
 
 KEYS = {"training.sde": Key("", OneOf(registry="methods.METHODS"), "the method")}

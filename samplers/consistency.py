@@ -60,6 +60,8 @@ class ConsistencySampler(Sampler):
                 f"sampling.N={self.n}: are steps of the ODE meant, with a network of "
                 "training.objective='regression'?"
             )
+        if self.n > 1:
+            self.method.check_kernel(f"the noise of sampling.N={self.n} evaluations")
         if not self.levels:
             return
         low, high = self.method.level_range

@@ -42,7 +42,9 @@ CONSISTENCY = [
     for method in ("edm", "pfgmpp")
     for name in ("cifar10", "digits")
 ]
-EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *CONSISTENCY, *TOYS]
+FLOWS = [f"flow/{name}.py" for name in ("digits_ddpmpp", "digits_demo", "toy_mlp")]
+FLOWS += ["trigflow/digits_ddpmpp.py"]
+EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *CONSISTENCY, *TOYS, *FLOWS]
 
 
 def load(path: str):
