@@ -3,6 +3,7 @@
 from configs.keys import named
 from configs.schema import Key, OneOf
 from methods.base import Method
+from methods.edm_table import EDMVE, EDMVP, IDDPM
 from methods.flow import RectifiedFlow, TrigFlow
 from methods.pfgmpp import EDM, PFGMPP
 from methods.poisson import Poisson
@@ -18,6 +19,9 @@ METHODS: dict[str, type[Method]] = {
     "subvpsde": SubVPSDE,
     "flow": RectifiedFlow,
     "trigflow": TrigFlow,
+    "edm_vp": EDMVP,
+    "edm_ve": EDMVE,
+    "iddpm": IDDPM,
 }
 
 KEYS = {"training.sde": Key("", OneOf(registry="methods.METHODS"), "the method")}

@@ -44,7 +44,8 @@ CONSISTENCY = [
 ]
 FLOWS = [f"flow/{name}.py" for name in ("digits_ddpmpp", "digits_demo", "toy_mlp")]
 FLOWS += ["trigflow/digits_ddpmpp.py"]
-EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *CONSISTENCY, *TOYS, *FLOWS]
+EDM_TABLE_ONE = ["edm/cifar10_ddpmpp_vp.py", "edm/cifar10_ncsnpp_ve.py"]
+EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *CONSISTENCY, *TOYS, *FLOWS, *EDM_TABLE_ONE]
 
 
 def load(path: str):

@@ -88,6 +88,9 @@ OF_METHOD = {
     "subvpsde": "subvp/digits_ddpmpp.py",
     "flow": "flow/digits_ddpmpp.py",
     "trigflow": "trigflow/digits_ddpmpp.py",
+    "edm_vp": "edm/digits_ddpmpp.py",
+    "edm_ve": "edm/digits_ddpmpp.py",
+    "iddpm": "edm/digits_ddpmpp.py",
 }
 # {key: a value that is not what `configured` gives}, of those that change what is computed
 OTHER = {
