@@ -175,6 +175,15 @@ def test_churn_adds_the_noise_that_it_adds_to_edm(name):
     assert (samples[0] / alpha - samples[1]).abs().max() < 1e-5
 
 
+def test_steps_of_euler_are_those_in_the_time_of_the_flow():
+    method, _, net, _, x, _ = both("flow", "points")
+    sample, _ = solve_ode(method, net, x, "forward_euler", 7, schedule="uniform")
+    times = torch.linspace(method.t_prior, method.t_data, 8, dtype=torch.float64)
+    for t, following in zip(times[:-1], times[1:], strict=True):
+        x = x + (following - t) * net(x, 1000 * t.expand(len(x)))
+    assert (sample - x).abs().max() < 1e-9
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
