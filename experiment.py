@@ -51,13 +51,14 @@ GUIDE_KEYS = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
     *("data.codec", "data.conditions", "data.condition_channels"),
     *("training.objective", "training.sde", "training.continuous", "training.gamma"),
-    *("model.D", "model.sigma_data", "model.sigma_unit"),
+    *("model.D", "model.sigma_data", "model.sigma_unit", "model.coupling"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
 )
 
 # Keys that results of earlier versions do not name, and the values that they were computed with.
 LATER = {
     "model.sigma_unit": 1.0,
+    "model.coupling": "independent",
     "model.head_width": 64,
     "model.patch": 2,
     "model.depth": 4,

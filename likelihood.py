@@ -93,12 +93,14 @@ def log_likelihood(
     # of PyTorch's kernels of attention only this one can be differentiated twice
     twice = sdpa_kernel(SDPBackend.MATH) if differentiable else contextlib.nullcontext()
     with torch.set_grad_enabled(differentiable), twice:
-        start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
+        alpha, dim = method.alpha_data, x[0].numel()
+        start = torch.cat([alpha * x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
         times = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
         flow = Counted(drift_and_divergence, watch_times(method, watch))
         end = rk45(flow, start, times, rtol=rtol, atol=atol, max_evaluations=max_evaluations)
         latent, change = end[:, :-1].view_as(x), end[:, -1]
-        return method.prior_logp(latent) + change, latent, flow.calls
+        log_p = method.prior_logp(latent) + change + dim * math.log(alpha)
+        return log_p, latent, flow.calls
 
 
 class Unit(NamedTuple):

@@ -53,6 +53,7 @@ def rows() -> list[Row]:
     of_sde = _names(SAMPLERS, lambda sampler: "sampling.ode_solver" not in of_part(sampler, "keys"))
     no_ode = _names(SAMPLERS, lambda sampler: not sampler.follows_ode)
     no_targets = _names(OBJECTIVES, lambda objective: not objective.predicts_mean)
+    flows = _names(METHODS, lambda method: "flow.times" in of_part(method, "keys"))
     whole_images = tuple(name for name in RESTORE if name != "inpaint")
     no_sampling = {"eval.enable_sampling": (False,)}
     no_bits = {"eval.enable_bpd": (False,), "eval.enable_classification": (False,)}
@@ -60,6 +61,12 @@ def rows() -> list[Row]:
         ({"training.augment": SET}, "data", "random_flip"),
         ({"training.objective": no_targets}, "training", "reduce_mean"),
         ({"training.objective": no_targets}, "model", "P_mean P_std"),
+        ({"training.sde": flows, "training.objective": no_targets}, "flow", "times"),
+        (
+            {"training.sde": flows, "flow.times": ("uniform", "logit_normal")},
+            "model",
+            "P_mean P_std",
+        ),
         ({"sampling.method": no_ode}, "sampling", "noise_removal restore restorer"),
         ({"data.num_classes": (0,), "data.conditions": ("",)}, "training", "label_dropout"),
         (

@@ -207,6 +207,20 @@ EDM = {
     "sampling": {"ode_solver": "heun", "N": 18},
 }
 
+# Rectified flow and TrigFlow, which takes EDM's noise levels in training (arXiv 2410.11081).
+FLOW = {
+    "training": {"sde": "flow"},
+    "model": {"D": math.inf},
+    "sampling": {"ode_solver": "heun", "N": 18},
+}
+TRIGFLOW = {**FLOW, "training": {"sde": "trigflow"}, "flow": {"times": "edm"}}
+
+# EDM's preconditioning of VP, VE and iDDPM (Karras et al., NeurIPS 2022, table 1), sampled as EDM
+# samples them: its improved sampler between the ends of their noise levels.
+EDM_VP = {**EDM, "training": {"sde": "edm_vp"}}
+EDM_VE = {**EDM, "training": {"sde": "edm_ve"}, "sampling": {**EDM["sampling"], "sigma_min": 0.02}}
+IDDPM = {**EDM, "training": {"sde": "iddpm"}, "sampling": {**EDM["sampling"], "sigma_min": 0.0064}}
+
 # After a network: how EDM trains on CIFAR-10, and PFGM++ after it. Its 200 million images, and its
 # learning rate's rise over the first 10 million, are counted in steps of 512.
 EDM_TRAINING = {

@@ -3,6 +3,8 @@
 from configs.keys import named
 from configs.schema import Key, OneOf
 from methods.base import Method
+from methods.edm_table import EDMVE, EDMVP, IDDPM
+from methods.flow import RectifiedFlow, TrigFlow
 from methods.pfgmpp import EDM, PFGMPP
 from methods.poisson import Poisson
 from methods.sde import VESDE, VPSDE, SubVPSDE
@@ -15,6 +17,11 @@ METHODS: dict[str, type[Method]] = {
     "vesde": VESDE,
     "vpsde": VPSDE,
     "subvpsde": SubVPSDE,
+    "flow": RectifiedFlow,
+    "trigflow": TrigFlow,
+    "edm_vp": EDMVP,
+    "edm_ve": EDMVE,
+    "iddpm": IDDPM,
 }
 
 KEYS = {"training.sde": Key("", OneOf(registry="methods.METHODS"), "the method")}

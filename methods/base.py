@@ -7,7 +7,7 @@ predicts (`precondition`), the times of training (`draw_times`) and the weight o
 
 import abc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol, Self
@@ -18,38 +18,32 @@ from torch import Tensor
 from configs.keys import arguments
 from configs.schema import Key
 from methods import student_t
+from methods.preconditioning import (
+    Network,
+    Preconditioning,
+    equals,
+    linear,
+    scaled,
+    spread,
+    with_rate,
+)
 from sources.batch import Batch
 
-# (x (B, C, H, W), noise_label (B,)) -> a tensor, or the Poisson field. Further conditions, such as
-# class labels, are keyword arguments, which the loss binds.
-Network = Callable[..., Tensor | tuple[Tensor, Tensor]]
-
-
-def spread(c: Tensor, x: Tensor) -> Tensor:
-    """A coefficient, one for all images () or one each (B,), so that it multiplies `x` (B, ...).
-
-    It may lie on the CPU where `x` does not; then the host does not wait for the copy.
-    """
-    return c.to(x, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
-
-
-def equals(c: Tensor | float, number: float) -> bool:
-    """True if the coefficient `c` is one `number` for all images; the host waits for no device."""
-    on_host = not isinstance(c, Tensor) or (c.dim() == 0 and c.device.type == "cpu")
-    return on_host and bool(c == number)
-
-
-def scaled(c: Tensor | float, x: Tensor) -> Tensor:
-    """`x` (B, ...) times a coefficient, a number, () or (B,); `x` itself where that is 1."""
-    if equals(c, 1):
-        return x
-    return (spread(c, x) if isinstance(c, Tensor) else c) * x
-
-
-def linear(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
-    """a x + b y for coefficients as of `scaled`; `y` itself where they are 0 and 1."""
-    y = scaled(b, y)
-    return y if equals(a, 0) else scaled(a, x) + y
+__all__ = [
+    "Examples",
+    "Measures",
+    "Method",
+    "Network",
+    "Preconditioning",
+    "WithSlope",
+    "conditioned",
+    "equals",
+    "linear",
+    "noise_like",
+    "scaled",
+    "spread",
+    "with_rate",
+]
 
 
 def noise_like(
@@ -68,41 +62,6 @@ def noise_like(
 def conditioned(net: Network, conditions: dict[str, Tensor | None]) -> Network:
     """`net` with the `conditions` bound by name; None leaves a condition out."""
     return partial(net, **{name: value for name, value in conditions.items() if value is not None})
-
-
-def with_rate(f: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    """f(t) and df/dt."""
-    return torch.func.jvp(f, (t,), (torch.ones_like(t),))
-
-
-# A function of the time, () or (B,), that gives a tensor of the same shape, or a number.
-Coefficient = Callable[[Tensor], Tensor | float]
-
-
-@dataclass(frozen=True)
-class Preconditioning:
-    """Preconditioning of a network F, whose prediction at x and time t is
-
-        c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t)).
-
-    Source: Karras et al. 2022 (arXiv 2206.00364), equation 7 and table 1.
-    """
-
-    c_noise: Coefficient
-    c_in: Coefficient = lambda t: 1.0
-    c_out: Coefficient = lambda t: 1.0
-    c_skip: Coefficient = lambda t: 0.0
-
-    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The arguments of F: c_in x, and a noise label for each image (B,)."""
-        label = self.c_noise(t)
-        dtype = x.dtype if label.is_floating_point() else label.dtype
-        label = label.to(x.device, dtype, non_blocking=True).expand(len(x))
-        return scaled(self.c_in(t), x), label
-
-    def __call__(self, net: Network, x: Tensor, t: Tensor) -> Tensor:
-        """The prediction (B, ...) of `net` at `x` (B, C, H, W) and time `t`, () or (B,)."""
-        return linear(self.c_skip(t), x, self.c_out(t), net(*self.inputs(x, t)))
 
 
 class Measures(Protocol):
@@ -157,11 +116,14 @@ class Method(abc.ABC):
         gives_score: true where the network gives the score, which may be divided by sigma inside
             it (`model.scale_by_sigma`).
         positive_labels: true where noise labels are > 0, and a "fourier" embedding takes their log.
+        denoises: true where `denoise` is as accurate as the network at every noise level.
         gaussian: true where Gaussian noise of variance b^2 - a^2 takes y from the noise level a up
             to b, exactly or nearly, so that a sampler can add noise.
         sigma_data: standard deviation of the scaled images' entries, as far as it is known.
         sigma_unit: unit of noise levels, 1 where they are meant for images in [-1, 1].
         degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
+        alpha_data: factor by which data become the x that the ODE carries to the prior; 1, as
+            published, where alpha(t_data) is nearly that.
         noisy_end: true where samples at `t_data` have noise, which a step to sigma = 0 removes.
         predictors, correctors: names that `sampling.method='pc'` can use; none without an SDE.
     """
@@ -173,10 +135,12 @@ class Method(abc.ABC):
     uses_reference_batch: bool = False
     gives_score: ClassVar[bool] = False
     positive_labels: ClassVar[bool] = True
+    denoises: ClassVar[bool] = False
     gaussian: bool = False
     sigma_data: float = 0.5
     sigma_unit: float = 1.0
     degrees_of_freedom: float = math.inf
+    alpha_data: float = 1.0
     noisy_end: bool = True
     predictors: tuple[str, ...] = ()
     correctors: tuple[str, ...] = ()
@@ -270,6 +234,16 @@ class Method(abc.ABC):
         normal, draw = noise_like(x, generator), {"generator": generator, "device": x.device}
         return normal, student_t.inverse_root_gamma(len(x), self.degrees_of_freedom, **draw)
 
+    def training_noise(
+        self, batch: Batch, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The noise of a training step, as `noise` gives it: here drawn apart from the images."""
+        return self.noise(batch.images, generator)
+
+    def check_kernel(self, feature: str) -> None:
+        """Raise ValueError where noise depends on the image, and `feature` takes it not to."""
+        return
+
     def perturb_at(
         self, images: Tensor, t: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -302,11 +276,18 @@ class Method(abc.ABC):
         """
         y = batch.images
         t = self.draw_times(len(y), generator, y.device)
-        normal, width = self.noise(y, generator)
+        normal, width = self.training_noise(batch, generator)
         alpha, std = self.kernel(t)
         x = scaled(alpha, y) + scaled(std * width, normal)
         noise = scaled(width, normal)
         return Examples(images=x, conditions=batch.conditions, t=t, clean=y, noise=noise)
+
+    def target_image(self, examples: Batch, y: Tensor, sigma: Tensor, reference: Batch) -> Tensor:
+        """The denoised image (B, C, H, W) that is learned at `y` and levels `sigma` (B,).
+
+        Here the clean one; `reference` as in `target`.
+        """
+        return examples.clean
 
     def target(self, examples: Batch, reference: Batch) -> Tensor:
         """The target (B, K) of the prediction for `examples`, of the kind `predicts`.
@@ -434,7 +415,7 @@ class WithSlope(Method):
     degrees_of_freedom, noisy_end = _of_method("degrees_of_freedom"), _of_method("noisy_end")
     perturb_at, prior_sampling = _of_method("perturb_at"), _of_method("prior_sampling")
     prior_logp, prior_norms = _of_method("prior_logp"), _of_method("prior_norms")
-    sigma_unit = _of_method("sigma_unit")
+    sigma_unit, alpha_data = _of_method("sigma_unit"), _of_method("alpha_data")
 
     def __init__(self, method: Method):
         self.method = method

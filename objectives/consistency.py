@@ -111,7 +111,7 @@ class Consistency(Objective):
         n_iters: int = 1,
     ):
         super().__init__(method, batch_size, examples, label_dropout, condition_dropout)
-        if method.predicts != "image":
+        if not method.denoises:
             raise ValueError(
                 f"training.objective='consistency' needs a denoiser, as of PFGM++ and EDM: the "
                 f"network of {method.name} predicts the {method.predicts}"
@@ -135,7 +135,7 @@ class Consistency(Objective):
         y = batch.images
         draw = {"generator": generator, "device": y.device, "dtype": torch.float64}
         t = (self.P_mean + self.P_std * torch.randn(len(y), **draw)).exp()
-        normal, width = self.method.noise(y, generator)
+        normal, width = self.method.training_noise(batch, generator)
         noise, r = scaled(width, normal), self.smaller_levels(t, self.stage(step))
         x, conditions = y + scaled(t, noise), batch.conditions
         return LevelPairs(images=x, conditions=conditions, t=t, clean=y, noise=noise, r=r)
@@ -148,7 +148,7 @@ class Consistency(Objective):
         net, x = conditioned(net, examples.conditions), examples.images
         t, r = examples.t, examples.r
         with torch.no_grad():
-            clean = self.method.target(examples, reference).view_as(x)
+            clean = self.method.target_image(examples, x, t, reference)
             x_r = linear(r / t, x - clean, 1, clean)
             with _repeated_dropout(x.device):
                 # there is no noise label at r = 0; that output is replaced

@@ -168,6 +168,8 @@ class Sampler(abc.ABC):
                 "start"
             )
         choose("restorer", self.restorer, RESTORERS, self.method)
+        if self.measurement is not None:
+            self.method.check_kernel("a restorer")
         self.check()
 
     def check(self) -> None:

@@ -65,6 +65,8 @@ class ConsistencySampler(Sampler):
                 "sampling.init='condition' with sampling.N above 1 needs sampling.levels, noise "
                 "levels that fall from sampling.init_level"
             )
+        if self.n > 1:
+            self.method.check_kernel(f"the noise of sampling.N={self.n} evaluations")
         if not self.levels:
             return
         low, high = self.method.level_range

@@ -166,6 +166,7 @@ class ODESampler(Sampler):
             raise ValueError(
                 f"{must}: sampling.ode_solver={self.solver!r} adds no noise, only {names} do"
             )
+        self.method.check_kernel("the noise of sampling.S_churn")
         if not self.method.gaussian:
             raise ValueError(
                 f"{must}: {self.method.name} has no Gaussian noise that a sampler could add"

@@ -132,7 +132,9 @@ def encode(
     """
     drift = Counted(partial(method.ode, net), watch_times(method, watch))
     times = torch.tensor([method.t_data, method.t_prior], dtype=torch.float64)
-    latents = rk45(drift, x, times, rtol=rtol, atol=atol, max_evaluations=max_evaluations)
+    latents = rk45(
+        drift, method.alpha_data * x, times, rtol=rtol, atol=atol, max_evaluations=max_evaluations
+    )
     return latents, drift.calls
 
 

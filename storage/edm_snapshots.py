@@ -55,6 +55,8 @@ def read_snapshot(path: Path) -> Snapshot:
         network = content[name]
         views = dict(_tensors(network, name, set()))
         weights = {place.removeprefix(f"{name}."): view.share() for place, view in views.items()}
+        if network.name == "iDDPMPrecond":
+            weights = _without_variance(weights)
         return Snapshot(network.name, _options(network), weights)
 
 
@@ -140,6 +142,19 @@ def _tensors(
                 raise ValueError(f"{place} is {kind(value)}, not a tensor")
 
 
+def _without_variance(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The `weights` of an iDDPM network without its levels `u`, and without its last outputs.
+
+    The second half of its outputs is the variance of iDDPM's own sampler, which EDM's leaves out.
+    """
+    halved = ("model.out_conv.weight", "model.out_conv.bias")
+    return {
+        name: weight[: len(weight) // 2] if name in halved and weight.dim() else weight
+        for name, weight in weights.items()
+        if name != "u"
+    }
+
+
 def _transient(state: dict, path: str) -> set[str]:
     """Names of the buffers that are not in the state dict."""
     names = state.get("_non_persistent_buffers_set", [])
@@ -167,7 +182,24 @@ def _options(network: Record) -> dict:
 # --- the config of a snapshot --------------------------------------------------------------------
 
 # The defaults of the published classes.
-_PRECOND = {"label_dim": 0, "sigma_data": 0.5, "model_type": "DhariwalUNet"}
+_EDM = {"label_dim": 0, "sigma_data": 0.5, "model_type": "DhariwalUNet"}
+# Constants of the others' preconditionings, of which the methods here have these values only.
+_VP = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5}
+_VE = {"sigma_min": 0.02, "sigma_max": 100}
+_IDDPM = {"C_1": 0.001, "C_2": 0.008, "M": 1000}
+_PRECONDS = {  # class -> the method, its options, constants among them
+    "EDMPrecond": ("edm", _EDM, {}),
+    "VPPrecond": ("edm_vp", {"label_dim": 0, "model_type": "SongUNet"} | _VP, _VP),
+    "VEPrecond": ("edm_ve", {"label_dim": 0, "model_type": "SongUNet"} | _VE, _VE),
+    "iDDPMPrecond": ("iddpm", {"label_dim": 0, "model_type": "DhariwalUNet"} | _IDDPM, _IDDPM),
+}
+_METHODS = {
+    "edm": parts.EDM,
+    "pfgmpp": parts.PFGMPP,
+    "edm_vp": parts.EDM_VP,
+    "edm_ve": parts.EDM_VE,
+    "iddpm": parts.IDDPM,
+}
 _UNET = {"channel_mult_emb": 4, "dropout": 0.1, "augment_dim": 0}
 _SONG_UNET = _UNET | {
     "model_channels": 128,
@@ -228,26 +260,29 @@ def config_values(snapshot: Snapshot) -> dict[str, object]:
     options = {key: value for key, value in snapshot.options.items() if value is not None}
     if snapshot.network == "Precond":
         return _edm2_values(options)
-    if snapshot.network != "EDMPrecond" or options.get("pfgm") or options.get("small"):
+    if snapshot.network not in _PRECONDS or options.get("pfgm") or options.get("small"):
         raise ValueError(f"no config for the preconditioning {snapshot.network!r:.100}")
-    options = _PRECOND | options
+    method, of_precond, constants = _PRECONDS[snapshot.network]
+    options = of_precond | options
     model_type = options["model_type"]
     if type(model_type) is not str or model_type not in _NETWORKS:
         raise ValueError(f"no config for the network {model_type!r:.100}")
     name, defaults = _NETWORKS[model_type]
     options = defaults | options
-    if unknown := options.keys() - _PRECOND.keys() - defaults.keys() - _WITHOUT_DEFAULT_OR_KEY:
+    if unknown := options.keys() - of_precond.keys() - defaults.keys() - _WITHOUT_DEFAULT_OR_KEY:
         raise ValueError(f"no config for the network's option {min(unknown)!r:.100}")
     # The networks here have the widths of the published ones.
-    widths = {"channel_mult_emb": 4}
+    constants = constants | {"channel_mult_emb": 4}
     if name == "edm_unet":
-        widths["channel_mult_noise"] = 2 if options["embedding_type"] == "fourier" else 1
-    for key, width in widths.items():
-        if options[key] != width:
-            raise ValueError(f"no config for the network's option {key} other than {width}")
+        constants["channel_mult_noise"] = 2 if options["embedding_type"] == "fourier" else 1
+    for key, constant in constants.items():
+        if options[key] != constant:
+            raise ValueError(f"no config for the network's option {key} other than {constant}")
+    if method == "edm" and "D" in options and options.get("pfgmpp", True):
+        method = "pfgmpp"
     with _damaged_options():
         values = {
-            "training.sde": "pfgmpp" if "D" in options and options.get("pfgmpp", True) else "edm",
+            "training.sde": method,
             "data.image_size": int(options["img_resolution"]),
             "data.num_channels": int(options["img_channels"]),
             "data.num_classes": int(options["label_dim"]),
@@ -258,9 +293,10 @@ def config_values(snapshot: Snapshot) -> dict[str, object]:
             "model.attn_resolutions": tuple(map(int, options["attn_resolutions"])),
             "model.dropout": float(options["dropout"]),
             "model.augment_dim": int(options["augment_dim"]),
-            "model.sigma_data": float(options["sigma_data"]),
         }
-        if values["training.sde"] == "pfgmpp":
+        if "sigma_data" in of_precond:
+            values["model.sigma_data"] = float(options["sigma_data"])
+        if method == "pfgmpp":
             values["model.D"] = float(options["D"])
         if name == "edm_unet":
             fir = tuple(map(int, options["resample_filter"]))
@@ -347,7 +383,7 @@ def complete_config(snapshot: Snapshot) -> ConfigDict:
     else:
         data = parts.EDM_IMAGENET if adm else parts.EDM_FFHQ
     config = parts.experiment(
-        parts.EDM if values["training.sde"] == "edm" else parts.PFGMPP,
+        _METHODS[values["training.sde"]],
         parts.ADM if adm else parts.EDM_DDPMPP,
         parts.EDM_TRAINING,
         data,

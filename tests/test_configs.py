@@ -45,7 +45,11 @@ CONSISTENCY = [
     for method in ("edm", "pfgmpp")
     for name in ("cifar10", "digits")
 ]
-EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *NEIGHBOURS, *CONSISTENCY, *TOYS]
+FLOWS = [f"flow/{name}.py" for name in ("digits_ddpmpp", "digits_demo", "digits_dit", "toy_mlp")]
+FLOWS += ["trigflow/digits_ddpmpp.py"]
+EDM_TABLE_ONE = ["edm/cifar10_ddpmpp_vp.py", "edm/cifar10_ncsnpp_ve.py"]
+EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *NEIGHBOURS, *CONSISTENCY, *TOYS, *FLOWS]
+EXPERIMENTS += EDM_TABLE_ONE
 
 
 def load(path: str):

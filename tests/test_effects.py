@@ -87,6 +87,11 @@ OF_METHOD = {
     "vesde": "ve/digits_ncsnpp.py",
     "vpsde": "vp/digits_ddpmpp.py",
     "subvpsde": "subvp/digits_ddpmpp.py",
+    "flow": "flow/digits_ddpmpp.py",
+    "trigflow": "trigflow/digits_ddpmpp.py",
+    "edm_vp": "edm/digits_ddpmpp.py",
+    "edm_ve": "edm/digits_ddpmpp.py",
+    "iddpm": "edm/digits_ddpmpp.py",
 }
 # {key: a value that is not what `configured` gives}, of those that change what is computed
 OTHER = {
@@ -179,6 +184,7 @@ OTHER = {
         "P_mean": 0.5,
         "P_std": 0.5,
     },
+    "flow": {"times": "logit_normal"},
 }
 CONSISTENCY = {
     "training.sde": "edm",
@@ -221,7 +227,9 @@ def outcome(config):
     weights = [(name, p.double().sum().item()) for name, p in network.state_dict().items()]
     ema = TrainState.from_config(config, network, get_loss_fn(config, method)).ema
     return (
-        re.sub("P_[a-z]+=[^,]*", "", repr(method)),  # these change the loss, where they do anything
+        re.sub(
+            "(P_[a-z]+|times)=[^,)]*", "", repr(method)
+        ),  # these change the loss, where they do anything
         weights,
         loss.item(),
         samples.tolist(),

@@ -238,10 +238,9 @@ def test_the_program_samples_the_classes_of_the_data(tmp_path):
 
 
 def test_other_preconditionings_are_named(tmp_path):
-    place(tmp_path, class_name="VPPrecond")
-    assert "network-snapshot-000007.pkl: no config for the preconditioning 'VPPrecond'" in mistake(
-        tmp_path
-    )
+    place(tmp_path, class_name="CosinePrecond")
+    line = "network-snapshot-000007.pkl: no config for the preconditioning 'CosinePrecond'"
+    assert line in mistake(tmp_path)
 
 
 def test_damaged_files_are_named(tmp_path):
