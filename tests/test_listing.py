@@ -435,7 +435,8 @@ def test_a_run_keeps_the_rules_that_it_began_with(tmp_path, caplog):
     for i in range(30):
         place(tmp_path, f"data/{i}.png")
     place(tmp_path, "data/.hidden/a.png")
-    config = tiny("pfgmpp/images16_ddpmpp.py", tmp_path, data__path=str(tmp_path / "data"))
+    values = {"data__path": str(tmp_path / "data"), "training__precision": "fp32"}
+    config = tiny("pfgmpp/images16_ddpmpp.py", tmp_path, **values)
     workdir = tmp_path / "run"
     run_lib.train(config, workdir)
     assert run_config.load(workdir).data.rules == 2
