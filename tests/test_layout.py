@@ -84,6 +84,18 @@ def test_no_two_rooms_import_each_other():
     assert {rooms: arrows[rooms] for rooms in both} == {}
 
 
+def test_a_start_imports_no_library_that_few_runs_need():
+    """Each of these takes a tenth of a start or more, so that functions that need it import it."""
+    heavy = {"scipy", "sklearn", "skimage", "matplotlib", "pandas", "tensorflow", "wandb"}
+    importers = set()
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+                importers |= {name for each in names if each and each.split(".")[0] in heavy}
+    assert importers == {"reports.toy"}
+
+
 def configs_in(tree, path):
     """The functions and classes of a module that name `config` as a parameter or attribute."""
 
