@@ -291,9 +291,9 @@ class Data(OpenedData):
             remarks.append(made_of(self._source("train"), shape[1:]))
             remarks.append(omitted and f"left out: {omitted}")
         if self.has_pairs:
-            remarks.append(
-                f"conditions of {data.condition_channels} channels: {data.condition_path}"
-            )
+            channels = data.condition_channels
+            number = f"{channels} channel{'s' * (channels != 1)}"
+            remarks.append(f"conditions of {number}: {data.condition_path}")
         return description.line(
             name,
             (len(train), len(test)),

@@ -130,11 +130,12 @@ def coverages(ranks: NDArray) -> dict[str, float]:
     """How often the truth lies between draws i and j of K in order, beside (j - i) / (K + 1).
 
     `ranks` (n, K + 1) are `rank_shares`. Entries without a suffix are of the outermost draws, those
-    called "_inner" of two that leave out about a quarter of the K + 1 places on either side.
+    called "_inner" of two that leave out about a quarter of the K + 1 places on either side, where
+    K is at least 7.
     """
     number = ranks.shape[1] - 1
-    report = {}
-    for name, i in {"": 1, "_inner": max(1, (number + 1) // 4)}.items():
+    report, outermost, inner = {}, ("", 1), ("_inner", (number + 1) // 4)
+    for name, i in (outermost, inner) if inner[1] > 1 else (outermost,):
         j = number + 1 - i
         report |= _with_error(f"pairs_coverage{name}", ranks[:, i:j].sum(1))
         report[f"pairs_coverage{name}_expected"] = (j - i) / (number + 1)
