@@ -41,8 +41,8 @@ KEYS = {
     "training.condition_dropout": Key(
         0.0,
         SHARE,
-        "share of the examples that lose the image of data.condition_path alone, 0 in its place, "
-        "which guidance by it needs",
+        "share of the examples whose condition of data.condition_path is 0 instead, independently "
+        "of label_dropout; guidance by it needs this",
     ),
 }
 

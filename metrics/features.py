@@ -34,8 +34,8 @@ KEYS = {
         "",
         Text(),
         "the file of the network, a program of torch.export or TorchScript; for 'inception' the "
-        "folder of a SavedModel ('': fetched); of several, in the order of eval.features, with "
-        "commas between them",
+        "folder of a SavedModel ('': fetched); several with commas between them, in the order of "
+        "eval.features",
         of_machine="always",
     ),
 }
