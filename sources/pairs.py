@@ -53,14 +53,14 @@ KEYS = {
     "data.condition_mean": Key(
         (),
         Numbers(_NUMBER, range(MOST_CHANNELS + 1)),
-        "of the conditions: the number in each channel that becomes 0; (): measured, 127.5 of 8 "
+        "of the conditions: the number in each channel that becomes 0; (): measured, 127.5 for 8 "
         "bits",
     ),
     "data.condition_std": Key(
         (),
         Numbers(Number(1e-30, 1e30), range(MOST_CHANNELS + 1)),
         "of the conditions: the difference in each channel that becomes 0.5; (): measured, 63.75 "
-        "of 8 bits",
+        "for 8 bits",
     ),
 }
 MEASURED = [key for key in KEYS if key != PATH]
