@@ -47,7 +47,9 @@ class ToDrawFrom:
         """
         codec, sampling = pairs.codec_of(config.data, sides), config.sampling
         if sampling.restore and sampling.condition:
-            raise ValueError("sampling.restore restores images, and sampling.condition draws some")
+            raise ValueError(
+                "sampling.restore restores images, sampling.condition draws some: set one"
+            )
         if sampling.restore:  # its images bring their conditions
             return None
         if codec is None and sampling.condition:

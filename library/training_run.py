@@ -294,7 +294,7 @@ class TrainingRun:
         is_of_run = best is not None and (best.step <= self.state.step or not changes)
         if is_of_run and self.few_samples.are_comparable(best):
             return best
-        log.info(f"{path} is of other samples or steps; the next metrics replace it")
+        log.info(f"{path} is of other samples or other steps; the next metrics replace it")
         return None
 
 

@@ -133,7 +133,7 @@ class Affine(Method):
         if self.coupled and self.target_kind != "image":
             raise ValueError(
                 f"model.coupling={self.coupling!r} needs training.target='image': the posterior "
-                "mean over the reference batch is that of noise drawn apart from the images"
+                "mean over the reference batch takes noise to be independent of the images"
             )
 
     @classmethod
@@ -166,8 +166,8 @@ class Affine(Method):
     def check_kernel(self, feature):
         if self.coupled:
             raise ValueError(
-                f"{feature} takes noise to be drawn apart from the images: a network of "
-                f"model.coupling={self.coupling!r} has its ODE and likelihood only"
+                f"{feature} needs noise that is independent of the images: a network of "
+                f"model.coupling={self.coupling!r} has only its ODE and likelihood"
             )
 
     @cached_property
@@ -210,8 +210,8 @@ class Affine(Method):
             return normal, width
         if others := batch.conditions.keys() - {"class_labels"}:
             raise ValueError(
-                f"model.coupling={self.coupling!r} exchanges noise within classes, but images with "
-                f"a condition {min(others)!r} have no others of their kind"
+                f"model.coupling={self.coupling!r} exchanges noise within classes, but no two "
+                f"images have the same condition {min(others)!r}"
             )
         order = transport(batch.images, scaled(width, normal), batch.labels)
         return normal[order], width[order]

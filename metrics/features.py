@@ -103,7 +103,7 @@ def get_spaces(text: str, paths: str, codec: Codec, device: torch.device) -> lis
     separate_paths = [path.strip() for path in paths.split(",")] if len(networks) > 1 else [paths]
     if len(separate_paths) != max(1, len(networks)):
         raise ValueError(
-            f"eval.inception_path={paths!r} has another number of commas: eval.features={text!r} "
+            f"eval.inception_path={paths!r} does not fit: eval.features={text!r} "
             f"needs {len(networks)} paths with commas between them, of {', '.join(networks)}"
         )
     path_of = dict(zip(networks, separate_paths, strict=False))  # no network reads no path

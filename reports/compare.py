@@ -41,8 +41,8 @@ OF_LOSS = (
     *("model.sigma_", "model.beta_", "model.P_"),
 )
 INTERVALS = (
-    "In square brackets: 95 % of the values that other draws of as many samples would have "
-    "(docs/metrics.md)."
+    "In square brackets: the range of 95 % of the values that other draws of as many samples would "
+    "have (docs/metrics.md)."
 )
 
 

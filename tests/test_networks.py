@@ -48,7 +48,7 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("n", [1, 7])
 def test_an_exported_program_gives_what_torchscript_gives(n, exported):
-    """The file's name does not matter; a batch of one works, too, as it does in TorchScript."""
+    """Any file name, and also a batch of one, though it was exported for two or more."""
     images = random_images(n=n)
     (features, logits), expected = (space_of("network", path)(images) for path in exported)
     np.testing.assert_allclose(features, expected[0])
