@@ -210,8 +210,8 @@ class Affine(Method):
             return normal, width
         if others := batch.conditions.keys() - {"class_labels"}:
             raise ValueError(
-                f"model.coupling={self.coupling!r} exchanges noise within classes, but no two "
-                f"images have the same condition {min(others)!r}"
+                f"model.coupling={self.coupling!r} exchanges noise within classes, which a "
+                f"condition {min(others)!r} of each image rules out"
             )
         order = transport(batch.images, scaled(width, normal), batch.labels)
         return normal[order], width[order]

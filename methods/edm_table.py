@@ -49,7 +49,7 @@ class TableColumn(Affine, abc.ABC):
         if self.D <= 2:
             raise ValueError(
                 f"{self.title} needs model.D above 2, not {self.D:g}: its network predicts the "
-                "noise, which has no variance there; PFGM++ can"
+                "noise, which has no variance there; PFGM++ takes any D"
             )
 
     @abc.abstractmethod
