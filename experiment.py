@@ -66,7 +66,7 @@ LATER = {
     "sampling.size": (),
     "sampling.levels": (),
 }
-OF_START = {f"sampling.{name}" for name in ("init", "init_level", "init_weight")}  # from conditions
+OF_START = {f"sampling.{name}" for name in ("init", "init_level", "init_weight")}  # at a condition
 
 CLASS_LABEL = "sampling.class_label"
 
@@ -100,7 +100,7 @@ class Experiment:
         config: the complete one.
         draw_conditions: conditions to sample with, of training images.
         data: read when they are first needed.
-        condition_codec: of the images that the network is given; None where it is given none.
+        condition_codec: codec of the conditions that are images; None where there are none.
         remarks: lines for the log on what was decided.
     """
 

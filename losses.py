@@ -25,8 +25,8 @@ KEYS = {
         "regression",
         OneOf(registry="losses.OBJECTIVES"),
         "training loss; 'uncertainty': regression with a learned variance of each noise level; "
-        "'consistency': PFGM++ and EDM, for samples in one or a few evaluations, fine-tuned from a "
-        "trained network (training.init_from)",
+        "'consistency': PFGM++, EDM and flows, for samples in one or a few evaluations, fine-tuned "
+        "from a trained network (training.init_from)",
     ),
     "training.batch_size": Key(128, whole(1), "images of a step; they are the reference batch"),
     "training.small_batch_size": Key(
@@ -41,8 +41,8 @@ KEYS = {
     "training.condition_dropout": Key(
         0.0,
         SHARE,
-        "share of the examples that lose the image of data.condition_path alone, 0 in its place, "
-        "which guidance by it needs",
+        "share of the examples whose condition of data.condition_path is 0 instead, independently "
+        "of label_dropout; guidance by it needs this",
     ),
 }
 

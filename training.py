@@ -69,8 +69,8 @@ def learning_rate_factor(
     """Share of the learning rate that update `step` (from 0) of `n_iters` uses.
 
     It rises linearly over the first `warmup` updates and falls linearly to 0 over the last
-    `cooldown` ones. From the update `decay_from` on, if that is not 0, it falls as 1 / sqrt(step)
-    besides (Karras et al. 2024, arXiv 2312.02696, section 2.3).
+    `cooldown` ones. From the update `decay_from` on, if that is not 0, it also falls as 1 /
+    sqrt(step) (Karras et al. 2024, arXiv 2312.02696, section 2.3).
     """
     rise = min(1.0, step / warmup) if warmup else 1.0
     decay = math.sqrt(decay_from / max(step, decay_from)) if decay_from else 1.0

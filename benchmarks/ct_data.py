@@ -1,10 +1,10 @@
-"""Low-dose CT in small: phantoms of random ellipses, measured at two doses and reconstructed.
+"""A small low-dose CT: phantoms of random ellipses, measured at two doses and reconstructed.
 
     python3 benchmarks/ct_data.py FOLDER [--number 2200] [--side 32] [--low 2000] [--high 1000000]
 
 It writes to FOLDER, in Hounsfield units, float32 (n, side, side, 1): x.npy, reconstructions at the
 high dose; c.npy, those of the same phantoms at the low one; phantoms.npy. A dose is the number of
-photons of a ray before the body, of which a Poisson number arrives; the sinogram is scikit-image's
+photons that each ray starts with, of which a Poisson number arrives; the sinogram is scikit-image's
 radon transform, the reconstruction its filtered back-projection.
 """
 

@@ -1,4 +1,4 @@
-"""Denoise low-dose CT with PFGM++ of several D, in 1, 5 and 35 evaluations, beside other ways.
+"""Denoise low-dose CT with PFGM++ of several D, in 1, 5 and 35 evaluations, beside other denoisers.
 
     python3 benchmarks/ct_data.py DATA
     python3 benchmarks/pairs.py DATA [--out RUNS] [--dims 16,64,128,inf] [--seeds 3] [--steps 4000]
@@ -41,7 +41,7 @@ from storage.tensorboard import seconds_of_training
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/pfgmpp/denoise_ddpmpp.py"
 LEVELS, WEIGHTS = (0.1, 0.15, 0.25, 0.4, 0.6), (0.7, 0.85, 1.0)  # of the start at the condition
-TUNED = 64  # training pairs that choose them
+TUNED = 64  # training pairs by which they are chosen
 START, ONE = "--config.sampling.init=condition", "--config.sampling.N=1"
 
 
@@ -84,7 +84,7 @@ def tuned_start(workdir: Path) -> tuple[float, float]:
 
 
 def of_run(workdir: Path, pairs: int) -> dict[str, dict]:
-    """Reports of a trained run by what was drawn."""
+    """Reports of a trained run, by how its samples were drawn."""
     level, weight = tuned_start(workdir)
     start = f"--config.sampling.init_level={level}", f"--config.sampling.init_weight={weight}"
     return {
@@ -95,11 +95,11 @@ def of_run(workdir: Path, pairs: int) -> dict[str, dict]:
     }
 
 
-# --- other ways -----------------------------------------------------------------------------------
+# --- other denoisers ------------------------------------------------------------------------------
 
 
 def classical(noisy: NDArray, clean: NDArray) -> tuple[str, Callable[[NDArray], NDArray]]:
-    """scikit-image's denoiser, and its numbers, with the least error on pairs (n, H, W) in [0, 1].
+    """scikit-image's best denoiser and its parameters, on pairs (n, H, W) in [0, 1].
 
     Wavelets are left out where PyWavelets is missing.
     """
@@ -152,7 +152,7 @@ def predicted(net: nn.Module, condition: torch.Tensor) -> torch.Tensor:
 
 
 def others(workdir: Path, pairs: int, steps_seconds: float) -> dict[str, dict]:
-    """PSNR and SSIM of the measured images and of other ways, on the pairs of the run."""
+    """PSNR and SSIM of the measured images and of other denoisers, on the pairs of the run."""
     run = load(workdir).experiment
     codec, train_pairs = run.codec, batch_at(run.data.get("train"), slice(TUNED))
     test = batch_at(run.data.get("test"), slice(pairs))
@@ -200,7 +200,7 @@ def table(rows: dict[str, list[dict]]) -> str:
 
 
 def plot(path: Path, runs: dict[str, dict[str, list[dict]]], lines: dict[str, dict]) -> None:
-    """Two panels, the PSNR of one draw and of the mean of the draws, by evaluations."""
+    """Plot the PSNR of one draw and of the mean of the draws by evaluations, in two panels."""
     import matplotlib
 
     matplotlib.use("agg")

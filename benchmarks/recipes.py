@@ -1,4 +1,4 @@
-"""Train and evaluate recipes times seeds, one run after another, and write the table of results.
+"""Train and evaluate each recipe with each seed, one run after another, and write a table.
 
     python3 -m benchmarks.recipes FILE
 
@@ -27,7 +27,7 @@ The same command goes on after a kill: a finished training or evaluation is not 
 training that has begun is resumed. A recipe that fails is named with its log, the others go on, and
 the exit status is 1. Cells of the table are means over the seeds, with ranges in brackets. With
 `floor_draws`, the first row has the Frechet distance, in pixels, of as many training images as a
-run has samples: mean, and range of 95 % of so many draws with replacement.
+run has samples: their mean, and the range of 95 % of that many draws with replacement.
 """
 
 import argparse
@@ -64,14 +64,14 @@ from storage.tensorboard import seconds_of_training
 
 MAIN = Path(__file__).parent.parent / "main.py"
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # see prctl(2)
-NINETY_FIVE = (2.5, 97.5)  # per cent between which 95 % of the draws lie
+NINETY_FIVE = (2.5, 97.5)  # percentiles between which 95 % of the draws lie
 
 Settings = dict[str, Any]  # the file of a config, and values by key that override its own
 Show = Callable[[str], None]
 
 
 class Failed(Exception):
-    """Why a part of a recipe is not finished."""
+    """A part of a recipe cannot be finished; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Recipe:
 
 @dataclass
 class Plan:
-    """The content of a file of recipes, and what of it is done.
+    """The content of a file of recipes, and the parts of it that are done.
 
     Attributes:
         columns: by their titles, entries of a report and the formats of their numbers.
@@ -114,7 +114,7 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The plan in the file at `path`; ValueError, in one line, where it is none."""
+        """The plan in the file at `path`; ValueError, in one line, where that is not a plan."""
         with path.open("rb") as file:
             content = tomllib.load(file)
         common = flatten(ConfigDict(content.pop("overrides", {})))
@@ -143,7 +143,7 @@ class Plan:
         return self.folder / "done.json"
 
     def finish(self, recipe: Recipe, seed: int, show: Show) -> None:
-        """Train and evaluate what is not done; `Failed` where that is not possible."""
+        """Train and evaluate what is not done; raise `Failed` where that is not possible."""
         settings, workdir = recipe.settings | {"seed": seed}, self.folder / recipe.workdir(seed)
         self._check_unchanged(workdir, (recipe.base or recipe).settings | {"seed": seed})
         if not is_trained(workdir):
@@ -160,13 +160,13 @@ class Plan:
             self._note(f"{workdir.name}/{recipe.eval_folder}", settings)
 
     def is_evaluated(self, recipe: Recipe, seed: int) -> bool:
-        """Whether there is a report by the settings of the recipe."""
+        """Whether there is a report made with the settings of the recipe."""
         name = f"{recipe.workdir(seed)}/{recipe.eval_folder}"
         is_done = self.done.get(name) == recipe.settings | {"seed": seed}
         return is_done and any(self.folder.glob(f"{name}/report_*.npz"))
 
     def _check_unchanged(self, workdir: Path, settings: Settings) -> None:
-        """`Failed` where the training began with other settings."""
+        """Raise `Failed` where the training began with other settings."""
         begun = self.done.get(workdir.name, settings) if workdir.exists() else settings
         for key in begun | settings:
             was, now = begun.get(key), settings.get(key)
@@ -225,7 +225,7 @@ class Plan:
         return [f"| {' | '.join(row)} |" for row in rows]
 
     def _numbers(self, run: Run) -> dict[str, float]:
-        """What a row may show of a run: the numbers of its report, and its `training_seconds`."""
+        """Numbers that a row may show of a run: those of its report, and its `training_seconds`."""
         folder = (self.folder / run.name).parent / "tensorboard"
         seconds = seconds_of_training(folder, int(run.report["step"]))
         return dict(run.report) | {"training_seconds": seconds}
@@ -278,7 +278,7 @@ def _flags(settings: Settings) -> list[str]:
 
 
 def start(command: list[str], log: BinaryIO) -> subprocess.Popen:
-    """Start a program that is asked to stop, with all saved, when this one ends in any way."""
+    """Start a program that is told to save and stop when this one ends, however it ends."""
 
     def follow() -> None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -315,7 +315,7 @@ def floor(workdir: Path, number: int, draws: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path, help="of recipes, TOML")
+    parser.add_argument("file", type=Path, help="the recipes, TOML")
     path, failures = parser.parse_args().file, []
     try:
         plan = Plan.read(path)

@@ -1,10 +1,11 @@
-"""Compare flows on the toys with and without optimal transport: path lengths and steps of Euler.
+"""Compare flows on the toys with and without optimal transport: path lengths and Euler steps.
 
     python3 benchmarks/transport.py WORKDIR [--seeds 2] [--num 2000]
 
 Each run is configs/flow/toy_mlp.py with steps of 128 points, trained below WORKDIR or found there.
 The table has the mean length of the paths of 64 steps, and the energy distance of samples from the
-test points after 1 to 64 steps of Euler, even in t; below it that of training points from them.
+test points after 1 to 64 Euler steps, evenly spaced in t; the last row of a toy has that of
+training points.
 """
 
 from itertools import pairwise

@@ -108,7 +108,8 @@ LOOPS = {
     "eval.repeats": Key(
         1,
         whole(1, 1000),
-        "independent sets of as many samples; metrics are then means, with minimum and maximum",
+        "independent sets of eval.num_samples samples; of several, metrics are means, with minimum "
+        "and maximum",
     ),
     "eval.save_images": Key(False, Flag(), "without sampling: draw the first samples only"),
     "eval.enable_pairs": Key(
@@ -116,8 +117,8 @@ LOOPS = {
         Flag(),
         "draws for the conditions of the split (data.condition_path): PSNR, SSIM, coverage",
     ),
-    "eval.pairs": Key(100, whole(1, 10**6), "pairs, the first of the split"),
-    "eval.pair_draws": Key(9, whole(1, 1000), "draws of each"),
+    "eval.pairs": Key(100, whole(1, 10**6), "number of pairs, the first of the split"),
+    "eval.pair_draws": Key(9, whole(1, 1000), "draws for each pair"),
     "eval.enable_interpolate": Key(
         False, Flag(), "draw rows of samples between pairs of prior samples"
     ),

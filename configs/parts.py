@@ -265,9 +265,9 @@ EDM_IMAGENET = {
     "sampling": {"N": 40},
 }
 
-# After the network EDM2: how EDM2-XS trains on ImageNet at 64 x 64 (Karras et al. 2024, arXiv
-# 2312.02696, table 6), in steps of 2,048: about a billion images, of which the first 10 million
-# raise the learning rate. EMA weights of any length come from the averages (eval.ema_std).
+# To be combined with the network EDM2: how EDM2-XS trains on ImageNet at 64 x 64 (Karras et al.
+# 2024, arXiv 2312.02696, table 6), in steps of 2,048: about a billion images, of which the first 10
+# million raise the learning rate. EMA weights of any length come from the averages (eval.ema_std).
 EDM2_TRAINING = {
     "data": {"random_flip": False, "dataset": "folder", "image_size": 64, "num_classes": 1000},
     "training": {

@@ -62,7 +62,7 @@ class Evaluated:
         origin: everything that the results of these weights depend on; see `Experiment.origin`.
         seed: of everything random.
         batch_size: images at once.
-        repeat: number of the set of samples, of `eval.repeats`.
+        repeat: number of the set of samples, from 0, of the `eval.repeats` sets.
     """
 
     experiment: Parts
@@ -80,7 +80,7 @@ class Evaluated:
 
     @property
     def samples_folder(self) -> Path:
-        """Where the rounds of samples are cached; those of further sets lie in folders below."""
+        """The folder of the cached rounds of samples; further sets have folders below it."""
         folder = self.folder / f"ckpt_{self.k}"
         return folder / f"repeat_{self.repeat}" if self.repeat else folder
 

@@ -106,9 +106,10 @@ def structural_similarity(images: NDArray, truth: NDArray) -> NDArray | None:
 
 
 def rank_shares(draws: NDArray, truth: NDArray) -> NDArray:
-    """Share (n, K + 1) of the pixels of each image whose truth is above so many of its K draws.
+    """Shares (n, K + 1) of an image's pixels whose truth is above 0, 1, ... K of its K draws.
 
-    Of draws that equal the truth, as whole numbers may, each number is as likely to be below it.
+    Where draws equal the truth, as whole numbers may, a pixel counts in equal parts for each rank
+    that the ties allow.
 
     Args:
         draws: (n, K, H, W, C).
@@ -127,11 +128,12 @@ def rank_shares(draws: NDArray, truth: NDArray) -> NDArray:
 
 
 def coverages(ranks: NDArray) -> dict[str, float]:
-    """How often the truth lies between draws i and j of K in order, beside (j - i) / (K + 1).
+    """Coverage: how often the truth lies between two sorted draws, and how often it should.
 
-    `ranks` (n, K + 1) are `rank_shares`. Entries without a suffix are of the outermost draws, those
-    called "_inner" of two that leave out about a quarter of the K + 1 places on either side, where
-    K is at least 7.
+    `ranks` (n, K + 1) are `rank_shares`. Between draws i and j of K a share of (j - i) / (K + 1) is
+    expected. Entries without a suffix are for the outermost draws; those ending in "_inner" are for
+    two draws that leave out about a quarter of the K + 1 places on either side, where K is at
+    least 7.
     """
     number = ranks.shape[1] - 1
     report, outermost, inner = {}, ("", 1), ("_inner", (number + 1) // 4)

@@ -42,8 +42,9 @@ def compare_samples(
 ) -> dict:
     """Draw `number` samples and compare their features with those of the data, in each space.
 
-    With `repeats` so many independent sets are drawn. Metrics are then means over the sets, with
-    their ends; see `metrics.table.over_sets`. Pictures and remarks are those of the first one.
+    With `repeats`, that many independent sets are drawn. Metrics are then means over the sets, with
+    minimum and maximum; see `metrics.table.over_sets`. Pictures and remarks are those of the first
+    one.
 
     Returns the report's entries on samples (docs/architecture.md), in the main process only.
     """

@@ -22,10 +22,10 @@ DRAWS, ROWS = 6, 12  # draws of a condition, and conditions, in the picture
 
 @dataclass(frozen=True)
 class ToDrawFrom:
-    """Conditions, of each of which every seed gives a draw.
+    """Conditions to draw from: every seed gives one draw for each of them.
 
-    Draw s of condition i of n is file number s n + i. It begins with the noise of seed s, so that
-    it is what `Trained.sample([s], condition=...)` gives.
+    The draw of seed s for condition i of n is file number s n + i. It starts from the noise of seed
+    s, so that it equals what `Trained.sample([s], condition=...)` gives.
 
     Attributes:
         names: of the conditions.
@@ -39,7 +39,7 @@ class ToDrawFrom:
 
     @classmethod
     def from_config(cls, config, sides: Size) -> Self | None:
-        """The conditions of `sampling.condition`, of `sides`; None of a network without any.
+        """The conditions at `sampling.condition`, with `sides`; None if the network takes none.
 
         Raises:
             ValueError: a condition is missing or does not fit; `pairs.read_conditions` says which.
@@ -47,7 +47,9 @@ class ToDrawFrom:
         """
         codec, sampling = pairs.codec_of(config.data, sides), config.sampling
         if sampling.restore and sampling.condition:
-            raise ValueError("sampling.restore restores images, and sampling.condition draws some")
+            raise ValueError(
+                "sampling.restore restores images, sampling.condition draws some: set one"
+            )
         if sampling.restore:  # its images bring their conditions
             return None
         if codec is None and sampling.condition:
@@ -71,7 +73,7 @@ class ToDrawFrom:
         return len(self.names)
 
     def numbers(self, seeds: Sequence[int]) -> list[int]:
-        """The numbers of the draws of `seeds`, each of every condition."""
+        """The file numbers of the draws that `seeds` give, for every condition."""
         return [seed * self.number + i for seed in seeds for i in range(self.number)]
 
     def seeds(self, numbers: Sequence[int]) -> list[int]:
@@ -121,8 +123,8 @@ def in_type(mean: NDArray, dtype: np.dtype) -> NDArray:
 def condition_pictures(stored: NDArray, condition: Codec, image: Codec) -> NDArray[np.uint8]:
     """Pictures (n, H, W, C) of conditions as stored, with as many channels as those of images.
 
-    They are shown in the window of the images where they have their units; else in their own, and
-    of other channels the mean is shown.
+    Conditions in the units of the images are shown in their window, others in a window of their
+    own. Of a different number of channels the mean is shown.
     """
     if pairs.is_alike(condition, image):
         return image.pictures(stored)

@@ -46,14 +46,14 @@ KEYS = {
     "sampling.seeds": Key(
         "",
         Text(r"|\d{1,15}(-\d{1,15})?(,\d{1,15}(-\d{1,15})?)*", "seeds such as 0-63 or 1,2,5-10"),
-        "--mode sample: one sample each, of each condition; '': 0-63, with condition 0-4, with "
-        "encode or between none",
+        "--mode sample: one sample for each seed, and each condition; '': 0-63; with "
+        "sampling.condition 0-4; with sampling.encode or sampling.between none",
     ),
     "sampling.condition": Key(
         "",
         Text(),
-        "--mode sample, of a network of data.condition_path: an image, or a folder, .zip, .npy or "
-        ".npz of conditions: samples from the posterior of each",
+        "--mode sample, for a network with data.condition_path: a condition, or a folder, .zip, "
+        ".npy or .npz of them: samples from the posterior given each",
         of_machine="file",
     ),
     "sampling.film": Key(

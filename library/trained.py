@@ -87,8 +87,8 @@ class Trained(Conditioned):
             measurement: of n images; `sampling.restorer` makes the samples agree with it.
             conditions: rows (n, ...) by name, of `data.conditions`; any other is that of a training
                 image, which the seed draws.
-            condition: of a network of `data.condition_path`, in its own units: one image (C, H, W)
-                for all seeds, or one for each; the samples are draws from its posterior.
+            condition: for a network with `data.condition_path`, in its own units: one image
+                (C, H, W) for all seeds, or one for each; the samples are draws from its posterior.
 
         Raises:
             ValueError: a seed or a class label is not a valid one, or conditions do not fit.

@@ -14,7 +14,7 @@ from sources.keyed import keyed_generator
 from sources.labels import number_of
 
 ClassLabel = int | str | Sequence[int | str] | Tensor | None
-OtherConditions = Mapping[str, Tensor] | None  # than class labels
+OtherConditions = Mapping[str, Tensor] | None  # conditions besides class labels
 
 NO_CONDITION = (
     "the network is given an image as the condition of each sample, and none is named: set "

@@ -1,4 +1,4 @@
-"""Metrics of a few samples along a training, by which its best checkpoint is chosen."""
+"""Metrics of a few samples during a training, by which its best checkpoint is chosen."""
 
 import contextlib
 from dataclasses import dataclass, replace
@@ -26,16 +26,16 @@ KEYS = {
         "steps between metrics of a few samples, in the first space of eval.features; the state "
         "with the lowest Frechet distance is kept as checkpoints/best.pth; 0: none",
     ),
-    "training.metric_samples": Key(500, whole(4, 10**6), "samples of these metrics"),
+    "training.metric_samples": Key(500, whole(4, 10**6), "samples for these metrics"),
 }
 
 LOGGED = ("fid", "kid")  # metrics that cost little
-RESAMPLED = 10  # times, for the noise of a distance
+RESAMPLED = 10  # draws of the bootstrap for the noise of a distance
 
 
 @dataclass(frozen=True)
 class Best:
-    """The checkpoint with the lowest Frechet distance of its samples along a training.
+    """The checkpoint whose samples have the lowest Frechet distance in a training.
 
     `fid` is the distance of that many `samples` in the space `features`, at `step`.
     """
@@ -60,7 +60,7 @@ class Best:
             ):
                 return cls(checkpoint["step"], fid, samples, features)
             case other:
-                raise ValueError(f"{path}: its entry `best` is no choice: {shown(other)}")
+                raise ValueError(f"{path}: its entry `best` is malformed: {shown(other)}")
 
     def entry(self) -> dict[str, Any]:
         """The entry of the checkpoint, which `read` reads."""
@@ -69,7 +69,7 @@ class Best:
     def __str__(self) -> str:
         return (
             f"lowest Fréchet distance along the training, {self.fid:.4g} of {self.samples:,} "
-            f"samples ({self.features}); they are others than those of this evaluation"
+            f"samples ({self.features}); they are not those of this evaluation"
         )
 
 
@@ -83,8 +83,8 @@ def entry_of_report(path: Path, checkpoint: dict) -> dict[str, str]:
 class FewSamples:
     """A few samples, from the same prior draws every time, in the first feature space of a run.
 
-    The draws are others than those of an evaluation, so that a checkpoint that is chosen by these
-    is not judged by them.
+    An evaluation has other draws, so that a checkpoint is not judged by those that it was chosen
+    by.
     """
 
     experiment: Parts
@@ -95,7 +95,10 @@ class FewSamples:
 
     @classmethod
     def from_config(cls, config, experiment: Parts) -> Self | None:
-        """None where `training.metric_freq` is 0; all processes have to call this."""
+        """The samples of a config; None where `training.metric_freq` is 0.
+
+        All processes have to call this.
+        """
         if not config.training.metric_freq:
             return None
         options = config.eval

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 SNAPSHOT_SAMPLES = 64  # images drawn with every snapshot
 
 
-WORSE = 2  # standard deviations above the best from which a distance is warned of
+WORSE = 2  # standard deviations above the best at which a warning is logged
 
 Stop = Callable[[], str | None]  # gives the name of a signal to stop, if there was one
 
@@ -220,7 +220,7 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def _drawing(self, what: str, stop: Stop) -> Iterator[Watch]:
-        """Within the block the network has its EMA weights, for samples drawn with the `watch`.
+        """Give the network its EMA weights within the block, which draws samples with the `watch`.
 
         A signal that `stop` names and a solver that diverges end the block, and the log says so.
         """
@@ -240,10 +240,10 @@ class TrainingRun:
             log.warning(f"step {step}: no {what} drawn: {error}")
 
     def measure(self, stop: Stop) -> dict[str, float]:
-        """Metrics of a few samples by the EMA weights, by their tags; the best state is kept.
+        """Metrics of a few samples of the EMA weights, by tag; the best state is saved.
 
-        There are none in a step without them, in other processes than the main one, where `stop`
-        names a signal before they are done, and where the solver diverges.
+        {} in a step without metrics, in processes other than the main one, where `stop` names a
+        signal before they are done, and where the solver diverges.
         """
         freq, first = self.values["training.metric_freq"], self.measured != self.state.step
         if not (freq and self.is_due(freq) and first and distributed.is_main()) or stop():
@@ -294,7 +294,7 @@ class TrainingRun:
         is_of_run = best is not None and (best.step <= self.state.step or not changes)
         if is_of_run and self.few_samples.are_comparable(best):
             return best
-        log.info(f"{path} is of other samples or steps; the next metrics replace it")
+        log.info(f"{path} is of other samples or other steps; the next metrics replace it")
         return None
 
 

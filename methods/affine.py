@@ -65,23 +65,24 @@ KEYS = {
         scales="log",
     ),
     "model.P_std": Key(
-        1.2, Number(0.001, 4), "PFGM++, EDM and flow.times='edm': its standard deviation"
+        1.2, Number(0.001, 4), "PFGM++, EDM and flow.times='edm': deviation of ln sigma in training"
     ),
     "model.coupling": Key(
         "independent",
         OneOf(COUPLINGS),
-        "PFGM++, EDM and flows: noise of a training step; 'transport': paired with the images of "
-        "the step, within classes, so that squared distances are least",
+        "PFGM++, EDM and flows: how the noise of a training step is paired with its images: "
+        "'independent' of them, or by optimal 'transport', within classes, so that the sum of "
+        "squared distances is least",
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(Method):
-    """An affine path, x = alpha(t) y + std(t) n with n of a Student t with D degrees of freedom.
+    """An affine path, x = alpha(t) y + std(t) n with n from a Student t of D degrees of freedom.
 
     A subclass gives `alpha`, `sigma`, `time` and `precondition`; the ends are noise levels. Noise
-    levels of training, target and weight of the loss are EDM's where it has no others.
+    levels of training, target and weight of the loss are EDM's unless it overrides them.
 
     Attributes:
         D: augmenting dimensions, the degrees of freedom of the noise, > 0, or `math.inf`.
@@ -91,7 +92,7 @@ class Affine(Method):
         P_mean, P_std: mean and standard deviation of ln sigma in training, which is normal.
         target_kind: "image", the clean one; or its "posterior_mean" over the reference batch.
         coupling: of noise and images in training: "independent"; "transport", see `transport`. The
-            ODE is that of the coupled noise then, which is no kernel given the image.
+            ODE is then that of the coupled noise, which depends on the image.
     """
 
     D: float
@@ -132,7 +133,7 @@ class Affine(Method):
         if self.coupled and self.target_kind != "image":
             raise ValueError(
                 f"model.coupling={self.coupling!r} needs training.target='image': the posterior "
-                "mean over the reference batch is that of noise drawn apart from the images"
+                "mean over the reference batch takes noise to be independent of the images"
             )
 
     @classmethod
@@ -165,13 +166,13 @@ class Affine(Method):
     def check_kernel(self, feature):
         if self.coupled:
             raise ValueError(
-                f"{feature} takes noise to be drawn apart from the images: a network of "
-                f"model.coupling={self.coupling!r} has its ODE and likelihood only"
+                f"{feature} needs noise that is independent of the images: a network of "
+                f"model.coupling={self.coupling!r} has only its ODE and likelihood"
             )
 
     @cached_property
     def edm_preconditioning(self) -> Preconditioning:
-        """Network's output to the denoised image, of natural variables y and sigma.
+        """Map from the network's output to the denoised image, in natural variables y and sigma.
 
         Source: Karras et al. 2022 (arXiv 2206.00364), table 1, last column.
         """
@@ -209,8 +210,8 @@ class Affine(Method):
             return normal, width
         if others := batch.conditions.keys() - {"class_labels"}:
             raise ValueError(
-                f"model.coupling={self.coupling!r} exchanges noise within classes, but images with "
-                f"a condition {min(others)!r} have no others of their kind"
+                f"model.coupling={self.coupling!r} exchanges noise within classes, which a "
+                f"condition {min(others)!r} of each image rules out"
             )
         order = transport(batch.images, scaled(width, normal), batch.labels)
         return normal[order], width[order]
@@ -231,7 +232,7 @@ class Affine(Method):
         return super().target(replace(examples, clean=image, noise=noise), reference)
 
     def weight(self, examples):
-        """1 / c_out^2, by which the error of the network's output itself has the weight 1."""
+        """1 / c_out^2, which gives the error of the network's output itself the weight 1."""
         sigma, sd = self.sigma(examples.t), self.sigma_data
         return (sigma**2 + sd**2) / (sigma * sd) ** 2
 

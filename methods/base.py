@@ -122,8 +122,8 @@ class Method(abc.ABC):
         sigma_data: standard deviation of the scaled images' entries, as far as it is known.
         sigma_unit: unit of noise levels, 1 where they are meant for images in [-1, 1].
         degrees_of_freedom: of the Student t that is the noise at a noise level; inf: Gaussian.
-        alpha_data: factor by which data become the x that the ODE carries to the prior; 1, as
-            published, where alpha(t_data) is nearly that.
+        alpha_data: factor of the data in the x from which the ODE leads to the prior; 1, as
+            published, where alpha(t_data) is nearly 1.
         noisy_end: true where samples at `t_data` have noise, which a step to sigma = 0 removes.
         predictors, correctors: names that `sampling.method='pc'` can use; none without an SDE.
     """
@@ -237,11 +237,11 @@ class Method(abc.ABC):
     def training_noise(
         self, batch: Batch, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The noise of a training step, as `noise` gives it: here drawn apart from the images."""
+        """The noise of a training step, in the form of `noise`: here independent of the images."""
         return self.noise(batch.images, generator)
 
     def check_kernel(self, feature: str) -> None:
-        """Raise ValueError where noise depends on the image, and `feature` takes it not to."""
+        """Raise ValueError where noise depends on the image and `feature` assumes otherwise."""
         return
 
     def perturb_at(
@@ -285,7 +285,7 @@ class Method(abc.ABC):
     def target_image(self, examples: Batch, y: Tensor, sigma: Tensor, reference: Batch) -> Tensor:
         """The denoised image (B, C, H, W) that is learned at `y` and levels `sigma` (B,).
 
-        Here the clean one; `reference` as in `target`.
+        Here the clean image; `reference` as in `target`.
         """
         return examples.clean
 

@@ -1,7 +1,7 @@
 """EDM's preconditioning of VP, VE and iDDPM: columns of table 1 of Karras et al. 2022.
 
 The table (arXiv 2206.00364) puts networks of other methods into EDM's terms, y + sigma n, to train
-and sample them as EDM does. A denoised image is that of a network of the noise,
+and sample them as EDM does. The networks predict the noise, so the denoised image is
 
     y - sigma F(y / sqrt(1 + sigma^2), noise label)     VP and iDDPM
     y + sigma F(y, noise label)                         VE,
@@ -49,7 +49,7 @@ class TableColumn(Affine, abc.ABC):
         if self.D <= 2:
             raise ValueError(
                 f"{self.title} needs model.D above 2, not {self.D:g}: its network predicts the "
-                "noise, which has no variance there; PFGM++ can"
+                "noise, which has no variance there; PFGM++ takes any D"
             )
 
     @abc.abstractmethod
@@ -128,7 +128,7 @@ class EDMVP(TableColumn):
 
 
 class EDMVE(TableColumn):
-    """VE in EDM's terms: ln sigma is even in t from ln 0.02 to ln 100, label ln(sigma / 2)."""
+    """VE in EDM's terms: ln sigma is linear in t from ln 0.02 to ln 100, label ln(sigma / 2)."""
 
     title = "VE, EDM's preconditioning"
     variance_preserving = False

@@ -17,8 +17,9 @@ KEYS = {
     "flow.times": Key(
         "uniform",
         OneOf(TIMES),
-        "flows: times of training; 'uniform'; 'logit_normal': ln(sigma / sigma_unit) is normal, of "
-        "mean 0 and standard deviation 1; 'edm': ln sigma is, with model.P_mean and model.P_std",
+        "flows: distribution of the training times; 'uniform'; 'logit_normal': ln(sigma / "
+        "sigma_unit) is standard normal; 'edm': ln sigma is normal, with model.P_mean and "
+        "model.P_std",
     ),
 }
 
@@ -82,7 +83,7 @@ class VelocityFlow(Affine, abc.ABC):
         return super().draw_times(n, generator, device)
 
     def weight(self, examples):
-        """1 / c_out^2, by which the error of the network's output itself has the weight 1."""
+        """1 / c_out^2, which gives the error of the network's output itself the weight 1."""
         if self.predicts == "image":
             return super().weight(examples)
         return None if self.unit == 1 else torch.full_like(examples.t, self.unit**-2)
@@ -91,7 +92,7 @@ class VelocityFlow(Affine, abc.ABC):
 class RectifiedFlow(VelocityFlow):
     """Rectified flow, also called flow matching with straight paths: x = (1 - t) y + t n.
 
-    The velocity is n - y. In logit t the law 'logit_normal' is normal, as ln sigma is.
+    The velocity is n - y. With 'logit_normal' logit t, which is ln sigma, is normal.
 
     Sources: Liu et al. 2023 (arXiv 2209.03003), Lipman et al. 2023 (arXiv 2210.02747), Esser et
     al. 2024 (arXiv 2403.03206) for the logit-normal times.

@@ -11,7 +11,8 @@ from torch import Tensor
 def transport(images: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
     """The number (B,), int64, of the noise of each image, with the least sum of squared distances.
 
-    Images and noise at any factor have the same solution: only their products depend on it.
+    Scaled images or noise have the same solution: of the distances only the products of the two
+    depend on the pairing.
 
     Args:
         images, noise: (B, ...).

@@ -28,7 +28,7 @@ from reports.table import format_table, metric_rows
 from sources.codec import EightBitImages
 from storage.files import atomic_write
 
-# What errors of an evaluation call the arguments of this program.
+# Names in the errors of an evaluation, and what this program calls them.
 ARGUMENTS = {"data.path=": "", "eval.features": "--features", "eval.inception_path": "--networks"}
 
 
@@ -96,7 +96,7 @@ def _floor(comparison: Comparison) -> dict[str, float | str]:
 def spaces_of(
     a: ImageSet, b: ImageSet, features: str, networks: str, device: torch.device
 ) -> list[FeatureSpace]:
-    """The spaces that `features` names; none of two statistics files, whose spaces are their own.
+    """The spaces that `features` names; none for two statistics files, whose spaces are their own.
 
     Raises ValueError where the images differ in size, and where `get_spaces` does.
     """

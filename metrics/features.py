@@ -34,8 +34,8 @@ KEYS = {
         "",
         Text(),
         "the file of the network, a program of torch.export or TorchScript; for 'inception' the "
-        "folder of a SavedModel ('': fetched); of several, in the order of eval.features, with "
-        "commas between them",
+        "folder of a SavedModel ('': fetched); several with commas between them, in the order of "
+        "eval.features",
         of_machine="always",
     ),
 }
@@ -103,7 +103,7 @@ def get_spaces(text: str, paths: str, codec: Codec, device: torch.device) -> lis
     separate_paths = [path.strip() for path in paths.split(",")] if len(networks) > 1 else [paths]
     if len(separate_paths) != max(1, len(networks)):
         raise ValueError(
-            f"eval.inception_path={paths!r} has another number of commas: eval.features={text!r} "
+            f"eval.inception_path={paths!r} does not fit: eval.features={text!r} "
             f"needs {len(networks)} paths with commas between them, of {', '.join(networks)}"
         )
     path_of = dict(zip(networks, separate_paths, strict=False))  # no network reads no path

@@ -1,4 +1,4 @@
-"""What `metrics.compare` compares: images of a folder, zip or array file, or a statistics file."""
+"""The sides of `metrics.compare`: images of a folder, zip or array file, or a statistics file."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Statistics files of other programs, recognised by the forms of their arrays."""
+"""Statistics files of other programs, recognised by names and shapes of their arrays."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ def with_our_names(arrays: Mapping[str, NDArray]) -> dict[str, NDArray]:
 
     Arrays of other names count where there is one choice only: a vector (K,) and a matrix (K, K)
     are moments, a matrix (n, K) is features (clean-fid's `feats`). ADM's `mu_s` and `sigma_s`, of
-    another layer, are left alone beside `mu` and `sigma`.
+    another layer, are ignored beside `mu` and `sigma`.
     """
     renamed = dict(arrays)
     floats = {name: a for name, a in arrays.items() if a.dtype.kind == "f" and name != FEATURES}

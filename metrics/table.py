@@ -329,7 +329,7 @@ def interval_of(report: Mapping, key: str) -> Interval | None:
 
 
 def over_sets(sets: Sequence[Mapping[str, float | str]]) -> dict[str, float | str]:
-    """Entries of `compare` over several sets of samples, each given by its own.
+    """Entries of `compare` over several sets of samples, from the entries of each.
 
     Metrics are means, with the least and the largest value as {key}_min and {key}_max in place of
     an interval. All else is that of the first set.

@@ -14,7 +14,7 @@ from sources.codec import Shape
 
 
 def modulated(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Tokens (B, N, width) normed, then scaled and shifted by `shift` and `scale` (B, 1, width)."""
+    """Normalised tokens (B, N, width), scaled and shifted by `scale` and `shift` (B, 1, width)."""
     return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
 
 
@@ -71,7 +71,7 @@ class DiT(nn.Module):
     keys: ClassVar[Mapping[str, Key]] = {
         "model.patch": Key(2, whole(1, 256), "DiT: side of a patch; it divides the images' sides"),
         "model.depth": Key(4, whole(1, 256), "DiT: blocks"),
-        "model.heads": Key(4, whole(1, 256), "DiT: heads of the attention; they divide nf"),
+        "model.heads": Key(4, whole(1, 256), "DiT: attention heads; they divide nf"),
     }
     reads: ClassVar[Mapping[str, str | None]] = {"model.checkpoint_activations": None}
 

@@ -31,8 +31,8 @@ from sources.images import ImageSize
 class Block(nn.Module):
     """A residual block from (B, in, H, W) to (B, out, H, W), or to twice or half the size.
 
-    Of an encoder it widens its input first and brings each pixel to magnitude 1; of a decoder it
-    takes a `skip` besides, and widens last. The embedding (B, emb_channels) scales the channels
+    In the encoder it widens its input first and brings each pixel to magnitude 1; in the decoder it
+    also takes a `skip`, and widens last. The embedding (B, emb_channels) scales the channels
     between the convolutions. Attention is by cosines, since queries and keys have magnitude 1.
 
     Args:
@@ -134,7 +134,7 @@ class EDM2UNet(nn.Module):
 
     keys: ClassVar[Mapping[str, Key]] = {
         "model.head_width": Key(
-            64, whole(1, 4096), "channels of a head of the attention; narrower features have none"
+            64, whole(1, 4096), "channels of an attention head; levels with fewer have no attention"
         ),
     }
     reads: ClassVar[Mapping[str, str | None]] = dict.fromkeys(

@@ -76,7 +76,7 @@ def attention_remarks(
         halvings: those between the network's levels.
         attn_resolutions: longer sides of the levels that are to have attention.
         narrow_levels: longer sides of the levels that have too few channels for a head.
-        narrow_middle: so has the middle of the network.
+        narrow_middle: the middle of the network has too few channels too.
     """
     sizes = [*map(max, halvings.sides)]
     levels, middle = ", ".join(map(str, sizes)), ", nor in the middle" if narrow_middle else ""

@@ -2,7 +2,7 @@
 
 Section 2 and appendix B of the paper. Where the entries of an input have a mean square of 1, those
 of the output have it too, in expectation over the weights. So no layer has a bias, and none needs a
-norm that looks at the data.
+normalisation that depends on the data.
 """
 
 import math
@@ -34,7 +34,7 @@ def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """The channels of `a` and of `b`, which contribute to a next layer as 1 - t to t."""
+    """The channels of `a` and `b`, which contribute to the next layer in the ratio 1 - t to t."""
     of_a, of_b = a.shape[1], b.shape[1]
     scale = math.sqrt(of_a + of_b) / math.hypot(1 - t, t)
     parts = a * (scale * (1 - t) / math.sqrt(of_a)), b * (scale * t / math.sqrt(of_b))
@@ -72,7 +72,7 @@ class MPLayer(nn.Module):
 def normalise_weights(network: nn.Module) -> None:
     """Bring the stored weights of each `MPLayer` to a root mean square of 1 for each output.
 
-    At every step of training, so that weights do not grow and a learning rate means one thing
+    Called at every step of training, so that weights do not grow and a learning rate means the same
     throughout ("forced weight normalization", section 2.3).
     """
     for layer in network.modules():

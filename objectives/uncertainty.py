@@ -9,12 +9,14 @@ from objectives.regression import Regression
 
 
 class Uncertainty(Regression):
-    """`Regression` over a learned variance exp(u) of each noise level: of an entry of the error e
+    """`Regression` with a learned variance exp(u) of the error at each noise level.
+
+    The loss of an entry e of the error is
 
         weight e^2 / exp(u) + u,    smallest where exp(u) is the mean weighted squared error,
 
     so that all noise levels come to weigh alike (Karras et al. 2024, arXiv 2312.02696, section
-    2.2). u is a linear layer on Fourier features of ln(sigma) / 4, and no part of the network.
+    2.2). u is a linear layer on Fourier features of ln(sigma) / 4, and not part of the network.
 
     Attributes:
         features, linear: the layers of u.

@@ -41,8 +41,8 @@ OF_LOSS = (
     *("model.sigma_", "model.beta_", "model.P_"),
 )
 INTERVALS = (
-    "In square brackets: 95 % of the values that other draws of as many samples would have "
-    "(docs/metrics.md)."
+    "In square brackets: the range of 95 % of the values that other draws of as many samples would "
+    "have (docs/metrics.md)."
 )
 
 
@@ -121,7 +121,7 @@ def _values(group: Group, key: str) -> list[list[float]]:
 
 
 def _cell(group: Group, key: str) -> str:
-    """Text of a metric of a group; below a value that is the only one its interval or range."""
+    """Text of a metric of a group; a single value has its interval or range below it."""
     values = _values(group, key)
     reports = [run.report for run in group if key in run.report]
     if sum(map(len, values)) == 1 and (ends := interval_of(reports[0], key)):

@@ -13,8 +13,8 @@ from reports.table import RESTORED, likelihood_of
 from sources.images import open_image, refuse_bomb
 from storage.files import check_arrays, open_regular, read_arrays, refusing
 
-TEXTS = ("features", "sampling", "settings", "initial_weights", "best")  # that are text
-OF_METRIC = ("", "_error", "_low", "_high", "_min", "_max", "_data")  # ends of a metric's keys
+TEXTS = ("features", "sampling", "settings", "initial_weights", "best")  # entries that are text
+OF_METRIC = ("", "_error", "_low", "_high", "_min", "_max", "_data")  # suffixes of a metric's keys
 PAGE_PIXELS = 1400  # side of the largest picture on a page
 
 

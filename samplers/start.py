@@ -18,18 +18,20 @@ KEYS = {
     "sampling.init": Key(
         "prior",
         OneOf(("prior", "condition")),
-        "where samples start: a draw of the prior; or the condition itself, for data and "
-        "conditions alike, at the noise level init_level, as PPFM does",
+        "where samples start: at a draw of the prior, or at the condition itself, taken as the "
+        "image at the noise level init_level (PPFM), for conditions that are like the data",
     ),
     "sampling.init_level": Key(
         0.5,
         NOISE_LEVEL,
-        "of 'condition': noise level at which it counts as the noisy image, for data of standard "
-        "deviation 0.5",
+        "sampling.init='condition': noise level at which the condition counts as the noisy image, "
+        "for data of standard deviation 0.5",
         scales="level",
     ),
     "sampling.init_weight": Key(
-        1.0, SHARE, "of 'condition': w of the result w f + (1 - w) c, f the sample, c the condition"
+        1.0,
+        SHARE,
+        "sampling.init='condition': w of the result w f + (1 - w) c, f the sample, c the condition",
     ),
 }
 
@@ -40,7 +42,7 @@ class ConditionStart:
 
     Attributes:
         level: noise level of the start.
-        weight: of the sample in the mean of sample and condition that is the result.
+        weight: of the sample in the result, a weighted mean of sample and condition.
         codec: of the conditions.
     """
 

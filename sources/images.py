@@ -161,9 +161,9 @@ def decode_image(data: bytes, channels: int, scale: Range | tuple[()] = ()) -> P
 def decode_numbers(data: bytes, channels: int, dtype: str) -> NDArray:
     """The values of a file of `FORMATS` as they are stored, (H, W, C) of `dtype`, upright.
 
-    Of 8 bits, of 16, or of a TIFF's 32; `channels` is 1, 3, or 0 for as many as there are. Raises
-    ValueError for another number of channels, transparency, or values that `dtype` does not hold,
-    and any exception where the data are damaged.
+    Values have 8 or 16 bits, or 32 in a TIFF; `channels` is 1, 3, or 0 for as many as there are.
+    Raises ValueError for another number of channels, transparency, or values that `dtype` does not
+    hold, and any exception where the data are damaged.
     """
     image = _opened(data)
     if image.has_transparency_data:

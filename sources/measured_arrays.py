@@ -27,9 +27,9 @@ KEYS = {
     "data.dtype": Key(
         "",
         OneOf(("", *DTYPES)),
-        "type of arrays in units of their own, which samples have too, and of image files that are "
-        "such arrays: 'uint16', or of TIFF 'float32'; '': that of an array's file, or images of 8 "
-        "bits",
+        "type of arrays in units of their own, and of their samples; image files are read as such "
+        "arrays where it is set: as 'uint16' or, of TIFF, 'float32'; '': the type of an array's "
+        "file, else images of 8 bits",
     ),
     "data.mean": Key(
         (),

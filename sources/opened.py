@@ -1,4 +1,4 @@
-"""The data of a config, opened: what lies where, how it is split, and what is measured of it."""
+"""The data of a config, opened: where they lie, how they are split, and what is measured."""
 
 import functools
 from functools import partial

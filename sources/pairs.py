@@ -1,4 +1,4 @@
-"""Images that a network is given beside each image of the data: its measurement, for example.
+"""Conditions that are images: what a network is given of each image, such as a measurement.
 
 The conditions of the data at `data.path` lie at `data.condition_path`. They have the sides of the
 images, any number of channels and any type of numbers, and belong to the images of the same names
@@ -38,27 +38,29 @@ KEYS = {
     PATH: Key(
         "",
         Text(),
-        "of 'folder': images that the network is given beside each image, as further channels: a "
-        "folder, .zip, .npy or .npz of the sides of the data, matched by name or by order",
+        "of 'folder': conditions of the images, which the network is given as further channels: a "
+        "folder, .zip, .npy or .npz, of the images' sides, matched by name or by order",
         of_machine="file",
     ),
     "data.condition_channels": Key(
-        0, whole(0, MOST_CHANNELS), "of these images; 0: as many as they have"
+        0, whole(0, MOST_CHANNELS), "channels of the conditions; 0: as many as they have"
     ),
     "data.condition_dtype": Key(
         "",
         OneOf(("", EIGHT_BITS, *DTYPES)),
-        "type of their numbers; 'uint8': images of 8 bits; '': that of the files",
+        "type of the conditions' numbers; 'uint8': images of 8 bits; '': that of the files",
     ),
     "data.condition_mean": Key(
         (),
         Numbers(_NUMBER, range(MOST_CHANNELS + 1)),
-        "the number of each of their channels that becomes 0; (): measured, of 8 bits 127.5",
+        "of the conditions: the number in each channel that becomes 0; (): measured, 127.5 for 8 "
+        "bits",
     ),
     "data.condition_std": Key(
         (),
         Numbers(Number(1e-30, 1e30), range(MOST_CHANNELS + 1)),
-        "the difference in each of their channels that becomes 0.5; (): measured, of 8 bits 63.75",
+        "of the conditions: the difference in each channel that becomes 0.5; (): measured, 63.75 "
+        "for 8 bits",
     ),
 }
 MEASURED = [key for key in KEYS if key != PATH]

@@ -183,7 +183,7 @@ def _options(network: Record) -> dict:
 
 # The defaults of the published classes.
 _EDM = {"label_dim": 0, "sigma_data": 0.5, "model_type": "DhariwalUNet"}
-# Constants of the others' preconditionings, of which the methods here have these values only.
+# Constants of the other preconditionings; the methods here have only these values.
 _VP = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5}
 _VE = {"sigma_min": 0.02, "sigma_max": 100}
 _IDDPM = {"C_1": 0.001, "C_2": 0.008, "M": 1000}
@@ -224,7 +224,7 @@ _WITHOUT_DEFAULT_OR_KEY = {
     # without a key: the bounds of the noise level, and what holds for training only
     *("sigma_min", "sigma_max", "use_fp16", "label_dropout"),
 }
-# Of EDM2. What is fixed has no key: the network here has these values.
+# Options of EDM2. Those that are fixed have no key: the network here has these values.
 _EDM2 = {
     "img_channels": 3,
     "label_dim": 0,
@@ -313,7 +313,7 @@ def config_values(snapshot: Snapshot) -> dict[str, object]:
 
 
 def _edm2_values(options: dict) -> dict[str, object]:
-    """`config_values` of EDM2, from its options other than None."""
+    """`config_values` of EDM2, from those of its options that are not None."""
     for key, value in _EDM2_FIXED.items():
         if options.get(key, value) != value:
             raise ValueError(f"no config for the network's option {key} other than {value}")
@@ -345,7 +345,7 @@ def _edm2_values(options: dict) -> dict[str, object]:
 
 @contextlib.contextmanager
 def _damaged_options() -> Iterator[None]:
-    """Turns errors of options of another type or number into ValueErrors of one line."""
+    """Turn errors from options of a wrong type or number into ValueErrors of one line."""
     try:
         yield
     except (KeyError, TypeError, ValueError, OverflowError) as error:

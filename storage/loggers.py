@@ -93,7 +93,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def _entry(line: bytes) -> dict[str, Any]:
-    """The content of a `line` of JsonLines; a damaged one is of an infinite step."""
+    """The content of a `line` of JsonLines; a damaged line has an infinite step."""
     with contextlib.suppress(ValueError, RecursionError):
         entry = json.loads(line)
         kinds = {"step": int, "seconds": float}
@@ -136,7 +136,7 @@ class WeightsAndBiases(Logger):
 
 
 def _id_in(path: Path) -> str:
-    """The text of the file at `path`, which is made with a random one."""
+    """The id in the file at `path`; where there is no file, it is made with a random id."""
     with contextlib.suppress(FileNotFoundError), open_regular(path, follow=False) as file:
         return file.read(100).decode()
     name = uuid.uuid4().hex[:16]
@@ -176,7 +176,7 @@ class Loggers:
                 self.loggers[name] = LOGGERS[name](workdir, step, values)
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Log the numbers of a step by their tags; none are no line."""
+        """Log the numbers of a step by their tags; nothing is logged where there are none."""
         if values:
             self._each("add_scalars", values, step)
 

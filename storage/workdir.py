@@ -4,7 +4,7 @@
 config.json                           the config of the first start
 stdout.txt                            the log of all starts
 tensorboard/                          curves and pictures
-metrics.jsonl                         the same numbers, a line a log step
+metrics.jsonl                         the same numbers, one line for each step logged
 wandb/                                id and files of Weights & Biases, where it logs
 checkpoints/checkpoint_{step}.pth     numbered states, to evaluate
 checkpoints/best.pth                  the state with the best metrics along the training

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Run:
-    """Keeps what it is told in a folder of its own below `dir`, as wandb does offline."""
+    """A run that keeps its logs in a folder of its own below `dir`, as wandb does offline."""
 
     def __init__(self, dir: str, **options):
         if os.environ.get("WANDB_MODE") != "offline":

@@ -56,7 +56,7 @@ def case_weights(case):
 
 
 def published_weight(name, shape):
-    """As the README of the reference numbers has them."""
+    """A published weight, drawn as the README of the reference numbers says."""
     leaf, draws = name.rpartition(".")[2], np.random.RandomState(zlib.crc32(name.encode()))
     if leaf == "freqs":
         return torch.from_numpy(2 * math.pi * draws.standard_normal(shape)).float()
@@ -308,7 +308,7 @@ def magnitude(x, *dims):
 
 
 def test_a_convolution_keeps_the_magnitude_but_at_padded_borders():
-    """Of a window that has 9 pixels, 6 are inside at an edge, 4 in a corner."""
+    """A window has 9 pixels, of which 6 are inside at an edge and 4 in a corner."""
     torch.manual_seed(0)
     with torch.no_grad():
         size = magnitude(MPLayer(64, 512, 3)(torch.randn(64, 64, 4, 4)), 0, 1)
@@ -356,7 +356,7 @@ def test_a_network_keeps_the_magnitude_at_its_start():
 
 
 def test_a_gradient_is_orthogonal_to_the_weights_of_its_output():
-    """Since their length changes nothing; so a step without normalisation only lengthens them."""
+    """Their length changes nothing, so a step without normalisation only lengthens them."""
     layer, x = MPLayer(6, 5, size=3).double(), randn(2, 6, 4, 4)
     (layer(x) * randn(2, 5, 4, 4, seed=1)).sum().backward()
     along = (layer.weight * layer.weight.grad).flatten(1).sum(1)
@@ -438,7 +438,7 @@ def test_bfloat16_is_near(one_thread):
 
 @pytest.mark.slow
 def test_training_is_one_graph_for_the_compiler():
-    """Which normalises the stored weights too; one level, of which compiling takes less time."""
+    """The graph includes the normalisation of stored weights; one level compiles in less time."""
     options = {"image_size": 4, "ch_mult": (1,)}
     model, twin = randomised(**options).train(), randomised(**options).train()
     inputs = torch.randn(2, 1, 4, 4), torch.tensor([0.1, 0.5])

@@ -105,7 +105,7 @@ def test_losses_are_the_published_ones(case, golden, monkeypatch):
 
 
 def test_the_chain_of_vp_is_that_of_the_sde():
-    """Levels, labels and inputs of the network are those of Song et al.'s VP SDE, in its x."""
+    """Levels, labels and network inputs are those of Song et al.'s VP SDE."""
     vp = methods.VPSDE(
         beta_min=0.1, beta_max=20.0, N=1000, continuous=True, likelihood_weighting=False
     )
@@ -147,7 +147,7 @@ def mean_of_points(D):
 
 
 def noise_network(case, denoise):
-    """The network of the noise that has the denoiser, from the definition of each column."""
+    """The network that gives the exact denoiser, from the definition of each column."""
 
     def net(x, label):
         if case == "VPPrecond":

@@ -111,7 +111,7 @@ def test_solvers_give_what_they_give_for_edm(name, case):
 @BOTH
 @pytest.mark.parametrize("case", ["gaussian", "points, D = 4"])
 def test_the_adaptive_solver_encodes_decodes_and_gives_likelihoods_as_for_edm(name, case):
-    """From sigma = 0.2: below, density and field of points have no scale but their own."""
+    """Levels start at 0.2: below, density and field of points have no scale but their own."""
     method, edm, net, edm_net, x, y = both(name, case, sigma_min=0.2)
     fine = {"rtol": 1e-7, "atol": 1e-7}
     sample, _ = solve_ode(method, net, x, "rk45", noise_removal=True, **fine)
@@ -253,7 +253,7 @@ def test_times_follow_their_law(name, times):
 @BOTH
 @pytest.mark.parametrize("D", [math.inf, 1.5])
 def test_scaled_data_train_as_unscaled_ones_do(name, D):
-    """With all noise levels in units of the data's standard deviation."""
+    """All noise levels are in units of the data's standard deviation."""
     s, y = 3.0, 0.5 * torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     levels = {k: s * NUMBERS[k] for k in ("sigma_min", "sigma_max", "sigma_data")}
     larger = flow(name, D, **levels, P_mean=NUMBERS["P_mean"] + math.log(s), sigma_unit=s)
@@ -274,7 +274,7 @@ def test_scaled_data_train_as_unscaled_ones_do(name, D):
 @BOTH
 @pytest.mark.parametrize("target_kind", ["image", "posterior_mean"])
 def test_consistency_is_that_of_edm(name, target_kind):
-    """For the same denoiser: pairs of noise levels, their distance and its gradient's weight."""
+    """The same denoiser gives equal pairs of noise levels, distances and gradient weights."""
     denoise = mean_of_points(4.0)
     batch = Batch(POINTS.repeat(10, 1, 1, 1))
     found, expected = (

@@ -111,7 +111,7 @@ def configured(images, workdir, key, value):
 
 @pytest.fixture
 def without_plots(monkeypatch):
-    """Pages without what matplotlib draws, a quarter of the time; test_report has any numbers."""
+    """Pages without matplotlib's plots, in a quarter of the time; test_report draws any numbers."""
     for name in ("curve_plot", "histogram"):
         monkeypatch.setattr(page, name, lambda *values, **options: "")
 

@@ -56,7 +56,7 @@ def test_frechet_interval_is_that_of_numerical_derivatives():
 
 
 def test_frechet_interval_of_samples_or_data_without_variance():
-    """Where pixels, or all samples, are the same: finite, and of a collapsed generator 0 wide."""
+    """The interval is finite, and has width 0 for a collapsed generator."""
     random = np.random.default_rng(7)
     fake, real = random.standard_normal((2, 60, 4))
     fake[:, 1] = real[:, 1] = real[:, 2] = 0.5
@@ -81,7 +81,7 @@ def test_inception_score_interval_is_that_of_numerical_derivatives():
 
 
 def test_kernel_interval_is_that_of_leaving_samples_out():
-    """The jackknife over samples, each of which is left out once."""
+    """The jackknife, which leaves out each sample once."""
     random = np.random.default_rng(2)
     real, fake = random.standard_normal((80, 4)), 0.5 + random.standard_normal((80, 4))
     without = [kernel_distance(real, np.delete(fake, i, 0)) for i in range(80)]
@@ -147,7 +147,7 @@ def share(key, fake, data):
     ],
 )
 def test_intervals_hold_the_mean_of_evaluations(measure, shift, scale, low, high):
-    """Of evaluations with 200 samples of 8 features, of the same data; 95 % is meant."""
+    """Evaluations have 200 samples of 8 features and the same data; the share should be 95 %."""
     random = np.random.default_rng(5)
     number = 1000 if measure in (frechet, kernel) else 400
     data = Reference.measure([random.standard_normal((number, 8))], number, number)
@@ -161,7 +161,7 @@ def test_intervals_hold_the_mean_of_evaluations(measure, shift, scale, low, high
 
 
 def test_intervals_are_shown_wherever_there_are_metrics(tmp_path):
-    """On the console, on the page, beside other runs; the range over seeds takes their place."""
+    """Console, page and comparison show them; there the range over seeds takes their place."""
     numbers = {"fid": 1.25, "fid_low": 1.125, "fid_high": 1.5, "seconds": 1.0, "step": 10}
     first = report(1, numbers)
     assert re.search(r"\n    95 % interval +1.125 to 1.5\n", report_table(first, "test", "title"))

@@ -74,7 +74,7 @@ def test_a_torn_line_is_dropped(tmp_path, torn):
 
 
 def test_a_step_that_is_logged_again_is_one_line(tmp_path):
-    """As metrics that a signal had prevented, which the next start computes."""
+    """Metrics that a signal prevented are computed, and logged, by the next start."""
     write(tmp_path, 0, [1, 2, 3])
     with Loggers("jsonl", tmp_path, 3, {}) as logs:
         logs.add_scalars({"metrics/fid": 5.0}, 3)
@@ -293,7 +293,7 @@ def test_weights_and_biases_has_one_run_with_all_steps(runs):
 
 
 def assert_equal(a, b):
-    """Two states of a run, but for configs."""
+    """Assert that two states of a run are equal, but for their configs."""
     assert type(a) is type(b)
     if isinstance(a, dict):
         assert a.keys() == b.keys()
@@ -329,7 +329,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_distance_after_any_kill(runs)
 
 
 def test_its_distance_is_that_of_other_draws_than_an_evaluations(runs):
-    """By the definition: the EMA weights, Heun's samples, numpy's covariances."""
+    """Computed anew by the definition: EMA weights, Heun's samples, numpy's covariances."""
     path = runs / "whole/checkpoints/best.pth"
     parts = load(path).experiment
     data = get_dataset(parts.config, "train").flatten(1).double().numpy() / 255
@@ -396,7 +396,7 @@ def test_a_distance_above_the_best_by_more_than_its_noise_is_warned_of(
 
 
 def test_the_noise_is_the_deviation_of_other_draws():
-    """Samples of a Gaussian in 3 dimensions: the bootstrap against 200 independent draws."""
+    """The bootstrap against 200 independent draws of samples of a Gaussian in 3 dimensions."""
     rng = np.random.default_rng(0)
     reference = Reference(Gaussian(np.zeros(3), np.eye(3)))
     draws = [Comparison(rng.normal(0.5, 1, (100, 3)), None, reference) for _ in range(200)]
@@ -421,7 +421,7 @@ PERFECT = {"fid": 0.0, "samples": 30, "features": "pixels"}
     ],
 )
 def test_which_best_checkpoint_a_run_goes_on_with(tmp_path, runs, record, change, is_kept, caplog):
-    """One of step 24, beside a state of step 12 to go on from."""
+    """The best checkpoint is of step 24; the run goes on from step 12."""
     workdir, path = tmp_path / "run", tmp_path / "run/checkpoints/best.pth"
     shutil.copytree(runs / "whole/checkpoints", workdir / "checkpoints")
     last = workdir / f"checkpoints/checkpoint_{STEPS}.pth"
@@ -458,7 +458,7 @@ def test_an_evaluation_of_the_best_says_how_it_was_chosen(runs):
 
 
 def test_the_main_one_of_several_processes_logs_and_measures(tmp_path):
-    """Alone: the others go on to the next step, as where pictures are drawn."""
+    """The other processes go straight on to the next step, as they do where pictures are drawn."""
     values = TINY | STEPS_OF_ODE | FEW | {"eval.stats_dir": tmp_path / "stats"}
     values |= {"training.n_iters": 4, "training.metric_freq": 2, "training.loggers": "jsonl"}
     flags = [f"--config={ROOT}/configs/{CONFIG}", "--mode=train", f"--workdir={tmp_path}/run"]

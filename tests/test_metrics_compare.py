@@ -41,7 +41,7 @@ def compared(monkeypatch, folder, *arguments):
 
 
 def refused(monkeypatch, capsys, *arguments):
-    """The line with which the program refuses."""
+    """The line with which the program refuses `arguments`."""
     monkeypatch.setattr(sys, "argv", ["metrics.compare", *map(str, arguments)])
     with pytest.raises(SystemExit):
         compare.main()
@@ -90,7 +90,7 @@ def test_images_of_any_form(a, b, sets, monkeypatch, tmp_path, capsys):
 
 
 def test_it_gives_the_figures_of_an_evaluation(monkeypatch, tmp_path, one_thread):
-    """In two spaces, from the run's samples and its data; what is written for ADM's evaluator."""
+    """The run's samples and its data in two spaces, and the file written for ADM's evaluator."""
     network = save_torchscript(tmp_path / "network.pt", MeanColour())
     np.savez(tmp_path / "data.npz", images_of(1, 90), np.arange(90) % 3)
     config = tiny("edm/digits_ddpmpp.py", tmp_path, training__snapshot_sampling=False)
@@ -127,7 +127,7 @@ def test_it_gives_the_figures_of_an_evaluation(monkeypatch, tmp_path, one_thread
 
 
 def test_it_gives_the_figures_of_tensorflow_gan(sets, monkeypatch, tmp_path):
-    """On the same features, the colours of the images."""
+    """Both have the same features, the mean colours of the images."""
     pytest.importorskip("tensorflow_gan")
     network = save_torchscript(tmp_path / "network.pt", MeanColour())
     options = "--features", "network", "--networks", network
@@ -172,7 +172,7 @@ def published(form, images):
     ],
 )
 def test_published_statistics_are_known_by_content(form, others, monkeypatch, sets, tmp_path):
-    """Whatever the file is called; those that have features give the other metrics too."""
+    """The name of the file does not matter; files with features give the other metrics too."""
     path = tmp_path / "anything.npz"
     save_npz(path, **published(form, images_of(1, 300)))
     expected = frechet_distance(

@@ -48,7 +48,7 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("n", [1, 7])
 def test_an_exported_program_gives_what_torchscript_gives(n, exported):
-    """Whatever the file is called; one image too, though it was exported for two or more."""
+    """Any file name, and also a batch of one, though it was exported for two or more."""
     images = random_images(n=n)
     (features, logits), expected = (space_of("network", path)(images) for path in exported)
     np.testing.assert_allclose(features, expected[0])
@@ -152,7 +152,7 @@ def test_two_spaces_cost_one_pass_of_sampling_killed_or_not(tmp_path, exported, 
 
 
 def test_the_recipe_for_files_of_networks(tmp_path):
-    """That of docs/metrics.md, with a small network in place of DINOv2."""
+    """The code in docs/metrics.md works, with a small network in place of DINOv2."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs/metrics.md").read_text(), re.S)[1]
     recipe = {}
     exec(code, recipe)

@@ -1,4 +1,4 @@
-"""Recipes times seeds from one file: the table, kills, failures."""
+"""Several recipes and seeds from one file: the table, kills, failures."""
 
 import signal
 import sys

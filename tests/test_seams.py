@@ -117,7 +117,7 @@ def test_a_source(trained):
 
 
 def test_a_network(tmp_path):
-    """Its own options, `mixer_depth` other than by default, are part of the run."""
+    """Its own options are part of the run; `mixer_depth` is not the default."""
     overrides = ["--config.sampling.ode_solver=forward_euler", "--config.model.mixer_depth=1"]
     program("train", "network", tmp_path, *overrides)
     content = load_checkpoint(tmp_path / "checkpoints/checkpoint_20.pth")
@@ -402,7 +402,7 @@ def test_rectified_flow_has_the_loss_of_exact_velocities(rectified):
 
 
 def test_learned_uncertainty_is_the_log_of_the_mean_error(drill):
-    """There the loss of each noise level is smallest."""
+    """The loss of each noise level is smallest at that u."""
     config = drill("objective").get_config()
     config.data.image_size = 2
     config.training.update(batch_size=64, bins=4)

@@ -126,7 +126,7 @@ def test_coupling_needs_images_as_targets_and_no_conditions_but_classes():
 
 
 def test_it_shortens_paths_and_leaves_less_for_small_steps():
-    """On eight Gaussians: distances of pairs, and what of the velocity is left open by x.
+    """Eight Gaussians: distances of pairs, and the variance of the velocity given x.
 
     The variance of n - y given x is what bends trajectories: where it is 0 at all times, one step
     of Euler's is exact (Liu et al. 2023, theorem 3.3). It is measured over the nearest neighbours
@@ -153,7 +153,7 @@ def test_it_shortens_paths_and_leaves_less_for_small_steps():
 
 
 def test_uncoupled_methods_keep_their_text():
-    """By which cached results of earlier runs are told apart."""
+    """Cached results of earlier runs are told apart by this text."""
     assert repr(pfgmpp(4.0)) == (
         "PFGMPP(D=4.0, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, P_mean=-1.2, P_std=1.2, "
         "target_kind='image')"

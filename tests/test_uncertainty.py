@@ -94,7 +94,7 @@ def test_the_learning_rate_decays_beside_its_cooldown():
 
 
 def test_the_uncertainty_becomes_the_log_of_the_mean_error():
-    """There the loss of each noise level is smallest, 1 + ln(error)."""
+    """The loss of each noise level is smallest at that u: 1 + ln(error)."""
     objective = uncertainty(reduce_mean=True).double()
     batch = Batch(torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double())
     examples = objective.draw(batch, generator=torch.Generator().manual_seed(1))

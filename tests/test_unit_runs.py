@@ -145,7 +145,7 @@ def test_the_library_on_arrays(tmp_path):
 
 @pytest.mark.slow
 def test_processes_share_arrays_on_disk(tmp_path):
-    """In types that gloo does not know too; the weights are those of one process.
+    """The weights are those of one process, also for types that gloo does not know.
 
     RAdam's first five steps are plain momentum, so that rounding stays rounding.
     """

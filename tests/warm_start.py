@@ -259,7 +259,7 @@ def _become_a_program(connection: int) -> None:
 
 
 def _end(status: int) -> None:
-    """Ends as the interpreter does, but leaves its objects to the system.
+    """End as the interpreter does, but leave its objects to the system.
 
     To free each of them takes a fork a third of a second, since it copies every page it writes to.
     """

@@ -1,6 +1,7 @@
 """EDM2-M on ImageNet at 64 x 64 with class labels, a folder or zip at data.path.
 
-By the rule of XS and S; its names and shapes have not been compared with the published weights.
+It follows the rule of XS and S. Its names and shapes have not been compared with the published
+weights.
 """
 
 from configs.parts import EDM, EDM2, EDM2_TRAINING, ConfigDict, experiment

@@ -2,8 +2,8 @@
 
     --config.data.path=clean/ --config.data.condition_path=noisy/
 
-D = 64 is the best of PPFM (Hein et al. 2023, arXiv 2312.09754). Pairs may be folders of images or
-arrays in units of their own, of any size of which all images have one; see docs/pairs.md.
+D = 64 did best in PPFM (Hein et al. 2023, arXiv 2312.09754). Pairs may be folders of images or
+arrays in units of their own, all of one size, which may be any; see docs/pairs.md.
 """
 
 from configs.parts import DDPMPP, PFGMPP, ConfigDict, experiment, images
