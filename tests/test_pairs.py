@@ -16,6 +16,7 @@ import models
 import run_lib
 from completion import complete
 from library.conditions import ConditionDrawer
+from reports import drawings
 from sources.batch import Batch, Conditions
 from sources.codec import EightBitImages
 from sources.pairs import codec_of
@@ -335,6 +336,25 @@ def test_labels_alone_do_not_stand_for_the_image_that_is_missing(arrays):
     drawer = ConditionDrawer(datasets.Data(config.data), torch.device("cpu"))
     with pytest.raises(ValueError, match="data.condition_path names none"):
         drawer(2, "samples")
+
+
+def test_the_picture_of_classes_is_drawn_with_a_condition(tmp_path, monkeypatch):
+    from experiment import Experiment
+
+    names = [f"{'ab'[i % 2]}/scan{i}.png" for i in range(20)]
+    for folder in ("clean", "noisy"):
+        (tmp_path / folder).mkdir()
+        for image, name in zip(numbered(20, start=100), names, strict=True):
+            (tmp_path / folder / name).parent.mkdir(exist_ok=True)
+            Image.fromarray(image[..., 0]).save(tmp_path / folder / name)
+    config = completed(tmp_path / "clean", tmp_path / "noisy", data__num_classes=2)
+    drawn = []
+    monkeypatch.setattr(drawings, "_draw_strips", lambda *arguments: drawn.append(arguments[-1]))
+    drawings.draw_classes(Experiment.build(config), 0, tmp_path / "classes.png")
+    (conditions,) = drawn
+    assert conditions["class_labels"].tolist() == [0, 1]
+    assert conditions["image"].shape == (2, 1, SIDE, SIDE)
+    assert (conditions["image"][0] == conditions["image"][1]).all()
 
 
 def test_guidance_by_the_condition_needs_its_dropout(arrays):
