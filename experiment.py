@@ -402,6 +402,12 @@ def _guide(config, codec: Codec, device: torch.device) -> nn.Module:
             f"sampling.guide={path} is another kind of network: its codec is {theirs}, not "
             f"{codec.identity}"
         )
+    of_conditions, ours = (pairs.codec_of(each.data) for each in (guide_config, config))
+    if ours and of_conditions.identity != ours.identity:
+        raise ValueError(
+            f"sampling.guide={path} is another kind of network: the codec of its conditions is "
+            f"{of_conditions.identity}, not {ours.identity}"
+        )
     network = models.from_config(guide_config, codec.shape).to(device)
     fit(partial(load_ema, network), content, path)
     return network.eval().requires_grad_(False)

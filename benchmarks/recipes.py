@@ -11,7 +11,7 @@ FILE is TOML; benchmarks/digits.toml makes the table in README:
 
     [columns]                                  # title = "entry of a report, format of its numbers"
     "Frechet distance" = "fid .4f"
-    "seconds" = "training_seconds .0f"         # which every run has
+    "seconds" = "training_seconds .0f"         # of runs that log to TensorBoard
 
     [[recipes]]
     name = "PFGM++, D = 16"
@@ -27,7 +27,8 @@ The same command goes on after a kill: a finished training or evaluation is not 
 training that has begun is resumed. A recipe that fails is named with its log, the others go on, and
 the exit status is 1. Cells of the table are means over the seeds, with ranges in brackets. With
 `floor_draws`, the first row has the Frechet distance, in pixels, of as many training images as a
-run has samples: their mean, and the range of 95 % of that many draws with replacement.
+run has samples: their mean, and the range of 95 % of that many draws with replacement. It is left
+out where the distances of the runs are in another space.
 """
 
 import argparse
@@ -213,7 +214,8 @@ class Plan:
         """Lines of Markdown: titles, the floor, and a row of each recipe that has `runs`."""
         reports = {name: [*map(self._numbers, of_recipe)] for name, of_recipe in runs.items()}
         rows = [["method", *self.columns], ["---"] * (1 + len(self.columns))]
-        if self.floor_draws and (first := next((r[0] for r in runs.values() if r), None)):
+        first = next((of_recipe[0] for of_recipe in runs.values() if of_recipe), None)
+        if first and self.floor_draws and _is_in_pixels(first):
             workdir, number = self.folder / first.name, int(first.report["num_samples"])
             draws = floor(workdir.parent, number, self.floor_draws)
             rows.append(["training images", *self._cells([{"fid": d} for d in draws], NINETY_FIVE)])
@@ -228,7 +230,7 @@ class Plan:
         """Numbers that a row may show of a run: those of its report, and its `training_seconds`."""
         folder = (self.folder / run.name).parent / "tensorboard"
         seconds = seconds_of_training(folder, int(run.report["step"]))
-        return dict(run.report) | {"training_seconds": seconds}
+        return dict(run.report) | ({"training_seconds": seconds} if seconds else {})
 
     def _cells(self, numbers: Sequence[dict], percentiles: tuple = (0, 100)) -> list[str]:
         cells = []
@@ -238,6 +240,11 @@ class Plan:
             spread = f" ({'-'.join(texts)})" if len({*texts}) > 1 else ""
             cells.append(f"{np.mean(values):{kind}}{spread}" if values else "")
         return cells
+
+
+def _is_in_pixels(run: Run) -> bool:
+    """Whether the Frechet distance of a run is one of pixels."""
+    return str(run.report.get("features", "")).split(",")[0] == "pixels"
 
 
 def _check_keys(

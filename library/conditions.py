@@ -20,6 +20,7 @@ def check_conditions(method: Method, codec: Codec) -> None:
             "other conditions: use training.sde='pfgmpp' with training.target='image' (model.D=1 "
             "is the field of a Poisson flow)"
         )
+    method.check_kernel("data.condition_path")
     if codec.shape != codec.data_shape:
         raise ValueError(
             "data.condition_path: conditions have the sides of the images, and the network sees "
@@ -52,8 +53,8 @@ class ConditionDrawer:
         labels = None
         if self._is_named:
             labels = torch.full((number,), self.class_label, device=self.device)
+        self._check_image()
         if not self._reads_rows and not self.data.has_pairs:
-            self._check_image()
             return Conditions(class_labels=labels)
         conditions = self._of_training if self._reads_rows else Conditions()
         rows = torch.arange(self.data.number("train"))
@@ -67,7 +68,7 @@ class ConditionDrawer:
         return conditions if labels is None else conditions | {"class_labels": labels}
 
     def _check_image(self) -> None:
-        if self.data.options.condition_channels:
+        if self.data.options.condition_channels and not self.data.has_pairs:
             raise ValueError(
                 "the network is given an image as a condition, and data.condition_path names none"
             )

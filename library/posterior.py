@@ -87,7 +87,7 @@ class ToDrawFrom:
 
     def origin(self, shape: object = None) -> dict[str, str]:
         """A digest of the conditions, on which samples depend."""
-        return digests(condition=tensor_of(self.stored))
+        return digests(conditions=tensor_of(self.stored))
 
     def save(self, folder: Path, samples: NDArray, codec: Codec) -> Path:
         """Write posterior.npz and posterior.png; the path of the picture.

@@ -92,8 +92,13 @@ def from_config(config: ConfigDict, shape: Shape) -> nn.Module:
     extra = method_class(config.training.sde).extra_channels
     build = named(NETWORKS, "model.name", config.model.name)
     network = build(config, shape, shape[0] + extra)
-    takes_image = "image" in inspect.signature(network.forward).parameters
-    if config.data.condition_channels and not takes_image:
+    arguments = inspect.signature(network.forward).parameters
+    if config.model.augment_dim and "augment_labels" not in arguments:
+        raise ValueError(
+            f"model.name={config.model.name!r} takes no augmentation labels: set "
+            "model.augment_dim=0 and training.augment=0"
+        )
+    if config.data.condition_channels and "image" not in arguments:
         raise ValueError(
             f"model.name={config.model.name!r} takes no image as a condition "
             "(data.condition_path): 'ncsnpp', 'ddpm', 'edm_unet' and 'adm' do"

@@ -39,7 +39,8 @@ def draw_classes(experiment: Parts, seed: int, path: Path) -> None:
     generator = keyed_generator(experiment.device, "classes", seed)
     x = _prior_samples(experiment, COLUMNS, generator).repeat(rows, 1, 1, 1)
     conditions = Conditions()
-    if experiment.data.condition_names:  # the others are the same in every row
+    # other conditions than labels are the same in every row
+    if experiment.data.condition_names or experiment.condition_codec:
         conditions = experiment.draw_conditions(1, "classes")
         conditions = conditions.map(lambda row: row.repeat_interleave(rows, 0))
     labels = {"class_labels": torch.arange(rows, device=experiment.device)}

@@ -188,10 +188,14 @@ class Pairs:
             options.update(num_classes=0, held_out=0, groups="")
             options.scale = () if isinstance(data.scale, str) else tuple(data.scale)
         if isinstance(self._files, Folder) and not options.scale and self._files.measure_scale()[0]:
-            raise ValueError(
-                f"{PATH}={self._name} holds 16-bit images, and the data have 8 bits: set "
-                "data.scale=(low, high), the values that become black and white"
+            remedy = (
+                "the data have 8 bits: set data.scale=(low, high), which become black and white"
             )
+            if data.dtype:
+                remedy = (
+                    "the data are in units of their own (data.dtype): save them as .npy or .npz"
+                )
+            raise ValueError(f"{PATH}={self._name} holds 16-bit images, and {remedy}")
         has_splits = bool(self._files.split_names) and isinstance(self._files, Arrays)
         of_each_split = bool(self._images.split_names) and not isinstance(self._images, Folder)
         if has_splits != of_each_split:

@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_configs import load
 from test_edm2 import with_gradient
 from torch import nn
 
+import models
 from models.dit import Block, DiT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,6 +143,14 @@ def test_other_sides_and_labels_are_refused():
         net(*inputs(1, 1, 5, 8))
     with pytest.raises(ValueError, match="takes no class_labels"):
         net(*inputs(1, 1, 4, 8), torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("path", ["pfgmpp/digits_dit.py", "edm2/digits.py"])
+def test_augmentation_labels_are_refused_before_training(path):
+    config = load(path)
+    config.model.augment_dim = 9
+    with pytest.raises(ValueError, match="takes no augmentation labels: set model.augment_dim=0"):
+        models.create_model(config)
 
 
 def test_blocks_that_run_again_in_backward_give_the_same():

@@ -130,6 +130,8 @@ def test_samples_are_draws_for_each_condition(places, tmp_path):
     draws = samples["samples"].reshape(2, 3, SIDE, SIDE, 1).astype(float)
     np.testing.assert_allclose(posterior["mean"], draws.mean(0), rtol=1e-6)
     np.testing.assert_allclose(posterior["std"], draws.std(0, ddof=1), rtol=1e-6)
+    other_scale = [condition, "--config.sampling.seeds=0-1", "--config.data.condition_std=(9.0,)"]
+    assert "holds samples of other settings (condition:" in output_of([*flags, *other_scale], 2)
     with Image.open(tmp_path / "posterior.png") as picture:
         assert picture.size[0] > picture.size[1]  # 4 columns, 3 rows
     trained = load(places / "run")

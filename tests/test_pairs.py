@@ -13,7 +13,10 @@ import datasets
 import losses
 import methods
 import models
+import run_lib
 from completion import complete
+from library.conditions import ConditionDrawer
+from reports import drawings
 from sources.batch import Batch, Conditions
 from sources.codec import EightBitImages
 from sources.pairs import codec_of
@@ -177,6 +180,18 @@ def test_conditions_that_do_not_fit_are_refused_in_one_line(arrays, folders, tmp
     np.save(tmp_path / "bad.npy", bad)
     with pytest.raises(ValueError, match=r"bad.npy\[3, 2, 1, 0\] is nan"):
         completed(arrays[0], tmp_path / "bad.npy")
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    for i in range(20):
+        Image.fromarray(np.full((SIDE, SIDE), 300 + i, np.uint16)).save(deep / f"scan{i}.png")
+    (folders[1] / "scan33.bmp").rename(folders[1] / "scan3.bmp")
+    for images, dtype, line in (
+        (folders[1], "", "the data have 8 bits: set data.scale"),
+        (deep, "uint16", r"units of their own \(data.dtype\): save them as .npy"),
+    ):
+        with pytest.raises(ValueError, match=f"deep holds 16-bit images, and .*{line}") as error:
+            completed(images, deep, data__dtype=dtype)
+        one_line(error)
     digits = config_of(*arrays, data__dataset="digits", data__image_size=8)
     with pytest.raises(ValueError, match="belongs to the images of data.dataset='folder'"):
         complete(digits)
@@ -290,6 +305,56 @@ def test_targets_that_average_over_other_conditions_are_refused(arrays, of, capl
     with pytest.raises(ValueError, match="means over images of other conditions") as error:
         Experiment.build(config)
     one_line(error)
+
+
+def test_a_coupling_and_an_image_as_a_condition_are_refused_together(arrays):
+    from experiment import Experiment
+
+    config = completed(*arrays, model__coupling="transport")
+    with pytest.raises(ValueError, match="data.condition_path takes noise to be drawn apart"):
+        Experiment.build(config)
+
+
+def test_a_guide_is_given_conditions_on_the_same_scale(arrays, tmp_path):
+    from experiment import Experiment
+
+    config = completed(*arrays, training__snapshot_sampling=False, training__n_iters=1)
+    run_lib.train(config, tmp_path / "run")
+    guide = str(tmp_path / "run/checkpoints/checkpoint_1.pth")
+    config.sampling.update(guidance=2.0, guide=guide)
+    assert Experiment.build(config).sampler.guidance.guide is not None
+    config.data.condition_std = (1.0, 1.0)
+    with pytest.raises(ValueError, match="the codec of its conditions is") as error:
+        Experiment.build(config)
+    one_line(error)
+
+
+def test_labels_alone_do_not_stand_for_the_image_that_is_missing(arrays):
+    config = completed(*arrays)
+    with config.ignore_type():
+        config.data.update(condition_path="", num_classes=2)
+    drawer = ConditionDrawer(datasets.Data(config.data), torch.device("cpu"))
+    with pytest.raises(ValueError, match="data.condition_path names none"):
+        drawer(2, "samples")
+
+
+def test_the_picture_of_classes_is_drawn_with_a_condition(tmp_path, monkeypatch):
+    from experiment import Experiment
+
+    names = [f"{'ab'[i % 2]}/scan{i}.png" for i in range(20)]
+    for folder in ("clean", "noisy"):
+        (tmp_path / folder).mkdir()
+        for image, name in zip(numbered(20, start=100), names, strict=True):
+            (tmp_path / folder / name).parent.mkdir(exist_ok=True)
+            Image.fromarray(image[..., 0]).save(tmp_path / folder / name)
+    config = completed(tmp_path / "clean", tmp_path / "noisy", data__num_classes=2)
+    drawn = []
+    monkeypatch.setattr(drawings, "_draw_strips", lambda *arguments: drawn.append(arguments[-1]))
+    drawings.draw_classes(Experiment.build(config), 0, tmp_path / "classes.png")
+    (conditions,) = drawn
+    assert conditions["class_labels"].tolist() == [0, 1]
+    assert conditions["image"].shape == (2, 1, SIDE, SIDE)
+    assert (conditions["image"][0] == conditions["image"][1]).all()
 
 
 def test_guidance_by_the_condition_needs_its_dropout(arrays):

@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,18 @@ def test_a_table_of_recipes_and_seeds(tmp_path, file, started, monkeypatch, caps
     changed = [line for line in lines if "training.n_iters was 2 when its training began" in line]
     assert len(changed) == 4
     assert changed[0].endswith(f"remove {out / D16}-s1, or give the recipe another name")
+
+
+def test_the_floor_and_seconds_are_left_out_where_they_are_not_those_of_the_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recipes, "floor", lambda *arguments: [1.0])
+    columns = {"distance": ("fid", ".1f"), "seconds": ("training_seconds", ".0f")}
+    plan = recipes.Plan(tmp_path, [1], columns, [], 20)
+    for features, floor in (("pixels,network", ["| training images | 1.0 |  |"]), ("network", [])):
+        report = {"features": features, "fid": 2.0, "num_samples": 4, "step": 1}
+        runs = {"a": [SimpleNamespace(name="a-s1/eval", report=report)]}
+        assert plan.table(runs)[2:] == [*floor, "| a | 2.0 |  |"]
 
 
 def test_the_floor_is_the_distance_of_training_images(tmp_path):
