@@ -182,7 +182,9 @@ class OpenedData:
     def measure_conditions(self) -> tuple[dict, str]:
         """The keys of `sources.pairs` measured on the training split, and a line for the log."""
         conditions = self._conditions_of("train")
-        return pairs.measure(conditions, self._pairs.dtype, _watch("mean and deviation"))
+        watch = _watch("mean and deviation")
+        values, line = pairs.measure(conditions, self._pairs.dtype, watch)
+        return values, line + self._pairs.clipping(self.options.scale)
 
     def measure_classes(self) -> int:
         """Number of classes of the training images: with names, or as many as labels need."""

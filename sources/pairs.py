@@ -172,6 +172,15 @@ class Pairs:
         """The name of the type of arrays in units of their own; "" of images of 8 bits."""
         return self._files.dtype() if isinstance(self._files, Arrays) else ""
 
+    def clipping(self, scale: tuple[float, ...] | str) -> str:
+        """The end of a log line on 16-bit conditions beyond `data.scale`; "" where none are."""
+        if not isinstance(self._files, Folder) or isinstance(scale, str) or not scale:
+            return ""
+        highest = max(self._files.measure_scale().scale, default=0)
+        if highest <= scale[1]:
+            return ""
+        return f"; clipped at {scale[1]:g}, though up to {highest:g}: widen data.scale"
+
     def of_split(self, data: ConfigDict, split: str, images: View) -> View:
         """The conditions, as stored, of `images`, those of `split`.
 

@@ -197,6 +197,19 @@ def test_conditions_that_do_not_fit_are_refused_in_one_line(arrays, folders, tmp
         complete(digits)
 
 
+def test_a_line_says_where_16_bit_conditions_are_clipped(tmp_path):
+    for folder, value in (("clean", 1000), ("noisy", 1500)):
+        (tmp_path / folder).mkdir()
+        for i in range(20):
+            image = Image.fromarray(np.full((SIDE, SIDE), value + i, np.uint16))
+            image.save(tmp_path / folder / f"scan{i}.png")
+    places = tmp_path / "clean", tmp_path / "noisy"
+    lines = {scale: complete(config_of(*places, data__scale=scale))[2] for scale in ((), (0, 2047))}
+    of_pairs = [[line for line in each if "conditions: " in line] for each in lines.values()]
+    assert "clipped at 1023, though up to 2047: widen data.scale" in of_pairs[0][0]
+    assert "clipped" not in of_pairs[1][0]
+
+
 def test_conditions_are_part_of_the_identity_of_data(arrays):
     config = completed(*arrays)
     stored = datasets.Data(config.data).identity
