@@ -449,7 +449,10 @@ def test_an_evaluation_of_the_best_says_how_it_was_chosen(runs):
     report = report_of(runs / "whole", math.ceil(best["step"] / 12), "eval_best")
     assert report["step"] == best["step"]
     words = str(report["best"])
-    assert f"{best['best']['fid']:.4g} of 30 samples (pixels)" in words and "others" in words
+    assert (
+        f"{best['best']['fid']:.4g} of 30 samples (pixels)" in words
+        and "not those of this" in words
+    )
     assert words in (runs / "whole/eval_best/report.html").read_text()
     assert report["fid"] != best["best"]["fid"]
     missing = runs / "plain/checkpoints/best.pth"

@@ -324,7 +324,7 @@ def test_a_coupling_and_an_image_as_a_condition_are_refused_together(arrays):
     from experiment import Experiment
 
     config = completed(*arrays, model__coupling="transport")
-    with pytest.raises(ValueError, match="data.condition_path takes noise to be drawn apart"):
+    with pytest.raises(ValueError, match="data.condition_path needs noise that is independent"):
         Experiment.build(config)
 
 
