@@ -142,6 +142,14 @@ def quick(config: ConfigDict) -> None:
     share_of_steps(config, snapshots=12, cooldown=95)
 
 
+def demo(config: ConfigDict) -> None:
+    """The steps and the width of `make demo`, after `quick`."""
+    config.training.update(n_iters=1500, precision="auto")
+    config.optim.optimizer = "Muon"
+    config.model.ch_mult = (1, 3)
+    config.eval.bpd_num_repeats = 1
+
+
 def consistency(config: ConfigDict) -> None:
     """Fine-tune a trained network for samples in one or two evaluations; the last part.
 

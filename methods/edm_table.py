@@ -152,10 +152,11 @@ class EDMVE(TableColumn):
 
 def _iddpm_levels(steps: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> Tensor:
     """The noise levels u_0 > ... > u_M = 0 of iDDPM's M `steps`, with a cosine schedule."""
-    kept = [math.sin(math.pi / 2 * j / (steps * (C_2 + 1))) ** 2 for j in range(steps + 1)]
+    alpha_bars = [math.sin(math.pi / 2 * j / (steps * (C_2 + 1))) ** 2 for j in range(steps + 1)]
     levels = [0.0]
     for j in range(steps, 0, -1):
-        levels.append(math.sqrt((levels[-1] ** 2 + 1) / max(kept[j - 1] / kept[j], C_1) - 1))
+        ratio = max(alpha_bars[j - 1] / alpha_bars[j], C_1)
+        levels.append(math.sqrt((levels[-1] ** 2 + 1) / ratio - 1))
     return torch.tensor(levels[::-1], dtype=torch.float64)
 
 

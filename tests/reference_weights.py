@@ -8,9 +8,12 @@ one vector named `W`, are standard normal; other vectors are normal / 10.
 
 import math
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def expand(document: dict, state: list) -> dict[str, tuple[int, ...]]:
@@ -34,3 +37,15 @@ def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     elif leaf != "W":
         values *= 0.1
     return torch.from_numpy(values.astype(np.float32))
+
+
+def case_arrays(name, case):
+    """Arrays of a case in a golden file, as tensors; its one-hot labels as numbers, or None."""
+    with np.load(GOLDEN / name) as file:
+        arrays = {
+            name.removeprefix(f"{case}/"): torch.from_numpy(file[name])
+            for name in file
+            if name.startswith(f"{case}/")
+        }
+    labels = arrays.get("labels")
+    return arrays | {"labels": None if labels is None else labels.argmax(dim=1)}

@@ -158,8 +158,8 @@ def test_blocks_that_run_again_in_backward_give_the_same():
     for again in (False, True):
         model = network(checkpoint_activations=again)
         results.append(with_gradient(model, model, *inputs(2, 1, 4, 8)))
-    for kept, again in zip(*results, strict=True):
-        torch.testing.assert_close(again, kept)
+    for stored, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, stored)
 
 
 @pytest.mark.slow

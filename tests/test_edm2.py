@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import objective_of
-from reference_weights import weight
+from reference_weights import case_arrays, weight
 from test_configs import load
 from torch import nn
 
@@ -77,15 +77,7 @@ def case_model(case):
 
 
 def case_inputs(case):
-    with np.load(GOLDEN / "edm2.npz") as file:
-        arrays = {
-            name.removeprefix(f"{case}/"): torch.from_numpy(file[name])
-            for name in file
-            if name.startswith(f"{case}/")
-        }
-    labels = arrays.get("labels")
-    arrays["labels"] = None if labels is None else labels.argmax(dim=1)
-    return arrays
+    return case_arrays("edm2.npz", case)
 
 
 def denoised(model, inputs, sd, class_labels):
@@ -415,8 +407,8 @@ def test_blocks_that_run_again_in_backward_give_the_same(training):
         model = randomised(dropout=0.5, checkpoint_activations=again).train(training)
         torch.manual_seed(1)
         results.append(with_gradient(model, model, *inputs))
-    for kept, again in zip(*results, strict=True):
-        torch.testing.assert_close(again, kept, rtol=1e-5, atol=1e-6)
+    for stored, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, stored, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_is_near(one_thread):

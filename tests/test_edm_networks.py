@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 import models
 from configs import parts
 from models import layers
-from tests.reference_weights import expand, weight
+from tests.reference_weights import case_arrays, expand, weight
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = json.loads((GOLDEN / "edm_networks.json").read_text())
@@ -66,16 +65,7 @@ def case_model(case, **changes):
 
 
 def case_inputs(case):
-    """The arrays of a case as tensors, its one-hot labels as numbers, or None."""
-    with np.load(GOLDEN / "edm_networks.npz") as file:
-        arrays = {
-            name.removeprefix(f"{case}/"): torch.from_numpy(file[name])
-            for name in file
-            if name.startswith(f"{case}/")
-        }
-    labels = arrays.get("labels")
-    arrays["labels"] = None if labels is None else labels.argmax(dim=1)
-    return {"augment_labels": None, **arrays}
+    return {"augment_labels": None, **case_arrays("edm_networks.npz", case)}
 
 
 def denoised(model, inputs, class_labels):

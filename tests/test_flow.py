@@ -274,7 +274,7 @@ def test_scaled_data_train_as_unscaled_ones_do(name, D):
 @BOTH
 @pytest.mark.parametrize("target_kind", ["image", "posterior_mean"])
 def test_consistency_is_that_of_edm(name, target_kind):
-    """The same denoiser gives equal pairs of noise levels, distances and gradient weights."""
+    """Equal pairs of noise levels, distances and gradient weights, for one denoiser."""
     denoise = mean_of_points(4.0)
     batch = Batch(POINTS.repeat(10, 1, 1, 1))
     found, expected = (

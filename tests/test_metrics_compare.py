@@ -50,7 +50,7 @@ def refused(monkeypatch, capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """The same samples A and data B in every form: {name: path}."""
+    """Paths of the samples A and the data B, by name, in every form that is read."""
     folder = tmp_path_factory.mktemp("sets")
     a, b = images_of(0, 60), images_of(1, 70)
     for name, images in (("a", a), ("b", b)):

@@ -89,8 +89,8 @@ def folders(tmp_path):
 def test_conditions_of_arrays_belong_to_their_images(arrays, resident_bytes):
     config = completed(*arrays, data__resident_bytes=resident_bytes)
     data, train = config.data, np.load(arrays[1])
-    kept = {key: data[f"condition_{key}"] for key in ("channels", "dtype")}
-    assert kept == {"channels": 2, "dtype": "float32"}
+    of_conditions = {key: data[f"condition_{key}"] for key in ("channels", "dtype")}
+    assert of_conditions == {"channels": 2, "dtype": "float32"}
     seen = []
     for split in datasets.SPLITS:
         part = datasets.Data(config.data).get(split)

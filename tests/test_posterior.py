@@ -217,11 +217,11 @@ def test_further_evaluations_start_from_the_condition_too():
     results, evaluations = sampler(looking, 3, generator=seeded(0), conditions=conditions)
     middle = 0.002  # noise_removal: the second of the two steps leads from here to 0
 
-    def given(x, label):
+    def conditioned(x, label):
         return looking(x, label, image)
 
-    x = image + (middle - level) * method.slope(given, image, level)
-    x = x - middle * method.slope(given, x, middle)
+    x = image + (middle - level) * method.slope(conditioned, image, level)
+    x = x - middle * method.slope(conditioned, x, middle)
     assert evaluations == 2
     torch.testing.assert_close(results, DATA.decode(x), rtol=1e-5, atol=1e-5)
 

@@ -1,12 +1,7 @@
 """PFGM++ with a thin DDPM++ on handwritten digits, 8 x 8: what `make demo` runs."""
 
-from configs.parts import DDPMPP, PFGMPP, ConfigDict, digits, experiment, quick
+from configs.parts import DDPMPP, PFGMPP, ConfigDict, demo, digits, experiment, quick
 
 
 def get_config() -> ConfigDict:
-    config = experiment(PFGMPP, DDPMPP, digits, quick)
-    config.training.update(n_iters=1500, precision="auto")
-    config.optim.optimizer = "Muon"
-    config.model.ch_mult = (1, 3)
-    config.eval.bpd_num_repeats = 1
-    return config
+    return experiment(PFGMPP, DDPMPP, digits, quick, demo)
