@@ -23,6 +23,12 @@ FILE is TOML; benchmarks/digits.toml makes the table in README:
     evaluates = "PFGM++, D = 16"
     overrides = { sampling.ode_solver = "rk45" }
 
+    [[recipes]]                                # training goes on from the weights of the same seed
+    name = "one evaluation"
+    config = "configs/pfgmpp/digits_consistency.py"
+    starts_from = "PFGM++, D = 16"             # training_seconds count both trainings
+    overrides = { sampling.N = 1 }
+
 The same command goes on after a kill: a finished training or evaluation is not repeated, and a
 training that has begun is resumed. A recipe that fails is named with its log, the others go on, and
 the exit status is 1. Cells of the table are means over the seeds, with ranges in brackets. With
@@ -77,11 +83,17 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table; with a `base` it is another evaluation of that recipe's runs."""
+    """A row of the table.
+
+    Attributes:
+        base: the recipe of whose runs this is another evaluation; None if it trains its own.
+        start: the recipe from whose weights the training goes on.
+    """
 
     name: str
     settings: Settings
     base: Self | None = None
+    start: Self | None = None
 
     @property
     def slug(self) -> str:
@@ -146,12 +158,14 @@ class Plan:
     def finish(self, recipe: Recipe, seed: int, show: Show) -> None:
         """Train and evaluate what is not done; raise `Failed` where that is not possible."""
         settings, workdir = recipe.settings | {"seed": seed}, self.folder / recipe.workdir(seed)
-        self._check_unchanged(workdir, (recipe.base or recipe).settings | {"seed": seed})
+        self._check_unchanged(workdir, self._training(recipe.base or recipe, seed))
         if not is_trained(workdir):
-            if recipe.base:
-                raise Failed(f"{recipe.base.name} is not trained")
-            self._note(workdir.name, settings)
-            self._run("train", workdir, _flags(settings), workdir.name, show)
+            for needed in filter(None, (recipe.base, recipe.start)):
+                if not is_trained(self.folder / needed.workdir(seed)):
+                    raise Failed(f"{needed.name} is not trained")
+            training = self._training(recipe, seed)
+            self._note(workdir.name, training)
+            self._run("train", workdir, _flags(training), workdir.name, show)
             if not is_trained(workdir):
                 raise Failed("its training was stopped; start this program again")
         if not self.is_evaluated(recipe, seed):
@@ -159,6 +173,13 @@ class Plan:
             flags = [f"--eval_folder={recipe.eval_folder}", *_flags(overrides)]
             self._run("eval", workdir, flags, f"{recipe.slug}-s{seed}", show)
             self._note(f"{workdir.name}/{recipe.eval_folder}", settings)
+
+    def _training(self, recipe: Recipe, seed: int) -> Settings:
+        """The settings of the training with a seed."""
+        settings = recipe.settings | {"seed": seed}
+        if recipe.start:
+            settings["training.init_from"] = str(self.folder / recipe.start.workdir(seed))
+        return settings
 
     def is_evaluated(self, recipe: Recipe, seed: int) -> bool:
         """Whether there is a report made with the settings of the recipe."""
@@ -228,8 +249,11 @@ class Plan:
 
     def _numbers(self, run: Run) -> dict[str, float]:
         """Numbers that a row may show of a run: those of its report, and its `training_seconds`."""
-        folder = (self.folder / run.name).parent / "tensorboard"
-        seconds = seconds_of_training(folder, int(run.report["step"]))
+        workdir, step = (self.folder / run.name).parent, int(run.report["step"])
+        seconds = seconds_of_training(workdir / "tensorboard", step)
+        while start := self.done.get(workdir.name, {}).get("training.init_from"):
+            workdir = Path(start)
+            seconds += seconds_of_training(workdir / "tensorboard", sys.maxsize)
         return dict(run.report) | ({"training_seconds": seconds} if seconds else {})
 
     def _cells(self, numbers: Sequence[dict], percentiles: tuple = (0, 100)) -> list[str]:
@@ -263,15 +287,18 @@ def _check_keys(
 def _recipe(entry: dict, common: Settings, others: dict[str, Recipe]) -> Recipe:
     """The recipe of an `entry` of the file; `others` stand before it."""
     title = f"the recipe {entry.get('name')!r}"
-    _check_keys(entry, ("name",), ("config", "evaluates", "overrides"), title)
+    _check_keys(entry, ("name",), ("config", "evaluates", "starts_from", "overrides"), title)
     overrides = flatten(ConfigDict(entry.get("overrides", {})))
     if ("config" in entry) == ("evaluates" in entry):
         raise ValueError(f"{title} needs a config, or the name of a recipe that it evaluates")
+    needed = {key: others.get(entry[key]) for key in ("evaluates", "starts_from") if key in entry}
+    for key, other in needed.items():
+        if other is None or other.base:
+            raise ValueError(f"{title} {key} {entry[key]!r}, which is not trained above it")
     if "config" in entry:
-        return Recipe(entry["name"], {"config": entry["config"]} | common | overrides)
-    base = others.get(entry["evaluates"])
-    if base is None or base.base:
-        raise ValueError(f"{title} evaluates {entry['evaluates']!r}, which is not trained above it")
+        settings = {"config": entry["config"]} | common | overrides
+        return Recipe(entry["name"], settings, start=needed.get("starts_from"))
+    base = needed["evaluates"]
     return Recipe(entry["name"], base.settings | overrides, base)
 
 

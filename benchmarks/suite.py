@@ -3,13 +3,15 @@
     python3 benchmarks/suite.py [--checkout FOLDER] [--out COUNTS.json] [pytest's options ...]
 
 Runs the tests of a checkout and prints, for each file, the seconds of its tests, the number of
-tests, `assert` statements passed, `pytest.raises`, comparisons of arrays (`numpy.testing`,
+tests, `assert` statements reached, `pytest.raises`, comparisons of arrays (`numpy.testing`,
 `torch.testing`) and examples of hypothesis; the JSON holds the same by test. Asserts of other
 processes are not counted. Two checkouts, before and after a change of the suite, are compared with
 `--before COUNTS.json`.
 """
 
 import argparse
+import ast
+import builtins
 import collections
 import importlib
 import json
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from _pytest.assertion.rewrite import AssertionRewriter
 
 KINDS = ("seconds", "tests", "asserts", "raises", "arrays", "examples")
 FOLDER = "PFGM_SUITE_COUNTS"  # environment variable: where each process of pytest leaves its counts
@@ -53,9 +56,6 @@ class Counter:
 
         return counted
 
-    def pytest_assertion_pass(self):
-        self.add("asserts")
-
     def pytest_runtest_logstart(self, nodeid):
         self.test = nodeid
 
@@ -74,12 +74,27 @@ class Counter:
         path.write_text(json.dumps(self.counts))
 
 
+class CountAsserts(ast.NodeTransformer):
+    """A call of `__count_assert` before each assert; pytest's own hook describes each, slowly."""
+
+    def visit_Assert(self, node):
+        call = ast.parse("__count_assert()").body[0]
+        return [ast.fix_missing_locations(ast.copy_location(call, node)), node]
+
+
 def pytest_configure(config) -> None:
     """Registers the counter in a process that runs tests, which under xdist is a worker."""
     if config.getoption("numprocesses", None):
         return
     counter = Counter()
     config.pluginmanager.register(counter)
+    builtins.__count_assert = lambda: counter.add("asserts")
+    rewrite = AssertionRewriter.run
+
+    def count_and_rewrite(self, module):
+        rewrite(self, CountAsserts().visit(module))
+
+    AssertionRewriter.run = count_and_rewrite
     for name, functions in COMPARISONS.items():
         module = importlib.import_module(name)
         for function in functions:
@@ -98,7 +113,7 @@ def count(checkout: Path, options: list[str]) -> Counts:
             "PYTHONPATH": str(Path(__file__).parent),
             "PYTHONPYCACHEPREFIX": f"{folder}/pycache",  # asserts compiled before tell of none
         }
-        tests = ["-m", "pytest", "-p", "suite", "-o", "enable_assertion_pass_hook=true", *options]
+        tests = ["-m", "pytest", "-p", "suite", *options]
         subprocess.run([sys.executable, *tests], cwd=checkout, env=environment)
         counts = collections.defaultdict(collections.Counter)
         for path in Path(folder).glob("*.json"):
