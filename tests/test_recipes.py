@@ -58,8 +58,19 @@ evaluates = "no such network"
 name = "3 steps"
 evaluates = "PFGM++, D = 16"
 overrides = {{ sampling.N = 3 }}
+
+[[recipes]]
+name = "further"
+config = "{root}/configs/pfgmpp/digits_ddpmpp.py"
+starts_from = "PFGM++, D = 16"
+overrides = {{ model.D = 4 }}
+
+[[recipes]]
+name = "further than none"
+config = "{root}/configs/pfgmpp/digits_ddpmpp.py"
+starts_from = "no such network"
 """
-D16, WRONG = "pfgm++_d_16", "no_such_network"
+D16, WRONG, FURTHER = "pfgm++_d_16", "no_such_network", "further"
 
 
 @pytest.fixture
@@ -107,11 +118,18 @@ def test_a_table_of_recipes_and_seeds(tmp_path, file, started, monkeypatch, caps
     expected = [(mode, f"{D16}-s{seed}") for seed in (1, 2) for mode in ("train", "eval")]
     expected += [("train", f"{WRONG}-s{seed}") for seed in (1, 2)]
     expected += [("eval", f"{D16}-s{seed}") for seed in (1, 2)]
-    assert started == expected
+    started_further = [
+        (mode, f"{FURTHER}-s{seed}") for seed in (1, 2) for mode in ("train", "eval")
+    ]
+    assert started == expected + started_further
     log = out / "logs" / f"{WRONG}-s2-train.log"
     failure = next(line for line in lines if line.startswith("no such network, seed 2: "))
     assert "model.name must be one of" in failure and failure.endswith(f"(log: {log})")
     assert "another evaluation of none, seed 1: no such network is not trained" in lines
+    assert "further than none, seed 1: no such network is not trained" in lines
+    for seed in (1, 2):  # each began with the weights of its own seed
+        _, content = peek(out / f"{FURTHER}-s{seed}")
+        assert content["init_from"]["path"] == str(out / f"{D16}-s{seed}")
     assert str(ROOT / "main.py") in log.read_text().splitlines()[0]
 
     for name, folder, nfe in (("PFGM++, D = 16", "eval", "3"), ("3 steps", "eval_3_steps", "5")):
@@ -124,13 +142,19 @@ def test_a_table_of_recipes_and_seeds(tmp_path, file, started, monkeypatch, caps
         assert 0 < float(seconds.split()[0]) < 100
     assert (out / "table.md").read_text().splitlines() == [x for x in lines if x.startswith("|")]
     page = (out / "compare.html").read_text()
-    assert "4 runs side by side" in page and "(2 seeds)" in page
+    assert "6 runs side by side" in page and "(2 seeds)" in page
 
     file.write_text(file.read_text().replace("sampling.N = 3", "sampling.N = 4"))
     started.clear()
+    seconds = {D16: 5.0, FURTHER: 7.0}  # by the part of a workdir's name before the seed
+    monkeypatch.setattr(
+        recipes, "seconds_of_training", lambda path, step: seconds[path.parent.name[:-3]]
+    )
     _, again = run(file, monkeypatch, capsys)  # what is done is done
     assert started == expected[4:]
-    assert cells_of(again, "PFGM++, D = 16") == cells_of(lines, "PFGM++, D = 16")
+    assert cells_of(again, "PFGM++, D = 16")[:3] == cells_of(lines, "PFGM++, D = 16")[:3]
+    assert cells_of(again, "PFGM++, D = 16")[3] == "5.0"
+    assert cells_of(again, "further")[3] == "12.0"  # with those of the run that it goes on from
     assert cells_of(again, "training images") == cells_of(lines, "training images")
     assert cells_of(again, "3 steps")[0] == "7"
 
@@ -138,7 +162,7 @@ def test_a_table_of_recipes_and_seeds(tmp_path, file, started, monkeypatch, caps
     status, lines = run(file, monkeypatch, capsys)
     assert status == "nothing is evaluated, so there is no table"
     changed = [line for line in lines if "training.n_iters was 2 when its training began" in line]
-    assert len(changed) == 4
+    assert len(changed) == 6
     assert changed[0].endswith(f"remove {out / D16}-s1, or give the recipe another name")
 
 
@@ -233,11 +257,16 @@ os.kill(os.getpid(), 9)
     [
         ("seeds = [1, 2]", "", "the file has no seeds"),
         ("seeds =", "sedes = 1\nseeds =", "the file has sedes, which is none of folder, seeds"),
-        ("config =", "confg =", "has confg, which is none of name, config, evaluates, overrides"),
+        ("config =", "confg =", "has confg, which is none of name, config, evaluates, starts_from"),
         ("fid .4f", "fid", "the column 'Frechet distance' needs an entry and a format"),
         ('"3 steps"', '"PFGM++; D 16"', "two recipes are called 'PFGM++; D 16', or nearly so"),
         ('s = "no such network"', 's = "none"', "evaluates 'none', which is not trained above"),
         ('evaluates = "PFGM++, D = 16"', "", "needs a config, or the name of a recipe"),
+        (
+            'from = "no such network"',
+            'from = "3 steps"',
+            "starts_from '3 steps', which is not trained",
+        ),
         ("seeds = [1, 2]", "seeds = [1, 2", "Unclosed array"),
     ],
 )
@@ -251,14 +280,17 @@ def test_a_wrong_file_is_one_line(file, before, after, words, monkeypatch, capsy
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_readmes_table_is_that_of_its_file():
-    """Its recipes are the rows of the table, in its order, with the published settings."""
-    plan = recipes.Plan.read(ROOT / "benchmarks/digits.toml")
-    lines = (ROOT / "README.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| method | evaluations"))
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start : start + 13]]
+@pytest.mark.parametrize(
+    ("name", "document"), [("digits", "README.md"), ("dimensions", "docs/benchmarks.md")]
+)
+def test_published_tables_are_those_of_their_files(name, document):
+    """Its recipes are the rows of the table, in its order, with the columns of the file."""
+    plan = recipes.Plan.read(ROOT / f"benchmarks/{name}.toml")
+    section = (ROOT / document).read_text().partition(f"benchmarks/{name}.toml")[2]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows = rows[: 3 + len(plan.recipes)]
     assert [row[0] for row in rows[3:]] == [recipe.name for recipe in plan.recipes]
     assert rows[0] == ["method", *plan.columns][: len(rows[0])]
     for recipe in plan.recipes:
-        assert ("posterior mean" in recipe.name) == ("training.target" in recipe.settings)
         assert (ROOT / recipe.settings["config"]).exists()
