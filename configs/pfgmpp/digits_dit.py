@@ -1,10 +1,11 @@
 """PFGM++ with a small DiT on handwritten digits, 8 x 8: 16 patches; minutes on two CPU cores."""
 
-from configs.parts import DIT, PFGMPP, ConfigDict, digits, experiment
+from configs.parts import DIT, PFGMPP, ConfigDict, digits, experiment, quick
 
 
 def get_config() -> ConfigDict:
-    config = experiment(PFGMPP, digits, DIT)
-    config.training.batch_size = 96
+    config = experiment(PFGMPP, digits, quick, DIT)
+    config.training.small_batch_size = 96
+    config.optim.optimizer = "Muon"
     config.model.update(nf=64, depth=4, heads=4)
     return config
