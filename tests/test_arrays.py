@@ -114,9 +114,9 @@ def test_grey_images_need_no_channel(tmp_path, name, resident_bytes, order):
     np.save(tmp_path / "four.npy", np.ascontiguousarray(images)[..., None])
     for split in datasets.SPLITS:
         config = config_of(tmp_path / name, resident_bytes=resident_bytes)
-        ours = datasets.get_dataset(config, split)[:]
-        assert torch.equal(ours, datasets.get_dataset(config_of(tmp_path / "four.npy"), split)[:])
-        assert ours.shape[1:] == (1, 8, 8)
+        grey = datasets.get_dataset(config, split)[:]
+        assert torch.equal(grey, datasets.get_dataset(config_of(tmp_path / "four.npy"), split)[:])
+        assert grey.shape[1:] == (1, 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -80,14 +80,14 @@ def test_channels_that_come_first_are_named(tmp_path):
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 1024])
 def test_what_a_picture_shows(channels):
     images = pictures(3, 5, 7, channels)
-    shown = visible(images)
+    pixels = visible(images)
     if channels in (1, 3):
-        assert (shown == images).all()
+        assert (pixels == images).all()
         return
     number = min(channels, 4)
-    assert shown.shape == (3, 5, number * 7, 1)
+    assert pixels.shape == (3, 5, number * 7, 1)
     for c in range(number):
-        assert (shown[:, :, 7 * c : 7 * c + 7, 0] == images[..., c]).all()
+        assert (pixels[:, :, 7 * c : 7 * c + 7, 0] == images[..., c]).all()
 
 
 @given(
@@ -103,17 +103,17 @@ def test_each_image_lies_in_its_cell(n, height, width, channels, columns):
     grid = image_grid(images, columns or None)
     if (height, width, channels) == (1, 1, 2):
         return  # points of the plane
-    shown = visible(images)
+    pixels = visible(images)
     across = columns or int(np.ceil(np.sqrt(n)))
     down = -(-n // across)
     cell_height, cell_width = (grid.shape[0] - 2) // down, (grid.shape[1] - 2) // across
     factor = (cell_height - 2) // height
     assert factor * height >= 48 or factor * width >= 48
-    assert (cell_height - 2, cell_width - 2) == (factor * height, factor * shown.shape[2])
+    assert (cell_height - 2, cell_width - 2) == (factor * height, factor * pixels.shape[2])
     for i in range(n):
         top, left = 2 + i // across * cell_height, 2 + i % across * cell_width
         cell = grid[top : top + cell_height - 2, left : left + cell_width - 2]
-        assert (cell[::factor, ::factor] == shown[i]).all()  # grey in each of R, G and B
+        assert (cell[::factor, ::factor] == pixels[i]).all()  # grey in each of R, G and B
 
 
 @pytest.mark.parametrize("shape", [(9, 150, 150, 4), (4, 7, 400, 5), (100, 3, 100, 1)])
@@ -258,20 +258,20 @@ def test_pictures_of_training(run):
 def test_nothing_is_drawn_twice(run, tmp_path, monkeypatch):
     channels, workdir = run
     sample(workdir, tmp_path, seeds="0-2")
-    kept = {path: path.read_bytes() for path in tmp_path.glob("00000*")}
-    assert len(kept) == 6
-    asked, whole = [], Trained.sample
-    monkeypatch.setattr(Trained, "sample", lambda *a, **k: asked.extend(a[1]) or whole(*a, **k))
+    contents = {path: path.read_bytes() for path in tmp_path.glob("00000*")}
+    assert len(contents) == 6
+    seeds, whole = [], Trained.sample
+    monkeypatch.setattr(Trained, "sample", lambda *a, **k: seeds.extend(a[1]) or whole(*a, **k))
     sample(workdir, tmp_path, seeds="0-4", film=True)
-    assert not asked  # those of the film are its last frame
+    assert not seeds  # those of the film are its last frame
     sample(workdir, tmp_path, seeds="4-6")
-    assert asked == [5, 6]
-    assert {path: path.read_bytes() for path in kept} == kept
+    assert seeds == [5, 6]
+    assert {path: path.read_bytes() for path in contents} == contents
     with np.load(tmp_path / "samples.npz") as file:
         assert file["samples"].shape == (3, 8, 8, channels)
-        for seed, drawn in zip((4, 5, 6), file["samples"], strict=True):
-            with np.load(tmp_path / f"{seed:06d}.npz") as own:
-                assert (own["sample"] == drawn).all()
+        for seed, image in zip((4, 5, 6), file["samples"], strict=True):
+            with np.load(tmp_path / f"{seed:06d}.npz") as sample_file:
+                assert (sample_file["sample"] == image).all()
     with Image.open(tmp_path / "film.webp") as film:
         assert film.n_frames > 1
 
@@ -331,9 +331,9 @@ def test_evaluations_draw_every_picture(run, tmp_path):
     config.eval.enable_interpolate = config.eval.enable_rescale = True
     config.sampling.update(restore="super2", restore_degrade=True)
     run_lib.evaluate(config, workdir)
-    drawn = {path.name for path in (workdir / "eval").glob("*.png")}
+    picture_names = {path.name for path in (workdir / "eval").glob("*.png")}
     names = ("ode_images", "data_images", "nearest", "interpolation", "rescale", "restoration")
-    assert drawn == {f"{name}_2.png" for name in names}
+    assert picture_names == {f"{name}_2.png" for name in names}
     page = (workdir / "eval/report.html").read_text()
     first = "the first 4 side by side" if channels == 5 else "side by side"
     assert f"{channels} channels, {first} in pictures" in page

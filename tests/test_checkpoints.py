@@ -258,7 +258,7 @@ def test_a_network_takes_its_ema_weights_one_by_one_and_nothing_else(tmp_path, m
     assert frozen
     if names == "published":
         published = reference_names(saved.model)
-        content["model"] = {f"module.{n}": content["model"][own] for n, own in published.items()}
+        content["model"] = {f"module.{n}": content["model"][key] for n, key in published.items()}
     path = tmp_path / "checkpoint.pth"
     save_checkpoint(path, content)
     loads, alive = [], []
@@ -369,8 +369,8 @@ def test_every_number_of_steps_has_a_last_checkpoint(n_iters, freq, tmp_path, ca
     last = -(-n_iters // freq)
     k = min(4, last)
     assert found(tmp_path, n_iters, freq, 4, 4) == {k: min(k * freq, n_iters)}
-    said = f"the last checkpoint of training.n_iters={n_iters} steps is number {last}"
-    assert caplog.text.count(said) == (last < 4)
+    message = f"the last checkpoint of training.n_iters={n_iters} steps is number {last}"
+    assert caplog.text.count(message) == (last < 4)
     every = {k: min(k * freq, n_iters) for k in range(1, last + 1)}
     assert found(tmp_path, n_iters, freq, 1, 99) == every
 

@@ -38,8 +38,8 @@ def dotted(changes):
 
 def report(weights_of, values, **changes):
     """A report on the weights of a seed, with `changes` of its settings, __ for the dot."""
-    own = {"seed": weights_of, "weights": f"of {weights_of}", "step": 10}
-    made_by = SETTINGS | own | dotted(changes)
+    origin = {"seed": weights_of, "weights": f"of {weights_of}", "step": 10}
+    made_by = SETTINGS | origin | dotted(changes)
     values = {"step": made_by["step"], **OLD, **values}
     return values | {"settings": settings.to_json(made_by)}
 
@@ -77,9 +77,9 @@ def test_what_differs_and_what_is_one_setting(runs):
 
 def rows(page):
     """{first cell: [(text, whether it is marked)]} of all tables."""
-    found = re.findall(r"<tr><td>(.*?)</td>(.*?)</tr>", page, re.DOTALL)
+    matches = re.findall(r"<tr><td>(.*?)</td>(.*?)</tr>", page, re.DOTALL)
     cells = r"<td( class=best)?>(.*?)</td>"
-    return {k: [(t, bool(b)) for b, t in re.findall(cells, v, re.DOTALL)] for k, v in found}
+    return {k: [(t, bool(b)) for b, t in re.findall(cells, v, re.DOTALL)] for k, v in matches}
 
 
 def test_page_marks_the_best_mean(runs):
@@ -89,15 +89,15 @@ def test_page_marks_the_best_mean(runs):
     assert tags.open == []
     assert "a/&lt;1&gt;, a/2" in page
     assert "<1>" not in page
-    found = rows(page)
+    table = rows(page)
     # 1.5 is the mean of 1 and 2; c has no report
     fid = [("1.500\n(1 to 2)", True), ("1.750", False), ("", False)]
-    assert next(v for k, v in found.items() if k.startswith("Fréchet distance")) == fid
+    assert next(v for k, v in table.items() if k.startswith("Fréchet distance")) == fid
     # another method's loss is of another kind
-    loss = next(v for k, v in found.items() if k.startswith("Loss"))
+    loss = next(v for k, v in table.items() if k.startswith("Loss"))
     assert [marked for _, marked in loss] == [False, False, False]
     assert "No best Loss: method differs (VPSDE; EDM)" in page
-    assert found["optim.lr"] == [("0.002", False)] * 2 + [("0.5", False)]
+    assert table["optim.lr"] == [("0.002", False)] * 2 + [("0.5", False)]
     assert page.count('class="curve-0"') == 2  # two seeds
     assert page.count('class="curve-2"') == 1
     assert len(tags.links) == 3  # a picture for each setting
@@ -187,8 +187,8 @@ def test_seeds_of_evaluations():
 
     def of(*pairs):
         return [
-            run(f"{k}", report(seed, {"fid": 1.0}, seed=own), seed=seed)
-            for k, (seed, own) in enumerate(pairs)
+            run(f"{k}", report(seed, {"fid": 1.0}, seed=eval_seed), seed=seed)
+            for k, (seed, eval_seed) in enumerate(pairs)
         ]
 
     assert len(grouped(of((1, 1), (2, 2), (3, 3)))) == 1
@@ -273,10 +273,10 @@ def test_from_workdirs_to_a_page(tmp_path, monkeypatch, capsys):
             save_npz(folder / f"eval/report_{k}.npz", step=100 * k, seconds=1.0, fid=rate + k)
         save_png(folder / "samples/iter_9/sample.png", np.full((8, 8, 3), 9, np.uint8))
         save_png(folder / "samples/iter_10/sample.png", np.full((8, 8, 3), 200, np.uint8))
-    found = read_run(tmp_path / "one", "one", "eval")
-    assert found.caption == "drawn in training, at step 10"
-    assert (found.report["step"], found.curves["loss/train"][0][0]) == (1000, 5)
-    assert np.asarray(Image.open(io.BytesIO(found.picture))).max() == 200
+    one = read_run(tmp_path / "one", "one", "eval")
+    assert one.caption == "drawn in training, at step 10"
+    assert (one.report["step"], one.curves["loss/train"][0][0]) == (1000, 5)
+    assert np.asarray(Image.open(io.BytesIO(one.picture))).max() == 200
     out = tmp_path / "page.html"
     command = ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]
     monkeypatch.setattr("sys.argv", command)

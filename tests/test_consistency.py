@@ -134,18 +134,18 @@ def test_with_posterior_means_a_pair_lies_on_a_step_of_the_ode(D):
 
 
 def test_labels_are_dropped_alike_in_both_passes():
-    seen = []
+    labels = []
 
     def net(x, noise_label, class_labels):
-        seen.append(class_labels.clone())
+        labels.append(class_labels.clone())
         return x
 
     batch = Batch(torch.zeros(64, 1, 2, 2), Conditions(class_labels=torch.ones(64).long()))
     objective = Consistency(pfgmpp(), 64, 0, 0.3)
     pairs = objective.draw(batch, 0, generator())
     objective.loss(net, pairs, batch)
-    assert torch.equal(*seen)
-    assert 5 <= (seen[0] == -1).sum() <= 35
+    assert torch.equal(*labels)
+    assert 5 <= (labels[0] == -1).sum() <= 35
 
 
 class DropoutNetwork(nn.Module):

@@ -66,11 +66,11 @@ def test_exact_ends_have_the_law_of_the_data(levels):
 @pytest.mark.parametrize("D", [2.0, 128.0, math.inf])
 def test_noise_of_a_level_is_that_of_the_kernel(D):
     """The second evaluation is given the end plus level times n, of the D of the method."""
-    seen = []
+    inputs = []
     method, y = pfgmpp(D), torch.full((20_000, 1, 1, 2), 0.3)
-    net = denoising_network(lambda x, sigma: seen.append(x) or 0 * x.double() + 0.3)
+    net = denoising_network(lambda x, sigma: inputs.append(x) or 0 * x.double() + 0.3)
     sample_consistency(method, net, y, levels=(1.5,), generator=generator())
-    noise = ((seen[1].double() - 0.3) / 1.5).flatten(1).square().sum(1).sqrt()
+    noise = ((inputs[1].double() - 0.3) / 1.5).flatten(1).square().sum(1).sqrt()
     normal, width = method.noise(y, generator(1))
     other = (spread(width, y) * normal).flatten(1).norm(dim=1)
     quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)

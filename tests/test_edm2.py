@@ -69,7 +69,7 @@ def published_weight(name, shape):
 
 def case_model(case):
     options = CASES[case]["options"]
-    arguments = {ours: options[theirs] for theirs, ours in ARGUMENTS.items() if theirs in options}
+    arguments = {name: options[key] for key, name in ARGUMENTS.items() if key in options}
     channels = options["img_channels"]
     model = EDM2UNet(channels=channels, out_channels=channels, **arguments).eval()
     models.load_reference_state_dict(model, case_weights(case))
@@ -137,7 +137,7 @@ def test_full_size_names_and_shapes(size):
     with torch.device("meta"):
         model = models.create_model(load(f"edm2/imagenet64_{size}.py"))
     names, parameters = models.reference_names(model), dict(model.named_parameters())
-    assert {name: tuple(parameters[ours].shape) for name, ours in names.items()} == expected
+    assert {name: tuple(parameters[key].shape) for name, key in names.items()} == expected
     assert list(names) == list(expected)
     assert list(names.values()) == list(parameters)
     fixed = {name for name, p in parameters.items() if not p.requires_grad}
@@ -436,10 +436,10 @@ def test_training_is_one_graph_for_the_compiler():
     inputs = torch.randn(2, 1, 4, 4), torch.tensor([0.1, 0.5])
     graph = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     expected, results = with_gradient(twin, twin, *inputs), with_gradient(model, graph, *inputs)
-    for ours, theirs in zip(results, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for compiled, eager in zip(results, expected, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    for compiled, eager in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.slow

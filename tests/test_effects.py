@@ -344,8 +344,8 @@ def test_what_an_experiment_sets_is_nobodys_mistake(path):
 
 def test_the_command_line_is_told(tmp_path):
     """Of `eval` nothing at a start: which evaluation the run will have is open."""
-    given = "sampling.ode_solver=rk45 sampling.N=20 sampling.S_min=0.1 seed=3 training.gamma=3"
-    flags = [f"--config.{each}" for each in given.split()] + ["--noconfig.data.random_flip"]
+    options = "sampling.ode_solver=rk45 sampling.N=20 sampling.S_min=0.1 seed=3 training.gamma=3"
+    flags = [f"--config.{each}" for each in options.split()] + ["--noconfig.data.random_flip"]
     flags += ["--noconfig.eval.enable_sampling", "--config.eval.features=pixels"]
     config = ["--config", str(ROOT / "configs/vp/digits_ddpmpp.py"), "--workdir", str(tmp_path)]
     done = run_main(["--mode=train", "--dry_run", *config, *flags])
@@ -372,8 +372,8 @@ def test_the_command_line_is_told(tmp_path):
 )
 def test_data_and_evaluation(values, key, words):
     config = configured(**values)
-    given = {"data.path": "photos", "data.category": "bedroom", "eval.rescale_norms": (1.0, 2.0)}
-    config.update_from_flattened_dict({k: v for k, v in given.items() if k == key})
+    examples = {"data.path": "photos", "data.category": "bedroom", "eval.rescale_norms": (1.0, 2.0)}
+    config.update_from_flattened_dict({k: v for k, v in examples.items() if k == key})
     config.data.random_flip = True
     lines = without_effect(config, [key])
     assert len(lines) == bool(words)

@@ -64,8 +64,8 @@ def with_gradient(model, out):
     return *out, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def relative_difference(ours, theirs):
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
+def relative_difference(values, references):
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(values, references, strict=True))
 
 
 def test_by_default_the_network_itself_is_trained(small):
@@ -80,10 +80,10 @@ def test_bfloat16_is_near_and_keeps_weights_and_outputs_float32(small):
         network = execution.for_training(model, "bf16")
     except ValueError:
         pytest.skip("this CPU has no bfloat16")
-    ours = outputs(network)
-    assert all(out.dtype == torch.float32 for out in ours)
-    assert 1e-5 < relative_difference(ours, truth) < 3e-2  # 8 bits: 4e-3 for every rounding
-    sum(out.square().sum() for out in ours).backward()
+    results = outputs(network)
+    assert all(out.dtype == torch.float32 for out in results)
+    assert 1e-5 < relative_difference(results, truth) < 3e-2  # 8 bits: 4e-3 for every rounding
+    sum(out.square().sum() for out in results).backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
@@ -203,8 +203,8 @@ def test_auto_takes_bfloat16_where_it_pays(small, monkeypatch, plain, in_bfloat1
         clock[0] += 0 if network in called else 1000 * len(called)
         called.append(network)
 
-    found, reason = execution.measured_precision(small[1], run)
-    assert found == expected
+    precision, reason = execution.measured_precision(small[1], run)
+    assert precision == expected
     gain = f"{plain / in_bfloat16:.2f}"
     assert reason == f"bfloat16 is measured to be {gain} times as fast as float32"
     assert len(called) == 8
@@ -212,8 +212,8 @@ def test_auto_takes_bfloat16_where_it_pays(small, monkeypatch, plain, in_bfloat1
 
 def test_auto_does_not_take_what_the_device_lacks(small, monkeypatch):
     monkeypatch.setattr(execution, "_has_bfloat16", no)
-    found, reason = execution.measured_precision(small[1], pytest.fail)
-    assert (found, reason) == ("fp32", "cpu has no bfloat16")
+    precision, reason = execution.measured_precision(small[1], pytest.fail)
+    assert (precision, reason) == ("fp32", "cpu has no bfloat16")
 
 
 @pytest.fixture
@@ -222,8 +222,8 @@ def deciding(monkeypatch):
     if not execution._has_bfloat16(torch.device("cpu")):
         pytest.skip("this CPU has no bfloat16")
 
-    def decide(*found):
-        answers = iter(found)
+    def decide(*precisions):
+        answers = iter(precisions)
 
         def measured(net, run):
             run(net)

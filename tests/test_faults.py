@@ -421,8 +421,8 @@ def load_or_refuse(name, **data):
         config.data.update(dataset=name, num_workers=0, **data)
     start = time.monotonic()
     try:
-        found = datasets.get_dataset(config, "train")
-        images = found[torch.arange(len(found))]
+        dataset = datasets.get_dataset(config, "train")
+        images = dataset[torch.arange(len(dataset))]
     except (ValueError, OSError) as error:
         assert re.fullmatch(".+", str(error))
         return None
@@ -434,8 +434,8 @@ def load_or_refuse(name, **data):
 
 def assert_among(images, originals):
     """Nothing was read that nobody wrote; `originals` are (n, H, W, 1)."""
-    known = {original.tobytes() for original in originals}
-    assert all(image.numpy().tobytes() in known for image in images)
+    contents = {original.tobytes() for original in originals}
+    assert all(image.numpy().tobytes() in contents for image in images)
 
 
 @pytest.mark.slow
@@ -752,9 +752,9 @@ def test_a_log_that_cannot_be_written_is_told_of_once(caplog, monkeypatch):
     with workdirs._log_file("/dev/full"):
         logger.warning("first")
         logger.warning("second")
-    told = [record.getMessage() for record in caplog.records if record.name == "storage.workdir"]
-    assert len(told) == 1
-    assert re.fullmatch(r"/dev/full: .*No space left.*", told[0])
+    lines = [record.getMessage() for record in caplog.records if record.name == "storage.workdir"]
+    assert len(lines) == 1
+    assert re.fullmatch(r"/dev/full: .*No space left.*", lines[0])
 
 
 def test_tensorboard_that_cannot_be_written_is_told_of_once(tmp_path, caplog, monkeypatch):
@@ -765,8 +765,8 @@ def test_tensorboard_that_cannot_be_written_is_told_of_once(tmp_path, caplog, mo
         monkeypatch.setattr(writer.events, "write_event", full)
         writer.add_scalar("loss", 1.0, 1)
         writer.add_scalar("loss", 1.0, 2)
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert re.fullmatch(rf"{tmp_path}: .*No space left on device; nothing more .*", told)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(rf"{tmp_path}: .*No space left on device; nothing more .*", message)
 
 
 def test_a_clock_that_is_set_back_loses_no_part_of_the_curve(tmp_path, monkeypatch):

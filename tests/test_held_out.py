@@ -247,10 +247,10 @@ def test_a_run_without_held_out_images_says_so(tmp_path, caplog):
     path = make("folder", tmp_path)
     config = run_config(path, tmp_path, data__held_out=0.0, eval__enable_loss=True)
     assert run_lib.train(config, tmp_path / "run")
-    said = (
+    message = (
         "40 images to train on and 40 to test on (none is held out, the test split is the training"
     )
-    assert said in caplog.text
+    assert message in caplog.text
     run_lib.evaluate(config, tmp_path / "run")
     report = report_of(tmp_path / "run", config.eval.end_ckpt)
     remark = "of the training images, as none are held out (data.held_out=0)"

@@ -106,8 +106,8 @@ def test_a_codec_without_an_identity_is_one_line(codecs, monkeypatch):
     ],
 )
 def test_a_guide_has_codec_and_conditions(codecs, tmp_path, monkeypatch, changes, reason):
-    own, path = tiny(data__codec="scaled"), tmp_path / "guide.pth"
-    content = {"config": flatten(own)}
+    guide_config, path = tiny(data__codec="scaled"), tmp_path / "guide.pth"
+    content = {"config": flatten(guide_config)}
     monkeypatch.setattr(experiment, "open_checkpoint", lambda path, intact: content)
     monkeypatch.setattr(experiment, "load_ema", lambda network, content: None)
     config = tiny(**{"data__codec": "scaled", "sampling__guide": str(path), **changes})
@@ -128,8 +128,8 @@ def test_what_is_measured_is_of_one_codec(codecs, tmp_path, monkeypatch, changes
     """M of a run holds for its codec alone: another is measured anew."""
     open_keys = {"training__sde": "poisson", "sampling__z_max": 5.0, "sampling__upper_norm": 9.0}
     stored = tiny(data__codec="scaled", training__M=77, **open_keys)
-    found = [Path("checkpoint_2.pth"), stored]
-    monkeypatch.setattr(completion.run_config, "find", lambda workdir: found)
+    checkpoint_and_config = [Path("checkpoint_2.pth"), stored]
+    monkeypatch.setattr(completion.run_config, "find", lambda workdir: checkpoint_and_config)
     monkeypatch.setattr(completion, "mean_norm", lambda data, encode: 100.0)
     config = tiny(**{"data__codec": "scaled", "training__M": None, **open_keys, **changes})
     completed, *_ = complete(config, tmp_path)

@@ -256,9 +256,9 @@ def test_a_cache_that_cannot_be_written_is_one_line(cached_photos, tmp_path, cap
     photos, files = cached_photos
     (tmp_path / "cache").write_text("a file where the folder should be")
     before = identity(photos)
-    said = [r.getMessage() for r in caplog.records]
-    assert said
-    assert all(re.fullmatch("the checksums of the data are not kept.*", line) for line in said)
+    messages = [r.getMessage() for r in caplog.records]
+    assert messages
+    assert all(re.fullmatch("the checksums of the data are not kept.*", line) for line in messages)
     assert identity(photos) == before
 
 
@@ -527,8 +527,8 @@ def test_a_run_without_identity_gets_it_and_says_so(run, caplog):
     rewrite(run, None)
     shutil.rmtree(run / "data/ant")  # nobody can know
     run_lib.train(own_config(run, training__n_iters=3), run / "run")
-    said = "does not say what its data were; from here on they are these, digest content:"
-    assert said in (run / "run/stdout.txt").read_text()
+    message = "does not say what its data were; from here on they are these, digest content:"
+    assert message in (run / "run/stdout.txt").read_text()
     assert newest(run)["data"]["classes"] == ["bee", "cat"]
     assert newest(run)["data"]["train"] == 18
 

@@ -166,13 +166,13 @@ class Kernel(NamedTuple):
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Kernel]:
     """By name of the source, with the calls it is tested with."""
-    found = (
+    pair = (
         Kernel(SOURCES[0], random_calls(CALLS, random_upfirdn2d_call, 0), large_upfirdn2d_calls()),
         Kernel(
             SOURCES[1], random_calls(CALLS, random_leaky_relu_call, 1), large_leaky_relu_calls()
         ),
     )
-    return {kernel.source: kernel for kernel in found}
+    return {kernel.source: kernel for kernel in pair}
 
 
 def compile_for_host(*arguments: str | Path) -> None:
@@ -224,12 +224,12 @@ def fault_of(program: Path, calls: list[Call]) -> str | None:
     begin = 0
     for call in calls:
         end = begin + call.expected.size * (2, 2, 4, 8)[call.dtype]
-        found = loaded(done.stdout[begin:end], call.dtype).reshape(call.expected.shape)
+        output = loaded(done.stdout[begin:end], call.dtype).reshape(call.expected.shape)
         begin, expected = end, call.expected
         finite = np.isfinite(expected)
-        if not np.array_equal(found[~finite], expected[~finite], equal_nan=True):
+        if not np.array_equal(output[~finite], expected[~finite], equal_nan=True):
             return f"NaN or infinities differ: {call.header}"
-        error = np.abs(found[finite] - expected[finite])
+        error = np.abs(output[finite] - expected[finite])
         subnormal = 2.0**-25 if call.dtype == FLOAT16 else 0.0  # error of rounding to one
         bound = call.error + EPS[call.dtype] * np.abs(expected[finite]) + subnormal
         if not (error <= bound).all():

@@ -131,13 +131,13 @@ SAMPLERS = {
 def test_a_sample_depends_on_its_seed_alone(name):
     path, overrides, n = SAMPLERS[name]
     steps = {"sampling.ode_solver": "heun", "sampling.N": 3}
-    run, drawn = random_network(path, **steps | overrides), []
+    run, samples = random_network(path, **steps | overrides), []
     for run.batch_size in (1, 5, 32):
-        drawn.append(run.sample(range(n)))
-    assert max((some - drawn[0]).abs().max() for some in drawn) < 1 / 255
-    differences = (drawn[0][1:] - drawn[0][:-1]).abs().flatten(1).mean(1)
+        samples.append(run.sample(range(n)))
+    assert max((other - samples[0]).abs().max() for other in samples) < 1 / 255
+    differences = (samples[0][1:] - samples[0][:-1]).abs().flatten(1).mean(1)
     assert differences.min() > 0.01
-    assert (run.sample([3, 2**62])[0] - drawn[0][3]).abs().max() < 1 / 255
+    assert (run.sample([3, 2**62])[0] - samples[0][3]).abs().max() < 1 / 255
 
 
 def test_samplers_of_one_step_size_draw_alone():
@@ -191,10 +191,10 @@ def test_states_between_steps(timed):
         t = VP.time(torch.tensor(sigma).double())
         alpha = VP.alpha(t) if timed else 1.0
         states(Step(i, t.item() if timed else sigma, alpha * (a + b * sigma), None))
-    found = states.end(a)
+    trajectory = states.end(a)
     expected = torch.tensor([40.0, 12.0, 7.0, 3.0, 0.5, 0.0]).double()
-    assert found.shape == (6, 2, 1, 1, 1)
-    assert torch.allclose(found.flatten(1), 1 + expected[:, None] * torch.tensor([0.0, 1.0]))
+    assert trajectory.shape == (6, 2, 1, 1, 1)
+    assert torch.allclose(trajectory.flatten(1), 1 + expected[:, None] * torch.tensor([0.0, 1.0]))
 
 
 def test_a_film_ends_with_the_samples():
@@ -535,26 +535,26 @@ def test_restorations_have_the_posterior_of_gaussian_images(images, name, noise)
     mean, std = (MEAN + 1) / 2, STD / 2
     missing, generator = torch.zeros(8, 8, dtype=torch.bool), torch.Generator().manual_seed(1)
     missing[:4] = True
-    seen, options = images, {"missing": missing} if name == "inpaint" else {"noise": noise}
+    measurement, options = images, {"missing": missing} if name == "inpaint" else {"noise": noise}
     expected, spread = torch.where(missing, mean, images), torch.where(missing, std, 0.0)
     if name == "super2":
-        seen = torch.nn.functional.avg_pool2d(images, 2)
+        measurement = torch.nn.functional.avg_pool2d(images, 2)
     if noise:
-        seen = seen + noise * torch.randn(seen.shape, generator=generator)
+        measurement = measurement + noise * torch.randn(measurement.shape, generator=generator)
         variance = std**2 / (4 if name == "super2" else 1)  # of what is measured
-        change = (seen - mean) * variance / (variance + noise**2)
+        change = (measurement - mean) * variance / (variance + noise**2)
         if name == "super2":
             change = change.repeat_interleave(2, -1).repeat_interleave(2, -2)
         expected = mean + change
         spread = torch.tensor(std**2 - variance**2 / (variance + noise**2)).sqrt()
-    restored = trained.restore(seen, name, range(100), **options)
+    restored = trained.restore(measurement, name, range(100), **options)
     assert restored.shape == (5, 100, 1, 8, 8)
     assert (restored.mean(1) - expected).abs().max() < 5 * std / 10
     assert (restored.mean(1) - expected).square().mean().sqrt() < 1.5 * std / 10
     assert (restored.std(1) - spread).square().mean().sqrt() < 0.2 * std
     if name == "inpaint":
-        known = restored[..., 4:, :] - images[:, None, :, 4:]
-        assert known.abs().max() < 1e-5
+        error = restored[..., 4:, :] - images[:, None, :, 4:]
+        assert error.abs().max() < 1e-5
 
 
 def test_a_restoration_depends_on_its_image_and_seed(images):

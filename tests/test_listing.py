@@ -388,8 +388,8 @@ def test_images_of_a_folder_follow_the_same_rules(tmp_path, caplog):
     caplog.set_level("INFO")
     place(tmp_path, "far/1.png", "x/2.png", "x/.git/3.png", "x/grid.png", "x/notes.txt")
     (tmp_path / "x/link").symlink_to(tmp_path / "far")
-    found = folder.read_images("sampling.encode", str(tmp_path / "x"), 3)
-    assert [*found] == ["2.png", "link/1.png"]
+    images = folder.read_images("sampling.encode", str(tmp_path / "x"), 3)
+    assert [*images] == ["2.png", "link/1.png"]
     assert "left out: 1 .txt, 1 hidden folder (.git), 1 picture of this program" in caplog.text
     assert [*folder.read_images("sampling.encode", str(tmp_path / "x/grid.png"), 3)] == ["grid.png"]
 

@@ -113,12 +113,12 @@ def test_seconds_go_on_where_a_run_is_resumed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "FIFO", "folder", "full"])
 def test_what_cannot_be_written_is_one_line_and_never_followed(tmp_path, kind, caplog, monkeypatch):
-    path, theirs = tmp_path / "run/metrics.jsonl", tmp_path / "theirs"
-    theirs.write_text("keep")
+    path, other_file = tmp_path / "run/metrics.jsonl", tmp_path / "theirs"
+    other_file.write_text("keep")
     path.parent.mkdir()
     make = {
-        "link": lambda: path.symlink_to(theirs),
-        "hard link": lambda: path.hardlink_to(theirs),
+        "link": lambda: path.symlink_to(other_file),
+        "hard link": lambda: path.hardlink_to(other_file),
         "FIFO": lambda: os.mkfifo(path),
         "folder": path.mkdir,
         "full": lambda: monkeypatch.setattr(loggers, "open_regular", no_space),
@@ -133,7 +133,7 @@ def test_what_cannot_be_written_is_one_line_and_never_followed(tmp_path, kind, c
             logs.add_scalars({"loss": 1.0}, step)
     (line,) = [record.message for record in caplog.records]
     assert line.startswith("the logger 'jsonl': ") and line.endswith("; it logs nothing more")
-    assert theirs.read_text() == "keep"
+    assert other_file.read_text() == "keep"
     assert len(read_scalars(path.parent / "tensorboard")["loss"]) == 3
 
 

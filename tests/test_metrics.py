@@ -62,11 +62,11 @@ def test_frechet_distance_of_commuting_gaussians():
 def test_frechet_distance_of_what_passes_as_covariances_is_not_negative(seed, dim, rank, scale):
     """Of any rank, kept in float32, and compared with themselves or others."""
     a = random_gaussian(seed, dim, rank)
-    kept = Gaussian(a.mean, (10**scale * a.covariance).astype(np.float32).astype(np.float64))
-    kept.check()
-    assert frechet_distance(kept, kept) >= 0
-    assert frechet_distance(a, kept) >= 0
-    assert frechet_distance(kept, a) >= 0
+    rounded = Gaussian(a.mean, (10**scale * a.covariance).astype(np.float32).astype(np.float64))
+    rounded.check()
+    assert frechet_distance(rounded, rounded) >= 0
+    assert frechet_distance(a, rounded) >= 0
+    assert frechet_distance(rounded, a) >= 0
 
 
 @pytest.mark.parametrize(
@@ -162,15 +162,15 @@ def test_kernel_distance_has_no_bias():
 
 def test_both_implementations_of_the_metrics_agree():
     pytest.importorskip("tensorflow_gan")
-    theirs = networks.tensorflow_gan()
+    tfgan = networks.tensorflow_gan()
     random = np.random.RandomState(0)
     real = random.gamma(0.5, size=(2100, 48)).astype(np.float32)
     fake = random.gamma(0.7, size=(1500, 48)).astype(np.float32) @ random.standard_normal((48, 48))
     logits = 3 * random.standard_normal((1500, 20))
     for values in (
-        [b.frechet_distance(fake, Gaussian.fit(real), real) for b in (OURS, theirs)],
-        [b.kernel_distance(real, fake) for b in (OURS, theirs)],
-        [b.inception_score(logits) for b in (OURS, theirs)],
+        [b.frechet_distance(fake, Gaussian.fit(real), real) for b in (OURS, tfgan)],
+        [b.kernel_distance(real, fake) for b in (OURS, tfgan)],
+        [b.inception_score(logits) for b in (OURS, tfgan)],
     ):
         assert values[0] == pytest.approx(values[1], rel=1e-4)
 

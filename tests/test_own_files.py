@@ -282,11 +282,11 @@ def test_an_idx_file_that_unpacks_to_much_more_takes_no_memory(tmp_path):
 def test_a_tar_of_examples(tmp_path, format, kind):
     images = pictures(12)
     write_tar(tmp_path / "a.tar", examples(images, LABELS, kind=kind), format)
-    seen = {}
+    contents = {}
     for split in datasets.SPLITS:
         pixels, labels = read(tmp_path / "a.tar", split)
-        seen |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
-    assert seen == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
+        contents |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
+    assert contents == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
     config = folder_config(tmp_path / "a.tar")
     assert folder.find(config.data).omitted == ""
 
@@ -323,11 +323,11 @@ def test_many_tars(tmp_path, pattern):
         part = slice(4 * number, 4 * number + 4)
         write_tar(tmp_path / f"x/{name}.tar", examples(images[part], LABELS[part]))  # equal keys
     path = pattern.format(name=tmp_path / "x")
-    seen = {}
+    contents = {}
     for split in datasets.SPLITS:
         pixels, labels = read(path, split)
-        seen |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
-    assert seen == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
+        contents |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
+    assert contents == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
     assert folder.exists(path)
 
 
@@ -487,11 +487,11 @@ def arrow(monkeypatch):
 def test_parquet(tmp_path, arrow, struct):
     images = pictures(12)
     write_parquet(tmp_path / "a.parquet", images, LABELS, NAMES, struct=struct)
-    seen = {}
+    contents = {}
     for split in datasets.SPLITS:
         pixels, labels = read(tmp_path / "a.parquet", split)
-        seen |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
-    assert seen == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
+        contents |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
+    assert contents == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
     data = datasets.Data(folder_config(tmp_path / "a.parquet", num_classes=10).data)
     assert data.get("train").names == NAMES
 

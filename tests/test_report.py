@@ -431,14 +431,14 @@ def test_halves_of_the_data():
     random = np.random.default_rng(0)
     data = random.standard_normal((4000, 3))
     reference = Reference.measure([data], 4000, 4000)
-    found = compare_halves(Comparison(np.full((500, 3), 9.0), None, reference))
-    assert tuple(found) == OF_HALVES
-    assert (found["half_first"], found["half_other"]) == (500, 2000)
+    halves = compare_halves(Comparison(np.full((500, 3), 9.0), None, reference))
+    assert tuple(halves) == OF_HALVES
+    assert (halves["half_first"], halves["half_other"]) == (500, 2000)
     # means err by tr(C) / n; covariances by (K^2 + K) / (4 n) where C = 1
     expected = (3 + (9 + 3) / 4) * (1 / 500 + 1 / 2000)
-    assert 0.2 * expected < found["fid_data"] < 3 * expected
-    assert abs(found["kid_data"]) < 0.02
-    assert found["precision_data"] > 0.9
+    assert 0.2 * expected < halves["fid_data"] < 3 * expected
+    assert abs(halves["kid_data"]) < 0.02
+    assert halves["precision_data"] > 0.9
     whole = compare_halves(Comparison(np.zeros((9000, 3)), None, reference))
     assert (whole["half_first"], whole["half_other"]) == (2000, 2000)
 
@@ -483,9 +483,9 @@ def test_distances_of_one_checkpoint_are_gathered(tmp_path, caplog):
         return read_report(tmp_path / folder / "report_4.npz")
 
     def gathered():
-        return evaluation_page.by_evaluations(tmp_path / "a", 4, shown)
+        return evaluation_page.by_evaluations(tmp_path / "a", 4, heun_report)
 
-    shown = save("a", {})
+    heun_report = save("a", {})
     assert gathered() == {"heun": [(35, 0.5)]}
     five = {"nfe": 9.0}, {"sampling__N": 5}
     save("b", five[0] | {"fid": 2.0}, **five[1])
@@ -510,9 +510,9 @@ def test_distances_of_one_checkpoint_are_gathered(tmp_path, caplog):
     save("m", {"nfe": 10.0}, sampling__ode_solver="dpmpp", sampling__N=10)
     (tmp_path / "n").mkdir()
     (tmp_path / "n/report_4.npz").write_bytes(b"damaged")
-    found = gathered()
-    assert found["ode_solver=heun"] == [(9, 2), (35, 0.5)]
-    assert found["ode_solver=dpmpp"] == [(10, 0.5)]
+    distances = gathered()
+    assert distances["ode_solver=heun"] == [(9, 2), (35, 0.5)]
+    assert distances["ode_solver=dpmpp"] == [(10, 0.5)]
     save("o", {"nfe": 18.0, "fid": 1.0}, sampling__N=5, sampling__guidance=2.0)
     assert gathered()["ode_solver=heun, guidance=2.0"] == [(18, 1)]
 

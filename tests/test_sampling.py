@@ -216,15 +216,15 @@ def test_evaluations_are_counted(n):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_callback_sees_each_step_before_it_is_taken(solver):
     """dx/dt = -x from t = 1 to 0: the state at t is exp(1 - t), the slope minus that."""
-    seen, levels = [], torch.linspace(1, 0, 101, dtype=torch.float64)
-    end = SOLVERS[solver].solve(lambda x, t: -x, torch.ones(1).double(), levels, seen.append)
-    assert [step.index for step in seen] == list(range(len(seen)))
-    passed = [step.level for step in seen]
+    steps, levels = [], torch.linspace(1, 0, 101, dtype=torch.float64)
+    end = SOLVERS[solver].solve(lambda x, t: -x, torch.ones(1).double(), levels, steps.append)
+    assert [step.index for step in steps] == list(range(len(steps)))
+    passed = [step.level for step in steps]
     if SOLVERS[solver].schedule:
         assert passed == levels[:-1].tolist()
     assert passed[0] == 1
     assert sorted(passed, reverse=True) == passed
-    for step in seen:
+    for step in steps:
         assert step.x.item() == pytest.approx(math.exp(1 - step.level), rel=1e-2)
         assert step.slope.item() == -step.x.item()
     assert end.item() == pytest.approx(math.exp(1), rel=1e-2)
@@ -237,11 +237,11 @@ def test_the_callback_of_a_sampler_sees_every_network_evaluation_of_euler():
     method, x = get_method(config), torch.randn(2, 3, 4, 4)
     for name in ("pc", "ode"):
         config.sampling.update({"method": name, "ode_solver": "forward_euler", "N": 5})
-        seen = []
+        steps = []
         sample = get_sampling_fn(config, method)
-        _, evaluations = sample(gaussian_network(method), x=x, callback=seen.append)
-        assert evaluations == len(seen) == 5
-        assert all(step.x.shape == step.slope.shape == x.shape for step in seen)
+        _, evaluations = sample(gaussian_network(method), x=x, callback=steps.append)
+        assert evaluations == len(steps) == 5
+        assert all(step.x.shape == step.slope.shape == x.shape for step in steps)
 
 
 @pytest.mark.parametrize(

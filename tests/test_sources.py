@@ -249,8 +249,8 @@ def test_trees_and_zips_hold_the_same(tmp_path):
     (tmp_path / "faces/000/._image.png").write_text("what macOS leaves")
     write_zip(tmp_path / "faces.zip", tmp_path / "faces")
     for path in (tmp_path / "faces", tmp_path / "faces.zip"):
-        found, sizes = both_splits(config_of("folder", path=str(path)))
-        assert sorted(found) == sorted(i.transpose(2, 0, 1).tobytes() for i in images)
+        contents, sizes = both_splits(config_of("folder", path=str(path)))
+        assert sorted(contents) == sorted(i.transpose(2, 0, 1).tobytes() for i in images)
         train, test = sizes
         assert (train + test, test > 0) == (20, True)
 
@@ -314,28 +314,28 @@ def test_what_looks_like_a_split_is_named_in_a_warning(tmp_path, names, caplog):
 
 
 @pytest.mark.parametrize("kind", ["tree", "zip", "npz", "npy"])
-@pytest.mark.parametrize("given", [True, False])
-def test_the_log_says_what_is_trained_on(tmp_path, kind, given):
+@pytest.mark.parametrize("has_splits", [True, False])
+def test_the_log_says_what_is_trained_on(tmp_path, kind, has_splits):
     images = pictures(20)
     share = (
         "a random tenth is held out" if kind in ("npz", "npy") else "a tenth is held out by names"
     )
-    found = f"{{}} images to train on and {{}} to test on ({share})"
+    split_text = f"{{}} images to train on and {{}} to test on ({share})"
     if kind == "npy":
         path = tmp_path / "data.npy"
         np.save(path, images)
-    elif given:
+    elif has_splits:
         path = write_splits(tmp_path, Train=images[:13], VAL=images[13:])[kind]
-        found = "13 images to train on and 7 to test on (Train and VAL)"
+        split_text = "13 images to train on and 7 to test on (Train and VAL)"
     else:
         path = write_splits(tmp_path, all=images)[kind]
-    config = config_of("folder", path=str(path), random_flip=given)
+    config = config_of("folder", path=str(path), random_flip=has_splits)
     train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
-    found = found.format(len(train), len(test))
-    mirrored = "mirrored at random" if given else "not mirrored"
+    split_text = split_text.format(len(train), len(test))
+    mirrored = "mirrored at random" if has_splits else "not mirrored"
     changed = Preparation.from_config(config, get_codec(config), False).words
     assert datasets.Data(config.data).describe(train, test, changed) == (
-        f"data: {path}, {found}, 8 x 8, 3 channels, {mirrored} (data.random_flip)"
+        f"data: {path}, {split_text}, 8 x 8, 3 channels, {mirrored} (data.random_flip)"
     )
 
 
@@ -350,8 +350,8 @@ def test_grey_files_are_measured_as_grey(tmp_path):
     for path in (tmp_path / "x", tmp_path / "x.zip"):
         config = config_of("folder", channels=0, path=str(path))
         assert datasets.Data(config.data).measure_channels() == 1
-        found, sizes = both_splits(config)
-        assert sorted(found) == sorted(image.tobytes() for image in grey)
+        contents, sizes = both_splits(config)
+        assert sorted(contents) == sorted(image.tobytes() for image in grey)
         assert sum(sizes) == 30
     assert config.data.num_channels == 0  # left as it is
 
@@ -440,8 +440,8 @@ def test_data_of_edm(tmp_path):
             file.write(path, path.relative_to(tmp_path / "tree").as_posix())
     expected = sorted(image.transpose(2, 0, 1).tobytes() for image in images)
     for path in ("tree", "data.zip"):
-        found, _ = both_splits(config_of("folder", path=str(tmp_path / path)))
-        assert sorted(found) == expected
+        contents, _ = both_splits(config_of("folder", path=str(tmp_path / path)))
+        assert sorted(contents) == expected
 
 
 def test_entries_are_bounded_and_never_extracted(tmp_path, monkeypatch):
@@ -542,8 +542,8 @@ def test_records_of_stylegan(tmp_path, name, packed):
     images = pictures(20)
     path = tmp_path / "r03.tfrecords"
     path.write_bytes(tfrecord(*(stylegan_example(image, packed) for image in images)))
-    found, sizes = both_splits(config_of(name, tfrecords_path=str(path)))
-    assert sorted(found) == sorted(i.transpose(2, 0, 1).tobytes() for i in images)
+    contents, sizes = both_splits(config_of(name, tfrecords_path=str(path)))
+    assert sorted(contents) == sorted(i.transpose(2, 0, 1).tobytes() for i in images)
     assert list(sizes) == [18, 2]
 
 

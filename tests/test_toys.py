@@ -30,11 +30,11 @@ def coarse(counts):
 
 def p_value(points, cells):
     """Of a chi-square test of bytes (n, 2) against their law; rare cells count as one."""
-    found, expected = np.zeros((256, 256)), len(points) * coarse(cells)
-    np.add.at(found, tuple(points.T), 1)
+    counts, expected = np.zeros((256, 256)), len(points) * coarse(cells)
+    np.add.at(counts, tuple(points.T), 1)
     often = expected > 5
-    found = coarse(found)
-    pairs = [[*v[often], v[~often].sum()] for v in (found, expected)]
+    counts = coarse(counts)
+    pairs = [[*v[often], v[~often].sum()] for v in (counts, expected)]
     return chisquare(*pairs).pvalue
 
 
@@ -58,9 +58,9 @@ def test_draws_have_the_law_of_the_bytes(name):
     assert p_value(train, cells) > 1e-3
     assert p_value(test, cells) > 1e-3
     # drawn another way: a Gaussian by its number, then from it
-    drawn = toy.centres[random.integers(len(toy.centres), size=20_000)]
-    drawn = drawn + toy.std * random.standard_normal(drawn.shape)
-    assert p_value(np.floor((drawn + 1) * 128).clip(0, 255).astype(int), cells) > 1e-3
+    points = toy.centres[random.integers(len(toy.centres), size=20_000)]
+    points = points + toy.std * random.standard_normal(points.shape)
+    assert p_value(np.floor((points + 1) * 128).clip(0, 255).astype(int), cells) > 1e-3
     assert p_value(train // 2 + 64, cells) < 1e-9  # the test can fail
 
 

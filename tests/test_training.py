@@ -51,14 +51,14 @@ def test_ema_with_a_half_life_in_images(batch_size, small_batch_size):
     config.model.ema_half_life = 1000.0
     model = Line()
     state = train_state(config, model)
-    expected, seen = state.parameters[0].detach().clone(), 0
+    expected, images_seen = state.parameters[0].detach().clone(), 0
     for step in range(700):  # 5 % of the images are 1000 from step 400 on
         with torch.no_grad():
             state.parameters[0].fill_(math.sin(step))
         state.ema.update(state.parameters, torch.ones(()))
-        beta = 0.5 ** (50 / max(min(1000, 0.05 * seen), 1e-8))
+        beta = 0.5 ** (50 / max(min(1000, 0.05 * images_seen), 1e-8))
         expected = beta * expected + (1 - beta) * math.sin(step)
-        seen += 50
+        images_seen += 50
         torch.testing.assert_close(state.ema.shadow_params[0], expected, rtol=1e-4, atol=1e-5)
     config.model.ema_half_life = -1.0
     with pytest.raises(ValueError, match=r"model\.ema_half_life must be at least 0, not -1"):
@@ -133,13 +133,13 @@ def test_step_clips_the_gradient_by_its_norm_and_warms_up():
     config.optim.warmup = 4
     config.optim.grad_clip = 0.5
     state = train_state(config, Line())
-    seen = []
+    gradients = []
 
     for _ in range(3):
         step_of(state, lambda net: 100 * net.weight.sum())
-        seen.append(state.model.weight.grad.item())
+        gradients.append(state.model.weight.grad.item())
         assert state.optimizer.param_groups[0]["lr"] == config.optim.lr * (state.step - 1) / 4
-    assert seen == pytest.approx([0.5] * 3, rel=1e-4)
+    assert gradients == pytest.approx([0.5] * 3, rel=1e-4)
     # Adam's step is the learning rate whatever the gradient's scale
     moved = config.optim.lr * (0 + 1 + 2) / 4
     assert 1 - state.model.weight.item() == pytest.approx(moved, rel=1e-3)
