@@ -40,7 +40,7 @@ def shifted(x, columns):
         ({"a0": 1}, IMAGE.flip(-1)),
         ({"a1": 1}, IMAGE.flip(-2)),
         ({"a0": 1, "a1": 1}, IMAGE.flip(-1, -2)),
-        ({"a3": math.pi / 2}, IMAGE.rot90(1, (-2, -1))),  # which turns to the left
+        ({"a3": math.pi / 2}, IMAGE.rot90(1, (-2, -1))),  # a quarter turn to the left
         ({"a3": -math.pi / 2}, IMAGE.rot90(-1, (-2, -1))),
         ({"a3": math.pi}, IMAGE.flip(-1, -2)),
         ({"a6": 1}, shifted(IMAGE, 1)),  # an eighth of the width
@@ -170,7 +170,7 @@ def test_labels_reach_the_network_with_their_examples():
     net = Watched()
     loss.loss(net, examples.shard(1, 4), batch)
     assert torch.equal(net.labels, batch.conditions["augment_labels"][24:48]) and net.labels.any()
-    # and have a gradient, which the labels of a network that samples have not
+    # in training their embedding has a gradient
     model = create_model(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -46,7 +46,7 @@ def test_a_dark_last_channel_darkens_no_other(channels, last):
 
 @pytest.mark.parametrize("channels", [2, 4, 6])
 def test_the_definition_of_the_kernels(channels):
-    (image,) = pictures(1, 40, 40, channels) // 2 + 60  # which a kernel leads not beyond 0 to 255
+    (image,) = pictures(1, 40, 40, channels) // 2 + 60  # a kernel cannot lead these beyond 0 to 255
     for kernel, function, support in ((Filter.BILINEAR, triangle, 1), (Filter.BICUBIC, cubic, 2)):
         expected = reference_resize(image, 24, function, support)
         errors = np.abs(resize(image, 24, 24, kernel) - expected)
@@ -118,7 +118,7 @@ def test_each_image_lies_in_its_cell(n, height, width, channels, columns):
 
 @pytest.mark.parametrize("shape", [(9, 150, 150, 4), (4, 7, 400, 5), (100, 3, 100, 1)])
 def test_large_pictures_are_made_smaller(tmp_path, monkeypatch, shape):
-    """Flat images stay as they are."""
+    """Pictures beyond the largest size shrink; flat images keep their one value."""
     monkeypatch.setattr("reports.images.LARGEST", 700)
     grid = image_grid(np.full(shape, 90, np.uint8))
     assert 350 < max(grid.shape) <= 700
@@ -126,7 +126,7 @@ def test_large_pictures_are_made_smaller(tmp_path, monkeypatch, shape):
 
 
 def test_the_largest_picture_can_be_read():
-    """By the page of an evaluation, and as a frame of WebP."""
+    """Pillow reads it for the page of an evaluation, and WebP takes it as a frame."""
     assert LARGEST**2 < Image.MAX_IMAGE_PIXELS
     assert LARGEST < 2**14
 
@@ -292,7 +292,7 @@ def test_a_sample_that_a_kill_left_half_is_drawn_again(run, tmp_path, caplog):
 
 
 def test_arrays_are_encoded_and_restored(run, tmp_path, monkeypatch):
-    """With a latent that is the image itself: the exact one takes long."""
+    """The latent is the image itself here, since the exact one takes long."""
     monkeypatch.setattr(Trained, "encode", lambda trained, x: x)
     monkeypatch.setattr(Trained, "decode", lambda trained, z: z)
     monkeypatch.setattr(Trained, "log_likelihood", lambda trained, x: torch.zeros(len(x)))

@@ -134,7 +134,7 @@ def test_seeds_alone(runs):
 )
 @pytest.mark.parametrize("seed", [1, 2])
 def test_evaluations_of_other_settings_are_two_columns(name, value, ranked, seed):
-    """Of one run, or of two seeds: never an average; the best where the values are of one kind."""
+    """Evaluations with other settings are never averaged; values of one kind are ranked."""
     worse = {"fid": 2.0, "loss": 2.0, "bpd": 2.0}
     runs = [run("a", report(1, worse), seed=1)]
     better = report(seed, dict.fromkeys(worse, 1.0), **{name.replace(".", "__"): value})
@@ -165,7 +165,7 @@ def test_settings_of_the_config_that_an_evaluation_replaced():
 
 
 def test_one_seed_counts_once(runs):
-    """A copy, and another training of the seed, whose values differ by what is not repeatable."""
+    """A copied run, and a repeated training of one seed with slightly other values, are one."""
     copy = dataclasses.replace(runs[0], name="copy")
     page = compare_page([copy, runs[0], runs[1]])
     assert "(2 seeds)" in page and "1.500\n(1 to 2)" in page
@@ -183,7 +183,7 @@ def test_one_seed_counts_once(runs):
 
 
 def test_seeds_of_evaluations():
-    """Each that of its run, or all the same: seeds of one column; else what differs."""
+    """Seeds of evaluations share a column where each is its run's, or all are equal."""
 
     def of(*pairs):
         return [
@@ -207,7 +207,7 @@ def test_equal_values_have_no_best(runs):
 
 
 def test_older_reports_are_not_known(runs):
-    """Their sampler, number of samples and space tell them apart; the data are not known."""
+    """Older reports differ by sampler, number of samples and space; their data are unknown."""
 
     def old(name, seed, **changes):
         entries = {"step": 10, "fid": 1.0 * seed, "nfe": 35.0, "sampling_seconds": 1.0, **OLD}
@@ -218,7 +218,7 @@ def test_older_reports_are_not_known(runs):
     assert rows(page)["evaluation: other settings"] == [("not known", False), ("known", False)]
     assert "seeds" not in page and "class=best" not in page
     assert "No best Fréchet distance: the data that an older report compares with are not" in page
-    page = compare_page([old("a", 1), old("b", 2)])  # as far as they tell
+    page = compare_page([old("a", 1), old("b", 2)])  # equal in all that they record
     assert "(2 seeds)" in page and "None" not in page
     assert rows(page)["evaluation: other settings"] == [("not known", False)]
     assert "a, b: of an older program" in page

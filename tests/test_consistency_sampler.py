@@ -192,7 +192,7 @@ def test_an_evaluation_says_levels_stages_and_evaluations(run):
 
 
 def test_levels_are_those_of_the_least_distance_and_chosen_once(run, caplog):
-    """By an own loop over the grid, with the program's draws, and an own Frechet distance."""
+    """A loop over the grid with the program's draws and an independent Frechet distance agrees."""
     caplog.set_level("INFO")
     (numbered,) = (run / "checkpoints").glob("checkpoint_6.pth")
     trained = load(numbered)
@@ -221,7 +221,7 @@ def test_levels_are_those_of_the_least_distance_and_chosen_once(run, caplog):
 
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_a_level_leaves_room_for_those_below_it(n, monkeypatch, tmp_path):
-    """Where the lowest level of the grid is always best."""
+    """Samples err by their last level, so that the lowest level of the grid is always best."""
     stored = np.random.default_rng(0).integers(0, 256, (60, 3), dtype=np.uint8)
     images, real = Batch(torch.from_numpy(stored).view(60, 3, 1, 1)), stored / 255
     monkeypatch.setattr(LevelChoice, "_images", lambda choice: images)
@@ -326,7 +326,7 @@ def test_sample_mode_refuses_what_follows_the_ode(run, tmp_path, key):
 
 
 def test_two_processes_train_as_one(run, tmp_path):
-    """By the whole program, through the wrapper that averages gradients; from other weights on."""
+    """The whole program, its gradients averaged by the wrapper, from another run's weights."""
     config = ["--config", ROOT / "configs/pfgmpp/digits_consistency.py", "--mode", "train"]
     values = TINY | {
         "training.n_iters": 3,

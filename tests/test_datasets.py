@@ -253,7 +253,7 @@ def test_size_decides_what_stays_on_disk():
 
 
 def test_batches_go_on_without_dead_workers(caplog, monkeypatch):
-    """As when a signal ends the whole group of processes, and the run has yet to save."""
+    """A signal to the whole group ends the workers while the run has yet to save."""
     # DataLoader looks after its workers when none has answered for so long; 5 s by default
     looks = dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(looks, "__defaults__", (0.2,))

@@ -197,7 +197,7 @@ def test_labels_beyond_the_classes_are_an_error():
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_parameter_is_trained(case):
-    """Also with recomputed activations, which change no gradient, and without labels."""
+    """Recomputed activations change no gradient; without labels too each weight has one."""
     inputs, gradients = case_inputs(case), []
     for checkpointed in (False, True):
         model = case_model(case, checkpoint_activations=checkpointed)

@@ -212,7 +212,7 @@ def configured(when=None, **values):
 
 
 def outcome(config):
-    """What a config makes: the method, a network's weights, a loss, samples, the EMA's decay."""
+    """Method, sums of weights, loss, samples, their evaluations and EMA of a config."""
     torch.manual_seed(0)
     method, network = get_method(config), create_model(config)
     torch.manual_seed(0)
@@ -249,8 +249,8 @@ ALL = [
     for name in names.split()
     if section not in ("data", "eval")
 ]
-# and keys that belong to a part, beside each part that does not read them
-WIDER = ("ncsnv2_128", "ncsnv2_256")  # are ncsnv2_64 for larger images
+# beside each choice of a part, the keys that only other choices read
+WIDER = ("ncsnv2_128", "ncsnv2_256")  # ncsnv2_64 again, for larger images
 for selector, parts in PARTS.items():
     declared = {key for part in parts.values() for key in of_part(part, "keys")}
     ALL += [
@@ -335,7 +335,7 @@ def test_a_new_part_brings_along_which_keys_it_reads(monkeypatch):
 
 @pytest.mark.parametrize("path", EXPERIMENTS)
 def test_what_an_experiment_sets_is_nobodys_mistake(path):
-    """Only what the user gives is looked at, and not what switches something off."""
+    """An experiment's own keys draw no remark, nor do a user's that switch something off."""
     config = load(path)
     assert without_effect(config, []) == []
     off = [key for key in all_keys() if not get(config, key)]
@@ -343,7 +343,7 @@ def test_what_an_experiment_sets_is_nobodys_mistake(path):
 
 
 def test_the_command_line_is_told(tmp_path):
-    """Of `eval` nothing at a start: which evaluation the run will have is open."""
+    """A start of training says nothing of `eval`, since its evaluation is not chosen yet."""
     options = "sampling.ode_solver=rk45 sampling.N=20 sampling.S_min=0.1 seed=3 training.gamma=3"
     flags = [f"--config.{each}" for each in options.split()] + ["--noconfig.data.random_flip"]
     flags += ["--noconfig.eval.enable_sampling", "--config.eval.features=pixels"]

@@ -88,7 +88,7 @@ def test_an_ema_that_was_not_kept_is_within_a_percent_of_one_that_was(std, step)
     weights, error = rebuilding_weights(*zip(*averages, strict=True), step, std)
     rebuilt = weights @ np.stack([*averages.values()])
     assert np.linalg.norm(rebuilt - expected) < 0.01 * np.linalg.norm(expected)
-    # which neither the newest weights nor the nearest average are
+    # the newest weights and the nearest average are at least five times farther
     for other in (walk[step - 1], *(averages[step, s] for s in STDS)):
         assert np.linalg.norm(rebuilt - expected) < 0.2 * np.linalg.norm(other - expected)
     assert error < 0.06
@@ -105,7 +105,7 @@ def test_the_error_of_the_profile_is_that_of_quadrature():
     )
     expected = np.linalg.norm(mixture - target) / np.linalg.norm(target)
     assert error == pytest.approx(expected, rel=1e-3)
-    # the least one among weights of sum 1
+    # no other weights of sum 1 err less
     for change in np.random.default_rng(0).standard_normal((20, 4)):
         change -= change.mean()
         other = mixture + sum(
@@ -183,7 +183,7 @@ def test_a_run_without_averages_says_so(tmp_path):
 
 
 def test_the_rebuilt_weights_are_those_of_the_checkpoints(tmp_path):
-    """Of one weight, by hand."""
+    """The average of a network with one weight, summed by hand over its checkpoints."""
     config = run_of(tmp_path, training__n_iters=6, model__ema_stds=STDS)
     assert run_lib.train(config, tmp_path)
     config.eval.update(steps="", begin_ckpt=3, end_ckpt=3, ema_std=0.08)

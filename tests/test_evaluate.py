@@ -214,7 +214,7 @@ def test_samples_are_found_in_their_rounds(tmp_path):
 
 
 def test_the_nearest_picture_shows_pairs(workdir, tmp_path):
-    """Below each sample, the training image that a search over all pixels finds."""
+    """The picture has below each sample the training image nearest to it in all pixels."""
     config = tiny(tmp_path, enable_bpd=False)
     report = evaluate(config, workdir)
     rounds = [np.load(workdir / f"eval/ckpt_4/samples_{r}.npz")["samples"] for r in range(3)]
@@ -472,7 +472,7 @@ def statistics_lines(caplog):
 
 
 def test_statistics_say_what_they_are_of(workdir, tmp_path, caplog):
-    """Those made here do, so that they are known under a published name, and in which space."""
+    """Statistics made here record data and space, and are known by them under a published name."""
     caplog.set_level("INFO")
     config = tiny(tmp_path, enable_bpd=False)
     expected = evaluate(config, workdir)
@@ -527,7 +527,7 @@ def test_indices_of_any_integers_are_those_of_images(dtype, workdir, tmp_path):
     (path,) = (tmp_path / "stats").iterdir()
     pictures = [workdir / f"eval/{name}_4.png" for name in ("nearest", "data_images")]
     statistics = read_arrays(path)
-    # each feature is said to be of an image whose number has eight bits
+    # numbers of images, small enough for eight bits of either sign
     statistics["index"] %= 120
     expected = []
     for index in (statistics["index"], statistics["index"].astype(dtype)):

@@ -264,7 +264,7 @@ def test_numbered_checkpoints_are_the_last_resort(tmp_path):
 
 
 def test_as_many_numbered_checkpoints_are_kept_as_asked(tmp_path):
-    """Over a resume too; those that the run did not write are not its to delete."""
+    """Old ones go after a resume too; files that the run did not write stay."""
     config = small_config(**{"training.keep_checkpoints": 2, "training.snapshot_freq": 2})
     folder = tmp_path / "checkpoints"
     for n_iters in (5, 11):
@@ -345,9 +345,9 @@ def rewritten(path, change, **options):
 
 
 def test_a_tensor_marked_as_a_folder_is_read(tmp_path):
-    """By an attribute, which one flipped bit sets, or by its name: torch.load reads no tensor then.
+    """An attribute, which one flipped bit sets, or a name can mark a tensor as a folder.
 
-    What it gives is whatever the memory held before.
+    torch.load then reads nothing, and gives whatever the memory held before.
     """
     path = tmp_path / "folder.pth"
     good = tiny_checkpoint(path)

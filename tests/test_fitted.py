@@ -32,7 +32,7 @@ from storage.run_checkpoints import drop_checkpoints, fitted_path
 
 
 def steps_along(state, slope, levels):
-    """What a callback sees of the solutions `state(level)` (B, C) with derivative `slope`."""
+    """Steps of a callback along the solutions `state(level)` (B, C) with derivative `slope`."""
     return [Step(i, s, state(s), slope(s)) for i, s in enumerate(levels.tolist())]
 
 
@@ -51,7 +51,7 @@ def test_the_cheapest_path_is_that_of_all_paths(n):
 
 
 def test_errors_are_those_of_euler_steps():
-    """Of dy/ds = 2 v s, one of them errs by |v| h^2, counted in the distance from the mean."""
+    """An Euler step of dy/ds = 2 v s errs by |v| h^2, in units of the distance from the mean."""
     v = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     levels = torch.tensor([4.0, 3.5, 2.0, 0.5], dtype=torch.float64)
     steps = steps_along(lambda s: v * s**2, lambda s: 2 * v * s, levels)
@@ -127,7 +127,7 @@ def test_fine_trajectories_are_those_of_the_ode_from_prior_to_data(name):
 @pytest.mark.parametrize("dim, number", [(64, 1024), (3072, 341), (12288, 85), (3 * 2**20, 16)])
 def test_larger_images_need_fewer_trajectories(dim, number):
     assert fitted.number_of_trajectories(dim, 1024) == number
-    assert fitted.at_once(dim) * dim <= max(2**18, 2 * dim)  # of one, no distances are known
+    assert fitted.at_once(dim) * dim <= max(2**18, 2 * dim)  # two at least, to have distances
 
 
 # --- which steps ----------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_a_step_that_state_and_slopes_can_take_is_found(seed, k):
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("scatter", [0.1, 1.0])
 def test_of_all_steps_that_keep_the_second_moment_it_errs_least(k, scatter):
-    """Beside a general solver of the constrained least squares, from several starts."""
+    """A general solver of the constrained least squares, from several starts, agrees."""
     x, slopes, target, *_ = random_step(k, k, scatter)
     rows = [value.flatten(1).numpy() for value in (target, x, *slopes)]
     shares = 1 / np.square(rows[0] - rows[0].mean(0)).sum(1)
@@ -279,7 +279,7 @@ def save(config, workdir, seed):
 
 
 def fit(config, workdir):
-    """What an evaluation keeps beside the checkpoint, but for the time that it took."""
+    """Arrays that an evaluation writes beside the checkpoint, but for the time that it took."""
     run_lib.evaluate(config, workdir)
     with np.load(workdir / "checkpoints/checkpoint_4.fitted.npz") as file:
         return {name: file[name] for name in ("relative_errors", "origin")}
@@ -303,7 +303,7 @@ def test_two_fits_are_equal_bit_for_bit_and_one_of_other_weights_is_not(tmp_path
 
 @pytest.mark.parametrize("at_once, sizes", [(3, [3, 3, 3, 3, 2, 2]), (16, [16])])
 def test_trajectories_are_solved_in_even_parts(tmp_path, monkeypatch, at_once, sizes):
-    """Of a part of one no distance to the others would be known."""
+    """Parts are even, since a part of one trajectory has no other to take a distance to."""
     config, parts = tiny(tmp_path), []
     save(config, tmp_path, seed=1)
     monkeypatch.setattr(fitted, "MOST_FOR_LEVELS", 16)

@@ -70,7 +70,7 @@ def test_groups_are_held_out_together(amount, pattern, group):
     assert not {*map(group, test)} & {*map(group, train)}
     assert sorted(test + train) == sorted(NAMES)
     order = sorted({*map(group, NAMES)}, key=fraction)
-    if amount >= 1:  # whole groups, until there are so many
+    if amount >= 1:  # a number: whole groups, until they hold as many images
         sizes = np.cumsum([sum(group(name) == each for name in NAMES) for each in order])
         assert len(test) == sizes[np.searchsorted(sizes, amount)]
     else:
@@ -210,7 +210,7 @@ def test_splits_that_the_data_have_stay(tmp_path):
 
 
 def test_a_zip_of_edm_trains_on_all_its_images(tmp_path):
-    """As its dataset_tool.py writes it: numbered folders, and dataset.json."""
+    """The zip is that of EDM's dataset_tool.py: numbered folders, and dataset.json."""
     for number in range(30):
         write_tree(tmp_path / f"set/0000{number % 3}", grey(number, 1), f"img{number:08d}.png")
     lines = [[f"0000{n % 3}/img{n:08d}.png", n % 5] for n in range(30)]

@@ -182,7 +182,7 @@ def test_the_ends_of_ranges_are_computed_or_refused_in_one_line(images, key, end
 
 @pytest.mark.parametrize("key", KEYS)
 def test_what_is_refused_is_named(key):
-    """Also where a config file turns off the types of ml_collections."""
+    """Values are named even where a config file turns off the types of ml_collections."""
     config = small_config().copy_and_resolve_references()
     section, _, name = key.rpartition(".")
     for value in VALUES:

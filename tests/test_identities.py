@@ -172,7 +172,7 @@ HAS = {"data__random_flip": False}  # a value that no ranking needs
     ],
 )
 def test_values_of_other_codecs_and_objectives_are_not_ranked(codecs, huber, changes, bpd, loss):
-    """Beside a run of pixels and regression, and beside the report of one without these entries."""
+    """They rank neither beside pixels and regression nor beside a report without these entries."""
     other = report(2.0, **changes)
     for plain in (report(1.0), report(1.0, **HAS)):
         for key, name in (("bpd", bpd), ("loss", loss)):
@@ -234,7 +234,7 @@ def test_a_loss_is_computed_again_only_where_it_would_be_another(huber, tmp_path
 
 
 def test_a_loss_is_that_of_the_learned_weights(monkeypatch, tmp_path):
-    """Of an objective with weights: those of another training make another loss."""
+    """A loss belongs to the objective's weights: with another training's it is computed anew."""
 
     class Learned(Regression):
         def __init__(self, method, **numbers):

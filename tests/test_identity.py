@@ -52,7 +52,7 @@ def identity(path, **data):
 
 
 def changes(path, change, **data):
-    """What a run that began before `change()` says of the data after it."""
+    """The message of a run that began before `change()` about the data after it."""
     before = identity(path, **data)
     change()
     return before.changes(identity(path, **data))
@@ -80,7 +80,7 @@ OTHER = "as many images as then, but other contents or names of files"
 
 
 def test_a_replaced_file(photos):
-    """Also one of the same size and time of change."""
+    """A file replaced by one of the same size and time of change is noticed."""
     path = photos / "img007.png"
     content, at = path.read_bytes(), path.stat()
     assert changes(photos, lambda: path.write_bytes(content[:-1] + b"?")) == OTHER

@@ -165,7 +165,7 @@ class Kernel(NamedTuple):
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Kernel]:
-    """By name of the source, with the calls it is tested with."""
+    """Kernels with their test calls, by name of the source."""
     pair = (
         Kernel(SOURCES[0], random_calls(CALLS, random_upfirdn2d_call, 0), large_upfirdn2d_calls()),
         Kernel(
@@ -210,7 +210,7 @@ def link(objects: dict[str, Path], program: Path) -> Path:
 
 
 def fault_of(program: Path, calls: list[Call]) -> str | None:
-    """What is wrong with the outputs of the program, None where each is as defined."""
+    """The first fault in the outputs of the program, None where each is as defined."""
     words = b"".join(
         b"".join([np.array(call.header, np.float64).tobytes(), *call.tensors]) for call in calls
     )

@@ -110,7 +110,7 @@ def test_class_folders_below_splits_are_numbered_alike(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_dataset_json(tmp_path, packed):
-    """EDM's, in whose folders are no classes; of a zip it may be below the one folder."""
+    """EDM's labels count although folders are no classes; in a zip they may be one folder down."""
     root = tmp_path / "set"
     levels = [(5 * i) % 40 for i in range(24)]
     for i, level in enumerate(levels):
@@ -277,7 +277,7 @@ def test_the_posterior_mean_of_a_class(monkeypatch, chunk, D):
 
 @pytest.mark.parametrize("chunk", [2, 2048])
 def test_the_field_of_a_class(monkeypatch, poisson, chunk):
-    """That of its own charges alone, by the sum over charges of direction / distance^(D+1)."""
+    """Sum over the charges of the class alone of direction / distance^(D+1)."""
     monkeypatch.setattr(field, "DATA_CHUNK", chunk)
     examples, reference = labelled_batches()
     z = torch.linspace(0.1, 4, 6, dtype=torch.float64)
@@ -394,8 +394,8 @@ def test_a_resumed_run_with_labels_is_the_same(tmp_path, monkeypatch, limit, one
 # --- guidance -------------------------------------------------------------------------------------
 
 METHODS = {"edm": FAMILY["edm"], **SDES}
-MEANS, STD = (-0.4, 0.7), 0.3  # of the two classes; and of the law without a class, its mean:
-UNCONDITIONAL = 0.1
+MEANS, STD = (-0.4, 0.7), 0.3  # of the two classes
+UNCONDITIONAL = 0.1  # mean of the law without a class
 EVERYWHERE = (0.0, math.inf)
 
 
@@ -473,7 +473,7 @@ def test_the_law_of_a_class_by_predictor_and_corrector(weight, one_thread):
 
 
 def test_a_poisson_flow_mixes_slopes(poisson):
-    """Of exact fields, where mixed fields would have another slope; in every variable."""
+    """Slopes of exact fields mix in every variable; mixed fields would have another slope."""
     generator = torch.Generator().manual_seed(0)
     charges = torch.rand(8, 1, 2, 2, generator=generator)
     labels = torch.arange(8) % 2
@@ -589,7 +589,7 @@ def test_what_cannot_be_guided_is_one_line(trained, changes, reason):
 
 
 def test_labels_are_drawn_as_in_the_data(tmp_path):
-    """Of a data set of which nine tenths are of one class; the same at every call of one key."""
+    """Nine tenths of the data are of one class; a key gives equal labels at every call."""
     levels = np.where(np.arange(1000) % 10 == 0, 1, 0)
     np.savez(tmp_path / "x.npz", images=pictures(1000, 4, 4, 1), labels=levels)
     config = folder_config(tmp_path / "x.npz", classes=2)
@@ -612,7 +612,7 @@ def test_labels_are_drawn_as_in_the_data(tmp_path):
 
 
 def test_agreement_of_samples_with_their_labels():
-    """Of classes that lie far apart, 7 of 30 samples have another class's label."""
+    """Classes lie far apart, and 7 of 30 samples have the label of another one."""
     random = np.random.default_rng(0)
     centres = np.array([[0, 0, 0], [20, 0, 0], [0, 20, 0]])
     classes, labels = random.integers(3, size=200), np.arange(30) % 3
@@ -660,10 +660,10 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
     solved = []
 
     def bits_per_dim(net, x, generator, conditions, watch=None):
-        """Fewest where ten times the mean of the image, of x in [-1, 1], is the label."""
+        """Bits are fewest where ten times the mean of the image, in [0, 1], is the label."""
         solved.append(len(x))
         bits = 0.05 * (10 * (x + 1).flatten(1).mean(1) / 2 - conditions["class_labels"]).square()
-        return bits + torch.rand(1, generator=generator), None, 1  # of one probe for all labels
+        return bits + torch.rand(1, generator=generator), None, 1  # one probe for all labels
 
     bits_per_dim.divergence = "exact"
     monkeypatch.setattr(Likelihood, "from_config", lambda config, method, codec: bits_per_dim)

@@ -55,7 +55,7 @@ def random_network(path, **overrides):
 
 @pytest.fixture(scope="module")
 def images():
-    """Of the exact network's data, in [0, 1]."""
+    """Images of the law that the exact network knows, in [0, 1]."""
     scaled = MEAN + STD * torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     return ((scaled + 1) / 2).clamp(0, 1)
 
@@ -71,7 +71,7 @@ def test_latents_are_those_of_the_linear_flow(images):
 
 
 def test_log_likelihood_is_over_the_unit_interval(images):
-    """That of the prior at the latent, times the flow's stretching: by 2 from [0, 1] to [-1, 1]."""
+    """The prior's log density at the latent plus the log of the flow's and the codec's scaling."""
     run = exact_edm()
     growth = math.sqrt((STD**2 + 80**2) / (STD**2 + 0.002**2))
     latent = (MEAN + growth * (2 * images.double() - 1 - MEAN)).flatten(1)
@@ -98,7 +98,7 @@ def test_samples_of_many_seeds_have_the_law_of_the_data():
 
 
 def test_encode_and_solve_ode_are_inverse():
-    """Also in float64 and to any accuracy."""
+    """Encoding and solving back in float64, at tight tolerances, returns the images."""
     x = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     for method in SDES.values():
         net, fine = gaussian_network(method, MEAN, STD), {"rtol": 1e-9, "atol": 1e-9}
@@ -251,7 +251,7 @@ def test_loading_draws_nothing_and_takes_the_ema_weights(trained):
 
 
 def test_six_frames_lead_from_a_sample_to_the_network(trained):
-    """By Heun's method: of the project's own files, models/ apart, when the network is entered."""
+    """Frames of the project's files, models/ apart, when Heun's method enters the network."""
     run, stacks = load(trained), []
     assert run.experiment.sampler.solver == "heun"
 
@@ -459,7 +459,7 @@ def finite_difference(function, x, direction, step):
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize("what", ["denoise", "encode", "log_likelihood"])
 def test_gradients_are_finite_differences(name, what):
-    """In float64, of a network whose Jacobian is neither constant nor symmetric."""
+    """Float64 gradients of a network whose Jacobian is neither constant nor symmetric."""
     method, generator = SDES[name], torch.Generator().manual_seed(0)
     x, direction, probe = torch.randn(3, 2, 1, 2, 2, generator=generator).double()
     mix = 0.2 * torch.randn(4, 4, generator=generator).double()
@@ -489,7 +489,7 @@ def test_gradients_are_finite_differences(name, what):
 
 
 def test_gradients_of_a_trained_network(images):
-    """Of the exact network, whose flow and posterior mean are linear and density is Gaussian."""
+    """The exact network has a linear flow, a linear posterior mean and a Gaussian density."""
     run, x = exact_edm(), images.clone().requires_grad_()
     growth = math.sqrt((STD**2 + 80**2) / (STD**2 + 0.002**2))
     (nats,) = torch.autograd.grad(run.log_likelihood(x).sum(), x)
@@ -530,7 +530,7 @@ def test_gradients_pass_through_attention_and_the_rest_of_a_network(path):
 
 @pytest.mark.parametrize("name, noise", [("inpaint", 0.0), ("super2", 0.1), ("denoise", 0.2)])
 def test_restorations_have_the_posterior_of_gaussian_images(images, name, noise):
-    """Of pixels N(m, s^2): the mean and spread of those of which A x + noise is known."""
+    """Restored pixels of law N(m, s^2) have the mean and spread of x given A x + noise."""
     trained = exact_edm(**{"sampling.ode_solver": "heun", "sampling.N": 30})
     mean, std = (MEAN + 1) / 2, STD / 2
     missing, generator = torch.zeros(8, 8, dtype=torch.bool), torch.Generator().manual_seed(1)

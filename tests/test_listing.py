@@ -1,4 +1,4 @@
-"""What counts as data in a folder or zip, how it is split, and what is said of the rest."""
+"""Files that count as data in a folder or zip, their splits, and remarks on the rest."""
 
 import hashlib
 import os
@@ -228,7 +228,7 @@ def test_entries_of_one_name_are_said():
 
 
 def test_backslashes_are_separators(tmp_path):
-    """Of entries, and of the names in dataset.json."""
+    """Backslashes separate folders in entries of a zip and in the names of dataset.json."""
     images = pictures(6, 8, 8, 1)
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
         for i, image in enumerate(images):

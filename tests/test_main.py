@@ -209,7 +209,7 @@ def test_the_published_name_of_the_split_still_works(trained):
 
 
 def test_a_published_checkpoint_evaluates_as_it_is(trained, tmp_path):
-    """The same weights under their published names give the same loss."""
+    """Equal weights under their published names give an equal loss."""
     saved = load_checkpoint(trained / "checkpoints/checkpoint_8.pth")
     config = digits_ddpmpp.get_config()
     config.model.update(nf=8, ch_mult=(1,))
@@ -557,7 +557,7 @@ RESTORE = ["--config.sampling.restore=super2", "--config.sampling.restore_degrad
     ],
 )
 def test_an_evaluation_asked_to_restore_does_not_sample(trained, overrides, evaluated, folder):
-    """Unless the command line asks for another part too; its report is apart from the others."""
+    """It samples only where the command line asks for more; its report has its own folder."""
     output = call("eval", trained, "--dry_run", *overrides).stdout
     parts = ", ".join(
         p if p.startswith("restore") else f"enable_{p}" for p in evaluated.split(", ")

@@ -359,7 +359,7 @@ def test_an_euler_step_to_zero_denoises(poisson, exact_network, name):
 @pytest.mark.parametrize("t", [0.01, 0.5])
 @pytest.mark.parametrize("name", ["poisson", *SDES, *FAMILY])
 def test_perturbed_images_have_the_marginal_of_their_time(poisson, name, t):
-    """Of mean alpha y and scale alpha sigma; normal, or a Student t, for Poisson flow Cauchy."""
+    """Mean alpha y, scale alpha sigma; normal, a Student t, or for Poisson flow Cauchy."""
     method, y = (
         (SDES | FAMILY).get(name, poisson),
         torch.full((4000, 1, 1, 1), 0.25, dtype=torch.float64),

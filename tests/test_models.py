@@ -204,7 +204,7 @@ def test_a_weight_that_is_there_twice_is_refused():
 
 
 def test_trainable_parameters_have_the_published_order():
-    """So a published moving average, a list without names, fits them one by one."""
+    """Order alone pairs a published moving average, a list without names, with parameters."""
     model = models.create_model(case_config("poisson_ncsnpp_fir_residual_input"))
     published = {key: name for name, key in models.reference_names(model).items()}
     trained = [published[name] for name, p in model.named_parameters() if p.requires_grad]

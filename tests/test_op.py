@@ -225,7 +225,7 @@ class TestFusedLeakyReLU:
 
 
 class StandIn:
-    """What op/binding.cpp offers, on the CPU, by the definition; it takes what the kernels take."""
+    """CPU double of op/binding.cpp by the definition; it takes the arguments of the kernels."""
 
     def upfirdn2d(self, x, kernel, up, down, before, size):
         assert x.is_contiguous() and kernel.is_contiguous()

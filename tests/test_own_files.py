@@ -214,7 +214,7 @@ def test_a_test_split_of_mnist_without_labels(tmp_path):
 
 
 def test_any_idx_file_of_images(tmp_path):
-    """By its content, grey or colour; labels are those of the file beside it."""
+    """IDX files are known by content, grey or colour; labels are in the file beside them."""
     for name, images in (("a", pictures(20, 8, 8, 1)), ("b-images-idx4", pictures(20))):
         array = images[..., 0] if images.shape[3] == 1 else images
         (tmp_path / name).write_bytes(idx(array))
@@ -292,7 +292,7 @@ def test_a_tar_of_examples(tmp_path, format, kind):
 
 
 def test_a_tar_is_split_as_a_folder_of_the_same_files(tmp_path):
-    """Also where its names begin with "./", are long or not ASCII."""
+    """Names that begin with "./", are long or not ASCII, are split as in a folder."""
     files = {f"{'long/' * 40}ü{i}.png": encoded(pictures(30)[i]) for i in range(30)}
     write_files(tmp_path / "files", files)
     write_tar(tmp_path / "a.tar", {f"./{name}": content for name, content in files.items()})
@@ -559,7 +559,7 @@ def test_row_groups_are_read_once_in_order(tmp_path, arrow):
 
 
 def test_columns_of_images():
-    """By their names, or the only one; a structure needs `bytes`."""
+    """A column of images has a known name, or is the only one; a structure needs `bytes`."""
 
     def column(**kinds):
         fields = [
@@ -600,7 +600,7 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_images_stays_one(tmp_path):
-    """Whatever else is in it is left out, as before."""
+    """Archives and other files beside the images are left out."""
     write_tree(tmp_path, pictures(4))
     write_tar(tmp_path / "a.tar", examples(pictures(4), LABELS[:4]))
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"")

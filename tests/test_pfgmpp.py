@@ -32,7 +32,7 @@ def seeded(seed):
 
 
 def slow_posterior_mean(x, data, sigma, D):
-    """By its definition, in float64, one image and one of the data at a time."""
+    """The definition in float64: a loop over images and data."""
     means = []
     for point, s in zip(x.double(), sigma.tolist(), strict=True):
         squared = torch.stack([(point - y).square().sum() for y in data.double()])
@@ -136,7 +136,7 @@ def test_density_goes_to_the_gaussian(D):
 @pytest.mark.parametrize("D", [0.5, 1e12, math.inf])
 @pytest.mark.parametrize("sigma", [1e-200, 1e200])
 def test_density_takes_any_scale(D, sigma):
-    """That of sigma x at scale sigma is that of x at scale 1, less N log sigma."""
+    """log p of sigma x at scale sigma is log p of x at scale 1, less N log sigma."""
     x = torch.randn(3, 4, generator=seeded(0), dtype=torch.float64)
     scaled = log_density(sigma * x, sigma, D) + 4 * math.log(sigma)
     torch.testing.assert_close(scaled, log_density(x, 1.0, D), rtol=1e-12, atol=1e-9)
@@ -369,7 +369,7 @@ def test_every_sample_lands_on_a_point_in_proportion(D, solver):
 
 @pytest.mark.parametrize("D", [0.5, 1.0, 128.0, math.inf])
 def test_float32_is_enough(D):
-    """From far away to next to the data; the same flow in float64 ends at the same images."""
+    """The flow in float32, from far away to the data, ends at the images of float64."""
     data = torch.rand(20, 1, 4, 4, generator=seeded(0)) * 2 - 1
     x = pfgmpp(D).prior_sampling((200, 1, 4, 4), seeded(1))
     ends = []

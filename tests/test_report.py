@@ -151,7 +151,7 @@ def test_page_says_the_numbers(page):
 
 
 def test_page_shows_the_floor(page):
-    """Below the number, in a row of the table, and as a line of the curves."""
+    """The floor stands below the number, in a row of the table and as a line of the curves."""
     assert "of Gaussian fits to the features; data against data: 0.2500" in page
     assert "998 training images take the place of samples, and 1,234 others" in page
     assert re.search(r"<td>data against data</td>.*?<td>0.2500</td>", page)
@@ -215,7 +215,7 @@ def test_browser_shows_the_page_without_a_network(page, tmp_path):
     ],
 )
 def test_checkpoints_of_other_settings_are_no_curve(name, value, ranked):
-    """What differs is a column; the best is marked where the distances are of one kind."""
+    """Differing settings are columns; the best is marked where distances are of one kind."""
     report = {"seconds": 1.0, "num_samples": 100, "nonfinite": 0, "nfe": 9.0, "features": "pixels"}
     report |= {"sampling_seconds": 1.0}
     reports = {k: report | {"step": k, "fid": 3.0 / k, "settings": made_by(step=k)} for k in (1, 2)}
@@ -409,7 +409,7 @@ def test_a_plot_is_the_same_svg_each_time_and_of_the_pages_colours():
 
 
 def test_startup_imports_no_matplotlib():
-    """Only a page that has a plot does."""
+    """Matplotlib is imported only for a page that has a plot."""
     words = "import sys, run_lib, reports.compare; print('matplotlib' in sys.modules)"
     command = [sys.executable, "-c", words]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout == b"False\n"
@@ -473,7 +473,7 @@ def test_durations(seconds, text):
 
 
 def test_distances_of_one_checkpoint_are_gathered(tmp_path, caplog):
-    """By what tells the samplers apart, whatever their numbers of steps; and of equal samples."""
+    """Points of each sampler, whatever its number of steps, from reports equal in all else."""
     heun = {"step": 8, "seconds": 1.0, "fid": 0.5, "features": "pixels", "num_samples": 10}
     heun |= {"nfe": 35.0, "nonfinite": 0, "sampling_seconds": 1.0}
 

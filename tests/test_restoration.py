@@ -231,10 +231,10 @@ def test_dps_takes_the_variance_as_at_least_the_level_times_the_mean_error(noise
     [("pfgmpp2048", 0.01, 0.03), ("pfgmpp", 0.06, 0.15), ("poisson", 0.1, 0.05)],
 )
 def test_moment_matching_for_student_t_noise(name, of_mean, of_covariance):
-    """Against the exact flow of the posterior, from the same prior samples.
+    """The exact flow of the posterior, from equal prior samples, is the reference.
 
-    So the error of 200 draws cancels. What is left is what the measurement tells of the noise's
-    scale: much of it at D = 1 in 4 pixels (docs/benchmarks.md).
+    Equal prior samples let the error of 200 draws cancel. The rest comes from what the
+    measurement tells of the noise's scale: much at D = 1 in 4 pixels (docs/benchmarks.md).
     """
     method, data = METHODS[name], GaussianData((1, 2, 2))
     one = measured(data, "inpaint", 0.0)
@@ -277,7 +277,7 @@ def test_restoration_under_guidance(name):
     one = measured(mixed, "inpaint", 0.2)
     many = replace(one, value=one.value.expand(400, *one.value.shape[1:]))
     x = method.prior_sampling((400, 1, 2, 2), torch.Generator().manual_seed(0)).double()
-    if name == "poisson":  # whose mixed denoiser is nobody's: the slope at a point is compared
+    if name == "poisson":  # slopes mix, which is no Gaussian's flow: compared at a point
         y, sigma = 0.5 * x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1), 0.3
         net, other = labelled.network(method), plain.network(method)
         guided = Guided(method, other, 2.0, (0.0, math.inf))
@@ -314,7 +314,7 @@ def test_resampling_brings_replacement_closer():
 @pytest.mark.parametrize("name", ["vp", "ve"])
 @pytest.mark.parametrize("options", [{"resample": 5}, {"corrector": "langevin"}])
 def test_replacement_keeps_to_a_noisy_measurement(name, options):
-    """Below its noise level repeats and correctors would give samples that ignore it."""
+    """Repeats and correctors stop below the measurement's noise level, lest it be forgotten."""
     mean, covariance = errors(name, "super2", "replacement", 0.2, steps=200, n=2000, **options)
     assert mean < 0.06
     assert covariance < 0.2
@@ -527,7 +527,7 @@ def test_measured_images_have_no_truth(run):
 @pytest.mark.parametrize("restorer", ["moment_matching", "pigdm", "dps"])
 @pytest.mark.parametrize("name", ["edm", "vp", "poisson", "pfgmpp2048"])
 def test_the_slope_leads_to_images_within_their_bounds(name, restorer):
-    """Also where the network errs: it says of every image that it is 3 more."""
+    """Bounds hold even for a network that errs by 3 in every image."""
     method, data = METHODS[name], GaussianData((1, 2, 2))
     method = replace(method, gamma=0.0) if name == "poisson" else method
     denoise_wrongly = data.denoise

@@ -119,7 +119,7 @@ def test_other_settings_do_not_mix(trained, tmp_path):
 
 
 def test_two_processes_draw_what_one_draws(trained, tmp_path):
-    """Of the seeds 0 to 31, each within a grey level, and class labels too."""
+    """Samples of seeds 0 to 31 agree within a grey level, and their class labels exactly."""
     flags = ["--mode=sample", f"--workdir={trained}", "--config.sampling.seeds=0-31"]
     flags += ["--config.eval.batch_size=5", f"--outdir={tmp_path / 'two'}"]
     run_main(flags, processes=2)
@@ -344,7 +344,7 @@ def test_300_mutated_files_are_refused_or_are_the_same(shared, tmp_path):
     ],
 )
 def test_hostile_metadata_are_one_line(shared, tmp_path, change, says, monkeypatch):
-    """By an author who knows how to make the checksum."""
+    """Metadata changed by an author who knows how to make the checksum."""
     weights = load_checkpoint(shared)["model"]
     write = shared_files.write
 

@@ -117,7 +117,7 @@ def test_levels_that_a_config_sets_follow_too():
 
 
 def test_values_beside_a_given_sigma_data():
-    """Only what is open is derived; the label and all else stay."""
+    """Open keys alone are derived from sigma_data; the label and all else stay."""
     config = load(PFGMPP)
     config.update_from_flattened_dict({**OPEN, "model.sigma_data": 0.75})
     done = complete(config)[0]

@@ -88,7 +88,7 @@ def test_the_fewest_bits_that_hold_the_largest_value(largest, seed):
 
 
 def test_whole_16_bits_are_as_before():
-    """When they were divided by 256, up to rounding."""
+    """Values of all 16 bits are, up to rounding, divided by 256 as in older programs."""
     values = np.arange(0, 2**16, dtype=np.uint16).reshape(256, 256, 1)
     decoded = decode_image(png_of_16_bits(values), 1)
     assert np.abs(decoded.astype(int) - (values >> 8)).max() <= 1

@@ -82,7 +82,7 @@ def loaded(path, config):
 
 
 def to_evaluate(config, workdir):
-    """What an evaluation of the run in `workdir` takes."""
+    """Checkpoints that an evaluation of the run in `workdir` takes, by number."""
     numbers, training = (config.eval.begin_ckpt, config.eval.end_ckpt), config.training
     if config.eval.steps:
         return checkpoints_of_steps(workdir, config.eval.steps, training.snapshot_freq)
@@ -115,7 +115,7 @@ def test_half_precision_becomes_single(tmp_path):
 
 
 def test_the_program_evaluates_edm_unet(tmp_path):
-    """Twice: as it was placed, and as a checkpoint of this program with the same weights."""
+    """A placed snapshot, and a checkpoint of this program with its weights, report alike."""
     path = place(tmp_path)
     digits = "--config.data.dataset=digits"
     output = evaluate(tmp_path, *FEW, digits).stdout

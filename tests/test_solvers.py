@@ -158,7 +158,7 @@ def test_exponential_solvers_follow_their_definition(solve, slow, order, last):
 @pytest.mark.parametrize("solve", [dpmpp, unipc])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_exponential_solvers_are_exact_for_polynomials_in_the_log_snr(solve, order):
-    """From step `order` on: x e^lambda grows by the integral of e^u D(u), known by parts.
+    """x e^lambda grows, from step `order` on, by the integral of e^u D(u), known by parts.
 
     D = 1, u or u^2 has the integral e^u, e^u (u - 1) or e^u (u^2 - 2 u + 2).
     """
@@ -189,9 +189,9 @@ def test_exponential_solvers_end_on_the_denoised_image(solve):
 
 @pytest.mark.parametrize("name, order", WITH_ORDERS)
 def test_a_step_is_one_evaluation_and_keeps_four_states(name, order, request):
-    """Counted where memory goes to the network; the caller holds one more, the prior sample."""
+    """States are counted as the network is called; the caller holds one more, the prior sample."""
     shape, alive = (7, 1, 3, 5), []
-    gc.freeze()  # what is there already is not looked through
+    gc.freeze()  # collections then skip objects that exist already
     request.addfinalizer(gc.unfreeze)
 
     def count():
@@ -248,7 +248,7 @@ def test_churn_keeps_to_its_interval_and_below_the_first_level():
 
 
 def test_noise_of_churn_has_its_standard_deviation():
-    """With slope 0 the noise of all steps remains: S_noise^2 (raised^2 - level^2) each."""
+    """Slope 0 keeps the noise of all steps: variance S_noise^2 (raised^2 - level^2) each."""
     levels = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
     churn = Churn(S_churn=0.5, S_noise=0.5)  # levels rise by a quarter, but the first
     x = SOLVERS["heun"].solve(

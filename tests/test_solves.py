@@ -23,7 +23,7 @@ from storage.checkpoints import load_checkpoint
 
 METHODS = SDES | FAMILY
 TINY = {"nf": 8, "ch_mult": (1,), "attn_resolutions": ()}
-# a solve of which no test sees the end
+# more evaluations than any test waits for
 ENDLESS = {"ode_solver": "rk45", "rtol": 1e-12, "atol": 1e-12, "max_evaluations": 10**9}
 
 

@@ -1,4 +1,4 @@
-"""What is read from disk against what was written there, by other programs where there are any."""
+"""Data read from disk against those written, by other programs where there are any."""
 
 import io
 import itertools
@@ -170,7 +170,7 @@ FORMATS_AND_MODES = set(
 
 @pytest.mark.parametrize(("format", "mode"), sorted(FORMATS_AND_MODES))
 def test_formats_and_modes(format, mode):
-    """Against the image that Pillow reads back, laid over white: formats lose what they lose."""
+    """Formats that lose are compared with the image that Pillow reads back, over white."""
     (rgba,) = pictures(1, 8, 11, 4)
     rgba[..., 3] = np.where(rgba[..., 3] < 128, 0, 255)
     stored = Image.fromarray(rgba if "A" in mode else rgba[..., :3]).convert(mode)
@@ -211,7 +211,7 @@ def test_inks_become_colours(format):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_scans_are_upright(orientation, bits):
-    """As of EXIF's table: what row 0 and column 0 of the file are in the image."""
+    """EXIF's table says what row 0 and column 0 of the file are in the image."""
     stored = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)
     upright = {
         1: stored,
@@ -430,7 +430,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_data_of_edm(tmp_path):
-    """As its dataset_tool.py writes them: numbered folders, and labels in dataset.json."""
+    """Files of EDM's dataset_tool.py: numbered folders, and labels in dataset.json."""
     images = pictures(20)
     write_tree(tmp_path / "tree", images, "{i:05d}/img{i:08d}.png")
     labels = [[f"{i:05d}/img{i:08d}.png", i % 3] for i in range(20)]

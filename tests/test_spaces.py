@@ -25,7 +25,7 @@ BOTH = {"eval.features": "pixels,torchscript-12ab", "eval.num_samples": 100}
 
 
 def test_two_spaces_in_one_evaluation_are_those_of_two_evaluations(tmp_path, caplog, one_thread):
-    """In the report, on the console, on the page and beside another run."""
+    """Report, console, page and comparison show each space as an evaluation of its own does."""
     network = save_torchscript(tmp_path / "network.pt", MeanColour())
     spaces = {"pixels": "pixels", "torchscript": "torchscript", "both": "pixels,torchscript"}
     config = tiny("vp/digits_ddpmpp.py", tmp_path, training__snapshot_sampling=False)

@@ -29,7 +29,7 @@ def coarse(counts):
 
 
 def p_value(points, cells):
-    """Of a chi-square test of bytes (n, 2) against their law; rare cells count as one."""
+    """p of a chi-square test of bytes (n, 2) against their law; rare cells count as one."""
     counts, expected = np.zeros((256, 256)), len(points) * coarse(cells)
     np.add.at(counts, tuple(points.T), 1)
     often = expected > 5
@@ -57,7 +57,7 @@ def test_draws_have_the_law_of_the_bytes(name):
     test = datasets.get_dataset(config, "test")[:].flatten(1).numpy()
     assert p_value(train, cells) > 1e-3
     assert p_value(test, cells) > 1e-3
-    # drawn another way: a Gaussian by its number, then from it
+    # independent draws: the number of a Gaussian, then a point of it
     points = toy.centres[random.integers(len(toy.centres), size=20_000)]
     points = points + toy.std * random.standard_normal(points.shape)
     assert p_value(np.floor((points + 1) * 128).clip(0, 255).astype(int), cells) > 1e-3

@@ -42,9 +42,9 @@ def test_ema_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("batch_size, small_batch_size", [(50, 0), (4000, 50)])
 def test_ema_with_a_half_life_in_images(batch_size, small_batch_size):
-    """As EDM's: half-life min(half_life, 5 % of the images seen), decay 0.5^(batch / half-life).
+    """EDM's rule: half-life min(half_life, 5 % of images seen), decay 0.5^(batch / half-life).
 
-    Images of the reference batch are not seen.
+    Images that only the reference batch holds do not count as seen.
     """
     config = pfgmpp_digits.get_config()
     config.training.update(batch_size=batch_size, small_batch_size=small_batch_size)
@@ -204,7 +204,7 @@ def test_a_skipped_step_leaves_the_next_ones_as_they_would_be():
 
 
 def test_a_skipped_step_counts_in_the_power_function_averages():
-    """Each weighs the weights after steps 1 to 3 by s^g, of which the third are the second's."""
+    """Weights after steps 1 to 3 weigh s^g; after the skipped third they are the second's."""
     config = cifar10_ddpmpp.get_config()
     config.optim.update(warmup=0, lr=0.1)
     config.model.ema_stds = (0.1, 0.25)

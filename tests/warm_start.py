@@ -162,7 +162,7 @@ def _rank_variables(processes: int) -> list[dict]:
 
 
 def _sent(request: dict, to: socket.socket, streams: list[int]) -> socket.socket:
-    """Where the server answers with the numbers of the processes, then their exit statuses."""
+    """Socket on which the server answers: numbers of the processes, then exit statuses."""
     connection, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with server_end:
         socket.send_fds(to, [json.dumps(request).encode()], [*streams, server_end.fileno()])
