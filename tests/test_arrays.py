@@ -232,7 +232,7 @@ def test_rows_are_those_that_numpy_reads(tmp_path, order, dtype):
     for i in range(7):
         assert (stored[i] == array[i]).all()
     assert (stored.whole() == array).all()
-    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")  # as older programs read it
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")  # older programs took the digest of this
     assert stored.digest() == digests.of_array(mapped)
 
 

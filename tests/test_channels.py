@@ -263,7 +263,7 @@ def test_nothing_is_drawn_twice(run, tmp_path, monkeypatch):
     seeds, whole = [], Trained.sample
     monkeypatch.setattr(Trained, "sample", lambda *a, **k: seeds.extend(a[1]) or whole(*a, **k))
     sample(workdir, tmp_path, seeds="0-4", film=True)
-    assert not seeds  # those of the film are its last frame
+    assert not seeds  # the film's last frame has the new samples
     sample(workdir, tmp_path, seeds="4-6")
     assert seeds == [5, 6]
     assert {path: path.read_bytes() for path in contents} == contents

@@ -406,6 +406,6 @@ def test_a_report_has_all_that_made_it(evaluated):
     assert {name: made_by.get(name) for name in expected} == expected
     assert "eval.divergence" not in made_by  # no likelihood was asked for
     sampler = {key for key in run.values if key.startswith("sampling.")}
-    unread = {*sample_folder.KEYS, "sampling.size"}  # of --mode sample alone
+    unread = {*sample_folder.KEYS, "sampling.size"}  # read by --mode sample alone
     unread |= {key for key in sampler if key.startswith(("sampling.restore", "sampling.init"))}
     assert sampler - made_by.keys() == unread

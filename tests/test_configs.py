@@ -23,7 +23,7 @@ KEYS = all_keys()
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads((ROOT / "tests/golden/configs.json").read_text())
 
-# What the misspelling of a published key undid: of training.continuous, as training.continuouse.
+# Values that a published file meant, but lost by a misspelt key: training.continuouse.
 DEFECTS = {"ve/ncsnv2/bedroom.py": {"training.continuous": False}}
 
 DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("edm", "pfgmpp", "poisson", "subvp", "vp")]
@@ -104,7 +104,7 @@ def test_every_key_is_explained_and_its_default_is_allowed():
     for name, key in KEYS.items():
         assert re.fullmatch(r"\S[^\n]*\S", key.meaning), name
         assert re.fullmatch(r"\S[^\n]*\S", str(key.allowed)), name
-        chosen = name in ("data.dataset", "training.sde", "model.name")  # by every experiment
+        chosen = name in ("data.dataset", "training.sde", "model.name")  # set by every experiment
         assert key.accepts(key.default) != chosen, name
 
 
@@ -169,7 +169,7 @@ def test_edm_has_the_published_networks(path):
     augment = config["training.augment"]
     assert augment == {"cifar10": 0.12, "ffhq64": 0.15, "imagenet64": 0.0}[_data(path)]
     network = (*(config[f"model.{name}"] for name in names), augment > 0)
-    assert not config["data.random_flip"]  # which would not tell the network
+    assert not config["data.random_flip"]  # a plain flip would not tell the network
     assert network == EDM_NETWORKS[_data(path)]
     assert (config["optim.beta1"], config["optim.eps"]) == (0.9, 1e-8)
     style = tuple(config[f"model.{name}"] for name in ("embedding_type", "progressive_input"))

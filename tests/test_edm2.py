@@ -204,7 +204,7 @@ def test_wrong_weights_are_named(change, expected):
 
 
 def test_weights_for_images_of_another_size_are_matched_by_level():
-    shapes = {name: tuple(shape) for name, shape in CASES["cond"]["state"]}  # 16, 8 and 4
+    shapes = {name: tuple(shape) for name, shape in CASES["cond"]["state"]}  # of sides 16, 8 and 4
     model = EDM2UNet(image_size=32, nf=16, ch_mult=(1, 2, 2), num_res_blocks=2, num_classes=4)
     pairs = models.published.match_names(model, shapes)
     assert pairs["encoder.1.down.conv_res0.weight"] == "unet.enc.8x8_down.conv_res0.weight"
@@ -212,7 +212,7 @@ def test_weights_for_images_of_another_size_are_matched_by_level():
     assert pairs["decoder.2.block2.conv_skip.weight"] == "unet.dec.16x16_block2.conv_skip.weight"
     assert pairs["emb_label.weight"] == "unet.emb_label.weight"
     of_network = {name: published for name, published in pairs.items() if published in shapes}
-    assert len(of_network) == len(shapes) - 3  # those of the uncertainty
+    assert len(of_network) == len(shapes) - 3  # all but the three of the uncertainty
 
 
 # --- layers against their definitions, in float64 -------------------------------------------------
@@ -273,7 +273,7 @@ def test_attention_is_by_cosines():
     proj = unit_rows(attending.attn_proj.weight.detach().numpy())[..., 0, 0] / math.sqrt(8)
     for image in range(2):
         heads = []
-        for head in range(2):  # of 4 channels, each a query, a key and a value in turn
+        for head in range(2):  # 4 channels a head; each has a query, a key and a value in turn
             q, k, v = (
                 qkv[12 * head + part : 12 * head + 12 : 3] @ flat[image] for part in range(3)
             )

@@ -30,9 +30,8 @@ def published_config(options):
     else:
         part = parts.EDM_DDPMPP
     config = parts.experiment(part)
-    config.training.sde = (
-        "vpsde"  # no method here; this one wants as many channels as the image has
-    )
+    # any method whose network has as many output channels as the image
+    config.training.sde = "vpsde"
     config.data.update(
         image_size=options["img_resolution"],
         num_channels=options["img_channels"],

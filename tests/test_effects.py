@@ -227,9 +227,8 @@ def outcome(config):
     weights = [(name, p.double().sum().item()) for name, p in network.state_dict().items()]
     ema = TrainState.from_config(config, network, get_loss_fn(config, method)).ema
     return (
-        re.sub(
-            "(P_[a-z]+|times)=[^,)]*", "", repr(method)
-        ),  # these change the loss, where they do anything
+        # but for numbers that change the loss, where they change anything
+        re.sub("(P_[a-z]+|times)=[^,)]*", "", repr(method)),
         weights,
         loss.item(),
         samples.tolist(),

@@ -198,7 +198,7 @@ def test_a_damaged_round_is_drawn_again(damage, workdir, tmp_path, caplog):
     expected = evaluate(config, workdir)
     path = workdir / "eval/ckpt_4/samples_1.npz"
     content = path.read_bytes()
-    flipped = content[:200] + bytes([content[200] ^ 255]) + content[201:]  # of an array, no header
+    flipped = content[:200] + bytes([content[200] ^ 255]) + content[201:]  # a byte of an array
     path.write_bytes(flipped if damage is None else damage)
     assert_same_metrics(evaluate(config, workdir), expected)
     assert f"{path} is not an array file" in caplog.text
@@ -407,7 +407,7 @@ def test_published_statistics_are_read(published, workdir, tmp_path):
     report = evaluate(config, workdir)
     assert report["fid"] == pytest.approx(expected["fid"], rel=1e-6)
     assert ("kid" in report) == (published == "pool_3")
-    assert "nearest" not in report  # they do not say which image is which
+    assert "nearest" not in report  # published statistics do not number the images
     assert [p.name for p in (tmp_path / "stats").iterdir()] == ["digits_stats.npz"]
 
 

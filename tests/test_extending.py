@@ -203,7 +203,7 @@ def test_restorer():
     method = methods.get_method(config)
     sample = replace(sampling.get_sampling_fn(config, method), measurement=measurement)
 
-    def net(x, label):  # whose denoised image is grey
+    def net(x, label):  # the denoised image is grey
         return x / method.kernel(time_of(method, label))[1].view(-1, 1, 1, 1)
 
     images, _ = sample(

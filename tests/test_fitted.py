@@ -201,7 +201,7 @@ def test_a_step_at_a_high_noise_level_takes_what_little_the_slope_tells():
     weights, offset = fitted.fit_step(x, [slope], target)
     assert weights.tolist() == pytest.approx([1, -sigma / 2], rel=1e-3)
     error = (led_by(weights, [x, slope]) + offset - target).std()
-    assert error < 0.01 * d.std()  # from the state alone it is d / 2
+    assert error < 0.01 * d.std()  # the state alone would leave an error of d / 2
 
 
 def test_a_step_to_one_point_leads_there():

@@ -283,7 +283,7 @@ def test_a_run_that_began_before_the_keys_keeps_its_split(tmp_path):
         save_checkpoint(checkpoint, content)
     assert stored_config.load(tmp_path / "run").data.held_out == splits.SHARE
     config.training.n_iters = 3
-    assert run_lib.train(config, tmp_path / "run")  # it would refuse other data
+    assert run_lib.train(config, tmp_path / "run")  # training refuses a run whose data changed
 
 
 # --- test splits without labels -------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_codecs_of_other_weights_are_others(codecs):
         for seed in (0, 0, 1)
     ]
     assert origins[0] == origins[1] != origins[2]
-    assert "codec" not in Experiment.build(tiny()).origin()  # as in the caches there are
+    assert "codec" not in Experiment.build(tiny()).origin()  # so that existing caches stay valid
     scaled = Experiment.build(tiny(data__codec="scaled")).origin()["codec"]
     assert scaled == "Scaled(data_shape=(1, 8, 8), centered=True, scale=0.5)"
 

@@ -150,7 +150,7 @@ def test_own_files(teacher, tmp_path, place, caplog):
     assert torch.equal(new.sample(range(3)), old.sample(range(3)))
     state, start = load_checkpoint(newest(tmp_path)), open_checkpoint(find_checkpoint(teacher)[0])
     trained = [state["model"][n] for n, p in new.experiment.network.named_parameters()]
-    assert all(map(torch.equal, trained, state["ema"]["shadow_params"]))  # both begin there
+    assert all(map(torch.equal, trained, state["ema"]["shadow_params"]))  # both from the teacher
     assert (state["step"], state["ema"]["num_updates"]) == (1, 1)
     assert not torch.equal(trained[0], start["model"]["dense1.weight"].load())  # not the raw ones
     entries = len(new.experiment.network.state_dict())
@@ -249,7 +249,7 @@ def test_classes_for_a_network_without(tmp_path, form):
     for name, weight in (model.state_dict() | embedding).items():
         assert torch.equal(network.state_dict()[name], weight), name
 
-    back = models.create_model(config)  # and the other way about
+    back = models.create_model(config)  # from a labelled network to one without
     labelled = make(**ATTENTION, **{"data.num_classes": 10})
     if form == "snapshot":
         snapshot(path, labelled, network)

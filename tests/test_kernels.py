@@ -18,12 +18,12 @@ from conftest import ROOT, run_program
 
 OP, HOST = ROOT / "op", ROOT / "tests/host"
 SOURCES = ("upfirdn2d.cu", "fused_leaky_relu.cu")
-UPFIRDN2D = (SOURCES[0], "upfirdn2d.h")  # and the file with its arithmetic
-CALLS = 2700  # of each kernel
-FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)  # as in op/kernels.h
-KINDS = (np.float16, np.float32, np.float32, np.float64)  # of numpy, which has no bfloat16
+UPFIRDN2D = (SOURCES[0], "upfirdn2d.h")  # the second has the arithmetic
+CALLS = 2700  # for each kernel
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)  # numbered as in op/kernels.h
+KINDS = (np.float16, np.float32, np.float32, np.float64)  # numpy has no bfloat16
 EPS = (2.0**-11, 2.0**-8, 2.0**-24, 2.0**-53)  # the largest relative error of one rounding
-SUM_EPS = (2.0**-24, 2.0**-24, 2.0**-24, 2.0**-53)  # in the dtype that sums are in
+SUM_EPS = (2.0**-24, 2.0**-24, 2.0**-24, 2.0**-53)  # EPS of the dtype in which sums are taken
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 
@@ -99,7 +99,7 @@ def upfirdn2d_call(rng, dtype, planes, size, out, taps, up, down, pad, offset=0,
 
 def random_upfirdn2d_call(rng, dtype):
     taps, (up, down) = rng.integers(1, 7, 2), rng.integers(1, 4, (2, 2))
-    if rng.random() < 0.6:  # as the networks have it
+    if rng.random() < 0.6:  # filters of the networks
         taps[:], (up[:], down[:]) = 4, ((1, 1), (2, 1), (1, 2))[rng.integers(3)]
     pad = rng.integers(-4, 10, 2)
     if rng.random() < 0.02:

@@ -523,7 +523,7 @@ def sampled(config, **changes):
     config = config.copy_and_resolve_references()
     config.sampling.update(changes)
     run = experiment.Experiment.build(config)
-    for parameter in run.network.parameters():  # of a network whose output depends on the label
+    for parameter in run.network.parameters():  # large enough that the label changes the output
         parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     generator, conditions = torch.Generator().manual_seed(0), run.draw_conditions(4, "test")
     return run.sampler(run.network.eval(), 4, generator=generator, conditions=conditions)[0]
@@ -683,7 +683,7 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
     assert report["accuracy"] == np.mean(report["class_log_p"].argmax(1) == labels)
     assert report["accuracy"] == pytest.approx(np.mean(log_p.argmax(1) == labels), abs=0.05)
     assert 0 <= report["agreement"] <= 1
-    assert report["agreement_data"] > 0.95  # of scikit-learn's digits
+    assert report["agreement_data"] > 0.95  # classes of digits are far apart in pixels
     with Image.open(workdir / "by_class/classes_2.png") as picture:
         assert picture.size == (10 * 50 + 2, 10 * 50 + 2)
     assert "Agreement with the labels" in (workdir / "by_class/report.html").read_text()

@@ -10,7 +10,7 @@ OUTSIDE = {"tests", "benchmarks"}
 # Where a config is read: programs, what builds the parts, and what stores configs.
 READERS = {"main.py", "run_lib.py", "experiment.py", "completion.py", "hyper_parameters.py"}
 READERS |= {"storage/run_config.py"}
-BUILDERS = {  # each calls its part's `from_config`
+BUILDERS = {  # functions that call their part's `from_config`
     "models/__init__.py": "create_model",
     "methods/__init__.py": "get_method",
     "losses.py": "get_loss_fn",
@@ -50,7 +50,7 @@ def test_imports_have_no_circles():
     graph = {name: below - {name} for name, below in graph.items()}
     assert len(graph) > 80
     assert {"training", "datasets"} <= graph["run_lib"]
-    assert "solvers.predictor_corrector" in graph["samplers.pc"]  # by a registry
+    assert "solvers.predictor_corrector" in graph["samplers.pc"]  # imported by a registry
     order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names a circle
     assert order.index("methods.base") < order.index("sampling") < order.index("main")
 

@@ -24,7 +24,7 @@ from solvers.base import Step
 from solvers.states import States
 from storage.checkpoints import load_checkpoint, save_checkpoint
 
-MEAN, STD = 0.2, 0.25  # of Gaussian data, as a network sees them
+MEAN, STD = 0.2, 0.25  # Gaussian data, in the network's units
 
 
 def exact_edm(**overrides):
@@ -166,7 +166,7 @@ def test_class_labels():
     counts = run.labels(None, 3000, range(3000)).bincount(minlength=3)
     assert (counts - 1000).abs().max() < 5 * math.sqrt(3000 * 2 / 9)
     assert run.labels(None, 2, [5, 6]).tolist() == run.labels(None, 4, [4, 5, 6, 7])[1:3].tolist()
-    assert run.labels(None, 2).tolist() == [-1, -1]  # of images that are given
+    assert run.labels(None, 2).tolist() == [-1, -1]  # no seeds, so no labels
     assert run.labels(2, 2).tolist() == [2, 2]
     assert run.labels([0, -1], 2).tolist() == [0, -1]
     for wrong in (3, -2, [0, 3], 1.5, [0, 1, 2]):
@@ -334,7 +334,7 @@ def test_images_and_latents_that_are_no_floats_are_one_line(images, dtype):
 
 def test_seeds_of_numpy_and_pytorch():
     quick = {"sampling.ode_solver": "heun", "sampling.N": 2}
-    quick |= {"sampling.rtol": 0.1, "sampling.atol": 0.1}  # of likelihoods
+    quick |= {"sampling.rtol": 0.1, "sampling.atol": 0.1}  # quick likelihoods
     run = random_network("vp/digits_ddpmpp.py", **quick)
     expected = run.sample([3, 4])
     for seeds in (
@@ -467,7 +467,7 @@ def test_gradients_are_finite_differences(name, what):
 
     def net(x, label, **conditions):
         mixed = 0.1 * (x.flatten(1) @ mix).sin().view_as(x)
-        score = method is SDES["ve"]  # which the noise level, the label, makes noise
+        score = method is SDES["ve"]  # VE's output is a score: noise over the level, its label
         return net_of_law(x, label, **conditions) + (mixed / spread(label, x) if score else mixed)
 
     limits = {"rtol": 1e-8, "atol": 1e-8}
@@ -541,7 +541,7 @@ def test_restorations_have_the_posterior_of_gaussian_images(images, name, noise)
         measurement = torch.nn.functional.avg_pool2d(images, 2)
     if noise:
         measurement = measurement + noise * torch.randn(measurement.shape, generator=generator)
-        variance = std**2 / (4 if name == "super2" else 1)  # of what is measured
+        variance = std**2 / (4 if name == "super2" else 1)  # variance of a measured value
         change = (measurement - mean) * variance / (variance + noise**2)
         if name == "super2":
             change = change.repeat_interleave(2, -1).repeat_interleave(2, -2)

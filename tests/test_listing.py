@@ -452,7 +452,7 @@ def test_a_run_keeps_the_rules_that_it_began_with(tmp_path, caplog):
     assert run_config.load(workdir).data.rules == 1
     assert "data.rules=1: the run began before" in caplog.text
     assert not re.search("config differs.*data.rules", caplog.text)
-    stored, _, lines = complete(run_config.load(workdir), workdir)  # as --mode eval
+    stored, _, lines = complete(run_config.load(workdir), workdir)  # what --mode eval does
     assert stored.data.rules == 1
     assert "data.rules=1" in lines[-1]
     assert complete(config, tmp_path / "new")[0].data.rules == 2

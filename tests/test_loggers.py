@@ -274,7 +274,7 @@ def test_weights_and_biases_has_one_run_with_all_steps(runs):
     starts = sorted((runs / "killed/wandb").glob("offline-run-*"))
     options = [json.loads((start / "options.json").read_text()) for start in starts]
     assert len(starts) == 3
-    assert len({each["id"] for each in options}) == 1  # of one run, which is resumed
+    assert len({each["id"] for each in options}) == 1  # one run, which is resumed
     assert {each["resume"] for each in options} == {"allow"}
     assert options[0]["name"] == "killed" and options[0]["project"] == "pfgm"
     assert options[0]["config"]["training.metric_freq"] == MEASURED
@@ -412,8 +412,8 @@ PERFECT = {"fid": 0.0, "samples": 30, "features": "pixels"}
     ("record", "change", "is_kept"),
     [
         (PERFECT, {}, True),
-        (PERFECT, {"training__metric_samples": 20}, False),  # of fewer samples: another number
-        (PERFECT, {"optim__lr": 1e-3}, False),  # its step is not taken again
+        (PERFECT, {"training__metric_samples": 20}, False),  # fewer samples give another number
+        (PERFECT, {"optim__lr": 1e-3}, False),  # another rate takes other steps
         (None, {}, False),
         (PERFECT | {"fid": "0"}, {}, False),
         (PERFECT | {"samples": -1}, {}, False),

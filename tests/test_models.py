@@ -409,7 +409,7 @@ def test_attention_is_softmax_of_scaled_products(skip_rescale):
 
 def test_positional_features():
     label = torch.tensor([0.01, 3.0, 702.5])
-    expected = np.zeros((3, 9))  # of an odd size, so with a zero at the end
+    expected = np.zeros((3, 9))  # an odd size has a zero at the end
     for row, t in enumerate(label.tolist()):
         for i in range(4):
             angle = t * 10000 ** (-i / 3)

@@ -114,7 +114,7 @@ def test_a_matrix_moves_along_its_orthogonalised_momentum(shape, channels_last):
     start, gradients = draw(2, *shape), [draw(3, *shape), draw(4, *shape)]
     laid_out = {"memory_format": torch.channels_last} if channels_last else {}
     w = start.clone().to(**laid_out).requires_grad_()
-    other = draw(5, *shape).requires_grad_()  # of the same shape, without a gradient
+    other = draw(5, *shape).requires_grad_()  # equal in shape, without a gradient
     optimizer = optimizer_of(w, other)
     expected, m = start.double().flatten(1), torch.zeros_like(start).double()
     rows, columns = expected.shape

@@ -231,7 +231,7 @@ class StandIn:
         assert x.is_contiguous() and kernel.is_contiguous()
         assert kernel.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
         ends = [
-            (n - 1) * d + taps - m * u - b  # of the padding, for exactly this size
+            (n - 1) * d + taps - m * u - b  # padding at the end that gives exactly this size
             for n, d, taps, m, u, b in zip(
                 size, down, kernel.shape, x.shape[2:], up, before, strict=True
             )

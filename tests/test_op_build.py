@@ -21,7 +21,7 @@ from conftest import ROOT
 from op import extension, fused_leaky_relu, upfirdn2d
 
 CUDA = torch.device("cuda", 0)
-FORK = multiprocessing.get_context("fork")  # of the test, which has imported torch
+FORK = multiprocessing.get_context("fork")  # forks of this process need not import torch
 
 
 @pytest.fixture(autouse=True)

@@ -68,7 +68,7 @@ class GaussianData:
 
     def denoise(self, degrees, y, sigma):
         """E[x | y] where y is x and a Student t: a mean over the noise's scale, given y."""
-        c = (y.double().flatten(1) - self.mean) @ self.vectors  # in the basis of the components
+        c = (y.double().flatten(1) - self.mean) @ self.vectors  # along principal components
         if math.isinf(degrees):
             shrunk = c * self.values / (self.values + sigma[:, None] ** 2)
         else:

@@ -268,7 +268,7 @@ def test_a_shared_file_is_evaluated_and_guides(trained, shared, tmp_path):
     with np.load(tmp_path / "eval/report_0.npz") as file:
         assert file["step"] == 12 and np.isfinite(file["loss"])
     guided = load(shared, {"sampling.guide": str(shared), "sampling.guidance": 2.0})
-    assert torch.allclose(guided.sample([1]), load(shared).sample([1]), atol=1e-4)  # by itself
+    assert torch.allclose(guided.sample([1]), load(shared).sample([1]), atol=1e-4)  # its own guide
 
 
 def test_300_mutated_files_are_refused_or_are_the_same(shared, tmp_path):

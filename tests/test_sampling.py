@@ -327,7 +327,7 @@ def test_noise_removal_leads_to_the_data(name, solver):
     sde, mean, std = SDES[name], 0.3, 0.05
     net = gaussian_network(sde, mean, std)
     x = sde.prior_sampling((50, 1, 1, 1), seeded(0)).double()
-    steps = 1000 if "euler" in solver else 200  # those of a higher order need fewer
+    steps = 1000 if "euler" in solver else 200  # higher orders need fewer
     options = {"solver": solver, "n": steps, "rtol": 1e-7, "atol": 1e-7}
     noisy, evaluations = solve_ode(sde, net, x, **options)
     clean, more = solve_ode(sde, net, x, **options, noise_removal=True)

@@ -125,7 +125,7 @@ def test_a_network(tmp_path):
     assert content["model"]["blocks.0.among.0.weight"].shape == (32, 16)
     assert "blocks.1.among.0.weight" not in content["model"]
     head = content["model"]["head.weight"]
-    assert head.shape == (8, 2, 2, 2)  # of the image's channel and the field's
+    assert head.shape == (8, 2, 2, 2)  # 2 outputs: the image's channel and the field's height
     report, _, page = evaluated("network", tmp_path, *overrides)
     assert report["nfe"] == 3
     assert re.search(r"<dd>mixer, [\d,]+ parameters</dd>", page)
@@ -225,7 +225,7 @@ def test_an_objective_with_a_parameter(drill, tmp_path, monkeypatch, one_thread)
     assert (one["objective"]["table"] != 0).all()
     n = len(one["optimizer"]["param_groups"][0]["params"])
     assert one["optimizer"]["state"][n - 1]["exp_avg"].shape == (8,)
-    assert len(one["ema"]["shadow_params"]) == n - 1  # of the network alone
+    assert len(one["ema"]["shadow_params"]) == n - 1  # all but the objective's weight
     overrides = ["--config.training.bins=8"]
     report, _, _ = evaluated("objective", tmp_path / "one", *overrides)
     assert report["num_samples"] == 20
@@ -295,7 +295,7 @@ def test_a_condition(drill, tmp_path, one_thread):
         assert file["num_samples"] == 20 and np.isfinite(file["fid"])
     trained = load(tmp_path, config=config)
     alone, beside = trained.sample([3]), trained.sample([4, 3])[1:]
-    torch.testing.assert_close(alone, beside)  # its vector too is the seed's
+    torch.testing.assert_close(alone, beside)  # the seed draws the vector too
 
 
 def test_rows_without_a_condition_are_none():

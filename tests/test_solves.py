@@ -150,7 +150,7 @@ def test_rk45_takes_no_more_evaluations_than_allowed(limit):
     assert limit - 6 < len(calls) <= limit and "\n" not in str(raised.value)
     with pytest.raises(TooManyEvaluations, match=message):
         log_likelihood(method, net, x, unit_vectors(x), max_evaluations=limit)
-    # and where they suffice, they change nothing
+    # a limit that suffices changes nothing
     free, needed = sampling.solve_ode(method, net, x)
     bounded, _ = sampling.solve_ode(method, net, x, max_evaluations=needed)
     assert torch.equal(free, bounded)

@@ -616,7 +616,7 @@ def generate(seed, n):
     for i, image in enumerate(images):
         yield f"{i:04d}", {"id": f"{i:04d}", "image": image, "label": i % 10}
 
-def split_generators(self, _):  # where cifar10 reads the names of its classes, too
+def split_generators(self, _):  # cifar10 too reads the names of classes here
     self.info.features["label"].names = [f"class {k}" for k in range(10)]
     return {"train": generate(1, 12), "test": generate(2, 5)}
 

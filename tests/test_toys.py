@@ -20,7 +20,7 @@ from reports.field_lines import exact_slope, field_lines
 from reports.images import image_grid
 from sources.toys import TOYS
 
-CENTRES = (np.arange(256) + 0.5) / 128 - 1  # of the cells of bytes
+CENTRES = (np.arange(256) + 0.5) / 128 - 1  # centres of the cells of bytes
 
 
 def coarse(counts):
@@ -143,7 +143,7 @@ def test_flat_lines_are_bounded(exact_network):
 
     def wrong(x, z):
         field_x, field_z = exact(x, z)
-        return field_x, 0 * field_z + 0.001  # of the wrong sign, as a network may have it
+        return field_x, 0 * field_z + 0.001  # a wrong sign, which a network may give
 
     assert (plane_poisson().slope(wrong, x, 0.5) * x < 0).flatten(1).any(1)[1:].all()
     slope = bound.slope(wrong, x, 0.5).flatten(1)

@@ -161,8 +161,8 @@ def test_the_gradient_is_clipped_by_the_norm_of_all_that_is_trained():
     "spoilt",
     [
         lambda weight: weight.sum() * torch.nan,
-        lambda weight: weight.sum() + torch.inf,  # its gradient is finite
-        lambda weight: (weight.sum() - weight.sum().detach()).sqrt(),  # its gradient alone is not
+        lambda weight: weight.sum() + torch.inf,  # the loss is not finite
+        lambda weight: (weight.sum() - weight.sum().detach()).sqrt(),  # only its gradient is not
     ],
     ids=["loss and gradient", "loss", "gradient"],
 )
@@ -244,7 +244,7 @@ def test_a_gradient_is_sanitised_as_edm_publishes():
     assert state.model.unused == 1
     state.optimizer.zero_grad()
     loss = step_of(state, lambda net: net.weight.sum() * math.inf)
-    assert not loss.isfinite()  # so that many of them end the run
+    assert not loss.isfinite()  # the loss is reported, so that many such steps end the run
 
 
 def test_negative_grad_clip_means_none():

@@ -205,4 +205,4 @@ def test_classes_and_restorations_of_arrays(tmp_path):
     call("sample", run, "--outdir", out, sampling__seeds="0-3", sampling__class_label=1, **restore)
     with np.load(out / "samples.npz") as file:
         known_pixels, expected = file["samples"][:, 4:], data[[0, 1, 0, 1], 4:]
-        assert np.abs(known_pixels - expected).max() < 1e-4 * data.std()  # of float32 in x
+        assert np.abs(known_pixels - expected).max() < 1e-4 * data.std()  # float32 rounds x
