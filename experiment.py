@@ -396,17 +396,17 @@ def _guide(config, codec: Codec, device: torch.device) -> nn.Module:
             f"sampling.guide={path} is another kind of network: its {key} is {old[key]}, not "
             f"{new[key]}"
         )
-    theirs = get_codec(guide_config).identity
-    if theirs != codec.identity:
+    identity = get_codec(guide_config).identity
+    if identity != codec.identity:
         raise ValueError(
-            f"sampling.guide={path} is another kind of network: its codec is {theirs}, not "
+            f"sampling.guide={path} is another kind of network: its codec is {identity}, not "
             f"{codec.identity}"
         )
-    of_conditions, ours = (pairs.codec_of(each.data) for each in (guide_config, config))
-    if ours and of_conditions.identity != ours.identity:
+    of_conditions, expected = (pairs.codec_of(each.data) for each in (guide_config, config))
+    if expected and of_conditions.identity != expected.identity:
         raise ValueError(
             f"sampling.guide={path} is another kind of network: the codec of its conditions is "
-            f"{of_conditions.identity}, not {ours.identity}"
+            f"{of_conditions.identity}, not {expected.identity}"
         )
     network = models.from_config(guide_config, codec.shape).to(device)
     fit(partial(load_ema, network), content, path)

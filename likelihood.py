@@ -77,14 +77,14 @@ def log_likelihood(
     """
 
     differentiable = x.requires_grad and torch.is_grad_enabled()
-    kept = {"retain_graph": True, "create_graph": differentiable}
+    graph_options = {"retain_graph": True, "create_graph": differentiable}
 
     def drift_and_divergence(state: Tensor, t: float) -> Tensor:
         with torch.enable_grad():
             x_t = state[:, :-1].view_as(x).requires_grad_()
             drift = method.ode(net, x_t, t)
             divergence = sum(
-                probe * torch.autograd.grad((drift * probe).sum(), x_t, **kept)[0]
+                probe * torch.autograd.grad((drift * probe).sum(), x_t, **graph_options)[0]
                 for probe in probes
             )
             rates = torch.cat([drift.flatten(1), divergence.flatten(1).sum(1, keepdim=True)], 1)

@@ -82,8 +82,8 @@ class Program:
             if kind == "class":
                 return "function", place, f"{name}.{node.attr}"
             return self.target(place, ast.Name(node.attr)) if kind == "module" else None
-        found = self.names[module].get(node.id) if isinstance(node, ast.Name) else None
-        return self.target(found[1], ast.Name(found[2])) if found and found[0] == "name" else found
+        entry = self.names[module].get(node.id) if isinstance(node, ast.Name) else None
+        return self.target(entry[1], ast.Name(entry[2])) if entry and entry[0] == "name" else entry
 
     def callees(self, caller: Function, node: ast.expr, local: dict) -> list[Function]:
         """The functions that a call of `node` may enter; `local` are those of local names."""
@@ -129,7 +129,7 @@ class Flow:
         self.follow(start, {"config"})
         entered = [start[0], *(callee[0] for _, callee, _ in self.calls)]
         self.files, layers = {*entered}, [*map(program.layer, entered)]
-        self.ups = [there > here for here, there in zip(layers, layers[1:], strict=False)]
+        self.ups = [following > layer for layer, following in zip(layers, layers[1:], strict=False)]
 
     def follow(self, function: Function, holders: set[str]) -> set[int]:
         key = function, frozenset(holders)

@@ -125,15 +125,15 @@ def shown_key(key: str) -> str:
     return shown(key).strip("'")
 
 
-def explain_unknown(key: str, known: Iterable[str]) -> str:
-    """One line on a key that is not among the `known` ones, with the nearest of these."""
+def explain_unknown(key: str, keys: Iterable[str]) -> str:
+    """One line on a key that is not among `keys`, with the nearest of these."""
     if key in UNREAD:
         return f"{key} is a published key that nothing reads ({UNREAD[key]}): remove it"
-    known, (section, _, name) = list(known), key.rpartition(".")
-    beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    keys, (section, _, name) = list(keys), key.rpartition(".")
+    beside = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
     if not section:
-        beside |= {k: k for k in (k.partition(".")[0] for k in known)}
-    elsewhere = [k for k in known if k.rpartition(".")[2] == name]
+        beside |= {k: k for k in (k.partition(".")[0] for k in keys)}
+    elsewhere = [k for k in keys if k.rpartition(".")[2] == name]
     near = [beside[n] for n in difflib.get_close_matches(name, beside, 1)]
     near += difflib.get_close_matches(key, elsewhere, 1, 0)
     return f"unknown config value {key}" + (f'. Did you mean "{near[0]}"?' if near else "")

@@ -73,7 +73,7 @@ class Rounds:
         return self.results(work_once)
 
 
-def remove_others(folder: Path, pattern: str, wanted: list[Path]) -> None:
-    """Remove files of an earlier evaluation with other numbers: those that are not `wanted`."""
-    for path in set(folder.glob(pattern)) - set(wanted) if distributed.is_main() else ():
+def remove_others(folder: Path, pattern: str, files: list[Path]) -> None:
+    """Remove files of an earlier evaluation with other numbers: all but `files`."""
+    for path in set(folder.glob(pattern)) - set(files) if distributed.is_main() else ():
         path.unlink(missing_ok=True)

@@ -135,8 +135,8 @@ def main() -> None:
             file.write(json.dumps(content, indent=1, default=float).encode())
     except (ValueError, OSError) as error:
         message = str(error)
-        for theirs, ours in ARGUMENTS.items():
-            message = message.replace(theirs, ours)
+        for key, argument in ARGUMENTS.items():
+            message = message.replace(key, argument)
         parser.error(message)
     rows = [("images", f"{len(a):,} and {len(b):,}"), *metric_rows(report)]
     print("\n  ".join([format_table(rows, f"{a.path} against {b.path}"), *remarks(report)]))

@@ -263,8 +263,8 @@ def _paired_by_number(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> 
         path: {_renamed(name, _PIECES): tuple(p.shape) for name, p in block.named_parameters()}
         for path, block in blocks.items()
     }
-    theirs, ours = _attention_after(published), _attention_after(here)
-    numbers, paths = [*theirs], [*ours]
+    published_attention, model_attention = _attention_after(published), _attention_after(here)
+    numbers, paths = [*published_attention], [*model_attention]
     diff = SequenceMatcher(
         None,
         [frozenset(published[number].items()) for number in numbers],
@@ -275,7 +275,7 @@ def _paired_by_number(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> 
     for _, i, i_stop, j, j_stop in diff.get_opcodes():
         if i_stop - i == j_stop - j:
             pairs += zip(numbers[i:i_stop], paths[j:j_stop], strict=True)
-    pairs += [(theirs[number], ours[path]) for number, path in pairs]
+    pairs += [(published_attention[number], model_attention[path]) for number, path in pairs]
     return {
         f"{path}.{name}": f"all_modules.{number}.{_renamed(name, _PIECES)}"
         for number, path in pairs

@@ -146,7 +146,7 @@ def differing(groups: Sequence[Group]) -> dict[str, list[str]]:
     evaluated = [k for k, run in enumerate(firsts) if run.report]
     of_evaluations = differing_settings([firsts[k].comparable for k in evaluated])
     seeds = [common_seeds(groups[k]) for k in evaluated]
-    if (known := [each for each in seeds if UNKNOWN not in each]) and not set.intersection(*known):
+    if (sets := [each for each in seeds if UNKNOWN not in each]) and not set.intersection(*sets):
         of_evaluations["seed"] = [*map(_preferred, seeds)]
 
     rows, both = {}, []

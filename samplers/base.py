@@ -288,8 +288,8 @@ class Sampler(abc.ABC):
             method = StartingAt(method, self.start.level)
             x = scaled(method.alpha(torch.tensor(method.t_prior, dtype=torch.float64)), condition)
         network = conditioned(network, conditions)
-        seen = {"generator": generator, "callback": callback, "watch": watch}
-        x, evaluations = self.integrate(method, network, x, **seen)
+        options = {"generator": generator, "callback": callback, "watch": watch}
+        x, evaluations = self.integrate(method, network, x, **options)
         if self.measurement is not None and self.measurement.noise == 0:
             x = self.measurement.project(x)
         if self.start:

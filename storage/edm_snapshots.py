@@ -110,13 +110,13 @@ _KNOWN = {
 
 
 def _tensors(
-    module: object, path: str, seen: set[int], depth: int = 0
+    module: object, path: str, table_ids: set[int], depth: int = 0
 ) -> Iterator[tuple[str, StoredView]]:
     """The parameters and buffers of a module and those in it, in the order of its state dict.
 
     Their names begin with `path`. Raises ValueError where something else is in their place, and
     where a module is in two places, which could make their number exponential in the size of the
-    file; `seen` are the tables of the modules before.
+    file; `table_ids` are those of the modules before.
     """
     if not isinstance(module, Record) or type(module.state) is not dict:
         raise ValueError(f"{path} is {kind(module)}, not a module")
@@ -124,9 +124,9 @@ def _tensors(
         raise ValueError(f"{path:.100} lies in more than {MAX_DEPTH} modules")
     for table in ("_parameters", "_buffers", "_modules"):
         entries = module.state.get(table)
-        if type(entries) is not dict or id(entries) in seen:
+        if type(entries) is not dict or id(entries) in table_ids:
             raise ValueError(f"{path} is {kind(module)}, no module of its own: see {table}")
-        seen.add(id(entries))
+        table_ids.add(id(entries))
         skipped = _transient(module.state, path) if table == "_buffers" else ()
         for name, value in entries.items():
             if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
@@ -135,7 +135,7 @@ def _tensors(
             if value is None or name in skipped:
                 continue
             if table == "_modules":
-                yield from _tensors(value, place, seen, depth + 1)
+                yield from _tensors(value, place, table_ids, depth + 1)
             elif isinstance(value, StoredView):
                 yield place, value
             else:

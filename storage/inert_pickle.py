@@ -41,7 +41,7 @@ class Unpickler:
     """A reader of the pickles of one file.
 
     Args:
-        known: "module.name" to the function that makes an object from the pickle's arguments.
+        makers: "module.name" to the function that makes an object from the pickle's arguments.
         names: all that a pickle may refer to, as "module.name"; None: anything.
         operations: one item is taken for each operation, and running out of them is an error. A
             byte of a pickle can cost a hundred bytes of memory; a limit on operations limits both.
@@ -49,11 +49,11 @@ class Unpickler:
 
     def __init__(
         self,
-        known: Mapping[str, Callable],
+        makers: Mapping[str, Callable],
         names: Collection[str] | None = None,
         operations: Iterator | None = None,
     ):
-        self.known, self.names = known, names
+        self.makers, self.names = makers, names
         self.operations = iter(range(MAX_OPERATIONS)) if operations is None else operations
 
     def load(self, file: BinaryIO, persistent: Callable[[object], object] | None = None) -> object:
@@ -63,8 +63,8 @@ class Unpickler:
 
         Returns:
             None, numbers, strings, bytes, lists (sets are read as lists), tuples, dictionaries with
-            keys of type str or int, what `known` and `persistent` make, and `Record`s. Parts may be
-            shared, or contain themselves.
+            keys of type str or int, what `makers` and `persistent` make, and `Record`s. Parts may
+            be shared, or contain themselves.
 
         Raises:
             ValueError: the pickle is damaged, too long, or uses an operation or a name that is not
@@ -165,7 +165,7 @@ class Unpickler:
         name = _name(function)
         if type(arguments) is not tuple:
             raise TypeError
-        return self.known[name](*arguments) if name in self.known else Record(name)
+        return self.makers[name](*arguments) if name in self.makers else Record(name)
 
 
 def _name(function: object) -> str:

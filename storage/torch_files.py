@@ -200,10 +200,10 @@ def _storage_identity(identity: object) -> tuple[torch.dtype, int, str]:
 # --- any of these forms --------------------------------------------------------------------------
 
 
-def read_pickles(file: BinaryIO, known: dict[str, Callable]) -> object:
+def read_pickles(file: BinaryIO, makers: dict[str, Callable]) -> object:
     """The content of a plain pickle, or of a file of torch.save of any age.
 
-    There is a `StoredView` for each tensor, what `known` makes of the names in it, and a `Record`
+    There is a `StoredView` for each tensor, what `makers` make of the names in it, and a `Record`
     for everything else. A storage within a plain pickle is the bytes of a file of its own.
 
     Raises:
@@ -219,7 +219,7 @@ def read_pickles(file: BinaryIO, known: dict[str, Callable]) -> object:
             storages[id(content)] = content, _read(io.BytesIO(content), within)
         return storages[id(content)][1]
 
-    calls = KNOWN | known | {"torch.storage._load_from_bytes": load_from_bytes}
+    calls = KNOWN | makers | {"torch.storage._load_from_bytes": load_from_bytes}
     return _read(file, Unpickler(calls, operations=within.operations))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 
 def _reconstruct_persistent_obj(meta):
-    """As the published one, runs what the file carries; reading it without that is the point."""
+    """Run the source that the file carries, as EDM does; the readers under test must not."""
     scope = {}
     exec(meta["module_src"], scope)  # noqa: S102
     return meta
@@ -148,25 +148,25 @@ def published_names():
 
 
 def save_pickle(path, content, protocol=4):
-    """As a network snapshot: a plain pickle."""
+    """Write `content` as a network snapshot: a plain pickle."""
     with published_names():
         path.write_bytes(pickle.dumps(content, protocol))
 
 
 def save_torch(path, content, legacy=False):
-    """As a training state: a file of torch.save."""
+    """Write `content` as a training state: a file of torch.save."""
     with published_names():
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
 
 
 def snapshot(net) -> dict:
-    """What a network snapshot holds."""
+    """Content of a network snapshot."""
     options = EasyDict(path="cifar10.zip", use_labels=False)
     return {"ema": net, "loss_fn": EDMLoss(), "augment_pipe": None, "dataset_kwargs": options}
 
 
 def training_state(net) -> dict:
-    """What a training state of PFGM++ holds; EDM's has `net` instead of `ema`, and no `step`."""
+    """Content of PFGM++'s training state; EDM's has `net` instead of `ema`, and no `step`."""
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.numel()], lr=1e-3)
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -18,7 +18,7 @@ from sources.folder import read_images
 from sources.npy import StoredArray
 from storage.files import plain, read_arrays
 
-BEYOND = [2**62, 2**63 - 1, MOST_CLASSES, 2**31]  # of labels
+BEYOND = [2**62, 2**63 - 1, MOST_CLASSES, 2**31]  # labels above the largest allowed
 
 
 def config_of(path, classes=0, channels=0, **data):
@@ -114,9 +114,9 @@ def test_grey_images_need_no_channel(tmp_path, name, resident_bytes, order):
     np.save(tmp_path / "four.npy", np.ascontiguousarray(images)[..., None])
     for split in datasets.SPLITS:
         config = config_of(tmp_path / name, resident_bytes=resident_bytes)
-        ours = datasets.get_dataset(config, split)[:]
-        assert torch.equal(ours, datasets.get_dataset(config_of(tmp_path / "four.npy"), split)[:])
-        assert ours.shape[1:] == (1, 8, 8)
+        grey = datasets.get_dataset(config, split)[:]
+        assert torch.equal(grey, datasets.get_dataset(config_of(tmp_path / "four.npy"), split)[:])
+        assert grey.shape[1:] == (1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_rows_are_those_that_numpy_reads(tmp_path, order, dtype):
     for i in range(7):
         assert (stored[i] == array[i]).all()
     assert (stored.whole() == array).all()
-    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")  # as older programs read it
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")  # older programs took the digest of this
     assert stored.digest() == digests.of_array(mapped)
 
 
@@ -285,7 +285,7 @@ def test_an_array_that_is_written_again_is_one_line(tmp_path, change, workers):
 
 
 def test_a_file_that_takes_the_name_does_no_harm(tmp_path):
-    """A file that is renamed over another, as programs write it that are careful."""
+    """Data that are open stay as they are when another file is renamed over theirs."""
     np.save(tmp_path / "x.npy", pictures(20))
     data = datasets.get_dataset(config_of(tmp_path / "x.npy", resident_bytes=0), "train")
     before = data[:]
@@ -376,7 +376,7 @@ def test_classes_check_what_a_source_gives():
     assert Classes(np.array([1, 0], ">u2"), ("a", "b")).labels.tolist() == [1, 0]
     assert Classes(np.zeros(0, np.int8)).labels.tolist() == []
     for labels, names in (
-        ([0, 2], ("a", "b")),  # it would be another class, or none
+        ([0, 2], ("a", "b")),  # 2 names, so that 2 is no class
         ([0, -2], ()),
         ([0.5], ()),
         (np.zeros((2, 2), int), ()),
@@ -388,7 +388,7 @@ def test_classes_check_what_a_source_gives():
 
 
 def test_labels_of_records_out_of_bounds(tmp_path):
-    """Labels of tensorflow_datasets' records, of which one that is damaged has none."""
+    """A record of tensorflow_datasets with two labels counts as one without a label."""
     from functools import partial
 
     from sources.prepared import _classes, stored_label

@@ -19,10 +19,10 @@ from sources.preparation import Preparation, mirrored
 
 def parameters(**values):
     """One row: a0=1.0 and so on, 0 for the others."""
-    found = torch.zeros(1, 8, dtype=torch.float64)
+    row = torch.zeros(1, 8, dtype=torch.float64)
     for name, value in values.items():
-        found[0, int(name[1:])] = value
-    return found
+        row[0, int(name[1:])] = value
+    return row
 
 
 IMAGE = torch.rand(1, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ def shifted(x, columns):
         ({"a0": 1}, IMAGE.flip(-1)),
         ({"a1": 1}, IMAGE.flip(-2)),
         ({"a0": 1, "a1": 1}, IMAGE.flip(-1, -2)),
-        ({"a3": math.pi / 2}, IMAGE.rot90(1, (-2, -1))),  # which turns to the left
+        ({"a3": math.pi / 2}, IMAGE.rot90(1, (-2, -1))),  # a quarter turn to the left
         ({"a3": -math.pi / 2}, IMAGE.rot90(-1, (-2, -1))),
         ({"a3": math.pi}, IMAGE.flip(-1, -2)),
         ({"a6": 1}, shifted(IMAGE, 1)),  # an eighth of the width
@@ -51,8 +51,8 @@ def shifted(x, columns):
     ],
 )
 def test_transformations_that_move_whole_pixels_are_exact(values, expected):
-    found = transform(IMAGE, parameters(**values))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    image = transform(IMAGE, parameters(**values))
+    torch.testing.assert_close(image, expected, rtol=0, atol=1e-10)
 
 
 def wave(x, y):
@@ -80,10 +80,10 @@ def test_transformations_follow_their_formula(values, source):
     """y(p) = x(G^-1 p), away from the edges of a smooth image."""
     centred = torch.arange(32, dtype=torch.float64) - 15.5
     x, y = torch.meshgrid(centred, centred, indexing="xy")
-    found = transform(wave(x, y)[None, None], parameters(**values))[0, 0]
+    image = transform(wave(x, y)[None, None], parameters(**values))[0, 0]
     expected = wave(*source(x, y))
     inner = x.hypot(y) < 7
-    assert (found - expected)[inner].abs().max() < 0.015  # bilinear between half pixels
+    assert (image - expected)[inner].abs().max() < 0.015  # bilinear between half pixels
     assert (wave(x, y) - expected)[inner].abs().max() > 0.2
 
 
@@ -109,32 +109,32 @@ def test_the_laws_of_the_parameters():
     correlation = torch.corrcoef(torch.cat([groups, (a[:, [2, 6]] != 0)], 1).T)
     assert (correlation - torch.eye(5)).abs().max() < 4 / n**0.5
     for column in (2, 5, 6, 7):
-        drawn = a[a[:, column] != 0, column]
-        assert abs(drawn.mean()) < 4 / len(drawn) ** 0.5
-        assert abs(drawn.var() - 1) < 4 * (2 / len(drawn)) ** 0.5
+        values = a[a[:, column] != 0, column]
+        assert abs(values.mean()) < 4 / len(values) ** 0.5
+        assert abs(values.var() - 1) < 4 * (2 / len(values)) ** 0.5
     for column in (3, 4):
-        drawn = a[a[:, column] != 0, column] / math.pi
-        assert drawn.abs().max() <= 1
-        assert abs(drawn.mean()) < 4 / (3 * len(drawn)) ** 0.5
-        assert abs(drawn.square().mean() - 1 / 3) < 4 * (4 / 45 / len(drawn)) ** 0.5
+        values = a[a[:, column] != 0, column] / math.pi
+        assert values.abs().max() <= 1
+        assert abs(values.mean()) < 4 / (3 * len(values)) ** 0.5
+        assert abs(values.square().mean() - 1 / 3) < 4 * (4 / 45 / len(values)) ** 0.5
 
 
 def test_images_that_are_not_transformed_stay_bit_for_bit():
     images = torch.rand(256, 1, 8, 8)
-    found = augment(Batch(images), 0.12, False, torch.Generator().manual_seed(1))
-    same = ~found.conditions["augment_labels"].any(1)
+    batch = augment(Batch(images), 0.12, False, torch.Generator().manual_seed(1))
+    same = ~batch.conditions["augment_labels"].any(1)
     assert 30 < same.sum() < 110  # 0.5 * 0.88^4 * 0.94 of 256: 72
-    assert torch.equal(found.images[same], images[same])
-    assert not (found.images == images).flatten(1).all(1)[~same].any()
+    assert torch.equal(batch.images[same], images[same])
+    assert not (batch.images == images).flatten(1).all(1)[~same].any()
 
 
 def test_one_transformation_of_a_reference_batch():
     images = torch.rand(1, 1, 8, 8).expand(16, -1, -1, -1)
-    found = augment(Batch(images), 1.0, True, torch.Generator().manual_seed(1))
-    labels = found.conditions["augment_labels"]
+    batch = augment(Batch(images), 1.0, True, torch.Generator().manual_seed(1))
+    labels = batch.conditions["augment_labels"]
     assert labels.shape == (16, 9) and labels[0, 2:].all()
     assert (labels == labels[0]).all()
-    assert (found.images == found.images[0]).all() and not torch.equal(found.images, images)
+    assert (batch.images == batch.images[0]).all() and not torch.equal(batch.images, images)
 
 
 def prepared(config, images, seed=0):
@@ -149,8 +149,8 @@ def test_without_augmentation_nothing_is_drawn():
     images = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
     expected = 2 * (mirrored(images, generator) / 255) - 1
-    found = prepared(config, images)
-    assert torch.equal(found.images, expected) and "augment_labels" not in found.conditions
+    batch = prepared(config, images)
+    assert torch.equal(batch.images, expected) and "augment_labels" not in batch.conditions
 
 
 class Watched(torch.nn.Module):
@@ -170,7 +170,7 @@ def test_labels_reach_the_network_with_their_examples():
     net = Watched()
     loss.loss(net, examples.shard(1, 4), batch)
     assert torch.equal(net.labels, batch.conditions["augment_labels"][24:48]) and net.labels.any()
-    # and have a gradient, which the labels of a network that samples have not
+    # in training their embedding has a gradient
     model = create_model(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -62,8 +62,8 @@ def test_the_plain_loop_of_sampling_is_heuns_method(name, monkeypatch):
         return (out, -noise_label - 1) if name == "poisson" else out
 
     expected, _ = solve_ode(method, net, x, "heun", 6, noise_removal=True)
-    found = speed.plain_heun(method, net, x, config.sampling)
-    torch.testing.assert_close(found, expected)
+    samples = speed.plain_heun(method, net, x, config.sampling)
+    torch.testing.assert_close(samples, expected)
 
 
 @pytest.fixture
@@ -78,11 +78,11 @@ def test_quantization_keeps_the_grid_and_errs_by_half_a_step(bits, robustness):
     grid = torch.arange(-largest, largest + 1) / 8
     assert torch.equal(robustness.quantize(grid, bits), grid)
     weight = torch.randn(1000, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
-    found = robustness.quantize(weight, bits)
+    quantized_weight = robustness.quantize(weight, bits)
     step = weight.abs().max() / largest
-    assert (found - weight).abs().max() <= step / 2 * (1 + 1e-12)
-    assert found.abs().max() == weight.abs().max()
-    assert len(found.unique()) <= 2**bits - 1
+    assert (quantized_weight - weight).abs().max() <= step / 2 * (1 + 1e-12)
+    assert quantized_weight.abs().max() == weight.abs().max()
+    assert len(quantized_weight.unique()) <= 2**bits - 1
     assert torch.equal(robustness.quantize(torch.zeros(3), bits), torch.zeros(3))
 
 

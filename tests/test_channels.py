@@ -46,7 +46,7 @@ def test_a_dark_last_channel_darkens_no_other(channels, last):
 
 @pytest.mark.parametrize("channels", [2, 4, 6])
 def test_the_definition_of_the_kernels(channels):
-    (image,) = pictures(1, 40, 40, channels) // 2 + 60  # which a kernel leads not beyond 0 to 255
+    (image,) = pictures(1, 40, 40, channels) // 2 + 60  # a kernel cannot lead these beyond 0 to 255
     for kernel, function, support in ((Filter.BILINEAR, triangle, 1), (Filter.BICUBIC, cubic, 2)):
         expected = reference_resize(image, 24, function, support)
         errors = np.abs(resize(image, 24, 24, kernel) - expected)
@@ -80,14 +80,14 @@ def test_channels_that_come_first_are_named(tmp_path):
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 1024])
 def test_what_a_picture_shows(channels):
     images = pictures(3, 5, 7, channels)
-    shown = visible(images)
+    pixels = visible(images)
     if channels in (1, 3):
-        assert (shown == images).all()
+        assert (pixels == images).all()
         return
     number = min(channels, 4)
-    assert shown.shape == (3, 5, number * 7, 1)
+    assert pixels.shape == (3, 5, number * 7, 1)
     for c in range(number):
-        assert (shown[:, :, 7 * c : 7 * c + 7, 0] == images[..., c]).all()
+        assert (pixels[:, :, 7 * c : 7 * c + 7, 0] == images[..., c]).all()
 
 
 @given(
@@ -103,22 +103,22 @@ def test_each_image_lies_in_its_cell(n, height, width, channels, columns):
     grid = image_grid(images, columns or None)
     if (height, width, channels) == (1, 1, 2):
         return  # points of the plane
-    shown = visible(images)
+    pixels = visible(images)
     across = columns or int(np.ceil(np.sqrt(n)))
     down = -(-n // across)
     cell_height, cell_width = (grid.shape[0] - 2) // down, (grid.shape[1] - 2) // across
     factor = (cell_height - 2) // height
     assert factor * height >= 48 or factor * width >= 48
-    assert (cell_height - 2, cell_width - 2) == (factor * height, factor * shown.shape[2])
+    assert (cell_height - 2, cell_width - 2) == (factor * height, factor * pixels.shape[2])
     for i in range(n):
         top, left = 2 + i // across * cell_height, 2 + i % across * cell_width
         cell = grid[top : top + cell_height - 2, left : left + cell_width - 2]
-        assert (cell[::factor, ::factor] == shown[i]).all()  # grey in each of R, G and B
+        assert (cell[::factor, ::factor] == pixels[i]).all()  # grey in each of R, G and B
 
 
 @pytest.mark.parametrize("shape", [(9, 150, 150, 4), (4, 7, 400, 5), (100, 3, 100, 1)])
 def test_large_pictures_are_made_smaller(tmp_path, monkeypatch, shape):
-    """Flat images stay as they are."""
+    """Pictures beyond the largest size shrink; flat images keep their one value."""
     monkeypatch.setattr("reports.images.LARGEST", 700)
     grid = image_grid(np.full(shape, 90, np.uint8))
     assert 350 < max(grid.shape) <= 700
@@ -126,7 +126,7 @@ def test_large_pictures_are_made_smaller(tmp_path, monkeypatch, shape):
 
 
 def test_the_largest_picture_can_be_read():
-    """By the page of an evaluation, and as a frame of WebP."""
+    """Pillow reads it for the page of an evaluation, and WebP takes it as a frame."""
     assert LARGEST**2 < Image.MAX_IMAGE_PIXELS
     assert LARGEST < 2**14
 
@@ -258,20 +258,20 @@ def test_pictures_of_training(run):
 def test_nothing_is_drawn_twice(run, tmp_path, monkeypatch):
     channels, workdir = run
     sample(workdir, tmp_path, seeds="0-2")
-    kept = {path: path.read_bytes() for path in tmp_path.glob("00000*")}
-    assert len(kept) == 6
-    asked, whole = [], Trained.sample
-    monkeypatch.setattr(Trained, "sample", lambda *a, **k: asked.extend(a[1]) or whole(*a, **k))
+    contents = {path: path.read_bytes() for path in tmp_path.glob("00000*")}
+    assert len(contents) == 6
+    seeds, whole = [], Trained.sample
+    monkeypatch.setattr(Trained, "sample", lambda *a, **k: seeds.extend(a[1]) or whole(*a, **k))
     sample(workdir, tmp_path, seeds="0-4", film=True)
-    assert not asked  # those of the film are its last frame
+    assert not seeds  # the film's last frame has the new samples
     sample(workdir, tmp_path, seeds="4-6")
-    assert asked == [5, 6]
-    assert {path: path.read_bytes() for path in kept} == kept
+    assert seeds == [5, 6]
+    assert {path: path.read_bytes() for path in contents} == contents
     with np.load(tmp_path / "samples.npz") as file:
         assert file["samples"].shape == (3, 8, 8, channels)
-        for seed, drawn in zip((4, 5, 6), file["samples"], strict=True):
-            with np.load(tmp_path / f"{seed:06d}.npz") as own:
-                assert (own["sample"] == drawn).all()
+        for seed, image in zip((4, 5, 6), file["samples"], strict=True):
+            with np.load(tmp_path / f"{seed:06d}.npz") as sample_file:
+                assert (sample_file["sample"] == image).all()
     with Image.open(tmp_path / "film.webp") as film:
         assert film.n_frames > 1
 
@@ -292,7 +292,7 @@ def test_a_sample_that_a_kill_left_half_is_drawn_again(run, tmp_path, caplog):
 
 
 def test_arrays_are_encoded_and_restored(run, tmp_path, monkeypatch):
-    """With a latent that is the image itself: the exact one takes long."""
+    """The latent is the image itself here, since the exact one takes long."""
     monkeypatch.setattr(Trained, "encode", lambda trained, x: x)
     monkeypatch.setattr(Trained, "decode", lambda trained, z: z)
     monkeypatch.setattr(Trained, "log_likelihood", lambda trained, x: torch.zeros(len(x)))
@@ -331,9 +331,9 @@ def test_evaluations_draw_every_picture(run, tmp_path):
     config.eval.enable_interpolate = config.eval.enable_rescale = True
     config.sampling.update(restore="super2", restore_degrade=True)
     run_lib.evaluate(config, workdir)
-    drawn = {path.name for path in (workdir / "eval").glob("*.png")}
+    picture_names = {path.name for path in (workdir / "eval").glob("*.png")}
     names = ("ode_images", "data_images", "nearest", "interpolation", "rescale", "restoration")
-    assert drawn == {f"{name}_2.png" for name in names}
+    assert picture_names == {f"{name}_2.png" for name in names}
     page = (workdir / "eval/report.html").read_text()
     first = "the first 4 side by side" if channels == 5 else "side by side"
     assert f"{channels} channels, {first} in pictures" in page

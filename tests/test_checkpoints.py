@@ -118,7 +118,7 @@ class Call:
     "call", [Call(bytearray, 2**20), Call(set, [1]), Call(torch.device, "cpu")]
 )
 def test_nothing_that_a_state_does_not_hold_is_made(tmp_path, call):
-    """Not what `torch.load(weights_only=True)` calls either, as bytearray(10**12)."""
+    """Even calls that `torch.load(weights_only=True)` allows are refused, as bytearray(10**12)."""
     path = tmp_path / "checkpoint.pth"
     torch.save({**state(), "more": call}, path)
     torch.load(path, weights_only=True)
@@ -174,7 +174,7 @@ def resolved(entry):
 
 
 def test_stored_tensors_are_those_that_were_saved(tmp_path):
-    """Also parts of a larger memory, in any order of axes, of any number type, and empty ones."""
+    """Parts of a larger memory, any order of axes, any number type, and empty tensors return."""
     memory = torch.arange(24.0)
     tensors = {
         "whole": memory,
@@ -197,7 +197,7 @@ def test_stored_tensors_are_those_that_were_saved(tmp_path):
         assert torch.equal(stored[name].load(), tensor)
     assert stored["laid out"].load().stride() == tensors["laid out"].stride()
     assert stored["part"].load().untyped_storage().nbytes() == 6 * 4
-    shared = load_checkpoint(path)["model"]  # as they were
+    shared = load_checkpoint(path)["model"]  # memory shared as it was saved
     memories = {shared[name].untyped_storage().data_ptr() for name in ("whole", "part", "turned")}
     assert len(memories) == 1
 
@@ -247,7 +247,7 @@ def test_an_open_checkpoint_is_the_file_that_it_was(tmp_path):
 
 @pytest.mark.parametrize("names", ["own", "published"])
 def test_a_network_takes_its_ema_weights_one_by_one_and_nothing_else(tmp_path, monkeypatch, names):
-    """Of the other weights, those alone that are not trained: frequencies of Fourier features."""
+    """Beside the EMA only weights without training are read: Fourier features' frequencies."""
     config = digits_ncsnpp.get_config()
     config.model.nf = 8
     saved = train_state(config)
@@ -258,7 +258,7 @@ def test_a_network_takes_its_ema_weights_one_by_one_and_nothing_else(tmp_path, m
     assert frozen
     if names == "published":
         published = reference_names(saved.model)
-        content["model"] = {f"module.{n}": content["model"][own] for n, own in published.items()}
+        content["model"] = {f"module.{n}": content["model"][key] for n, key in published.items()}
     path = tmp_path / "checkpoint.pth"
     save_checkpoint(path, content)
     loads, alive = [], []
@@ -363,20 +363,20 @@ def test_steps_that_cannot_be_evaluated_are_one_line(tmp_path):
 @pytest.mark.parametrize("n_iters", [1, 2, 3, 7, 8, 9])
 @pytest.mark.parametrize("freq", [1, 2, 4])
 def test_every_number_of_steps_has_a_last_checkpoint(n_iters, freq, tmp_path, caplog):
-    """What a run of so many steps has written; the numbers asked for are the default ones."""
+    """Evaluation by the default numbers takes the last checkpoint of a run of any length."""
     caplog.set_level("INFO")
     write_steps(tmp_path, *{*range(freq, n_iters + 1, freq), n_iters})
     last = -(-n_iters // freq)
     k = min(4, last)
     assert found(tmp_path, n_iters, freq, 4, 4) == {k: min(k * freq, n_iters)}
-    said = f"the last checkpoint of training.n_iters={n_iters} steps is number {last}"
-    assert caplog.text.count(said) == (last < 4)
+    message = f"the last checkpoint of training.n_iters={n_iters} steps is number {last}"
+    assert caplog.text.count(message) == (last < 4)
     every = {k: min(k * freq, n_iters) for k in range(1, last + 1)}
     assert found(tmp_path, n_iters, freq, 1, 99) == every
 
 
 def test_published_files_are_found_by_their_number(tmp_path, caplog):
-    """Also those beyond the configured number of steps, and the last of an uneven number."""
+    """Numbers beyond the configured steps count too, and the last of an uneven number of steps."""
     write_steps(tmp_path, 15, 20, 21, 30, name=lambda step: -(-step // 5))
     assert found(tmp_path, 21, 5, 3, 9) == {3: 3, 4: 4, 5: 5, 6: 6}
     assert found(tmp_path, 21, 5, 6, 6) == {6: 6}
@@ -459,7 +459,7 @@ def share(path, weights, step=3):
 
 
 def test_weights_of_any_kind_are_shared(tmp_path):
-    """Also transposed, laid out in another order, tied, empty ones and single numbers."""
+    """Transposed, tied and empty tensors, other memory layouts and single numbers are shared."""
     tied = torch.rand(3)
     weights = {
         "transposed": torch.rand(3, 4).T,
@@ -523,7 +523,7 @@ print((peak() - before) / sum(copy.nbytes for copy in copies))
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux tells the memory")
 @pytest.mark.parametrize("name", ["checkpoint.pth", "model.safetensors"])
 def test_weights_are_in_memory_once(tmp_path, name):
-    """Of 128 MiB: the file is checked piece by piece, or tensor by tensor; its pages count too."""
+    """Reading 128 MiB takes no second copy: files are checked in pieces; their pages count."""
     weights = {f"weight{number}": torch.rand(2**20) for number in range(32)}
     if name.endswith(".pth"):
         save_checkpoint(tmp_path / name, state() | {"model": weights})

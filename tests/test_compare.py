@@ -38,8 +38,8 @@ def dotted(changes):
 
 def report(weights_of, values, **changes):
     """A report on the weights of a seed, with `changes` of its settings, __ for the dot."""
-    own = {"seed": weights_of, "weights": f"of {weights_of}", "step": 10}
-    made_by = SETTINGS | own | dotted(changes)
+    origin = {"seed": weights_of, "weights": f"of {weights_of}", "step": 10}
+    made_by = SETTINGS | origin | dotted(changes)
     values = {"step": made_by["step"], **OLD, **values}
     return values | {"settings": settings.to_json(made_by)}
 
@@ -77,9 +77,9 @@ def test_what_differs_and_what_is_one_setting(runs):
 
 def rows(page):
     """{first cell: [(text, whether it is marked)]} of all tables."""
-    found = re.findall(r"<tr><td>(.*?)</td>(.*?)</tr>", page, re.DOTALL)
+    matches = re.findall(r"<tr><td>(.*?)</td>(.*?)</tr>", page, re.DOTALL)
     cells = r"<td( class=best)?>(.*?)</td>"
-    return {k: [(t, bool(b)) for b, t in re.findall(cells, v, re.DOTALL)] for k, v in found}
+    return {k: [(t, bool(b)) for b, t in re.findall(cells, v, re.DOTALL)] for k, v in matches}
 
 
 def test_page_marks_the_best_mean(runs):
@@ -89,15 +89,15 @@ def test_page_marks_the_best_mean(runs):
     assert tags.open == []
     assert "a/&lt;1&gt;, a/2" in page
     assert "<1>" not in page
-    found = rows(page)
+    table = rows(page)
     # 1.5 is the mean of 1 and 2; c has no report
     fid = [("1.500\n(1 to 2)", True), ("1.750", False), ("", False)]
-    assert next(v for k, v in found.items() if k.startswith("Fréchet distance")) == fid
+    assert next(v for k, v in table.items() if k.startswith("Fréchet distance")) == fid
     # another method's loss is of another kind
-    loss = next(v for k, v in found.items() if k.startswith("Loss"))
+    loss = next(v for k, v in table.items() if k.startswith("Loss"))
     assert [marked for _, marked in loss] == [False, False, False]
     assert "No best Loss: method differs (VPSDE; EDM)" in page
-    assert found["optim.lr"] == [("0.002", False)] * 2 + [("0.5", False)]
+    assert table["optim.lr"] == [("0.002", False)] * 2 + [("0.5", False)]
     assert page.count('class="curve-0"') == 2  # two seeds
     assert page.count('class="curve-2"') == 1
     assert len(tags.links) == 3  # a picture for each setting
@@ -134,7 +134,7 @@ def test_seeds_alone(runs):
 )
 @pytest.mark.parametrize("seed", [1, 2])
 def test_evaluations_of_other_settings_are_two_columns(name, value, ranked, seed):
-    """Of one run, or of two seeds: never an average; the best where the values are of one kind."""
+    """Evaluations with other settings are never averaged; values of one kind are ranked."""
     worse = {"fid": 2.0, "loss": 2.0, "bpd": 2.0}
     runs = [run("a", report(1, worse), seed=1)]
     better = report(seed, dict.fromkeys(worse, 1.0), **{name.replace(".", "__"): value})
@@ -165,7 +165,7 @@ def test_settings_of_the_config_that_an_evaluation_replaced():
 
 
 def test_one_seed_counts_once(runs):
-    """A copy, and another training of the seed, whose values differ by what is not repeatable."""
+    """A copied run, and a repeated training of one seed with slightly other values, are one."""
     copy = dataclasses.replace(runs[0], name="copy")
     page = compare_page([copy, runs[0], runs[1]])
     assert "(2 seeds)" in page and "1.500\n(1 to 2)" in page
@@ -183,12 +183,12 @@ def test_one_seed_counts_once(runs):
 
 
 def test_seeds_of_evaluations():
-    """Each that of its run, or all the same: seeds of one column; else what differs."""
+    """Seeds of evaluations share a column where each is its run's, or all are equal."""
 
     def of(*pairs):
         return [
-            run(f"{k}", report(seed, {"fid": 1.0}, seed=own), seed=seed)
-            for k, (seed, own) in enumerate(pairs)
+            run(f"{k}", report(seed, {"fid": 1.0}, seed=eval_seed), seed=seed)
+            for k, (seed, eval_seed) in enumerate(pairs)
         ]
 
     assert len(grouped(of((1, 1), (2, 2), (3, 3)))) == 1
@@ -207,7 +207,7 @@ def test_equal_values_have_no_best(runs):
 
 
 def test_older_reports_are_not_known(runs):
-    """Their sampler, number of samples and space tell them apart; the data are not known."""
+    """Older reports differ by sampler, number of samples and space; their data are unknown."""
 
     def old(name, seed, **changes):
         entries = {"step": 10, "fid": 1.0 * seed, "nfe": 35.0, "sampling_seconds": 1.0, **OLD}
@@ -218,7 +218,7 @@ def test_older_reports_are_not_known(runs):
     assert rows(page)["evaluation: other settings"] == [("not known", False), ("known", False)]
     assert "seeds" not in page and "class=best" not in page
     assert "No best Fréchet distance: the data that an older report compares with are not" in page
-    page = compare_page([old("a", 1), old("b", 2)])  # as far as they tell
+    page = compare_page([old("a", 1), old("b", 2)])  # equal in all that they record
     assert "(2 seeds)" in page and "None" not in page
     assert rows(page)["evaluation: other settings"] == [("not known", False)]
     assert "a, b: of an older program" in page
@@ -273,10 +273,10 @@ def test_from_workdirs_to_a_page(tmp_path, monkeypatch, capsys):
             save_npz(folder / f"eval/report_{k}.npz", step=100 * k, seconds=1.0, fid=rate + k)
         save_png(folder / "samples/iter_9/sample.png", np.full((8, 8, 3), 9, np.uint8))
         save_png(folder / "samples/iter_10/sample.png", np.full((8, 8, 3), 200, np.uint8))
-    found = read_run(tmp_path / "one", "one", "eval")
-    assert found.caption == "drawn in training, at step 10"
-    assert (found.report["step"], found.curves["loss/train"][0][0]) == (1000, 5)
-    assert np.asarray(Image.open(io.BytesIO(found.picture))).max() == 200
+    one = read_run(tmp_path / "one", "one", "eval")
+    assert one.caption == "drawn in training, at step 10"
+    assert (one.report["step"], one.curves["loss/train"][0][0]) == (1000, 5)
+    assert np.asarray(Image.open(io.BytesIO(one.picture))).max() == 200
     out = tmp_path / "page.html"
     command = ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]
     monkeypatch.setattr("sys.argv", command)
@@ -406,6 +406,6 @@ def test_a_report_has_all_that_made_it(evaluated):
     assert {name: made_by.get(name) for name in expected} == expected
     assert "eval.divergence" not in made_by  # no likelihood was asked for
     sampler = {key for key in run.values if key.startswith("sampling.")}
-    unread = {*sample_folder.KEYS, "sampling.size"}  # of --mode sample alone
+    unread = {*sample_folder.KEYS, "sampling.size"}  # read by --mode sample alone
     unread |= {key for key in sampler if key.startswith(("sampling.restore", "sampling.init"))}
     assert sampler - made_by.keys() == unread

@@ -80,12 +80,12 @@ def vectors_of(run, split):
 
 def test_a_named_class_is_drawn_beside_the_other_conditions(config):
     run = built(config)
-    drawn = run.draw_conditions(20, "samples", 0)
-    assert drawn["class_labels"].tolist() == [1] * 20
-    known = {tuple(row) for row in vectors_of(run, "train").tolist()}
-    assert {tuple(row) for row in drawn["vector"].tolist()} <= known
-    assert len(drawn["vector"].unique()) > 3
-    vector = drawn["vector"][:2]
+    conditions = run.draw_conditions(20, "samples", 0)
+    assert conditions["class_labels"].tolist() == [1] * 20
+    training_rows = {tuple(row) for row in vectors_of(run, "train").tolist()}
+    assert {tuple(row) for row in conditions["vector"].tolist()} <= training_rows
+    assert len(conditions["vector"].unique()) > 3
+    vector = conditions["vector"][:2]
     run.sampler(run.network, 2, generator=torch.Generator(), conditions={"vector": vector})
     for call in run.network.calls:
         assert call["class_labels"].tolist() == [1, 1]
@@ -96,8 +96,8 @@ def test_a_named_class_alone_reads_no_data(config, monkeypatch):
     config.data.conditions = ""
     run = built(config)
     monkeypatch.setattr(datasets.Data, "conditions", None)
-    drawn = run.draw_conditions(3, "samples", 0)
-    assert list(drawn) == ["class_labels"] and drawn["class_labels"].tolist() == [1, 1, 1]
+    conditions = run.draw_conditions(3, "samples", 0)
+    assert list(conditions) == ["class_labels"] and conditions["class_labels"].tolist() == [1, 1, 1]
 
 
 def evaluated(run, folder):
@@ -133,8 +133,8 @@ def test_restored_images_keep_their_conditions(config, tmp_path, class_label):
     assert torch.equal(restored.conditions["vector"], vector)
     assert restored.labels.tolist() == ([1, 1] if class_label == 1 else [0, 1])
     restore_images(evaluated(run, tmp_path), restored)
-    seen = torch.cat([call["vector"] for call in run.network.calls])
-    assert {row[0] for row in seen.tolist()} == {101.0, 102.0}
+    vectors = torch.cat([call["vector"] for call in run.network.calls])
+    assert {row[0] for row in vectors.tolist()} == {101.0, 102.0}
 
 
 def test_images_of_files_are_restored_without_conditions_or_not_at_all(config, tmp_path):
@@ -177,8 +177,8 @@ def test_samples_take_conditions_or_those_of_training_images(config, tmp_path):
     run, vector = Trained(built(config), tmp_path, 0), torch.tensor([[1.5, 2.5], [3.5, 4.5]])
     run.sample([0, 1], conditions={"vector": vector})
     calls = run.experiment.network.calls
-    seen = torch.cat([call["vector"] for call in calls]).unique(dim=0)
-    assert torch.equal(seen, vector)
+    vectors = torch.cat([call["vector"] for call in calls]).unique(dim=0)
+    assert torch.equal(vectors, vector)
     calls.clear()
     run.sample([0, 1])
     assert {row[0] for call in calls for row in call["vector"].tolist()} <= {*range(1, 13)}

@@ -23,7 +23,7 @@ KEYS = all_keys()
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads((ROOT / "tests/golden/configs.json").read_text())
 
-# What the misspelling of a published key undid: of training.continuous, as training.continuouse.
+# Values that a published file meant, but lost by a misspelt key: training.continuouse.
 DEFECTS = {"ve/ncsnv2/bedroom.py": {"training.continuous": False}}
 
 DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("edm", "pfgmpp", "poisson", "subvp", "vp")]
@@ -104,7 +104,7 @@ def test_every_key_is_explained_and_its_default_is_allowed():
     for name, key in KEYS.items():
         assert re.fullmatch(r"\S[^\n]*\S", key.meaning), name
         assert re.fullmatch(r"\S[^\n]*\S", str(key.allowed)), name
-        chosen = name in ("data.dataset", "training.sde", "model.name")  # by every experiment
+        chosen = name in ("data.dataset", "training.sde", "model.name")  # set by every experiment
         assert key.accepts(key.default) != chosen, name
 
 
@@ -168,9 +168,9 @@ def test_edm_has_the_published_networks(path):
     names = ("nf", "ch_mult", "num_res_blocks", "attn_resolutions", "augment_dim")
     augment = config["training.augment"]
     assert augment == {"cifar10": 0.12, "ffhq64": 0.15, "imagenet64": 0.0}[_data(path)]
-    found = (*(config[f"model.{name}"] for name in names), augment > 0)
-    assert not config["data.random_flip"]  # which would not tell the network
-    assert found == EDM_NETWORKS[_data(path)]
+    network = (*(config[f"model.{name}"] for name in names), augment > 0)
+    assert not config["data.random_flip"]  # a plain flip would not tell the network
+    assert network == EDM_NETWORKS[_data(path)]
     assert (config["optim.beta1"], config["optim.eps"]) == (0.9, 1e-8)
     style = tuple(config[f"model.{name}"] for name in ("embedding_type", "progressive_input"))
     if "ncsnpp" in path:
@@ -188,8 +188,8 @@ def test_edm_trains_as_published(path):
         config[section] for section in ("training", "optim", "model", "sampling")
     )
     batch, lr, dropout, images, half_life, nfe = EDM_TABLE[_data(path)]
-    found = (training.batch_size, optim.lr, model.dropout, model.ema_half_life / 1e6)
-    assert found == (batch, lr, dropout, half_life)
+    values = (training.batch_size, optim.lr, model.dropout, model.ema_half_life / 1e6)
+    assert values == (batch, lr, dropout, half_life)
     assert training.n_iters * batch == pytest.approx(images * 1e6, rel=1e-4)
     assert optim.warmup * batch == pytest.approx(10e6, rel=1e-3)
     assert math.ceil(training.n_iters / training.snapshot_freq) == config.eval.end_ckpt == 10
@@ -333,9 +333,9 @@ def test_loads_as_a_flag(tmp_path):
     ],
 )
 def test_unknown_keys_are_explained_by_the_nearest(key, expected):
-    known = flatten(get_default_config())
-    assert explain_unknown(key, known) == f"unknown config value {key}{expected}"
-    assert "published key that nothing reads" in explain_unknown("model.z_max", known)
+    keys = flatten(get_default_config())
+    assert explain_unknown(key, keys) == f"unknown config value {key}{expected}"
+    assert "published key that nothing reads" in explain_unknown("model.z_max", keys)
 
 
 NAMES = {

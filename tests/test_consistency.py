@@ -59,7 +59,7 @@ CASES = [(2, 0), (2, 3), (2, 7), (256, 0), (4, 1)]
 @pytest.mark.parametrize("c", [0.0, 0.06])
 @pytest.mark.parametrize(("q", "stage"), CASES)
 def test_noise_levels_and_losses_equal_those_of_ect_as_published(ect, monkeypatch, q, stage, c):
-    """Against locuslab/ect, with D(x, t) = 0.25 / (0.25 + t^2) x + 0.1 tanh(x t) / (1 + t)."""
+    """Numbers of locuslab/ect for D(x, t) = 0.25 / (0.25 + t^2) x + 0.1 tanh(x t) / (1 + t)."""
     numbers = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
     method = StandIn(P_mean=-1.2, P_std=1.2, **numbers)
     objective = objective_for(method, 6, q=q, c=c, stages=8, growth=1.0, n_iters=8)
@@ -101,7 +101,7 @@ class InputRecorder:
 
 @pytest.mark.parametrize("D", [0.5, 1.0, *DIMENSIONS])
 def test_a_pair_lies_on_one_ray_from_its_image(D):
-    """With one direction and one scale of the noise, whose width is that of a Student t."""
+    """Both points share the noise's direction and scale; its width is that of a Student t."""
     y = torch.randn(4000, 1, 2, 2, generator=generator())
     objective, net = objective_for(pfgmpp(D), len(y)), InputRecorder()
     pairs = objective.draw(Batch(y), 3, generator(1))
@@ -121,7 +121,7 @@ def test_a_pair_lies_on_one_ray_from_its_image(D):
 
 @pytest.mark.parametrize("D", DIMENSIONS)
 def test_with_posterior_means_a_pair_lies_on_a_step_of_the_ode(D):
-    """Euler's, by the slope (x - E[y | x, t]) / t of the data of the batch."""
+    """The step is Euler's, by the slope (x - E[y | x, t]) / t of the data of the batch."""
     y = torch.randn(64, 1, 2, 2, generator=generator())
     objective, net = objective_for(pfgmpp(D, target_kind="posterior_mean"), len(y)), InputRecorder()
     pairs = objective.draw(Batch(y), 3, generator(1))
@@ -134,18 +134,18 @@ def test_with_posterior_means_a_pair_lies_on_a_step_of_the_ode(D):
 
 
 def test_labels_are_dropped_alike_in_both_passes():
-    seen = []
+    labels = []
 
     def net(x, noise_label, class_labels):
-        seen.append(class_labels.clone())
+        labels.append(class_labels.clone())
         return x
 
     batch = Batch(torch.zeros(64, 1, 2, 2), Conditions(class_labels=torch.ones(64).long()))
     objective = Consistency(pfgmpp(), 64, 0, 0.3)
     pairs = objective.draw(batch, 0, generator())
     objective.loss(net, pairs, batch)
-    assert torch.equal(*seen)
-    assert 5 <= (seen[0] == -1).sum() <= 35
+    assert torch.equal(*labels)
+    assert 5 <= (labels[0] == -1).sum() <= 35
 
 
 class DropoutNetwork(nn.Module):
@@ -170,7 +170,7 @@ def at_one_level(objective, batch):
 
 
 def test_both_passes_have_the_same_dropout():
-    """To the last bit at one level; the next step has another mask."""
+    """Equal levels give equal outputs to the last bit; the next step has another mask."""
     objective, net = objective_for(pfgmpp(4.0)), DropoutNetwork()
     pairs = at_one_level(objective, Batch(torch.randn(8, 1, 2, 2)))
     objective.losses(net, pairs, None)
@@ -229,7 +229,7 @@ def test_where_the_smaller_level_is_zero_the_target_is_the_image():
 
 @pytest.mark.parametrize("c", [0.0, 0.06])
 def test_no_difference_has_no_gradient(c):
-    """Also for c = 0, where the slope of the distance has no limit."""
+    """Equal outputs have gradient 0, even for c = 0, where the distance's slope has no limit."""
     objective = objective_for(pfgmpp(), c=c)
     bias = torch.zeros((), requires_grad=True)
     pairs = at_one_level(objective, Batch(torch.zeros(8, 1, 2, 2)))
@@ -245,7 +245,7 @@ POINTS = torch.tensor([[1.0, 0.2], [-0.7, 0.5], [0.1, -1.1]], dtype=torch.float6
 @pytest.mark.parametrize("D", DIMENSIONS)
 @pytest.mark.parametrize("c", [0.06, 1e5])
 def test_the_gradient_becomes_that_of_the_trajectorys_derivative(D, c):
-    """With an error that falls linearly in t - r; the noise is summed over the posterior of x_t.
+    """Its error falls linearly in t - r; the noise is summed over the posterior of x_t.
 
     For f of a parameter w, with the ODE's slope (x - E[y | x]) / t, it becomes
 
@@ -342,7 +342,7 @@ def test_a_network_trained_on_one_point_gives_that_point(D, one_thread):
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [128.0, math.inf])
 def test_a_trained_network_approaches_the_ends_of_the_trajectories(D, one_thread):
-    """Of Gaussian data in the plane, from new weights on; errors grow with the noise level."""
+    """Training from new weights on Gaussian data in the plane; errors grow with the level."""
     std = 0.5
     objective, net = trained_in_the_plane(D, 500, lambda n: std * torch.randn(n, 2, 1, 1))
     directions = torch.linspace(0, 2 * math.pi, 33)[:-1]
@@ -417,7 +417,7 @@ def test_all_weights_learn_in_bfloat16(one_thread):
 
 @pytest.mark.parametrize("optimizer", ["Adam", "Muon", "RAdam"])
 def test_a_resumed_state_goes_on_bit_for_bit(optimizer, one_thread):
-    """Over a change of stage, with dropout and labels."""
+    """A state resumed across a change of stage, with dropout and labels, goes on bit for bit."""
     overrides = {
         "optim.optimizer": optimizer,
         "model.dropout": 0.3,

@@ -66,11 +66,11 @@ def test_exact_ends_have_the_law_of_the_data(levels):
 @pytest.mark.parametrize("D", [2.0, 128.0, math.inf])
 def test_noise_of_a_level_is_that_of_the_kernel(D):
     """The second evaluation is given the end plus level times n, of the D of the method."""
-    seen = []
+    inputs = []
     method, y = pfgmpp(D), torch.full((20_000, 1, 1, 2), 0.3)
-    net = denoising_network(lambda x, sigma: seen.append(x) or 0 * x.double() + 0.3)
+    net = denoising_network(lambda x, sigma: inputs.append(x) or 0 * x.double() + 0.3)
     sample_consistency(method, net, y, levels=(1.5,), generator=generator())
-    noise = ((seen[1].double() - 0.3) / 1.5).flatten(1).square().sum(1).sqrt()
+    noise = ((inputs[1].double() - 0.3) / 1.5).flatten(1).square().sum(1).sqrt()
     normal, width = method.noise(y, generator(1))
     other = (spread(width, y) * normal).flatten(1).norm(dim=1)
     quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
@@ -192,7 +192,7 @@ def test_an_evaluation_says_levels_stages_and_evaluations(run):
 
 
 def test_levels_are_those_of_the_least_distance_and_chosen_once(run, caplog):
-    """By an own loop over the grid, with the program's draws, and an own Frechet distance."""
+    """A loop over the grid with the program's draws and an independent Frechet distance agrees."""
     caplog.set_level("INFO")
     (numbered,) = (run / "checkpoints").glob("checkpoint_6.pth")
     trained = load(numbered)
@@ -221,7 +221,7 @@ def test_levels_are_those_of_the_least_distance_and_chosen_once(run, caplog):
 
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_a_level_leaves_room_for_those_below_it(n, monkeypatch, tmp_path):
-    """Where the lowest level of the grid is always best."""
+    """Samples err by their last level, so that the lowest level of the grid is always best."""
     stored = np.random.default_rng(0).integers(0, 256, (60, 3), dtype=np.uint8)
     images, real = Batch(torch.from_numpy(stored).view(60, 3, 1, 1)), stored / 255
     monkeypatch.setattr(LevelChoice, "_images", lambda choice: images)
@@ -326,7 +326,7 @@ def test_sample_mode_refuses_what_follows_the_ode(run, tmp_path, key):
 
 
 def test_two_processes_train_as_one(run, tmp_path):
-    """By the whole program, through the wrapper that averages gradients; from other weights on."""
+    """The whole program, its gradients averaged by the wrapper, from another run's weights."""
     config = ["--config", ROOT / "configs/pfgmpp/digits_consistency.py", "--mode", "train"]
     values = TINY | {
         "training.n_iters": 3,

@@ -215,21 +215,21 @@ def test_resident_data_leave_the_unreadable_out(monkeypatch, caplog):
 
 
 def test_channels_are_measured_over_the_whole_split(monkeypatch):
-    asked = []
+    indices = []
 
     class Watched(Numbers):
         def __getitem__(self, i):
-            asked.append(i)
+            indices.append(i)
             return super().__getitem__(i)
 
-    found = {"train": Watched(200), "test": Numbers(2)}
-    monkeypatch.setitem(datasets.sources.SOURCES, "mine", lambda data, split: found[split])
+    splits = {"train": Watched(200), "test": Numbers(2)}
+    monkeypatch.setitem(datasets.sources.SOURCES, "mine", lambda data, split: splits[split])
     config = digits_ddpmpp.get_config()
     config.data.update({"dataset": "Mine", "image_size": 1, "num_channels": 0})
     assert datasets.Data(config.data).measure_channels() == 1
-    assert len(set(asked)) == len(asked) == datasets.MEASURED
-    assert (asked[0], asked[-1]) == (0, 199)
-    assert max(np.diff(asked)) <= 4
+    assert len(set(indices)) == len(indices) == datasets.MEASURED
+    assert (indices[0], indices[-1]) == (0, 199)
+    assert max(np.diff(indices)) <= 4
     train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
     assert train.flatten().tolist() == list(range(200))
     config.data.num_channels = 1
@@ -253,7 +253,7 @@ def test_size_decides_what_stays_on_disk():
 
 
 def test_batches_go_on_without_dead_workers(caplog, monkeypatch):
-    """As when a signal ends the whole group of processes, and the run has yet to save."""
+    """A signal to the whole group ends the workers while the run has yet to save."""
     # DataLoader looks after its workers when none has answered for so long; 5 s by default
     looks = dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(looks, "__defaults__", (0.2,))

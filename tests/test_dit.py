@@ -168,6 +168,6 @@ def test_the_network_is_one_graph_for_the_compiler_and_for_export():
     graph = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     exported = torch.export.export(model, arguments).module()
     expected = with_gradient(model, model, *arguments)
-    for ours, theirs in zip(with_gradient(model, graph, *arguments), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for compiled, eager in zip(with_gradient(model, graph, *arguments), expected, strict=True):
+        torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(exported(*arguments).detach(), expected[0])

@@ -69,7 +69,7 @@ def published_weight(name, shape):
 
 def case_model(case):
     options = CASES[case]["options"]
-    arguments = {ours: options[theirs] for theirs, ours in ARGUMENTS.items() if theirs in options}
+    arguments = {name: options[key] for key, name in ARGUMENTS.items() if key in options}
     channels = options["img_channels"]
     model = EDM2UNet(channels=channels, out_channels=channels, **arguments).eval()
     models.load_reference_state_dict(model, case_weights(case))
@@ -137,7 +137,7 @@ def test_full_size_names_and_shapes(size):
     with torch.device("meta"):
         model = models.create_model(load(f"edm2/imagenet64_{size}.py"))
     names, parameters = models.reference_names(model), dict(model.named_parameters())
-    assert {name: tuple(parameters[ours].shape) for name, ours in names.items()} == expected
+    assert {name: tuple(parameters[key].shape) for name, key in names.items()} == expected
     assert list(names) == list(expected)
     assert list(names.values()) == list(parameters)
     fixed = {name for name, p in parameters.items() if not p.requires_grad}
@@ -204,7 +204,7 @@ def test_wrong_weights_are_named(change, expected):
 
 
 def test_weights_for_images_of_another_size_are_matched_by_level():
-    shapes = {name: tuple(shape) for name, shape in CASES["cond"]["state"]}  # 16, 8 and 4
+    shapes = {name: tuple(shape) for name, shape in CASES["cond"]["state"]}  # of sides 16, 8 and 4
     model = EDM2UNet(image_size=32, nf=16, ch_mult=(1, 2, 2), num_res_blocks=2, num_classes=4)
     pairs = models.published.match_names(model, shapes)
     assert pairs["encoder.1.down.conv_res0.weight"] == "unet.enc.8x8_down.conv_res0.weight"
@@ -212,7 +212,7 @@ def test_weights_for_images_of_another_size_are_matched_by_level():
     assert pairs["decoder.2.block2.conv_skip.weight"] == "unet.dec.16x16_block2.conv_skip.weight"
     assert pairs["emb_label.weight"] == "unet.emb_label.weight"
     of_network = {name: published for name, published in pairs.items() if published in shapes}
-    assert len(of_network) == len(shapes) - 3  # those of the uncertainty
+    assert len(of_network) == len(shapes) - 3  # all but the three of the uncertainty
 
 
 # --- layers against their definitions, in float64 -------------------------------------------------
@@ -273,7 +273,7 @@ def test_attention_is_by_cosines():
     proj = unit_rows(attending.attn_proj.weight.detach().numpy())[..., 0, 0] / math.sqrt(8)
     for image in range(2):
         heads = []
-        for head in range(2):  # of 4 channels, each a query, a key and a value in turn
+        for head in range(2):  # 4 channels a head; each has a query, a key and a value in turn
             q, k, v = (
                 qkv[12 * head + part : 12 * head + 12 : 3] @ flat[image] for part in range(3)
             )
@@ -436,10 +436,10 @@ def test_training_is_one_graph_for_the_compiler():
     inputs = torch.randn(2, 1, 4, 4), torch.tensor([0.1, 0.5])
     graph = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     expected, results = with_gradient(twin, twin, *inputs), with_gradient(model, graph, *inputs)
-    for ours, theirs in zip(results, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for compiled, eager in zip(results, expected, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    for compiled, eager in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.slow

@@ -30,9 +30,8 @@ def published_config(options):
     else:
         part = parts.EDM_DDPMPP
     config = parts.experiment(part)
-    config.training.sde = (
-        "vpsde"  # no method here; this one wants as many channels as the image has
-    )
+    # any method whose network has as many output channels as the image
+    config.training.sde = "vpsde"
     config.data.update(
         image_size=options["img_resolution"],
         num_channels=options["img_channels"],
@@ -104,7 +103,7 @@ def test_full_size_names_shapes_and_counts(case):
         name.removeprefix("model."): shape
         for name, shape in expand(PUBLISHED, published["state"]).items()
     }
-    assert {name: tuple(parameters[own].shape) for name, own in names.items()} == shapes
+    assert {name: tuple(parameters[key].shape) for name, key in names.items()} == shapes
     assert list(names.values()) == list(parameters)
     if "adm" not in case:
         assert list(names) == list(shapes)
@@ -131,10 +130,10 @@ def test_names_of_skipped_images():
 @pytest.mark.parametrize("prefix", ["", "model.", "module.model."])
 def test_prefixes_and_filters_are_accepted(prefix):
     weights = case_weights("ncsnpp")
-    given = {name.replace("model.", prefix, 1): value for name, value in weights.items()}
-    given[f"{prefix}enc.8x8_down.conv0.resample_filter"] = torch.zeros(1, 1, 4, 4)
+    state_dict = {name.replace("model.", prefix, 1): value for name, value in weights.items()}
+    state_dict[f"{prefix}enc.8x8_down.conv0.resample_filter"] = torch.zeros(1, 1, 4, 4)
     model = models.create_model(published_config(CASES["ncsnpp"]["options"]))
-    models.load_reference_state_dict(model, given)
+    models.load_reference_state_dict(model, state_dict)
     assert torch.equal(model.features.W, weights["model.map_noise.freqs"])
 
 
@@ -165,9 +164,9 @@ def test_augmentation_labels_of_zero_are_none():
     with torch.no_grad():
         none = model(x, label, inputs["labels"])
         zero = model(x, label, inputs["labels"], torch.zeros(3, 9))
-        some = model(x, label, inputs["labels"], inputs["augment_labels"])
+        nonzero = model(x, label, inputs["labels"], inputs["augment_labels"])
     assert torch.equal(none, zero)
-    assert not torch.allclose(none, some, atol=1e-3)
+    assert not torch.allclose(none, nonzero, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["ncsnpp", "ddpm"])
@@ -197,7 +196,7 @@ def test_labels_beyond_the_classes_are_an_error():
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_parameter_is_trained(case):
-    """Also with recomputed activations, which change no gradient, and without labels."""
+    """Recomputed activations change no gradient; without labels too each weight has one."""
     inputs, gradients = case_inputs(case), []
     for checkpointed in (False, True):
         model = case_model(case, checkpoint_activations=checkpointed)
@@ -218,8 +217,8 @@ def test_initial_weights_of_adm():
     torch.manual_seed(0)
     options = {**CASES["adm_cond"]["options"], "model_channels": 64, "augment_dim": 9}
     model = models.create_model(published_config(options))
-    own = dict(model.named_parameters())
-    fresh = {name: own[own_name] for name, own_name in models.reference_names(model).items()}
+    parameters = dict(model.named_parameters())
+    fresh = {name: parameters[key] for name, key in models.reference_names(model).items()}
     for name, parameter in fresh.items():
         zero = name.startswith(("out_conv", "map_augment")) or ".conv1." in name or ".proj." in name
         if zero:

@@ -50,7 +50,7 @@ def network(case):
     model = models.create_model(published_config(PUBLISHED[case]["options"])).eval()
     weights = published_weights(case)
     weights.pop("u", None)
-    if case == "iDDPMPrecond":  # whose second half, the variance, nothing reads
+    if case == "iDDPMPrecond":  # the second half of its outputs, the variance, is read by nothing
         weights |= {k: v[:1] for k, v in weights.items() if k.startswith("model.out_conv.")}
     models.load_reference_state_dict(model, weights)
     return model

@@ -212,7 +212,7 @@ def configured(when=None, **values):
 
 
 def outcome(config):
-    """What a config makes: the method, a network's weights, a loss, samples, the EMA's decay."""
+    """Method, sums of weights, loss, samples, their evaluations and EMA of a config."""
     torch.manual_seed(0)
     method, network = get_method(config), create_model(config)
     torch.manual_seed(0)
@@ -227,9 +227,8 @@ def outcome(config):
     weights = [(name, p.double().sum().item()) for name, p in network.state_dict().items()]
     ema = TrainState.from_config(config, network, get_loss_fn(config, method)).ema
     return (
-        re.sub(
-            "(P_[a-z]+|times)=[^,)]*", "", repr(method)
-        ),  # these change the loss, where they do anything
+        # but for numbers that change the loss, where they change anything
+        re.sub("(P_[a-z]+|times)=[^,)]*", "", repr(method)),
         weights,
         loss.item(),
         samples.tolist(),
@@ -249,8 +248,8 @@ ALL = [
     for name in names.split()
     if section not in ("data", "eval")
 ]
-# and keys that belong to a part, beside each part that does not read them
-WIDER = ("ncsnv2_128", "ncsnv2_256")  # are ncsnv2_64 for larger images
+# beside each choice of a part, the keys that only other choices read
+WIDER = ("ncsnv2_128", "ncsnv2_256")  # ncsnv2_64 again, for larger images
 for selector, parts in PARTS.items():
     declared = {key for part in parts.values() for key in of_part(part, "keys")}
     ALL += [
@@ -335,7 +334,7 @@ def test_a_new_part_brings_along_which_keys_it_reads(monkeypatch):
 
 @pytest.mark.parametrize("path", EXPERIMENTS)
 def test_what_an_experiment_sets_is_nobodys_mistake(path):
-    """Only what the user gives is looked at, and not what switches something off."""
+    """An experiment's own keys draw no remark, nor do a user's that switch something off."""
     config = load(path)
     assert without_effect(config, []) == []
     off = [key for key in all_keys() if not get(config, key)]
@@ -343,9 +342,9 @@ def test_what_an_experiment_sets_is_nobodys_mistake(path):
 
 
 def test_the_command_line_is_told(tmp_path):
-    """Of `eval` nothing at a start: which evaluation the run will have is open."""
-    given = "sampling.ode_solver=rk45 sampling.N=20 sampling.S_min=0.1 seed=3 training.gamma=3"
-    flags = [f"--config.{each}" for each in given.split()] + ["--noconfig.data.random_flip"]
+    """A start of training says nothing of `eval`, since its evaluation is not chosen yet."""
+    options = "sampling.ode_solver=rk45 sampling.N=20 sampling.S_min=0.1 seed=3 training.gamma=3"
+    flags = [f"--config.{each}" for each in options.split()] + ["--noconfig.data.random_flip"]
     flags += ["--noconfig.eval.enable_sampling", "--config.eval.features=pixels"]
     config = ["--config", str(ROOT / "configs/vp/digits_ddpmpp.py"), "--workdir", str(tmp_path)]
     done = run_main(["--mode=train", "--dry_run", *config, *flags])
@@ -372,8 +371,8 @@ def test_the_command_line_is_told(tmp_path):
 )
 def test_data_and_evaluation(values, key, words):
     config = configured(**values)
-    given = {"data.path": "photos", "data.category": "bedroom", "eval.rescale_norms": (1.0, 2.0)}
-    config.update_from_flattened_dict({k: v for k, v in given.items() if k == key})
+    examples = {"data.path": "photos", "data.category": "bedroom", "eval.rescale_norms": (1.0, 2.0)}
+    config.update_from_flattened_dict({k: v for k, v in examples.items() if k == key})
     config.data.random_flip = True
     lines = without_effect(config, [key])
     assert len(lines) == bool(words)

@@ -63,34 +63,34 @@ def tracked(walk, stds, at):
     """{(step, std): average} that training keeps of the walk, in float32."""
     parameter = nn.Parameter(torch.zeros(walk.shape[1]))
     averages = {s: ExponentialMovingAverage([parameter], 1.0, rise_of_power(s)) for s in stds}
-    found = {}
+    history = {}
     for step, weights in enumerate(walk, 1):
         parameter.data = torch.from_numpy(weights).float()
         for std, average in averages.items():
             average.update([parameter], torch.ones(()))
             if step in at:
-                found[step, std] = average.shadow_params[0].numpy().astype(np.float64)
-    return found
+                history[step, std] = average.shadow_params[0].numpy().astype(np.float64)
+    return history
 
 
 def test_an_average_weighs_steps_by_the_integral_of_its_profile():
     walk = random_walk(200)
-    for (step, std), found in tracked(walk, STDS, at=(1, 2, 77, 200)).items():
+    for (step, std), average in tracked(walk, STDS, at=(1, 2, 77, 200)).items():
         ends = (np.arange(step + 1) / step) ** (exponent_of(std) + 1)
-        np.testing.assert_allclose(found, np.diff(ends) @ walk[:step], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(average, np.diff(ends) @ walk[:step], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("std", [0.06, 0.075, 0.15])
 @pytest.mark.parametrize("step", [600, 800])
 def test_an_ema_that_was_not_kept_is_within_a_percent_of_one_that_was(std, step):
     walk, at = random_walk(800), range(100, step + 1, 100)
-    kept, wanted = tracked(walk, STDS, at), tracked(walk, [std], [step])[step, std]
-    weights, error = rebuilding_weights(*zip(*kept, strict=True), step, std)
-    rebuilt = weights @ np.stack([*kept.values()])
-    assert np.linalg.norm(rebuilt - wanted) < 0.01 * np.linalg.norm(wanted)
-    # which neither the newest weights nor the nearest average are
-    for other in (walk[step - 1], *(kept[step, s] for s in STDS)):
-        assert np.linalg.norm(rebuilt - wanted) < 0.2 * np.linalg.norm(other - wanted)
+    averages, expected = tracked(walk, STDS, at), tracked(walk, [std], [step])[step, std]
+    weights, error = rebuilding_weights(*zip(*averages, strict=True), step, std)
+    rebuilt = weights @ np.stack([*averages.values()])
+    assert np.linalg.norm(rebuilt - expected) < 0.01 * np.linalg.norm(expected)
+    # the newest weights and the nearest average are at least five times farther
+    for other in (walk[step - 1], *(averages[step, s] for s in STDS)):
+        assert np.linalg.norm(rebuilt - expected) < 0.2 * np.linalg.norm(other - expected)
     assert error < 0.06
     assert weights.sum() == pytest.approx(1)
 
@@ -99,20 +99,20 @@ def test_the_error_of_the_profile_is_that_of_quadrature():
     steps, stds = [50, 50, 100, 100], [*STDS, *STDS]
     weights, error = rebuilding_weights(steps, stds, 100, 0.075)
     s = np.linspace(0, 100, 400_001)[:-1] + 1.25e-4
-    wanted = profile(exponent_of(0.075), 100, s)
-    made = sum(
+    target = profile(exponent_of(0.075), 100, s)
+    mixture = sum(
         w * profile(exponent_of(std), t, s) for w, t, std in zip(weights, steps, stds, strict=True)
     )
-    expected = np.linalg.norm(made - wanted) / np.linalg.norm(wanted)
+    expected = np.linalg.norm(mixture - target) / np.linalg.norm(target)
     assert error == pytest.approx(expected, rel=1e-3)
-    # the least one among weights of sum 1
+    # no other weights of sum 1 err less
     for change in np.random.default_rng(0).standard_normal((20, 4)):
         change -= change.mean()
-        other = made + sum(
+        other = mixture + sum(
             c * profile(exponent_of(std), t, s)
             for c, t, std in zip(1e-3 * change, steps, stds, strict=True)
         )
-        assert np.linalg.norm(other - wanted) > np.linalg.norm(made - wanted)
+        assert np.linalg.norm(other - target) > np.linalg.norm(mixture - target)
 
 
 def test_one_that_is_kept_is_rebuilt_as_it_is():
@@ -183,7 +183,7 @@ def test_a_run_without_averages_says_so(tmp_path):
 
 
 def test_the_rebuilt_weights_are_those_of_the_checkpoints(tmp_path):
-    """Of one weight, by hand."""
+    """The average of a network with one weight, summed by hand over its checkpoints."""
     config = run_of(tmp_path, training__n_iters=6, model__ema_stds=STDS)
     assert run_lib.train(config, tmp_path)
     config.eval.update(steps="", begin_ckpt=3, end_ckpt=3, ema_std=0.08)
@@ -197,9 +197,9 @@ def test_the_rebuilt_weights_are_those_of_the_checkpoints(tmp_path):
         for step in (2, 4, 6)
         for average in load_checkpoint(path.with_name(f"checkpoint_{step}.pth"))["averages"]
     ]
-    steps, stds, kept = zip(*made_of, strict=True)
+    steps, stds, averages = zip(*made_of, strict=True)
     weights, _ = rebuilding_weights(steps, stds, 6, 0.08)
-    expected = sum(w * k for w, k in zip(weights, kept, strict=True))
+    expected = sum(w * k for w, k in zip(weights, averages, strict=True))
     torch.testing.assert_close(next(model.parameters()).detach(), expected)
 
 

@@ -77,10 +77,10 @@ def report_of(workdir, k=4):
         return {name: file[name] for name in file.files}
 
 
-def assert_same_metrics(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in ours.keys() - {"seconds", "sampling_seconds", "bpd_seconds"}:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+def assert_same_metrics(report, other):
+    assert report.keys() == other.keys()
+    for name in report.keys() - {"seconds", "sampling_seconds", "bpd_seconds"}:
+        np.testing.assert_array_equal(report[name], other[name], err_msg=name)
 
 
 def stamps(folder, pattern="**/*_[0-9].npz"):
@@ -169,27 +169,27 @@ def change_weights(config, workdir):
 def test_rounds_of_another_evaluation_are_drawn_again(change, workdir, tmp_path):
     config = tiny(tmp_path, enable_bpd=False)
     before = evaluate(config, workdir)
-    kept = stamps(workdir / "eval")
+    times = stamps(workdir / "eval")
     assert_same_metrics(evaluate(config, workdir), before)
-    assert stamps(workdir / "eval") == kept
+    assert stamps(workdir / "eval") == times
     change(config, workdir)
     after = evaluate(config, workdir)
     assert after["fid"] != before["fid"]
     again = stamps(workdir / "eval")
-    assert all(again[name] != kept[name] for name in kept)
+    assert all(again[name] != times[name] for name in times)
 
 
 def test_more_samples_are_added_to_those_there_are(workdir, tmp_path):
     config = tiny(tmp_path, enable_bpd=False, enable_loss=False, num_samples=200)
     evaluate(config, workdir)
-    kept = stamps(workdir / "eval/ckpt_4")
+    times = stamps(workdir / "eval/ckpt_4")
     config.eval.num_samples = 250
     assert evaluate(config, workdir)["num_samples"] == 250
-    assert kept.items() <= stamps(workdir / "eval/ckpt_4").items()
+    assert times.items() <= stamps(workdir / "eval/ckpt_4").items()
     config.eval.num_samples = 100
     assert evaluate(config, workdir)["num_samples"] == 100
-    left = {p.name for p in (workdir / "eval/ckpt_4").iterdir()}
-    assert left == {"samples_0.npz", "statistics_0.npz"}
+    names = {p.name for p in (workdir / "eval/ckpt_4").iterdir()}
+    assert names == {"samples_0.npz", "statistics_0.npz"}
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 and nothing more", None])
@@ -198,7 +198,7 @@ def test_a_damaged_round_is_drawn_again(damage, workdir, tmp_path, caplog):
     expected = evaluate(config, workdir)
     path = workdir / "eval/ckpt_4/samples_1.npz"
     content = path.read_bytes()
-    flipped = content[:200] + bytes([content[200] ^ 255]) + content[201:]  # of an array, no header
+    flipped = content[:200] + bytes([content[200] ^ 255]) + content[201:]  # a byte of an array
     path.write_bytes(flipped if damage is None else damage)
     assert_same_metrics(evaluate(config, workdir), expected)
     assert f"{path} is not an array file" in caplog.text
@@ -214,7 +214,7 @@ def test_samples_are_found_in_their_rounds(tmp_path):
 
 
 def test_the_nearest_picture_shows_pairs(workdir, tmp_path):
-    """Below each sample, the training image that a search over all pixels finds."""
+    """The picture has below each sample the training image nearest to it in all pixels."""
     config = tiny(tmp_path, enable_bpd=False)
     report = evaluate(config, workdir)
     rounds = [np.load(workdir / f"eval/ckpt_4/samples_{r}.npz")["samples"] for r in range(3)]
@@ -292,7 +292,7 @@ def spoil(monkeypatch, sampler):
     """`sampler(draw, number, generator)` draws in place of the configured sampler `draw`."""
     call = sampling.Sampler.__call__
 
-    def spoilt(self, net, number, generator, **seen):
+    def spoilt(self, net, number, generator, **options):
         return sampler(partial(call, self), net, number, generator)
 
     monkeypatch.setattr(sampling.Sampler, "__call__", spoilt)
@@ -314,9 +314,9 @@ def test_samples_that_are_not_finite_are_counted_and_left_out(workdir, tmp_path,
     spoil(monkeypatch, sampler)
     report = evaluate(config, workdir)
     assert (report["num_samples"], report["nonfinite"], whole["nonfinite"]) == (228, 2, 0)
-    left = np.concatenate([*rounds[:2], np.delete(rounds[2], [4, 7], axis=0)])
+    finite_samples = np.concatenate([*rounds[:2], np.delete(rounds[2], [4, 7], axis=0)])
     data = Gaussian.fit(datasets.get_dataset(config, "train").flatten(1) / 255)
-    expected = Gaussian.fit(left.reshape(len(left), -1) / 255)
+    expected = Gaussian.fit(finite_samples.reshape(len(finite_samples), -1) / 255)
     fid = frechet_distance(expected, data)
     assert report["fid"] == pytest.approx(fid, rel=1e-5)
     assert "2 of 230 samples were not finite" in (workdir / "eval/report.html").read_text()
@@ -397,7 +397,7 @@ def test_data_are_measured_once(workdir, tmp_path, monkeypatch):
 @pytest.mark.parametrize("published", ["pool_3", "mu and sigma"])
 def test_published_statistics_are_read(published, workdir, tmp_path):
     config = tiny(tmp_path, enable_bpd=False)
-    own = evaluate(config, workdir)
+    expected = evaluate(config, workdir)
     (path,) = (tmp_path / "stats").iterdir()
     with np.load(path) as file:
         content = {name: file[name] for name in ("pool_3", "mu", "sigma")}
@@ -405,9 +405,9 @@ def test_published_statistics_are_read(published, workdir, tmp_path):
     names = ("pool_3",) if published == "pool_3" else ("mu", "sigma")
     np.savez(tmp_path / "stats/digits_stats.npz", **{name: content[name] for name in names})
     report = evaluate(config, workdir)
-    assert report["fid"] == pytest.approx(own["fid"], rel=1e-6)
+    assert report["fid"] == pytest.approx(expected["fid"], rel=1e-6)
     assert ("kid" in report) == (published == "pool_3")
-    assert "nearest" not in report  # they do not say which image is which
+    assert "nearest" not in report  # published statistics do not number the images
     assert [p.name for p in (tmp_path / "stats").iterdir()] == ["digits_stats.npz"]
 
 
@@ -466,24 +466,24 @@ def test_statistics_that_do_not_fit_are_one_line(content, pattern, workdir, tmp_
     assert not (workdir / "eval").exists()
 
 
-def said_of_statistics(caplog):
-    said = [r.getMessage() for r in caplog.records]
-    return [line for line in said if line.startswith("statistics of the data")]
+def statistics_lines(caplog):
+    messages = [r.getMessage() for r in caplog.records]
+    return [line for line in messages if line.startswith("statistics of the data")]
 
 
 def test_statistics_say_what_they_are_of(workdir, tmp_path, caplog):
-    """Those made here do, so that they are known under a published name, and in which space."""
+    """Statistics made here record data and space, and are known by them under a published name."""
     caplog.set_level("INFO")
     config = tiny(tmp_path, enable_bpd=False)
     expected = evaluate(config, workdir)
     (path,) = (tmp_path / "stats").iterdir()
-    first, _ = said_of_statistics(caplog)
+    first, _ = statistics_lines(caplog)
     assert first.endswith("measured, as there is no digits_8_stats.npz or digits_stats.npz")
     assert str(path) in first
     caplog.clear()
     path = path.rename(tmp_path / "stats/digits_stats.npz")
     assert evaluate(config, workdir)["fid"] == expected["fid"]
-    assert said_of_statistics(caplog) == [
+    assert statistics_lines(caplog) == [
         f"statistics of the data: {path}, which names no training images"
     ]
     config.data.dataset, config.data.path = "folder", str(tmp_path / "images.npy")
@@ -501,7 +501,7 @@ def test_what_published_statistics_do_not_say_is_said(workdir, tmp_path, caplog)
     np.savez(path, mu=np.ones(64), sigma=np.eye(64, dtype=np.float32))
     evaluate(tiny(tmp_path, enable_bpd=False), workdir)
     ends = "which names no training images, nor its feature space, image size, digest"
-    assert said_of_statistics(caplog) == [f"statistics of the data: {path}, {ends}"]
+    assert statistics_lines(caplog) == [f"statistics of the data: {path}, {ends}"]
 
 
 @pytest.mark.parametrize("dtype", [">f8", ">f4", "f2", "g", ">g"])
@@ -527,15 +527,15 @@ def test_indices_of_any_integers_are_those_of_images(dtype, workdir, tmp_path):
     (path,) = (tmp_path / "stats").iterdir()
     pictures = [workdir / f"eval/{name}_4.png" for name in ("nearest", "data_images")]
     statistics = read_arrays(path)
-    # each feature is said to be of an image whose number has eight bits
+    # numbers of images, small enough for eight bits of either sign
     statistics["index"] %= 120
     expected = []
     for index in (statistics["index"], statistics["index"].astype(dtype)):
         files.save_npz(path, **(statistics | {"index": index}))
         evaluate(config, workdir)
         expected.append([np.asarray(Image.open(each)) for each in pictures])
-    for ours, theirs in zip(*expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for one, other in zip(*expected, strict=True):
+        np.testing.assert_array_equal(one, other)
     for wrong in (statistics["index"] + 10**6, statistics["index"] - 10**3):
         files.save_npz(path, **(statistics | {"index": wrong}))
         with pytest.raises(ValueError, match="index has numbers that none of 1617 images has"):

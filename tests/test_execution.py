@@ -64,8 +64,8 @@ def with_gradient(model, out):
     return *out, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def relative_difference(ours, theirs):
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
+def relative_difference(values, references):
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(values, references, strict=True))
 
 
 def test_by_default_the_network_itself_is_trained(small):
@@ -80,10 +80,10 @@ def test_bfloat16_is_near_and_keeps_weights_and_outputs_float32(small):
         network = execution.for_training(model, "bf16")
     except ValueError:
         pytest.skip("this CPU has no bfloat16")
-    ours = outputs(network)
-    assert all(out.dtype == torch.float32 for out in ours)
-    assert 1e-5 < relative_difference(ours, truth) < 3e-2  # 8 bits: 4e-3 for every rounding
-    sum(out.square().sum() for out in ours).backward()
+    results = outputs(network)
+    assert all(out.dtype == torch.float32 for out in results)
+    assert 1e-5 < relative_difference(results, truth) < 3e-2  # 8 bits: 4e-3 for every rounding
+    sum(out.square().sum() for out in results).backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
@@ -109,7 +109,7 @@ def no(device):
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_only_training_needs_its_precision(tmp_path, monkeypatch, precision):
-    """What a GPU has trained is sampled from and evaluated on any machine."""
+    """Sampling and evaluation work on a machine that lacks the precision of training."""
     monkeypatch.setattr(execution, "_has_bfloat16", no)
     config = tiny("poisson/digits_ddpmpp.py", tmp_path)
     config.training.snapshot_sampling = False
@@ -127,7 +127,7 @@ def test_only_training_needs_its_precision(tmp_path, monkeypatch, precision):
 
 
 def test_full_float32_beside_the_newer_settings_of_pytorch():
-    """Whose older names then cannot be read."""
+    """Where PyTorch's newer settings are in use, its older ones raise when read."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
@@ -193,7 +193,7 @@ def test_an_unknown_precision_names_the_known(small):
     [(3, 1, "bf16"), (1, 3, "fp32"), (21, 20, "fp32"), (6, 5, "bf16")],
 )
 def test_auto_takes_bfloat16_where_it_pays(small, monkeypatch, plain, in_bfloat16, expected):
-    """By a clock that only the network moves; it is slow once, at its first call."""
+    """The clock moves by the network's calls alone, of which the first is slow."""
     monkeypatch.setattr(execution, "_has_bfloat16", lambda device: True)
     clock, called = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
@@ -203,8 +203,8 @@ def test_auto_takes_bfloat16_where_it_pays(small, monkeypatch, plain, in_bfloat1
         clock[0] += 0 if network in called else 1000 * len(called)
         called.append(network)
 
-    found, reason = execution.measured_precision(small[1], run)
-    assert found == expected
+    precision, reason = execution.measured_precision(small[1], run)
+    assert precision == expected
     gain = f"{plain / in_bfloat16:.2f}"
     assert reason == f"bfloat16 is measured to be {gain} times as fast as float32"
     assert len(called) == 8
@@ -212,18 +212,18 @@ def test_auto_takes_bfloat16_where_it_pays(small, monkeypatch, plain, in_bfloat1
 
 def test_auto_does_not_take_what_the_device_lacks(small, monkeypatch):
     monkeypatch.setattr(execution, "_has_bfloat16", no)
-    found, reason = execution.measured_precision(small[1], pytest.fail)
-    assert (found, reason) == ("fp32", "cpu has no bfloat16")
+    precision, reason = execution.measured_precision(small[1], pytest.fail)
+    assert (precision, reason) == ("fp32", "cpu has no bfloat16")
 
 
 @pytest.fixture
 def deciding(monkeypatch):
-    """Fixes what is measured; the passes that would be measured run once."""
+    """Set the precisions that `measured_precision` will give; each still runs the network once."""
     if not execution._has_bfloat16(torch.device("cpu")):
         pytest.skip("this CPU has no bfloat16")
 
-    def decide(*found):
-        answers = iter(found)
+    def decide(*precisions):
+        answers = iter(precisions)
 
         def measured(net, run):
             run(net)
@@ -245,7 +245,7 @@ def test_a_resumed_run_keeps_the_precision_that_it_measured(tmp_path, deciding, 
     path = tmp_path / "a/checkpoints-meta/checkpoint.pth"
     stored = load_checkpoint(path)["config"]
     assert (stored["training.precision"], stored["sampling.precision"]) == ("bf16", "fp32")
-    # whatever would be measured now
+    # measuring again would fail: no answer is left
     deciding()
     config.training.n_iters = 4
     caplog.clear()
@@ -346,7 +346,7 @@ def test_without_a_compiler_one_warning_and_the_network_as_it_is(small, no_compi
 
 
 def test_a_machine_without_a_compiler_trains(tmp_path):
-    """By the whole program: the compiler that is named does not exist."""
+    """The whole program trains where the named compiler does not exist."""
     done = subprocess.run(
         [
             sys.executable,
@@ -376,7 +376,7 @@ def test_a_machine_without_a_compiler_trains(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_network_computes_the_same_and_is_compiled_once():
-    """In one graph: gradients and samples; skipped where there is no compiler."""
+    """Gradients and samples of one graph equal the plain ones; skipped without a compiler."""
     if not execution._compiler_works(torch.device("cpu")):
         pytest.skip("no C++ compiler")
     config = digits_ddpmpp.get_config()

@@ -157,11 +157,11 @@ def test_solver():
     run("A solver")
     solve, errors = solvers.SOLVERS["ralston"].solve, []
     for n in (20, 40):
-        levels, seen = torch.linspace(1, 0, n + 1, dtype=torch.float64), []
+        levels, steps = torch.linspace(1, 0, n + 1, dtype=torch.float64), []
         one = torch.ones(1, dtype=torch.float64)
-        x = solve(lambda x, level: level * x, one, levels, seen.append)
+        x = solve(lambda x, level: level * x, one, levels, steps.append)
         errors.append(abs(x.item() - math.exp(-0.5)))
-        assert [step.level for step in seen] == levels[:-1].tolist()
+        assert [step.level for step in steps] == levels[:-1].tolist()
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)  # order 2
     method = methods.get_method(vp_digits.get_config())
     noise = method.prior_sampling((2, 1, 8, 8))
@@ -176,10 +176,10 @@ def test_schedule():
     assert levels[[0, -1]].tolist() == pytest.approx([method.z_max, method.z_min])
     lengths = levels.atan().diff()
     torch.testing.assert_close(lengths, lengths[:1].expand(8))
-    noise, net, seen = method.prior_sampling((2, 1, 8, 8)), lambda x, z: (x, -z), []
-    options = {"schedule": "trigonometric", "callback": seen.append}
+    noise, net, steps = method.prior_sampling((2, 1, 8, 8)), lambda x, z: (x, -z), []
+    options = {"schedule": "trigonometric", "callback": steps.append}
     sampling.solve_ode(method, net, noise, "forward_euler", 8, **options)
-    assert [step.level for step in seen] == levels[:-1].tolist()
+    assert [step.level for step in steps] == levels[:-1].tolist()
 
 
 def test_callback():
@@ -197,22 +197,22 @@ def test_restorer():
     config = vp_digits.get_config()
     config.sampling.update(restorer="null_space", ode_solver="heun", N=4)
     check(config)
-    operator, seen = restoration.superresolution(2), []
+    operator, steps = restoration.superresolution(2), []
     value = operator.forward(torch.rand(3, 1, 8, 8) - 0.5)
     measurement = restoration.Measurement(operator, value)
     method = methods.get_method(config)
     sample = replace(sampling.get_sampling_fn(config, method), measurement=measurement)
 
-    def net(x, label):  # whose denoised image is grey
+    def net(x, label):  # the denoised image is grey
         return x / method.kernel(time_of(method, label))[1].view(-1, 1, 1, 1)
 
     images, _ = sample(
         net,
         num=3,
         generator=torch.Generator().manual_seed(0),
-        callback=seen.append,
+        callback=steps.append,
     )
-    for step in seen:  # the denoised image of every step has the measurement
+    for step in steps:  # the denoised image of every step has the measurement
         denoised = step.x - step.level * step.slope
         torch.testing.assert_close(operator.forward(denoised), value, rtol=0, atol=2e-3)
     assert images.shape == (3, 1, 8, 8)
@@ -222,7 +222,7 @@ def test_metric():
     run("A metric")
     features = np.random.default_rng(0).normal(size=(2000, 3))
     reference = Reference(gaussian=Gaussian.fit(features / 2))
-    found = table.compare(table.Comparison(features, None, reference))
-    assert found["variance"] == pytest.approx(4, rel=1e-3)
-    assert found["fid"] > 0
+    values = table.compare(table.Comparison(features, None, reference))
+    assert values["variance"] == pytest.approx(4, rel=1e-3)
+    assert values["fid"] > 0
     assert sources.SOURCES.keys() >= {"digits", "folder"}

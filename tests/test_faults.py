@@ -264,7 +264,7 @@ def test_numbered_checkpoints_are_the_last_resort(tmp_path):
 
 
 def test_as_many_numbered_checkpoints_are_kept_as_asked(tmp_path):
-    """Over a resume too; those that the run did not write are not its to delete."""
+    """Old ones go after a resume too; files that the run did not write stay."""
     config = small_config(**{"training.keep_checkpoints": 2, "training.snapshot_freq": 2})
     folder = tmp_path / "checkpoints"
     for n_iters in (5, 11):
@@ -329,10 +329,10 @@ def test_500_mutated_checkpoints_load_as_they_were_or_are_refused(tmp_path):
             except ValueError as error:
                 assert re.fullmatch(rf"{path} is not a (training )?checkpoint: .+", str(error))
                 damaged.append(read)
-        assert len(damaged) in (0, 2)  # both or none
+        assert len(damaged) in (0, 2)  # both readers refuse, or none
         refused += bool(damaged)
         assert time.monotonic() - start < 10
-    assert 250 < refused < 500  # what extends a file may well be harmless
+    assert 250 < refused < 500  # bytes after the end may be harmless
 
 
 def rewritten(path, change, **options):
@@ -345,9 +345,9 @@ def rewritten(path, change, **options):
 
 
 def test_a_tensor_marked_as_a_folder_is_read(tmp_path):
-    """By an attribute, which one flipped bit sets, or by its name: torch.load reads no tensor then.
+    """An attribute, which one flipped bit sets, or a name can mark a tensor as a folder.
 
-    What it gives is whatever the memory held before.
+    torch.load then reads nothing, and gives whatever the memory held before.
     """
     path = tmp_path / "folder.pth"
     good = tiny_checkpoint(path)
@@ -421,8 +421,8 @@ def load_or_refuse(name, **data):
         config.data.update(dataset=name, num_workers=0, **data)
     start = time.monotonic()
     try:
-        found = datasets.get_dataset(config, "train")
-        images = found[torch.arange(len(found))]
+        dataset = datasets.get_dataset(config, "train")
+        images = dataset[torch.arange(len(dataset))]
     except (ValueError, OSError) as error:
         assert re.fullmatch(".+", str(error))
         return None
@@ -434,8 +434,8 @@ def load_or_refuse(name, **data):
 
 def assert_among(images, originals):
     """Nothing was read that nobody wrote; `originals` are (n, H, W, 1)."""
-    known = {original.tobytes() for original in originals}
-    assert all(image.numpy().tobytes() in known for image in images)
+    contents = {original.tobytes() for original in originals}
+    assert all(image.numpy().tobytes() in contents for image in images)
 
 
 @pytest.mark.slow
@@ -752,9 +752,9 @@ def test_a_log_that_cannot_be_written_is_told_of_once(caplog, monkeypatch):
     with workdirs._log_file("/dev/full"):
         logger.warning("first")
         logger.warning("second")
-    told = [record.getMessage() for record in caplog.records if record.name == "storage.workdir"]
-    assert len(told) == 1
-    assert re.fullmatch(r"/dev/full: .*No space left.*", told[0])
+    lines = [record.getMessage() for record in caplog.records if record.name == "storage.workdir"]
+    assert len(lines) == 1
+    assert re.fullmatch(r"/dev/full: .*No space left.*", lines[0])
 
 
 def test_tensorboard_that_cannot_be_written_is_told_of_once(tmp_path, caplog, monkeypatch):
@@ -765,8 +765,8 @@ def test_tensorboard_that_cannot_be_written_is_told_of_once(tmp_path, caplog, mo
         monkeypatch.setattr(writer.events, "write_event", full)
         writer.add_scalar("loss", 1.0, 1)
         writer.add_scalar("loss", 1.0, 2)
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert re.fullmatch(rf"{tmp_path}: .*No space left on device; nothing more .*", told)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(rf"{tmp_path}: .*No space left on device; nothing more .*", message)
 
 
 def test_a_clock_that_is_set_back_loses_no_part_of_the_curve(tmp_path, monkeypatch):

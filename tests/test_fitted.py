@@ -32,7 +32,7 @@ from storage.run_checkpoints import drop_checkpoints, fitted_path
 
 
 def steps_along(state, slope, levels):
-    """What a callback sees of the solutions `state(level)` (B, C) with derivative `slope`."""
+    """Steps of a callback along the solutions `state(level)` (B, C) with derivative `slope`."""
     return [Step(i, s, state(s), slope(s)) for i, s in enumerate(levels.tolist())]
 
 
@@ -51,7 +51,7 @@ def test_the_cheapest_path_is_that_of_all_paths(n):
 
 
 def test_errors_are_those_of_euler_steps():
-    """Of dy/ds = 2 v s, one of them errs by |v| h^2, counted in the distance from the mean."""
+    """An Euler step of dy/ds = 2 v s errs by |v| h^2, in units of the distance from the mean."""
     v = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     levels = torch.tensor([4.0, 3.5, 2.0, 0.5], dtype=torch.float64)
     steps = steps_along(lambda s: v * s**2, lambda s: 2 * v * s, levels)
@@ -109,7 +109,7 @@ def test_levels_lie_where_trajectories_bend():
 @pytest.mark.parametrize("name", FAMILY)
 def test_fine_trajectories_are_those_of_the_ode_from_prior_to_data(name):
     """For data N(0, std^2 I) the ODE scales states in proportion to sqrt(std^2 + sigma^2)."""
-    method, std, seen = FAMILY[name], 0.5, []
+    method, std, steps = FAMILY[name], 0.5, []
     levels = fitted.fine_levels(method, 61, 7.0)
     assert len(levels) == 62
     assert levels[[0, -2]].tolist() == pytest.approx([method.sigma_max, method.sigma_min])
@@ -117,9 +117,9 @@ def test_fine_trajectories_are_those_of_the_ode_from_prior_to_data(name):
     sampler = sampling.get_sampling_fn(digits_ddpmpp.get_config(), method)
     sample = replace(for_trajectories(sampler), fit=fitted.Fit(fitted.fine_levels))
     x = method.prior_sampling((16, 1, 8, 8), torch.Generator().manual_seed(0))
-    sample(gaussian_network(method, std=std), x=x, callback=seen.append)
-    assert [step.level for step in seen] == levels[:-1].tolist()
-    for step in seen:
+    sample(gaussian_network(method, std=std), x=x, callback=steps.append)
+    assert [step.level for step in steps] == levels[:-1].tolist()
+    for step in steps:
         exact = x * math.hypot(std, step.level) / math.hypot(std, method.sigma_max)
         assert (step.x - exact).norm() < 3e-4 * exact.norm(), step.level
 
@@ -127,7 +127,7 @@ def test_fine_trajectories_are_those_of_the_ode_from_prior_to_data(name):
 @pytest.mark.parametrize("dim, number", [(64, 1024), (3072, 341), (12288, 85), (3 * 2**20, 16)])
 def test_larger_images_need_fewer_trajectories(dim, number):
     assert fitted.number_of_trajectories(dim, 1024) == number
-    assert fitted.at_once(dim) * dim <= max(2**18, 2 * dim)  # of one, no distances are known
+    assert fitted.at_once(dim) * dim <= max(2**18, 2 * dim)  # two at least, to have distances
 
 
 # --- which steps ----------------------------------------------------------------------------------
@@ -151,26 +151,26 @@ def led_by(weights, terms):
 @given(seed=st.integers(0, 2**32), k=st.integers(1, 4))
 def test_a_step_that_state_and_slopes_can_take_is_found(seed, k):
     x, slopes, target, weights, offset = random_step(seed, k)
-    found, added = fitted.fit_step(x, slopes, target)
-    torch.testing.assert_close(found, weights, rtol=1e-6, atol=1e-6)
+    fitted_weights, added = fitted.fit_step(x, slopes, target)
+    torch.testing.assert_close(fitted_weights, weights, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(added, offset, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("scatter", [0.1, 1.0])
 def test_of_all_steps_that_keep_the_second_moment_it_errs_least(k, scatter):
-    """Beside a general solver of the constrained least squares, from several starts."""
+    """A general solver of the constrained least squares, from several starts, agrees."""
     x, slopes, target, *_ = random_step(k, k, scatter)
     rows = [value.flatten(1).numpy() for value in (target, x, *slopes)]
     shares = 1 / np.square(rows[0] - rows[0].mean(0)).sum(1)
     shares /= shares.sum()
-    wanted, *terms = (row - shares @ row for row in rows)
+    centred, *terms = (row - shares @ row for row in rows)
 
     def error(weights):
-        return shares @ np.square(led_by(weights, terms) - wanted).sum(1)
+        return shares @ np.square(led_by(weights, terms) - centred).sum(1)
 
     def moment(weights):
-        return shares @ (np.square(led_by(weights, terms)).sum(1) - np.square(wanted).sum(1))
+        return shares @ (np.square(led_by(weights, terms)).sum(1) - np.square(centred).sum(1))
 
     starts = np.random.default_rng(0).normal(size=(5, 1 + k))
     best = min(
@@ -201,7 +201,7 @@ def test_a_step_at_a_high_noise_level_takes_what_little_the_slope_tells():
     weights, offset = fitted.fit_step(x, [slope], target)
     assert weights.tolist() == pytest.approx([1, -sigma / 2], rel=1e-3)
     error = (led_by(weights, [x, slope]) + offset - target).std()
-    assert error < 0.01 * d.std()  # from the state alone it is d / 2
+    assert error < 0.01 * d.std()  # the state alone would leave an error of d / 2
 
 
 def test_a_step_to_one_point_leads_there():
@@ -222,23 +222,23 @@ def test_the_state_without_noise_is_a_step_of_eulers_method_beyond_the_last():
 @pytest.mark.parametrize("name", FAMILY)
 def test_fitted_steps_lead_other_samples_to_the_law_of_a_gaussian(name):
     """Its flow scales every state by one factor for each level, so that steps can be exact."""
-    method, seen, n = FAMILY[name], [], 3
+    method, fine_steps, n = FAMILY[name], [], 3
     generator, shape = torch.Generator().manual_seed(0), (16, 1, 4, 4)
     follow = partial(sampling.solve_ode, method, gaussian_network(method))
     x = method.prior_sampling(shape, generator)
-    follow(x, "unipc", 61, schedule=fitted.fine_levels, callback=seen.append)
-    fine = torch.tensor([step.level for step in seen], dtype=torch.float64)
+    follow(x, "unipc", 61, schedule=fitted.fine_levels, callback=fine_steps.append)
+    fine = torch.tensor([step.level for step in fine_steps], dtype=torch.float64)
     levels = fine[torch.linspace(0, 60, n + 1).long()]
-    steps = fitted.Fitting(fitted.states_at(levels[1:], seen))
-    given = {"schedule": lambda *_: levels, "noise_removal": False}
-    follow(x, "fitted", n, advance=steps, **given)
+    steps = fitted.Fitting(fitted.states_at(levels[1:], fine_steps))
+    options = {"schedule": lambda *_: levels, "noise_removal": False}
+    follow(x, "fitted", n, advance=steps, **options)
     weights = torch.stack([torch.nn.functional.pad(w, (0, 4 - len(w))) for w in steps.weights])
-    kept = fitted.stored_steps(levels, weights, torch.stack(steps.offsets))
+    stored_fit = fitted.stored_steps(levels, weights, torch.stack(steps.offsets))
     other = method.prior_sampling(shape, generator)
-    sample, evaluations = follow(other, "fitted", n, advance=kept, **given)
+    sample, evaluations = follow(other, "fitted", n, advance=stored_fit, **options)
     assert evaluations == n
     exact, _ = follow(other, "rk45", rtol=1e-7, atol=1e-7)
-    plain, _ = follow(other, "multistep", n, **given)
+    plain, _ = follow(other, "multistep", n, **options)
     error, beside = ((value - exact).norm() / exact.norm() for value in (sample, plain))
     # the error of the fine solutions: where slopes are parallel a fit is exact
     assert error < 1e-3, error
@@ -279,7 +279,7 @@ def save(config, workdir, seed):
 
 
 def fit(config, workdir):
-    """What an evaluation keeps beside the checkpoint, but for the time that it took."""
+    """Arrays that an evaluation writes beside the checkpoint, but for the time that it took."""
     run_lib.evaluate(config, workdir)
     with np.load(workdir / "checkpoints/checkpoint_4.fitted.npz") as file:
         return {name: file[name] for name in ("relative_errors", "origin")}
@@ -303,36 +303,36 @@ def test_two_fits_are_equal_bit_for_bit_and_one_of_other_weights_is_not(tmp_path
 
 @pytest.mark.parametrize("at_once, sizes", [(3, [3, 3, 3, 3, 2, 2]), (16, [16])])
 def test_trajectories_are_solved_in_even_parts(tmp_path, monkeypatch, at_once, sizes):
-    """Of a part of one no distance to the others would be known."""
-    config, seen = tiny(tmp_path), []
+    """Parts are even, since a part of one trajectory has no other to take a distance to."""
+    config, parts = tiny(tmp_path), []
     save(config, tmp_path, seed=1)
     monkeypatch.setattr(fitted, "MOST_FOR_LEVELS", 16)
     monkeypatch.setattr(fitted, "at_once", lambda dim: at_once)
     measure = fitted.euler_errors
-    monkeypatch.setattr(fitted, "euler_errors", lambda steps: seen.append(steps) or measure(steps))
+    monkeypatch.setattr(fitted, "euler_errors", lambda part: parts.append(part) or measure(part))
     fitted_sampler(config, tmp_path)
-    assert [len(steps[0].x) for steps in seen] == sizes
-    first = torch.cat([steps[0].x for steps in seen])
+    assert [len(part[0].x) for part in parts] == sizes
+    first = torch.cat([part[0].x for part in parts])
     generator = datasets.keyed_generator(torch.device("cpu"), "fitted", config.seed)
     method = run_lib.Experiment.build(config).method
     torch.testing.assert_close(first, method.prior_sampling((16, 1, 8, 8), generator))
 
 
 def test_samples_take_the_levels_that_cost_least(tmp_path, monkeypatch):
-    config, seen = tiny(tmp_path), []
+    config, steps = tiny(tmp_path), []
     save(config, tmp_path, seed=1)
     draw = run_lib.draw_images
 
     def draw_and_look(evaluated, number):
         draw(evaluated, number)
-        evaluated.experiment.sampler(evaluated.experiment.network, 2, callback=seen.append)
+        evaluated.experiment.sampler(evaluated.experiment.network, 2, callback=steps.append)
 
     monkeypatch.setattr(run_lib, "draw_images", draw_and_look)
-    kept = fit(config, tmp_path)
+    arrays = fit(config, tmp_path)
     # of N = 5 steps, the last one leads from sigma_min to 0
-    cost = fitted.step_costs(torch.from_numpy(kept["relative_errors"]))
+    cost = fitted.step_costs(torch.from_numpy(arrays["relative_errors"]))
     levels = fitted.fine_levels(run_lib.Experiment.build(config).method, 61, 7.0)[:61]
-    assert [step.level for step in seen] == levels[fitted.cheapest_path(cost, 4)].tolist()
+    assert [step.level for step in steps] == levels[fitted.cheapest_path(cost, 4)].tolist()
     assert levels[[0, -1]].tolist() == pytest.approx([config.sampling.sigma_max, 0.002])
 
 
@@ -390,8 +390,8 @@ def test_fitted_steps_are_kept_for_each_number_of_them(tmp_path, monkeypatch, no
     measured = fitted_sampler(config, tmp_path).fit.schedule
     cost = fitted.step_costs
     monkeypatch.setattr(fitted, "step_costs", lambda errors: cost(errors) ** 0.1)
-    made = fitted_sampler(config, tmp_path).fit.schedule
-    assert (made(None, 4, 7.0) != measured(None, 4, 7.0)).any()
+    schedule = fitted_sampler(config, tmp_path).fit.schedule
+    assert (schedule(None, 4, 7.0) != measured(None, 4, 7.0)).any()
     with np.load(fitted_path(checkpoint, 5)) as file:
         assert (file["weights"] != second).any()
 
@@ -422,7 +422,7 @@ def test_a_solve_with_another_order_than_the_fit_is_refused():
 
 def test_a_killed_evaluation_fits_once(tmp_path):
     config = tiny(tmp_path)
-    kept = fitted_path(save(config, tmp_path, seed=1))
+    fit_file = fitted_path(save(config, tmp_path, seed=1))
     options = ["--config.model.nf=8", "--config.model.ch_mult=(1,)"]
     options += ["--config.model.attn_resolutions=()", "--config.training.n_iters=4"]
     options += ["--config.sampling.ode_solver=multistep", "--config.sampling.N=60"]
@@ -433,22 +433,22 @@ def test_a_killed_evaluation_fits_once(tmp_path):
     flags += ["--config", str(ROOT / "configs/edm/digits_ddpmpp.py"), *options]
     process = Program([*MAIN, *flags])
     deadline = time.monotonic() + 200
-    while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not fit_file.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=30) == -signal.SIGKILL
-    before = kept.stat()
+    before = fit_file.stat()
     output = run_main(flags).stdout
     assert "trajectories in fine steps" not in output
-    assert kept.stat().st_mtime_ns == before.st_mtime_ns
+    assert fit_file.stat().st_mtime_ns == before.st_mtime_ns
     assert (tmp_path / "eval/report_4.npz").exists()
 
 
 def test_a_fit_goes_with_its_checkpoint(tmp_path):
     config = tiny(tmp_path)
     path = save(config, tmp_path, seed=1)
-    for kept in (fitted_path(path), fitted_path(path, 10)):
-        kept.write_bytes(b"")
+    for fit_file in (fitted_path(path), fitted_path(path, 10)):
+        fit_file.write_bytes(b"")
     assert drop_checkpoints(tmp_path, [4, 8], keep=1) == [8]
     assert not any((tmp_path / "checkpoints").iterdir())
 

@@ -277,7 +277,7 @@ def test_consistency_is_that_of_edm(name, target_kind):
     """Equal pairs of noise levels, distances and gradient weights, for one denoiser."""
     denoise = mean_of_points(4.0)
     batch = Batch(POINTS.repeat(10, 1, 1, 1))
-    found, expected = (
+    loss, expected = (
         Consistency(method, batch_size=30, examples=0, stages=3, n_iters=10)(
             net, batch, torch.Generator().manual_seed(0), step=9
         ).item()
@@ -292,7 +292,7 @@ def test_consistency_is_that_of_edm(name, target_kind):
             ),
         )
     )
-    assert found == pytest.approx(expected, rel=1e-9)
+    assert loss == pytest.approx(expected, rel=1e-9)
     assert expected > 1e-3
 
 

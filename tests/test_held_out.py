@@ -70,7 +70,7 @@ def test_groups_are_held_out_together(amount, pattern, group):
     assert not {*map(group, test)} & {*map(group, train)}
     assert sorted(test + train) == sorted(NAMES)
     order = sorted({*map(group, NAMES)}, key=fraction)
-    if amount >= 1:  # whole groups, until there are so many
+    if amount >= 1:  # a number: whole groups, until they hold as many images
         sizes = np.cumsum([sum(group(name) == each for name in NAMES) for each in order])
         assert len(test) == sizes[np.searchsorted(sizes, amount)]
     else:
@@ -210,7 +210,7 @@ def test_splits_that_the_data_have_stay(tmp_path):
 
 
 def test_a_zip_of_edm_trains_on_all_its_images(tmp_path):
-    """As its dataset_tool.py writes it: numbered folders, and dataset.json."""
+    """The zip is that of EDM's dataset_tool.py: numbered folders, and dataset.json."""
     for number in range(30):
         write_tree(tmp_path / f"set/0000{number % 3}", grey(number, 1), f"img{number:08d}.png")
     lines = [[f"0000{n % 3}/img{n:08d}.png", n % 5] for n in range(30)]
@@ -247,10 +247,10 @@ def test_a_run_without_held_out_images_says_so(tmp_path, caplog):
     path = make("folder", tmp_path)
     config = run_config(path, tmp_path, data__held_out=0.0, eval__enable_loss=True)
     assert run_lib.train(config, tmp_path / "run")
-    said = (
+    message = (
         "40 images to train on and 40 to test on (none is held out, the test split is the training"
     )
-    assert said in caplog.text
+    assert message in caplog.text
     run_lib.evaluate(config, tmp_path / "run")
     report = report_of(tmp_path / "run", config.eval.end_ckpt)
     remark = "of the training images, as none are held out (data.held_out=0)"
@@ -283,7 +283,7 @@ def test_a_run_that_began_before_the_keys_keeps_its_split(tmp_path):
         save_checkpoint(checkpoint, content)
     assert stored_config.load(tmp_path / "run").data.held_out == splits.SHARE
     config.training.n_iters = 3
-    assert run_lib.train(config, tmp_path / "run")  # it would refuse other data
+    assert run_lib.train(config, tmp_path / "run")  # training refuses a run whose data changed
 
 
 # --- test splits without labels -------------------------------------------------------------------

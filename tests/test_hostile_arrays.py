@@ -55,13 +55,13 @@ def test_cached_files_of_another_origin_or_program_are_made_again(tmp_path):
     for _ in range(200):
         wrong = mutated(original, chance)
         save_npz(path, **wrong)
-        made = []
-        arrays = cached(path, {"seed": 1}, lambda made=made: made.append(1) or dict(right), right)
-        again += len(made)
+        calls = []
+        arrays = cached(path, {"seed": 1}, lambda c=calls: c.append(1) or dict(right), right)
+        again += len(calls)
         same_origin = str(wrong.get("origin")) == str(original["origin"])
-        assert bool(made) != (same_origin and {"bpd", "nfe", "seconds"} <= wrong.keys())
+        assert bool(calls) != (same_origin and {"bpd", "nfe", "seconds"} <= wrong.keys())
         for name in right:
-            np.testing.assert_array_equal(arrays[name], (right if made else wrong)[name])
+            np.testing.assert_array_equal(arrays[name], (right if calls else wrong)[name])
     assert 20 < again < 190
 
 
@@ -75,9 +75,9 @@ def test_100_damaged_cached_files_are_used_as_they_were_or_made_again(tmp_path, 
         damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
         caplog.clear()
-        made = []
-        arrays = cached(path, {"seed": 1}, lambda made=made: made.append(1) or dict(right), right)
-        again += len(made)
+        calls = []
+        arrays = cached(path, {"seed": 1}, lambda c=calls: c.append(1) or dict(right), right)
+        again += len(calls)
         assert all("\n" not in record.getMessage() for record in caplog.records)
         assert np.array_equal(arrays["bpd"], right["bpd"]) and arrays["nfe"] == 12
     assert again > 50
@@ -109,14 +109,14 @@ def test_200_mutated_reports_are_shown_or_refused(tmp_path, plots_are_drawn_once
     for _ in range(200):
         save_npz(path, **mutated(report, chance))
         try:
-            found = read_report(path)
+            mutant = read_report(path)
         except ValueError as error:
             assert re.fullmatch(rf"{re.escape(str(path))}.+", str(error))
             refused += 1
             continue
-        for shown in (1, 2):
-            points = [(float(r["nfe"]), float(r["fid"])) for r in (report, found) if "nfe" in r]
-            html = page.render("run", {1: report, 2: found}, shown, distances={"": points})
+        for number in (1, 2):
+            points = [(float(r["nfe"]), float(r["fid"])) for r in (report, mutant) if "nfe" in r]
+            html = page.render("run", {1: report, 2: mutant}, number, distances={"": points})
             plots = re.findall("<svg.+?</svg>", html)
             assert len(plots) == html.count("<svg")
             assert not any(word in plot for plot in plots for word in ("nan", "inf"))

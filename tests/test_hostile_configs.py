@@ -101,7 +101,7 @@ def configured(images, workdir, key, value):
     """A tiny run with one value changed; TypeError where the key has another type."""
     config = small_config(**TINY | {"data.path": str(images), "eval.stats_dir": f"{workdir}/stats"})
     if not key.startswith(ABOUT_THE_NETWORK):
-        config.model.name = "mlp"  # of a sixth of the tensors
+        config.model.name = "mlp"  # quick: it has a sixth of the tensors
     config.update_from_flattened_dict(OTHERS.get(method_of(key), {}))
     section, _, name = key.rpartition(".")
     owner = config[section] if section else config
@@ -157,7 +157,7 @@ def test_the_ends_of_ranges_are_computed_or_refused_in_one_line(images, key, end
         config = configured(images, "", key, end)
         config.update_from_flattened_dict(OTHERS[name] | {key: end})
         if get(config, "sampling.method") == "ode":
-            config.sampling.ode_solver = "heun"  # of the given number of steps
+            config.sampling.ode_solver = "heun"  # takes the given number of steps
         assert KEYS[key].accepts(get(config, key))
         try:
             config, _ = complete(config, Path("none"))
@@ -182,7 +182,7 @@ def test_the_ends_of_ranges_are_computed_or_refused_in_one_line(images, key, end
 
 @pytest.mark.parametrize("key", KEYS)
 def test_what_is_refused_is_named(key):
-    """Also where a config file turns off the types of ml_collections."""
+    """Values are named even where a config file turns off the types of ml_collections."""
     config = small_config().copy_and_resolve_references()
     section, _, name = key.rpartition(".")
     for value in VALUES:

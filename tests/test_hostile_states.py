@@ -166,7 +166,7 @@ def test_500_mutated_states_are_loaded_or_refused(few, tmp_path):
 
 
 def test_200_mutated_states_that_are_opened_give_finite_weights_or_are_refused(few, tmp_path):
-    """As the whole file does, but for what is not read: weights that were trained, and moments."""
+    """Opening takes or refuses what loading does, but for raw weights and moments, not read."""
     config, chance, refused = few_tensors(), random.Random(6), 0
     path = tmp_path / "mutated.pth"
     networks = create_model(config), create_model(config)

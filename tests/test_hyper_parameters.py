@@ -44,7 +44,7 @@ def test_impossible_numbers_are_refused(bad, message):
 
 
 def test_steps_of_a_tiny_tau():
-    """At tau = 1e-12 the number of steps is 0.75 log(30^2 / 16 / 0.01^2) / tau, to the last."""
+    """The number of steps is 0.75 log(30^2 / 16 / 0.01^2) / tau, exact at tau = 1e-12 too."""
     expected = 0.75 * math.log(30**2 / 16 / 0.01**2) / 1e-12
     m = poisson_range(30.0, 64, tau=1e-12).M
     assert m == pytest.approx(expected, rel=1e-11)

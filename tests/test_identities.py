@@ -85,7 +85,7 @@ def test_codecs_of_other_weights_are_others(codecs):
         for seed in (0, 0, 1)
     ]
     assert origins[0] == origins[1] != origins[2]
-    assert "codec" not in Experiment.build(tiny()).origin()  # as in the caches there are
+    assert "codec" not in Experiment.build(tiny()).origin()  # so that existing caches stay valid
     scaled = Experiment.build(tiny(data__codec="scaled")).origin()["codec"]
     assert scaled == "Scaled(data_shape=(1, 8, 8), centered=True, scale=0.5)"
 
@@ -106,8 +106,8 @@ def test_a_codec_without_an_identity_is_one_line(codecs, monkeypatch):
     ],
 )
 def test_a_guide_has_codec_and_conditions(codecs, tmp_path, monkeypatch, changes, reason):
-    own, path = tiny(data__codec="scaled"), tmp_path / "guide.pth"
-    content = {"config": flatten(own)}
+    guide_config, path = tiny(data__codec="scaled"), tmp_path / "guide.pth"
+    content = {"config": flatten(guide_config)}
     monkeypatch.setattr(experiment, "open_checkpoint", lambda path, intact: content)
     monkeypatch.setattr(experiment, "load_ema", lambda network, content: None)
     config = tiny(**{"data__codec": "scaled", "sampling__guide": str(path), **changes})
@@ -128,8 +128,8 @@ def test_what_is_measured_is_of_one_codec(codecs, tmp_path, monkeypatch, changes
     """M of a run holds for its codec alone: another is measured anew."""
     open_keys = {"training__sde": "poisson", "sampling__z_max": 5.0, "sampling__upper_norm": 9.0}
     stored = tiny(data__codec="scaled", training__M=77, **open_keys)
-    found = [Path("checkpoint_2.pth"), stored]
-    monkeypatch.setattr(completion.run_config, "find", lambda workdir: found)
+    checkpoint_and_config = [Path("checkpoint_2.pth"), stored]
+    monkeypatch.setattr(completion.run_config, "find", lambda workdir: checkpoint_and_config)
     monkeypatch.setattr(completion, "mean_norm", lambda data, encode: 100.0)
     config = tiny(**{"data__codec": "scaled", "training__M": None, **open_keys, **changes})
     completed, *_ = complete(config, tmp_path)
@@ -172,7 +172,7 @@ HAS = {"data__random_flip": False}  # a value that no ranking needs
     ],
 )
 def test_values_of_other_codecs_and_objectives_are_not_ranked(codecs, huber, changes, bpd, loss):
-    """Beside a run of pixels and regression, and beside the report of one without these entries."""
+    """They rank neither beside pixels and regression nor beside a report without these entries."""
     other = report(2.0, **changes)
     for plain in (report(1.0), report(1.0, **HAS)):
         for key, name in (("bpd", bpd), ("loss", loss)):
@@ -234,7 +234,7 @@ def test_a_loss_is_computed_again_only_where_it_would_be_another(huber, tmp_path
 
 
 def test_a_loss_is_that_of_the_learned_weights(monkeypatch, tmp_path):
-    """Of an objective with weights: those of another training make another loss."""
+    """A loss belongs to the objective's weights: with another training's it is computed anew."""
 
     class Learned(Regression):
         def __init__(self, method, **numbers):

@@ -29,7 +29,7 @@ from sources.tfrecords import TFRecords
 from storage import run_checkpoints
 from storage.checkpoints import load_checkpoint, save_checkpoint
 
-GREY = {"ant": 10, "bee": 20, "cat": 30}  # of all pixels of a class's images
+GREY = {"ant": 10, "bee": 20, "cat": 30}  # one grey for all images of a class
 
 
 def grey(level, n=10):
@@ -38,7 +38,7 @@ def grey(level, n=10):
 
 def class_tree(root, names=GREY):
     for name in names:
-        write_tree(root / name, grey(GREY[name]), "small_{i:03d}.png")  # of each one is held out
+        write_tree(root / name, grey(GREY[name]), "small_{i:03d}.png")  # one of each held out
 
 
 def config_of(path, **data):
@@ -52,7 +52,7 @@ def identity(path, **data):
 
 
 def changes(path, change, **data):
-    """What a run that began before `change()` says of the data after it."""
+    """The message of a run that began before `change()` about the data after it."""
     before = identity(path, **data)
     change()
     return before.changes(identity(path, **data))
@@ -80,7 +80,7 @@ OTHER = "as many images as then, but other contents or names of files"
 
 
 def test_a_replaced_file(photos):
-    """Also one of the same size and time of change."""
+    """A file replaced by one of the same size and time of change is noticed."""
     path = photos / "img007.png"
     content, at = path.read_bytes(), path.stat()
     assert changes(photos, lambda: path.write_bytes(content[:-1] + b"?")) == OTHER
@@ -256,9 +256,9 @@ def test_a_cache_that_cannot_be_written_is_one_line(cached_photos, tmp_path, cap
     photos, files = cached_photos
     (tmp_path / "cache").write_text("a file where the folder should be")
     before = identity(photos)
-    said = [r.getMessage() for r in caplog.records]
-    assert said
-    assert all(re.fullmatch("the checksums of the data are not kept.*", line) for line in said)
+    messages = [r.getMessage() for r in caplog.records]
+    assert messages
+    assert all(re.fullmatch("the checksums of the data are not kept.*", line) for line in messages)
     assert identity(photos) == before
 
 
@@ -417,7 +417,7 @@ def test_a_run_goes_on_with_other_data_where_it_is_allowed_once(run, caplog):
     assert content["data"]["train"] == 18
     assert content["config"]["data.changed"] == "refuse"
     assert content["config"]["data.num_classes"] == 3
-    run_lib.train(own_config(run, training__n_iters=4), run / "run")  # these are now its data
+    run_lib.train(own_config(run, training__n_iters=4), run / "run")  # the run's data from now on
     class_tree(run / "data", ["ant"])
     with pytest.raises(ValueError, match="18 to train and 2 to test on then, 27 to train"):
         run_lib.train(own_config(run, training__n_iters=5), run / "run")
@@ -527,8 +527,8 @@ def test_a_run_without_identity_gets_it_and_says_so(run, caplog):
     rewrite(run, None)
     shutil.rmtree(run / "data/ant")  # nobody can know
     run_lib.train(own_config(run, training__n_iters=3), run / "run")
-    said = "does not say what its data were; from here on they are these, digest content:"
-    assert said in (run / "run/stdout.txt").read_text()
+    message = "does not say what its data were; from here on they are these, digest content:"
+    assert message in (run / "run/stdout.txt").read_text()
     assert newest(run)["data"]["classes"] == ["bee", "cat"]
     assert newest(run)["data"]["train"] == 18
 
@@ -602,7 +602,7 @@ def test_fingerprints_of_streams_count_all_files_and_how_they_are_decoded(tmp_pa
     first = fingerprint(get())
     assert fingerprint(get()) == first
     assert fingerprint(get(image_size=8)) != first
-    number = int(get().source.index[1])  # of 360 images, 64 are decoded, not this one
+    number = int(get().source.index[1])  # not among the 64 of 360 images that are decoded
     write_tree(tmp_path, grey(1, 1), f"{number:03d}.png")
     assert fingerprint(get()) != first
 

@@ -150,7 +150,7 @@ def test_own_files(teacher, tmp_path, place, caplog):
     assert torch.equal(new.sample(range(3)), old.sample(range(3)))
     state, start = load_checkpoint(newest(tmp_path)), open_checkpoint(find_checkpoint(teacher)[0])
     trained = [state["model"][n] for n, p in new.experiment.network.named_parameters()]
-    assert all(map(torch.equal, trained, state["ema"]["shadow_params"]))  # both begin there
+    assert all(map(torch.equal, trained, state["ema"]["shadow_params"]))  # both from the teacher
     assert (state["step"], state["ema"]["num_updates"]) == (1, 1)
     assert not torch.equal(trained[0], start["model"]["dense1.weight"].load())  # not the raw ones
     entries = len(new.experiment.network.state_dict())
@@ -249,7 +249,7 @@ def test_classes_for_a_network_without(tmp_path, form):
     for name, weight in (model.state_dict() | embedding).items():
         assert torch.equal(network.state_dict()[name], weight), name
 
-    back = models.create_model(config)  # and the other way about
+    back = models.create_model(config)  # from a labelled network to one without
     labelled = make(**ATTENTION, **{"data.num_classes": 10})
     if form == "snapshot":
         snapshot(path, labelled, network)
@@ -281,16 +281,16 @@ def test_published_names_are_paired_like_own_ones(tmp_path, form, change):
     make = edm_unet if form == "snapshot" else tiny
     config = make(**ATTENTION)
     model = redrawn(models.create_model(config))
-    ours, theirs = tmp_path / "ours.pth", tmp_path / "theirs.pth"
-    save_checkpoint(ours, train_state(config, model).state_dict())
+    checkpoint, other = tmp_path / "ours.pth", tmp_path / "theirs.pth"
+    save_checkpoint(checkpoint, train_state(config, model).state_dict())
     if form == "snapshot":
-        theirs = snapshot(tmp_path / "a.pkl", config, model)
+        other = snapshot(tmp_path / "a.pkl", config, model)
     else:
-        published(theirs, config, model)
+        published(other, config, model)
     first = models.create_model(make(**ATTENTION | change))
     second = models.create_model(make(**ATTENTION | change))
     second.load_state_dict(first.state_dict())
-    lines = [initialise(net, str(path))[1] for net, path in ((first, ours), (second, theirs))]
+    lines = [initialise(net, str(path))[1] for net, path in ((first, checkpoint), (second, other))]
     if form == "published" and "model.num_res_blocks" in change:
         assert "initial values: " in lines[1]
     else:
@@ -403,8 +403,8 @@ def test_two_processes_begin_alike(teacher, tmp_path):
     flags = [f"--config.{key}={value}" for key, value in (FEW | ATTENTION).items()]
     arguments = ["--config", "configs/pfgmpp/digits_ddpmpp.py", "--mode=train", *flags]
     arguments += [f"--workdir={tmp_path}", f"--config.training.init_from={teacher}"]
-    said = run_main([*arguments, "--config.optim.lr=0.0"], processes=2).stdout
-    assert said.count("initialised from the EMA weights of ") == 1
+    output = run_main([*arguments, "--config.optim.lr=0.0"], processes=2).stdout
+    assert output.count("initialised from the EMA weights of ") == 1
     assert torch.equal(load(tmp_path).sample([1]), load(teacher).sample([1]))
 
 
@@ -435,8 +435,8 @@ def test_a_strangers_value_is_not_taken_and_none_is_needed(teacher, tmp_path):
     assert load_checkpoint(newest(workdir))["config"]["training.init_from"] == str(teacher)
     assert load(workdir).experiment.config.training.init_from == ""
     for mode in ("sample", "export"):
-        said = run_main([f"--mode={mode}", f"--workdir={workdir}", "--config.sampling.seeds=0"])
-        assert "init_from" not in said.stdout + said.stderr
+        done = run_main([f"--mode={mode}", f"--workdir={workdir}", "--config.sampling.seeds=0"])
+        assert "init_from" not in done.stdout + done.stderr
     assert load(workdir / "model.safetensors").experiment.config.training.init_from == ""
 
 

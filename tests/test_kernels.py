@@ -18,12 +18,12 @@ from conftest import ROOT, run_program
 
 OP, HOST = ROOT / "op", ROOT / "tests/host"
 SOURCES = ("upfirdn2d.cu", "fused_leaky_relu.cu")
-UPFIRDN2D = (SOURCES[0], "upfirdn2d.h")  # and the file with its arithmetic
-CALLS = 2700  # of each kernel
-FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)  # as in op/kernels.h
-KINDS = (np.float16, np.float32, np.float32, np.float64)  # of numpy, which has no bfloat16
+UPFIRDN2D = (SOURCES[0], "upfirdn2d.h")  # the second has the arithmetic
+CALLS = 2700  # for each kernel
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)  # numbered as in op/kernels.h
+KINDS = (np.float16, np.float32, np.float32, np.float64)  # numpy has no bfloat16
 EPS = (2.0**-11, 2.0**-8, 2.0**-24, 2.0**-53)  # the largest relative error of one rounding
-SUM_EPS = (2.0**-24, 2.0**-24, 2.0**-24, 2.0**-53)  # in the dtype that sums are in
+SUM_EPS = (2.0**-24, 2.0**-24, 2.0**-24, 2.0**-53)  # EPS of the dtype in which sums are taken
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 
@@ -99,7 +99,7 @@ def upfirdn2d_call(rng, dtype, planes, size, out, taps, up, down, pad, offset=0,
 
 def random_upfirdn2d_call(rng, dtype):
     taps, (up, down) = rng.integers(1, 7, 2), rng.integers(1, 4, (2, 2))
-    if rng.random() < 0.6:  # as the networks have it
+    if rng.random() < 0.6:  # filters of the networks
         taps[:], (up[:], down[:]) = 4, ((1, 1), (2, 1), (1, 2))[rng.integers(3)]
     pad = rng.integers(-4, 10, 2)
     if rng.random() < 0.02:
@@ -165,14 +165,14 @@ class Kernel(NamedTuple):
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Kernel]:
-    """By name of the source, with the calls it is tested with."""
-    found = (
+    """Kernels with their test calls, by name of the source."""
+    pair = (
         Kernel(SOURCES[0], random_calls(CALLS, random_upfirdn2d_call, 0), large_upfirdn2d_calls()),
         Kernel(
             SOURCES[1], random_calls(CALLS, random_leaky_relu_call, 1), large_leaky_relu_calls()
         ),
     )
-    return {kernel.source: kernel for kernel in found}
+    return {kernel.source: kernel for kernel in pair}
 
 
 def compile_for_host(*arguments: str | Path) -> None:
@@ -210,7 +210,7 @@ def link(objects: dict[str, Path], program: Path) -> Path:
 
 
 def fault_of(program: Path, calls: list[Call]) -> str | None:
-    """What is wrong with the outputs of the program, None where each is as defined."""
+    """The first fault in the outputs of the program, None where each is as defined."""
     words = b"".join(
         b"".join([np.array(call.header, np.float64).tobytes(), *call.tensors]) for call in calls
     )
@@ -224,12 +224,12 @@ def fault_of(program: Path, calls: list[Call]) -> str | None:
     begin = 0
     for call in calls:
         end = begin + call.expected.size * (2, 2, 4, 8)[call.dtype]
-        found = loaded(done.stdout[begin:end], call.dtype).reshape(call.expected.shape)
+        output = loaded(done.stdout[begin:end], call.dtype).reshape(call.expected.shape)
         begin, expected = end, call.expected
         finite = np.isfinite(expected)
-        if not np.array_equal(found[~finite], expected[~finite], equal_nan=True):
+        if not np.array_equal(output[~finite], expected[~finite], equal_nan=True):
             return f"NaN or infinities differ: {call.header}"
-        error = np.abs(found[finite] - expected[finite])
+        error = np.abs(output[finite] - expected[finite])
         subnormal = 2.0**-25 if call.dtype == FLOAT16 else 0.0  # error of rounding to one
         bound = call.error + EPS[call.dtype] * np.abs(expected[finite]) + subnormal
         if not (error <= bound).all():

@@ -110,7 +110,7 @@ def test_class_folders_below_splits_are_numbered_alike(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_dataset_json(tmp_path, packed):
-    """EDM's, in whose folders are no classes; of a zip it may be below the one folder."""
+    """EDM's labels count although folders are no classes; in a zip they may be one folder down."""
     root = tmp_path / "set"
     levels = [(5 * i) % 40 for i in range(24)]
     for i, level in enumerate(levels):
@@ -124,14 +124,14 @@ def test_dataset_json(tmp_path, packed):
     check_labels(config, {level: level // 10 for level in levels})
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_labels_of_an_npz(tmp_path, given):
+@pytest.mark.parametrize("has_splits", [False, True])
+def test_labels_of_an_npz(tmp_path, has_splits):
     levels = np.arange(20, dtype=np.uint8)
     images = np.broadcast_to(levels[:, None, None, None], (20, 4, 4, 1))
-    splits = {"train": slice(12), "test": slice(12, 20)} if given else {"images": slice(None)}
+    splits = {"train": slice(12), "test": slice(12, 20)} if has_splits else {"images": slice(None)}
     arrays = {name: images[rows] for name, rows in splits.items()}
     for name, rows in splits.items():
-        arrays[f"{name}_labels" if given else "labels"] = levels[rows] % 3
+        arrays[f"{name}_labels" if has_splits else "labels"] = levels[rows] % 3
     np.savez(tmp_path / "x.npz", **arrays)
     config = folder_config(tmp_path / "x.npz")
     config.data.update(resident_bytes=2**31)
@@ -160,16 +160,16 @@ def test_an_unreadable_image_takes_its_label_along(tmp_path, workers):
 def mistake(config, split="train"):
     with pytest.raises(ValueError) as caught:
         datasets.get_dataset(config, split)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
 
 
 def test_data_without_labels(tmp_path):
     write_tree(tmp_path / "flat", pictures(10))
-    said = mistake(folder_config(tmp_path / "flat"))
-    assert "10 of 10 images" in said
-    assert "such as 000.png: each class needs a folder, or each image a line in dataset.js" in said
+    line = mistake(folder_config(tmp_path / "flat"))
+    assert "10 of 10 images" in line
+    assert "such as 000.png: each class needs a folder, or each image a line in dataset.js" in line
     np.save(tmp_path / "x.npy", pictures(10, 4, 4, 1))
     assert "an .npy has none" in mistake(folder_config(tmp_path / "x.npy"))
     np.savez(tmp_path / "x.npz", images=pictures(10, 4, 4, 1))
@@ -179,9 +179,9 @@ def test_data_without_labels(tmp_path):
 def test_labels_that_are_missing_for_some(tmp_path):
     class_tree(tmp_path)
     write_tree(tmp_path, grey(1, 2), "stray{i}.png")
-    said = mistake(folder_config(tmp_path))
-    assert "2 of 32 images" in said
-    assert "such as stray0.png" in said
+    line = mistake(folder_config(tmp_path))
+    assert "2 of 32 images" in line
+    assert "such as stray0.png" in line
     (tmp_path / "dataset.json").write_text('{"labels": [["cat/000.png", 1]]}')
     assert "31 of 32 images" in mistake(folder_config(tmp_path))
 
@@ -219,8 +219,8 @@ def test_labels_of_an_npz_that_are_none(tmp_path, labels, reason):
 
 def test_labels_out_of_range(tmp_path):
     class_tree(tmp_path)
-    said = mistake(folder_config(tmp_path, classes=2))
-    assert "is 2, but with data.num_classes=2 they are numbered from 0 to 1" in said
+    line = mistake(folder_config(tmp_path, classes=2))
+    assert "is 2, but with data.num_classes=2 they are numbered from 0 to 1" in line
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -249,9 +249,9 @@ def labelled_batches():
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(11, 1, 2, 3, generator=generator, dtype=torch.float64)
     x = data[:6] + 0.5 * torch.randn(6, 1, 2, 3, generator=generator, dtype=torch.float64)
-    given = LABELS[:6].clone()
-    given[[1, 4]] = -1
-    return labelled(x, given), labelled(data, LABELS)
+    labels = LABELS[:6].clone()
+    labels[[1, 4]] = -1
+    return labelled(x, labels), labelled(data, LABELS)
 
 
 def reference_of(label, reference):
@@ -265,33 +265,33 @@ def test_the_posterior_mean_of_a_class(monkeypatch, chunk, D):
     examples, reference = labelled_batches()
     sigma = torch.linspace(0.05, 3, 6, dtype=torch.float64)
     among = field.own_class(examples, reference)
-    found = field.posterior_mean(examples.images, reference.images, sigma, D, among)
-    drawn = Examples(**vars(examples), t=sigma, clean=examples.images, noise=examples.images)
-    target = pfgmpp(D, target_kind="posterior_mean").target(drawn, reference)
-    assert torch.equal(target, found.flatten(1))
+    means = field.posterior_mean(examples.images, reference.images, sigma, D, among)
+    perturbed = Examples(**vars(examples), t=sigma, clean=examples.images, noise=examples.images)
+    target = pfgmpp(D, target_kind="posterior_mean").target(perturbed, reference)
+    assert torch.equal(target, means.flatten(1))
     for i, label in enumerate(examples.labels.tolist()):
-        own = reference_of(label, reference)
-        expected = slow_mean(examples.images[i], own, sigma[i], D)
-        torch.testing.assert_close(found[i].flatten(), expected, rtol=1e-9, atol=1e-9)
+        class_images = reference_of(label, reference)
+        expected = slow_mean(examples.images[i], class_images, sigma[i], D)
+        torch.testing.assert_close(means[i].flatten(), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("chunk", [2, 2048])
 def test_the_field_of_a_class(monkeypatch, poisson, chunk):
-    """That of its own charges alone, by the sum over charges of direction / distance^(D+1)."""
+    """Sum over the charges of the class alone of direction / distance^(D+1)."""
     monkeypatch.setattr(field, "DATA_CHUNK", chunk)
     examples, reference = labelled_batches()
     z = torch.linspace(0.1, 4, 6, dtype=torch.float64)
     points = {"images": examples.images, "conditions": examples.conditions, "z": z}
-    drawn = type(poisson.draw(Batch(torch.zeros(1, 1, 2, 3))))(**points)
-    found = poisson.target(drawn, reference)
+    perturbed = type(poisson.draw(Batch(torch.zeros(1, 1, 2, 3))))(**points)
+    fields = poisson.target(perturbed, reference)
     for i, label in enumerate(examples.labels.tolist()):
-        own = reference_of(label, reference).flatten(1)
-        way = torch.cat([own - examples.images[i].flatten(), -z[i].expand(len(own), 1)], 1)
+        charges = reference_of(label, reference).flatten(1)
+        way = torch.cat([charges - examples.images[i].flatten(), -z[i].expand(len(charges), 1)], 1)
         distance = way.norm(dim=1, keepdim=True)
         weights = (distance.min() / distance) ** 7
         total = (weights * way).sum(0) / weights.sum()
         expected = math.sqrt(6) * total / (total.norm() + poisson.gamma)
-        torch.testing.assert_close(found[i], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(fields[i], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_label_dropout_is_the_last_draw():
@@ -304,15 +304,15 @@ def test_label_dropout_is_the_last_draw():
         batch = labelled(images, labels)
         return objective.draw(batch, generator=torch.Generator().manual_seed(3))
 
-    kept, dropped, none = draw(0.0, labels), draw(0.25, labels), draw(0.25, None)
-    assert torch.equal(kept.labels, labels)
+    full, dropped, none = draw(0.0, labels), draw(0.25, labels), draw(0.25, None)
+    assert torch.equal(full.labels, labels)
     assert none.labels is None
     gone = dropped.labels == -1
     assert torch.equal(dropped.labels[~gone], labels[~gone])
     assert abs(gone.float().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 4000)
     for other in (dropped, none):
-        assert torch.equal(kept.images, other.images)
-        assert torch.equal(kept.t, other.t)
+        assert torch.equal(full.images, other.images)
+        assert torch.equal(full.t, other.t)
     config.training.label_dropout = 0.3
     assert get_loss_fn(config, method).label_dropout == 0.3
 
@@ -365,7 +365,7 @@ def test_a_resumed_run_with_labels_is_the_same(tmp_path, monkeypatch, limit, one
             training__label_dropout=0.5,
         )
 
-    step, seen = run_lib.train_step, []
+    step, batches = run_lib.train_step, []
 
     def killed(state, batch, *rest):
         if state.step == 3:
@@ -373,18 +373,18 @@ def test_a_resumed_run_with_labels_is_the_same(tmp_path, monkeypatch, limit, one
         return step(state, batch, *rest)
 
     def watched(state, batch, *rest):
-        seen.append((state.step, batch.labels.tolist()))
+        batches.append((state.step, batch.labels.tolist()))
         return step(state, batch, *rest)
 
     monkeypatch.setattr(run_lib, "train_step", watched)
     run_lib.train(config(), tmp_path / "whole")
-    whole, seen = seen, []
+    whole, batches = batches, []
     monkeypatch.setattr(run_lib, "train_step", killed)
     with pytest.raises(KeyboardInterrupt):
         run_lib.train(config(), tmp_path / "killed")
     monkeypatch.setattr(run_lib, "train_step", watched)
     run_lib.train(config(), tmp_path / "killed")
-    assert seen == whole[3:]
+    assert batches == whole[3:]
     assert len({label for _, labels in whole for label in labels}) == 10
     a, b = (weights_of(tmp_path / name, 4) for name in ("whole", "killed"))
     for key, tensor in a["model"].items():
@@ -394,8 +394,8 @@ def test_a_resumed_run_with_labels_is_the_same(tmp_path, monkeypatch, limit, one
 # --- guidance -------------------------------------------------------------------------------------
 
 METHODS = {"edm": FAMILY["edm"], **SDES}
-MEANS, STD = (-0.4, 0.7), 0.3  # of the two classes; and of the law without a class, its mean:
-UNCONDITIONAL = 0.1
+MEANS, STD = (-0.4, 0.7), 0.3  # of the two classes
+UNCONDITIONAL = 0.1  # mean of the law without a class
 EVERYWHERE = (0.0, math.inf)
 
 
@@ -420,12 +420,12 @@ def conditional(net, labels):
 def check_law(samples, labels, weight, allowed=0.0):
     """Each class's samples are N(u + w (m - u), STD^2) of independent entries."""
     for k, mean in enumerate(MEANS):
-        found = samples[labels == k].double().flatten(1)
+        class_samples = samples[labels == k].double().flatten(1)
         expected = UNCONDITIONAL + weight * (mean - UNCONDITIONAL)
-        n, dim = found.shape
+        n, dim = class_samples.shape
         error = STD / math.sqrt(n)
-        assert (found.mean(0) - expected).abs().max() < 5 * error + allowed
-        covariance = found.T.cov()
+        assert (class_samples.mean(0) - expected).abs().max() < 5 * error + allowed
+        covariance = class_samples.T.cov()
         exact = STD**2 * torch.eye(dim, dtype=torch.float64)
         assert (covariance - exact).abs().max() < 5 * math.sqrt(2) * STD * error + allowed
 
@@ -473,26 +473,26 @@ def test_the_law_of_a_class_by_predictor_and_corrector(weight, one_thread):
 
 
 def test_a_poisson_flow_mixes_slopes(poisson):
-    """Of exact fields, where mixed fields would have another slope; in every variable."""
+    """Slopes of exact fields mix in every variable; mixed fields would have another slope."""
     generator = torch.Generator().manual_seed(0)
     charges = torch.rand(8, 1, 2, 2, generator=generator)
     labels = torch.arange(8) % 2
     y = 3 * torch.randn(6, 1, 2, 2, generator=generator)
-    asked = torch.arange(6) % 2
+    classes = torch.arange(6) % 2
 
     def net(x, z, class_labels=None):
         points = torch.cat([x.flatten(1), z[:, None]], dim=1)
         among = None if class_labels is None else class_labels[:, None] == labels
-        found = poisson_field(points, charges, poisson.gamma, among)
-        return found[:, :-1].view_as(x), found[:, -1]
+        vectors = poisson_field(points, charges, poisson.gamma, among)
+        return vectors[:, :-1].view_as(x), vectors[:, -1]
 
-    given, w = conditional(net, asked), 3.0
+    with_labels, w = conditional(net, classes), 3.0
     guided = Guided(poisson, net, w, EVERYWHERE)
     for z in (0.05, 2.0, 20.0):
-        c, u = poisson.slope(given, y, z), poisson.slope(net, y, z)
-        torch.testing.assert_close(guided.slope(given, y, z), u + w * (c - u))
-        torch.testing.assert_close(guided.ode(given, y, math.log(z)), z * (u + w * (c - u)))
-        denoised = guided.denoise(net, y, z, class_labels=asked)
+        c, u = poisson.slope(with_labels, y, z), poisson.slope(net, y, z)
+        torch.testing.assert_close(guided.slope(with_labels, y, z), u + w * (c - u))
+        torch.testing.assert_close(guided.ode(with_labels, y, math.log(z)), z * (u + w * (c - u)))
+        denoised = guided.denoise(net, y, z, class_labels=classes)
         torch.testing.assert_close(denoised, y - z * (u + w * (c - u)))
     assert guided.t_prior == poisson.t_prior
 
@@ -500,10 +500,10 @@ def test_a_poisson_flow_mixes_slopes(poisson):
 def test_guidance_stays_in_its_interval():
     method, labels, x = METHODS["edm"], torch.tensor([0, 1]), torch.randn(2, 1, 2, 2)
     net = class_network(method)
-    given = conditional(net, labels)
+    with_labels = conditional(net, labels)
     guided = Guided(method, net, 2.0, (0.5, 3.0))
     for sigma, inside in ((0.4, False), (0.5, False), (0.51, True), (3.0, True), (3.01, False)):
-        same = torch.equal(guided.slope(given, x, sigma), method.slope(given, x, sigma))
+        same = torch.equal(guided.slope(with_labels, x, sigma), method.slope(with_labels, x, sigma))
         assert same != inside
 
 
@@ -523,7 +523,7 @@ def sampled(config, **changes):
     config = config.copy_and_resolve_references()
     config.sampling.update(changes)
     run = experiment.Experiment.build(config)
-    for parameter in run.network.parameters():  # of a network whose output depends on the label
+    for parameter in run.network.parameters():  # large enough that the label changes the output
         parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     generator, conditions = torch.Generator().manual_seed(0), run.draw_conditions(4, "test")
     return run.sampler(run.network.eval(), 4, generator=generator, conditions=conditions)[0]
@@ -551,11 +551,11 @@ def test_a_network_guides_itself_nowhere(trained):
     config.sampling.update(guidance=4.0, guide=str(checkpoint))
     run = experiment.Experiment.build(config)
     load_ema(run.network.eval(), load_checkpoint(checkpoint))
-    conditions, found = run.draw_conditions(3, "test"), []
+    conditions, samples = run.draw_conditions(3, "test"), []
     for sampler in (run.sampler, replace(run.sampler, guidance=None)):
         generator = torch.Generator().manual_seed(0)
-        found.append(sampler(run.network, 3, generator=generator, conditions=conditions)[0])
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+        samples.append(sampler(run.network, 3, generator=generator, conditions=conditions)[0])
+    torch.testing.assert_close(*samples, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -580,8 +580,8 @@ def test_what_cannot_be_guided_is_one_line(trained, changes, reason):
     _, config, checkpoint = trained
     config = config.copy_and_resolve_references()
     config.sampling.guidance = 2.0
-    given = {k: str(checkpoint) if v == "{}" else v for k, v in changes.items()}
-    config.update_from_flattened_dict(given)
+    values = {k: str(checkpoint) if v == "{}" else v for k, v in changes.items()}
+    config.update_from_flattened_dict(values)
     with pytest.raises(ValueError) as caught:
         experiment.Experiment.build(config)
     assert reason in str(caught.value)
@@ -589,7 +589,7 @@ def test_what_cannot_be_guided_is_one_line(trained, changes, reason):
 
 
 def test_labels_are_drawn_as_in_the_data(tmp_path):
-    """Of a data set of which nine tenths are of one class; the same at every call of one key."""
+    """Nine tenths of the data are of one class; a key gives equal labels at every call."""
     levels = np.where(np.arange(1000) % 10 == 0, 1, 0)
     np.savez(tmp_path / "x.npz", images=pictures(1000, 4, 4, 1), labels=levels)
     config = folder_config(tmp_path / "x.npz", classes=2)
@@ -612,22 +612,22 @@ def test_labels_are_drawn_as_in_the_data(tmp_path):
 
 
 def test_agreement_of_samples_with_their_labels():
-    """Of classes that lie far apart, 7 of 30 samples have another class's label."""
+    """Classes lie far apart, and 7 of 30 samples have the label of another one."""
     random = np.random.default_rng(0)
     centres = np.array([[0, 0, 0], [20, 0, 0], [0, 20, 0]])
     classes, labels = random.integers(3, size=200), np.arange(30) % 3
     data = centres[classes] + random.standard_normal((200, 3))
     samples = centres[labels] + random.standard_normal((30, 3))
-    asked = np.where(np.arange(30) < 7, (labels + 1) % 3, labels)
+    sample_labels = np.where(np.arange(30) < 7, (labels + 1) % 3, labels)
     reference = Reference.measure([data], 200, 200)
-    known = {"labels": asked, "reference_labels": classes[reference.index]}
-    scores = compare(Comparison(samples, None, reference, **known))
+    label_arrays = {"labels": sample_labels, "reference_labels": classes[reference.index]}
+    scores = compare(Comparison(samples, None, reference, **label_arrays))
     assert scores["agreement"] == pytest.approx(23 / 30)
     assert scores["agreement_data"] == 1
-    for missing in known:
-        without = Comparison(samples, None, reference, **{**known, missing: None})
+    for missing in label_arrays:
+        without = Comparison(samples, None, reference, **{**label_arrays, missing: None})
         assert "agreement" not in compare(without)
-    one = {**known, "reference_labels": np.zeros(200, int)}
+    one = {**label_arrays, "reference_labels": np.zeros(200, int)}
     assert "agreement" not in compare(Comparison(samples, None, reference, **one))
 
 
@@ -660,10 +660,10 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
     solved = []
 
     def bits_per_dim(net, x, generator, conditions, watch=None):
-        """Fewest where ten times the mean of the image, of x in [-1, 1], is the label."""
+        """Bits are fewest where ten times the mean of the image, in [0, 1], is the label."""
         solved.append(len(x))
         bits = 0.05 * (10 * (x + 1).flatten(1).mean(1) / 2 - conditions["class_labels"]).square()
-        return bits + torch.rand(1, generator=generator), None, 1  # of one probe for all labels
+        return bits + torch.rand(1, generator=generator), None, 1  # one probe for all labels
 
     bits_per_dim.divergence = "exact"
     monkeypatch.setattr(Likelihood, "from_config", lambda config, method, codec: bits_per_dim)
@@ -683,7 +683,7 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
     assert report["accuracy"] == np.mean(report["class_log_p"].argmax(1) == labels)
     assert report["accuracy"] == pytest.approx(np.mean(log_p.argmax(1) == labels), abs=0.05)
     assert 0 <= report["agreement"] <= 1
-    assert report["agreement_data"] > 0.95  # of scikit-learn's digits
+    assert report["agreement_data"] > 0.95  # classes of digits are far apart in pixels
     with Image.open(workdir / "by_class/classes_2.png") as picture:
         assert picture.size == (10 * 50 + 2, 10 * 50 + 2)
     assert "Agreement with the labels" in (workdir / "by_class/report.html").read_text()
@@ -695,9 +695,9 @@ def test_evaluation_by_class(trained, tmp_path, monkeypatch):
     restore = {"restore": "super2", "restore_degrade": True}
     config.sampling.update(restore)
     config.eval.num_samples = 40
-    asked = ToRestore.from_config(config, run)
-    assert asked.labels.tolist() == labels[:8].tolist()  # five restorations of each
-    assert asked.truth.shape == (8, 1, 8, 8)
+    images_to_restore = ToRestore.from_config(config, run)
+    assert images_to_restore.labels.tolist() == labels[:8].tolist()  # five restorations of each
+    assert images_to_restore.truth.shape == (8, 1, 8, 8)
     config.sampling.class_label = 3
     run = experiment.Experiment.build(config)
     assert ToRestore.from_config(config, run).labels.tolist() == 8 * [3]

@@ -10,7 +10,7 @@ OUTSIDE = {"tests", "benchmarks"}
 # Where a config is read: programs, what builds the parts, and what stores configs.
 READERS = {"main.py", "run_lib.py", "experiment.py", "completion.py", "hyper_parameters.py"}
 READERS |= {"storage/run_config.py"}
-BUILDERS = {  # each calls its part's `from_config`
+BUILDERS = {  # functions that call their part's `from_config`
     "models/__init__.py": "create_model",
     "methods/__init__.py": "get_method",
     "losses.py": "get_loss_fn",
@@ -22,35 +22,35 @@ BUILDERS = {  # each calls its part's `from_config`
 
 def modules():
     """{dotted name: path} of the program's modules."""
-    found = {}
+    paths = {}
     for path in ROOT.glob("**/*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         if not OUTSIDE & {parts[0]} and not parts[0].startswith("."):
-            found[".".join(parts).removesuffix(".__init__")] = path
-    return found
+            paths[".".join(parts).removesuffix(".__init__")] = path
+    return paths
 
 
-def imported(path, known):
+def imported(path, program):
     """The program's modules that `path` imports, within functions too, and in a key's registry."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
+            yield from (alias.name for alias in node.names if alias.name in program)
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if name in known else node.module for name in names)
+            yield from (name if name in program else node.module for name in names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             module, _, name = node.value.rpartition(".")  # of OneOf(registry="methods.METHODS")
-            if module in known and name.isupper() and len(name) > 1:  # no key such as sampling.N
+            if module in program and name.isupper() and len(name) > 1:  # no key such as sampling.N
                 yield module
 
 
 def test_imports_have_no_circles():
-    known = modules()
-    graph = {name: set(imported(path, known)) & known.keys() for name, path in known.items()}
+    program = modules()
+    graph = {name: set(imported(path, program)) & program.keys() for name, path in program.items()}
     graph = {name: below - {name} for name, below in graph.items()}
     assert len(graph) > 80
     assert {"training", "datasets"} <= graph["run_lib"]
-    assert "solvers.predictor_corrector" in graph["samplers.pc"]  # by a registry
+    assert "solvers.predictor_corrector" in graph["samplers.pc"]  # imported by a registry
     order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names a circle
     assert order.index("methods.base") < order.index("sampling") < order.index("main")
 
@@ -68,9 +68,9 @@ def room(module):
 
 
 def test_no_two_rooms_import_each_other():
-    known, arrows = modules(), {}
-    for name, path in known.items():
-        for below in set(imported(path, known)) & known.keys():
+    program, arrows = modules(), {}
+    for name, path in program.items():
+        for below in set(imported(path, program)) & program.keys():
             if room(name) != room(below):
                 arrows.setdefault((room(name), room(below)), []).append((name, below))
     # configs/default.py gathers the keys of all parts; a stored config and a published snapshot
@@ -117,12 +117,12 @@ def configs_in(tree, path):
 
 
 def test_no_config_below_the_front_door():
-    found = set()
+    violations = set()
     for path in modules().values():
         name = str(path.relative_to(ROOT))
         if name not in READERS and not name.startswith("configs/"):
-            found |= configs_in(ast.parse(path.read_text()), name)
-    assert sorted(found) == [], "these name a config"
+            violations |= configs_in(ast.parse(path.read_text()), name)
+    assert sorted(violations) == [], "these name a config"
 
 
 def test_what_names_a_config_is_seen():

@@ -24,7 +24,7 @@ from solvers.base import Step
 from solvers.states import States
 from storage.checkpoints import load_checkpoint, save_checkpoint
 
-MEAN, STD = 0.2, 0.25  # of Gaussian data, as a network sees them
+MEAN, STD = 0.2, 0.25  # Gaussian data, in the network's units
 
 
 def exact_edm(**overrides):
@@ -55,7 +55,7 @@ def random_network(path, **overrides):
 
 @pytest.fixture(scope="module")
 def images():
-    """Of the exact network's data, in [0, 1]."""
+    """Images of the law that the exact network knows, in [0, 1]."""
     scaled = MEAN + STD * torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     return ((scaled + 1) / 2).clamp(0, 1)
 
@@ -71,7 +71,7 @@ def test_latents_are_those_of_the_linear_flow(images):
 
 
 def test_log_likelihood_is_over_the_unit_interval(images):
-    """That of the prior at the latent, times the flow's stretching: by 2 from [0, 1] to [-1, 1]."""
+    """The prior's log density at the latent plus the log of the flow's and the codec's scaling."""
     run = exact_edm()
     growth = math.sqrt((STD**2 + 80**2) / (STD**2 + 0.002**2))
     latent = (MEAN + growth * (2 * images.double() - 1 - MEAN)).flatten(1)
@@ -98,7 +98,7 @@ def test_samples_of_many_seeds_have_the_law_of_the_data():
 
 
 def test_encode_and_solve_ode_are_inverse():
-    """Also in float64 and to any accuracy."""
+    """Encoding and solving back in float64, at tight tolerances, returns the images."""
     x = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     for method in SDES.values():
         net, fine = gaussian_network(method, MEAN, STD), {"rtol": 1e-9, "atol": 1e-9}
@@ -131,13 +131,13 @@ SAMPLERS = {
 def test_a_sample_depends_on_its_seed_alone(name):
     path, overrides, n = SAMPLERS[name]
     steps = {"sampling.ode_solver": "heun", "sampling.N": 3}
-    run, drawn = random_network(path, **steps | overrides), []
+    run, samples = random_network(path, **steps | overrides), []
     for run.batch_size in (1, 5, 32):
-        drawn.append(run.sample(range(n)))
-    assert max((some - drawn[0]).abs().max() for some in drawn) < 1 / 255
-    differences = (drawn[0][1:] - drawn[0][:-1]).abs().flatten(1).mean(1)
+        samples.append(run.sample(range(n)))
+    assert max((other - samples[0]).abs().max() for other in samples) < 1 / 255
+    differences = (samples[0][1:] - samples[0][:-1]).abs().flatten(1).mean(1)
     assert differences.min() > 0.01
-    assert (run.sample([3, 2**62])[0] - drawn[0][3]).abs().max() < 1 / 255
+    assert (run.sample([3, 2**62])[0] - samples[0][3]).abs().max() < 1 / 255
 
 
 def test_samplers_of_one_step_size_draw_alone():
@@ -166,7 +166,7 @@ def test_class_labels():
     counts = run.labels(None, 3000, range(3000)).bincount(minlength=3)
     assert (counts - 1000).abs().max() < 5 * math.sqrt(3000 * 2 / 9)
     assert run.labels(None, 2, [5, 6]).tolist() == run.labels(None, 4, [4, 5, 6, 7])[1:3].tolist()
-    assert run.labels(None, 2).tolist() == [-1, -1]  # of images that are given
+    assert run.labels(None, 2).tolist() == [-1, -1]  # no seeds, so no labels
     assert run.labels(2, 2).tolist() == [2, 2]
     assert run.labels([0, -1], 2).tolist() == [0, -1]
     for wrong in (3, -2, [0, 3], 1.5, [0, 1, 2]):
@@ -191,10 +191,10 @@ def test_states_between_steps(timed):
         t = VP.time(torch.tensor(sigma).double())
         alpha = VP.alpha(t) if timed else 1.0
         states(Step(i, t.item() if timed else sigma, alpha * (a + b * sigma), None))
-    found = states.end(a)
+    trajectory = states.end(a)
     expected = torch.tensor([40.0, 12.0, 7.0, 3.0, 0.5, 0.0]).double()
-    assert found.shape == (6, 2, 1, 1, 1)
-    assert torch.allclose(found.flatten(1), 1 + expected[:, None] * torch.tensor([0.0, 1.0]))
+    assert trajectory.shape == (6, 2, 1, 1, 1)
+    assert torch.allclose(trajectory.flatten(1), 1 + expected[:, None] * torch.tensor([0.0, 1.0]))
 
 
 def test_a_film_ends_with_the_samples():
@@ -251,7 +251,7 @@ def test_loading_draws_nothing_and_takes_the_ema_weights(trained):
 
 
 def test_six_frames_lead_from_a_sample_to_the_network(trained):
-    """By Heun's method: of the project's own files, models/ apart, when the network is entered."""
+    """Frames of the project's files, models/ apart, when Heun's method enters the network."""
     run, stacks = load(trained), []
     assert run.experiment.sampler.solver == "heun"
 
@@ -334,7 +334,7 @@ def test_images_and_latents_that_are_no_floats_are_one_line(images, dtype):
 
 def test_seeds_of_numpy_and_pytorch():
     quick = {"sampling.ode_solver": "heun", "sampling.N": 2}
-    quick |= {"sampling.rtol": 0.1, "sampling.atol": 0.1}  # of likelihoods
+    quick |= {"sampling.rtol": 0.1, "sampling.atol": 0.1}  # quick likelihoods
     run = random_network("vp/digits_ddpmpp.py", **quick)
     expected = run.sample([3, 4])
     for seeds in (
@@ -459,7 +459,7 @@ def finite_difference(function, x, direction, step):
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize("what", ["denoise", "encode", "log_likelihood"])
 def test_gradients_are_finite_differences(name, what):
-    """In float64, of a network whose Jacobian is neither constant nor symmetric."""
+    """Float64 gradients of a network whose Jacobian is neither constant nor symmetric."""
     method, generator = SDES[name], torch.Generator().manual_seed(0)
     x, direction, probe = torch.randn(3, 2, 1, 2, 2, generator=generator).double()
     mix = 0.2 * torch.randn(4, 4, generator=generator).double()
@@ -467,7 +467,7 @@ def test_gradients_are_finite_differences(name, what):
 
     def net(x, label, **conditions):
         mixed = 0.1 * (x.flatten(1) @ mix).sin().view_as(x)
-        score = method is SDES["ve"]  # which the noise level, the label, makes noise
+        score = method is SDES["ve"]  # VE's output is a score: noise over the level, its label
         return net_of_law(x, label, **conditions) + (mixed / spread(label, x) if score else mixed)
 
     limits = {"rtol": 1e-8, "atol": 1e-8}
@@ -489,7 +489,7 @@ def test_gradients_are_finite_differences(name, what):
 
 
 def test_gradients_of_a_trained_network(images):
-    """Of the exact network, whose flow and posterior mean are linear and density is Gaussian."""
+    """The exact network has a linear flow, a linear posterior mean and a Gaussian density."""
     run, x = exact_edm(), images.clone().requires_grad_()
     growth = math.sqrt((STD**2 + 80**2) / (STD**2 + 0.002**2))
     (nats,) = torch.autograd.grad(run.log_likelihood(x).sum(), x)
@@ -530,31 +530,31 @@ def test_gradients_pass_through_attention_and_the_rest_of_a_network(path):
 
 @pytest.mark.parametrize("name, noise", [("inpaint", 0.0), ("super2", 0.1), ("denoise", 0.2)])
 def test_restorations_have_the_posterior_of_gaussian_images(images, name, noise):
-    """Of pixels N(m, s^2): the mean and spread of those of which A x + noise is known."""
+    """Restored pixels of law N(m, s^2) have the mean and spread of x given A x + noise."""
     trained = exact_edm(**{"sampling.ode_solver": "heun", "sampling.N": 30})
     mean, std = (MEAN + 1) / 2, STD / 2
     missing, generator = torch.zeros(8, 8, dtype=torch.bool), torch.Generator().manual_seed(1)
     missing[:4] = True
-    seen, options = images, {"missing": missing} if name == "inpaint" else {"noise": noise}
+    measurement, options = images, {"missing": missing} if name == "inpaint" else {"noise": noise}
     expected, spread = torch.where(missing, mean, images), torch.where(missing, std, 0.0)
     if name == "super2":
-        seen = torch.nn.functional.avg_pool2d(images, 2)
+        measurement = torch.nn.functional.avg_pool2d(images, 2)
     if noise:
-        seen = seen + noise * torch.randn(seen.shape, generator=generator)
-        variance = std**2 / (4 if name == "super2" else 1)  # of what is measured
-        change = (seen - mean) * variance / (variance + noise**2)
+        measurement = measurement + noise * torch.randn(measurement.shape, generator=generator)
+        variance = std**2 / (4 if name == "super2" else 1)  # variance of a measured value
+        change = (measurement - mean) * variance / (variance + noise**2)
         if name == "super2":
             change = change.repeat_interleave(2, -1).repeat_interleave(2, -2)
         expected = mean + change
         spread = torch.tensor(std**2 - variance**2 / (variance + noise**2)).sqrt()
-    restored = trained.restore(seen, name, range(100), **options)
+    restored = trained.restore(measurement, name, range(100), **options)
     assert restored.shape == (5, 100, 1, 8, 8)
     assert (restored.mean(1) - expected).abs().max() < 5 * std / 10
     assert (restored.mean(1) - expected).square().mean().sqrt() < 1.5 * std / 10
     assert (restored.std(1) - spread).square().mean().sqrt() < 0.2 * std
     if name == "inpaint":
-        known = restored[..., 4:, :] - images[:, None, :, 4:]
-        assert known.abs().max() < 1e-5
+        error = restored[..., 4:, :] - images[:, None, :, 4:]
+        assert error.abs().max() < 1e-5
 
 
 def test_a_restoration_depends_on_its_image_and_seed(images):

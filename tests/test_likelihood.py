@@ -131,7 +131,7 @@ def test_hutchinson_estimate_is_unbiased(exact_network):
 @pytest.mark.parametrize("divergence", ["rademacher", "exact"])
 @pytest.mark.parametrize("name", SDES)
 def test_bits_per_dim_of_normal_data(name, divergence):
-    """Of independent entries, for which one Rademacher probe is exact.
+    """Independent entries, for which one Rademacher probe is exact.
 
     With a tight tolerance the density is that of the prior, carried to t_data by the affine flow.
     """
@@ -172,7 +172,7 @@ def correlated_network(sde, covariance):
 
 @pytest.mark.parametrize("name", SDES)
 def test_exact_divergence_and_the_mean_of_estimates(name):
-    """Of correlated data, whose divergence a single probe misses."""
+    """Correlated data, whose divergence a single probe misses."""
     sde = SDES[name]
     covariance = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
     x = torch.tensor([[0.3, -0.5], [1.0, 0.2]], dtype=torch.float64).view(2, 2, 1, 1)

@@ -1,4 +1,4 @@
-"""What counts as data in a folder or zip, how it is split, and what is said of the rest."""
+"""Files that count as data in a folder or zip, their splits, and remarks on the rest."""
 
 import hashlib
 import os
@@ -228,7 +228,7 @@ def test_entries_of_one_name_are_said():
 
 
 def test_backslashes_are_separators(tmp_path):
-    """Of entries, and of the names in dataset.json."""
+    """Backslashes separate folders in entries of a zip and in the names of dataset.json."""
     images = pictures(6, 8, 8, 1)
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
         for i, image in enumerate(images):
@@ -388,8 +388,8 @@ def test_images_of_a_folder_follow_the_same_rules(tmp_path, caplog):
     caplog.set_level("INFO")
     place(tmp_path, "far/1.png", "x/2.png", "x/.git/3.png", "x/grid.png", "x/notes.txt")
     (tmp_path / "x/link").symlink_to(tmp_path / "far")
-    found = folder.read_images("sampling.encode", str(tmp_path / "x"), 3)
-    assert [*found] == ["2.png", "link/1.png"]
+    images = folder.read_images("sampling.encode", str(tmp_path / "x"), 3)
+    assert [*images] == ["2.png", "link/1.png"]
     assert "left out: 1 .txt, 1 hidden folder (.git), 1 picture of this program" in caplog.text
     assert [*folder.read_images("sampling.encode", str(tmp_path / "x/grid.png"), 3)] == ["grid.png"]
 
@@ -452,7 +452,7 @@ def test_a_run_keeps_the_rules_that_it_began_with(tmp_path, caplog):
     assert run_config.load(workdir).data.rules == 1
     assert "data.rules=1: the run began before" in caplog.text
     assert not re.search("config differs.*data.rules", caplog.text)
-    stored, _, lines = complete(run_config.load(workdir), workdir)  # as --mode eval
+    stored, _, lines = complete(run_config.load(workdir), workdir)  # what --mode eval does
     assert stored.data.rules == 1
     assert "data.rules=1" in lines[-1]
     assert complete(config, tmp_path / "new")[0].data.rules == 2

@@ -113,12 +113,12 @@ def test_seconds_go_on_where_a_run_is_resumed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "FIFO", "folder", "full"])
 def test_what_cannot_be_written_is_one_line_and_never_followed(tmp_path, kind, caplog, monkeypatch):
-    path, theirs = tmp_path / "run/metrics.jsonl", tmp_path / "theirs"
-    theirs.write_text("keep")
+    path, other_file = tmp_path / "run/metrics.jsonl", tmp_path / "theirs"
+    other_file.write_text("keep")
     path.parent.mkdir()
     make = {
-        "link": lambda: path.symlink_to(theirs),
-        "hard link": lambda: path.hardlink_to(theirs),
+        "link": lambda: path.symlink_to(other_file),
+        "hard link": lambda: path.hardlink_to(other_file),
         "FIFO": lambda: os.mkfifo(path),
         "folder": path.mkdir,
         "full": lambda: monkeypatch.setattr(loggers, "open_regular", no_space),
@@ -133,7 +133,7 @@ def test_what_cannot_be_written_is_one_line_and_never_followed(tmp_path, kind, c
             logs.add_scalars({"loss": 1.0}, step)
     (line,) = [record.message for record in caplog.records]
     assert line.startswith("the logger 'jsonl': ") and line.endswith("; it logs nothing more")
-    assert theirs.read_text() == "keep"
+    assert other_file.read_text() == "keep"
     assert len(read_scalars(path.parent / "tensorboard")["loss"]) == 3
 
 
@@ -274,7 +274,7 @@ def test_weights_and_biases_has_one_run_with_all_steps(runs):
     starts = sorted((runs / "killed/wandb").glob("offline-run-*"))
     options = [json.loads((start / "options.json").read_text()) for start in starts]
     assert len(starts) == 3
-    assert len({each["id"] for each in options}) == 1  # of one run, which is resumed
+    assert len({each["id"] for each in options}) == 1  # one run, which is resumed
     assert {each["resume"] for each in options} == {"allow"}
     assert options[0]["name"] == "killed" and options[0]["project"] == "pfgm"
     assert options[0]["config"]["training.metric_freq"] == MEASURED
@@ -412,8 +412,8 @@ PERFECT = {"fid": 0.0, "samples": 30, "features": "pixels"}
     ("record", "change", "is_kept"),
     [
         (PERFECT, {}, True),
-        (PERFECT, {"training__metric_samples": 20}, False),  # of fewer samples: another number
-        (PERFECT, {"optim__lr": 1e-3}, False),  # its step is not taken again
+        (PERFECT, {"training__metric_samples": 20}, False),  # fewer samples give another number
+        (PERFECT, {"optim__lr": 1e-3}, False),  # another rate takes other steps
         (None, {}, False),
         (PERFECT | {"fid": "0"}, {}, False),
         (PERFECT | {"samples": -1}, {}, False),

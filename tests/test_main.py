@@ -118,7 +118,7 @@ def test_a_failed_snapshot_does_not_stop_training(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise FloatingPointError("no flow yet")
 
-    monkeypatch.setattr(sampling, "for_snapshots", lambda *given: fail)
+    monkeypatch.setattr(sampling, "for_snapshots", lambda *arguments: fail)
     run_lib.train(config, tmp_path)
     assert "step 4: no samples drawn: no flow yet" in (tmp_path / "stdout.txt").read_text()
     assert load_checkpoint(tmp_path / "checkpoints-meta/checkpoint.pth")["step"] == 4
@@ -163,8 +163,8 @@ def test_evaluation_reports_what_was_asked(trained):
         assert report["num_samples"] == 130
         assert str(report["features"]) == "pixels"
         assert all(np.isfinite(report[key]) for key in ("loss", "bpd", "bpd_error", "fid"))
-        shown = f"{report['fid']:.6g}"
-    assert re.search(rf"Fréchet distance, pixels +{shown}", done.stdout)
+        fid = f"{report['fid']:.6g}"
+    assert re.search(rf"Fréchet distance, pixels +{fid}", done.stdout)
     rounds = [np.load(folder / f"ckpt_4/samples_{r}.npz")["samples"] for r in range(2)]
     assert [r.shape for r in rounds] == [(100, 8, 8, 1), (30, 8, 8, 1)]
     statistics = np.load(folder / "ckpt_4/statistics_1.npz")["pool_3"]
@@ -209,12 +209,12 @@ def test_the_published_name_of_the_split_still_works(trained):
 
 
 def test_a_published_checkpoint_evaluates_as_it_is(trained, tmp_path):
-    """The same weights under their published names give the same loss."""
+    """Equal weights under their published names give an equal loss."""
     saved = load_checkpoint(trained / "checkpoints/checkpoint_8.pth")
     config = digits_ddpmpp.get_config()
     config.model.update(nf=8, ch_mult=(1,))
     names = reference_names(create_model(config))
-    saved["model"] = {f"module.{name}": saved["model"][own] for name, own in names.items()}
+    saved["model"] = {f"module.{name}": saved["model"][key] for name, key in names.items()}
     saved["optimizer"] = {}  # evaluation has no use for it
     path = tmp_path / "checkpoints/checkpoint_8.pth"
     path.parent.mkdir()
@@ -222,8 +222,8 @@ def test_a_published_checkpoint_evaluates_as_it_is(trained, tmp_path):
     options = ["--noconfig.eval.enable_sampling", "--noconfig.eval.enable_bpd"]
     for workdir in (trained, tmp_path):
         call("eval", workdir, *TINY, *options, "--eval_folder=published")
-    ours, theirs = (np.load(w / "published/report_4.npz")["loss"] for w in (trained, tmp_path))
-    assert ours == theirs
+    loss, expected = (np.load(w / "published/report_4.npz")["loss"] for w in (trained, tmp_path))
+    assert loss == expected
 
 
 def test_checkpoints_named_by_their_number_are_found(trained, tmp_path):
@@ -260,8 +260,8 @@ def test_a_killed_run_goes_on_at_its_step(trained, tmp_path):
     (held_out,) = re.findall("step 8: held-out loss .*", log)
     assert held_out in (trained / "stdout.txt").read_text()
     last = "checkpoints/checkpoint_8.pth"
-    ours, theirs = (load_checkpoint(w / last)["model"] for w in (tmp_path, trained))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    weights, expected = (load_checkpoint(w / last)["model"] for w in (tmp_path, trained))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 # --- mistakes: one line, a non-zero status, nothing written ---------------------------------------
@@ -434,8 +434,8 @@ def test_evaluation_takes_the_config_of_the_run(trained):
     options = ["--noconfig.eval.enable_sampling", "--noconfig.eval.enable_bpd"]
     call("eval", trained, *TINY, *options, "--eval_folder=given")
     evaluate_stored(trained, *options, "--eval_folder=stored")
-    given, stored = (np.load(trained / f"{name}/report_4.npz") for name in ("given", "stored"))
-    assert given["loss"] == stored["loss"]
+    explicit, stored = (np.load(trained / f"{name}/report_4.npz") for name in ("given", "stored"))
+    assert explicit["loss"] == stored["loss"]
     done = evaluate_stored(trained, *options, "--config.eval.dataset=train", "--eval_folder=over")
     assert "Loss (train)" in done.stdout
 
@@ -536,8 +536,8 @@ def test_an_interrupt_of_the_start_leaves_no_traceback(tmp_path, seconds):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     # the interpreter's own first 20 ms and the import of signal, main.py's first, belong to nobody
-    ours = "main.py" in errors and "import signal" not in errors
-    assert "Traceback" not in errors or not ours
+    in_main = "main.py" in errors and "import signal" not in errors
+    assert "Traceback" not in errors or not in_main
     assert process.returncode in (0, 130, -signal.SIGINT, 1)
 
 
@@ -557,7 +557,7 @@ RESTORE = ["--config.sampling.restore=super2", "--config.sampling.restore_degrad
     ],
 )
 def test_an_evaluation_asked_to_restore_does_not_sample(trained, overrides, evaluated, folder):
-    """Unless the command line asks for another part too; its report is apart from the others."""
+    """It samples only where the command line asks for more; its report has its own folder."""
     output = call("eval", trained, "--dry_run", *overrides).stdout
     parts = ", ".join(
         p if p.startswith("restore") else f"enable_{p}" for p in evaluated.split(", ")

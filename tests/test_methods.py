@@ -160,8 +160,8 @@ def test_leading_bits_multiply_exactly(dim):
 
 
 def test_slow_double_is_told_from_fast(monkeypatch):
-    known = {(8, 0): True, (9, 0): True, (8, 6): False, (8, 9): False, (12, 0): False}
-    for capability, fast in known.items():
+    expected = {(8, 0): True, (9, 0): True, (8, 6): False, (8, 9): False, (12, 0): False}
+    for capability, fast in expected.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert field_module.has_fast_double(torch.device("cuda")) == fast
     assert field_module.has_fast_double(torch.device("cpu"))
@@ -257,10 +257,10 @@ def test_prior_samples_have_the_cauchy_radius(poisson, dim):
     method = replace(poisson, upper_norm=1e30)
     x = method.prior_sampling((4000, dim, 1, 1), torch.Generator().manual_seed(1)).double()
     squared = x.flatten(1).square().sum(1).numpy()
-    kept = squared > 1.0  # norms below 1 are clipped to it
+    unclipped = squared > 1.0  # norms below 1 are clipped to it
     law = stats.f(dim, 1)
     floor = law.cdf(1 / (dim * method.z_max**2))
-    value = squared[kept] / (dim * method.z_max**2)
+    value = squared[unclipped] / (dim * method.z_max**2)
     test = stats.kstest(value, lambda v: (law.cdf(v) - floor) / (1 - floor))
     assert test.pvalue > 1e-3
 
@@ -282,9 +282,9 @@ def test_prior_density_integrates_to_one(poisson, dim):
 
 def test_prior_sample_at_a_height_of_zero(poisson, monkeypatch):
     """torch.randn gives an exact 0 once in some 10^7 draws: infinitely far, hence clipped."""
-    drawn = torch.randn
+    randn = torch.randn
     monkeypatch.setattr(
-        torch, "randn", lambda *s, **k: torch.zeros(*s) if s[1:] == (1,) else drawn(*s, **k)
+        torch, "randn", lambda *s, **k: torch.zeros(*s) if s[1:] == (1,) else randn(*s, **k)
     )
     norm = poisson.prior_sampling((5, 3, 2, 2)).flatten(1).norm(dim=1)
     torch.testing.assert_close(norm, torch.full((5,), poisson.upper_norm))
@@ -359,7 +359,7 @@ def test_an_euler_step_to_zero_denoises(poisson, exact_network, name):
 @pytest.mark.parametrize("t", [0.01, 0.5])
 @pytest.mark.parametrize("name", ["poisson", *SDES, *FAMILY])
 def test_perturbed_images_have_the_marginal_of_their_time(poisson, name, t):
-    """Of mean alpha y and scale alpha sigma; normal, or a Student t, for Poisson flow Cauchy."""
+    """Mean alpha y, scale alpha sigma; normal, a Student t, or for Poisson flow Cauchy."""
     method, y = (
         (SDES | FAMILY).get(name, poisson),
         torch.full((4000, 1, 1, 1), 0.25, dtype=torch.float64),

@@ -50,7 +50,7 @@ def test_frechet_distance_is_its_definition(dim, rank):
 
 
 def test_frechet_distance_of_commuting_gaussians():
-    """With diagonal covariances it is the distance of means and standard deviations."""
+    """Diagonal covariances: the distance of means and of standard deviations."""
     a = Gaussian(np.array([0.0, 1.0]), np.diag([4.0, 9.0]))
     b = Gaussian(np.array([3.0, 1.0]), np.diag([1.0, 0.0]))
     assert frechet_distance(a, b) == pytest.approx(3**2 + (2 - 1) ** 2 + 3**2)
@@ -60,13 +60,13 @@ def test_frechet_distance_of_commuting_gaussians():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 12), st.floats(-4, 4))
 def test_frechet_distance_of_what_passes_as_covariances_is_not_negative(seed, dim, rank, scale):
-    """Of any rank, kept in float32, and compared with themselves or others."""
+    """Covariances of any rank, rounded to float32, against themselves and others."""
     a = random_gaussian(seed, dim, rank)
-    kept = Gaussian(a.mean, (10**scale * a.covariance).astype(np.float32).astype(np.float64))
-    kept.check()
-    assert frechet_distance(kept, kept) >= 0
-    assert frechet_distance(a, kept) >= 0
-    assert frechet_distance(kept, a) >= 0
+    rounded = Gaussian(a.mean, (10**scale * a.covariance).astype(np.float32).astype(np.float64))
+    rounded.check()
+    assert frechet_distance(rounded, rounded) >= 0
+    assert frechet_distance(a, rounded) >= 0
+    assert frechet_distance(rounded, a) >= 0
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_kernel_distance_is_its_definition():
 
 
 def test_kernel_distance_has_no_bias():
-    """Over many pairs of small samples of one law it averages to zero."""
+    """The mean over many pairs of small samples of one law is zero."""
     random = np.random.RandomState(0)
     distances = [kernel_distance(*random.standard_normal((2, 5, 3))) for _ in range(4000)]
     assert abs(np.mean(distances)) < 4 * np.std(distances) / np.sqrt(len(distances))
@@ -162,15 +162,15 @@ def test_kernel_distance_has_no_bias():
 
 def test_both_implementations_of_the_metrics_agree():
     pytest.importorskip("tensorflow_gan")
-    theirs = networks.tensorflow_gan()
+    tfgan = networks.tensorflow_gan()
     random = np.random.RandomState(0)
     real = random.gamma(0.5, size=(2100, 48)).astype(np.float32)
     fake = random.gamma(0.7, size=(1500, 48)).astype(np.float32) @ random.standard_normal((48, 48))
     logits = 3 * random.standard_normal((1500, 20))
     for values in (
-        [b.frechet_distance(fake, Gaussian.fit(real), real) for b in (OURS, theirs)],
-        [b.kernel_distance(real, fake) for b in (OURS, theirs)],
-        [b.inception_score(logits) for b in (OURS, theirs)],
+        [b.frechet_distance(fake, Gaussian.fit(real), real) for b in (OURS, tfgan)],
+        [b.kernel_distance(real, fake) for b in (OURS, tfgan)],
+        [b.inception_score(logits) for b in (OURS, tfgan)],
     ):
         assert values[0] == pytest.approx(values[1], rel=1e-4)
 

@@ -133,12 +133,12 @@ def test_it_gives_the_figures_of_tensorflow_gan(sets, monkeypatch, tmp_path):
     options = "--features", "network", "--networks", network
     numbers = compared(monkeypatch, tmp_path, sets / "a", sets / "b", *options)
     fake, real = (images_of(seed, n).mean((1, 2)) for seed, n in ((0, 60), (1, 70)))
-    theirs, order = tensorflow_gan(), np.random.default_rng(0).permutation(70)
-    fid = theirs.frechet_distance(fake, Gaussian.fit(real), real)
-    kid = theirs.kernel_distance(real[order], fake)
+    tfgan, order = tensorflow_gan(), np.random.default_rng(0).permutation(70)
+    fid = tfgan.frechet_distance(fake, Gaussian.fit(real), real)
+    kid = tfgan.kernel_distance(real[order], fake)
     np.testing.assert_allclose(numbers["fid"], fid, rtol=1e-6)
     np.testing.assert_allclose(numbers["kid"], kid, rtol=1e-6)
-    np.testing.assert_allclose(numbers["IS"], theirs.inception_score(2 * fake), rtol=1e-6)
+    np.testing.assert_allclose(numbers["IS"], tfgan.inception_score(2 * fake), rtol=1e-6)
 
 
 def moments(images):

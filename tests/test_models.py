@@ -39,8 +39,8 @@ def case_config(case):
     if "config" not in case:
         config = load_config("ve/ncsnv2/cifar10.py")
         for section in ("data", "model"):
-            known = {k: v for k, v in case[section].items() if k in config[section]}
-            config[section].update(known)
+            values = {k: v for k, v in case[section].items() if k in config[section]}
+            config[section].update(values)
         config.model.scale_by_sigma = case["model"]["name"] != "ncsn"
         return config
     config = load_config(case["config"])
@@ -116,8 +116,8 @@ def test_published_names_shapes_order_and_counts(path):
         model = models.create_model(load_config(path))
     parameters = dict(model.named_parameters())
     names = models.reference_names(model)
-    own = {name: tuple(parameters[own].shape) for name, own in names.items()}
-    assert list(own.items()) == list(expand(STATE_DICTS, published["state"]).items())
+    shapes = {name: tuple(parameters[key].shape) for name, key in names.items()}
+    assert list(shapes.items()) == list(expand(STATE_DICTS, published["state"]).items())
     assert list(names.values()) == list(parameters)
     trainable = [p.numel() for p in parameters.values() if p.requires_grad]
     assert sum(p.numel() for p in parameters.values()) == published["parameters"]
@@ -150,7 +150,7 @@ def test_names_of_small_networks(case):
     parameters, names = dict(model.named_parameters()), models.reference_names(model)
     shapes = expand(NETWORKS, NETWORKS["cases"][case]["state"])
     assert list(names) == list(shapes)
-    assert {name: tuple(parameters[own].shape) for name, own in names.items()} == shapes
+    assert {name: tuple(parameters[key].shape) for name, key in names.items()} == shapes
 
 
 def test_module_prefix_and_sigmas_are_accepted():
@@ -189,7 +189,7 @@ def test_weights_of_compiled_and_parallel_networks_are_loaded(published, compile
     assert all(name.startswith("module._orig_mod.") for name in weights)
     if published and not compiled:
         names = models.reference_names(other)
-        weights = {f"module._orig_mod.{name}": expected[own] for name, own in names.items()}
+        weights = {f"module._orig_mod.{name}": expected[key] for name, key in names.items()}
     load_model(other, dict(weights))
     assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
 
@@ -204,9 +204,9 @@ def test_a_weight_that_is_there_twice_is_refused():
 
 
 def test_trainable_parameters_have_the_published_order():
-    """So a published moving average, a list without names, fits them one by one."""
+    """Order alone pairs a published moving average, a list without names, with parameters."""
     model = models.create_model(case_config("poisson_ncsnpp_fir_residual_input"))
-    published = {own: name for name, own in models.reference_names(model).items()}
+    published = {key: name for name, key in models.reference_names(model).items()}
     trained = [published[name] for name, p in model.named_parameters() if p.requires_grad]
     entries = list(case_weights("poisson_ncsnpp_fir_residual_input"))
     assert trained == [name for name in entries if name != "all_modules.0.W"]
@@ -294,7 +294,7 @@ def test_ddpm_with_and_without_condition(conditional):
     model = models.create_model(config).eval()
     shapes = {name: p.shape for name, p in model.named_parameters()}
     weights = {
-        name: weight(name, shapes[own]) for name, own in models.reference_names(model).items()
+        name: weight(name, shapes[key]) for name, key in models.reference_names(model).items()
     }
     models.load_reference_state_dict(model, weights)
     x = torch.rand(1, 3, 8, 8).expand(2, -1, -1, -1)
@@ -336,17 +336,17 @@ def test_checkpointed_activations_change_memory_and_nothing_else(resblock_type):
         torch.manual_seed(0)
         options = {"resblock_type": resblock_type, "checkpoint_activations": checkpointed}
         model = models.create_model(digits_config(dropout=0.5, init_scale=1.0, **options))
-        kept = {}
+        sizes = {}
 
-        def keep(tensor, kept=kept):
-            kept[tensor.data_ptr()] = tensor.nbytes
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             field_x, field_z = model.train()(x, label)
         weights = {p.data_ptr() for p in model.parameters()}
-        memory = sum(size for address, size in kept.items() if address not in weights)
+        memory = sum(size for address, size in sizes.items() if address not in weights)
         (field_x.square().sum() + field_z.sum()).backward()
         results[checkpointed] = memory, [p.grad for p in model.parameters()]
     (memory, gradients), (less_memory, same_gradients) = results[False], results[True]
@@ -409,7 +409,7 @@ def test_attention_is_softmax_of_scaled_products(skip_rescale):
 
 def test_positional_features():
     label = torch.tensor([0.01, 3.0, 702.5])
-    expected = np.zeros((3, 9))  # of an odd size, so with a zero at the end
+    expected = np.zeros((3, 9))  # an odd size has a zero at the end
     for row, t in enumerate(label.tolist()):
         for i in range(4):
             angle = t * 10000 ** (-i / 3)
@@ -520,12 +520,12 @@ def message(error):
     ],
 )
 def test_unknown_value_lists_the_known(option):
-    known = getattr(digits_config().model, option)
+    default = getattr(digits_config().model, option)
     with pytest.raises(ValueError) as error:
         models.create_model(digits_config(**{option: "sideways"}))
     text = message(error)
     assert f"model.{option} must be one of " in text
-    assert repr(known) in text.partition(", not 'sideways'")[0]
+    assert repr(default) in text.partition(", not 'sideways'")[0]
 
 
 def test_unknown_name_lists_all_networks():

@@ -54,24 +54,24 @@ def with_spectrum(seed, rows, columns, decay):
 @given(st.lists(st.tuples(sides, sides, decay, st.integers(-12, 12)), min_size=1, max_size=4))
 def test_orthogonalise_is_the_polynomial_of_singular_values(shapes):
     """Matrices of any size and scale, whose singular values fall as a power of their index."""
-    drawn = [with_spectrum(k, *shape) for k, (*shape, _) in enumerate(shapes)]
-    ours = orthogonalise([x * 10.0**power for x, (*_, power) in zip(drawn, shapes, strict=True)])
-    for x, found in zip(drawn, ours, strict=True):
-        torch.testing.assert_close(found.double(), defined(x), rtol=0, atol=2e-3)
+    draws = [with_spectrum(k, *shape) for k, (*shape, _) in enumerate(shapes)]
+    results = orthogonalise([x * 10.0**power for x, (*_, power) in zip(draws, shapes, strict=True)])
+    for x, result in zip(draws, results, strict=True):
+        torch.testing.assert_close(result.double(), defined(x), rtol=0, atol=2e-3)
 
 
 def test_vanishing_matrices_stay_finite_and_tf32_is_left_out():
     x = draw(0, 9, 9)
     for power in (-45, -30, -24, -20):
-        (found,) = orthogonalise([x * 10.0**power])
-        assert found.isfinite().all() and found.norm() < 4
-    found, seen = orthogonalise([torch.zeros(3, 9)])[0], []
-    assert torch.equal(found, torch.zeros(3, 9))
+        (result,) = orthogonalise([x * 10.0**power])
+        assert result.isfinite().all() and result.norm() < 4
+    result, precisions = orthogonalise([torch.zeros(3, 9)])[0], []
+    assert torch.equal(result, torch.zeros(3, 9))
 
     class Seeing(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             if function in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.baddbmm):
-                seen.append(torch.get_float32_matmul_precision())
+                precisions.append(torch.get_float32_matmul_precision())
             return function(*args, **kwargs or {})
 
     torch.set_float32_matmul_precision("high")
@@ -81,15 +81,15 @@ def test_vanishing_matrices_stay_finite_and_tf32_is_left_out():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert len(seen) > 10 and set(seen) == {"highest"}
+    assert len(precisions) > 10 and set(precisions) == {"highest"}
 
 
 def test_singular_values_come_near_one():
     u, _ = torch.linalg.qr(draw(0, 12, 12).double())
     v, _ = torch.linalg.qr(draw(1, 30, 12).double())
     s = torch.logspace(-1.9, 0, 12, dtype=torch.float64)
-    found = torch.linalg.svdvals(orthogonalise([(u * s) @ v.T])[0])
-    assert found.min() > 0.68 and found.max() < 1.14
+    singular_values = torch.linalg.svdvals(orthogonalise([(u * s) @ v.T])[0])
+    assert singular_values.min() > 0.68 and singular_values.max() < 1.14
 
 
 def test_a_zero_gradient_moves_nothing_at_first():
@@ -114,7 +114,7 @@ def test_a_matrix_moves_along_its_orthogonalised_momentum(shape, channels_last):
     start, gradients = draw(2, *shape), [draw(3, *shape), draw(4, *shape)]
     laid_out = {"memory_format": torch.channels_last} if channels_last else {}
     w = start.clone().to(**laid_out).requires_grad_()
-    other = draw(5, *shape).requires_grad_()  # of the same shape, without a gradient
+    other = draw(5, *shape).requires_grad_()  # equal in shape, without a gradient
     optimizer = optimizer_of(w, other)
     expected, m = start.double().flatten(1), torch.zeros_like(start).double()
     rows, columns = expected.shape
@@ -144,17 +144,17 @@ def test_weight_decay_is_added_to_the_gradient():
 
 @pytest.mark.parametrize("shape", [(), (30,), (3, 40), (40, 7), (1, 16, 3, 3)])
 def test_all_else_moves_as_adam_moves_it(shape):
-    found = []
+    results = []
     for kind in ("muon", "adam"):
         w, matrix = draw(0, *shape).requires_grad_(), draw(1, 9, 9).requires_grad_()
         optimizer = optimizer_of(w, matrix, kind=kind)
         for seed in range(3):
             w.grad, matrix.grad = draw(seed, *shape), draw(seed, 9, 9)
             optimizer.step()
-        found.append((w.detach(), matrix.detach()))
-    (ours, our_matrix), (theirs, their_matrix) = found
-    assert torch.equal(ours, theirs)
-    assert not torch.equal(our_matrix, their_matrix)
+        results.append((w.detach(), matrix.detach()))
+    (w_muon, matrix_muon), (w_adam, matrix_adam) = results
+    assert torch.equal(w_muon, w_adam)
+    assert not torch.equal(matrix_muon, matrix_adam)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

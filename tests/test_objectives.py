@@ -100,8 +100,8 @@ def test_the_objective_trains_and_evaluates_with_the_network(config):
 
 
 def test_an_objective_is_told_the_number_of_the_step(config):
-    """From 0; the held-out loss after it has the number of the next."""
-    config.optim.warmup = 10**6  # its parameter stays 1
+    """Steps count from 0; the held-out loss after a step has the number of the next."""
+    config.optim.warmup = 10**6  # so that the objective's parameter stays 1
     state = train_state(config, nn.Linear(2, 2))
     state.step, batch = 7, Batch(torch.zeros(4, 1, 2, 2))
     losses = [training.train_step(state, batch).item() for _ in range(2)]
@@ -110,7 +110,7 @@ def test_an_objective_is_told_the_number_of_the_step(config):
 
 
 def test_every_step_has_draws_of_its_own_and_a_resumed_run_the_same(monkeypatch, tmp_path):
-    """Of the step's batch, of its generator, and of the global one, which dropout draws from."""
+    """Recorded draws: the step's batch, its generator and the global one, which dropout uses."""
     draws = []
 
     class Recorded(losses.Regression):
@@ -130,7 +130,7 @@ def test_every_step_has_draws_of_its_own_and_a_resumed_run_the_same(monkeypatch,
         runs[workdir] = draws[:]
         draws.clear()
     assert runs["whole"] == runs["resumed"]
-    for numbers in zip(*runs["whole"], strict=True):  # of the four steps
+    for numbers in zip(*runs["whole"], strict=True):  # four steps each
         assert len({*numbers}) == 4
 
 

@@ -225,13 +225,13 @@ class TestFusedLeakyReLU:
 
 
 class StandIn:
-    """What op/binding.cpp offers, on the CPU, by the definition; it takes what the kernels take."""
+    """CPU double of op/binding.cpp by the definition; it takes the arguments of the kernels."""
 
     def upfirdn2d(self, x, kernel, up, down, before, size):
         assert x.is_contiguous() and kernel.is_contiguous()
         assert kernel.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
         ends = [
-            (n - 1) * d + taps - m * u - b  # of the padding, for exactly this size
+            (n - 1) * d + taps - m * u - b  # padding at the end that gives exactly this size
             for n, d, taps, m, u, b in zip(
                 size, down, kernel.shape, x.shape[2:], up, before, strict=True
             )
@@ -294,8 +294,8 @@ class TestTracing:
             names = [str(node.target) for node in graph.graph.nodes]
             assert names.count("pfgm.upfirdn2d.default") == 2  # forwards and backwards
             assert names.count("pfgm.fused_leaky_relu.default") == 2
-            for ours, expected in zip(graph(x, bias), with_gradient(x, bias), strict=True):
-                torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+            for result, expected in zip(graph(x, bias), with_gradient(x, bias), strict=True):
+                torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
     @pytest.mark.parametrize("kernels", [False, True])
     def test_one_graph(self, request, kernels):
@@ -304,8 +304,8 @@ class TestTracing:
         x, bias = random(2, 3, 4, 4), random(3, seed=1)
         run = torch.compile(both, fullgraph=True, backend="aot_eager")
         results = with_gradient(x, bias, run), with_gradient(x, bias)
-        for ours, expected in zip(*results, strict=True):
-            torch.testing.assert_close(ours, expected)
+        for result, expected in zip(*results, strict=True):
+            torch.testing.assert_close(result, expected)
 
     @pytest.mark.parametrize("kernels", [False, True])
     def test_fake_tensors(self, request, kernels):

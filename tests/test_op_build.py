@@ -21,7 +21,7 @@ from conftest import ROOT
 from op import extension, fused_leaky_relu, upfirdn2d
 
 CUDA = torch.device("cuda", 0)
-FORK = multiprocessing.get_context("fork")  # of the test, which has imported torch
+FORK = multiprocessing.get_context("fork")  # forks of this process need not import torch
 
 
 @pytest.fixture(autouse=True)
@@ -130,27 +130,27 @@ def test_the_place_in_the_cache_tells_what_the_kernels_are_made_of(monkeypatch, 
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (8, 0))
-    found = [extension._fingerprint()]
+    marks = [extension._fingerprint()]
 
     def changed(target, name, value):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)
-            found.append(extension._fingerprint())
+            marks.append(extension._fingerprint())
 
     changed(extension, "FOLDER", ROOT / "op")
     changed(torch.cuda, "device_count", lambda: 1)
-    assert found.pop() == found.pop() == found[0]  # another checkout or number of GPUs: the same
+    assert marks.pop() == marks.pop() == marks[0]  # another checkout or number of GPUs: the same
     changed(extension, "FLAGS", ["-O2"])
     changed(torch, "__version__", "2.14.0")
     changed(torch.version, "cuda", "12.8")
     changed(torch.cuda, "get_device_capability", lambda gpu: (9, gpu))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    found.append(extension._fingerprint())
+    marks.append(extension._fingerprint())
     for source in ("upfirdn2d.h", "convert.cuh", "binding.cpp", "fused_leaky_relu.cu"):
         with open(checkout / source, "a") as file:
             file.write("\n")
-        found.append(extension._fingerprint())
-    assert len(set(found)) == len(found) == 10
+        marks.append(extension._fingerprint())
+    assert len(set(marks)) == len(marks) == 10
 
 
 SOURCE = """

@@ -214,7 +214,7 @@ def test_a_test_split_of_mnist_without_labels(tmp_path):
 
 
 def test_any_idx_file_of_images(tmp_path):
-    """By its content, grey or colour; labels are those of the file beside it."""
+    """IDX files are known by content, grey or colour; labels are in the file beside them."""
     for name, images in (("a", pictures(20, 8, 8, 1)), ("b-images-idx4", pictures(20))):
         array = images[..., 0] if images.shape[3] == 1 else images
         (tmp_path / name).write_bytes(idx(array))
@@ -282,17 +282,17 @@ def test_an_idx_file_that_unpacks_to_much_more_takes_no_memory(tmp_path):
 def test_a_tar_of_examples(tmp_path, format, kind):
     images = pictures(12)
     write_tar(tmp_path / "a.tar", examples(images, LABELS, kind=kind), format)
-    seen = {}
+    contents = {}
     for split in datasets.SPLITS:
         pixels, labels = read(tmp_path / "a.tar", split)
-        seen |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
-    assert seen == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
+        contents |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
+    assert contents == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
     config = folder_config(tmp_path / "a.tar")
     assert folder.find(config.data).omitted == ""
 
 
 def test_a_tar_is_split_as_a_folder_of_the_same_files(tmp_path):
-    """Also where its names begin with "./", are long or not ASCII."""
+    """Names that begin with "./", are long or not ASCII, are split as in a folder."""
     files = {f"{'long/' * 40}ü{i}.png": encoded(pictures(30)[i]) for i in range(30)}
     write_files(tmp_path / "files", files)
     write_tar(tmp_path / "a.tar", {f"./{name}": content for name, content in files.items()})
@@ -323,11 +323,11 @@ def test_many_tars(tmp_path, pattern):
         part = slice(4 * number, 4 * number + 4)
         write_tar(tmp_path / f"x/{name}.tar", examples(images[part], LABELS[part]))  # equal keys
     path = pattern.format(name=tmp_path / "x")
-    seen = {}
+    contents = {}
     for split in datasets.SPLITS:
         pixels, labels = read(path, split)
-        seen |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
-    assert seen == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
+        contents |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
+    assert contents == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
     assert folder.exists(path)
 
 
@@ -487,11 +487,11 @@ def arrow(monkeypatch):
 def test_parquet(tmp_path, arrow, struct):
     images = pictures(12)
     write_parquet(tmp_path / "a.parquet", images, LABELS, NAMES, struct=struct)
-    seen = {}
+    contents = {}
     for split in datasets.SPLITS:
         pixels, labels = read(tmp_path / "a.parquet", split)
-        seen |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
-    assert seen == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
+        contents |= {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
+    assert contents == {i.tobytes(): label for i, label in zip(images, LABELS, strict=True)}
     data = datasets.Data(folder_config(tmp_path / "a.parquet", num_classes=10).data)
     assert data.get("train").names == NAMES
 
@@ -559,7 +559,7 @@ def test_row_groups_are_read_once_in_order(tmp_path, arrow):
 
 
 def test_columns_of_images():
-    """By their names, or the only one; a structure needs `bytes`."""
+    """A column of images has a known name, or is the only one; a structure needs `bytes`."""
 
     def column(**kinds):
         fields = [
@@ -600,7 +600,7 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_images_stays_one(tmp_path):
-    """Whatever else is in it is left out, as before."""
+    """Archives and other files beside the images are left out."""
     write_tree(tmp_path, pictures(4))
     write_tar(tmp_path / "a.tar", examples(pictures(4), LABELS[:4]))
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"")

@@ -119,7 +119,7 @@ def test_tiles_of_a_local_network_are_exact(sides):
     expected = net(x, label, classes, 2 * x)
     result = Tiled(net, (16, 16))(x, label, class_labels=classes, image=2 * x)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
-    if sides != (16, 16):  # with larger neighbourhoods it is not
+    if sides != (16, 16):  # larger neighbourhoods make tiles differ
         wide = Local(8)
         result = Tiled(wide, (16, 16))(x, label)
         assert (result - wide(x, label)).abs().max() > 1e-6

@@ -32,7 +32,7 @@ def seeded(seed):
 
 
 def slow_posterior_mean(x, data, sigma, D):
-    """By its definition, in float64, one image and one of the data at a time."""
+    """The definition in float64: a loop over images and data."""
     means = []
     for point, s in zip(x.double(), sigma.tolist(), strict=True):
         squared = torch.stack([(point - y).square().sum() for y in data.double()])
@@ -81,11 +81,11 @@ def test_directions_are_uniform_and_independent_of_radii():
 def test_with_one_dimension_more_draws_are_those_of_pfgm(poisson):
     y = torch.full((4000, 8, 1, 1), 0.25, dtype=torch.float64)
     z = torch.tensor(0.7, dtype=torch.float64)
-    ours = pfgmpp(1.0).perturb_at(y, z, seeded(0))
-    theirs = poisson.perturb_at(y, poisson.time(z), seeded(1))
-    radii = [(x - y).flatten(1).norm(dim=1).numpy() for x in (ours, theirs)]
+    pfgmpp_draws = pfgmpp(1.0).perturb_at(y, z, seeded(0))
+    pfgm_draws = poisson.perturb_at(y, poisson.time(z), seeded(1))
+    radii = [(x - y).flatten(1).norm(dim=1).numpy() for x in (pfgmpp_draws, pfgm_draws)]
     assert stats.ks_2samp(*radii).pvalue > 1e-3
-    entries = (ours - y)[:, 3].flatten().numpy()
+    entries = (pfgmpp_draws - y)[:, 3].flatten().numpy()
     assert stats.kstest(entries, stats.cauchy(scale=0.7).cdf).pvalue > 1e-3
 
 
@@ -104,11 +104,11 @@ def test_density_is_that_of_scipy(D, dim):
         law = stats.multivariate_t(shape=9.0 * np.eye(dim), df=D)
     else:
         law = stats.multivariate_normal(cov=9.0 * np.eye(dim))
-    found = pfgmpp(D, sigma_max=3.0).prior_logp(x).numpy()
+    log_p = pfgmpp(D, sigma_max=3.0).prior_logp(x).numpy()
     # scipy's difference of log-gammas loses up to some 1e-15 D log D
     error = 1e-9 + (1e-14 * D if math.isfinite(D) else 0)
     expected = np.atleast_1d(law.logpdf(x.flatten(1).numpy()))
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=error)
+    np.testing.assert_allclose(log_p, expected, rtol=1e-9, atol=error)
 
 
 @pytest.mark.parametrize("D", EVERY_D[:-1])
@@ -136,7 +136,7 @@ def test_density_goes_to_the_gaussian(D):
 @pytest.mark.parametrize("D", [0.5, 1e12, math.inf])
 @pytest.mark.parametrize("sigma", [1e-200, 1e200])
 def test_density_takes_any_scale(D, sigma):
-    """That of sigma x at scale sigma is that of x at scale 1, less N log sigma."""
+    """log p of sigma x at scale sigma is log p of x at scale 1, less N log sigma."""
     x = torch.randn(3, 4, generator=seeded(0), dtype=torch.float64)
     scaled = log_density(sigma * x, sigma, D) + 4 * math.log(sigma)
     torch.testing.assert_close(scaled, log_density(x, 1.0, D), rtol=1e-12, atol=1e-9)
@@ -157,11 +157,11 @@ def test_mean_at_the_ends_of_the_noise_levels(D):
 @pytest.mark.parametrize("D", [2.0, 16.0, 128.0, 2048.0, math.inf])
 def test_posterior_mean_matches_published_targets(published, D):
     name = f"target/{D:.0f}"
-    found = posterior_mean(
+    mean = posterior_mean(
         published[f"{name}_x"], published["target/refs"], published["target/sigma"], D
     )
     expected = published[f"{name}_target"]
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert (mean - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -170,9 +170,9 @@ def test_posterior_mean_is_its_definition(D, dtype):
     data = torch.rand(50, 3, 16, 16, generator=seeded(0), dtype=dtype) * 2 - 1
     sigma = torch.logspace(-3, 2, 12, dtype=torch.float64)
     x = pfgmpp(D).perturb_at(data[:12], sigma, seeded(1))
-    found, expected = posterior_mean(x, data, sigma, D), slow_posterior_mean(x, data, sigma, D)
-    assert found.dtype == dtype
-    assert (found - expected).abs().max() < 1e-6
+    mean, expected = posterior_mean(x, data, sigma, D), slow_posterior_mean(x, data, sigma, D)
+    assert mean.dtype == dtype
+    assert (mean - expected).abs().max() < 1e-6
 
 
 def test_posterior_mean_takes_one_noise_level_for_all():
@@ -222,12 +222,12 @@ def test_loss_of_exact_denoisers(reduce_mean):
     """Weight times posterior variance, std^2 sigma^2 / (std^2 + sigma^2), over ln sigma's law."""
     images = 0.1 + 0.3 * torch.randn(4000, 1, 2, 2, generator=seeded(1), dtype=torch.float64)
     config = config_of(math.inf, batch_size=4000, reduce_mean=reduce_mean)
-    found = loss_of(config, gaussian_network(pfgmpp(), 0.1, 0.3), images).item()
+    loss = loss_of(config, gaussian_network(pfgmpp(), 0.1, 0.3), images).item()
     e = np.linspace(-6, 6, 10001)
     sigma = np.exp(-1.2 + 1.2 * e)
     error = (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * 0.09 * sigma**2 / (0.09 + sigma**2)
     expected = np.average(error, weights=np.exp(-0.5 * e**2)) * (1 if reduce_mean else 4 / 2)
-    assert found == pytest.approx(expected, rel=0.03)
+    assert loss == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize("D", [1.0, 64.0, math.inf])
@@ -258,23 +258,23 @@ def test_denoised_and_slope_agree_with_the_definition(dtype, error):
     """EDM's table 1, with sigma a float or one for each image."""
     x = torch.randn(5, 1, 4, 4, generator=seeded(0), dtype=dtype)
     sigma = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
-    seen = []
+    inputs = []
 
     def net(x, label):
-        seen.append((x, label))
+        inputs.append((x, label))
         return x.cos()
 
-    found = pfgmpp().denoise(net, x, sigma)
+    denoised = pfgmpp().denoise(net, x, sigma)
     s = sigma.view(-1, 1, 1, 1)
     scaled = x / (s**2 + 0.25).sqrt()
     skip, out = 0.25 / (s**2 + 0.25), s * 0.5 / (s**2 + 0.25).sqrt()
     expected = skip * x + out * scaled.cos()
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=error)
-    torch.testing.assert_close(seen[0][0].double(), scaled, rtol=error, atol=0)
-    torch.testing.assert_close(seen[0][1].double(), sigma.log() / 4, rtol=error, atol=0)
+    torch.testing.assert_close(denoised.double(), expected, rtol=0, atol=error)
+    torch.testing.assert_close(inputs[0][0].double(), scaled, rtol=error, atol=0)
+    torch.testing.assert_close(inputs[0][1].double(), sigma.log() / 4, rtol=error, atol=0)
     for i, level in enumerate(sigma.tolist()):
         one = x[i : i + 1]
-        torch.testing.assert_close(pfgmpp().denoise(net, one, level), found[i : i + 1])
+        torch.testing.assert_close(pfgmpp().denoise(net, one, level), denoised[i : i + 1])
         slope = ((one.double() - expected[i]) / level).to(dtype)
         torch.testing.assert_close(
             pfgmpp().ode(net, one, level), slope, rtol=10 * error, atol=error
@@ -288,25 +288,25 @@ def test_denoised_images_of_published_networks(case):
     with torch.no_grad():
         for class_labels, name in ((labels, "denoised"), (None, "denoised_nolabel")):
             if name in inputs:
-                found = pfgmpp().denoise(
+                denoised = pfgmpp().denoise(
                     model,
                     inputs["x"],
                     inputs["sigma"],
                     class_labels=class_labels,
                     augment_labels=augment,
                 )
-                assert (found - inputs[name]).norm() < 1e-5 * inputs[name].norm()
+                assert (denoised - inputs[name]).norm() < 1e-5 * inputs[name].norm()
 
 
 @pytest.mark.parametrize("method", [pfgmpp(8.0), methods.get_method(edm_config.get_config())])
 def test_conditions_reach_the_network(method):
     def net(x, label, **conditions):
-        seen.update(conditions)
+        arguments.update(conditions)
         return x
 
-    seen, labels = {}, torch.tensor([1, 3])
+    arguments, labels = {}, torch.tensor([1, 3])
     method.denoise(net, torch.zeros(2, 1, 2, 2), 0.5, class_labels=labels, augment_labels=None)
-    assert seen == {"class_labels": labels}
+    assert arguments == {"class_labels": labels}
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_every_sample_lands_on_a_point_in_proportion(D, solver):
 
 @pytest.mark.parametrize("D", [0.5, 1.0, 128.0, math.inf])
 def test_float32_is_enough(D):
-    """From far away to next to the data; the same flow in float64 ends at the same images."""
+    """The flow in float32, from far away to the data, ends at the images of float64."""
     data = torch.rand(20, 1, 4, 4, generator=seeded(0)) * 2 - 1
     x = pfgmpp(D).prior_sampling((200, 1, 4, 4), seeded(1))
     ends = []

@@ -135,12 +135,12 @@ def test_an_evaluation_of_exact_draws(pairs, tmp_path, D):
     stored = [np.load(tmp_path / f"ckpt_1_pairs_{i}.npz")["draws"] for i in range(len(files))]
     stored = np.concatenate(stored).reshape(n, draws, 2, 2, 1).transpose(0, 1, 4, 2, 3)
     trace, truth = pairs.posterior.trace().item() / DIM, images.numpy()
-    for name, drawn, expected in (
+    for name, estimate, expected in (
         ("", stored[:, 0], 2 * trace),
         ("_mean", stored.mean(1), (1 + 1 / draws) * trace),
         ("_condition", conditions.numpy(), NOISE**2),
     ):
-        squared = np.square(drawn - truth).reshape(n, -1).mean(1)
+        squared = np.square(estimate - truth).reshape(n, -1).mean(1)
         assert squared.mean() == pytest.approx(expected, rel=0.15)
         clipped = np.maximum(squared / 16, 1 / 12 / 255**2)  # the window is 4 wide
         assert report[f"pairs_psnr{name}"] == pytest.approx(

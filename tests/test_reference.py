@@ -108,8 +108,8 @@ def test_published_statistics_of_a_further_space_have_it_in_their_name(tmp_path,
 def test_values_of_a_further_space_are_ranked_by_its_reference():
     def of(first, further):
         names = {"reference.digest": first, "torchscript:reference.digest": further}
-        made = report(1, {"fid": 1.0, "torchscript:fid": 2.0}, **BOTH, **names)
-        return made | {"features": np.array("pixels,torchscript")}
+        values = report(1, {"fid": 1.0, "torchscript:fid": 2.0}, **BOTH, **names)
+        return values | {"features": np.array("pixels,torchscript")}
 
     pair = [of("ab", "cd"), of("ab", "12")]
     assert obstacle("fid", pair) == ""
@@ -142,11 +142,11 @@ def test_the_training_split_is_opened_and_digested_once_for_all_spaces(
 
 
 def test_paths_go_to_the_spaces_that_need_one(tmp_path, monkeypatch):
-    seen = {}
+    loaded_paths = {}
 
     def space(name):
         def load(path, device):
-            seen[name] = path
+            loaded_paths[name] = path
             return pixels(path, device)
 
         return load
@@ -157,9 +157,9 @@ def test_paths_go_to_the_spaces_that_need_one(tmp_path, monkeypatch):
         monkeypatch.setitem(FEATURES, name, load)
 
     def paths_of(kinds, paths):
-        seen.clear()
+        loaded_paths.clear()
         get_spaces(kinds, paths, EightBitImages((1, 4, 4)), CPU)
-        return {**seen}
+        return {**loaded_paths}
 
     assert paths_of("plain,first", "a, b.pt") == {"plain": "", "first": "a, b.pt"}
     assert paths_of("second,plain,first", "a, b") == {"second": "a", "plain": "", "first": "b"}
@@ -167,4 +167,4 @@ def test_paths_go_to_the_spaces_that_need_one(tmp_path, monkeypatch):
     for paths in ("", "a", "a,b,c"):
         with pytest.raises(ValueError, match="needs 2 paths .* of first, second") as caught:
             paths_of("first,second", paths)
-        assert "\n" not in str(caught.value) and not seen
+        assert "\n" not in str(caught.value) and not loaded_paths

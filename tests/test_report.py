@@ -151,7 +151,7 @@ def test_page_says_the_numbers(page):
 
 
 def test_page_shows_the_floor(page):
-    """Below the number, in a row of the table, and as a line of the curves."""
+    """The floor stands below the number, in a row of the table and as a line of the curves."""
     assert "of Gaussian fits to the features; data against data: 0.2500" in page
     assert "998 training images take the place of samples, and 1,234 others" in page
     assert re.search(r"<td>data against data</td>.*?<td>0.2500</td>", page)
@@ -215,7 +215,7 @@ def test_browser_shows_the_page_without_a_network(page, tmp_path):
     ],
 )
 def test_checkpoints_of_other_settings_are_no_curve(name, value, ranked):
-    """What differs is a column; the best is marked where the distances are of one kind."""
+    """Differing settings are columns; the best is marked where distances are of one kind."""
     report = {"seconds": 1.0, "num_samples": 100, "nonfinite": 0, "nfe": 9.0, "features": "pixels"}
     report |= {"sampling_seconds": 1.0}
     reports = {k: report | {"step": k, "fid": 3.0 / k, "settings": made_by(step=k)} for k in (1, 2)}
@@ -409,7 +409,7 @@ def test_a_plot_is_the_same_svg_each_time_and_of_the_pages_colours():
 
 
 def test_startup_imports_no_matplotlib():
-    """Only a page that has a plot does."""
+    """Matplotlib is imported only for a page that has a plot."""
     words = "import sys, run_lib, reports.compare; print('matplotlib' in sys.modules)"
     command = [sys.executable, "-c", words]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout == b"False\n"
@@ -431,14 +431,14 @@ def test_halves_of_the_data():
     random = np.random.default_rng(0)
     data = random.standard_normal((4000, 3))
     reference = Reference.measure([data], 4000, 4000)
-    found = compare_halves(Comparison(np.full((500, 3), 9.0), None, reference))
-    assert tuple(found) == OF_HALVES
-    assert (found["half_first"], found["half_other"]) == (500, 2000)
+    halves = compare_halves(Comparison(np.full((500, 3), 9.0), None, reference))
+    assert tuple(halves) == OF_HALVES
+    assert (halves["half_first"], halves["half_other"]) == (500, 2000)
     # means err by tr(C) / n; covariances by (K^2 + K) / (4 n) where C = 1
     expected = (3 + (9 + 3) / 4) * (1 / 500 + 1 / 2000)
-    assert 0.2 * expected < found["fid_data"] < 3 * expected
-    assert abs(found["kid_data"]) < 0.02
-    assert found["precision_data"] > 0.9
+    assert 0.2 * expected < halves["fid_data"] < 3 * expected
+    assert abs(halves["kid_data"]) < 0.02
+    assert halves["precision_data"] > 0.9
     whole = compare_halves(Comparison(np.zeros((9000, 3)), None, reference))
     assert (whole["half_first"], whole["half_other"]) == (2000, 2000)
 
@@ -473,7 +473,7 @@ def test_durations(seconds, text):
 
 
 def test_distances_of_one_checkpoint_are_gathered(tmp_path, caplog):
-    """By what tells the samplers apart, whatever their numbers of steps; and of equal samples."""
+    """Points of each sampler, whatever its number of steps, from reports equal in all else."""
     heun = {"step": 8, "seconds": 1.0, "fid": 0.5, "features": "pixels", "num_samples": 10}
     heun |= {"nfe": 35.0, "nonfinite": 0, "sampling_seconds": 1.0}
 
@@ -483,9 +483,9 @@ def test_distances_of_one_checkpoint_are_gathered(tmp_path, caplog):
         return read_report(tmp_path / folder / "report_4.npz")
 
     def gathered():
-        return evaluation_page.by_evaluations(tmp_path / "a", 4, shown)
+        return evaluation_page.by_evaluations(tmp_path / "a", 4, heun_report)
 
-    shown = save("a", {})
+    heun_report = save("a", {})
     assert gathered() == {"heun": [(35, 0.5)]}
     five = {"nfe": 9.0}, {"sampling__N": 5}
     save("b", five[0] | {"fid": 2.0}, **five[1])
@@ -510,9 +510,9 @@ def test_distances_of_one_checkpoint_are_gathered(tmp_path, caplog):
     save("m", {"nfe": 10.0}, sampling__ode_solver="dpmpp", sampling__N=10)
     (tmp_path / "n").mkdir()
     (tmp_path / "n/report_4.npz").write_bytes(b"damaged")
-    found = gathered()
-    assert found["ode_solver=heun"] == [(9, 2), (35, 0.5)]
-    assert found["ode_solver=dpmpp"] == [(10, 0.5)]
+    distances = gathered()
+    assert distances["ode_solver=heun"] == [(9, 2), (35, 0.5)]
+    assert distances["ode_solver=dpmpp"] == [(10, 0.5)]
     save("o", {"nfe": 18.0, "fid": 1.0}, sampling__N=5, sampling__guidance=2.0)
     assert gathered()["ode_solver=heun, guidance=2.0"] == [(18, 1)]
 

@@ -68,7 +68,7 @@ class GaussianData:
 
     def denoise(self, degrees, y, sigma):
         """E[x | y] where y is x and a Student t: a mean over the noise's scale, given y."""
-        c = (y.double().flatten(1) - self.mean) @ self.vectors  # in the basis of the components
+        c = (y.double().flatten(1) - self.mean) @ self.vectors  # along principal components
         if math.isinf(degrees):
             shrunk = c * self.values / (self.values + sigma[:, None] ** 2)
         else:
@@ -231,10 +231,10 @@ def test_dps_takes_the_variance_as_at_least_the_level_times_the_mean_error(noise
     [("pfgmpp2048", 0.01, 0.03), ("pfgmpp", 0.06, 0.15), ("poisson", 0.1, 0.05)],
 )
 def test_moment_matching_for_student_t_noise(name, of_mean, of_covariance):
-    """Against the exact flow of the posterior, from the same prior samples.
+    """The exact flow of the posterior, from equal prior samples, is the reference.
 
-    So the error of 200 draws cancels. What is left is what the measurement tells of the noise's
-    scale: much of it at D = 1 in 4 pixels (docs/benchmarks.md).
+    Equal prior samples let the error of 200 draws cancel. The rest comes from what the
+    measurement tells of the noise's scale: much at D = 1 in 4 pixels (docs/benchmarks.md).
     """
     method, data = METHODS[name], GaussianData((1, 2, 2))
     one = measured(data, "inpaint", 0.0)
@@ -246,10 +246,10 @@ def test_moment_matching_for_student_t_noise(name, of_mean, of_covariance):
     x = method.prior_sampling((200, 1, 2, 2), torch.Generator().manual_seed(0)).double()
     options = {"solver": "heun", "n": 40, "schedule": "polynomial", "noise_removal": True}
     restoring = Restoring(method, many, RESTORERS["moment_matching"])
-    found = many.project(solve_ode(restoring, data.network(method), x, **options)[0]).flatten(1)
+    samples = many.project(solve_ode(restoring, data.network(method), x, **options)[0]).flatten(1)
     expected = solve_ode(method, exact.network(method), x, **options)[0].flatten(1)
-    assert (found.mean(0) - expected.mean(0)).norm() < of_mean * mean.norm()
-    assert (found.T.cov() - expected.T.cov()).norm() < of_covariance * covariance.norm()
+    assert (samples.mean(0) - expected.mean(0)).norm() < of_mean * mean.norm()
+    assert (samples.T.cov() - expected.T.cov()).norm() < of_covariance * covariance.norm()
 
 
 @pytest.mark.parametrize("D", [1.0, 4.0, 64.0])
@@ -277,7 +277,7 @@ def test_restoration_under_guidance(name):
     one = measured(mixed, "inpaint", 0.2)
     many = replace(one, value=one.value.expand(400, *one.value.shape[1:]))
     x = method.prior_sampling((400, 1, 2, 2), torch.Generator().manual_seed(0)).double()
-    if name == "poisson":  # whose mixed denoiser is nobody's: the slope at a point is compared
+    if name == "poisson":  # slopes mix, which is no Gaussian's flow: compared at a point
         y, sigma = 0.5 * x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1), 0.3
         net, other = labelled.network(method), plain.network(method)
         guided = Guided(method, other, 2.0, (0.0, math.inf))
@@ -314,7 +314,7 @@ def test_resampling_brings_replacement_closer():
 @pytest.mark.parametrize("name", ["vp", "ve"])
 @pytest.mark.parametrize("options", [{"resample": 5}, {"corrector": "langevin"}])
 def test_replacement_keeps_to_a_noisy_measurement(name, options):
-    """Below its noise level repeats and correctors would give samples that ignore it."""
+    """Repeats and correctors stop below the measurement's noise level, lest it be forgotten."""
     mean, covariance = errors(name, "super2", "replacement", 0.2, steps=200, n=2000, **options)
     assert mean < 0.06
     assert covariance < 0.2
@@ -383,8 +383,8 @@ def test_a_plain_restoration_without_training_images_is_remarked():
     experiment = SimpleNamespace(codec=codec, device="cpu", data=SimpleNamespace(get=get))
     plain, remark = plain_restoration(experiment, measurement)
     assert remark == "the plain restorations start from grey, not the mean image: no digits here"
-    known = operator.forward(torch.ones(1, 1, 4, 4)).bool()
-    torch.testing.assert_close(codec.decode(plain), torch.where(known, x, 0.5))
+    mask = operator.forward(torch.ones(1, 1, 4, 4)).bool()
+    torch.testing.assert_close(codec.decode(plain), torch.where(mask, x, 0.5))
 
 
 def test_a_draw_has_twice_the_error_of_the_mean():
@@ -398,10 +398,10 @@ def test_a_draw_has_twice_the_error_of_the_mean():
 @pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([3, 0, 0, 2])])
 def test_rows_of_a_measurement_take_their_masks_along(rows):
     together, _ = measured_through(MASKS, 0.3)
-    some, x = together[rows], torch.ones(len(MASKS[rows]), 1, 2, 2).double()
-    assert torch.equal(some.value, together.value[rows])
-    assert torch.equal(some.operator.forward(x).bool(), MASKS[rows])
-    assert torch.equal(some[:1].operator.forward(x[:1]).bool(), MASKS[rows][:1])
+    part, x = together[rows], torch.ones(len(MASKS[rows]), 1, 2, 2).double()
+    assert torch.equal(part.value, together.value[rows])
+    assert torch.equal(part.operator.forward(x).bool(), MASKS[rows])
+    assert torch.equal(part[:1].operator.forward(x[:1]).bool(), MASKS[rows][:1])
     shared = Measurement(get_operator("inpaint", KNOWN), together.value)[rows]
     assert torch.equal(shared.operator.forward(x).bool(), KNOWN.expand(len(x), 1, 2, 2))
 
@@ -449,14 +449,14 @@ def restored(run):
 def test_known_pixels_come_back_unchanged(run, restorer):
     report = run("inpaint", restore_mask="4,0,4,8", restorer=restorer)
     images = np.stack([np.asarray(Image.open(run.folder / f"images/{i}.png")) for i in range(3)])
-    found = restored(run)
-    assert (found[:, :, :4] == images[:, None, :4]).all()
-    assert (found[:, :, 4:] != images[:, None, 4:]).any()
+    results = restored(run)
+    assert (results[:, :, :4] == images[:, None, :4]).all()
+    assert (results[:, :, 4:] != images[:, None, 4:]).any()
     assert report["restore_images"] == 3
-    error = ((found - images[:, None].astype(float)) ** 2).mean((2, 3))
+    error = ((results - images[:, None].astype(float)) ** 2).mean((2, 3))
     expected = (10 * np.log10(255**2 / error)).mean()
     assert report["restore_psnr"] == pytest.approx(expected)
-    assert report["restore_spread"] == pytest.approx(math.sqrt(found.var(1, ddof=1).mean()) / 255)
+    assert report["restore_spread"] == pytest.approx(math.sqrt(results.var(1, ddof=1).mean()) / 255)
     assert "Restoration" in (run.folder / "run/eval/report.html").read_text()
 
 
@@ -527,17 +527,17 @@ def test_measured_images_have_no_truth(run):
 @pytest.mark.parametrize("restorer", ["moment_matching", "pigdm", "dps"])
 @pytest.mark.parametrize("name", ["edm", "vp", "poisson", "pfgmpp2048"])
 def test_the_slope_leads_to_images_within_their_bounds(name, restorer):
-    """Also where the network errs: it says of every image that it is 3 more."""
+    """Bounds hold even for a network that errs by 3 in every image."""
     method, data = METHODS[name], GaussianData((1, 2, 2))
     method = replace(method, gamma=0.0) if name == "poisson" else method
     denoise_wrongly = data.denoise
     data.denoise = lambda degrees, y, sigma: 3 + denoise_wrongly(degrees, y, sigma)
     one, net = measured(data, "super2", 0.0), data.network(method)
     y = 10 * torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
-    some = replace(one, value=one.value.expand(8, *one.value.shape[1:]))
+    many = replace(one, value=one.value.expand(8, *one.value.shape[1:]))
     assert (method.denoise(net, y, torch.tensor(2.0)) > 1.1).any()
     assert (denoise(method, net, y, 2.0, (0.0, 1.0)).image <= 1).all()
-    slope = Restoring(method, some, RESTORERS[restorer], (0.0, 1.0)).slope(net, y, 2.0)
+    slope = Restoring(method, many, RESTORERS[restorer], (0.0, 1.0)).slope(net, y, 2.0)
     image = y - 2.0 * slope
     assert (image > -1e-9).all()
     assert (image < 1 + 1e-9).all()
@@ -590,15 +590,15 @@ def replacing(noise, **options):
 
 def test_replacement_keeps_known_pixels_and_is_repeatable():
     _, value, sample = replacing(noise=0.0)
-    found = []
+    restorations = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(0)
         images, evaluations = sample(lambda x, label: x, num=4, generator=generator)
-        found.append(images)
+        restorations.append(images)
     assert evaluations == 50 * 2 * 2
-    known = KNOWN.repeat(4, 4).expand_as(value)
-    torch.testing.assert_close(found[0][known], ((value + 1) / 2)[known], rtol=0, atol=1e-6)
-    assert torch.equal(*found)
+    mask = KNOWN.repeat(4, 4).expand_as(value)
+    torch.testing.assert_close(restorations[0][mask], ((value + 1) / 2)[mask], rtol=0, atol=1e-6)
+    assert torch.equal(*restorations)
 
 
 def test_replacement_repeats_and_corrects_down_to_the_noise_of_the_measurement():

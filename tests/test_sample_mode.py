@@ -39,8 +39,8 @@ def trained(tmp_path_factory):
     """A workdir after a few steps of a class-conditional run, whose sampler is a quick one."""
     workdir = tmp_path_factory.mktemp("trained")
     config = load_config("edm/digits_ddpmpp.py")
-    own = {"training.n_iters": 12, "data.num_classes": 10, "sampling.N": 4}
-    config.update_from_flattened_dict(OVERRIDES | own | {"sampling.ode_solver": "heun"})
+    changes = {"training.n_iters": 12, "data.num_classes": 10, "sampling.N": 4}
+    config.update_from_flattened_dict(OVERRIDES | changes | {"sampling.ode_solver": "heun"})
     assert run_lib.train(config, workdir)
     return workdir
 
@@ -92,9 +92,9 @@ def test_the_files_of_samples(trained, tmp_path, request):
     request.getfixturevalue("no_drawing")
     sample(trained, tmp_path, seeds="3,0-1", film=True)
     sample(trained, tmp_path, seeds="1,3")
-    kept = [name for name in before if name.stem.isdecimal() or name.name == "film.npz"]
-    assert len(kept) == 4
-    assert all(tree(tmp_path)[name] == before[name] for name in kept)
+    sample_files = [name for name in before if name.stem.isdecimal() or name.name == "film.npz"]
+    assert len(sample_files) == 4
+    assert all(tree(tmp_path)[name] == before[name] for name in sample_files)
 
 
 def test_other_settings_do_not_mix(trained, tmp_path):
@@ -119,7 +119,7 @@ def test_other_settings_do_not_mix(trained, tmp_path):
 
 
 def test_two_processes_draw_what_one_draws(trained, tmp_path):
-    """Of the seeds 0 to 31, each within a grey level, and class labels too."""
+    """Samples of seeds 0 to 31 agree within a grey level, and their class labels exactly."""
     flags = ["--mode=sample", f"--workdir={trained}", "--config.sampling.seeds=0-31"]
     flags += ["--config.eval.batch_size=5", f"--outdir={tmp_path / 'two'}"]
     run_main(flags, processes=2)
@@ -135,8 +135,8 @@ def test_restorations_by_seed(trained, tmp_path):
     """Seed s restores image number s modulo their number; its known pixels stay."""
     for name, image in enumerate(DIGITS[:2]):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
-    given = {"restore": "inpaint", "restore_mask": "0,0,8,4", "restorer": "pigdm"}
-    sample(trained, tmp_path / "out", seeds="0-4", restore_path=str(tmp_path), **given)
+    options = {"restore": "inpaint", "restore_mask": "0,0,8,4", "restorer": "pigdm"}
+    sample(trained, tmp_path / "out", seeds="0-4", restore_path=str(tmp_path), **options)
     with np.load(tmp_path / "out/samples.npz") as file:
         images = file["samples"][..., 0]
         assert file["labels"].tolist() == [-1] * 5
@@ -174,13 +174,13 @@ def test_images_are_encoded_and_come_back(trained, tmp_path, request):
     sample(trained, tmp_path / "out", encode=str(folder))
     assert not list((tmp_path / "out").glob("0*.png"))  # no seeds were asked for
     with np.load(tmp_path / "out/encoded.npz") as file:
-        found = dict(file)
-    assert found["names"].tolist() == [f"{i:02d}.png" for i in range(4)]
-    assert np.abs(found["decoded"][..., 0].astype(int) - DIGITS).max() <= 2
+        arrays = dict(file)
+    assert arrays["names"].tolist() == [f"{i:02d}.png" for i in range(4)]
+    assert np.abs(arrays["decoded"][..., 0].astype(int) - DIGITS).max() <= 2
     run = load(trained)
-    back = run.decode(torch.from_numpy(found["latents"]))[:, 0] * 255
+    back = run.decode(torch.from_numpy(arrays["latents"]))[:, 0] * 255
     assert np.abs(back.numpy() - DIGITS).max() <= 2
-    assert found["bpd"].shape == (4,) and np.isfinite(found["bpd"]).all()
+    assert arrays["bpd"].shape == (4,) and np.isfinite(arrays["bpd"]).all()
     pairs = np.asarray(Image.open(tmp_path / "out/encoded.png"))
     assert np.array_equal(pairs[2:50, 2:50, 0], DIGITS[0].repeat(6, 0).repeat(6, 1))
     request.getfixturevalue("no_drawing")
@@ -234,10 +234,10 @@ def shared(trained, tmp_path_factory):
 
 
 def test_a_shared_file_draws_the_same(trained, shared):
-    ours, theirs = load(trained), load(shared)
-    assert theirs.step == 12
-    assert torch.equal(ours.sample(range(4)), theirs.sample(range(4)))
-    assert flatten(ours.experiment.config) == flatten(theirs.experiment.config)
+    original, exported = load(trained), load(shared)
+    assert exported.step == 12
+    assert torch.equal(original.sample(range(4)), exported.sample(range(4)))
+    assert flatten(original.experiment.config) == flatten(exported.experiment.config)
 
 
 def test_a_shared_file_is_what_the_format_says(shared):
@@ -268,7 +268,7 @@ def test_a_shared_file_is_evaluated_and_guides(trained, shared, tmp_path):
     with np.load(tmp_path / "eval/report_0.npz") as file:
         assert file["step"] == 12 and np.isfinite(file["loss"])
     guided = load(shared, {"sampling.guide": str(shared), "sampling.guidance": 2.0})
-    assert torch.allclose(guided.sample([1]), load(shared).sample([1]), atol=1e-4)  # by itself
+    assert torch.allclose(guided.sample([1]), load(shared).sample([1]), atol=1e-4)  # its own guide
 
 
 def test_300_mutated_files_are_refused_or_are_the_same(shared, tmp_path):
@@ -344,7 +344,7 @@ def test_300_mutated_files_are_refused_or_are_the_same(shared, tmp_path):
     ],
 )
 def test_hostile_metadata_are_one_line(shared, tmp_path, change, says, monkeypatch):
-    """By an author who knows how to make the checksum."""
+    """Metadata changed by an author who knows how to make the checksum."""
     weights = load_checkpoint(shared)["model"]
     write = shared_files.write
 

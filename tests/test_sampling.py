@@ -65,7 +65,7 @@ CORRECTED = [(s, c) for s in ("ve", "vp") for c in ("langevin", "ald")]
 
 
 def assert_close(value, expected):
-    """Within 1e-5 of the largest entry of each image."""
+    """Assert a distance within 1e-5 of the largest entry of each image."""
     error = (value - expected).flatten(1).abs().amax(1)
     assert (error / expected.flatten(1).abs().amax(1)).max() < 1e-5
 
@@ -173,7 +173,7 @@ def test_fixed_steps_converge_with_their_order(name, order):
 
 
 def test_multistep_has_the_weights_of_adams_and_bashforth():
-    """With even steps 23/12, -16/12, 5/12 from the third on; 3/2, -1/2 in the second."""
+    """Even steps: 23/12, -16/12, 5/12 from the third on; 3/2, -1/2 in the second."""
     for last, expected in [(3, [5 / 12, -16 / 12, 23 / 12]), (2, [-1 / 2, 3 / 2]), (1, [1])]:
         for i, weight in enumerate(reversed(expected)):
             slope = lambda x, u, at=last - 1 - i: torch.full_like(x, float(u == at))  # noqa: E731
@@ -216,15 +216,15 @@ def test_evaluations_are_counted(n):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_callback_sees_each_step_before_it_is_taken(solver):
     """dx/dt = -x from t = 1 to 0: the state at t is exp(1 - t), the slope minus that."""
-    seen, levels = [], torch.linspace(1, 0, 101, dtype=torch.float64)
-    end = SOLVERS[solver].solve(lambda x, t: -x, torch.ones(1).double(), levels, seen.append)
-    assert [step.index for step in seen] == list(range(len(seen)))
-    passed = [step.level for step in seen]
+    steps, levels = [], torch.linspace(1, 0, 101, dtype=torch.float64)
+    end = SOLVERS[solver].solve(lambda x, t: -x, torch.ones(1).double(), levels, steps.append)
+    assert [step.index for step in steps] == list(range(len(steps)))
+    passed = [step.level for step in steps]
     if SOLVERS[solver].schedule:
         assert passed == levels[:-1].tolist()
     assert passed[0] == 1
     assert sorted(passed, reverse=True) == passed
-    for step in seen:
+    for step in steps:
         assert step.x.item() == pytest.approx(math.exp(1 - step.level), rel=1e-2)
         assert step.slope.item() == -step.x.item()
     assert end.item() == pytest.approx(math.exp(1), rel=1e-2)
@@ -237,11 +237,11 @@ def test_the_callback_of_a_sampler_sees_every_network_evaluation_of_euler():
     method, x = get_method(config), torch.randn(2, 3, 4, 4)
     for name in ("pc", "ode"):
         config.sampling.update({"method": name, "ode_solver": "forward_euler", "N": 5})
-        seen = []
+        steps = []
         sample = get_sampling_fn(config, method)
-        _, evaluations = sample(gaussian_network(method), x=x, callback=seen.append)
-        assert evaluations == len(seen) == 5
-        assert all(step.x.shape == step.slope.shape == x.shape for step in seen)
+        _, evaluations = sample(gaussian_network(method), x=x, callback=steps.append)
+        assert evaluations == len(steps) == 5
+        assert all(step.x.shape == step.slope.shape == x.shape for step in steps)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_interpolation_turns_by_its_share_of_the_angle(angle, lengths, share):
 
 
 def end_of_gaussian_flow(sde, x, mean, std):
-    """Where the flow of data N(mean, std^2) takes `x`: its distance from the mean, in standard
+    """End of `x` under the flow of data N(mean, std^2): its distance from the mean, in standard
     deviations of the marginal, does not change."""
     first, last = torch.tensor([sde.t_prior, sde.t_data], dtype=torch.float64)
 
@@ -327,7 +327,7 @@ def test_noise_removal_leads_to_the_data(name, solver):
     sde, mean, std = SDES[name], 0.3, 0.05
     net = gaussian_network(sde, mean, std)
     x = sde.prior_sampling((50, 1, 1, 1), seeded(0)).double()
-    steps = 1000 if "euler" in solver else 200  # those of a higher order need fewer
+    steps = 1000 if "euler" in solver else 200  # higher orders need fewer
     options = {"solver": solver, "n": steps, "rtol": 1e-7, "atol": 1e-7}
     noisy, evaluations = solve_ode(sde, net, x, **options)
     clean, more = solve_ode(sde, net, x, **options, noise_removal=True)
@@ -419,7 +419,7 @@ def test_pc_samples_follow_the_law_of_the_data(name, predictor, corrector, conti
     "name, predictor", [(n, p) for n, s in SDES.items() for p in s.predictors if p != "none"]
 )
 def test_predictors_converge_to_the_law_of_the_data(name, predictor, flow):
-    """Without draws: a step is x <- A x + B noise, so variance <- A^2 variance + B^2."""
+    """Variances follow without draws: x <- A x + B noise makes them A^2 variance + B^2."""
     if predictor == "ancestral_sampling" and flow:
         pytest.skip("has no probability flow")
     step, options = PREDICTORS[predictor], {"probability_flow": True} if flow else {}
@@ -565,7 +565,7 @@ def test_schedule_and_solver_are_chosen_apart():
 
 
 def test_config_chooses_the_sampler():
-    """What `get_sampling_fn` runs is what the config says, noise removal and all."""
+    """`get_sampling_fn` runs the sampler that the config says, noise removal included."""
     config = vp_config.get_config()
     config.data.image_size = 4
     config.model.num_scales = 21
@@ -625,7 +625,7 @@ def test_config_chooses_both_tolerances():
 
 
 def test_noise_removal_leaves_out_the_noise_of_the_last_step():
-    """Whose variance is beta(t) / N at the last t, 1e-3."""
+    """The noise left out has variance beta(t) / N at the last t, 1e-3."""
     sde = replace(VP, N=5)
     score, x = partial(sde.score, gaussian_network(sde)), torch.randn(4, 1, 2, 2)
     noisy, clean = (
@@ -666,7 +666,7 @@ METHODS = {**SDES, **FAMILY, "poisson": get_method(small_config())}
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("solver", FIXED_STEPS)
 def test_steps_never_wait_for_the_device(name, solver):
-    """By tensors without values, of which none can be read, and a network that multiplies."""
+    """Tensors without values, of which none can be read, go through a network that multiplies."""
     method, evaluations = METHODS[name], []
 
     def net(x, noise_label):

@@ -117,7 +117,7 @@ def test_levels_that_a_config_sets_follow_too():
 
 
 def test_values_beside_a_given_sigma_data():
-    """Only what is open is derived; the label and all else stay."""
+    """Open keys alone are derived from sigma_data; the label and all else stay."""
     config = load(PFGMPP)
     config.update_from_flattened_dict({**OPEN, "model.sigma_data": 0.75})
     done = complete(config)[0]
@@ -136,7 +136,7 @@ def test_the_largest_noise_level_of_ve():
     done = complete(config)[0]
     plain = load_digits().images.reshape(-1, 64) / 16
     largest = pdist(np.round(plain * 255) / 255).max()
-    assert 0.9 * largest <= done.model.sigma_max <= largest + 1e-4  # of the digits to train on
+    assert 0.9 * largest <= done.model.sigma_max <= largest + 1e-4  # of digits to train on
     x = (digits() + 1) / 2
     assert done.model.sigma_max == pytest.approx(pdist(x).max(), rel=1e-5)
     assert get_method(done).sigma_max == done.model.sigma_max
@@ -267,7 +267,7 @@ RUNS = {
     "EDM by rk45": (
         PFGMPP,
         {"training.sde": "edm", "sampling.ode_solver": "rk45"}
-        | {"sampling.rtol": 1e-6, "sampling.atol": 1e-6},  # its first step knows the unit of t
+        | {"sampling.rtol": 1e-6, "sampling.atol": 1e-6},  # the first step depends on the unit of t
     ),
     "consistency": (
         "pfgmpp/digits_consistency.py",

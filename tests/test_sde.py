@@ -45,9 +45,9 @@ def test_marginals_and_coefficients_match_published_ones(golden, name):
     mean, std = sde.marginal_prob(x, t)
     drift, diffusion = sde.sde(x, t)
     f, g = sde.discretize(x, t)
-    found = {"mean": mean, "std": std, "drift": drift, "diffusion": diffusion}
-    found |= {"disc_f": f, "disc_G": g, "prior_logp": sde.prior_logp(x)}
-    for what, value in found.items():
+    values = {"mean": mean, "std": std, "drift": drift, "diffusion": diffusion}
+    values |= {"disc_f": f, "disc_G": g, "prior_logp": sde.prior_logp(x)}
+    for what, value in values.items():
         expected = golden[f"sde/{name}_{what}"]
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, msg=what)
 
@@ -77,10 +77,10 @@ def test_published_parameters_are_those_of_the_configs(golden):
     ],
 )
 def test_labels_and_scaling_of_the_network(name, t, label, factor):
-    sde, seen = TRAINED[name], []
+    sde, labels = TRAINED[name], []
 
     def net(x, cond):
-        seen.append(cond)
+        labels.append(cond)
         return x
 
     if factor is None:  # DDPM's own table: 1 - the product of 1 - beta
@@ -89,8 +89,8 @@ def test_labels_and_scaling_of_the_network(name, t, label, factor):
     x = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     for time in (torch.tensor(t), torch.tensor(t).expand(3), torch.tensor(t).double()):
         torch.testing.assert_close(sde.score(net, x, time), factor * x, rtol=1e-5, atol=0)
-        assert seen[-1].shape == (3,)
-        np.testing.assert_allclose(seen[-1].numpy(), label, rtol=1e-6)
+        assert labels[-1].shape == (3,)
+        np.testing.assert_allclose(labels[-1].numpy(), label, rtol=1e-6)
 
 
 def test_levels_of_a_discrete_network_are_numbered_exactly():
@@ -383,9 +383,9 @@ def test_known_network_is_told_times_as_defined():
     """The helper of these tests: a label leads back to the time it was made from."""
     for sde in TRAINED.values():
         t = torch.tensor(617 / 999, dtype=torch.float64)
-        seen = []
-        sde.score(lambda x, cond: seen.append(cond) or x, torch.zeros(1, 1, 1, 1).double(), t)  # noqa: B023
-        assert time_of(sde, seen[0]).item() == pytest.approx(t.item(), rel=1e-9)
+        labels = []
+        sde.score(lambda x, cond: labels.append(cond) or x, torch.zeros(1, 1, 1, 1).double(), t)  # noqa: B023
+        assert time_of(sde, labels[0]).item() == pytest.approx(t.item(), rel=1e-9)
 
 
 def test_a_predicted_score_with_a_skip_has_a_slope_at_one_noise_level_an_image():

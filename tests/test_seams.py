@@ -125,7 +125,7 @@ def test_a_network(tmp_path):
     assert content["model"]["blocks.0.among.0.weight"].shape == (32, 16)
     assert "blocks.1.among.0.weight" not in content["model"]
     head = content["model"]["head.weight"]
-    assert head.shape == (8, 2, 2, 2)  # of the image's channel and the field's
+    assert head.shape == (8, 2, 2, 2)  # 2 outputs: the image's channel and the field's height
     report, _, page = evaluated("network", tmp_path, *overrides)
     assert report["nfe"] == 3
     assert re.search(r"<dd>mixer, [\d,]+ parameters</dd>", page)
@@ -191,11 +191,11 @@ def check_equal(one, two):
 @pytest.mark.parametrize("name", ["adamw", "radam", "lion"])
 def test_an_optimiser(drill, tmp_path, monkeypatch, one_thread, name):
     module = drill("optimizer")
-    own = {"optim__beta2": 0.9} if name == "lion" else {}
+    betas = {"optim__beta2": 0.9} if name == "lion" else {}
 
     def make_config():
         preemption = {"training__snapshot_freq_for_preemption": 10}
-        return tiny(module, optim__optimizer=name, optim__warmup=0, **preemption, **own)
+        return tiny(module, optim__optimizer=name, optim__warmup=0, **preemption, **betas)
 
     one, two = in_one_life_and_in_two(make_config, tmp_path, monkeypatch)
     check_equal(one, two)
@@ -225,7 +225,7 @@ def test_an_objective_with_a_parameter(drill, tmp_path, monkeypatch, one_thread)
     assert (one["objective"]["table"] != 0).all()
     n = len(one["optimizer"]["param_groups"][0]["params"])
     assert one["optimizer"]["state"][n - 1]["exp_avg"].shape == (8,)
-    assert len(one["ema"]["shadow_params"]) == n - 1  # of the network alone
+    assert len(one["ema"]["shadow_params"]) == n - 1  # all but the objective's weight
     overrides = ["--config.training.bins=8"]
     report, _, _ = evaluated("objective", tmp_path / "one", *overrides)
     assert report["num_samples"] == 20
@@ -272,30 +272,30 @@ def test_a_condition(drill, tmp_path, one_thread):
     """Two numbers of each image travel to the network, are dropped, and guide samples."""
     module = drill("condition")
     config = tiny(module, training__n_iters=20, training__snapshot_freq=20, eval__enable_bpd=False)
-    seen, forward = [], module.Conditional.forward
+    calls, forward = [], module.Conditional.forward
 
     def look(self, x, noise_label, vector=None):
-        seen.append(vector)
+        calls.append(vector)
         return forward(self, x, noise_label, vector)
 
     module.Conditional.forward = look
     assert run_lib.train(config, tmp_path)
-    rows = torch.cat([vector for vector in seen if vector is not None and len(vector) > 20])
+    rows = torch.cat([vector for vector in calls if vector is not None and len(vector) > 20])
     dropped = (rows == 0).all(1).double().mean().item()
     assert 0.1 < dropped < 0.3  # training.label_dropout = 0.2
     images = Data(config.data)
     vectors = images.conditions("train")["vector"]
     assert vectors.shape == (300, 2) and images.get("train").labels is None
-    seen.clear()
+    calls.clear()
     run_lib.evaluate(config, tmp_path)
-    given = [vector for vector in seen if vector is not None]
-    assert len(given) < len(seen)  # guidance asks the network without the vector too
-    assert all((vectors[:, None] == row).all(2).any() for vector in given[:1] for row in vector[:3])
+    draws = [vector for vector in calls if vector is not None]
+    assert len(draws) < len(calls)  # guidance asks the network without the vector too
+    assert all((vectors[:, None] == row).all(2).any() for vector in draws[:1] for row in vector[:3])
     with np.load(tmp_path / "eval/report_1.npz") as file:
         assert file["num_samples"] == 20 and np.isfinite(file["fid"])
     trained = load(tmp_path, config=config)
     alone, beside = trained.sample([3]), trained.sample([4, 3])[1:]
-    torch.testing.assert_close(alone, beside)  # its vector too is the seed's
+    torch.testing.assert_close(alone, beside)  # the seed draws the vector too
 
 
 def test_rows_without_a_condition_are_none():
@@ -343,9 +343,9 @@ def gaussian_network(x, noise_label, mean=0.1, std=0.3):
 
 def test_rectified_flow_takes_15_lines():
     source = (DRILLS / "method.py").read_text()
-    own = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef | ast.Assign)]
-    assert len(own) == 2
-    assert sum(bool(s.strip()) for n in own for s in ast.unparse(n).splitlines()) <= 15
+    statements = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef | ast.Assign)]
+    assert len(statements) == 2
+    assert sum(bool(s.strip()) for n in statements for s in ast.unparse(n).splitlines()) <= 15
 
 
 @pytest.fixture
@@ -368,11 +368,11 @@ def test_rectified_flow_samples_gaussian_data(rectified):
     config, method = rectified
     config.sampling.N = 400
     x = method.prior_sampling((50, 1, 8, 8), torch.Generator().manual_seed(0)).double()
-    seen = []
+    steps = []
     sample = sampling.get_sampling_fn(config, method)
-    images, nfe = sample(gaussian_network, x=x, callback=seen.append)
+    images, nfe = sample(gaussian_network, x=x, callback=steps.append)
     assert nfe == 2 * 400 - 1
-    assert [seen[0].level, len(seen)] == [pytest.approx(999), 400]
+    assert [steps[0].level, len(steps)] == [pytest.approx(999), 400]
     expected = 0.1 + (x - 0.001 * 0.1) * 0.3 / math.hypot(0.001 * 0.3, 0.999)
     torch.testing.assert_close(images, ((expected + 1) / 2).clamp(0, 1), rtol=0, atol=2e-4)
 
@@ -395,10 +395,10 @@ def test_rectified_flow_has_the_loss_of_exact_velocities(rectified):
     images = 0.1 + 0.3 * torch.randn(4000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     config.training.update(batch_size=4000, reduce_mean=True)
     loss = get_loss_fn(config, method)
-    found = loss(gaussian_network, images, torch.Generator().manual_seed(1)).item()
+    mean_loss = loss(gaussian_network, images, torch.Generator().manual_seed(1)).item()
     t = torch.linspace(0, 1, 10001, dtype=torch.float64)
     expected = (0.09 / (((1 - t) * 0.3) ** 2 + t**2)).mean()
-    assert found == pytest.approx(expected.item(), rel=0.03)
+    assert mean_loss == pytest.approx(expected.item(), rel=0.03)
 
 
 def test_learned_uncertainty_is_the_log_of_the_mean_error(drill):
@@ -466,11 +466,11 @@ def test_the_library_shows_images_where_the_network_sees_latents(drill):
 def test_steps_lie_where_the_schedule_says(drill):
     config = drill("schedule").get_config()
     config.sampling.N, config.sampling.noise_removal = 6, False
-    method, seen = methods.get_method(config), []
+    method, steps = methods.get_method(config), []
     x = method.prior_sampling((2, 1, 8, 8))
-    sampling.get_sampling_fn(config, method)(lambda x, label: x, x=x, callback=seen.append)
+    sampling.get_sampling_fn(config, method)(lambda x, label: x, x=x, callback=steps.append)
     levels = solvers.SCHEDULES["cosine"](method, 6, 7.0)
-    assert [step.level for step in seen] == levels[:-1].tolist()
+    assert [step.level for step in steps] == levels[:-1].tolist()
     assert torch.tensor([t.atan() for t in levels]).diff().std() < 1e-6
 
 

@@ -210,9 +210,9 @@ def test_networks_of_any_sides_have_gradients(name, size):
 
 @pytest.mark.parametrize("name", [*U_NETS, *REFINE_NETS])
 def test_a_padded_call_is_that_of_the_padded_image_cut(name):
-    """By numpy's padding, and a network that was built for the larger sides."""
+    """The reference is numpy's padding before a network built for the larger sides."""
     small, large, before, times = ((6, 10), (8, 12), 1, 2)
-    if name in REFINE_NETS:  # whose levels halve once
+    if name in REFINE_NETS:  # their levels halve once
         small, large, before, times = ((5, 9), (6, 10), 0, 1)
     net, larger, x = network(name, small), network(name, large), noise(2, 2, *small)
     padded = np.pad(x.numpy(), ((0, 0), (0, 0), (before, 1), (before, 1)), mode="edge")

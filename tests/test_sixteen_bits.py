@@ -88,7 +88,7 @@ def test_the_fewest_bits_that_hold_the_largest_value(largest, seed):
 
 
 def test_whole_16_bits_are_as_before():
-    """When they were divided by 256, up to rounding."""
+    """Values of all 16 bits are, up to rounding, divided by 256 as in older programs."""
     values = np.arange(0, 2**16, dtype=np.uint16).reshape(256, 256, 1)
     decoded = decode_image(png_of_16_bits(values), 1)
     assert np.abs(decoded.astype(int) - (values >> 8)).max() <= 1
@@ -364,11 +364,11 @@ def test_a_run_of_8_bits_is_not_measured_again(tmp_path, monkeypatch):
     assert run_lib.train(config_of_run(tmp_path / "x"), tmp_path / "run")
     monkeypatch.setattr(datasets.Data, "measure_scale", None)
     assert complete(config_of_run(tmp_path / "x"), tmp_path / "run")[0].data.scale == ()
-    own = run_config.load(tmp_path / "run")
-    assert complete(own, tmp_path / "run")[0].data.scale == ()
+    stored_config = run_config.load(tmp_path / "run")
+    assert complete(stored_config, tmp_path / "run")[0].data.scale == ()
     restored = encoded(random_values(12, (8, 8, 1))[..., 0])
     (tmp_path / "scan.png").write_bytes(restored)
-    (scan,) = read_images("x", str(tmp_path / "scan.png"), 1, own.data.scale).values()
+    (scan,) = read_images("x", str(tmp_path / "scan.png"), 1, stored_config.data.scale).values()
     assert scan.max() == 255  # as the run has no scale
 
 

@@ -27,9 +27,9 @@ def configured(path, size=16):
 
 def write(folder, shapes=SHAPES):
     """Images of `shapes` to train on, and one to test on."""
-    for split, some in (("train", shapes), ("test", shapes[:1])):
+    for split, split_shapes in (("train", shapes), ("test", shapes[:1])):
         (folder / split).mkdir(parents=True)
-        for i, (height, width) in enumerate(some):
+        for i, (height, width) in enumerate(split_shapes):
             content = encoded(pictures(1, height, width)[0])
             (folder / split / f"{i:03}.png").write_bytes(content)
     return folder
@@ -120,8 +120,8 @@ def test_images_to_restore_of_any_size_are_said(tmp_path, caplog):
         caplog.clear()
         config.sampling.restore_path = str(tmp_path / path)
         run_lib.evaluate(config, tmp_path / "run")
-        said = [r.getMessage() for r in caplog.records]
-        return [line for line in said if line.startswith("sampling.restore_path")]
+        messages = [r.getMessage() for r in caplog.records]
+        return [line for line in messages if line.startswith("sampling.restore_path")]
 
     start = "sampling.restore_path, images of 4 x 4 to 30 x 30 pixels: "
     assert lines("images") == [

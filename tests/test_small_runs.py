@@ -42,9 +42,9 @@ OPEN = ("training.M", "sampling.z_max", "sampling.upper_norm")
 def tiny(path, tmp_path, **overrides):
     """An experiment with little of everything; `overrides` have __ in place of the dot."""
     config = load(path)
-    given = {key.replace("__", "."): value for key, value in overrides.items()}
+    changes = {key.replace("__", "."): value for key, value in overrides.items()}
     stats = {"eval.stats_dir": str(tmp_path / "stats")}
-    config.update_from_flattened_dict(TINY | STEPS | stats | given)
+    config.update_from_flattened_dict(TINY | STEPS | stats | changes)
     return config
 
 
@@ -116,8 +116,8 @@ def measured_of(flat):
 def test_what_own_images_decide_is_kept_with_the_run(tmp_path, photos, caplog):
     caplog.set_level(logging.INFO)  # as main.py sets it
     workdir = tmp_path / "run"
-    own = {"data__path": str(photos), "data__image_size": 8}
-    config = tiny("poisson/images32_ddpmpp.py", tmp_path, **own)
+    photo_options = {"data__path": str(photos), "data__image_size": 8}
+    config = tiny("poisson/images32_ddpmpp.py", tmp_path, **photo_options)
     assert all(flatten(config)[key] is None for key in OPEN)
     assert run_lib.train(config, workdir)
 
@@ -136,8 +136,8 @@ def test_what_own_images_decide_is_kept_with_the_run(tmp_path, photos, caplog):
 
     for i in range(300):  # white ones: the mean norm would be another
         Image.new("L", (8, 8), 255).save(photos / f"white{i}.png")
-    own["data__changed"] = "allow"
-    config = tiny("poisson/images32_ddpmpp.py", tmp_path, training__n_iters=3, **own)
+    photo_options["data__changed"] = "allow"
+    config = tiny("poisson/images32_ddpmpp.py", tmp_path, training__n_iters=3, **photo_options)
     assert run_lib.train(config, workdir)
     newest = load_checkpoint(workdir / "checkpoints-meta/checkpoint.pth")
     assert newest["step"] == 3
@@ -174,8 +174,8 @@ def test_evaluating_needs_no_config_and_tells_what_differs(tmp_path, caplog):
     config = run_config.load(workdir)
     config.sampling.z_max = 40.0
     run_lib.evaluate(config, workdir, "changed")
-    said = "the config differs from that of the run: sampling.z_max: 17.9 -> 40.0"
-    assert [r.getMessage() for r in caplog.records if "differs" in r.getMessage()] == [said]
+    message = "the config differs from that of the run: sampling.z_max: 17.9 -> 40.0"
+    assert [r.getMessage() for r in caplog.records if "differs" in r.getMessage()] == [message]
     assert report_of(workdir, 2, "changed")["fid"] != first["fid"]
 
 

@@ -60,10 +60,10 @@ def evaluate(workdir, *overrides, expect=0):
 
 def mistake(workdir, *overrides):
     """The one line in which the evaluation ends."""
-    said = evaluate(workdir, *overrides, expect=2).stderr
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    return said
+    line = evaluate(workdir, *overrides, expect=2).stderr
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    return line
 
 
 def report_of(workdir, k):
@@ -82,7 +82,7 @@ def loaded(path, config):
 
 
 def to_evaluate(config, workdir):
-    """What an evaluation of the run in `workdir` takes."""
+    """Checkpoints that an evaluation of the run in `workdir` takes, by number."""
     numbers, training = (config.eval.begin_ckpt, config.eval.end_ckpt), config.training
     if config.eval.steps:
         return checkpoints_of_steps(workdir, config.eval.steps, training.snapshot_freq)
@@ -108,18 +108,18 @@ def test_half_precision_becomes_single(tmp_path):
     path = place(tmp_path, weights=weights)
     run, _ = loaded(path, run_config.load(tmp_path))
     names = models.reference_names(run.network)
-    own = run.network.state_dict()
+    state = run.network.state_dict()
     assert len(names) == len(weights)
     for name, tensor in weights.items():
-        assert torch.equal(own[names[name.removeprefix("model.")]], tensor.float())
+        assert torch.equal(state[names[name.removeprefix("model.")]], tensor.float())
 
 
 def test_the_program_evaluates_edm_unet(tmp_path):
-    """Twice: as it was placed, and as a checkpoint of this program with the same weights."""
+    """A placed snapshot, and a checkpoint of this program with its weights, report alike."""
     path = place(tmp_path)
     digits = "--config.data.dataset=digits"
-    said = evaluate(tmp_path, *FEW, digits).stdout
-    assert f"evaluating {path} on cpu" in said
+    output = evaluate(tmp_path, *FEW, digits).stdout
+    assert f"evaluating {path} on cpu" in output
     report = report_of(tmp_path, 7)
     assert report["step"] == 7
     assert report["nfe"] == 3  # Heun, the last step Euler
@@ -134,9 +134,9 @@ def test_the_program_evaluates_edm_unet(tmp_path):
     content = state.state_dict() | {"config": run_config.flatten(config)}
     save_checkpoint(tmp_path / "own/checkpoints/checkpoint_5.pth", content)
     evaluate(tmp_path / "own", *FEW, digits, "--config.training.n_iters=5")
-    own = report_of(tmp_path / "own", 1)
+    expected = report_of(tmp_path / "own", 1)
     for name in ("loss", "fid", "nearest"):
-        assert report[name] == own[name] != 0
+        assert report[name] == expected[name] != 0
 
 
 def test_the_program_evaluates_adm_on_data_of_edm(tmp_path):
@@ -156,11 +156,11 @@ def test_all_snapshots_are_evaluated_but_own_checkpoints_come_first(tmp_path, ca
     config = run_config.load(tmp_path)
     assert to_evaluate(config, tmp_path) == snapshots(tmp_path)
     assert newest_checkpoint(tmp_path) is None  # training does not go on from them
-    own = tmp_path / f"checkpoints/checkpoint_{config.training.n_iters}.pth"
-    save_checkpoint(own, train_state(config).state_dict())
+    checkpoint = tmp_path / f"checkpoints/checkpoint_{config.training.n_iters}.pth"
+    save_checkpoint(checkpoint, train_state(config).state_dict())
     with caplog.at_level("INFO"):
-        assert to_evaluate(config, tmp_path) == {10: own}
-    assert f"not asked for in {own.parent}: final.pt, {nine.name}, {ten.name}" in caplog.text
+        assert to_evaluate(config, tmp_path) == {10: checkpoint}
+    assert f"not asked for in {checkpoint.parent}: final.pt, {nine.name}, {ten.name}" in caplog.text
 
 
 # --- its config -----------------------------------------------------------------------------------
@@ -224,11 +224,11 @@ def test_the_program_samples_the_classes_of_the_data(tmp_path):
     few = [*FEW, "--noconfig.eval.enable_loss", "--config.data.dataset=folder"]
     flat = [*few, f"--config.data.path={tmp_path / 'flat'}"]
     assert "sampling.class_label can name a class instead" in mistake(tmp_path, *flat)
-    for given, allowed in (
+    for flags, allowed in (
         ([*flat, "--config.sampling.class_label=7"], {7}),
         ([*few, f"--config.data.path={tmp_path / 'classes'}"], {0, 1, 2, 3, 4}),
     ):
-        evaluate(tmp_path, *given)
+        evaluate(tmp_path, *flags)
         with np.load(tmp_path / "eval/ckpt_7/samples_0.npz") as file:
             assert set(file["labels"]) == allowed
     guided = [*flat, "--config.sampling.guidance=2"]
@@ -254,10 +254,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     write_tree(tmp_path / "data", pictures(20), "{i:03d}/x.png")
     only_loss = ["--config.eval.enable_loss", "--noconfig.eval.enable_sampling"]
     data = [f"--config.data.path={tmp_path / 'data'}", "--config.data.num_classes=20"]
-    said = mistake(tmp_path, *only_loss, *data)
-    assert f"{path} does not fit the configured network: " in said
-    assert "'map_label.weight'" in said
-    assert "the run's own config differs: data.num_classes: 10 -> 20, data.path" in said
+    line = mistake(tmp_path, *only_loss, *data)
+    assert f"{path} does not fit the configured network: " in line
+    assert "'map_label.weight'" in line
+    assert "the run's own config differs: data.num_classes: 10 -> 20, data.path" in line
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -276,5 +276,5 @@ def test_options_out_of_range_are_named(tmp_path):
 def test_two_files_of_one_number(tmp_path):
     place(tmp_path, name="a.pkl")
     place(tmp_path, name="b.pt")
-    said = mistake(tmp_path)
-    assert "a.pkl and b.pt are both number 0" in said
+    line = mistake(tmp_path)
+    assert "a.pkl and b.pt are both number 0" in line

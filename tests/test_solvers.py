@@ -112,10 +112,10 @@ def test_last_slopes_have_the_weights_of_adams_and_bashforth(solve, steps, order
         assert ends[1] - ends[0] == pytest.approx(weight * steps[-1], abs=1e-12)
 
 
-def slow_step(x, images, nodes, here, there):
+def slow_step(x, images, nodes, level, next_level):
     """exp(-h) x + the integral of exp(u - h) P(u), P through `images` at the levels `nodes`."""
-    h = math.log(here / there)
-    at = [math.log(here / node) for node in nodes]
+    h = math.log(level / next_level)
+    at = [math.log(level / node) for node in nodes]
     polynomial = interpolate.lagrange(at, images)
     integral, _ = integrate.quad(lambda u: math.exp(u - h) * polynomial(u), 0, h, epsabs=1e-13)
     return math.exp(-h) * x + integral
@@ -123,22 +123,22 @@ def slow_step(x, images, nodes, here, there):
 
 def slow_dpmpp(denoise, x, levels, order):
     images, nodes = [], []
-    for here, there in zip(levels, levels[1:], strict=False):
-        images, nodes = [denoise(x, here), *images][:order], [here, *nodes][:order]
-        x = slow_step(x, images, nodes, here, there) if there else images[0]
+    for level, next_level in zip(levels, levels[1:], strict=False):
+        images, nodes = [denoise(x, level), *images][:order], [level, *nodes][:order]
+        x = slow_step(x, images, nodes, level, next_level) if next_level else images[0]
     return x
 
 
 def slow_unipc(denoise, x, levels, order):
-    """Predict, evaluate there, correct; the last step is a prediction."""
+    """Predict, evaluate at the next level, correct; the last step is a prediction."""
     images, nodes = [denoise(x, levels[0])], [levels[0]]
-    for i, (here, there) in enumerate(zip(levels, levels[1:], strict=False)):
-        predicted = slow_step(x, images, nodes, here, there) if there else images[0]
+    for i, (level, next_level) in enumerate(zip(levels, levels[1:], strict=False)):
+        predicted = slow_step(x, images, nodes, level, next_level) if next_level else images[0]
         if i == len(levels) - 2:
             return predicted
-        image = denoise(predicted, there)
-        x = slow_step(x, [image, *images], [there, *nodes], here, there)
-        images, nodes = [image, *images][:order], [there, *nodes][:order]
+        image = denoise(predicted, next_level)
+        x = slow_step(x, [image, *images], [next_level, *nodes], level, next_level)
+        images, nodes = [image, *images][:order], [next_level, *nodes][:order]
     return x
 
 
@@ -158,7 +158,7 @@ def test_exponential_solvers_follow_their_definition(solve, slow, order, last):
 @pytest.mark.parametrize("solve", [dpmpp, unipc])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_exponential_solvers_are_exact_for_polynomials_in_the_log_snr(solve, order):
-    """From step `order` on: x e^lambda grows by the integral of e^u D(u), known by parts.
+    """x e^lambda grows, from step `order` on, by the integral of e^u D(u), known by parts.
 
     D = 1, u or u^2 has the integral e^u, e^u (u - 1) or e^u (u^2 - 2 u + 2).
     """
@@ -189,9 +189,9 @@ def test_exponential_solvers_end_on_the_denoised_image(solve):
 
 @pytest.mark.parametrize("name, order", WITH_ORDERS)
 def test_a_step_is_one_evaluation_and_keeps_four_states(name, order, request):
-    """Counted where memory goes to the network; the caller holds one more, the prior sample."""
+    """States are counted as the network is called; the caller holds one more, the prior sample."""
     shape, alive = (7, 1, 3, 5), []
-    gc.freeze()  # what is there already is not looked through
+    gc.freeze()  # collections then skip objects that exist already
     request.addfinalizer(gc.unfreeze)
 
     def count():
@@ -242,13 +242,13 @@ def test_churn_keeps_to_its_interval_and_below_the_first_level():
     raised = [churn.raised(level, levels) for level in levels.tolist()]
     assert raised == [10.0, 10.0, 6.25, 1.25, 0.1]
     assert Churn(S_churn=100.0).raised(1.0, levels) == math.sqrt(2)  # but for rounding
-    seen = []
-    SOLVERS["heun"].solve(lambda x, s: x / s, torch.ones(2), levels, seen.append, churn=churn)
-    assert [step.level for step in seen] == [10.0, 10.0, 6.25, 1.25]
+    steps = []
+    SOLVERS["heun"].solve(lambda x, s: x / s, torch.ones(2), levels, steps.append, churn=churn)
+    assert [step.level for step in steps] == [10.0, 10.0, 6.25, 1.25]
 
 
 def test_noise_of_churn_has_its_standard_deviation():
-    """With slope 0 the noise of all steps remains: S_noise^2 (raised^2 - level^2) each."""
+    """Slope 0 keeps the noise of all steps: variance S_noise^2 (raised^2 - level^2) each."""
     levels = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
     churn = Churn(S_churn=0.5, S_noise=0.5)  # levels rise by a quarter, but the first
     x = SOLVERS["heun"].solve(

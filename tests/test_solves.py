@@ -23,7 +23,7 @@ from storage.checkpoints import load_checkpoint
 
 METHODS = SDES | FAMILY
 TINY = {"nf": 8, "ch_mult": (1,), "attn_resolutions": ()}
-# a solve of which no test sees the end
+# more evaluations than any test waits for
 ENDLESS = {"ode_solver": "rk45", "rtol": 1e-12, "atol": 1e-12, "max_evaluations": 10**9}
 
 
@@ -38,12 +38,12 @@ def tiny(module=edm_digits, **sampling_options):
 # --- what is told ---------------------------------------------------------------------------------
 
 
-def check_told(told, evaluations, method, rising=False):
+def check_told(calls, evaluations, method, rising=False):
     """Each evaluation once, and levels that lie between prior and data, which come in order."""
-    assert [count for count, _ in told] == list(range(evaluations))
+    assert [count for count, _ in calls] == list(range(evaluations))
     ends = method.sigma(torch.tensor([method.t_prior, method.t_data], dtype=torch.float64))
     high, low = ends.tolist()
-    levels = [level for _, level in told]
+    levels = [level for _, level in calls]
     assert all(level == 0 or low * (1 - 1e-9) <= level <= high * (1 + 1e-9) for level in levels)
     assert levels[0] == pytest.approx(low if rising else high)
     thirds = levels[0], levels[len(levels) // 2], levels[-1]
@@ -53,7 +53,7 @@ def check_told(told, evaluations, method, rising=False):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", ["vp", "edm"])
 def test_a_solver_tells_of_each_evaluation(name, solver):
-    method, told = METHODS[name], []
+    method, calls = METHODS[name], []
     x = method.prior_sampling((3, 1, 2, 2), torch.Generator().manual_seed(0))
     _, evaluations = sampling.solve_ode(
         method,
@@ -62,38 +62,38 @@ def test_a_solver_tells_of_each_evaluation(name, solver):
         solver,
         8,
         noise_removal=True,
-        watch=lambda *seen: told.append(seen),
+        watch=lambda *call: calls.append(call),
     )
-    check_told(told, evaluations, method)
+    check_told(calls, evaluations, method)
 
 
 @pytest.mark.parametrize("corrector", ["none", "langevin"])
 def test_predictor_and_corrector_tell_of_each_evaluation(corrector):
-    config, told = tiny(vp_digits, method="pc", corrector=corrector), []
+    config, calls = tiny(vp_digits, method="pc", corrector=corrector), []
     config.model.num_scales = 30
     method = methods.get_method(config)
     _, evaluations = sampling.get_sampling_fn(config, method)(
         gaussian_network(method),
         x=torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
         generator=torch.Generator().manual_seed(1),
-        watch=lambda *seen: told.append(seen),
+        watch=lambda *call: calls.append(call),
     )
     assert evaluations == (30 if corrector == "none" else 60)
-    check_told(told, evaluations, method)
+    check_told(calls, evaluations, method)
 
 
 @pytest.mark.parametrize("name", ["vp", "pfgmpp"])
 def test_a_likelihood_tells_of_each_evaluation(name):
-    method, told = METHODS[name], []
+    method, calls = METHODS[name], []
     x = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     *_, evaluations = log_likelihood(
         method,
         gaussian_network(method),
         x,
         unit_vectors(x),
-        watch=lambda *seen: told.append(seen),
+        watch=lambda *call: calls.append(call),
     )
-    check_told(told, evaluations, method, rising=True)
+    check_told(calls, evaluations, method, rising=True)
 
 
 def test_a_long_solve_shows_where_it_is(capsys, monkeypatch):
@@ -106,9 +106,9 @@ def test_a_long_solve_shows_where_it_is(capsys, monkeypatch):
         assert capsys.readouterr().err == ""  # a short one shows nothing
         now[0] += 60
         watch(4, 2.5)
-        shown = capsys.readouterr().err
-    assert "4 evaluations" in shown
-    assert "noise level 2.5 of 0.002 to 80" in shown
+        output = capsys.readouterr().err
+    assert "4 evaluations" in output
+    assert "noise level 2.5 of 0.002 to 80" in output
 
 
 def test_every_evaluation_can_end_the_solver():
@@ -150,7 +150,7 @@ def test_rk45_takes_no_more_evaluations_than_allowed(limit):
     assert limit - 6 < len(calls) <= limit and "\n" not in str(raised.value)
     with pytest.raises(TooManyEvaluations, match=message):
         log_likelihood(method, net, x, unit_vectors(x), max_evaluations=limit)
-    # and where they suffice, they change nothing
+    # a limit that suffices changes nothing
     free, needed = sampling.solve_ode(method, net, x)
     bounded, _ = sampling.solve_ode(method, net, x, max_evaluations=needed)
     assert torch.equal(free, bounded)
@@ -206,8 +206,8 @@ def test_snapshots_take_few_evaluations(options, solver, evaluations):
 def test_training_draws_with_the_snapshot_solver(tmp_path, caplog):
     caplog.set_level("INFO")
     assert run_lib.train(tiny(ode_solver="rk45"), tmp_path)
-    drawn = [r.getMessage() for r in caplog.records if "samples in" in r.getMessage()]
-    assert len(drawn) == 2 and all("samples in 35 evaluations" in line for line in drawn)
+    messages = [r.getMessage() for r in caplog.records if "samples in" in r.getMessage()]
+    assert len(messages) == 2 and all("samples in 35 evaluations" in line for line in messages)
     stored = load_checkpoint(tmp_path / "checkpoints/checkpoint_4.pth")["config"]
     assert stored["sampling.ode_solver"] == "rk45"
 

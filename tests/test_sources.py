@@ -1,4 +1,4 @@
-"""What is read from disk against what was written there, by other programs where there are any."""
+"""Data read from disk against those written, by other programs where there are any."""
 
 import io
 import itertools
@@ -170,7 +170,7 @@ FORMATS_AND_MODES = set(
 
 @pytest.mark.parametrize(("format", "mode"), sorted(FORMATS_AND_MODES))
 def test_formats_and_modes(format, mode):
-    """Against the image that Pillow reads back, laid over white: formats lose what they lose."""
+    """Formats that lose are compared with the image that Pillow reads back, over white."""
     (rgba,) = pictures(1, 8, 11, 4)
     rgba[..., 3] = np.where(rgba[..., 3] < 128, 0, 255)
     stored = Image.fromarray(rgba if "A" in mode else rgba[..., :3]).convert(mode)
@@ -211,7 +211,7 @@ def test_inks_become_colours(format):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_scans_are_upright(orientation, bits):
-    """As of EXIF's table: what row 0 and column 0 of the file are in the image."""
+    """EXIF's table says what row 0 and column 0 of the file are in the image."""
     stored = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)
     upright = {
         1: stored,
@@ -249,8 +249,8 @@ def test_trees_and_zips_hold_the_same(tmp_path):
     (tmp_path / "faces/000/._image.png").write_text("what macOS leaves")
     write_zip(tmp_path / "faces.zip", tmp_path / "faces")
     for path in (tmp_path / "faces", tmp_path / "faces.zip"):
-        found, sizes = both_splits(config_of("folder", path=str(path)))
-        assert sorted(found) == sorted(i.transpose(2, 0, 1).tobytes() for i in images)
+        contents, sizes = both_splits(config_of("folder", path=str(path)))
+        assert sorted(contents) == sorted(i.transpose(2, 0, 1).tobytes() for i in images)
         train, test = sizes
         assert (train + test, test > 0) == (20, True)
 
@@ -314,28 +314,28 @@ def test_what_looks_like_a_split_is_named_in_a_warning(tmp_path, names, caplog):
 
 
 @pytest.mark.parametrize("kind", ["tree", "zip", "npz", "npy"])
-@pytest.mark.parametrize("given", [True, False])
-def test_the_log_says_what_is_trained_on(tmp_path, kind, given):
+@pytest.mark.parametrize("has_splits", [True, False])
+def test_the_log_says_what_is_trained_on(tmp_path, kind, has_splits):
     images = pictures(20)
     share = (
         "a random tenth is held out" if kind in ("npz", "npy") else "a tenth is held out by names"
     )
-    found = f"{{}} images to train on and {{}} to test on ({share})"
+    split_text = f"{{}} images to train on and {{}} to test on ({share})"
     if kind == "npy":
         path = tmp_path / "data.npy"
         np.save(path, images)
-    elif given:
+    elif has_splits:
         path = write_splits(tmp_path, Train=images[:13], VAL=images[13:])[kind]
-        found = "13 images to train on and 7 to test on (Train and VAL)"
+        split_text = "13 images to train on and 7 to test on (Train and VAL)"
     else:
         path = write_splits(tmp_path, all=images)[kind]
-    config = config_of("folder", path=str(path), random_flip=given)
+    config = config_of("folder", path=str(path), random_flip=has_splits)
     train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
-    found = found.format(len(train), len(test))
-    mirrored = "mirrored at random" if given else "not mirrored"
+    split_text = split_text.format(len(train), len(test))
+    mirrored = "mirrored at random" if has_splits else "not mirrored"
     changed = Preparation.from_config(config, get_codec(config), False).words
     assert datasets.Data(config.data).describe(train, test, changed) == (
-        f"data: {path}, {found}, 8 x 8, 3 channels, {mirrored} (data.random_flip)"
+        f"data: {path}, {split_text}, 8 x 8, 3 channels, {mirrored} (data.random_flip)"
     )
 
 
@@ -350,8 +350,8 @@ def test_grey_files_are_measured_as_grey(tmp_path):
     for path in (tmp_path / "x", tmp_path / "x.zip"):
         config = config_of("folder", channels=0, path=str(path))
         assert datasets.Data(config.data).measure_channels() == 1
-        found, sizes = both_splits(config)
-        assert sorted(found) == sorted(image.tobytes() for image in grey)
+        contents, sizes = both_splits(config)
+        assert sorted(contents) == sorted(image.tobytes() for image in grey)
         assert sum(sizes) == 30
     assert config.data.num_channels == 0  # left as it is
 
@@ -430,7 +430,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_data_of_edm(tmp_path):
-    """As its dataset_tool.py writes them: numbered folders, and labels in dataset.json."""
+    """Files of EDM's dataset_tool.py: numbered folders, and labels in dataset.json."""
     images = pictures(20)
     write_tree(tmp_path / "tree", images, "{i:05d}/img{i:08d}.png")
     labels = [[f"{i:05d}/img{i:08d}.png", i % 3] for i in range(20)]
@@ -440,8 +440,8 @@ def test_data_of_edm(tmp_path):
             file.write(path, path.relative_to(tmp_path / "tree").as_posix())
     expected = sorted(image.transpose(2, 0, 1).tobytes() for image in images)
     for path in ("tree", "data.zip"):
-        found, _ = both_splits(config_of("folder", path=str(tmp_path / path)))
-        assert sorted(found) == expected
+        contents, _ = both_splits(config_of("folder", path=str(tmp_path / path)))
+        assert sorted(contents) == expected
 
 
 def test_entries_are_bounded_and_never_extracted(tmp_path, monkeypatch):
@@ -542,8 +542,8 @@ def test_records_of_stylegan(tmp_path, name, packed):
     images = pictures(20)
     path = tmp_path / "r03.tfrecords"
     path.write_bytes(tfrecord(*(stylegan_example(image, packed) for image in images)))
-    found, sizes = both_splits(config_of(name, tfrecords_path=str(path)))
-    assert sorted(found) == sorted(i.transpose(2, 0, 1).tobytes() for i in images)
+    contents, sizes = both_splits(config_of(name, tfrecords_path=str(path)))
+    assert sorted(contents) == sorted(i.transpose(2, 0, 1).tobytes() for i in images)
     assert list(sizes) == [18, 2]
 
 
@@ -616,7 +616,7 @@ def generate(seed, n):
     for i, image in enumerate(images):
         yield f"{i:04d}", {"id": f"{i:04d}", "image": image, "label": i % 10}
 
-def split_generators(self, _):  # where cifar10 reads the names of its classes, too
+def split_generators(self, _):  # cifar10 too reads the names of classes here
     self.info.features["label"].names = [f"class {k}" for k in range(10)]
     return {"train": generate(1, 12), "test": generate(2, 5)}
 

@@ -25,7 +25,7 @@ BOTH = {"eval.features": "pixels,torchscript-12ab", "eval.num_samples": 100}
 
 
 def test_two_spaces_in_one_evaluation_are_those_of_two_evaluations(tmp_path, caplog, one_thread):
-    """In the report, on the console, on the page and beside another run."""
+    """Report, console, page and comparison show each space as an evaluation of its own does."""
     network = save_torchscript(tmp_path / "network.pt", MeanColour())
     spaces = {"pixels": "pixels", "torchscript": "torchscript", "both": "pixels,torchscript"}
     config = tiny("vp/digits_ddpmpp.py", tmp_path, training__snapshot_sampling=False)
@@ -54,12 +54,12 @@ def test_two_spaces_in_one_evaluation_are_those_of_two_evaluations(tmp_path, cap
     assert "torchscript:IS" in both and "IS" not in both  # pixels have no logits
 
     labels = {"fid": "Fréchet distance, pixels", "torchscript:fid": "FID, torchscript"}
-    shown = {label: float(both[key]) for key, label in labels.items()}
+    values = {label: float(both[key]) for key, label in labels.items()}
     page = (tmp_path / "run/both/report.html").read_text()
     beside = compare_page(
         [read_run(tmp_path / "run", folder, folder) for folder in ("both", "pixels")]
     )
-    for label, value in shown.items():
+    for label, value in values.items():
         assert re.search(rf"^ +{label} +{re.escape(f'{value:.6g}')}$", caplog.text, re.M)
         assert f"<h3>{escape(label)}</h3><p>{number(value)}" in page  # a card
         assert f"<th>{escape(label)}\u00a0↓</th>" in page  # a column of the checkpoints

@@ -20,7 +20,7 @@ from reports.field_lines import exact_slope, field_lines
 from reports.images import image_grid
 from sources.toys import TOYS
 
-CENTRES = (np.arange(256) + 0.5) / 128 - 1  # of the cells of bytes
+CENTRES = (np.arange(256) + 0.5) / 128 - 1  # centres of the cells of bytes
 
 
 def coarse(counts):
@@ -29,12 +29,12 @@ def coarse(counts):
 
 
 def p_value(points, cells):
-    """Of a chi-square test of bytes (n, 2) against their law; rare cells count as one."""
-    found, expected = np.zeros((256, 256)), len(points) * coarse(cells)
-    np.add.at(found, tuple(points.T), 1)
+    """p of a chi-square test of bytes (n, 2) against their law; rare cells count as one."""
+    counts, expected = np.zeros((256, 256)), len(points) * coarse(cells)
+    np.add.at(counts, tuple(points.T), 1)
     often = expected > 5
-    found = coarse(found)
-    pairs = [[*v[often], v[~often].sum()] for v in (found, expected)]
+    counts = coarse(counts)
+    pairs = [[*v[often], v[~often].sum()] for v in (counts, expected)]
     return chisquare(*pairs).pvalue
 
 
@@ -57,10 +57,10 @@ def test_draws_have_the_law_of_the_bytes(name):
     test = datasets.get_dataset(config, "test")[:].flatten(1).numpy()
     assert p_value(train, cells) > 1e-3
     assert p_value(test, cells) > 1e-3
-    # drawn another way: a Gaussian by its number, then from it
-    drawn = toy.centres[random.integers(len(toy.centres), size=20_000)]
-    drawn = drawn + toy.std * random.standard_normal(drawn.shape)
-    assert p_value(np.floor((drawn + 1) * 128).clip(0, 255).astype(int), cells) > 1e-3
+    # independent draws: the number of a Gaussian, then a point of it
+    points = toy.centres[random.integers(len(toy.centres), size=20_000)]
+    points = points + toy.std * random.standard_normal(points.shape)
+    assert p_value(np.floor((points + 1) * 128).clip(0, 255).astype(int), cells) > 1e-3
     assert p_value(train // 2 + 64, cells) < 1e-9  # the test can fail
 
 
@@ -143,7 +143,7 @@ def test_flat_lines_are_bounded(exact_network):
 
     def wrong(x, z):
         field_x, field_z = exact(x, z)
-        return field_x, 0 * field_z + 0.001  # of the wrong sign, as a network may have it
+        return field_x, 0 * field_z + 0.001  # a wrong sign, which a network may give
 
     assert (plane_poisson().slope(wrong, x, 0.5) * x < 0).flatten(1).any(1)[1:].all()
     slope = bound.slope(wrong, x, 0.5).flatten(1)

@@ -42,23 +42,23 @@ def test_ema_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("batch_size, small_batch_size", [(50, 0), (4000, 50)])
 def test_ema_with_a_half_life_in_images(batch_size, small_batch_size):
-    """As EDM's: half-life min(half_life, 5 % of the images seen), decay 0.5^(batch / half-life).
+    """EDM's rule: half-life min(half_life, 5 % of images seen), decay 0.5^(batch / half-life).
 
-    Images of the reference batch are not seen.
+    Images that only the reference batch holds do not count as seen.
     """
     config = pfgmpp_digits.get_config()
     config.training.update(batch_size=batch_size, small_batch_size=small_batch_size)
     config.model.ema_half_life = 1000.0
     model = Line()
     state = train_state(config, model)
-    expected, seen = state.parameters[0].detach().clone(), 0
+    expected, images_seen = state.parameters[0].detach().clone(), 0
     for step in range(700):  # 5 % of the images are 1000 from step 400 on
         with torch.no_grad():
             state.parameters[0].fill_(math.sin(step))
         state.ema.update(state.parameters, torch.ones(()))
-        beta = 0.5 ** (50 / max(min(1000, 0.05 * seen), 1e-8))
+        beta = 0.5 ** (50 / max(min(1000, 0.05 * images_seen), 1e-8))
         expected = beta * expected + (1 - beta) * math.sin(step)
-        seen += 50
+        images_seen += 50
         torch.testing.assert_close(state.ema.shadow_params[0], expected, rtol=1e-4, atol=1e-5)
     config.model.ema_half_life = -1.0
     with pytest.raises(ValueError, match=r"model\.ema_half_life must be at least 0, not -1"):
@@ -133,13 +133,13 @@ def test_step_clips_the_gradient_by_its_norm_and_warms_up():
     config.optim.warmup = 4
     config.optim.grad_clip = 0.5
     state = train_state(config, Line())
-    seen = []
+    gradients = []
 
     for _ in range(3):
         step_of(state, lambda net: 100 * net.weight.sum())
-        seen.append(state.model.weight.grad.item())
+        gradients.append(state.model.weight.grad.item())
         assert state.optimizer.param_groups[0]["lr"] == config.optim.lr * (state.step - 1) / 4
-    assert seen == pytest.approx([0.5] * 3, rel=1e-4)
+    assert gradients == pytest.approx([0.5] * 3, rel=1e-4)
     # Adam's step is the learning rate whatever the gradient's scale
     moved = config.optim.lr * (0 + 1 + 2) / 4
     assert 1 - state.model.weight.item() == pytest.approx(moved, rel=1e-3)
@@ -161,8 +161,8 @@ def test_the_gradient_is_clipped_by_the_norm_of_all_that_is_trained():
     "spoilt",
     [
         lambda weight: weight.sum() * torch.nan,
-        lambda weight: weight.sum() + torch.inf,  # its gradient is finite
-        lambda weight: (weight.sum() - weight.sum().detach()).sqrt(),  # its gradient alone is not
+        lambda weight: weight.sum() + torch.inf,  # the loss is not finite
+        lambda weight: (weight.sum() - weight.sum().detach()).sqrt(),  # only its gradient is not
     ],
     ids=["loss and gradient", "loss", "gradient"],
 )
@@ -204,7 +204,7 @@ def test_a_skipped_step_leaves_the_next_ones_as_they_would_be():
 
 
 def test_a_skipped_step_counts_in_the_power_function_averages():
-    """Each weighs the weights after steps 1 to 3 by s^g, of which the third are the second's."""
+    """Weights after steps 1 to 3 weigh s^g; after the skipped third they are the second's."""
     config = cifar10_ddpmpp.get_config()
     config.optim.update(warmup=0, lr=0.1)
     config.model.ema_stds = (0.1, 0.25)
@@ -244,7 +244,7 @@ def test_a_gradient_is_sanitised_as_edm_publishes():
     assert state.model.unused == 1
     state.optimizer.zero_grad()
     loss = step_of(state, lambda net: net.weight.sum() * math.inf)
-    assert not loss.isfinite()  # so that many of them end the run
+    assert not loss.isfinite()  # the loss is reported, so that many such steps end the run
 
 
 def test_negative_grad_clip_means_none():

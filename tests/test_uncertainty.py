@@ -44,12 +44,12 @@ def published_objective(case):
         batch_size=3,
         examples=3,
     )
-    for ours, theirs in (
+    for parameter, name in (
         (objective.features.freqs, "logvar_fourier.freqs"),
         (objective.features.phases, "logvar_fourier.phases"),
         (objective.linear.weight, "logvar_linear.weight"),
     ):
-        ours.data = published_weight(theirs, tuple(state[theirs]))
+        parameter.data = published_weight(name, tuple(state[name]))
     return objective
 
 
@@ -84,8 +84,8 @@ def test_the_learning_rate_is_the_published_one():
     with np.load(GOLDEN / "edm2.npz") as file:
         images, rates = file["lr_images"], file["lr"]
     schedule = {"n_iters": 2**40, "warmup": 10_000_000, "decay_from": 35_000 * 2048}
-    ours = [0.012 * learning_rate_factor(int(n), **schedule) for n in images]
-    np.testing.assert_allclose(ours, rates, rtol=1e-12)
+    values = [0.012 * learning_rate_factor(int(n), **schedule) for n in images]
+    np.testing.assert_allclose(values, rates, rtol=1e-12)
 
 
 def test_the_learning_rate_decays_beside_its_cooldown():
@@ -113,8 +113,8 @@ def test_the_uncertainty_becomes_the_log_of_the_mean_error():
         return loss
 
     optimizer.step(closure)
-    found = objective.log_variance(examples.t[:1]).item()
-    assert found == pytest.approx(math.log(error), abs=1e-3)
+    log_variance = objective.log_variance(examples.t[:1]).item()
+    assert log_variance == pytest.approx(math.log(error), abs=1e-3)
     assert closure().item() == pytest.approx(1 + math.log(error), abs=1e-3)
 
 

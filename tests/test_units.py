@@ -191,7 +191,7 @@ def test_axes_that_look_like_others(tmp_path):
 
 
 def test_moments_are_those_of_all_numbers():
-    """Also where a sum of squares would lose all digits: means far above the deviations."""
+    """Means far above the deviations, where a sum of squares would lose all digits, included."""
     random = np.random.default_rng(0)
     array = 1e3 + random.standard_normal((200, 4, 5, 3)) * np.array([1e-2, 1, 1e2])
     moments = measure(array)

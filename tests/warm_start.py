@@ -136,12 +136,12 @@ def server() -> socket.socket:
     """
     global _server
     if _server is None:
-        _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        _server, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with server_end:
             process = subprocess.Popen(
-                [sys.executable, __file__, "serve", str(theirs.fileno())],
+                [sys.executable, __file__, "serve", str(server_end.fileno())],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
-                pass_fds=[theirs.fileno()],
+                pass_fds=[server_end.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
@@ -162,10 +162,10 @@ def _rank_variables(processes: int) -> list[dict]:
 
 
 def _sent(request: dict, to: socket.socket, streams: list[int]) -> socket.socket:
-    """Where the server answers with the numbers of the processes, then their exit statuses."""
-    connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        socket.send_fds(to, [json.dumps(request).encode()], [*streams, theirs.fileno()])
+    """Socket on which the server answers: numbers of the processes, then exit statuses."""
+    connection, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with server_end:
+        socket.send_fds(to, [json.dumps(request).encode()], [*streams, server_end.fileno()])
     return connection
 
 

@@ -59,8 +59,8 @@ class Conditional(nn.Module):
     def forward(self, x: Tensor, noise_label: Tensor, vector: Tensor | None = None) -> Tensor:
         if vector is None:  # none, as a dropped one
             vector = x.new_zeros(len(x), 2)
-        given = torch.cat([self.features(noise_label), vector], 1)
-        h = self.first(x) + self.embedding(given)[:, :, None, None]
+        features = torch.cat([self.features(noise_label), vector], 1)
+        h = self.first(x) + self.embedding(features)[:, :, None, None]
         return self.last(nn.functional.silu(h))
 
 

@@ -11,11 +11,11 @@ from solvers.base import Callback, Slope, Step
 
 
 def midpoint(slope: Slope, x: Tensor, levels: Tensor, callback: Callback | None = None) -> Tensor:
-    for i, (here, there) in enumerate(pairwise(levels.tolist())):
-        d, h = slope(x, here), there - here
+    for i, (level, next_level) in enumerate(pairwise(levels.tolist())):
+        d, h = slope(x, level), next_level - level
         if callback:
-            callback(Step(i, here, x, d))
-        x = x + h * slope(x + h / 2 * d, here + h / 2)
+            callback(Step(i, level, x, d))
+        x = x + h * slope(x + h / 2 * d, level + h / 2)
     return x
 
 
