@@ -24,11 +24,6 @@ KEYS = {
 }
 
 
-def random_patches(images: Tensor, sides: Size, generator: torch.Generator | None = None) -> Tensor:
-    """A patch of `sides` (h, w) of each of `images` (B, C, H, W), anywhere in it: (B, C, h, w)."""
-    return random_cut(images, sides, generator)(images)
-
-
 def random_cut(
     images: Tensor, sides: Size, generator: torch.Generator | None = None
 ) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from experiment import Experiment, load
 from models.tiles import Tiled, ramp, starts
 from sources.batch import Batch
 from sources.codec import from_config as get_codec
-from sources.patches import Patches, random_patches
+from sources.patches import Patches, random_cut
 from sources.preparation import Preparation
 
 # --- patches --------------------------------------------------------------------------------------
@@ -26,7 +26,8 @@ def test_random_patches_lie_anywhere(dtype):
     """Each is a part of its own image; all places are drawn, about as often."""
     images = torch.arange(2 * 6 * 5).view(1, 2, 6, 5).repeat(4000, 1, 1, 1)
     images = images % 2 if dtype is torch.bool else images
-    patches = random_patches(images.to(dtype), (3, 4), torch.Generator().manual_seed(0))
+    typed = images.to(dtype)
+    patches = random_cut(typed, (3, 4), torch.Generator().manual_seed(0))(typed)
     assert patches.dtype == dtype and patches.shape == (4000, 2, 3, 4)
     places = [(top, left) for top in range(4) for left in range(2)]
     parts = torch.stack([images[0, :, t : t + 3, c : c + 4] for t, c in places]).to(dtype)
