@@ -24,7 +24,7 @@ from configs.effects import without_effect
 from configs.keys import flatten, get, of_part
 from configs.schema import REFERENCE_STD
 from datasets import Data, mean_norm
-from sources import pairs
+from sources import latents, pairs
 from sources.codec import Codec, Shape, class_of, encoded
 from sources.codec import from_config as get_codec
 from sources.dtypes import is_whole
@@ -44,7 +44,7 @@ OPEN_IN_DATA = {"data.num_channels": 0, "data.image_size": 0, "data.num_classes"
 
 # Measured of arrays in units of their own; data.dtype says whether the data are such arrays.
 OF_ARRAYS = ("data.mean", "data.std", "reports.window")
-SAID_BY_DATA = (*OF_ARRAYS, "data.scale", *pairs.MEASURED)  # in lines of their own
+SAID_BY_DATA = (*OF_ARRAYS, "data.scale", *pairs.MEASURED, *latents.KEYS)  # in lines of their own
 
 FEW_LEVELS = 100  # whole numbers of a variance below that many times 1/12, the rounding's, are few
 
@@ -146,6 +146,8 @@ def _open_keys(flat: Mapping[str, Any], data: Data) -> set[str]:
     keys |= {key for key, value in OPEN_IN_DATA.items() if flat[key] == value}
     if flat[pairs.PATH]:
         keys |= {key for key in pairs.MEASURED if not flat[key]}
+    if latents.is_file(flat["data.codec"]):
+        keys |= {key for key in latents.KEYS if not flat[key]}
     if data.takes_scale and not flat["data.scale"]:
         keys.add("data.scale")
     if data.are_arrays and not flat["data.dtype"]:
@@ -199,6 +201,13 @@ def _measure_data(
         _set(config, of_pairs)
         values |= of_pairs
         lines.append(line)
+    if of_latents := [key for key in latents.KEYS if key in open_keys]:
+        measured = data.measure_latents(get_codec(config), execution.named_device(config.device))
+        numbers = dict(zip(latents.KEYS, (measured.mean, measured.std), strict=True))
+        of_latents = {key: numbers[key] for key in of_latents}
+        _set(config, of_latents)
+        values |= of_latents
+        lines.append(f"latents: {measured.line.partition('; pictures')[0]}")
     return values, lines
 
 
@@ -251,7 +260,7 @@ def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:
             models.from_config(trial, codec.shape)
 
     method = methods.method_class(config.training.sde)
-    images = TrainingImages(data, codec, check_network)
+    images = TrainingImages(data, codec, execution.named_device(config.device), check_network)
     return method.measure(flatten(config), math.prod(codec.shape), images)
 
 
@@ -259,16 +268,18 @@ def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:
 class TrainingImages:
     """Measures (`methods.base.Measures`) of the training images of `data`, encoded.
 
-    `check` is called before images are read, so that mistakes in the network's config show first.
+    Latents are made on `device`. `check` is called before images are read, so that mistakes in the
+    network's config show first.
     """
 
     data: Data
     codec: Codec
+    device: torch.device
     check: Callable[[], None]
 
     def mean_norm(self) -> float:
         self.check()
-        return norm_of(self.data, self.codec)
+        return norm_of(self.data, self.codec, self.device)
 
     def standard_deviation(self) -> float:
         return self._sample.standard_deviation()
@@ -279,13 +290,18 @@ class TrainingImages:
     @functools.cached_property
     def _sample(self) -> ImageMeasures:
         self.check()
-        encode = partial(encoded, self.codec)
-        return ImageMeasures(self.data.get("train", labels=False), encode)
+        images = self.data.get("train", labels=False)
+        images, codec = self.data.encoded(images, self.codec, self.device)
+        return ImageMeasures(images, partial(encoded, codec))
 
 
-def norm_of(data: Data, codec: Codec) -> float:
-    """Mean Euclidean norm of the training images of `data`, encoded; ValueError where it is 0."""
-    if mean := mean_norm(data.get("train", labels=False), partial(encoded, codec)):
+def norm_of(data: Data, codec: Codec, device: torch.device | str = "cpu") -> float:
+    """Mean Euclidean norm of the training images of `data`, encoded; ValueError where it is 0.
+
+    Latents are made on `device`.
+    """
+    images, codec = data.encoded(data.get("train", labels=False), codec, device)
+    if mean := mean_norm(images, partial(encoded, codec)):
         return mean
     raise ValueError(
         f"all training images are black, of norm 0, so no {', '.join(NORM_KEYS)} can be measured "

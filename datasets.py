@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import logging
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,15 +13,20 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 import distributed
+import execution
 import sources
-from sources import description, digests, hugging_face, splits
-from sources.base import Classes
+from sources import description, digests, hugging_face, moments, splits
+from sources.base import Classes, Source
 from sources.batch import KINDS, Conditions
-from sources.identity import Identity
+from sources.codec import Codec
+from sources.encoded import encoded_once
+from sources.identity import Identity, fingerprint
 from sources.images import Shape
 from sources.keyed import keyed_generator, keyed_seed
 from sources.labels import number_of
+from sources.latents import Latents
 from sources.measures import mean_norm
+from sources.moments import Moments
 from sources.opened import MEASURED, SPLITS, OpenedData
 from sources.pairs import EncodedConditions, codec_of
 from sources.patches import Patches
@@ -83,6 +90,7 @@ class Data(OpenedData):
         super().__init__(options)
         self.stored = stored
         self._rows: dict[str, dict[str, Tensor]] = {}  # the named conditions of a split
+        self._latents: Source | None = None  # of the training split
         self._is_compared = self._is_closed = False
         self._warnings: list[str] = []  # for `close`: by then a run has opened its log
 
@@ -179,6 +187,40 @@ class Data(OpenedData):
         codec = codec_of(self.options, self.whole_shape[1:])
         return EncodedConditions(self._conditions_of(split), codec)
 
+    def encoded(
+        self, images: DataSet, codec: Codec, device: torch.device | str
+    ) -> tuple[DataSet, Codec]:
+        """The training `images` and their codec or, of an autoencoder in a file, their latents.
+
+        The latents have the conditions of the images, and a codec of their own. With
+        `data.random_flip` each is followed by that of the mirror image.
+        """
+        if not isinstance(codec, Latents):
+            return images, codec
+        repeats, source = 1 + self.options.random_flip, self.latents(images, codec, device)
+        conditions = getattr(images, "conditions", Conditions())
+        conditions = conditions.map(lambda rows: rows.cpu().repeat_interleave(repeats, 0))
+        workers, names = getattr(images, "workers", 0), getattr(images, "names", ())
+        stream = Stream(source, codec.shape, workers, conditions, names)
+        size = 4 * len(source) * math.prod(codec.shape)
+        is_large = size > self.options.resident_bytes
+        return stream if is_large else decode(stream), codec.scale
+
+    def latents(self, images: DataSet, codec: Latents, device: torch.device | str) -> Source:
+        """The latents (h, w, c) of `encoded` as the autoencoder makes them; see `encoded_once`."""
+        if self._latents is None:
+            mirrored = self.options.random_flip
+            words = fingerprint(images), codec.unscaled_identity, str(mirrored)
+            path = digests.cache_path(Path(), f"latents-{digests.joined(*words)[:32]}.npy")
+            with execution.full_float32():
+                self._latents = encoded_once(images, codec, mirrored, path, device)
+        return self._latents
+
+    def measure_latents(self, codec: Latents, device: torch.device | str) -> Moments:
+        """The moments of the latents of the training images."""
+        latents = self.latents(self.get("train", labels=False), codec, device)
+        return moments.measure(latents)
+
     def number(self, split: str) -> int:
         """The number of images of `split`."""
         return len(self._source(split))
@@ -207,7 +249,7 @@ class Data(OpenedData):
 
         Data that are first compared after it have this logged at once.
         """
-        self._folder = self._pairs = None
+        self._folder = self._pairs = self._latents = None
         self._sources.clear()  # they may hold as much memory as the images
         self._is_closed = True
         self._warn()

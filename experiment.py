@@ -24,7 +24,7 @@ from configs.default import all_keys, check
 from configs.effects import without_effect
 from configs.keys import explain_unknown, get, plain, shown, with_home
 from configs.schema import Either
-from datasets import Data
+from datasets import Data, DataSet
 from library.conditions import ConditionDrawer, check_conditions
 from library.fitting import Fitting
 from library.levels import LevelChoice
@@ -35,9 +35,10 @@ from models.tiles import Tiled
 from models.weights import load_ema
 from solvers.rk45 import limits_of
 from sources import pairs
-from sources.codec import Codec, check_codec
+from sources.codec import Codec, check_codec, has_pixels
 from sources.codec import from_config as get_codec
 from sources.identity import Identity
+from sources.preparation import Preparation
 from storage import run_config
 from storage.checkpoints import fit, open_checkpoint
 from storage.checks import check_like, loaded
@@ -178,6 +179,20 @@ class Experiment:
         """Bits/dim under the method's ODE; ValueError where the method has none."""
         return Likelihood.from_config(self.config, self.method, self.codec)
 
+    @functools.cached_property
+    def preparation(self) -> Preparation:
+        """A training step's changes to a batch of images; ValueError where they do not fit."""
+        return Preparation.from_config(self.config, self.codec, self.method.uses_reference_batch)
+
+    def training_set(self, images: DataSet) -> tuple[DataSet, Preparation]:
+        """The training `images`, on the run's device, and a step's changes to a batch of them.
+
+        Where an autoencoder in a file is the codec, they are latents; see `Data.encoded`.
+        """
+        examples, codec = self.data.encoded(images, self.codec, self.device)
+        prepare = self.preparation if codec is self.codec else Preparation(codec)
+        return examples.to(self.device), prepare
+
     def check_likelihood(self) -> None:
         """Raises ValueError where `likelihood` does."""
         _ = self.likelihood
@@ -239,7 +254,7 @@ class Experiment:
                 f"sampling.size: the z entry of the field of {self.method.name} belongs to the "
                 "whole image, so that it cannot be tiled; PFGM++ can (D = 1 is the same field)"
             )
-        if codec.shape != codec.data_shape or not is_dataclass(codec):
+        if not (has_pixels(codec) and is_dataclass(codec)):
             raise ValueError(
                 "sampling.size is for images, and the network sees what data.codec makes of them"
             )

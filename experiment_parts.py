@@ -6,13 +6,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from datasets import Data
+from datasets import Data, DataSet
 from likelihood import Likelihood
 from losses import Objective
 from methods.base import Method
 from samplers.base import Sampler
 from sources.batch import Conditions
 from sources.codec import Codec
+from sources.preparation import Preparation
 
 
 class Parts(Protocol):
@@ -32,3 +33,5 @@ class Parts(Protocol):
     limits: dict[str, float]
     parts: dict[str, Any]
     objective_settings: dict[str, Any]
+    preparation: Preparation
+    training_set: Callable[[DataSet], tuple[DataSet, Preparation]]

@@ -168,6 +168,11 @@ class Likelihood:
         named(DIVERGENCES, "eval.divergence", self.divergence)
         check_positive(self, "rtol", "atol", "max_evaluations")
         self.method.check_likelihood()
+        if self.codec.log_volume is None:
+            raise ValueError(
+                "images have no likelihood where the network sees latents of an autoencoder "
+                "(data.codec): set eval.enable_bpd and eval.enable_classification to False"
+            )
 
     @classmethod
     def from_config(cls, config, method: Method, codec: Codec) -> Self:

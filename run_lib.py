@@ -41,7 +41,6 @@ from reports.progress import progress_bar
 from reports.settings import to_json
 from reports.table import report_table
 from sources.codec import check_codec
-from sources.preparation import Preparation
 from storage import run_config
 from storage.checkpoints import fit
 from storage.files import save_npz
@@ -80,18 +79,12 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     execution.check_precision(training.precision, device)
     execution.prepare_process(training.precision, device)
     experiment.sampler = sampling.for_snapshots(experiment.sampler, training.snapshot_solver)
-    shared = experiment.method.uses_reference_batch
-    prepare = Preparation.from_config(config, experiment.codec, shared)
+    prepare = experiment.preparation
     data = experiment.data.identity_of_run().entry() if main and not dry_run else {}
-    train_data = experiment.data.get("train", whole=True).to(device)
+    train_data = experiment.data.get("train", whole=True)
     test_data = experiment.data.get("test")
     names = getattr(train_data, "names", ())
     distributed.check_same("data", f"{len(train_data)} and {len(test_data)} images {names}")
-    images_per_step = min(objective.examples, len(train_data))
-    on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
-    distributed.check_division(images_per_step, training.accumulate)
-    if on_disk:
-        distributed.check_division(min(objective.batch_size, len(train_data)))
     shard = distributed.rank(), distributed.world()
     parameters = sum(p.numel() for p in experiment.network.parameters())
     processes = f", {shard[1]} processes" if shard[1] > 1 else ""
@@ -104,6 +97,12 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         *getattr(experiment.network, "remarks", ()),
         *experiment.remarks,
     ]
+    train_data, prepare = experiment.training_set(train_data)
+    images_per_step = min(objective.examples, len(train_data))
+    on_disk = isinstance(train_data, datasets.Stream)  # each process decodes its shard of a batch
+    distributed.check_division(images_per_step, training.accumulate)
+    if on_disk:
+        distributed.check_division(min(objective.batch_size, len(train_data)))
     config.data.changed = "refuse"  # the permission is for this start, and not stored
     if dry_run:
         step, lines = resumed_from(workdir, experiment, flatten(config))

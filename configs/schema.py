@@ -164,16 +164,16 @@ class ShareOrCount:
 
 @dataclass(frozen=True)
 class Either:
-    """A number or numbers, or something else: a line of text, one of several words, numbers."""
+    """A value of either of two kinds."""
 
-    number: Number | Numbers
+    one: Number | Numbers | OneOf
     other: Text | OneOf | Numbers
 
     def accepts(self, value: Any) -> bool:
-        return self.number.accepts(value) or self.other.accepts(value)
+        return self.one.accepts(value) or self.other.accepts(value)
 
     def __str__(self) -> str:
-        return f"{self.number}, or {self.other}"
+        return f"{self.one}, or {self.other}"
 
 
 @dataclass(frozen=True)

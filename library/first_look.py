@@ -65,11 +65,9 @@ class FirstLook:
         device, data = experiment.device, experiment.data
         execution.check_precision(config.training.precision, device)
         execution.prepare_process(config.training.precision, device)
-        shared = experiment.method.uses_reference_batch
-        prepare = Preparation.from_config(config, experiment.codec, shared)
         state = TrainingRun.from_config(config, experiment, Path(), {}).state
         train, test = data.get("train").to(device), data.get("test")
-        return cls(experiment, train, test, prepare, state, config.seed)
+        return cls(experiment, train, test, experiment.preparation, state, config.seed)
 
     @property
     def line(self) -> str:
@@ -90,10 +88,11 @@ class FirstLook:
 
     def _page(self, title: str) -> str:
         experiment, data = self.experiment, self.experiment.data
-        stored = self._batch(PICTURED)
+        stored = self._batch(self.train, PICTURED)
         prepared = self.prepare(stored, self._generator())
-        batch = self._batch(experiment.objective.batch_size)
-        cost, on_gpu = self._cost(batch), experiment.device.type == "cuda"
+        training_set, prepare = experiment.training_set(self.train)
+        batch = self._batch(training_set, experiment.objective.batch_size)
+        cost, on_gpu = self._cost(batch, prepare), experiment.device.type == "cuda"
         steps = self.state.schedule["n_iters"]
         channels, height, width = experiment.codec.data_shape
         parameters = sum(p.numel() for p in experiment.network.parameters())
@@ -125,18 +124,18 @@ class FirstLook:
         )
         return render(title, look)
 
-    def _batch(self, size: int) -> Batch:
-        batch = next(shuffled_batches(self.train, size, self.seed))
+    def _batch(self, data: DataSet, size: int) -> Batch:
+        batch = next(shuffled_batches(data, size, self.seed))
         return batch.to(self.experiment.device)
 
     def _generator(self) -> torch.Generator:
         return keyed_generator(self.experiment.device, "training", self.seed, 0)
 
-    def _cost(self, batch: Batch) -> Cost:
+    def _cost(self, batch: Batch, prepare: Preparation) -> Cost:
         generator = self._generator()
 
         def step() -> float:
-            loss = train_step(self.state, self.prepare(batch, generator), generator)
+            loss = train_step(self.state, prepare(batch, generator), generator)
             return loss.item()  # which waits for the device
 
         return measure(step, self.experiment.device)

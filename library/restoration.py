@@ -18,7 +18,7 @@ from methods.restoration import RESTORE, Measurement, get_operator
 from samplers.base import Sampler
 from sources.arrays import read_numbers
 from sources.batch import KINDS, Batch, Conditions
-from sources.codec import Codec, Shape
+from sources.codec import Codec, Shape, has_pixels
 from sources.dtypes import tensor_of
 from sources.folder import read_images
 from sources.images import cropped_then_resized, image_size_of
@@ -217,7 +217,7 @@ def measured_shape(codec: Codec, name: str, noise: float = 0.0) -> Shape:
     """
     channels, *sides = codec.data_shape
     factor = RESTORE[name]
-    if codec.shape != codec.data_shape:
+    if not has_pixels(codec):
         raise ValueError(
             f"sampling.restore={name!r} measures images, but the network sees latents of the "
             f"shape {codec.shape} (data.codec)"

@@ -7,7 +7,6 @@ import tempfile
 import threading
 import urllib.request
 import warnings
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metrics.distances import KERNEL_BLOCK, OURS, Backend, Gaussian
+from storage import programs
 from storage.files import one_line
 
 Images = NDArray[np.uint8]  # (n, H, W, C)
@@ -38,8 +38,9 @@ def network(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
     """
     if not Path(path).is_file():
         raise ValueError(f"eval.features='network' needs a file: eval.inception_path={path!r}")
-    load = _exported if _is_exported(path) else _torchscript
-    kind, call = load(path, device)
+    content = programs.read(path)
+    is_exported = programs.is_exported(content)
+    call = (programs.load_exported if is_exported else _torchscript)(content, path, device)
 
     @torch.no_grad()
     def extract(images: Images) -> tuple[NDArray, NDArray | None]:
@@ -48,6 +49,7 @@ def network(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:
         features, logits = outputs if isinstance(outputs, tuple) else (outputs, None)
         return _flat(features), None if logits is None else _flat(logits)
 
+    kind = "pt2" if is_exported else "torchscript"
     return f"{kind}-{_digest_files(Path(path))}", extract, OURS
 
 
@@ -55,49 +57,14 @@ def _flat(outputs: Tensor) -> NDArray[np.float32]:
     return outputs.flatten(1).float().cpu().numpy()
 
 
-def _is_exported(path: str) -> bool:
-    """Whether the file at `path` is an archive of `torch.export.save`, of any version."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = {name.rpartition("/")[2] for name in archive.namelist()}
-    return bool(names & {"archive_format", "serialized_exported_program.json"})
-
-
-def _exported(path: str, device: torch.device) -> tuple[str, Callable]:
-    from torch.export.passes import move_to_device_pass
-
-    try:
-        program = move_to_device_pass(torch.export.load(path), device)
-        module = program.module()
-    except Exception as error:  # a damaged file fails in any way
-        raise ValueError(
-            f"{path} is no program of torch.export that can be loaded: {one_line(error)}"
-        ) from error
-
-    def call(x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        if len(x) > 1:
-            return module(x)
-        outputs = module(x.repeat(2, 1, 1, 1))  # a program with any batch takes two or more
-        return outputs[:1] if isinstance(outputs, Tensor) else tuple(y[:1] for y in outputs)
-
-    return "pt2", call
-
-
-def _torchscript(path: str, device: torch.device) -> tuple[str, Callable]:
-    """The TorchScript module at `path`.
+def _torchscript(content: bytes, path: str, device: torch.device) -> Callable:
+    """The TorchScript module in `content`, of the file at `path`.
 
     One with the arguments `return_features` and `no_output_bias` is the 2015 Inception graph that
     NVIDIA published as TorchScript, which gives either features or probabilities.
     """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # PyTorch calls TorchScript deprecated
-            module = torch.jit.load(path, map_location=device).eval()
-        arguments = {argument.name for argument in module.forward.schema.arguments}
-    except Exception as error:  # a damaged file fails in any way
-        raise ValueError(
-            f"{path} is not a TorchScript module, nor a program of torch.export: {one_line(error)}"
-        ) from error
+    module = programs.load_torchscript(content, path, device)
+    arguments = {argument.name for argument in module.forward.schema.arguments}
 
     def published(x: Tensor) -> tuple[Tensor, Tensor]:
         # Inception Scores are published without the output's bias
@@ -106,7 +73,7 @@ def _torchscript(path: str, device: torch.device) -> tuple[str, Callable]:
         return module(x, return_features=True), probabilities.clamp_min(smallest).log()
 
     is_published = arguments >= {"return_features", "no_output_bias"}
-    return "torchscript", published if is_published else module
+    return published if is_published else module
 
 
 def inception(path: str, device: torch.device) -> tuple[str, Extractor, Backend]:

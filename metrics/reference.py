@@ -15,12 +15,12 @@ from torch import Tensor
 
 import distributed
 from configs.schema import Key, Text
-from datasets import Data, DataChanged, DataSet, Resident, Stream, in_order
+from datasets import Data, DataChanged, DataSet, in_order
 from metrics.distances import Gaussian, TooFew, shortage
 from metrics.features import EXTRACTED_AT_ONCE, FeatureSpace, get_spaces
 from metrics.published import with_our_names
-from sources import digests
 from sources.codec import Codec
+from sources.identity import digest_of, fingerprint
 from storage.digests import digests as digests_of_tensors
 from storage.files import check_arrays, read_arrays, save_npz, sparing_time
 
@@ -190,24 +190,6 @@ class ReferenceStatistics:
             log.info(f"statistics of the data: {self.path}")
 
 
-def fingerprint(data: DataSet) -> str:
-    """Digest, 32 hexadecimal digits, of the images of a data set in order, from the main process.
-
-    For images in memory it covers all bytes. For images on disk it covers the digest of their
-    source and, since decoding changes them, 64 of them decoded.
-    """
-    return distributed.from_main(lambda: _digest(data))
-
-
-def _digest(data: DataSet) -> str:
-    if isinstance(data, Stream):
-        index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
-        samples = data[torch.from_numpy(index)].numpy()
-        return digests.joined(digests.of_source(data.source), digests.of_array(samples))[:32]
-    images = data.images if isinstance(data, Resident) else data
-    return digests.of_array(images.cpu().contiguous().numpy(), whole=True)[:32]
-
-
 def origin_of(data: DataSet) -> dict[str, str]:
     """Digests of a data set and of its conditions, on which results depend."""
     conditions = {} if isinstance(data, Tensor) else data.conditions
@@ -238,7 +220,7 @@ class Training:
 
         def words() -> str:
             try:
-                return f"digest {_digest(self.data)}"
+                return f"digest {digest_of(self.data)}"
             except DataChanged as error:
                 return f"changed {error}"
             except (OSError, ValueError) as error:

@@ -6,7 +6,6 @@ these to the tensors x of the method, and back. A new one is a class and a line 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
@@ -16,10 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from configs.keys import named, shown
-from configs.schema import Flag, Key, OneOf
-from sources import measured_arrays
-from sources.images import Shape, shape_of
-from sources.measured_arrays import MeasuredArrays, picture_of
+from configs.schema import Either, Key, OneOf, Text
+from sources import latents, measured_arrays
+from sources.eight_bit import EightBit, EightBitImages
+from sources.images import Shape
+from sources.latents import LatentArrays, LatentImages
+from sources.measured_arrays import MeasuredArrays
+
+__all__ = ["CODECS", "Codec", "EightBit", "EightBitImages", "MeasuredArrays", "Shape"]
 
 
 class Codec(Protocol):
@@ -37,7 +40,8 @@ class Codec(Protocol):
         bounds: range of the entries of x that stand for data; infinite where unknown.
         levels: stored grey levels in a unit of the data; None where likelihoods are in nats.
         log_volume: for each entry, ln of the length in x of a unit of the data. Nats of an entry
-            are -ln p(x) / D - log_volume, and bits/dim are log2(levels) + nats / ln 2.
+            are -ln p(x) / D - log_volume, and bits/dim are log2(levels) + nats / ln 2. None where
+            it is not known, so that there are no likelihoods.
         windows: low and high of each channel, which pictures show as black and white; () of 8 bits.
         noise_unit: length in x of the unit in which users state noise: from black to white, or the
             standard deviation of a channel; infinite where x has no such length.
@@ -52,7 +56,7 @@ class Codec(Protocol):
     precision: torch.dtype
     bounds: tuple[float, float]
     levels: int | None
-    log_volume: float
+    log_volume: float | None
     windows: tuple[tuple[float, float], ...]
     noise_unit: float
     identity: str
@@ -106,116 +110,28 @@ class Codec(Protocol):
         ...
 
 
-class EightBit:
-    """Base of codecs of 8-bit images, whose unit is the range from black to white."""
-
-    dtype, precision, levels, windows = "uint8", torch.float32, 256, ()
-
-    @property
-    def noise_unit(self) -> float:
-        low, high = self.bounds
-        return high - low
-
-    def check(self, data: Tensor) -> None:
-        if not (data.is_floating_point() and ((data >= 0) & (data <= 1)).all()):
-            raise ValueError("images must be floats in [0, 1]; divide those of 8 bits by 255")
-
-    def units(self, stored: Tensor) -> Tensor:
-        _check_bytes(stored)
-        return stored.float().div_(255)  # in place: fresh memory takes longer than the division
-
-    def dequantized(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(stored + u) / 256, u uniform in [0, 1)."""
-        _check_bytes(stored)
-        draw = {"generator": generator, "device": stored.device}
-        return torch.rand(stored.shape, **draw).add_(stored).div_(256)
-
-    def stored(self, data: Tensor) -> NDArray[np.uint8]:
-        return (data * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-    def comparable(self, data: Tensor) -> Tensor:
-        return data
-
-    def pictures(self, stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return stored
-
-    def within_window(self, stored: NDArray[np.uint8]) -> NDArray:
-        return stored / 255
-
-
-def _check_bytes(stored: Tensor) -> None:
-    if stored.dtype != torch.uint8:
-        raise ValueError(
-            f"the data are {str(stored.dtype).removeprefix('torch.')}, and data.dtype is open or "
-            "another: training measures it at its first start"
-        )
-
-
-@dataclass(frozen=True)
-class EightBitImages(EightBit):
-    """Images in [0, 1], stored in 256 grey levels: x is in [-1, 1], or in [0, 1] if not `centered`.
-
-    Attributes:
-        data_shape: (C, H, W).
-        centered: see above.
-    """
-
-    data_shape: Shape
-    centered: bool = True
-
-    keys = {"data.centered": Key(True, Flag(), "the network sees [-1, 1], else [0, 1]")}
-
-    @classmethod
-    def from_config(cls, config) -> Self:
-        """The codec of `config.data`; ValueError where the shape of the data is not decided yet."""
-        return cls(shape_of(config.data), config.data.centered)
-
-    @property
-    def shape(self) -> Shape:
-        return self.data_shape
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return (-1.0, 1.0) if self.centered else (0.0, 1.0)
-
-    @property
-    def log_volume(self) -> float:
-        low, high = self.bounds
-        return math.log(high - low)
-
-    @property
-    def identity(self) -> str:
-        return repr(self)
-
-    def encode(self, data: Tensor) -> Tensor:
-        return 2 * data - 1 if self.centered else data
-
-    def unclamped(self, x: Tensor) -> Tensor:
-        return (x + 1) / 2 if self.centered else x
-
-    def decode(self, x: Tensor) -> Tensor:
-        return self.unclamped(x).clamp(0, 1)
-
-    def show(self, x: Tensor) -> Tensor:
-        return picture_of(2 * self.unclamped(x) - 1)
-
-
 # data.codec -> the codec; '' is that of `MeasuredArrays` where data.dtype names a type.
 CODECS: dict[str, type[Codec]] = {"": EightBitImages}
 
 KEYS = measured_arrays.KEYS | {
     "data.codec": Key(
         "",
-        OneOf(registry="sources.codec.CODECS"),
+        Either(
+            OneOf(registry="sources.codec.CODECS"),
+            Text(r"[^\0\n]*[./][^\0\n]*", "a file, with a . or / in its name, or two with a comma"),
+        ),
         "map between data and the network's x; '': grey levels, or the channels of arrays, are "
-        "scaled",
+        "scaled; files: a frozen autoencoder (docs/data.md)",
         of_machine="always",
     )
 }
+KEYS |= latents.KEYS
 
 
 def class_of(name: str, dtype: str) -> type[Codec]:
     """The codec that `data.codec` and `data.dtype` name."""
+    if latents.is_file(name):
+        return LatentArrays if dtype else LatentImages
     return MeasuredArrays if dtype and not name else named(CODECS, "data.codec", name)
 
 
@@ -241,6 +157,11 @@ def from_config(config, device: torch.device | str = "cpu") -> Codec:
 def encoded(codec: Codec, stored: Tensor) -> Tensor:
     """x (B, C, H, W) of images as stored."""
     return codec.encode(codec.units(stored))
+
+
+def has_pixels(codec: Codec) -> bool:
+    """Whether x has the entries of the data on another scale, and is not of latents."""
+    return codec.shape == codec.data_shape and math.isfinite(codec.noise_unit)
 
 
 def check_codec(codec: Codec, checkpoint: dict, path: Path) -> None:

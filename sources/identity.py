@@ -1,4 +1,4 @@
-"""The identity of data, by which a run recognises the data it began with."""
+"""The identity of data, by which a run recognises the data it began with, and of a data set."""
 
 import re
 from collections.abc import Sequence
@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 
+import distributed
 from configs.keys import shown
 from configs.schema import EXACT
+from sources import digests
 from sources.base import Classes
+from sources.stream import DataSet, Resident, Stream
 
 KINDS = ("content", "names")  # of digests: data.digest
 MAX_CLASSES = 100_000  # whose names a run stores; with more, only the digest covers them
@@ -122,3 +126,22 @@ def _checked(entry: Any) -> dict[str, Any]:
     if type(digest) is not str or not re.fullmatch(rf"({'|'.join(KINDS)}):[0-9a-f]{{64}}", digest):
         raise ValueError(f"digest is none: {shown(digest)}")
     return entry | {"classes": tuple(names)}
+
+
+def fingerprint(data: DataSet) -> str:
+    """Digest, 32 hexadecimal digits, of the images of a data set in order, from the main process.
+
+    For images in memory it covers all bytes. For images on disk it covers the digest of their
+    source and, since decoding changes them, 64 of them decoded.
+    """
+    return distributed.from_main(lambda: digest_of(data))
+
+
+def digest_of(data: DataSet) -> str:
+    """The `fingerprint` of `data`, computed in this process."""
+    if isinstance(data, Stream):
+        index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
+        samples = data[torch.from_numpy(index)].numpy()
+        return digests.joined(digests.of_source(data.source), digests.of_array(samples))[:32]
+    images = data.images if isinstance(data, Resident) else data
+    return digests.of_array(images.cpu().contiguous().numpy(), whole=True)[:32]

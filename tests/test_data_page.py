@@ -1,7 +1,9 @@
 """The commands of docs/data.md on small data, the page of --mode data, and Hugging Face's names."""
 
+import contextlib
 import logging
 import re
+import runpy
 import shlex
 
 import fake_pyarrow
@@ -67,6 +69,7 @@ SAID = {  # by workdir, what the line on the data says
     "digits": r"digits, 1,617 images to train on and 180 to test on, 8 x 8, 1 channel,",
     "ffhq": r"ffhq, 11 images to train on and 1 to test on, 8 x 8, 3 channels,",
     "published": r"cifar-10-python.tar.gz, 10 images to train on and 2 .*transformed at random",
+    "latents": r"photos, \d+ images .*8 x 8, 3 channels,",
     "patients": r"scans, \d+ images .*\(a share of 0.25 is held out by groups of names\)",
     "all": r"photos, 12 images to train on and 12 to test on \(none is held out",
 }
@@ -107,6 +110,10 @@ def folder(tmp_path_factory):
     write_tar(folder / "cifar-10-binary.tar.gz", cifar_binary(images, LABELS))
     (folder / "mnist").mkdir()
     write_files(folder / "mnist", mnist(grey, np.arange(12) % 4, 4, packed=True))
+    section = PAGE.partition("## Latents of an autoencoder")[2]
+    (folder / "export.py").write_text(re.search(r"^```python\n(.*?)^```", section, re.M | re.S)[1])
+    with contextlib.chdir(folder):
+        runpy.run_path("export.py", run_name="__main__")  # it writes autoencoder.pt
     faces = pictures(12, 8, 8)
     (folder / "ffhq-r04.tfrecords").write_bytes(tfrecord(*map(stylegan_example, faces)))
     return folder

@@ -1,0 +1,128 @@
+"""Codecs of data that a frozen autoencoder encodes (`data.codec=FILE`), for any codec of the data.
+
+The network sees latents whose channels have mean 0 and deviation 0.5. The numbers of this map are
+measured on the training split at a run's first start, and are keys of the config that the run
+keeps, as those of arrays are.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from configs.keys import get
+from configs.schema import Key, Number, Numbers
+from sources import autoencoder
+from sources.autoencoder import Autoencoder
+from sources.eight_bit import EightBitImages
+from sources.images import Shape
+from sources.measured_arrays import MOST_CHANNELS, MeasuredArrays
+
+KEYS = {
+    "data.latent_mean": Key(
+        (),
+        Numbers(Number(-1e30, 1e30), range(MOST_CHANNELS + 1)),
+        "of latents (data.codec=FILE): the number of each channel that becomes 0; (): measured",
+    ),
+    "data.latent_std": Key(
+        (),
+        Numbers(Number(1e-30, 1e30), range(MOST_CHANNELS + 1)),
+        "of latents: the difference in each channel that becomes 0.5; (): measured",
+    ),
+}
+
+# Keys by which a step changes images, or is given others beside them.
+OF_IMAGES = ("data.patch", "data.uniform_dequantization", "training.augment", "data.condition_path")
+
+
+def is_file(name: str) -> bool:
+    """Whether a value of `data.codec` names files, and not one of `sources.codec.CODECS`."""
+    return "." in name or "/" in name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """Mixin for a codec of data, whose x the autoencoder encodes to the latents that are x here.
+
+    Attributes:
+        autoencoder: it sees what the network would see without it.
+        latent_mean, latent_std: of each channel of its latents; () before they are measured.
+    """
+
+    autoencoder: Autoencoder
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
+
+    of_data: ClassVar[type]
+    bounds, noise_unit = (-math.inf, math.inf), math.inf
+    log_volume = None  # the volume of images around one is not known
+
+    @classmethod
+    def from_config(cls, config) -> Self:
+        """The codec of `config.data`, in which mean and deviation may be open.
+
+        Raises ValueError, in one line, where the files are no autoencoder of such data, or where an
+        option does not go with one.
+        """
+        data = config.data
+        refused = [key for key in OF_IMAGES if get(config, key)]
+        if refused or "image" in data.conditions:
+            key = [*refused, "data.conditions='image'"][0]
+            raise ValueError(
+                f"{key} is for images: with data.codec={data.codec} the network is trained on "
+                "latents, which are made once; leave it out"
+            )
+        of_data = cls.of_data.from_config(config)
+        return cls(
+            **vars(of_data),
+            autoencoder=autoencoder.read(data.codec, of_data.data_shape),
+            latent_mean=tuple(data.latent_mean),
+            latent_std=tuple(data.latent_std),
+        )
+
+    @property
+    def shape(self) -> Shape:
+        return self.autoencoder.shape
+
+    @functools.cached_property
+    def scale(self) -> MeasuredArrays:
+        """The codec of latents as the autoencoder makes them; ValueError before it is measured."""
+        channels = self.shape[0]
+        if not len(self.latent_mean) == len(self.latent_std) == channels:
+            raise ValueError(
+                f"data.latent_mean and data.latent_std have {len(self.latent_mean)} and "
+                f"{len(self.latent_std)} numbers for {channels} channels of latents; training "
+                "measures them at its first start where both are ()"
+            )
+        return MeasuredArrays(self.shape, "float32", self.latent_mean, self.latent_std)
+
+    @property
+    def unscaled_identity(self) -> str:
+        """Words that are the same for codecs with the same `latents`, whatever their scale."""
+        return repr(replace(self, latent_mean=(), latent_std=()))
+
+    def latents(self, data: Tensor) -> Tensor:
+        """Latents (B, *shape) of data in their units, as the autoencoder makes them."""
+        return self.autoencoder.encode(super().encode(data))
+
+    def encode(self, data: Tensor) -> Tensor:
+        return self.scale.encode(self.latents(data))
+
+    def unclamped(self, x: Tensor) -> Tensor:
+        return super().unclamped(self.autoencoder.decode(self.scale.unclamped(x).float()))
+
+
+@dataclass(frozen=True)
+class LatentImages(Latents, EightBitImages):
+    """Latents of images of 8 bits."""
+
+    of_data, keys = EightBitImages, EightBitImages.keys | KEYS
+
+
+@dataclass(frozen=True)
+class LatentArrays(Latents, MeasuredArrays):
+    """Latents of arrays in units of their own."""
+
+    of_data, keys = MeasuredArrays, MeasuredArrays.keys | KEYS
