@@ -33,7 +33,7 @@ POLL = 0.01  # seconds between looks into the store
 _group_store: dist.Store | None = None  # of `joined`
 
 # Words of gloo and NCCL about a process that is no more.
-LOST = r"closed by peer|reset by peer|broken pipe|remote process exited|socket closed"
+LOST = r"closed by (remote )?peer|reset by peer|broken pipe|remote process exited|socket closed"
 
 
 @contextlib.contextmanager

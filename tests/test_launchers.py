@@ -218,7 +218,7 @@ def test_scripts(name, status, tmp_path):
         text=True,
     )
     launches = sorted(line for line in done.stdout.splitlines() if line.startswith("Launch("))
-    word = {"Plain variables": "script", "Open MPI": "mpirun"}.get(name, name.split()[0])
+    word = {"Plain variables": "script", "Open MPI": "mpirun"}.get(name, name.partition(",")[0])
     assert len(launches) == 4, done.stdout + done.stderr
     for rank, line in enumerate(launches):
         assert f"launcher='{word}', rank={rank}, world=4, local_rank={rank}" in line
