@@ -340,7 +340,7 @@ def stuck(): time.sleep(60)
 with distributed.joined(), distributed.watched(2):
     rank, case = distributed.rank(), sys.argv[1]
     distributed.barrier()
-    print("ready", os.getpid(), flush=True)
+    open(f"ready{rank}", "x")
     for step in range(10**6 if case == "stopped" else 10):
         did(f"step {step}")
         if case == "busy" and rank == 0 and step == 5:
@@ -358,9 +358,9 @@ with distributed.joined(), distributed.watched(2):
 def test_what_hangs_and_what_does_not(case, tmp_path):
     (tmp_path / "worker.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WORKER}")
     command = [sys.executable, tmp_path / "worker.py", case.split()[0]]
-    job = Program(command, tasks("script", 2))
+    job = Program(command, tasks("script", 2), cwd=tmp_path)
+    wait_for(lambda: len([*tmp_path.glob("ready*")]) == 2)
     if case == "stopped 0":  # it has the store
-        time.sleep(1)
         os.kill(job.pids[0], signal.SIGSTOP)
         wait_for(lambda: not alive(job.pids[1]))
         os.kill(job.pids[0], signal.SIGKILL)
@@ -371,7 +371,6 @@ def test_what_hangs_and_what_does_not(case, tmp_path):
         assert re.search("rank 1 hangs: .* did: step 5, then .*; rank 0 is at dist.* any_of$", line)
     else:  # longer than the limit
         if case == "suspended":
-            time.sleep(0.5)
             job.send_signal(signal.SIGSTOP)
             time.sleep(2.5)
             job.send_signal(signal.SIGCONT)
