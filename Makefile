@@ -3,6 +3,7 @@
 #   make toy    three methods on points of the plane, and a page on what they do (a minute)
 #   make test   lint, and the whole test suite
 #   make gpu    builds, tests and measures what needs a GPU; a table of it goes into docs/
+#   make cifar10 DATA=FILE   trains on CIFAR-10 for an hour on one GPU; a table of it goes into docs/
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKDIR ?= runs/demo
@@ -14,7 +15,7 @@ CONFIG  ?= configs/pfgmpp/digits_demo.py
 WORKERS ?= 2
 PIP      = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo toy test gpu lint format clean
+.PHONY: demo toy test gpu cifar10 lint format clean
 
 demo: $(VENV)/.core
 	$(VENV)/bin/python main.py --config $(CONFIG) --mode train --workdir $(WORKDIR)
@@ -47,6 +48,12 @@ test: $(VENV)/.all
 
 gpu: $(VENV)/.all
 	$(VENV)/bin/python benchmarks/gpu.py
+
+# DATA=FILE: the zip of EDM's dataset_tool.py, or the archive of CIFAR's authors
+cifar10: $(VENV)/.all
+	@test -f "$(DATA)" || { echo "make cifar10 DATA=FILE: cifar10-32x32.zip of EDM's" \
+	    "dataset_tool.py, or cifar-10-python.tar.gz"; exit 2; }
+	$(VENV)/bin/python benchmarks/cifar10.py "$(DATA)"
 
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .

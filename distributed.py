@@ -1,4 +1,4 @@
-"""Several processes, of torchrun or another launcher, that train one network as one process does.
+"""Several processes, of any launcher, that train one network as one process does.
 
 Every function may be called in a process that runs alone too, where it does nothing.
 """
@@ -6,11 +6,12 @@ Every function may be called in a process that runs alone too, where it does not
 import contextlib
 import datetime
 import os
+import re
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,100 +19,97 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-# Longest wait of a rank for the others: rank 0 may measure the features of millions of images. For
-# a rank that died there is no wait: torchrun stops the rest.
+from processes import launch
+from processes.launch import Launch
+from processes.watch import watched as watched_through
+
+# Longest wait of a rank for the others: rank 0 may measure the features of millions of images. A
+# rank that dies closes its connections, which ends the wait; of one that hangs see `watched`.
 PATIENCE = datetime.timedelta(days=30)
 START = datetime.timedelta(minutes=10)  # longest wait for the store of torchrun, or of rank 0
-GRACE = 300  # seconds that a rank has to save and end, once torchrun is no more
+GRACE = 300  # seconds that a rank has to save and end, once its launcher is no more
 POLL = 0.01  # seconds between looks into the store
 
-LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by a launcher
+_group_store: dist.Store | None = None  # of `joined`
 
-# Variables in which other programs tell each task that they start how many there are. SLURM_NTASKS
-# is also seen by what an allocation runs beside its tasks, which have a SLURM_PROCID.
-TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
-HOW_TO_START = (
-    "start one torchrun on each host, or let your launcher set RANK, WORLD_SIZE, LOCAL_RANK, "
-    "MASTER_ADDR and MASTER_PORT for each process (docs/scaling.md); for one process alone set "
-    "WORLD_SIZE=1"
-)
+# Words of gloo and NCCL about a process that is no more.
+LOST = r"closed by (remote )?peer|reset by peer|broken pipe|remote process exited|socket closed"
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Within the `with` block the processes of a launch are one group.
 
-    It speaks NCCL for CUDA tensors and gloo for those of the CPU. The processes leave it together;
-    where one ends by an error, torchrun stops the others. Raises as `check_launch`.
+    It speaks NCCL for CUDA tensors and gloo for those of the CPU. The processes leave it together:
+    where one ends by an error or is killed, the others end too, whether or not their launcher sees
+    to it. Raises ConnectionError then, and as `launch.read`.
     """
-    check_launch(os.environ)
-    if world() == 1:
+    started = launch.read(os.environ)
+    if started.world == 1:
         yield
         return
-    if by_torchrun():
+    if started.launcher in ("torchrun", "mpirun"):
         # The parent is noted before the store answers, which shows that torchrun was alive then.
         threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-    store = _store()
-    store = dist.PrefixStore(_new_token(store), store)
-    dist.init_process_group(store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
+    store = _store(started)
+    global _group_store
+    place = {"rank": started.rank, "world_size": started.world}
+    _group_store = dist.PrefixStore(_new_token(store, *place.values()), store)
+    dist.init_process_group(store=_group_store, **place, timeout=PATIENCE)
     try:
         yield
         barrier()
+    except RuntimeError as error:
+        if re.search(LOST, str(error), re.IGNORECASE):
+            raise ConnectionError(
+                "another process of the job has ended; this one ends too"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 
 
-def check_launch(environment: Mapping[str, str]) -> None:
-    """Raise ValueError, which says how to start, unless the variables of a launch make sense.
+@contextlib.contextmanager
+def watched(hang_seconds: float) -> Iterator[None]:
+    """Within the `with` block a process that hangs ends the job, and is named in one line.
 
-    Without any the process is alone. So would be each of several tasks of srun or mpirun, of which
-    every one would write the same run.
+    It does so after at most `hang_seconds` in which no process calls `processes.watch.did`; 0 is no
+    limit.
     """
-    values = {name: environment[name] for name in LAUNCH if environment.get(name)}
-    if not values.keys() & {"RANK", "WORLD_SIZE"}:
-        for name in TASKS:
-            number = environment.get(name, "")
-            is_task = name != "SLURM_NTASKS" or "SLURM_PROCID" in environment
-            if is_task and number.isdecimal() and int(number) > 1:
-                raise ValueError(
-                    f"{name}={number}, but RANK and WORLD_SIZE are not set, so that each of "
-                    f"{number} tasks would believe it is alone: {HOW_TO_START}"
-                )
+    if world() == 1 or not hang_seconds:
+        yield
         return
-    if values.get("WORLD_SIZE") == "1" and values.get("RANK", "0") == "0":
-        return
-    words = ", ".join(f"{name}={value}" for name, value in values.items())
-    if missing := [name for name in LAUNCH if name not in values]:
-        raise ValueError(f"{words} without {', '.join(missing)}: {HOW_TO_START}")
-    numbers = [values[name] for name in LAUNCH if name != "MASTER_ADDR"]
-    if all(map(str.isdecimal, numbers)):
-        rank, world, local_rank, port = map(int, numbers)
-        if max(rank, local_rank) < world and 0 < port < 2**16:
-            return
-    raise ValueError(f"{words} contradict each other: {HOW_TO_START}")
+    with watched_through(_group_store.clone(), rank(), world(), hang_seconds):
+        yield
 
 
-def by_torchrun() -> bool:
-    """True if torchrun started this process: it stops the others where one ends."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _store() -> dist.Store:
+def _store(started: Launch) -> dist.Store:
     """Store through which processes exchange addresses; ConnectionError where nobody answers."""
     try:
-        store, *_ = next(rendezvous("env://", timeout=START))
+        if started.launcher == "torchrun":
+            store, *_ = next(rendezvous("env://", timeout=START))
+        else:
+            store = dist.TCPStore(
+                started.address, started.port, started.world, not started.rank, timeout=START
+            )
     except RuntimeError as error:
-        server = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") else "rank 0"
+        place = f"{started.address}:{started.port}"
+        if started.rank == 0 and started.launcher != "torchrun":
+            raise ConnectionError(
+                f"rank 0 does not meet the others at {place}: {str(error).splitlines()[0]}; "
+                "MASTER_ADDR and MASTER_PORT set its host and a free port"
+            ) from error
+        server = "torchrun" if started.launcher == "torchrun" else "rank 0"
         raise ConnectionError(
-            f"no answer from {server} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; "
-            "it has ended, or another machine cannot be reached"
+            f"no answer from {server} at {place}; it has ended, or another machine cannot be "
+            "reached"
         ) from error
     store.set_timeout(PATIENCE)
     return store
 
 
 def _end_with(parent: int) -> None:
-    """End this process once `parent`, torchrun, is no more: nobody else would.
+    """End this process once `parent`, torchrun or mpirun, is no more: nobody else would.
 
     SIGTERM lets it save. A process that waits for another in a collective never comes to handle it,
     so SIGKILL follows `GRACE` seconds later.
@@ -123,7 +121,7 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _new_token(store: dist.Store) -> str:
+def _new_token(store: dist.Store, rank: int, world: int) -> str:
     """A random word of this start of the job, which rank 0 draws and the others learn from it.
 
     torchrun keeps one store over its restarts, in which processes find the addresses of dead ones
@@ -131,14 +129,14 @@ def _new_token(store: dist.Store) -> str:
     answer counts where it quotes the word that the asking process has just drawn.
     """
     word = uuid.uuid4().hex
-    if rank():
-        store.set(f"ask/{rank()}", word)
-        while not (answer := store.get(f"answer/{rank()}").decode()).startswith(word):
+    if rank:
+        store.set(f"ask/{rank}", word)
+        while not (answer := store.get(f"answer/{rank}").decode()).startswith(word):
             time.sleep(POLL)
         token = answer.removeprefix(word)
-        store.set(f"thanks/{rank()}", token)
+        store.set(f"thanks/{rank}", token)
         return token
-    for r in range(1, world()):
+    for r in range(1, world):
         thanks = f"thanks/{r}"
         while not (store.check([thanks]) and store.get(thanks).decode() == word):
             store.set(f"answer/{r}", store.get(f"ask/{r}").decode() + word)
@@ -147,13 +145,13 @@ def _new_token(store: dist.Store) -> str:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
-    return int(os.environ.get("RANK") or 0)
+    """Number of this process in the group, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """Number of processes of the group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -165,7 +163,9 @@ def local_device(device: torch.device) -> torch.device:
     """`device`, but a GPU of its own for each of several processes where it is a GPU."""
     if device.type != "cuda" or world() == 1:
         return device
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # where NCCL looks
+    # srun --gpus-per-task shows each task one GPU alone
+    one_each = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    torch.cuda.set_device(0 if one_each else launch.read(os.environ).local_rank)  # where NCCL looks
     return torch.device("cuda", torch.cuda.current_device())
 
 

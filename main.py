@@ -23,10 +23,13 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs import command_line
+from processes import launch
 
 FLAGS = flags.FLAGS
 VERSION = "2.0.0"  # as in CITATION.cff; docs/changes.md says what it changed
 STORED = ("data", "eval", "sample", "export")  # without --config they take the run's own config
+
+STOPPED = os.EX_TEMPFAIL  # 75, exit status of a training that a signal ended before its last step
 
 flags.DEFINE_enum(
     "mode",
@@ -60,8 +63,8 @@ flags.mark_flags_as_required(["mode", "workdir"])
 flags.register_validator("workdir", lambda path: path != "", "It is empty; name a folder.")
 
 
-def main(argv: list[str]) -> None:
-    """Runs `--mode` on `--config`; a mistake of the user ends in one line and exit status 2."""
+def main(argv: list[str]) -> int:
+    """Runs `--mode` on `--config`, returns the exit status; a mistake ends in one line and 2."""
     if FLAGS.config is None:
         command_line.fail(
             "--config is needed, a file of configs/; only --mode train does not find it"
@@ -70,8 +73,7 @@ def main(argv: list[str]) -> None:
         modes = ["sample", "export"] + ["data"] * (flag == "outdir")
         if FLAGS[flag].value is not None and FLAGS.mode not in modes:
             command_line.fail(f"--{flag} is for --mode {' and '.join(modes)}, not {FLAGS.mode}")
-    import distributed  # here and not above, so that --help answers at once
-    import run_lib
+    import run_lib  # here and not above, so that --help answers at once
     from configs.effects import without_effect
 
     _log_to_stdout()
@@ -83,6 +85,7 @@ def main(argv: list[str]) -> None:
         _restore_alone(overrides)
     for line in without_effect(FLAGS.config, overrides):
         logging.info(line)
+    status = 0
     try:
         with command_line.one_line_errors():
             signal.signal(signal.SIGINT, INTERRUPT)
@@ -95,25 +98,29 @@ def main(argv: list[str]) -> None:
                 outdir, checkpoint = _path(FLAGS.outdir), _path(FLAGS.checkpoint)
                 run(FLAGS.config, workdir, outdir, checkpoint, FLAGS.dry_run)
             elif not run_lib.train(FLAGS.config, workdir, FLAGS.dry_run):
-                launcher = "torchrun" if distributed.by_torchrun() else "launcher's"
-                same = f"the same {launcher} command"
-                if distributed.is_main():
-                    print(f"to go on: {same if _are_several() else shlex.join(sys.orig_argv)}")
+                status = _say_how_to_go_on()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    if _are_several():
+    if launch.read(os.environ).launcher:
         # With all done, one process of several now and then aborts while Python shuts down (seen
         # with PyTorch 2.13 and gloo), for which torchrun would call the whole job failed.
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(status)
+    return status
 
 
-def _are_several() -> bool:
-    import distributed
+def _say_how_to_go_on() -> int:
+    """Print the command that goes on with a stopped training; return the exit status.
 
-    return distributed.by_torchrun() or distributed.world() > 1
+    torchrun would start processes again that end with another status than 0.
+    """
+    started = launch.read(os.environ)
+    if started.rank == 0:
+        same = f"the same {started.launcher} command"
+        print(f"to go on: {same if started.launcher else shlex.join(sys.orig_argv)}")
+    return 0 if started.launcher == "torchrun" else STOPPED
 
 
 def _restore_alone(overrides: list[str]) -> None:
@@ -187,7 +194,7 @@ def _path(name: str | None) -> Path | None:
 
 
 def _log_to_stdout() -> None:
-    level = logging.WARNING if command_line.rank() else logging.INFO
+    level = logging.WARNING if launch.rank() else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
 
 

@@ -133,6 +133,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             Loggers(training.loggers if main else "", workdir, state.step, run.values) as loggers,
             progress_bar(total=training.n_iters, initial=state.step, unit="step") as progress,
             stop_signals() as stop,
+            distributed.watched(training.hang_seconds),
         ):
             # a run that was stopped before it had drawn lacks its last picture or metrics
             if draws and state.step and run.picture_is_due() and not run.picture.exists():

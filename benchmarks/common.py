@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import gc
 import re
 import statistics
 import sys
@@ -17,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import execution
 import methods
 from storage import run_config
 from storage.checkpoints import load_checkpoint
@@ -39,6 +41,27 @@ def options(doc: str, paths: str | None = None, /, **defaults) -> argparse.Names
         kind = str if default is None else type(default)
         parser.add_argument(f"--{name}", type=kind, default=default)
     return parser.parse_args()
+
+
+def card() -> torch.device:
+    """The GPU; where there is none, one line ends the program."""
+    if not torch.cuda.is_available():
+        sys.exit("PyTorch finds no CUDA device, so there is nothing to measure")
+    return torch.device("cuda")
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile works on the device of that name, as training asks before it does."""
+    network = torch.nn.Identity()
+    return execution.compiled(network, execution.named_device(device)) is not network
+
+
+def free_memory() -> None:
+    """Give back what a measurement took of the GPU, so that nothing of it counts for the next."""
+    if torch.cuda.is_available():
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class Stopwatch:
@@ -104,14 +127,18 @@ def patched(*replacements: tuple[object, str, Callable]) -> Iterator[None]:
         yield
 
 
+def device_name(device: torch.device = CPU) -> str:
+    """Name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return match[1] if match else "CPU"
+
+
 def setting(device: torch.device = CPU) -> str:
     """Processor, threads and PyTorch, on which figures depend besides the options."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = match[1] if match else "CPU"
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{device_name(device)}, {threads} threads, torch {torch.__version__}"
 
 
 class Table:

@@ -2,15 +2,16 @@
 
     python3 benchmarks/gpu.py
 
-Builds the operators, runs the tests marked `cuda`, and measures training, sampling, the field and
-the operators; docs/gpu-{card}.md gets the table, which is small enough to be sent. Takes about
-a quarter of an hour, most of it compiling. Images and weights are random.
+Builds the operators, checks what the card can do (self_check.py), runs the tests marked `cuda`, and
+measures training, sampling, the field and the operators. What fails is a line, and the rest goes
+on. docs/gpu-{card}.md gets the table, and gpu-{card}.json beside it the figures, to be sent. Takes
+about a quarter of an hour, most of it compiling. Images and weights are random.
 """
 
 import datetime
 import functools
-import gc
 import itertools
+import json
 import math
 import os
 import re
@@ -23,6 +24,7 @@ from unittest import mock
 
 import common
 import field
+import self_check
 import torch
 import train
 
@@ -31,6 +33,10 @@ from experiment import Experiment
 from op import extension, fused_leaky_relu, upfirdn2d
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs"
+STEPS, SAMPLES, SOLVER_STEPS = 20, 128, 18
+FIELDS = (("broadcast", 512), ("ours", 512), ("ours", 4096), ("ours", 50_000))  # form, charges
+OPERATED = (128, 128, 32, 32)  # shape of what the operators get
 
 # Forms are compared with the first of their part.
 TRAINING = {
@@ -72,20 +78,23 @@ class Row(NamedTuple):
     figures: Figures
 
 
-def training(config, steps: int) -> Iterator[Case]:
-    def measure(options: dict) -> Figures:
-        trainer = train.Trainer(with_options(config, options))
-        for _ in range(1 + steps):
-            trainer.measure()
-        peak = train.measure_peak(trainer.device, trainer.config.training.precision)
-        summary = trainer.summary(train.count_flops(trainer), peak)
-        rate = f"{summary['images_per_second']:,.0f} images/s"
-        utilisation = summary["model_flop_utilisation"]
-        return Figures(summary["seconds"], rate, summary["memory_bytes"], utilisation)
+def step_figures(config, steps: int) -> Figures:
+    """Figures of a training step, the median of `steps`."""
+    trainer = train.Trainer(config)
+    for _ in range(1 + steps):
+        trainer.measure()
+    peak = train.measure_peak(trainer.device, trainer.config.training.precision)
+    summary = trainer.summary(train.count_flops(trainer), peak)
+    rate = f"{summary['images_per_second']:,.0f} images/s"
+    utilisation = summary["model_flop_utilisation"]
+    return Figures(summary["seconds"], rate, summary["memory_bytes"], utilisation)
 
+
+def training(config, steps: int) -> Iterator[Case]:
+    images = config.training.small_batch_size or config.training.batch_size
     for form, options in TRAINING.items():
-        images = config.training.small_batch_size or config.training.batch_size
-        yield f"a training step of {images} images", form, functools.partial(measure, options)
+        measure = functools.partial(step_figures, with_options(config, options), steps)
+        yield f"a training step of {images} images", form, measure
 
 
 def sampling(config, num: int, steps: int) -> Iterator[Case]:
@@ -162,16 +171,13 @@ def with_options(config, options: dict):
 
 
 def attempt(action: Callable[[], Figures]) -> Figures:
-    """Result of `action`; where the card cannot do it, the reason in place of the rate."""
+    """Result of `action`; where it fails, the reason in place of the rate."""
     try:
         return action()
-    except (torch.OutOfMemoryError, ValueError) as error:
-        return Figures(rate=str(error).splitlines()[0][:80])
+    except Exception as error:  # whatever the card, its driver or PyTorch cannot do
+        return Figures(rate=f"{type(error).__name__}: {error}".splitlines()[0][:80])
     finally:
-        if torch.cuda.is_available():  # so that nothing of this form counts for the next
-            torch.compiler.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
+        common.free_memory()
 
 
 def markdown(rows: Iterable[Row]) -> Iterator[str]:
@@ -193,15 +199,31 @@ def markdown(rows: Iterable[Row]) -> Iterator[str]:
         yield f"| {part} | {form} | {seconds} | {figures.rate} | {ratio} | {memory} | {mfu} |"
 
 
-def write(folder: Path, card: str, facts: Iterable[str], cases: Iterable[Case]) -> Path:
-    """Measure the cases, print row after row, and write the page of the card."""
+def write(
+    folder: Path, title: str, facts: Iterable[str], cases: Iterable[Case], command: str = "make gpu"
+) -> Path:
+    """Measure the cases, print row after row, and write the page of that title, and its JSON."""
     today = datetime.date.today().isoformat()
-    lines = [f"# {card}", "", f"`make gpu` - {today}", "", *facts, ""]
-    for line in markdown(Row(part, form, attempt(action)) for part, form, action in cases):
+    lines = [f"# {title}", "", f"`{command}` - {today}", "", *facts, ""]
+    rows: list[Row] = []
+
+    def measured() -> Iterator[Row]:
+        for part, form, action in cases:
+            rows.append(Row(part, form, attempt(action)))
+            yield rows[-1]
+
+    for line in markdown(measured()):
         print(line, flush=True)
         lines.append(line)
-    path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', card.lower()).strip('-')}.md"
+    path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.md"
     path.write_text("\n".join(lines) + "\n")
+    content = {"title": title, "command": command, "date": today, "facts": [*facts]}
+    content["figures"] = [
+        {"part": row.part, "form": row.form, "rate": row.figures.rate}
+        | {k: v for k, v in row.figures._asdict().items() if k != "rate" and not math.isnan(v)}
+        for row in rows
+    ]
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1))
     return path
 
 
@@ -225,25 +247,28 @@ def run_tests() -> tuple[bool, str]:
 
 def main() -> None:
     common.options(__doc__)
-    if not torch.cuda.is_available():
-        sys.exit("make gpu: PyTorch finds no CUDA device, so there is nothing to measure")
-    device, config = torch.device("cuda"), cifar10_ddpmpp.get_config()
+    device = common.card()
     built = build_operators(device)
+    checks = self_check.report(self_check.all_checks(device))
     passed, tests = run_tests()
-    facts = (
+    facts = [
         f"{common.setting(device)}, CUDA {torch.version.cuda}. The operators: {built}. "
-        f"Tests marked `cuda`: {tests}.\n",
+        f"Tests marked `cuda`: {tests}. Self-check:",
+        "",
+        *(f"- {line}" for line in checks),
+        "",
         "CIFAR-10 DDPM++ of Poisson flow. MFU is the share of the FLOP/s that a large matrix "
         "product or convolution of that precision reaches here.",
-    )
-    sizes = (("broadcast", 512), ("ours", 512), ("ours", 4096), ("ours", 50_000))
+    ]
+    config = cifar10_ddpmpp.get_config()
     cases = itertools.chain(
-        training(config, 20),
-        sampling(config, 128, 18),
-        fields(device, sizes),
-        operators(device, (128, 128, 32, 32)),
+        training(config, STEPS),
+        sampling(config, SAMPLES, SOLVER_STEPS),
+        fields(device, FIELDS),
+        operators(device, OPERATED),
     )
-    print(f"table: {write(ROOT / 'docs', torch.cuda.get_device_name(device), facts, cases)}")
+    path = write(PAGES, common.device_name(device), facts, cases)
+    print(f"table: {path}; to be sent: {path.with_suffix('.json')}")
     if not passed:
         sys.exit(f"make gpu: tests marked cuda: {tests}")
 

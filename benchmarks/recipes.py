@@ -41,6 +41,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import os
 import re
 import shlex
 import signal
@@ -216,7 +217,7 @@ class Plan:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1)
                 show(f"{mode}: {_last_line(log):.60}")
-        if code := process.returncode:
+        if (code := process.returncode) not in (0, os.EX_TEMPFAIL):  # done, or stopped
             reason = f"killed by {signal.Signals(-code).name}" if code < 0 else _last_line(log)
             raise Failed(f"--mode {mode}: {reason} (log: {log})")
 

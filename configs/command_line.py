@@ -1,7 +1,6 @@
 """The flag `--config`: an experiment's file, overrides of its values, one line for a mistake."""
 
 import contextlib
-import os
 import re
 import runpy
 import sys
@@ -14,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs.keys import explain_unknown, flatten, with_home
+from processes import launch
 
 FLAGS = flags.FLAGS
 PATHS = ("config", "workdir", "eval_folder", "outdir", "checkpoint")  # flags that name one
@@ -122,16 +122,10 @@ def one_line_errors() -> Iterator[None]:
 
 def fail(error: Exception | str) -> NoReturn:
     """Ends the program with one line on the user's mistake and exit status 2."""
-    where = f"rank {rank()}: " if rank() else ""
+    where = f"rank {launch.rank()}: " if launch.rank() else ""
     words = " ".join(str(error).split()) or type(error).__name__
     print(f"error: {where}{words}", file=sys.stderr)
     sys.exit(2)
-
-
-def rank() -> int:
-    """`distributed.rank`, for before the flags are parsed: that module imports torch."""
-    number = os.environ.get("RANK", "")
-    return int(number) if number.isdecimal() else 0  # of which `distributed.check_launch` tells
 
 
 def overridden(argv: list[str]) -> list[str]:

@@ -60,6 +60,12 @@ LOOPS = {
         "of these samples where sampling.ode_solver is 'rk45', which takes any number of "
         "evaluations for a young network: 18 steps of this one, or 'rk45' itself",
     ),
+    "training.hang_seconds": Key(
+        1800,
+        whole(0, 10**6),
+        "of several processes: seconds in which none goes on, after which the job ends and names "
+        "the rank that hangs; longer than compiling or a checkpoint takes; 0: no limit",
+    ),
     "training.log_freq": Key(50, whole(1), "steps between losses on the training data"),
     "training.eval_freq": Key(100, whole(1), "steps between losses on the test split"),
     "training.precision": Key(

@@ -21,6 +21,7 @@ from library.initial_weights import INIT_FROM, InitialWeights, initialise, recal
 from library.training_metrics import Best, FewSamples, metrics_of, noise_of
 from metrics.table import Comparison
 from models.weights import load_ema
+from processes.watch import did
 from reports.images import image_grid
 from reports.progress import solver_bar
 from solvers.base import Watch
@@ -154,6 +155,7 @@ class TrainingRun:
         if distributed.is_main():
             save_to_resume(self.workdir, content)
         self.written = written
+        did(f"the save at step {state.step}")
 
     def _content(self, written: list[int]) -> dict[str, Any]:
         """The content of a checkpoint, with the steps of the numbered ones."""
@@ -230,6 +232,7 @@ class TrainingRun:
 
                 def watch(evaluations: int, sigma: float) -> None:
                     show(evaluations, sigma)
+                    did(f"evaluation {evaluations} of {what} at step {step}")
                     if stop():
                         raise _Stopped
 
@@ -336,6 +339,7 @@ class LossWatch:
     def add(self, batch: int, loss: Tensor) -> None:
         """Note the loss of a step on batch number `batch`, as `train_step` returns it."""
         self.losses[batch] = loss
+        did(f"the step on batch {batch}")
         if len(self.losses) >= self.limit:
             self.look()
 

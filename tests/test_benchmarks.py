@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import math
 import sys
@@ -170,64 +169,6 @@ def test_robustness_of_nothing_is_one_line(tmp_path, robustness, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["robustness.py", str(tmp_path)])
     with pytest.raises(SystemExit, match=f"there is no run in {tmp_path}"):
         robustness.main()
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("gpu")
-
-
-def test_the_table_of_a_gpu(gpu):
-    rows = [
-        gpu.Row("step", "plain", gpu.Figures(2.0, "64 images/s", 3 * 2**30, 0.125)),
-        gpu.Row("step", "faster", gpu.Figures(0.5, "256 images/s")),
-        gpu.Row("step", "larger", gpu.Figures(rate="CUDA out of memory")),
-        gpu.Row("field", "ours", gpu.Figures(0.00125)),
-    ]
-    assert list(gpu.markdown(rows))[2:] == [
-        "| step | plain | 2,000.000 | 64 images/s | 1.00 | 3.00 | 12.5% |",
-        "| step | faster | 500.000 | 256 images/s | 4.00 |  |  |",
-        "| step | larger |  | CUDA out of memory |  |  |  |",
-        "| field | ours | 1.250 |  | 1.00 |  |  |",
-    ]
-
-
-def test_the_page_of_a_gpu_by_a_cpu(gpu, monkeypatch, tmp_path):
-    config = tiny("poisson/cifar10_ddpmpp.py", tmp_path, training__batch_size=4)
-    monkeypatch.setattr(gpu.train, "measure_peak", lambda device, precision: 1e15)
-    monkeypatch.setattr(gpu.train, "IMAGES", 1)
-    forms = {"float32": {}, "missing": {"training.precision": "tf32"}}
-    monkeypatch.setattr(gpu, "TRAINING", forms)
-    monkeypatch.setattr(gpu, "SAMPLING", {"float32": {}})
-    cases = itertools.chain(
-        gpu.training(config, 1),
-        gpu.sampling(config, 2, 2),
-        gpu.fields(torch.device("cpu"), [("ours", 128)]),
-        gpu.operators(torch.device("cpu"), (1, 2, 8, 8)),
-    )
-    page = gpu.write(tmp_path, "Card 3000 (R)", ["Facts."], cases)
-    assert page.name == "gpu-card-3000-r.md"
-    title, _, _, _, facts, _, *table = page.read_text().splitlines()
-    assert (title, facts) == ("# Card 3000 (R)", "Facts.")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
-    assert len(rows) == 2 + 1 + 1 + 16
-    step, missing, samples = rows[:3]
-    assert missing[2] == ""
-    assert "has no TF32" in missing[3]
-    assert samples[0] == "2 samples"
-    assert samples[3].endswith("images/s of 3 evaluations")  # Heun's last step is Euler's
-    for row in (step, samples, *rows[3:]):
-        assert float(row[2].replace(",", "")) > 0
-        assert row[3]
-    assert step[6].endswith("%")
-
-
-def test_without_a_gpu_one_line_says_so(gpu, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no CUDA device"):
-        gpu.main()
 
 
 def test_the_benchmark_of_samplers_shows_how_far_it_is(tmp_path, monkeypatch, capsys):

@@ -180,6 +180,7 @@ def test_a_rank_whose_torchrun_died_before_it_looked_ends_in_one_line():
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(taken.getsockname()[1]),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RUN_ID": "ended",
         }
         program = "import datetime, distributed\n"
         program += "distributed.START = datetime.timedelta(seconds=1)\n"

@@ -1,11 +1,10 @@
-"""Streams that fail, signals, launchers, devices and memory: work goes on, or one line says why."""
+"""Streams that fail, signals, devices and memory: work goes on, or one line says why."""
 
 import contextlib
 import io
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import distributed
 import execution
 from configs import command_line
 from library.signals import stop_signals
@@ -142,99 +140,6 @@ def test_nohup_is_heeded():
             assert stop() is None
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-# --- launchers ------------------------------------------------------------------------------------
-
-LAUNCH = {
-    "RANK": "1",
-    "WORLD_SIZE": "2",
-    "LOCAL_RANK": "1",
-    "MASTER_ADDR": "localhost",
-    "MASTER_PORT": "29500",
-}
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {},
-        LAUNCH,
-        LAUNCH | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
-        {"WORLD_SIZE": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"},
-        {"RANK": "0", "WORLD_SIZE": "1"},
-        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
-        {"SLURM_NTASKS": "8"},  # the shell of an allocation
-        {"OMPI_COMM_WORLD_SIZE": "1"},
-        {"MASTER_PORT": "29500", "RANK": ""},
-    ],
-)
-def test_launches_that_make_sense(environment):
-    distributed.check_launch(environment)
-
-
-@pytest.mark.parametrize(
-    "environment, says",
-    [
-        ({"RANK": "1"}, "^RANK=1 without WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "),
-        ({"RANK": "0"}, "^RANK=0 without WORLD_SIZE, "),
-        ({"WORLD_SIZE": "2"}, "^WORLD_SIZE=2 without RANK, "),
-        ({"RANK": "1", "WORLD_SIZE": "1"}, "^RANK=1, WORLD_SIZE=1 without LOCAL_RANK, "),
-        (LAUNCH | {"MASTER_PORT": ""}, "without MASTER_PORT: "),
-        (LAUNCH | {"RANK": "2"}, "^RANK=2, WORLD_SIZE=2, .* contradict each other: "),
-        (LAUNCH | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2, .* contradict each other: "),
-        (LAUNCH | {"RANK": "one"}, "^RANK=one, .* contradict each other: "),
-        (LAUNCH | {"WORLD_SIZE": "-2"}, "contradict each other: "),
-        (LAUNCH | {"MASTER_PORT": "70000"}, "contradict each other: "),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "^SLURM_NTASKS=4, but .* believe it is alone"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "^OMPI_COMM_WORLD_SIZE=2, but "),
-        ({"PMI_SIZE": "16", "PMI_RANK": "3"}, "^PMI_SIZE=16, but "),
-    ],
-)
-def test_launches_that_do_not_say_how_to_start(environment, says):
-    with pytest.raises(ValueError, match=says) as raised:
-        distributed.check_launch(environment)
-    assert re.search("start one torchrun on each host, .* set WORLD_SIZE=1$", str(raised.value))
-    assert "\n" not in str(raised.value)
-
-
-def test_a_wrong_launch_ends_every_mode_before_any_work(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ValueError, match="RANK=1 without WORLD_SIZE"), distributed.joined():
-        raise AssertionError
-    monkeypatch.setenv("RANK", "two")
-    assert command_line.rank() == 0
-
-
-GROUP = """
-import os, time, torch, distributed
-reader, writer = os.pipe()
-if os.fork():  # a script that starts a rank, and ends while it runs
-    os.read(reader, 1)
-    os._exit(0)
-with distributed.joined():
-    os.write(writer, b"1")
-    time.sleep(2.5)  # a rank of torchrun looks every second
-    print(distributed.mean(torch.tensor(float(distributed.rank()))).item(), flush=True)
-"""
-
-
-def test_ranks_outlive_the_script_that_started_them():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | LAUNCH | {"MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", GROUP],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["0.5\n", "0.5\n"]
 
 
 # --- devices and memory ---------------------------------------------------------------------------

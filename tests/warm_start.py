@@ -45,7 +45,8 @@ class Program:
     Args:
         command: the interpreter, which is not started, the script's path or -c and its text, its
             arguments.
-        processes: how many at once, as one job, with the variables that torchrun sets for each.
+        processes: how many at once, as one job, with the variables that torchrun sets for each; or
+            the variables of each, as another launcher sets them.
         environment: variables besides those of this process.
         cwd: folder; None for that of this process.
         start_new_session: whether signals to its process group reach this process and its own only.
@@ -54,7 +55,7 @@ class Program:
     def __init__(
         self,
         command: list,
-        processes: int = 1,
+        processes: int | list[dict] = 1,
         environment: dict | None = None,
         cwd: Path | None = None,
         start_new_session: bool = False,
@@ -63,7 +64,7 @@ class Program:
         self.returncode = None
         self._outputs = [*map(tempfile.TemporaryFile, ("w+", "w+"))]
         common = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-        ranks = _rank_variables(processes) if processes > 1 else [{}]
+        ranks = processes if isinstance(processes, list) else _rank_variables(processes)
         request = {
             "command": self.args,
             "environments": [common | variables for variables in ranks],
@@ -151,14 +152,20 @@ def server() -> socket.socket:
 
 
 def _rank_variables(processes: int) -> list[dict]:
-    """Variables by which each process of a job knows its number and finds the others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    """Variables by which each of several processes of a job knows its number, and the others."""
+    if processes == 1:
+        return [{}]
+    job = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     job["TORCHELASTIC_RUN_ID"] = "warm"
     jobs = [job | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     return [{name: str(value) for name, value in variables.items()} for variables in jobs]
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _sent(request: dict, to: socket.socket, streams: list[int]) -> socket.socket:
