@@ -17,6 +17,12 @@ TINY = [
     *("--config.training.batch_size=8", "--config.training.log_freq=5"),
     *("--config.training.snapshot_freq=10", "--config.optim.warmup=0", "--config.optim.cooldown=0"),
     *("--config.model.ema_rate=0.9", "--config.training.condition_dropout=0.2"),
+    # Muon orthogonalises the rounding that two processes differ by
+    *(
+        "--config.optim.optimizer=Adam",
+        "--config.optim.lr=1e-3",
+        "--config.training.precision=fp32",
+    ),
     *("--config.data.held_out=10", "--config.data.random_flip", "--config.sampling.N=3"),
     *("--config.eval.pairs=8", "--config.eval.pair_draws=4", "--config.eval.batch_size=12"),
 ]
