@@ -5,7 +5,7 @@
             [--pairs 100] [--keys "model.nf=8 model.ch_mult=(1,2,4)"] [--plot docs/pairs.png]
 
 It trains configs/pfgmpp/denoise_ddpmpp.py, with other values of `keys`, on DATA/x.npy and c.npy in
-RUNS/{D}-{seed} (DATA/runs), seed by seed, and evaluates held-out pairs: with heun, and in one
+RUNS/{D}-{seed} (DATA/runs), seed by seed, and evaluates held-out pairs: with ipndm, and in one
 evaluation from the condition, at the level and weight that are best on training pairs, and from the
 prior. Beside them stand the measured image, scikit-image's best of TV, wavelets and non-local
 means, tuned on training pairs, and a regression network, the same U-Net given the condition alone,
@@ -45,7 +45,7 @@ from sources.codec import encoded
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/pfgmpp/denoise_ddpmpp.py"
-LEVELS, WEIGHTS = (0.1, 0.15, 0.25, 0.4, 0.6), (0.7, 0.85, 1.0)  # of the start at the condition
+LEVELS, WEIGHTS = (0.03, 0.06, 0.1, 0.2, 0.4), (0.7, 0.85, 1.0)  # of the start at the condition
 TUNED = 64  # training pairs by which they are chosen
 # of all runs; a measured precision could differ from run to run
 FIXED = {
@@ -53,6 +53,7 @@ FIXED = {
     "training.precision": "fp32",
     "training.snapshot_sampling": False,
 }
+SOLVER = "--config.sampling.ode_solver=ipndm"
 START, ONE = "--config.sampling.init=condition", "--config.sampling.N=1"
 
 
@@ -80,7 +81,7 @@ def evaluate(workdir: Path, name: str, pairs: int, *flags: str) -> dict:
     """The report of an evaluation of `pairs` in the folder `name`; computed once."""
     if not (reports := [*(workdir / name).glob("report_*.npz")]):
         keys = f"--config.eval.pairs={pairs}", "--noconfig.eval.enable_loss"
-        program("eval", workdir, "--eval_folder", name, *keys, *flags)
+        program("eval", workdir, "--eval_folder", name, SOLVER, *keys, *flags)
         reports = [*(workdir / name).glob("report_*.npz")]
     with np.load(reports[0]) as report:
         return dict(report)
@@ -114,8 +115,8 @@ def of_run(workdir: Path, pairs: int) -> dict[str, dict]:
     return {
         "1, from the condition": evaluate(workdir, "start", pairs, START, ONE, *start),
         "1, from the prior": evaluate(workdir, "one", pairs, ONE),
-        "5": evaluate(workdir, "five", pairs, "--config.sampling.N=3"),
-        "35": evaluate(workdir, "thirtyfive", pairs, "--config.sampling.N=18"),
+        "5": evaluate(workdir, "five", pairs, "--config.sampling.N=5"),
+        "35": evaluate(workdir, "thirtyfive", pairs, "--config.sampling.N=35"),
     }
 
 
