@@ -90,7 +90,7 @@ def test_an_evaluation_shows_its_numbers_and_resumes(places):
     report = dict(np.load(places / "run/eval/report_2.npz"))
     page = (places / "run/eval/report.html").read_text()
     draws = sorted((places / "run/eval").glob("ckpt_2_pairs_*.npz"))
-    assert [int(report[f"pairs_{name}"]) for name in ("images", "draws", "nfe")] == [8, 4, 5]
+    assert [int(report[f"pairs_{name}"]) for name in ("images", "draws", "nfe")] == [8, 4, 3]
     assert len(draws) == 3  # of three conditions each
     for label in ("PSNR of one draw", "SSIM of mean of the draws", "PSNR of the condition itself"):
         assert label in output and label in page
