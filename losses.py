@@ -41,8 +41,8 @@ KEYS = {
     "training.condition_dropout": Key(
         0.0,
         SHARE,
-        "share of the examples whose condition of data.condition_path is 0 instead, independently "
-        "of label_dropout; guidance by it needs this",
+        "share of the examples whose condition of data.condition_path is 0 instead; with another "
+        "label_dropout those of the smaller share lose both; guidance by it needs this",
     ),
 }
 

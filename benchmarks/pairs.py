@@ -1,25 +1,27 @@
 """Denoise low-dose CT with PFGM++ of several D, in 1, 5 and 35 evaluations, beside other denoisers.
 
     python3 benchmarks/ct_data.py DATA
-    python3 benchmarks/pairs.py DATA [--out RUNS] [--dims 16,64,128,inf] [--seeds 3] [--steps 4000]
-            [--pairs 100] [--plot docs/pairs.png]
+    python3 benchmarks/pairs.py DATA [--out RUNS] [--dims 16,64,128,inf] [--seeds 3] [--steps 2000]
+            [--pairs 100] [--keys "model.nf=8 model.ch_mult=(1,2,4)"] [--plot docs/pairs.png]
 
-It trains configs/pfgmpp/denoise_ddpmpp.py on DATA/x.npy and c.npy in RUNS/{D}-{seed} (DATA/runs),
-goes on with runs that were interrupted, and evaluates held-out pairs: with heun, and in one
+It trains configs/pfgmpp/denoise_ddpmpp.py, with other values of `keys`, on DATA/x.npy and c.npy in
+RUNS/{D}-{seed} (DATA/runs), seed by seed, and evaluates held-out pairs: with ipndm, and in one
 evaluation from the condition, at the level and weight that are best on training pairs, and from the
 prior. Beside them stand the measured image, scikit-image's best of TV, wavelets and non-local
 means, tuned on training pairs, and a regression network, the same U-Net given the condition alone,
-trained for as long as the first run. The table has PSNR and SSIM of one draw and of the mean of
-nine; the plot has the PSNR by evaluations, the mean and range over the seeds.
+trained for as many steps, which take as long. The table has PSNR and SSIM of one draw and of the
+mean of nine; the plot has the PSNR by evaluations, the mean and range over the seeds. Both are
+written after each seed, the table to RUNS/table.md; the same command goes on after a kill.
 """
 
 import json
 import subprocess
 import sys
-import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import common
@@ -30,18 +32,28 @@ from skimage import restoration
 from torch import nn
 
 import models
+from configs.keys import named
 from datasets import batch_at, shuffled_batches
 from experiment import Experiment, load
 from library.evaluated_pairs import structural_similarity
 from library.evaluated_restorations import psnr
+from optimizers import OPTIMIZERS
+from optimizers.muon import mark_tables
 from reports.paired import OF
+from samplers.start import ConditionStart
 from sources.codec import encoded
-from storage.tensorboard import seconds_of_training
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/pfgmpp/denoise_ddpmpp.py"
-LEVELS, WEIGHTS = (0.1, 0.15, 0.25, 0.4, 0.6), (0.7, 0.85, 1.0)  # of the start at the condition
+LEVELS, WEIGHTS = (0.03, 0.06, 0.1, 0.2, 0.4), (0.7, 0.85, 1.0)  # of the start at the condition
 TUNED = 64  # training pairs by which they are chosen
+# of all runs; a measured precision could differ from run to run
+FIXED = {
+    "reports.unit": "HU",
+    "training.precision": "fp32",
+    "training.snapshot_sampling": False,
+}
+SOLVER = "--config.sampling.ode_solver=ipndm"
 START, ONE = "--config.sampling.init=condition", "--config.sampling.N=1"
 
 
@@ -52,19 +64,24 @@ def program(mode: str, workdir: Path, *flags: str) -> None:
     )
 
 
-def train(workdir: Path, data: Path, D: str, seed: int, steps: int) -> None:
-    """Train to `steps`, from where the run stopped."""
-    paths = f"--config.data.path={data / 'x.npy'}", f"--config.data.condition_path={data / 'c.npy'}"
-    keys = {"model.D": D, "seed": seed, "training.n_iters": steps, "reports.unit": "HU"}
+def train(workdir: Path, data: Path, keys: Mapping[str, object]) -> None:
+    """Train with these values of keys, from where the run stopped."""
+    if finished(workdir, keys["training.n_iters"]):
+        return
+    keys = {"data.path": data / "x.npy", "data.condition_path": data / "c.npy", **FIXED, **keys}
     flags = [f"--config.{key}={value}" for key, value in keys.items()]
-    program("train", workdir, "--config", CONFIG, *paths, *flags)
+    program("train", workdir, "--config", CONFIG, *flags)
+
+
+def finished(workdir: Path, steps: int) -> bool:
+    return (workdir / f"checkpoints/checkpoint_{steps}.pth").exists()
 
 
 def evaluate(workdir: Path, name: str, pairs: int, *flags: str) -> dict:
     """The report of an evaluation of `pairs` in the folder `name`; computed once."""
     if not (reports := [*(workdir / name).glob("report_*.npz")]):
         keys = f"--config.eval.pairs={pairs}", "--noconfig.eval.enable_loss"
-        program("eval", workdir, "--eval_folder", name, *keys, *flags)
+        program("eval", workdir, "--eval_folder", name, SOLVER, *keys, *flags)
         reports = [*(workdir / name).glob("report_*.npz")]
     with np.load(reports[0]) as report:
         return dict(report)
@@ -72,15 +89,23 @@ def evaluate(workdir: Path, name: str, pairs: int, *flags: str) -> dict:
 
 def tuned_start(workdir: Path) -> tuple[float, float]:
     """The level and weight of one evaluation from the condition with the best PSNR in training."""
-    split = "--config.eval.dataset=train", "--config.eval.pair_draws=1"
+    run = load(workdir).experiment
+    pairs = batch_at(run.data.get("train"), slice(TUNED))
+    truth = in_window(run, run.codec.units(pairs.images))
 
     def quality(level: float, weight: float) -> float:
-        flags = f"--config.sampling.init_level={level}", f"--config.sampling.init_weight={weight}"
-        name = f"tuning-{level}-{weight}"
-        return evaluate(workdir, name, TUNED, START, ONE, *flags, *split)["pairs_psnr"]
+        start = ConditionStart(level, weight, run.condition_codec)
+        sampler = replace(run.sampler, n=1, start=start)
+        images, _ = sampler(run.network, len(pairs), conditions=pairs.conditions)
+        return float(psnr(in_window(run, images)[:, None], truth[:, None]))
 
     level = max(LEVELS, key=lambda each: quality(each, 1.0))
     return level, max(WEIGHTS, key=lambda each: quality(level, each))
+
+
+def in_window(run: Experiment, data: torch.Tensor) -> NDArray:
+    """Data (n, C, H, W) in their units as (n, H, W, C) where 0 is black in pictures, 1 white."""
+    return run.codec.within_window(run.codec.stored(data))
 
 
 def of_run(workdir: Path, pairs: int) -> dict[str, dict]:
@@ -90,8 +115,8 @@ def of_run(workdir: Path, pairs: int) -> dict[str, dict]:
     return {
         "1, from the condition": evaluate(workdir, "start", pairs, START, ONE, *start),
         "1, from the prior": evaluate(workdir, "one", pairs, ONE),
-        "5": evaluate(workdir, "five", pairs, "--config.sampling.N=3"),
-        "35": evaluate(workdir, "thirtyfive", pairs, "--config.sampling.N=18"),
+        "5": evaluate(workdir, "five", pairs, "--config.sampling.N=5"),
+        "35": evaluate(workdir, "thirtyfive", pairs, "--config.sampling.N=35"),
     }
 
 
@@ -125,18 +150,18 @@ def classical(noisy: NDArray, clean: NDArray) -> tuple[str, Callable[[NDArray], 
     return best, lambda images: apply(best, images)
 
 
-def regression(run: Experiment, seconds: float) -> nn.Module:
-    """The U-Net of `run`, given the condition alone, trained on the squared error for `seconds`."""
+def regression(run: Experiment, steps: int) -> nn.Module:
+    """The U-Net of `run`, given the condition alone, trained on the squared error."""
     torch.manual_seed(run.seed)
-    net = models.from_config(run.config, run.codec.shape)
-    optimizer = torch.optim.Adam(net.parameters(), lr=run.config.optim.lr)
-    data, end, start = run.data.get("train"), time.monotonic() + seconds, time.monotonic()
-    for batch in shuffled_batches(data, run.config.training.batch_size, run.seed):
-        share = (end - time.monotonic()) / (end - start)  # of the time that remains
-        if share <= 0:
-            break
+    net, optim = models.from_config(run.config, run.codec.shape), run.config.optim
+    mark_tables(net)
+    build = named(OPTIMIZERS, "optim.optimizer", optim.optimizer)
+    optimizer = build([*net.named_parameters()], optim)
+    batches = shuffled_batches(run.data.get("train"), run.config.training.batch_size, run.seed)
+    for step, batch in enumerate(islice(batches, steps)):
+        share = min((step + 1) / max(1, optim.warmup), (steps - step) / max(1, optim.cooldown), 1)
         for group in optimizer.param_groups:
-            group["lr"] = run.config.optim.lr * min(1, 2 * share)
+            group["lr"] = optim.lr * share
         y = encoded(run.codec, batch.images)
         loss = (predicted(net, batch.conditions["image"]) - y).square().mean()
         optimizer.zero_grad()
@@ -151,24 +176,21 @@ def predicted(net: nn.Module, condition: torch.Tensor) -> torch.Tensor:
     return net(x, torch.ones(len(x)), image=condition)
 
 
-def others(workdir: Path, pairs: int, steps_seconds: float) -> dict[str, dict]:
+def others(workdir: Path, pairs: int, steps: int) -> dict[str, dict]:
     """PSNR and SSIM of the measured images and of other denoisers, on the pairs of the run."""
     run = load(workdir).experiment
     codec, train_pairs = run.codec, batch_at(run.data.get("train"), slice(TUNED))
     test = batch_at(run.data.get("test"), slice(pairs))
 
-    def in_window(data: torch.Tensor) -> NDArray:
-        return codec.within_window(codec.stored(data))
-
     def measured(batch) -> NDArray:
-        return in_window(run.condition_codec.decode(batch.conditions["image"]))
+        return in_window(run, run.condition_codec.decode(batch.conditions["image"]))
 
-    truth, noisy = in_window(codec.units(test.images)), measured(test)
-    clean = in_window(codec.units(train_pairs.images))
+    truth, noisy = in_window(run, codec.units(test.images)), measured(test)
+    clean = in_window(run, codec.units(train_pairs.images))
     name, way = classical(measured(train_pairs)[..., 0], clean[..., 0])
-    net = regression(run, steps_seconds)
+    net = regression(run, steps)
     with torch.no_grad():
-        of_net = in_window(codec.decode(predicted(net, test.conditions["image"])))
+        of_net = in_window(run, codec.decode(predicted(net, test.conditions["image"])))
     images = {"measured": noisy, name: way(noisy[..., 0])[..., None], "regression network": of_net}
     return {
         name: {
@@ -236,27 +258,29 @@ def main() -> None:
         out=None,
         dims="16,64,128,inf",
         seeds=3,
-        steps=4000,
+        steps=2000,
         pairs=100,
+        keys="",
         plot=None,
     )
-    data = options.data[0].resolve()
+    data, steps = options.data[0].resolve(), options.steps
+    more = dict(each.split("=", 1) for each in options.keys.split())
     out, runs = Path(options.out or data / "runs"), defaultdict(lambda: defaultdict(list))
     rows: dict[str, list[dict]] = {}
     for seed in range(options.seeds):
         for D in options.dims.split(","):
-            train(out / f"{D}-{seed}", data, D, seed, options.steps)
-            for name, report in of_run(out / f"{D}-{seed}", options.pairs).items():
+            workdir = out / f"{D}-{seed}"
+            train(workdir, data, {"model.D": D, "seed": seed, "training.n_iters": steps, **more})
+            for name, report in of_run(workdir, options.pairs).items():
                 runs[D][name].append(report)
                 rows.setdefault(f"D = {D}, {name}", []).append(report)
-        first = out / f"{options.dims.split(',')[0]}-0"
-        cached = out / "others.json"
+        first, cached = out / f"{options.dims.split(',')[0]}-0", out / "others.json"
         if not cached.exists():
-            seconds = seconds_of_training(first / "tensorboard", options.steps)
-            cached.write_text(json.dumps(others(first, options.pairs, seconds)))
+            cached.write_text(json.dumps(others(first, options.pairs, steps)))
         lines = json.loads(cached.read_text())
-        beside = {name: [report] for name, report in lines.items()}
-        print(f"\nafter {seed + 1} of {options.seeds} seeds:\n{table(rows | beside)}")
+        text = table(rows | {name: [report] for name, report in lines.items()})
+        (out / "table.md").write_text(f"{text}\n")
+        print(f"\nafter {seed + 1} of {options.seeds} seeds:\n{text}", flush=True)
         plot(Path(options.plot or out / "pairs.png"), runs, lines)
 
 

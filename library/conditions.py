@@ -36,7 +36,8 @@ class ConditionDrawer:
         data: whose training split.
         device: of the conditions.
         seed: of the draws.
-        class_label: of every row, beside which other conditions are drawn; -1: drawn too.
+        class_label: of every row, beside which other conditions are drawn, those of
+            `data.condition_path` from the images of this class; -1: drawn too.
     """
 
     data: Data
@@ -48,7 +49,8 @@ class ConditionDrawer:
         """Rows (number, ...) by name; `purpose` and `key` are those of `keyed_generator`.
 
         Raises:
-            ValueError, OSError: the training images or their conditions cannot be read.
+            ValueError, OSError: the training images or their conditions cannot be read, or none is
+                of the class.
         """
         labels = None
         if self._is_named:
@@ -59,7 +61,13 @@ class ConditionDrawer:
         conditions = self._of_training if self._reads_rows else Conditions()
         rows = torch.arange(self.data.number("train"))
         if (classes_of := conditions.get("class_labels")) is not None:
-            rows = rows[classes_of >= 0]  # -1 labels an image that cannot be read
+            # -1 labels an image that cannot be read
+            rows = rows[classes_of == self.class_label if self._is_named else classes_of >= 0]
+            if not len(rows):
+                raise ValueError(
+                    f"sampling.class_label={self.class_label}: no training image is of this class, "
+                    "whose conditions (data.condition_path) samples are drawn with"
+                )
         generator = keyed_generator("cpu", f"class labels of {purpose}", self.seed, *key)
         rows = rows[torch.randint(len(rows), (number,), generator=generator)]
         conditions = conditions.map(lambda condition: condition[rows].to(self.device))
@@ -76,7 +84,11 @@ class ConditionDrawer:
     @property
     def _reads_rows(self) -> bool:
         """True where conditions of all training images are read."""
-        return bool(self.data.condition_names or (self._classes and not self._is_named))
+        return bool(self.data.condition_names or self._reads_labels)
+
+    @property
+    def _reads_labels(self) -> bool:
+        return bool(self._classes and (self.data.has_pairs or not self._is_named))
 
     @property
     def _classes(self) -> int:
@@ -89,7 +101,7 @@ class ConditionDrawer:
     @functools.cached_property
     def _of_training(self) -> Conditions:
         try:
-            return self.data.conditions("train", labels=not self._is_named)
+            return self.data.conditions("train", labels=self._reads_labels)
         except (ValueError, OSError) as error:
             if self._is_named or not self._classes:
                 raise

@@ -13,6 +13,8 @@ from library.posterior import condition_pictures, in_type
 from library.rounds import Rounds
 from reports.images import save_grid
 from reports.progress import solver_bar
+from solvers.base import TooManyEvaluations
+from sources.batch import Conditions
 from sources.pairs import is_alike
 from storage.digests import digests_of_conditions
 
@@ -25,36 +27,24 @@ WINDOW = 7  # side of the windows of SSIM, or the largest odd number that fits
 def compare_pairs(evaluated: Evaluated, split: Split, number: int, draws: int) -> dict:
     """Draw `draws` images for each of the first `number` conditions of `split`, and a picture.
 
-    Returns the report's entries `pairs...` (docs/architecture.md), in the main process only. Raises
-    FloatingPointError where the solver diverges.
+    Pairs for which the solver diverges do not count. Returns the report's entries `pairs...`
+    (docs/architecture.md), in the main process only.
     """
     experiment = evaluated.experiment
     codec, condition_codec = experiment.codec, experiment.condition_codec
     batch = batch_at(split.data, slice(number)).to(experiment.device)
-    number, (channels, *sides) = len(batch), codec.data_shape
-    rows = torch.arange(number, device=experiment.device).repeat_interleave(draws)
-
-    def compute(i: int, part: slice) -> dict:
-        conditions = batch.conditions.map(lambda each: each[rows[part]])
-        with solver_bar(experiment.method) as watch:
-            images, nfe = experiment.sampler(
-                experiment.network,
-                part.stop - part.start,
-                generator=evaluated.generator("pairs", i),
-                conditions=conditions,
-                watch=watch,
-            )
-        return {"draws": codec.stored(images), "nfe": nfe}
-
-    # the draws of a condition in one round
-    size = draws * max(1, evaluated.batch_size // draws)
-    origin = evaluated.origin | digests_of_conditions(batch.conditions) | {"draws of each": draws}
-    files = evaluated.folder / f"ckpt_{evaluated.k}_pairs"
-    rounds = Rounds("pairs", len(rows), size).cached(files, origin, ("draws", "nfe"), compute)
-    if not rounds:
+    if not (rounds := _rounds(evaluated, batch.conditions, draws)):
         return {}
+    counted = np.concatenate([each["pairs"] for each in rounds if len(each["draws"])] or [[]])
+    report = {"pairs_seconds": np.sum([each["seconds"] for each in rounds])}
+    if diverged := len(batch) - len(counted):
+        report["pairs_nonfinite"] = diverged
+        log.warning(f"{diverged} of {len(batch)} pairs do not count: draws are not finite")
+    if not len(counted):
+        return report
+    batch = batch[torch.from_numpy(counted).to(experiment.device)]
     images = np.concatenate([each["draws"] for each in rounds])
-    images = images.reshape(number, draws, *sides, channels)
+    images = images.reshape(len(batch), draws, *images.shape[1:])
     truth = codec.stored(codec.units(batch.images))
     condition = batch.conditions["image"]
     measured = condition_codec.stored(condition_codec.decode(condition))
@@ -62,11 +52,10 @@ def compare_pairs(evaluated: Evaluated, split: Split, number: int, draws: int) -
     compared = {"": in_window[:, 0], "_mean": in_window.mean(1)}
     if is_alike(condition_codec, codec):
         compared["_condition"] = codec.within_window(measured)
-    report = {
-        "pairs_images": number,
+    report |= {
+        "pairs_images": len(batch),
         "pairs_draws": draws,
-        "pairs_nfe": np.mean([each["nfe"] for each in rounds]),
-        "pairs_seconds": np.sum([each["seconds"] for each in rounds]),
+        "pairs_nfe": np.mean([each["nfe"] for each in rounds if len(each["draws"])]),
     }
     for name, each in compared.items():
         ratios = [psnr(a[None, None], b) for a, b in zip(each, of_truth, strict=True)]
@@ -79,6 +68,46 @@ def compare_pairs(evaluated: Evaluated, split: Split, number: int, draws: int) -
         report |= {"pairs_ranks": ranks.mean(0)} | coverages(ranks)
     _save_picture(evaluated, measured, images, truth)
     return report
+
+
+def _rounds(evaluated: Evaluated, conditions: Conditions, draws: int) -> list[dict]:
+    """`draws` for each of the `conditions`, in rounds of `pairs`, with `nfe` and `seconds`.
+
+    They are as stored, (pairs * draws, H, W, C), or none where the solver diverges. Raises
+    TooManyEvaluations where it stops at its limit, since with a larger one they could be finite.
+    """
+    experiment, codec = evaluated.experiment, evaluated.experiment.codec
+    number = len(conditions["image"])
+    rows = np.arange(number).repeat(draws)
+
+    def compute(i: int, part: slice) -> dict:
+        of_rows = conditions.map(lambda each: each[rows[part]])
+        try:
+            with solver_bar(experiment.method) as watch:
+                images, nfe = experiment.sampler(
+                    experiment.network,
+                    part.stop - part.start,
+                    generator=evaluated.generator("pairs", i),
+                    conditions=of_rows,
+                    watch=watch,
+                )
+        except TooManyEvaluations:
+            raise
+        except FloatingPointError as error:
+            log.warning(f"round {i}: none of its {len(rows[part]) // draws} pairs counts: {error}")
+            images, nfe = torch.empty(0, *codec.data_shape), 0
+        return {"draws": codec.stored(images), "nfe": nfe}
+
+    # the draws of a condition in one round
+    size = draws * max(1, evaluated.batch_size // draws)
+    origin = evaluated.origin | digests_of_conditions(conditions) | {"draws of each": draws}
+    files = evaluated.folder / f"ckpt_{evaluated.k}_pairs"
+    rounds = Rounds("pairs", len(rows), size)
+    results = rounds.cached(files, origin, ("draws", "nfe"), compute)
+    parts = rounds.parts[: len(results)]
+    return [
+        result | {"pairs": rows[part][::draws]} for result, part in zip(results, parts, strict=True)
+    ]
 
 
 def _with_error(name: str, values: NDArray) -> dict[str, float]:

@@ -33,7 +33,7 @@ class Objective(nn.Module, abc.ABC):
             those of the reference batch where the targets depend on one.
         examples: number of these that are perturbed; the others are in the reference batch only.
         label_dropout, condition_dropout: shares of the examples that lose conditions of these kinds
-            (`sources.batch.KINDS`).
+            (`sources.batch.KINDS`); those of the smaller share are among those of the larger.
     """
 
     keys: ClassVar[Mapping[str, Key]] = {}
@@ -102,14 +102,15 @@ class Objective(nn.Module, abc.ABC):
         """The perturbed examples of training step number `step` on `batch`."""
         batch = batch[: self.examples]
         examples = self.perturb(batch, step, generator)
-        # the last draws, so that they change none of the method's
         shares = {"label": self.label_dropout, "condition": self.condition_dropout}
-        for kind, share in shares.items():
-            conditions = examples.conditions
-            if share and conditions.droppable(kind):
-                draw = {"generator": generator, "device": examples.images.device}
-                mask = torch.rand(len(examples), **draw) < share
-                examples = replace(examples, conditions=conditions.drop(mask, kind))
+        shares = {k: p for k, p in shares.items() if p and examples.conditions.droppable(k)}
+        if shares:
+            # the last draw, so that it changes none of the method's, and one for all kinds:
+            # guidance lacks all conditions at once
+            draw = torch.rand(len(examples), generator=generator, device=examples.images.device)
+            for kind, share in shares.items():
+                conditions = examples.conditions.drop(draw < share, kind)
+                examples = replace(examples, conditions=conditions)
         return examples
 
     def perturb(self, batch: Batch, step: int, generator: torch.Generator | None = None) -> Batch:

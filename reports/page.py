@@ -145,8 +145,10 @@ def _pairs(report: Report) -> str:
     if not (lines := paired.rows(report, number)):
         return ""
     of = f"{number(report['pairs_images'])} pairs, {number(report['pairs_draws'])} draws of each"
-    note = f"{of}; ± is the standard error over the pairs. {PAIRED}"
-    return table(("", "value"), [*map(row, lines)]) + notes([note])
+    remarks = [f"{of}; ± is the standard error over the pairs. {PAIRED}"]
+    if diverged := report.get("pairs_nonfinite"):
+        remarks.append(f"{number(diverged)} further pairs do not count: draws are not finite.")
+    return table(("", "value"), [*map(row, lines)]) + notes(remarks)
 
 
 def _compared(reports: Mapping[int, Report]) -> list[Entry]:

@@ -44,6 +44,8 @@ def report_table(report: Mapping, split: str, title: str) -> str:
     if "pairs_images" in report:
         rows.append(("pairs", f"{report['pairs_images']}, {report['pairs_draws']} draws of each"))
         rows += [(f"  {label}", text) for label, text in paired.rows(report, "{:.4g}".format)]
+    if "pairs_nonfinite" in report:
+        rows.append(("pairs whose draws are not finite", str(report["pairs_nonfinite"])))
     rows.append(("seconds", f"{report['seconds']:.1f}"))
     return "\n  ".join([format_table(rows, title), *remarks(report)])
 

@@ -66,10 +66,9 @@ class Files:
         read. Reading also ends once a value needs all bits. `watch` shows the progress of a loop
         over the images, such as `tqdm`. Raises ValueError where a value is below 0.
         """
-        first = np.linspace(0, len(self) - 1, min(len(self), LOOKED_AT)).astype(int).tolist()
-        if not any(map(self._may_have_16_bits, first)):
+        if not self.have_16_bits:
             return Measured(())
-        smallest = largest = 0
+        smallest, largest, first = 0, 0, self._looked_at
         for i in watch([*first, *sorted({*range(len(self))} - {*first})]):
             with contextlib.suppress(Unreadable):  # reported when it is decoded
                 low, high = self._read(i, lambda file: extent_of_16_bits(read_bounded(file)))
@@ -84,6 +83,16 @@ class Files:
         top = f"{scale[1] if scale == WHOLE else largest:,}"
         line = f"16-bit images: values up to {top} count as {bits} bits (data.scale)"
         return Measured(scale, line)
+
+    @property
+    def have_16_bits(self) -> bool:
+        """True where one of up to `LOOKED_AT` headers has more than 8 bits a channel."""
+        return any(map(self._may_have_16_bits, self._looked_at))
+
+    @property
+    def _looked_at(self) -> list[int]:
+        """Numbers of up to `LOOKED_AT` images, spread evenly."""
+        return np.linspace(0, len(self) - 1, min(len(self), LOOKED_AT)).astype(int).tolist()
 
     def _may_have_16_bits(self, i: int) -> bool:
         try:

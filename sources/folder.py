@@ -18,7 +18,7 @@ from configs.keys import with_home
 from configs.schema import Either, Key, Number, Numbers, OneOf, Text, whole
 from sources import arrays, cifar, idx, labels, listing, parquet, splits, tars
 from sources.arrays import Arrays, is_array, read_array
-from sources.base import Classes, Picture, Source, View
+from sources.base import Classes, Source, View
 from sources.files import Files, Measured, open_below, read_bounded
 from sources.images import cropped_then_resized, to_size
 from sources.loaded import Loaded
@@ -275,13 +275,13 @@ def _warn_of_splits(path: Path, *names: str) -> None:
 
 
 def read_images(
-    key: str, name: str, channels: int, scale: Range | tuple[()] = ()
-) -> dict[str, Picture]:
+    key: str, name: str, channels: int, scale: Range | tuple[()] = (), dtype: str = ""
+) -> dict[str, NDArray]:
     """The images of a file, a folder, a .zip or an array file by their names, in their order.
 
-    `key` is the key with the value `name`; `channels` and `scale` are those of `decode_image`, but
-    a scale of () is measured on all images. Files follow the rules of data, and the log says which
-    are left out. See `arrays.read_array` for an .npy or .npz.
+    `key` is the key with the value `name`; `channels`, `scale` and `dtype` are those of `Files`,
+    but a scale of () is measured on all images. Files follow the rules of data, and the log says
+    which are left out. See `arrays.read_array` for an .npy or .npz.
 
     Raises FileNotFoundError where `name` does not exist, ValueError where an image cannot be read.
     """
@@ -303,5 +303,7 @@ def read_images(
         names, files = folder.names, folder.files
         if words := listing.in_words(folder.listing.omitted):
             log.info(f"{key}={name}: left out: {words}")
-    files = replace(files, channels=channels, scale=tuple(scale) or files.measure_scale().scale)
+    files = replace(files, channels=channels, dtype=dtype)
+    if not dtype:
+        files = replace(files, scale=tuple(scale) or files.measure_scale().scale)
     return {name: files[i] for i, name in enumerate(names)}

@@ -183,8 +183,8 @@ class OpenedData:
         """The keys of `sources.pairs` measured on the training split, and a line for the log."""
         conditions = self._conditions_of("train")
         watch = _watch("mean and deviation")
-        values, line = pairs.measure(conditions, self._pairs.dtype, watch)
-        return values, line + self._pairs.clipping(self.options.scale)
+        values, line = pairs.measure(conditions, self._pairs.dtype(self.options), watch)
+        return values, line + self._pairs.clipping(self.options)
 
     def measure_classes(self) -> int:
         """Number of classes of the training images: with names, or as many as labels need."""

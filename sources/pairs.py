@@ -29,7 +29,7 @@ from sources.rules import NEWEST, RULES
 from sources.sizes import shapes_of
 
 PATH = "data.condition_path"
-EIGHT_BITS = "uint8"
+EIGHT_BITS, SIXTEEN_BITS = "uint8", "uint16"
 LOOKED_AT = 64  # conditions of which channels and sides are measured
 
 _NUMBER = Number(-1e30, 1e30)
@@ -48,7 +48,8 @@ KEYS = {
     "data.condition_dtype": Key(
         "",
         OneOf(("", EIGHT_BITS, *DTYPES)),
-        "type of the conditions' numbers; 'uint8': images of 8 bits; '': that of the files",
+        "type of the conditions' numbers; 'uint8': images of 8 bits; '': that of the files, of "
+        "16-bit image files 'uint16', or 'uint8' where data.scale makes the images 8 bits",
     ),
     "data.condition_mean": Key(
         (),
@@ -70,16 +71,23 @@ def codec_of(data: ConfigDict, sides: Size | None = None) -> Codec | None:
     """The codec of the conditions of a config's `data`; None where it has no conditions.
 
     `sides` are (H, W) of the conditions, by default those of the data or of its patches.
-    ValueError where its numbers are not decided yet.
+    ValueError where its numbers are not decided yet, or are set for images of 8 bits.
     """
     if not data.condition_channels:
         if data.condition_path:
             raise ValueError(f"{PATH}: its channels are open: training measures them at its start")
         return None
     shape = data.condition_channels, *(sides or sides_of(tuple(data.patch) or data.image_size))
-    if data.condition_dtype in ("", EIGHT_BITS):
-        return EightBitImages(shape)
     numbers = tuple(data.condition_mean), tuple(data.condition_std)
+    if data.condition_dtype in ("", EIGHT_BITS):
+        _, *of_images = _of_eight_bits(data.condition_channels)
+        for key, value, number in zip(MEASURED[2:], numbers, of_images, strict=True):
+            if value not in ((), number):
+                raise ValueError(
+                    f"{key}={value} is for conditions in units of their own, and these are images "
+                    f"of 8 bits, for which it is {number}: leave it open"
+                )
+        return EightBitImages(shape)
     if not all(len(each) == data.condition_channels for each in numbers):
         raise ValueError(
             f"data.condition_mean and data.condition_std must have {data.condition_channels} "
@@ -88,14 +96,24 @@ def codec_of(data: ConfigDict, sides: Size | None = None) -> Codec | None:
     return MeasuredArrays(shape, data.condition_dtype, *numbers)
 
 
+def _of_eight_bits(channels: int) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
+    """Type, mean and deviation of conditions that are images of 8 bits."""
+    return EIGHT_BITS, (127.5,) * channels, (63.75,) * channels
+
+
 def is_alike(condition: Codec, image: Codec) -> bool:
     """True where conditions have the channels, sides and units of the images."""
     same = condition.data_shape == image.data_shape
     return same and (condition.dtype == "uint8") == (image.dtype == "uint8")
 
 
+def _bounds(scale: tuple[float, ...] | str) -> tuple[float, ...]:
+    """What becomes black and white by `data.scale`; () where it says how arrays are measured."""
+    return () if isinstance(scale, str) else tuple(scale)
+
+
 def read_conditions(
-    key: str, name: str, codec: Codec, scale: tuple[float, ...], layout: str
+    key: str, name: str, codec: Codec, scale: tuple[float, ...] | str, layout: str
 ) -> dict[str, NDArray]:
     """Conditions of the file or folder `name`, the value of `key`: (H, W, C) as stored, by name.
 
@@ -108,9 +126,10 @@ def read_conditions(
         OSError: there is no such file.
     """
     channels, *sides = codec.data_shape
-    if codec.dtype != EIGHT_BITS:
+    dtype = "" if codec.dtype == EIGHT_BITS else codec.dtype
+    if dtype and is_array(Path(name)):
         return read_numbers(key, Path(name), (*sides, channels), layout)
-    images = read_images(key, name, channels, scale if not isinstance(scale, str) else ())
+    images = read_images(key, name, channels, _bounds(scale), dtype)
     for each, image in images.items():
         if image.shape != (*sides, channels):
             raise ValueError(
@@ -167,44 +186,56 @@ class Pairs:
         rules = RULES[data.rules or NEWEST]
         self._files = Arrays(path, rules, PATH) if is_array(path) else Folder(path, rules, PATH)
 
-    @property
-    def dtype(self) -> str:
-        """The name of the type of arrays in units of their own; "" of images of 8 bits."""
-        return self._files.dtype() if isinstance(self._files, Arrays) else ""
+    def dtype(self, data: ConfigDict) -> str:
+        """The name of the type of conditions in units of their own; "" of images of 8 bits.
 
-    def clipping(self, scale: tuple[float, ...] | str) -> str:
+        That of image files is `data.condition_dtype`. Where it is open, files of 16 bits become
+        images of 8 bits if the data do, by the same `data.scale`.
+        """
+        if isinstance(self._files, Arrays):
+            return self._files.dtype()
+        if data.condition_dtype:
+            return data.condition_dtype if data.condition_dtype != EIGHT_BITS else ""
+        are_scaled = _bounds(data.scale) and not data.dtype
+        return SIXTEEN_BITS if self._have_16_bits and not are_scaled else ""
+
+    @property
+    def _have_16_bits(self) -> bool:
+        return isinstance(self._files, Folder) and self._files.files.have_16_bits
+
+    def clipping(self, data: ConfigDict) -> str:
         """The end of a log line on 16-bit conditions beyond `data.scale`; "" where none are."""
-        if not isinstance(self._files, Folder) or isinstance(scale, str) or not scale:
+        if self.dtype(data) or not self._have_16_bits:
             return ""
+        high = _bounds(data.scale)[1]
         highest = max(self._files.measure_scale().scale, default=0)
-        if highest <= scale[1]:
+        if highest <= high:
             return ""
-        return f"; clipped at {scale[1]:g}, though up to {highest:g}: widen data.scale"
+        return f"; clipped at {high:g}, though up to {highest:g}: widen data.scale"
 
     def of_split(self, data: ConfigDict, split: str, images: View) -> View:
         """The conditions, as stored, of `images`, those of `split`.
 
         Raises ValueError where there is not one for each image, or not of the images' sides.
         """
-        if data.condition_dtype and (data.condition_dtype == EIGHT_BITS) != (not self.dtype):
+        dtype, bounds = self.dtype(data), _bounds(data.scale)
+        if data.condition_dtype and (data.condition_dtype == EIGHT_BITS) != (not dtype):
             raise ValueError(
-                f"{PATH}={self._name} holds {self.dtype or EIGHT_BITS}, not {data.condition_dtype} "
+                f"{PATH}={self._name} holds {dtype or EIGHT_BITS}, not {data.condition_dtype} "
                 "(data.condition_dtype)"
+            )
+        if self._have_16_bits and not (dtype or bounds):
+            raise ValueError(
+                f"{PATH}={self._name} holds 16-bit images, which become those of 8 bits "
+                "(data.condition_dtype) by data.scale=(low, high), black and white: set it, or "
+                "data.condition_dtype='uint16', units of their own"
             )
         options = data.copy_and_resolve_references()
         with options.ignore_type():
-            options.update(num_channels=data.condition_channels, image_size=0, dtype="")
+            options.update(num_channels=data.condition_channels, image_size=0)
             options.update(num_classes=0, held_out=0, groups="")
-            options.scale = () if isinstance(data.scale, str) else tuple(data.scale)
-        if isinstance(self._files, Folder) and not options.scale and self._files.measure_scale()[0]:
-            remedy = (
-                "the data have 8 bits: set data.scale=(low, high), which become black and white"
-            )
-            if data.dtype:
-                remedy = (
-                    "the data are in units of their own (data.dtype): save them as .npy or .npz"
-                )
-            raise ValueError(f"{PATH}={self._name} holds 16-bit images, and {remedy}")
+            options.dtype = dtype if isinstance(self._files, Folder) else ""
+            options.scale = bounds
         has_splits = bool(self._files.split_names) and isinstance(self._files, Arrays)
         of_each_split = bool(self._images.split_names) and not isinstance(self._images, Folder)
         if has_splits != of_each_split:
@@ -265,13 +296,13 @@ def _bare(names: Sequence[str]) -> list[str]:
 def measure(conditions: View, dtype: str, watch: Callable) -> tuple[dict[str, Any], str]:
     """Measure the conditions of the training split: values by key, and a line for the log.
 
-    `dtype` is that of arrays in units of their own, "" of images of 8 bits; `watch` shows progress.
+    `dtype` is that of `Pairs`; `watch` shows progress.
     """
     channels = max(shape[2] for shape in shapes_of(conditions, LOOKED_AT))
-    mean, std = (127.5,) * channels, (63.75,) * channels
+    values = _of_eight_bits(channels)
     line = f"conditions: {channels} channel{'s' * (channels > 1)} of 8 bits, from -1 to 1"
     if dtype:
         measured = moments.measure(conditions, "channels", watch)
-        mean, std = measured.mean, measured.std
+        values = dtype, measured.mean, measured.std
         line = f"conditions of {dtype}: {measured.line.partition('; pictures')[0]}"
-    return dict(zip(MEASURED, (channels, dtype or EIGHT_BITS, mean, std), strict=True)), line
+    return dict(zip(MEASURED, (channels, *values), strict=True)), line

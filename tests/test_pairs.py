@@ -19,7 +19,7 @@ from library.conditions import ConditionDrawer
 from reports import drawings
 from sources.batch import Batch, Conditions
 from sources.codec import EightBitImages
-from sources.pairs import codec_of
+from sources.pairs import codec_of, read_conditions
 from sources.preparation import Preparation
 
 SIDE = 8
@@ -55,12 +55,28 @@ def numbered(n, channels=1, start=0):
     )
 
 
+def save_16_bits(folder, values):
+    """PNGs scan0, scan1, ... of values (n, H, W, 1)."""
+    folder.mkdir()
+    for i, image in enumerate(values.astype(np.uint16)):
+        Image.fromarray(image[..., 0]).save(folder / f"scan{i}.png")
+    return folder
+
+
 def save_pngs(folder, images, names):
     folder.mkdir()
     for image, name in zip(images, names, strict=True):
         (folder / name).parent.mkdir(exist_ok=True)
         Image.fromarray(image[..., 0]).save(folder / name)
     return folder
+
+
+@pytest.fixture
+def two_classes(tmp_path):
+    """Folders of 20 images of the classes a (even numbers) and b, and of equal conditions."""
+    names = [f"{'ab'[i % 2]}/scan{i}.png" for i in range(20)]
+    images = numbered(20, start=100)
+    return [save_pngs(tmp_path / name, images, names) for name in ("clean", "noisy")]
 
 
 @pytest.fixture
@@ -180,17 +196,18 @@ def test_conditions_that_do_not_fit_are_refused_in_one_line(arrays, folders, tmp
     np.save(tmp_path / "bad.npy", bad)
     with pytest.raises(ValueError, match=r"bad.npy\[3, 2, 1, 0\] is nan"):
         completed(arrays[0], tmp_path / "bad.npy")
-    deep = tmp_path / "deep"
-    deep.mkdir()
-    for i in range(20):
-        Image.fromarray(np.full((SIDE, SIDE), 300 + i, np.uint16)).save(deep / f"scan{i}.png")
     (folders[1] / "scan33.bmp").rename(folders[1] / "scan3.bmp")
-    for images, dtype, line in (
-        (folders[1], "", "the data have 8 bits: set data.scale"),
-        (deep, "uint16", r"units of their own \(data.dtype\): save them as .npy"),
-    ):
-        with pytest.raises(ValueError, match=f"deep holds 16-bit images, and .*{line}") as error:
-            completed(images, deep, data__dtype=dtype)
+    deep = save_16_bits(tmp_path / "deep", np.full((20, SIDE, SIDE, 1), 300))
+    with pytest.raises(ValueError, match="deep holds 16-bit images, which .* set it, or") as error:
+        completed(folders[0], deep, data__condition_dtype="uint8")
+    one_line(error)
+    with pytest.raises(ValueError, match="300 to 300, are not of the type int8 .*condition_dtype"):
+        completed(folders[0], deep, data__condition_dtype="int8")
+    for key in ("data.condition_mean", "data.condition_std"):
+        config = completed(*folders, **{key: (9.0,)})
+        line = rf"{key}=\(9.0,\) is for conditions in units of their own, and these are images of 8"
+        with pytest.raises(ValueError, match=line) as error:
+            codec_of(config.data)
         one_line(error)
     digits = config_of(*arrays, data__dataset="digits", data__image_size=8)
     with pytest.raises(ValueError, match="belongs to the images of data.dataset='folder'"):
@@ -198,16 +215,47 @@ def test_conditions_that_do_not_fit_are_refused_in_one_line(arrays, folders, tmp
 
 
 def test_a_line_says_where_16_bit_conditions_are_clipped(tmp_path):
-    for folder, value in (("clean", 1000), ("noisy", 1500)):
-        (tmp_path / folder).mkdir()
-        for i in range(20):
-            image = Image.fromarray(np.full((SIDE, SIDE), value + i, np.uint16))
-            image.save(tmp_path / folder / f"scan{i}.png")
-    places = tmp_path / "clean", tmp_path / "noisy"
+    values = np.arange(20)[:, None, None, None] + np.zeros((20, SIDE, SIDE, 1))
+    places = [
+        save_16_bits(tmp_path / "clean", 1000 + values),
+        save_16_bits(tmp_path / "noisy", 1500 + values),
+    ]
     lines = {scale: complete(config_of(*places, data__scale=scale))[2] for scale in ((), (0, 2047))}
     of_pairs = [[line for line in each if "conditions: " in line] for each in lines.values()]
     assert "clipped at 1023, though up to 2047: widen data.scale" in of_pairs[0][0]
     assert "clipped" not in of_pairs[1][0]
+
+
+@pytest.mark.parametrize("of_images, condition_dtype", [("8", ""), ("own", ""), ("16", "int32")])
+def test_16_bit_files_in_units_of_their_own_are_conditions_as_their_array_is(
+    tmp_path, of_images, condition_dtype
+):
+    """Where the data do not become 8 bits by a `data.scale`, or a type is named."""
+    values = np.random.default_rng(0).integers(0, 2**16, (20, SIDE, SIDE, 1))
+    order = sorted(range(20), key=lambda i: f"scan{i}.png")  # of the files
+    files = save_16_bits(tmp_path / "deep", values)
+    np.save(tmp_path / "c.npy", values[order].astype(np.float32))
+    images = tmp_path / "clean"
+    if of_images == "8":
+        save_pngs(images, numbered(20), [f"scan{i}.png" for i in range(20)])
+    else:
+        save_16_bits(images, values // 2)
+    dtype = {"data.dtype": "uint16" if of_images == "own" else "", "data.held_out": 5}
+    of_files = dtype | {"data.condition_dtype": condition_dtype}
+    configs = completed(images, files, **of_files), completed(images, tmp_path / "c.npy", **dtype)
+    assert configs[0].data.condition_dtype == (condition_dtype or "uint16")
+    for split in datasets.SPLITS:
+        parts = [datasets.Data(config.data).get(split) for config in configs]
+        rows = [datasets.batch_at(part, slice(None)).conditions["image"] for part in parts]
+        assert len(rows[0]) == (15 if split == "train" else 5)
+        torch.testing.assert_close(*rows)
+
+    codec = codec_of(configs[0].data)
+    read = read_conditions("sampling.condition", str(files), codec, (), "nhwc")
+    assert [*read] == [f"scan{i}.png" for i in order]
+    assert all((read[f"scan{i}.png"] == values[i]).all() for i in range(20))
+    one = read_conditions("sampling.condition", str(files / "scan3.png"), codec, (), "nhwc")
+    assert (one["scan3.png"] == values[3]).all()
 
 
 def test_conditions_are_part_of_the_identity_of_data(arrays):
@@ -256,19 +304,27 @@ def test_patches_of_a_condition_lie_where_those_of_its_image_do(arrays):
     torch.testing.assert_close(data.paired("test", rows), batch.conditions["image"])
 
 
-def test_dropouts_of_labels_and_of_the_condition_are_apart(arrays):
-    config = completed(*arrays)
+@pytest.mark.parametrize("shares", [(0.2, 0.2), (0.2, 0.4), (0.4, 0.2)])
+def test_the_smaller_share_of_examples_loses_label_and_condition(arrays, shares):
+    """Frequencies of what is lost: both, the smaller share; one alone, the difference; and none."""
+    config, n = completed(*arrays), 4000
     batch = Batch(
-        torch.zeros(2000, 1, 2, 2),
-        Conditions(class_labels=torch.ones(2000).long(), image=torch.ones(2000, 2, 2, 2)),
+        torch.zeros(n, 1, 2, 2),
+        Conditions(class_labels=torch.ones(n).long(), image=torch.ones(n, 2, 2, 2)),
     )
-    config.training.update(label_dropout=0.2, condition_dropout=0.4, batch_size=2000)
+    label, condition = shares
+    config.training.update(label_dropout=label, condition_dropout=condition, batch_size=n)
     objective = losses.get_loss_fn(config, methods.get_method(config))
     conditions = objective.draw(batch, 0, torch.Generator().manual_seed(0)).conditions
-    labels = (conditions["class_labels"] < 0).double()
-    images = (conditions["image"] == 0).flatten(1).all(1).double()
-    assert abs(labels.mean() - 0.2) < 0.05 and abs(images.mean() - 0.4) < 0.05
-    assert abs((labels * images).mean() - 0.08) < 0.03  # independent
+    no_label = conditions["class_labels"] < 0
+    no_image = (conditions["image"] == 0).flatten(1).all(1)
+    for lost, share in (
+        (no_label & no_image, min(shares)),
+        (no_label & ~no_image, max(label - condition, 0)),
+        (no_image & ~no_label, max(condition - label, 0)),
+    ):
+        deviation = (share * (1 - share) / n) ** 0.5
+        assert abs(lost.double().mean().item() - share) <= 4 * deviation
     assert ((conditions["image"] == 0) | (conditions["image"] == 1)).all()
     whole = objective.whole().draw(batch, 0).conditions
     assert (whole["image"] == 1).all() and (whole["class_labels"] == 1).all()
@@ -351,16 +407,24 @@ def test_labels_alone_do_not_stand_for_the_image_that_is_missing(arrays):
         drawer(2, "samples")
 
 
-def test_the_picture_of_classes_is_drawn_with_a_condition(tmp_path, monkeypatch):
+def test_samples_of_a_named_class_have_conditions_of_its_images(two_classes):
+    config = completed(*two_classes, data__num_classes=2, data__held_out=4)
+    data = datasets.Data(config.data)
+    for label in (0, 1):
+        drawer = ConditionDrawer(data, torch.device("cpu"), class_label=label)
+        conditions = drawer(50, "samples")
+        numbers = ((conditions["image"][:, 0, 0, 0] + 1) * 127.5).round().long() - 100
+        assert (conditions["class_labels"] == label).all()
+        assert (numbers % 2 == label).all() and len(numbers.unique()) > 3
+    with pytest.raises(ValueError, match="class_label=7: no training image is of this class") as no:
+        ConditionDrawer(data, torch.device("cpu"), class_label=7)(2, "samples")
+    one_line(no)
+
+
+def test_the_picture_of_classes_is_drawn_with_a_condition(two_classes, tmp_path, monkeypatch):
     from experiment import Experiment
 
-    names = [f"{'ab'[i % 2]}/scan{i}.png" for i in range(20)]
-    for folder in ("clean", "noisy"):
-        (tmp_path / folder).mkdir()
-        for image, name in zip(numbered(20, start=100), names, strict=True):
-            (tmp_path / folder / name).parent.mkdir(exist_ok=True)
-            Image.fromarray(image[..., 0]).save(tmp_path / folder / name)
-    config = completed(tmp_path / "clean", tmp_path / "noisy", data__num_classes=2)
+    config = completed(*two_classes, data__num_classes=2)
     drawn = []
     monkeypatch.setattr(drawings, "_draw_strips", lambda *arguments: drawn.append(arguments[-1]))
     drawings.draw_classes(Experiment.build(config), 0, tmp_path / "classes.png")

@@ -1,6 +1,7 @@
 """Draws given a condition, against posteriors in closed form; PSNR, SSIM and coverage of draws."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from known_laws import VP, pfgmpp
 from library.evaluated import Evaluated, Split
 from library.evaluated_pairs import compare_pairs, coverages, rank_shares
 from reports.paired import ranks_of
+from reports.table import report_table
 from samplers.consistency import ConsistencySampler
 from samplers.ode import ODESampler
 from samplers.start import ConditionStart
@@ -106,21 +108,26 @@ def test_draws_are_from_the_posterior(pairs, D):
 # --- evaluation -----------------------------------------------------------------------------------
 
 
+def evaluated_by(sampler, pairs, folder, batch_size):
+    """`Evaluated` of the exact network of `pairs`."""
+    experiment = SimpleNamespace(
+        method=sampler.method,
+        codec=CODEC,
+        condition_codec=CODEC,
+        sampler=sampler,
+        network=pairs.network(sampler.method),
+        device=torch.device("cpu"),
+    )
+    options = {"experiment": experiment, "folder": folder, "k": 1, "origin": {"weights": ""}}
+    return Evaluated(**options, seed=0, batch_size=batch_size)
+
+
 @pytest.mark.parametrize("D", [math.inf, 16.0])
 def test_an_evaluation_of_exact_draws(pairs, tmp_path, D):
     n, draws = 250, 9
     images, conditions = pairs.draw(n, seed=5)
-    method = pfgmpp(D)
-    experiment = SimpleNamespace(
-        method=method,
-        codec=CODEC,
-        condition_codec=CODEC,
-        sampler=ODESampler(method=method, codec=CODEC, solver="unipc", n=40),
-        network=pairs.network(method),
-        device=torch.device("cpu"),
-    )
-    options = {"experiment": experiment, "folder": tmp_path, "k": 1, "origin": {"weights": ""}}
-    evaluated = Evaluated(**options, seed=0, batch_size=900)
+    sampler = ODESampler(method=pfgmpp(D), codec=CODEC, solver="unipc", n=40)
+    evaluated = evaluated_by(sampler, pairs, tmp_path, 900)
     split = Split("test", Resident(images, Conditions(image=conditions)))
     report = compare_pairs(evaluated, split, 1000, draws)
     assert report["pairs_images"] == n and report["pairs_nfe"] == 40
@@ -151,6 +158,42 @@ def test_an_evaluation_of_exact_draws(pairs, tmp_path, D):
     assert compare_pairs(evaluated, split, 1000, draws)["pairs_psnr"] == report["pairs_psnr"]
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert evaluated.picture("pairs").exists()
+
+
+class Diverging(ODESampler):
+    """A sampler that diverges for the conditions above 1."""
+
+    def __call__(self, net, num, *, conditions, **options):
+        if (conditions["image"] > 1).any():
+            raise FloatingPointError("the state is not finite after the step to 0.3")
+        return super().__call__(net, num, conditions=conditions, **options)
+
+
+def test_pairs_for_which_the_solver_diverges_do_not_count(pairs, tmp_path, caplog):
+    images, conditions = (rows.clamp(-1, 1) for rows in pairs.draw(10, seed=5))
+    conditions[5] = 2  # of the third round of two pairs
+    sampler = Diverging(method=pfgmpp(16.0), codec=CODEC, solver="heun", n=3)
+
+    def report(rows):
+        split = Split("test", Resident(images[rows], Conditions(image=conditions[rows])))
+        return compare_pairs(evaluated_by(sampler, pairs, tmp_path, 9), split, 10, 4)
+
+    all_rows = report(slice(None))
+    assert (all_rows["pairs_images"], all_rows["pairs_nonfinite"]) == (8, 2)
+    assert "round 2: none of its 2 pairs counts: the state is not finite after" in caplog.text
+    assert "2 of 10 pairs do not count" in caplog.text
+    draws = [np.load(tmp_path / f"ckpt_1_pairs_{i}.npz")["draws"] for i in (0, 1, 3, 4)]
+    squared = (
+        np.concatenate(draws).reshape(8, 4, 4)[:, 0]
+        - images[[0, 1, 2, 3, 6, 7, 8, 9]].flatten(1).numpy()
+    )
+    expected = -10 * np.log10(np.square(squared / 4).mean(1)).mean()
+    assert all_rows["pairs_psnr"] == pytest.approx(expected)
+    shown = report_table(all_rows | {"seconds": 1.0}, "test", "")
+    assert re.search("pairs whose draws are not finite +2", shown)
+    none = report([5])
+    assert none.keys() == {"pairs_nonfinite", "pairs_seconds"}
+    assert re.search("not finite +1", report_table(none | {"seconds": 1.0}, "test", ""))
 
 
 def test_ranks_are_those_of_sorted_draws():

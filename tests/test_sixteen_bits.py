@@ -420,8 +420,8 @@ def test_numbers_of_8_bits():
 @pytest.mark.parametrize(
     "values, channels, dtype, words",
     [
-        (random_values(16)[..., 0], 1, "int16", "are not of data.dtype=int16"),
-        (random_values(9)[..., 0], 3, "uint16", "its channels are 1, not data.num_channels=3"),
+        (random_values(16)[..., 0], 1, "int16", "are not of the type int16"),
+        (random_values(9)[..., 0], 3, "uint16", "its channels are 1, not 3"),
         (np.full((4, 4), 0.5, np.float32), 1, "uint16", "float32 from 0.5 to 0.5, are not"),
         (np.zeros((4, 4, 4), np.uint8), 0, "uint16", "transparent pixels have no value"),
     ],
