@@ -92,6 +92,15 @@ def _identity_in(path: Path, content: dict, dataset: str | None) -> Identity | N
     return Identity.read(path, content) if same else None
 
 
+def _conditions(config: ConfigDict) -> list[str]:
+    """Names of the conditions that the network is given in training."""
+    data = config.data
+    names = [name.strip() for name in data.conditions.split(",") if name.strip()]
+    names += ["class_labels"] * bool(data.num_classes)
+    names += ["image"] * bool(data.condition_channels)
+    return names + ["augment_labels"] * bool(config.training.augment)
+
+
 @dataclass
 class Experiment:
     """The parts that a config names, each built once.
@@ -147,8 +156,10 @@ class Experiment:
         device = execution.named_device(config.device)
         torch.manual_seed(config.seed)
         method = methods.get_method(config)
+        method.check_conditions(_conditions(config))
         models.check_labels(config.model, config.training.sde, config.training.continuous)
         codec = get_codec(config, device)
+        method = method.with_data(data, codec)
         condition_codec = pairs.codec_of(config.data)
         if condition_codec:
             check_conditions(method, codec)
@@ -181,6 +192,11 @@ class Experiment:
     def check_likelihood(self) -> None:
         """Raises ValueError where `likelihood` does."""
         _ = self.likelihood
+
+    def check_ode(self, feature: str) -> None:
+        """Raise ValueError unless the network gives an ODE over noise levels, for `feature`."""
+        self.objective.check_ode(feature)
+        self.method.check_ode(feature)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -303,6 +319,7 @@ class Experiment:
             **({} if guide is None else {"guide": digest(guide.state_dict())}),
             "network": section("model"),
             "method": repr(self.method),
+            **self.method.origin(),
             "sampling": section("sampling"),
             "centered": config.data.centered,
             **({"codec": self.codec.identity} if config.data.codec or config.data.dtype else {}),

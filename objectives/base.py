@@ -95,6 +95,7 @@ class Objective(nn.Module, abc.ABC):
     ) -> Tensor:
         """The loss, a scalar, of scaled images (B, C, H, W) or a batch of them."""
         batch = batch if isinstance(batch, Batch) else Batch(batch)
+        batch = self.method.reference(batch, generator)
         return self.loss(net, self.draw(batch, step, generator), batch)
 
     @torch.no_grad()

@@ -77,6 +77,7 @@ TINY = {
     "sampling.ode_solver": "heun",
     "sampling.rtol": 0.5,
     "sampling.atol": 0.5,
+    "sampling.max_evaluations": 60,
     "training.batch_size": 4,
     "training.small_batch_size": 0,
 }
@@ -92,6 +93,7 @@ OF_METHOD = {
     "edm_vp": "edm/digits_ddpmpp.py",
     "edm_ve": "edm/digits_ddpmpp.py",
     "iddpm": "edm/digits_ddpmpp.py",
+    "efm": "efm/digits.py",
 }
 # {key: a value that is not what `configured` gives}, of those that change what is computed
 OTHER = {
@@ -185,6 +187,7 @@ OTHER = {
         "P_std": 0.5,
     },
     "flow": {"times": "logit_normal"},
+    "efm": {"L": 3.0},
 }
 CONSISTENCY = {
     "training.sde": "edm",
@@ -232,7 +235,7 @@ def outcome(config):
         ),  # these change the loss, where they do anything
         weights,
         loss.item(),
-        samples.tolist(),
+        samples.nan_to_num(9.0).tolist(),  # nan: field lines that have not ended
         evaluations,
         (ema.decay, ema.rise(9)),
     )
