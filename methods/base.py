@@ -101,6 +101,7 @@ class Method(abc.ABC):
         uses_reference_batch: true where `target` depends on the reference batch.
         follows_lines: true where samples follow lines through (x, z), and no ODE over noise levels.
         t_prior, t_data: times at which sampling starts and ends.
+        level_name: name of what samplers tell of their progress.
         gives_score: true where the network gives the score, which may be divided by sigma inside
             it (`model.scale_by_sigma`).
         positive_labels: true where noise labels are > 0, and a "fourier" embedding takes their log.
@@ -122,6 +123,7 @@ class Method(abc.ABC):
     extra_channels: ClassVar[int] = 0
     uses_reference_batch: bool = False
     follows_lines: ClassVar[bool] = False
+    level_name: ClassVar[str] = "noise level"
     gives_score: ClassVar[bool] = False
     positive_labels: ClassVar[bool] = True
     denoises: ClassVar[bool] = False

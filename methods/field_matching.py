@@ -117,6 +117,7 @@ class FieldMatching(Method):
     uses_reference_batch = True
     positive_labels = False
     follows_lines = True
+    level_name = "share of lines on their way"
     noisy_end = False
     t_prior, t_data = 1.0, 0.0
 

@@ -18,6 +18,7 @@ from solvers.base import Watch
 Directions = Callable[[Tensor], Tensor]
 
 APPROACH = 0.7  # share of the way to a plate that a step may take
+ALL = 0.6  # share of the flux that counts as all of it: networks err by some tenths
 SMALLEST = 0.01  # step that is taken whatever its error, in units of the margin
 
 
@@ -97,7 +98,7 @@ def follow(
     rows, p = torch.arange(len(points), device=points.device), points
     d, evaluations = direction(p), 1
     step, going_on = torch.full_like(luck, margin), torch.ones_like(luck)
-    while len(rows) and evaluations + 6 <= max_evaluations:
+    while len(rows) and evaluations + 7 <= max_evaluations:
         if watch:
             watch(evaluations, len(rows) / len(points))
         if record:
@@ -123,12 +124,14 @@ def follow(
             d[leaves] = direction(p[leaves])
             evaluations += 1
             continue
-        arrived = ((p[:, -1] - plate).abs() <= margin) & (side * d[:, -1] > 0)
+        # a charge is near, and the line does not run along the plate to one that is far away
+        gap, approach = (p[:, -1] - plate).abs(), side * d[:, -1]
+        arrived = (gap <= margin) & (gap <= 2 * margin * dim**0.5 * approach)
         if not arrived.any():
             continue
         at, d_in = p[arrived], d[arrived]
-        share, behind, d_out = passing(direction, at, d_in, plate)
-        evaluations += 3
+        share, behind, d_out = passing(direction, at, plate, margin)
+        evaluations += 4
         going_on[arrived] *= share
         ended = going_on < luck
         on_plate = at + d_in / d_in[:, -1:] * (plate - at[:, -1:])
@@ -155,26 +158,25 @@ def bogacki_shampine(
 
 
 def passing(
-    direction: Directions, points: Tensor, directions: Tensor, plate: float
+    direction: Directions, points: Tensor, plate: float, margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The share (B,) of the flux towards the plate at `points` that goes on behind it.
+    """The share (B,) of the flux towards the plate, from the side of `points`, that goes on.
 
-    The fluxes at the plate are extrapolated linearly from the distance of the points and twice
-    that, so that where there is no charge the share is 1 up to the square of the distance.
+    The fluxes at the plate are extrapolated linearly from once and twice the `margin`, so that
+    where there is no charge the share is 1 up to the square of the margin.
 
     Returns:
-        The share, the points mirrored at the plate, and the `directions` there.
+        The share, the points as far behind the plate as the margin, and the directions there.
     """
-    above = torch.cat([points[:, :-1], 2 * points[:, -1:] - plate], 1)  # twice as far away
-    behind, beyond = mirrored(points, plate), mirrored(above, plate)
-    d_out = direction(behind)
+    side = torch.where(points[:, -1:] < plate, 1.0, -1.0)
     onwards = torch.ones_like(points)
-    onwards[:, -1:] = (plate - points[:, -1:]).sign()
-    before, first, after, last = (
-        flux(onwards * d) for d in (directions, direction(above), d_out, direction(beyond))
-    )
+    onwards[:, -1:] = side
+    at = [torch.cat([points[:, :-1], plate + k * margin * side], 1) for k in (-2, -1, 1, 2)]
+    directions = [direction(each) for each in at]
+    first, before, after, last = (flux(onwards * each) for each in directions)
     share = (2 * after - last).clamp(min=0) / torch.maximum(2 * before - first, before / 2)
-    return share.clamp(max=1), behind, d_out
+    share = torch.where(share > ALL, 1.0, share.nan_to_num(1.0))
+    return share, at[2], directions[2]
 
 
 def returned(points: Tensor, directions: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from known_fields import moments
+from known_fields import moments, toy_points
+from PIL import Image
 from test_configs import load as load_config
 
 import methods
 import run_lib
 from datasets import Data
 from experiment import Experiment, load
+from reports import plates, toy
 from sources.toys import TOYS
 from storage.checkpoints import load_checkpoint
 
@@ -162,3 +164,37 @@ def test_classes_that_the_data_do_not_have(dataset, classes, reason):
     config.data.update(dataset=dataset, classes=classes, image_size=0, num_channels=0)
     with pytest.raises(ValueError, match=reason):
         Data(config.data).get("train")
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_page_of_plates(workdir, tmp_path, monkeypatch, capsys):
+    for name, value in {"CHARGES": 40, "LINES": 5, "SAMPLES": 40}.items():
+        monkeypatch.setattr(plates, name, value)
+    picture = tmp_path / "page.png"
+    monkeypatch.setattr("sys.argv", ["plates", str(workdir), "--out", str(picture)])
+    plates.main()
+    printed = capsys.readouterr().out
+    assert "40 lines, L = 3" in printed and "exact" in printed and "learned" in printed
+    with Image.open(picture) as image:
+        assert image.width > 1000
+    monkeypatch.setattr("sys.argv", ["toy", str(workdir), "--out", str(picture)])
+    with pytest.raises(SystemExit):
+        toy.main()
+    assert "the likelihood needs noise levels" in capsys.readouterr().err
+
+
+def test_distances_of_points_from_a_density():
+    data = TOYS["moons"]()
+    points = toy_points("moons", 4000).numpy()
+    means, deviations, statistic, not_ended = plates.distances(points, data)
+    assert max(means, deviations) < 0.05 and statistic < 1.63 / 4000**0.5  # at the level of 1 %
+    assert not_ended == 0
+    points[:1000] = np.nan
+    assert plates.distances(points, data)[3] == 0.25
+    # a shift by a tenth of the standard deviation
+    std = (data.centres.var(0) + data.std**2) ** 0.5
+    shifted = plates.distances(toy_points("moons", 4000).numpy() + 0.1 * std, data)
+    assert shifted[0] == pytest.approx(0.1, abs=0.05)
+    assert shifted[2] > statistic + 0.01
