@@ -107,6 +107,7 @@ OTHER = {
         "condition_dropout": 0.5,
         "target": "posterior_mean",
         "reduce_mean": True,
+        "uncertainty_features": 64,
         "likelihood_weighting": True,
         "metric_samples": 30,
         "snapshot_solver": "dpmpp",
@@ -139,6 +140,10 @@ OTHER = {
         "progressive_combine": "cat",
         "fourier_scale": 2.0,
         "checkpoint_activations": True,
+        "head_width": 16,
+        "patch": 1,
+        "depth": 2,
+        "heads": 2,
     },
     "sampling": {
         "init_level": 0.7,
@@ -204,6 +209,8 @@ def configured(when=None, **values):
     values = when | {key.replace("__", "."): value for key, value in values.items()}
     if "consistency" in values.values():
         values = CONSISTENCY | values
+    if "field_lines" in values.values():
+        values = {"training.sde": "efm"} | values
     sde = values.get("training.sde", "edm" if "sampling.S_churn" in values else "vpsde")
     config = load(OF_METHOD[sde])
     config.update_from_flattened_dict(TINY)
