@@ -92,15 +92,6 @@ def _identity_in(path: Path, content: dict, dataset: str | None) -> Identity | N
     return Identity.read(path, content) if same else None
 
 
-def _conditions(config: ConfigDict) -> list[str]:
-    """Names of the conditions that the network is given in training."""
-    data = config.data
-    names = [name.strip() for name in data.conditions.split(",") if name.strip()]
-    names += ["class_labels"] * bool(data.num_classes)
-    names += ["image"] * bool(data.condition_channels)
-    return names + ["augment_labels"] * bool(config.training.augment)
-
-
 @dataclass
 class Experiment:
     """The parts that a config names, each built once.
@@ -156,7 +147,10 @@ class Experiment:
         device = execution.named_device(config.device)
         torch.manual_seed(config.seed)
         method = methods.get_method(config)
-        method.check_conditions(_conditions(config))
+        conditions = data.condition_names  # those of data.condition_path are checked below
+        conditions += ["class_labels"] * bool(config.data.num_classes)
+        conditions += ["augment_labels"] * bool(config.training.augment)
+        method.check_conditions(conditions)
         models.check_labels(config.model, config.training.sde, config.training.continuous)
         codec = get_codec(config, device)
         method = method.with_data(data, codec)

@@ -378,7 +378,7 @@ def accumulate_gradient(
     """
     (rank, world), accumulate = shard, state.accumulate
     objective = state.objective
-    batch = objective.method.reference(batch, generator)
+    batch = objective.reference(batch, generator)
     examples = objective.draw(batch, state.step, generator)
     values = []
     for i in range(accumulate):
@@ -408,7 +408,7 @@ def held_out_loss(
     arguments see `train_step`.
     """
     objective = state.objective
-    batch = objective.method.reference(batch, generator)
+    batch = objective.reference(batch, generator)
     examples = objective.draw(batch, state.step, generator)
     (rank, world), accumulate = shard, state.accumulate
     if len(examples) % (accumulate * world):
