@@ -33,14 +33,13 @@ from sources.patches import Patches
 from sources.sizes import made_of
 from sources.stream import (
     MAX_WORKERS,
-    SMALL,
     DataSet,
     Resident,
     Stream,
     batch_at,
-    decode,
     in_order,
     processors,
+    resident,
     shuffled_batches,
 )
 from storage.files import plain
@@ -138,14 +137,9 @@ class Data(OpenedData):
             source = Patches(source, shape[1:])
             beside = {name: Patches(rows, shape[1:]) for name, rows in beside.items()}
         stream = Stream(source, shape, workers, conditions, names, beside)
-        first = stream.read([0])  # so that data of which none can be used are refused here
-        size = len(stream) * sum(rows.nbytes for rows in (first.images, *first.beside.values()))
+        images = resident(stream, data.resident_bytes)
         del self._sources[split]  # see `close`
-        if size > data.resident_bytes:
-            return stream
-        if size <= SMALL:
-            stream.workers = 0
-        return decode(stream)
+        return images
 
     def conditions(self, split: str, labels: bool = True) -> Conditions:
         """Conditions of each image of `split`; no image is decoded.
@@ -268,7 +262,9 @@ class Data(OpenedData):
             with contextlib.suppress(ValueError):  # there are no labels: `get` says so
                 names = self._read_classes("train").names
         conditions = [self._conditions_of(split) for split in SPLITS] if self.has_pairs else []
-        digest = digests.joined(*map(digests.of_source, sources + conditions), *names)
+        parts = [*map(digests.of_source, sources + conditions)]
+        parts += [self.prior_digest] if self.options.prior_dataset else []
+        digest = digests.joined(*parts, *names)
         return Identity(*map(len, sources), names, f"{kind}:{digest}")
 
     def identity_of_run(self) -> Identity:

@@ -64,6 +64,7 @@ def loss(evaluated: Evaluated, split: Split, batch_size: int) -> dict:
                 batch = batch.to(experiment.device)
                 images = encoded(experiment.codec, batch.images)
                 reference = replace(batch, images=images)
+                reference = objective.reference(reference, generator)
                 for part in reference.split(evaluated.batch_size):
                     examples = objective.draw(part, evaluated.step, generator)
                     value = objective.loss(experiment.network, examples, reference)

@@ -148,8 +148,13 @@ class Experiment:
         device = execution.named_device(config.device)
         torch.manual_seed(config.seed)
         method = methods.get_method(config)
+        conditions = data.condition_names  # those of data.condition_path are checked below
+        conditions += ["class_labels"] * bool(config.data.num_classes)
+        conditions += ["augment_labels"] * bool(config.training.augment)
+        method.check_conditions(conditions)
         models.check_labels(config.model, config.training.sde, config.training.continuous)
         codec = get_codec(config, device)
+        method = method.with_data(data, codec)
         condition_codec = pairs.codec_of(config.data)
         if condition_codec:
             check_conditions(method, codec)
@@ -196,6 +201,11 @@ class Experiment:
     def check_likelihood(self) -> None:
         """Raises ValueError where `likelihood` does."""
         _ = self.likelihood
+
+    def check_ode(self, feature: str) -> None:
+        """Raise ValueError unless the network gives an ODE over noise levels, for `feature`."""
+        self.objective.check_ode(feature)
+        self.method.check_ode(feature)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -318,6 +328,7 @@ class Experiment:
             **({} if guide is None else {"guide": digest(guide.state_dict())}),
             "network": section("model"),
             "method": repr(self.method),
+            **self.method.origin(),
             "sampling": section("sampling"),
             "centered": config.data.centered,
             **({"codec": self.codec.identity} if config.data.codec or config.data.dtype else {}),

@@ -27,6 +27,7 @@ class Parts(Protocol):
     sampler: Sampler
     likelihood: Likelihood
     draw_conditions: Callable[..., Conditions]
+    check_ode: Callable[[str], None]
     data: Data
     condition_codec: Codec | None
     classes: int

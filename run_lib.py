@@ -32,6 +32,7 @@ from library.sample_folder import SampleFolder, default_seeds, read_encoded, rea
 from library.signals import stop_signals
 from library.training_run import LossWatch, TrainingRun, resumed_from
 from losses import objective_named
+from methods import method_class
 from metrics.reference import ReferenceStatistics
 from models.weights import load_ema
 from reports.drawings import draw_classes, draw_interpolation, draw_rescaling
@@ -238,7 +239,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
     if options.enable_bpd or options.enable_classification:
         experiment.check_likelihood()
     for part in filter(options.get, evaluation.ALONG_LATENTS):
-        experiment.objective.check_ode(f"eval.{part}")
+        experiment.check_ode(f"eval.{part}")
     draws = any(map(options.get, evaluation.DRAWN))
     if draws:
         experiment.draw_conditions(1, "check")  # raises where there is no label to sample with
@@ -361,9 +362,9 @@ def sample(
     if options.film or options.between:
         check_writer(options.film_format)
     seeds = seeds_of(options.seeds or default_seeds(options))
-    objective = objective_named(config.training.objective)
     for key in filter(options.get, ("encode", "between", "restore")):
-        objective.check_ode(f"sampling.{key}")
+        objective_named(config.training.objective).check_ode(f"sampling.{key}")
+        method_class(config.training.sde).check_ode(f"sampling.{key}")
     stored = config.data.scale, config.data.layout if config.data.dtype else ""
     shape = data.shape[0], *(options.size or data.shape[1:])
     pictures = read_encoded(options.encode, shape, *stored)
@@ -419,8 +420,8 @@ def export(
         OSError: there is no checkpoint, or the file cannot be written.
     """
     config, *_ = complete(config, workdir, precisions=())
-    follows_ode = sampling.SAMPLERS[config.sampling.method].follows_ode
-    trained = load(checkpoint or workdir, config=config, fits=not (dry_run or follows_ode))
+    chooses_levels = config.sampling.method == "consistency"
+    trained = load(checkpoint or workdir, config=config, fits=chooses_levels and not dry_run)
     path, experiment = (outdir or workdir) / f"model{SHARED}", trained.experiment
     words = f"EMA weights of step {trained.step}, {trained.path}"
     if dry_run:
@@ -429,7 +430,7 @@ def export(
         check_writable(path.parent, "--outdir")
         weights, identity = experiment.network.state_dict(), experiment.data.stored
         entry = identity.entry() if identity else None
-        if not follows_ode:
+        if chooses_levels:
             config.sampling.levels = experiment.sampler.levels
         save_shared(path, weights, flatten(config), trained.step, entry)
         log.info(f"{words}: {path} ({path.stat().st_size / 2**20:.3g} MiB)")

@@ -12,6 +12,7 @@ from losses import objective_named
 from methods.base import Method, Network
 from samplers.base import Guidance, Sampler
 from samplers.consistency import ConsistencySampler
+from samplers.field_lines import FieldLineSampler
 from samplers.ode import ODESampler
 from samplers.pc import PCSampler
 from solvers import solver_named
@@ -37,6 +38,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "ode": ODESampler,
     "pc": PCSampler,
     "consistency": ConsistencySampler,
+    "field_lines": FieldLineSampler,
 }
 
 KEYS = {
@@ -44,7 +46,7 @@ KEYS = {
         "ode",
         OneOf(registry="sampling.SAMPLERS"),
         "the ODE or, for SDEs, 'pc': predictor and corrector; 'consistency': N evaluations of a "
-        "network of training.objective='consistency'",
+        "network of training.objective='consistency'; 'field_lines': of field matching",
     ),
 }
 
@@ -62,9 +64,11 @@ def from_config(config, method: Method, codec: Codec, guide: Network | None) -> 
     name = config.sampling.method
     kind = named(SAMPLERS, "sampling.method", name)
     objective = objective_named(config.training.objective)
+    if kind.follows_lines:
+        return kind.from_config(config, method, codec, guide)
+    method.check_ode(f"sampling.method={name!r} (else 'field_lines')")
     if kind.follows_ode:
-        others = " or ".join(repr(n) for n, sampler in SAMPLERS.items() if not sampler.follows_ode)
-        objective.check_ode(f"sampling.method={name!r} (else {others})")
+        objective.check_ode(f"sampling.method={name!r} (else 'consistency')")
     elif objective.predicts_mean:
         raise ValueError(
             f"sampling.method={name!r} is for a network of training.objective='consistency', not "

@@ -378,6 +378,7 @@ def accumulate_gradient(
     """
     (rank, world), accumulate = shard, state.accumulate
     objective = state.objective
+    batch = objective.reference(batch, generator)
     examples = objective.draw(batch, state.step, generator)
     values = []
     for i in range(accumulate):
@@ -407,6 +408,7 @@ def held_out_loss(
     arguments see `train_step`.
     """
     objective = state.objective
+    batch = objective.reference(batch, generator)
     examples = objective.draw(batch, state.step, generator)
     (rank, world), accumulate = shard, state.accumulate
     if len(examples) % (accumulate * world):

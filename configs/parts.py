@@ -315,6 +315,13 @@ ECT = {
     "sampling": {"method": "consistency", "N": 2, "levels": (0.821,)},
 }
 
+# Electrostatic field matching (Kolesov et al., ICML 2025), after network and data.
+EFM = {
+    "training": {"sde": "efm"},
+    "sampling": {"method": "field_lines", "rtol": 1e-3, "atol": 1e-3},
+    "eval": {"enable_bpd": False},
+}
+
 # Variance exploding SDE, sampled by predictor and corrector (Song et al., ICLR 2021).
 VE = {
     "data": {"centered": False},

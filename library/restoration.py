@@ -157,7 +157,7 @@ class ToRestore:
     def from_config(cls, config, experiment: Parts) -> Self:
         """The images of `sampling.restore` and the keys beside it; raises as `read`."""
         sampling, evaluation = config.sampling, config.eval
-        experiment.objective.check_ode("sampling.restore")
+        experiment.check_ode("sampling.restore")
         options = Options(
             sampling.restore.lower(),
             sampling.restore_path,

@@ -29,6 +29,15 @@ from sources.keyed import keyed_generator
 LOWEST_SHOWN = 0.03  # noise level, in `Method.sigma_unit`, below which noise hardly shows
 
 
+def check_ended(images: Tensor) -> None:
+    """Raise FloatingPointError where some of `images` are nan: field lines that were given up."""
+    if lost := int((~images.flatten(1).isfinite().all(1)).sum()):
+        raise FloatingPointError(
+            f"{lost} of {len(images)} field lines have not ended at the data: "
+            "sampling.max_evaluations allows no more, or the network needs more training"
+        )
+
+
 class Trained(Conditioned):
     """A trained network and what can be done with it.
 
@@ -103,6 +112,7 @@ class Trained(Conditioned):
         for sampler, start in self._batches(seeds, class_label, measurement, conditions):
             with self._solving(start.pop("seeds")) as watch:
                 batch, _ = sampler(self.experiment.network, watch=watch, **start)
+                check_ended(batch)
             images.append(batch)
         return torch.cat(images)
 
@@ -137,7 +147,7 @@ class Trained(Conditioned):
             FloatingPointError: as in `sample`.
         """
         device = self.experiment.device
-        self.experiment.objective.check_ode("restore")
+        self.experiment.check_ode("restore")
         if not isinstance(measured, Measurement):
             images = torch.as_tensor(measured, device=device)
             measured = damaged(self.experiment.codec, images, name, noise, missing)
@@ -177,6 +187,7 @@ class Trained(Conditioned):
             states = States(method, levels, sampler.tells_times, codec.show)
             with self._solving(start.pop("seeds")) as watch:
                 images, _ = sampler(self.experiment.network, watch=watch, callback=states, **start)
+                check_ended(images)
             film = states.end(codec.encode(images))
             end = torch.from_numpy(codec.pictures(codec.stored(images)))
             film[-1] = end.permute(0, 3, 1, 2)  # a lossy codec would show it less well
@@ -197,7 +208,7 @@ class Trained(Conditioned):
             ValueError: the images have another shape or lie outside [0, 1]; and as in `sample`.
             FloatingPointError: as in `sample`.
         """
-        self.experiment.objective.check_ode("encode")
+        self.experiment.check_ode("encode")
         method, limits, x = self.experiment.method, self._fine_limits(), self._encoded(x)
 
         def latents(net: Network, part: slice, watch: Watch) -> Tensor:
@@ -210,7 +221,7 @@ class Trained(Conditioned):
         self, z: Tensor, class_label: ClassLabel = None, *, conditions: OtherConditions = None
     ) -> Tensor:
         """The images (n, C, H, W) in [0, 1] of latents `z` (n, C, H, W); see `encode`."""
-        self.experiment.objective.check_ode("decode")
+        self.experiment.check_ode("decode")
         method, codec = self.experiment.method, self.experiment.codec
         check_floats(z, codec.shape, "latents")
         z, limits = z.to(self.experiment.device, torch.float32), self._fine_limits()
@@ -279,10 +290,11 @@ class Trained(Conditioned):
         image: the end of the trajectory through `x`.
 
         Raises:
-            ValueError: another shape, `sigma` is not one of the method's noise levels, or the
-                network sees latents.
+            ValueError: another shape, `sigma` is not one of the method's noise levels, the network
+                sees latents, or its noise depends on the image (`Method.check_kernel`).
         """
         check_floats(x, self.shape, "noisy images")
+        self.experiment.method.check_kernel("denoise")
         method, codec = self.experiment.method, self.experiment.codec
         if math.isinf(unit := codec.noise_unit):
             raise ValueError("the network denoises latents, not images: see Method.denoise")

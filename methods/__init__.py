@@ -4,6 +4,7 @@ from configs.keys import named
 from configs.schema import Key, OneOf
 from methods.base import Method
 from methods.edm_table import EDMVE, EDMVP, IDDPM
+from methods.field_matching import FieldMatching
 from methods.flow import RectifiedFlow, TrigFlow
 from methods.pfgmpp import EDM, PFGMPP
 from methods.poisson import Poisson
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "edm_vp": EDMVP,
     "edm_ve": EDMVE,
     "iddpm": IDDPM,
+    "efm": FieldMatching,
 }
 
 KEYS = {"training.sde": Key("", OneOf(registry="methods.METHODS"), "the method")}

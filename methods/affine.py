@@ -170,6 +170,14 @@ class Affine(Method):
                 f"model.coupling={self.coupling!r} has only its ODE and likelihood"
             )
 
+    def check_conditions(self, names):
+        others = [name for name in names if name != "class_labels"]
+        if self.coupled and others:
+            raise ValueError(
+                f"model.coupling={self.coupling!r} exchanges noise within classes, which a "
+                f"condition {min(others)!r} of each image rules out"
+            )
+
     @cached_property
     def edm_preconditioning(self) -> Preconditioning:
         """Map from the network's output to the denoised image, in natural variables y and sigma.
@@ -208,11 +216,7 @@ class Affine(Method):
         normal, width = super().training_noise(batch, generator)
         if not self.coupled:
             return normal, width
-        if others := batch.conditions.keys() - {"class_labels"}:
-            raise ValueError(
-                f"model.coupling={self.coupling!r} exchanges noise within classes, which a "
-                f"condition {min(others)!r} of each image rules out"
-            )
+        self.check_conditions([*batch.conditions])
         order = transport(batch.images, scaled(width, normal), batch.labels)
         return normal[order], width[order]
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from methods.preconditioning import (
     with_rate,
 )
 from sources.batch import Batch
+from sources.codec import Codec
+from sources.measures import Measures
+from sources.opened import OpenedData
 
 __all__ = [
     "Examples",
@@ -64,22 +67,6 @@ def conditioned(net: Network, conditions: dict[str, Tensor | None]) -> Network:
     return partial(net, **{name: value for name, value in conditions.items() if value is not None})
 
 
-class Measures(Protocol):
-    """Measures of the training images as the network sees them."""
-
-    def mean_norm(self) -> float:
-        """The mean Euclidean norm of an image."""
-        ...
-
-    def standard_deviation(self) -> float:
-        """The standard deviation of all entries of the images."""
-        ...
-
-    def largest_distance(self) -> float:
-        """The largest Euclidean distance between two images."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Examples(Batch):
     """Images perturbed to the times `t` (B,): x = alpha `clean` + std `noise`, (B, C, H, W)."""
@@ -112,7 +99,9 @@ class Method(abc.ABC):
             "score" -n / std.
         extra_channels: channels that the network gives beyond those of the image.
         uses_reference_batch: true where `target` depends on the reference batch.
+        follows_lines: true where samples follow lines through (x, z), and no ODE over noise levels.
         t_prior, t_data: times at which sampling starts and ends.
+        level_name: name of what samplers tell of their progress.
         gives_score: true where the network gives the score, which may be divided by sigma inside
             it (`model.scale_by_sigma`).
         positive_labels: true where noise labels are > 0, and a "fourier" embedding takes their log.
@@ -133,6 +122,8 @@ class Method(abc.ABC):
     predicts: str = "noise"
     extra_channels: ClassVar[int] = 0
     uses_reference_batch: bool = False
+    follows_lines: ClassVar[bool] = False
+    level_name: ClassVar[str] = "noise level"
     gives_score: ClassVar[bool] = False
     positive_labels: ClassVar[bool] = True
     denoises: ClassVar[bool] = False
@@ -173,6 +164,27 @@ class Method(abc.ABC):
             data: measures the training images.
         """
         return {}
+
+    def with_data(self, data: OpenedData, codec: Codec) -> Self:
+        """The method of these `data`, those of the experiment; most depend on no data."""
+        return self
+
+    def origin(self) -> dict[str, str]:
+        """What samples depend on besides the method's numbers and the network, as text."""
+        return {}
+
+    @classmethod
+    def check_ode(cls, feature: str) -> None:
+        """Raise ValueError unless the method has an ODE over noise levels, as `feature` needs."""
+        if cls.follows_lines:
+            raise ValueError(
+                f"{feature} needs noise levels and their ODE, and {cls.__name__} has none: its "
+                "samples follow field lines from one data set to another"
+            )
+
+    def check_conditions(self, names: Sequence[str]) -> None:
+        """Raise ValueError where the network cannot be given the conditions called `names`."""
+        return
 
     def check_measured(self, *names: str) -> None:
         """Raise ValueError, in one line, where one of the fields `names` is still open."""
@@ -268,6 +280,10 @@ class Method(abc.ABC):
         """Times (n,), float64, of a training step: here uniform from `t_data` to `t_prior`."""
         t = torch.rand(n, dtype=torch.float64, generator=generator, device=device)
         return self.t_data + (self.t_prior - self.t_data) * t
+
+    def reference(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
+        """The reference batch of a training step on `batch`: here it alone."""
+        return batch
 
     def draw(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
         """The examples of a training step: scaled images, perturbed at random noise levels.

@@ -81,14 +81,49 @@ def posterior_mean(
     return weighted_mean(x.flatten(1), data, sigma[:, None], D, among).view_as(x).to(x.dtype)
 
 
+def difference_field(points: Tensor, positive: Tensor, negative: Tensor, L: float) -> Tensor:
+    """Unit vectors along the field of two plates of charges in R^(N+1), E_P - E_Q.
+
+    Each plate has the total charge 1, and with p_j the places of its n charges
+
+        E = sum_j (p - p_j) / ||p - p_j||^(N+1) / n.
+
+    Args:
+        points: p = (x, z), (B, N+1).
+        positive: charges of P on the plate z = 0, (n, ...) with N entries each.
+        negative: charges of Q on the plate z = L, as `positive`.
+        L: distance of the plates.
+
+    Returns:
+        Directions (B, N+1) in the dtype of `points`; 0 where the field is.
+
+    Source: Kolesov et al. 2025 (arXiv 2502.02367).
+    """
+    x, z = points[:, :-1], points[:, -1:].double()
+    fields, strengths = [], []
+    for data, height in ((positive, 0.0), (negative, L)):
+        mean, log_weight = weighted(x, data, (z - height).abs(), 1.0)
+        fields.append(torch.cat([x - mean, z - height], dim=1))
+        strengths.append(log_weight - math.log(len(data)))
+    of_p, of_q = (torch.cat(strengths, 1) - torch.maximum(*strengths)).exp().split(1, dim=1)
+    return torch.nn.functional.normalize(of_p * fields[0] - of_q * fields[1]).to(points.dtype)
+
+
 def weighted_mean(
     x: Tensor, data: Tensor, sigma: Tensor, D: float, among: Tensor | None = None
 ) -> Tensor:
-    """The posterior mean (B, N), float64, of the y_j given `x`:
+    """The posterior mean (B, N), float64, of `data` given `x`; see `weighted`."""
+    return weighted(x, data, sigma, D, among)[0]
 
-        sum_j w_j y_j,    w = softmax_j(-(N+D)/2 log(||x - y_j||^2 + D sigma^2)),
 
-    and for D = inf the softmax of -||x - y_j||^2 / (2 sigma^2).
+def weighted(
+    x: Tensor, data: Tensor, sigma: Tensor, D: float, among: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The posterior mean (B, N) of the y_j given `x`, and the log of the weights' sum (B, 1):
+
+        sum_j w_j y_j / sum_j w_j,    w_j = (||x - y_j||^2 + D sigma^2)^(-(N+D)/2),
+
+    and for D = inf w_j = exp(-||x - y_j||^2 / (2 sigma^2)). Both are float64.
 
     Distances and sum are matrix products, accumulated over chunks of the data (a running softmax):
     nothing of size B * n * N exists. Distances come as differences of squares, and the weights are
@@ -127,7 +162,8 @@ def weighted_mean(
             inflow = (log_weight - log_sum).exp_().to(y.dtype) @ y
         mean = mean * (log_total - log_sum).exp() + inflow
         log_total = log_sum
-    return mean
+    common = 0.0 if math.isinf(D) else -0.5 * (dim + D) * scale.log()
+    return mean, log_total + common
 
 
 def has_fast_double(device: torch.device) -> bool:

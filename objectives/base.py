@@ -95,7 +95,12 @@ class Objective(nn.Module, abc.ABC):
     ) -> Tensor:
         """The loss, a scalar, of scaled images (B, C, H, W) or a batch of them."""
         batch = batch if isinstance(batch, Batch) else Batch(batch)
+        batch = self.reference(batch, generator)
         return self.loss(net, self.draw(batch, step, generator), batch)
+
+    def reference(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
+        """The reference batch of a training step on `batch`, of which the examples are drawn."""
+        return self.method.reference(batch, generator)
 
     @torch.no_grad()
     def draw(self, batch: Batch, step: int = 0, generator: torch.Generator | None = None) -> Batch:

@@ -30,7 +30,7 @@ def solver_bar(method: Method, title: str = "solver") -> Iterator[Watch]:
 
         def watch(evaluations: int, sigma: float) -> None:
             progress.set_postfix_str(
-                f"noise level {sigma:.3g} of {low:.3g} to {high:.3g}", refresh=False
+                f"{method.level_name} {sigma:.3g} of {low:.3g} to {high:.3g}", refresh=False
             )
             progress.update(evaluations - progress.n)
 

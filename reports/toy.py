@@ -78,7 +78,7 @@ def learned_bits(parts: Experiment, points: Tensor) -> float:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def _plane(axes: Axes, toy: Mixture, title: str, below: str = "", faint: bool = False) -> None:
+def draw_plane(axes: Axes, toy: Mixture, title: str, below: str = "", faint: bool = False) -> None:
     """An empty picture of the plane with the density of the data."""
     density = toy.density(np.linspace(-WINDOW, WINDOW, 241)).T  # rows are up
     most = density.max() * (FAINT if faint else 1)
@@ -90,15 +90,18 @@ def _plane(axes: Axes, toy: Mixture, title: str, below: str = "", faint: bool = 
     axes.spines[:].set_color(RULE)
 
 
-def _space(axes: Axes, toy: Mixture, view: tuple[float, ...], faint: bool = False) -> None:
-    """The space (x, z) with the data in the plane z = 0, and nothing else yet."""
+def draw_space(
+    axes: Axes, toy: Mixture, view: tuple[float, ...], faint: bool = False, height: float = 0.0
+) -> None:
+    """The space (x, z) with the data in the plane z = `height`, and nothing else yet."""
     edge = np.linspace(-SHEET, SHEET, 161)
     density = toy.density((edge[1:] + edge[:-1]) / 2)
     a, b = np.meshgrid(edge, edge, indexing="ij")
-    across, up = np.moveaxis(in_space(np.stack([a, b, 0 * a], -1)), -1, 0)
+    across, up = np.moveaxis(in_space(np.stack([a, b, 0 * a + height], -1)), -1, 0)
     most = density.max() * (FAINT if faint else 1)
     axes.pcolormesh(across, up, density, cmap=DENSITY, vmin=0, vmax=most, zorder=0)
     corners = SHEET * np.array([(-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0), (-1, -1, 0)])
+    corners[:, 2] = height
     axes.plot(*in_space(corners).T, color=SOFT, linewidth=0.8, zorder=1)
     axes.set(xlim=view[:2], ylim=view[2:], aspect="equal")
     axes.axis("off")
@@ -128,16 +131,16 @@ def draw_page(
     upper, lower = (
         [figure.add_subplot(grid[row, 3 * i : 3 * i + 3]) for i in range(4)] for row in (1, 2)
     )
-    _plane(upper[0], toy, f"data: {title}", f"exact: {bits['exact']:.2f} bits/dim")
+    draw_plane(upper[0], toy, f"data: {title}", f"exact: {bits['exact']:.2f} bits/dim")
     _draw_words(lower[0])
     columns = zip(experiments.items(), upper[1:], lower[1:], strict=False)
     for (name, parts), samples, trajectories in columns:
         method, net = parts.method, parts.network
-        _plane(samples, toy, name, f"learned: {bits[name]:.2f} bits/dim", faint=True)
+        draw_plane(samples, toy, name, f"learned: {bits[name]:.2f} bits/dim", faint=True)
         generator = datasets.keyed_generator("cpu", "samples", parts.seed, 0)
         points = parts.codec.encode(parts.sampler(net, SAMPLES, generator=generator)[0])
         samples.plot(*points[:, :, 0, 0].T, ",", color=INK, alpha=0.8)
-        _plane(trajectories, toy, "", "learned and exact lines", faint=True)
+        draw_plane(trajectories, toy, "", "learned and exact lines", faint=True)
         y, levels = _starts(method, TRAJECTORIES)
         exact = exact_slope(charges.double(), method.degrees_of_freedom)
         _lines(trajectories, trajectory(exact, y.double(), levels), BLUE, linewidths=3, alpha=0.4)
@@ -159,7 +162,7 @@ def _starts(method: Method, number: int) -> tuple[Tensor, Tensor]:
 
 def _draw_field(space: Axes, plane: Axes, toy: Mixture, lines: Points) -> None:
     """Exact field lines, (N, number, 3), in the space (x, z), and seen from above."""
-    _space(space, toy, (-2.75, 2.75, -1.25, 2.85))
+    draw_space(space, toy, (-2.75, 2.75, -1.25, 2.85))
     for k in np.argsort(depth_of(lines[0]))[::-1]:  # from the back
         line = in_space(lines[:, k])
         segments = np.stack([line[:-1], line[1:]], 1)
@@ -171,7 +174,7 @@ def _draw_field(space: Axes, plane: Axes, toy: Mixture, lines: Points) -> None:
         "z", (across, 0.02), (across, up), color=SOFT, fontsize=14, ha="center",
         arrowprops={"arrowstyle": "<-", "color": SOFT, "shrinkB": 0}, zorder=0,
     )  # fmt: skip
-    _plane(plane, toy, "the same lines from above", faint=True)
+    draw_plane(plane, toy, "the same lines from above", faint=True)
     _lines(plane, lines[..., :2], BLUE, linewidths=1, alpha=0.6)
 
 
@@ -202,7 +205,7 @@ def draw_film(parts: Experiment, path: Path) -> None:
         states = trajectory(slope, y, torch.cat([above, levels[1:]]))[len(above) - 1 :]
     canvas = FigureCanvasAgg(Figure(figsize=(5.6, 4.2), facecolor=PAPER, dpi=100))
     axes = canvas.figure.add_axes((0, 0, 1, 1))
-    _space(axes, toy, (-2.1, 2.1, -1.05, 2.1), faint=True)
+    draw_space(axes, toy, (-2.1, 2.1, -1.05, 2.1), faint=True)
     (dots,) = axes.plot([], [], ".", color=INK, markersize=3, alpha=0.8, markeredgewidth=0)
     frames = []
     for x, z in zip(states, levels.tolist(), strict=True):
@@ -225,6 +228,8 @@ def main() -> None:
         out = Path(with_home("--out", str(options.out)))
         film = options.film and Path(with_home("--film", str(options.film)))
         experiments = {workdir.name: load(workdir) for workdir in options.workdirs}
+        for parts in experiments.values():
+            parts.check_likelihood()
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if len(experiments) < len(options.workdirs):

@@ -120,6 +120,7 @@ class Sampler(abc.ABC):
 
     Attributes:
         follows_ode: false for a sampler of networks that have no ODE (`Objective.check_ode`).
+        follows_lines: true for a sampler of methods without noise levels (`Method.check_ode`).
         method: whose ODE or SDE is followed.
         codec: between the method's x and the data.
         noise_removal: end with a step of denoising.
@@ -149,6 +150,7 @@ class Sampler(abc.ABC):
     compiles: bool = False
 
     follows_ode: ClassVar[bool] = True
+    follows_lines: ClassVar[bool] = False
     keys: ClassVar[Mapping[str, Key]] = KEYS
     options: ClassVar[Mapping[str, str]] = {
         "noise_removal": "sampling.noise_removal",

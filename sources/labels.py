@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.keys import shown
-from sources.base import MOST_CLASSES, Classes
+from sources.base import MOST_CLASSES, Classes, Source, View
 from sources.listing import METADATA
 
 MAX_SHOWN = 5  # names of classes in a message
@@ -84,6 +84,24 @@ def number_of(name: str, class_names: Sequence[str]) -> int:
     near = difflib.get_close_matches(name, class_names, MAX_SHOWN, 0)
     has = f"those called {', '.join(map(repr, near))}" if near else "none with a name"
     raise ValueError(f"class_label={shown(name)} is the name of no class of the run: it has {has}")
+
+
+def only(source: Source, names: str) -> View:
+    """The images of `source` of the classes `names`, with commas between them; numbers stay.
+
+    Classes without names go by their numbers. ValueError where there are no such classes.
+    """
+    if not hasattr(source, "classes"):
+        raise ValueError(f"data.classes={names!r}: these data have no classes")
+    classes = source.classes()
+    of_all = classes.names or map(str, range(classes.labels.max() + 1))
+    by_name, wanted = {name: i for i, name in enumerate(of_all)}, map(str.strip, names.split(","))
+    numbers = [by_name.get(name, -1) for name in wanted]
+    if -1 in numbers:
+        has = ", ".join([*by_name][:MAX_SHOWN]) + ", ..." * (len(by_name) > MAX_SHOWN)
+        raise ValueError(f"data.classes={shown(names)} are not all classes of these data: {has}")
+    index = np.flatnonzero(np.isin(classes.labels, numbers))
+    return View(source, np.asarray, index, lambda: classes)
 
 
 def check(

@@ -4,6 +4,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,22 @@ log = logging.getLogger(__name__)
 
 SAMPLED = 2000  # images of which distances and the standard deviation are estimated
 MOST_ENTRIES = 2**27  # of all these together: 512 MiB
+
+
+class Measures(Protocol):
+    """Measures of the training images as the network sees them."""
+
+    def mean_norm(self) -> float:
+        """The mean Euclidean norm of an image."""
+        ...
+
+    def standard_deviation(self) -> float:
+        """The standard deviation of all entries of the images."""
+        ...
+
+    def largest_distance(self) -> float:
+        """The largest Euclidean distance between two images."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,18 @@ from tqdm import tqdm
 import distributed
 import sources
 from configs import keys
-from sources import folder, moments, pairs, splits
+from sources import digests, folder, moments, pairs, prior, splits
 from sources.arrays import Arrays, is_array
 from sources.base import Classes, Source, View
 from sources.files import Measured
 from sources.folder import Folder
 from sources.images import ImageSize, Shape, image_size_of, sides_of
+from sources.labels import only
 from sources.loaded import Loaded
 from sources.moments import Moments
 from sources.pairs import Pairs
 from sources.sizes import extent, shapes_of
+from sources.stream import DataSet, Stream, resident
 
 SPLITS = ("train", "test")
 MEASURED = 64  # images of which channels and sizes are measured
@@ -77,6 +79,22 @@ class OpenedData:
             self._pairs = Pairs(self.options, self._find())
         return self._pairs.of_split(self.options, split, self._source(split))
 
+    # --- the prior of methods that lead from one data set to another ---------------------------
+
+    @functools.cached_property
+    def _prior(self) -> "OpenedData":
+        return OpenedData(prior.options_of(self.options))
+
+    @functools.cached_property
+    def prior_digest(self) -> str:
+        """The digest of the prior's training images (`digests.of_source`)."""
+        return digests.of_source(self._prior._source("train"))
+
+    def prior_images(self) -> DataSet:
+        """The training images of `data.prior_dataset`, as stored."""
+        stream = Stream(self._prior._source("train"), self.whole_shape)
+        return resident(stream, self.options.resident_bytes)
+
     # --- splits and classes ---------------------------------------------------------------------
 
     @property
@@ -114,6 +132,8 @@ class OpenedData:
         with options.ignore_type():  # a size may be one number or two
             options.num_channels, options.image_size = channels, size
         source = open_split(options, split)
+        if options.classes:
+            source = only(source, options.classes)
         if not len(source):
             raise ValueError(f"{name} holds no images for the split {split}")
         return source

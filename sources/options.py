@@ -3,6 +3,8 @@
 from configs.schema import Either, Key, Numbers, OneOf, Text, whole
 from sources.base import MOST_CLASSES
 
+CLASSES = Text(r"[^\0\n]*", "names or numbers of classes with commas between them")
+
 KEYS = {
     "data.dataset": Key("", OneOf(registry="sources.SOURCES"), "where the images come from"),
     "data.image_size": Key(
@@ -21,6 +23,9 @@ KEYS = {
         whole(-1, MOST_CLASSES),
         "class labels of the images, which the network is given; 0: none; -1: "
         "as many as the data have",
+    ),
+    "data.classes": Key(
+        "", CLASSES, "classes whose images are taken, such as '2,3'; '': the images of all"
     ),
     "data.conditions": Key(
         "",

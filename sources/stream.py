@@ -248,6 +248,20 @@ def _follow_parent(worker: int) -> None:
 DataSet = Tensor | Resident | Stream
 
 
+def resident(stream: Stream, limit: int) -> DataSet:
+    """The images of `stream` in memory, decoded, if they take at most `limit` bytes, else `stream`.
+
+    ValueError where no image can be used.
+    """
+    first = stream.read([0])
+    size = len(stream) * sum(rows.nbytes for rows in (first.images, *first.beside.values()))
+    if size > limit:
+        return stream
+    if size <= SMALL:
+        stream.workers = 0
+    return decode(stream)
+
+
 def decode(stream: Stream) -> Tensor | Resident:
     """Read all images of `stream` that can be read, (n, C, H, W), with their conditions."""
     first = stream.read([0])

@@ -49,7 +49,7 @@ FLOWS = [f"flow/{name}.py" for name in ("digits_ddpmpp", "digits_demo", "digits_
 FLOWS += ["trigflow/digits_ddpmpp.py"]
 EDM_TABLE_ONE = ["edm/cifar10_ddpmpp_vp.py", "edm/cifar10_ncsnpp_ve.py"]
 EXPERIMENTS = [*PUBLISHED, *DIGITS, *IMAGES, *FAMILY, *NEIGHBOURS, *CONSISTENCY, *TOYS, *FLOWS]
-EXPERIMENTS += EDM_TABLE_ONE
+EXPERIMENTS += [*EDM_TABLE_ONE, "efm/toys.py", "efm/digits.py"]
 
 
 def load(path: str):

@@ -77,6 +77,7 @@ TINY = {
     "sampling.ode_solver": "heun",
     "sampling.rtol": 0.5,
     "sampling.atol": 0.5,
+    "sampling.max_evaluations": 60,
     "training.batch_size": 4,
     "training.small_batch_size": 0,
 }
@@ -92,6 +93,7 @@ OF_METHOD = {
     "edm_vp": "edm/digits_ddpmpp.py",
     "edm_ve": "edm/digits_ddpmpp.py",
     "iddpm": "edm/digits_ddpmpp.py",
+    "efm": "efm/digits.py",
 }
 # {key: a value that is not what `configured` gives}, of those that change what is computed
 OTHER = {
@@ -105,6 +107,7 @@ OTHER = {
         "condition_dropout": 0.5,
         "target": "posterior_mean",
         "reduce_mean": True,
+        "uncertainty_features": 64,
         "likelihood_weighting": True,
         "metric_samples": 30,
         "snapshot_solver": "dpmpp",
@@ -137,6 +140,10 @@ OTHER = {
         "progressive_combine": "cat",
         "fourier_scale": 2.0,
         "checkpoint_activations": True,
+        "head_width": 16,
+        "patch": 1,
+        "depth": 2,
+        "heads": 2,
     },
     "sampling": {
         "init_level": 0.7,
@@ -185,6 +192,7 @@ OTHER = {
         "P_std": 0.5,
     },
     "flow": {"times": "logit_normal"},
+    "efm": {"L": 3.0},
 }
 CONSISTENCY = {
     "training.sde": "edm",
@@ -201,6 +209,8 @@ def configured(when=None, **values):
     values = when | {key.replace("__", "."): value for key, value in values.items()}
     if "consistency" in values.values():
         values = CONSISTENCY | values
+    if "field_lines" in values.values():
+        values = {"training.sde": "efm"} | values
     sde = values.get("training.sde", "edm" if "sampling.S_churn" in values else "vpsde")
     config = load(OF_METHOD[sde])
     config.update_from_flattened_dict(TINY)
@@ -231,7 +241,7 @@ def outcome(config):
         re.sub("(P_[a-z]+|times)=[^,)]*", "", repr(method)),
         weights,
         loss.item(),
-        samples.tolist(),
+        samples.nan_to_num(9.0).tolist(),  # nan: field lines that have not ended
         evaluations,
         (ema.decay, ema.rise(9)),
     )

@@ -2,13 +2,17 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from known_laws import pfgmpp
 from scipy import stats
+from test_configs import load
 
 import methods
+from experiment import Experiment
+from library.trained import Trained
 from methods.transport import transport
 from samplers.consistency import ConsistencySampler
 from samplers.ode import ODESampler
@@ -123,6 +127,31 @@ def test_coupling_needs_images_as_targets_and_no_conditions_but_classes():
     batch = Batch(torch.zeros(4, 1, 2, 2), Conditions(vector=torch.zeros(4, 2)))
     with pytest.raises(ValueError, match="a condition 'vector'"):
         coupled().draw(batch)
+
+
+@pytest.mark.parametrize(
+    ("values", "condition"),
+    [
+        ({"data.conditions": "vector"}, "vector"),
+        ({"training.augment": 0.1, "model.augment_dim": 9}, "augment_labels"),
+    ],
+)
+def test_conditions_of_each_image_are_refused_before_any_work(values, condition):
+    config = load("flow/digits_ddpmpp.py")
+    config.update_from_flattened_dict(values | {"model.coupling": "transport"})
+    with pytest.raises(ValueError, match=f"a condition '{condition}' of each image") as error:
+        Experiment.build(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_coupled_network_gives_no_posterior_mean():
+    """Of an image with noise that is independent of it, as the library's denoise is given."""
+    config = load("flow/digits_ddpmpp.py")
+    config.model.update(coupling="transport", nf=8, ch_mult=(1,), attn_resolutions=())
+    trained = Trained(Experiment.build(config), Path(), 0)
+    with pytest.raises(ValueError, match="denoise needs noise that is independent of the images"):
+        trained.denoise(torch.zeros(1, 1, 8, 8), 0.1)
+    assert trained.sample([1]).isfinite().all()
 
 
 def test_it_shortens_paths_and_leaves_less_for_small_steps():
