@@ -26,11 +26,12 @@ from library.evaluated_restorations import restore_images
 from library.evaluated_samples import compare_samples, draw_images
 from library.first_look import FirstLook
 from library.initial_weights import entry_of_report
+from library.loss_watch import LossWatch
 from library.posterior import ToDrawFrom
 from library.restoration import ToRestore
 from library.sample_folder import SampleFolder, default_seeds, read_encoded, read_pair, seeds_of
 from library.signals import stop_signals
-from library.training_run import LossWatch, TrainingRun, resumed_from
+from library.training_run import TrainingRun, plan_of, resumed_from
 from losses import objective_named
 from metrics.reference import ReferenceStatistics
 from models.weights import load_ema
@@ -93,12 +94,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     if on_disk:
         distributed.check_division(min(objective.batch_size, len(train_data)))
     shard = distributed.rank(), distributed.world()
-    parameters = sum(p.numel() for p in experiment.network.parameters())
-    processes = f", {shard[1]} processes" if shard[1] > 1 else ""
-    plan = (
-        f"{experiment.method.name}, {len(train_data):,} images, {parameters:,} parameters, "
-        f"{device}{processes}"
-    )
+    plan = plan_of(experiment, len(train_data))
     remarks = [
         experiment.data.describe(train_data, test_data, prepare.words),
         *getattr(experiment.network, "remarks", ()),
@@ -134,6 +130,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             Loggers(training.loggers if main else "", workdir, state.step, run.values) as loggers,
             progress_bar(total=training.n_iters, initial=state.step, unit="step") as progress,
             stop_signals() as stop,
+            run.writer,
         ):
             # a run that was stopped before it had drawn lacks its last picture or metrics
             if draws and state.step and run.picture_is_due() and not run.picture.exists():
@@ -153,6 +150,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 scalars = {}
                 if run.is_due(training.log_freq):
                     newest, now = losses.look(), time.perf_counter()  # it waits for the device
+                    run.writer.check()
                     speed = (state.step - logged) * images_per_step / (now - logged_at)
                     logged, logged_at = state.step, now
                     progress.set_postfix_str(f"loss {newest:.4g}, {speed:.0f} images/s")
@@ -176,6 +174,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
 
             if state.step < training.n_iters:
                 run.save()
+                run.writer.wait()
                 losses.look()
                 log.info(f"stopped by {stop() or 'a signal'} at step {state.step}, which is saved")
                 return False

@@ -97,6 +97,8 @@ class TrainState:
         network: `model` as a step calls it, wrapped by `execution` if necessary.
         parameters: those of the network that the optimiser updates.
         averages: the power-function averages, by relative width.
+        copied: the event of a GPU before which nothing here may change, if there is one; see
+            `storage.checkpoint_writer`.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class TrainState:
         }
         self.grad_clip, self.replaces_nonfinite = grad_clip, replaces_nonfinite
         self.accumulate, self.step = accumulate, 0
+        self.copied: torch.cuda.Event | None = None
 
     @classmethod
     def from_config(cls, config, model: nn.Module, objective: Objective) -> Self:
@@ -278,6 +281,12 @@ class TrainState:
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
 
+    def wait_for_copy(self) -> None:
+        """Let the device, and not the host, wait until the state is copied to be saved."""
+        if self.copied is not None:
+            self.copied.wait()
+            self.copied = None
+
     def apply_gradient(self, finite: Tensor) -> None:
         """Update weights and EMA if `finite` (0-d bool, on their device) is true.
 
@@ -379,6 +388,7 @@ def accumulate_gradient(
     (rank, world), accumulate = shard, state.accumulate
     objective = state.objective
     examples = objective.draw(batch, state.step, generator)
+    state.wait_for_copy()  # networks and objectives may change weights as they are called
     values = []
     for i in range(accumulate):
         micro_batch = examples.shard(rank * accumulate + i, world * accumulate)

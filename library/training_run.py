@@ -1,16 +1,12 @@
-"""The work of training beside its steps: saves, held-out loss, pictures, metrics, bad losses."""
+"""The work of training beside its steps: saves, held-out loss, pictures, metrics."""
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
-
-import torch
-from torch import Tensor
 
 import distributed
 import execution
@@ -27,17 +23,17 @@ from solvers.base import Watch
 from sources.codec import check_codec, encoded
 from sources.keyed import keyed_generator
 from storage import run_config
+from storage.checkpoint_writer import CheckpointWriter
 from storage.checkpoints import fit, open_checkpoint, save_checkpoint
 from storage.files import save_npz, save_png
 from storage.loggers import Loggers
 from storage.run_checkpoints import (
-    drop_checkpoints,
     newest_checkpoint,
     passed_over,
-    save_to_resume,
+    save_state,
     written_steps,
 )
-from storage.workdir import best_path, checkpoint_path
+from storage.workdir import best_path
 from training import TrainState, held_out_loss
 
 log = logging.getLogger(__name__)
@@ -71,6 +67,7 @@ class TrainingRun:
         few_samples: for metrics along the training, if there are any.
         measured: the last step with such metrics.
         best: the best checkpoint by them.
+        writer: of the states that are saved.
     """
 
     experiment: Parts
@@ -85,6 +82,7 @@ class TrainingRun:
     few_samples: FewSamples | None = None
     measured: int = 0
     best: Best | None = None
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     @classmethod
     def from_config(cls, config, experiment: Parts, workdir: Path, data: dict[str, Any]) -> Self:
@@ -101,7 +99,7 @@ class TrainingRun:
         values, keep = flatten(config), training.keep_checkpoints
         few_samples = FewSamples.from_config(config, experiment)
         run = cls(experiment, state, workdir, values, data, config.seed, keep)
-        run.few_samples = few_samples
+        run.few_samples, run.writer = few_samples, CheckpointWriter(experiment.device)
         return run
 
     def resume(self) -> None:
@@ -138,22 +136,20 @@ class TrainingRun:
             )
 
     def save(self, numbered: bool = False) -> None:
-        """Save the state to resume from and, if `numbered`, to evaluate.
+        """Let the writer save the state to go on from and, if `numbered`, to evaluate.
 
-        Raises FloatingPointError where weights are not finite: they would replace good ones.
+        Raises FloatingPointError where weights are not finite: they would replace good ones; and
+        OSError where the state before could not be written.
         """
         state = self.state
         state.check_agreement()
         if not state.is_finite():
             raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
-        written = self.written + [state.step] * numbered
-        content = self._content(written)
-        if distributed.is_main() and numbered:
-            save_checkpoint(checkpoint_path(self.workdir, state.step), content)
-            written = drop_checkpoints(self.workdir, written, self.keep_checkpoints)
+        written, keep = self.written + [state.step] * numbered, self.keep_checkpoints
         if distributed.is_main():
-            save_to_resume(self.workdir, content)
-        self.written = written
+            write = partial(save_state, self.workdir, numbered=numbered, keep=keep)
+            state.copied = self.writer.save(self._content(written), write)
+        self.written = written[-keep:]  # all of them where it is 0
 
     def _content(self, written: list[int]) -> dict[str, Any]:
         """The content of a checkpoint, with the steps of the numbered ones."""
@@ -266,6 +262,7 @@ class TrainingRun:
         if best is None or fid < best.fid:
             self.best = self.few_samples.best(step, fid)
             written = [number for number in self.written if number < step]
+            self.writer.wait()  # it has to name files that are there
             save_checkpoint(path, self._content(written) | {"best": self.best.entry()})
             log.info(f"step {step}: {distance}, the lowest so far: {path}")
             return
@@ -298,6 +295,17 @@ class TrainingRun:
         return None
 
 
+def plan_of(experiment: Parts, images: int) -> str:
+    """The method, number of `images`, size of the network, device and processes, in words."""
+    parameters = sum(p.numel() for p in experiment.network.parameters())
+    world = distributed.world()
+    processes = f", {world} processes" if world > 1 else ""
+    return (
+        f"{experiment.method.name}, {images:,} images, {parameters:,} parameters, "
+        f"{experiment.device}{processes}"
+    )
+
+
 def resumed_from(workdir: Path, experiment: Parts, values: dict[str, Any]) -> tuple[int, list[str]]:
     """The step from which training would go on, and lines on what it would ignore or change.
 
@@ -318,45 +326,3 @@ def resumed_from(workdir: Path, experiment: Parts, values: dict[str, Any]) -> tu
     step = fit(partial(load_ema, experiment.network), content, path, changes)
     lines += [f"the config differs from that of the run: {change}" for change in changes]
     return step, lines
-
-
-class LossWatch:
-    """Check of the losses of several steps at once, so that no step waits for its device.
-
-    Args:
-        max_bad_steps: losses in a row that are not finite, which end the run.
-        nonfinite: value of `optim.nonfinite`, for the messages.
-    """
-
-    def __init__(self, max_bad_steps: int, nonfinite: str):
-        self.nonfinite = nonfinite
-        self.limit, self.bad_in_a_row, self.newest = max_bad_steps, 0, math.nan
-        self.losses: dict[int, Tensor] = {}  # by the batch's number, since the last look
-
-    def add(self, batch: int, loss: Tensor) -> None:
-        """Note the loss of a step on batch number `batch`, as `train_step` returns it."""
-        self.losses[batch] = loss
-        if len(self.losses) >= self.limit:
-            self.look()
-
-    def look(self) -> float:
-        """The newest loss. Warns of each that is not finite, raises at `max_bad_steps` in a row."""
-        if not self.losses:
-            return self.newest
-        losses = distributed.mean(torch.stack([*self.losses.values()])).tolist()
-        for batch, loss in zip(self.losses, losses, strict=True):
-            self.newest = loss
-            self.bad_in_a_row = 0 if math.isfinite(loss) else self.bad_in_a_row + 1
-            if self.bad_in_a_row:
-                log.warning(
-                    f"batch {batch}: the loss or its gradient is not finite "
-                    f"(optim.nonfinite={self.nonfinite!r}, {self.bad_in_a_row} in a row)"
-                )
-            if self.bad_in_a_row == self.limit:
-                raise FloatingPointError(
-                    f"the loss or its gradient was not finite for training.max_bad_steps="
-                    f"{self.limit} batches in a row, the last one number {batch}; the weights "
-                    "before them are not ruined, and the last checkpoint is intact"
-                )
-        self.losses = {}
-        return self.newest
