@@ -124,7 +124,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             state.step,
             shard if on_disk else (0, 1),
         )
-        losses = LossWatch(training.max_bad_steps, config.optim.nonfinite)
+        nonfinite, precision = config.optim.nonfinite, training.precision
+        losses = LossWatch(training.max_bad_steps, nonfinite, precision)
         logged, logged_at = state.step, time.perf_counter()
         with (
             Loggers(training.loggers if main else "", workdir, state.step, run.values) as loggers,

@@ -15,9 +15,11 @@ from losses import Objective
 from models.ema import ExponentialMovingAverage, rise_of_edm, rise_of_power
 from models.weights import load_model
 from optimizers import OPTIMIZERS, NamedParameters
+from optimizers.loss_scale import LossScale
 from optimizers.muon import mark_tables
+from optimizers.stored_state import checked_moments
 from sources.batch import Batch
-from storage.checks import check_keys, check_like
+from storage.checks import check_like
 
 KEYS = {
     "training.n_iters": Key(1300001, whole(1), "steps"),
@@ -92,6 +94,7 @@ class TrainState:
         replaces_nonfinite: entries of a gradient that are not finite are replaced; see
             `train_step`.
         accumulate: micro-batches of a step.
+        scales_loss: the network's products are in float16; see `optimizers.loss_scale`.
 
     Attributes:
         network: `model` as a step calls it, wrapped by `execution` if necessary.
@@ -116,6 +119,7 @@ class TrainState:
         grad_clip: float = -1.0,
         replaces_nonfinite: bool = False,
         accumulate: int = 1,
+        scales_loss: bool = False,
     ):
         self.model = self.network = model
         self.objective, self.ema, self.make_optimizer = objective, ema, optimizer
@@ -138,6 +142,7 @@ class TrainState:
         }
         self.grad_clip, self.replaces_nonfinite = grad_clip, replaces_nonfinite
         self.accumulate, self.step = accumulate, 0
+        self.loss_scale = LossScale(self.parameters[0].device) if scales_loss else None
         self.copied: torch.cuda.Event | None = None
 
     @classmethod
@@ -167,6 +172,7 @@ class TrainState:
             grad_clip=optim.grad_clip,
             replaces_nonfinite=optim.nonfinite == "replace",
             accumulate=training.accumulate,
+            scales_loss=training.precision == "fp16",
         )
 
     def restart_averages(self) -> None:
@@ -197,6 +203,7 @@ class TrainState:
             "step": self.step,
             **({"averages": averages} if averages else {}),
             **({"objective": dict(objective)} if objective else {}),
+            **({"loss_scale": self.loss_scale.state_dict()} if self.loss_scale else {}),
         }
 
     @torch.no_grad()
@@ -209,7 +216,13 @@ class TrainState:
         Raises:
             ValueError: `state` does not fit; the message names the entry.
         """
-        moments = self._checked_moments(state["optimizer"], state["step"])
+        moments = checked_moments(
+            state["optimizer"],
+            self.optimizer,
+            self.named_parameters,
+            self.make_optimizer,
+            state["step"],
+        )
         averages = checked_averages(state, self.parameters) if self.averages else {}
         if averages.keys() != self.averages.keys():
             widths = ", ".join(f"{std:g}" for std in averages)
@@ -217,6 +230,7 @@ class TrainState:
         objective = state.get("objective", {})
         check_like(objective, dict(self.objective.state_dict()), "objective")
         check_like(state["ema"], self.ema.state_dict(), "ema")
+        loss_scale = self._checked_loss_scale(state.get("loss_scale"))
         load_model(self.model, state["model"])
         self.objective.load_state_dict(objective)
         self.step, self.ema.num_updates = state["step"], state["ema"]["num_updates"]
@@ -226,54 +240,17 @@ class TrainState:
             torch._foreach_copy_(average.shadow_params, averages[std])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for name, value in loss_scale.items():
+            self.loss_scale.state_dict()[name].copy_(value)
 
-    def _checked_moments(self, optimizer: dict, steps: int) -> dict[int, dict]:
-        """Checked copies of each parameter's state in `optimizer`, stored after `steps` steps."""
-        template, complete = self._template()
-        groups = self.optimizer.state_dict()["param_groups"]
-        check_keys(optimizer, ("state", "param_groups"), "optimizer")
-        stored, state = optimizer["param_groups"], optimizer["state"]
-        dictionaries = type(stored) is list and all(type(group) is dict for group in stored)
-        if not dictionaries or len(stored) != len(groups):
-            number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
-            raise ValueError(f"optimizer.param_groups is not a list of {number}")
-        for group, expected in zip(stored, groups, strict=True):
-            order = group.get("params")  # a file may hold anything; only numbers can be compared
-            numbers = type(order) is list and all(type(n) is int for n in order)
-            if not numbers or order != expected["params"]:
-                raise ValueError("optimizer.param_groups has the parameters in another order")
-        if complete or type(state) is not dict:
-            check_keys(state, template, "optimizer.state")
-        else:  # a parameter that never gets a gradient has none
-            check_keys(state, [n for n in template if n in state], "optimizer.state")
-        moments = {}
-        for number in (n for n in template if n in state):
-            entry, name = state[number], f"optimizer.state.{number}"
-            if type(entry) is dict and type(entry.get("step")) is int:  # before PyTorch 1.12
-                entry = entry | {"step": torch.tensor(float(entry["step"]))}
-            check_like(entry, template[number], name)
-            if "step" in entry and not (0 <= entry["step"] <= steps and entry["step"] % 1 == 0):
-                raise ValueError(f"{name}.step is not a number of steps: {entry['step']}")
-            if any((entry[key] < 0).any() for key in entry if key.endswith("_sq")):
-                raise ValueError(f"{name} has a negative mean of squares")
-            moments[number] = {key: _laid_out(entry[key], template[number][key]) for key in entry}
-        return moments
-
-    def _template(self) -> tuple[dict[int, dict], bool]:
-        """A state like the optimiser's, by parameter, and True if the optimiser already has one.
-
-        If it is made only in the first step, the state is that of copies after a step with zero
-        gradients.
-        """
-        if state := self.optimizer.state_dict()["state"]:
-            return state, True
-        copies = [(name, nn.Parameter(torch.zeros_like(p))) for name, p in self.named_parameters]
-        for (_, p), (_, original) in zip(copies, self.named_parameters, strict=True):
-            p.grad, p.is_table = torch.zeros_like(p), getattr(original, "is_table", False)
-        with torch.enable_grad():
-            trial = self.make_optimizer(copies)
-            trial.step()
-        return trial.state_dict()["state"], False
+    def _checked_loss_scale(self, stored: dict | None) -> dict[str, Tensor]:
+        """What is to be loaded of the `stored` scale; {} where there is none, or none is needed."""
+        if stored is None or self.loss_scale is None:
+            return {}
+        check_like(stored, self.loss_scale.state_dict(), "loss_scale")
+        if stored["factor"] <= 0:
+            raise ValueError(f"loss_scale.factor is not above 0: {stored['factor']}")
+        return stored
 
     def set_learning_rate(self) -> None:
         """Set the learning rate of the next step."""
@@ -309,14 +286,6 @@ class TrainState:
         return bool(norms.isfinite().all())
 
 
-def _laid_out(stored: object, like: object) -> object:
-    """A copy of a `stored` tensor with the memory format and device of `like`.
-
-    The fused optimisers pair the memory of weights and moments, not their indices.
-    """
-    return torch.empty_like(like).copy_(stored) if isinstance(stored, Tensor) else stored
-
-
 def checked_averages(state: dict, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:
     """The power-function averages of `parameters` in the `state` of a run, by relative width.
 
@@ -344,7 +313,8 @@ def train_step(
     Where the loss or its gradient is not finite, the step counts but is not applied; or, with
     `optim.nonfinite='replace'`, entries of the gradient that are nan become 0 and those that are
     infinite 1e5 of their sign (Karras et al. 2022, arXiv 2206.00364, in the published program), and
-    the step is applied. The host waits for nothing.
+    the step is applied. With a scaled loss the step is left out in any case, and the scale halved.
+    The host waits for nothing.
 
     Args:
         state: what is updated.
@@ -362,13 +332,15 @@ def train_step(
     value = accumulate_gradient(state, batch, generator, shard)
     state.set_learning_rate()
     trained = [p for _, p in state.named_parameters]
-    if state.replaces_nonfinite:
+    if state.replaces_nonfinite and not state.loss_scale:
         for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
     limit = state.grad_clip if state.grad_clip >= 0 else math.inf
     finite = nn.utils.clip_grad_norm_(trained, limit).isfinite()
     state.apply_gradient(finite)
+    if state.loss_scale:
+        state.loss_scale.update(finite)
     return torch.where(finite, value, math.nan)
 
 
@@ -389,6 +361,7 @@ def accumulate_gradient(
     objective = state.objective
     examples = objective.draw(batch, state.step, generator)
     state.wait_for_copy()  # networks and objectives may change weights as they are called
+    scale = state.loss_scale.factor if state.loss_scale else 1
     values = []
     for i in range(accumulate):
         micro_batch = examples.shard(rank * accumulate + i, world * accumulate)
@@ -396,11 +369,14 @@ def accumulate_gradient(
         alone = i < accumulate - 1 and distributed.world() > 1
         with state.network.no_sync() if alone else contextlib.nullcontext():
             value = objective.loss(state.network, micro_batch, batch)
-            value.backward((1 + 0 * value.detach()) / accumulate)
+            value.backward((1 + 0 * value.detach()) * scale / accumulate)
         values.append(value.detach())
     for parameter in objective.parameters():  # those of the network are averaged in backward
         if parameter.grad is not None:
             parameter.grad = distributed.mean(parameter.grad)
+    if state.loss_scale:
+        trained = (p for _, p in state.named_parameters)
+        state.loss_scale.unscale([p.grad for p in trained if p.grad is not None])
     return torch.stack(values).mean()
 
 

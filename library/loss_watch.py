@@ -16,11 +16,14 @@ class LossWatch:
 
     Args:
         max_bad_steps: losses in a row that are not finite, which end the run.
-        nonfinite: value of `optim.nonfinite`, for the messages.
+        nonfinite, precision: values of `optim.nonfinite` and `training.precision`, which the
+            messages name.
     """
 
-    def __init__(self, max_bad_steps: int, nonfinite: str):
-        self.nonfinite = nonfinite
+    def __init__(self, max_bad_steps: int, nonfinite: str, precision: str = "fp32"):
+        self.consequence = f"optim.nonfinite={nonfinite!r}"
+        if precision == "fp16":
+            self.consequence = "the step is left out and the scale of the loss is halved"
         self.limit, self.bad_in_a_row, self.newest = max_bad_steps, 0, math.nan
         self.losses: dict[int, Tensor] = {}  # by the batch's number, since the last look
 
@@ -41,7 +44,7 @@ class LossWatch:
             if self.bad_in_a_row:
                 log.warning(
                     f"batch {batch}: the loss or its gradient is not finite "
-                    f"(optim.nonfinite={self.nonfinite!r}, {self.bad_in_a_row} in a row)"
+                    f"({self.consequence}, {self.bad_in_a_row} in a row)"
                 )
             if self.bad_in_a_row == self.limit:
                 raise FloatingPointError(
