@@ -116,7 +116,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         start = f"{'resuming' if state.step else 'starting'} at step {state.step}"
         _log_lines([f"{start} of {training.n_iters}: {plan}", *remarks])
         experiment.data.close()
-        first, draws = state.step + 1, main and training.snapshot_sampling
+        first, draws = state.step + 1, training.snapshot_sampling
         batches = datasets.shuffled_batches(
             train_data,
             objective.batch_size,
@@ -134,7 +134,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             run.writer,
         ):
             # a run that was stopped before it had drawn lacks its last picture or metrics
-            if draws and state.step and run.picture_is_due() and not run.picture.exists():
+            if draws and state.step and run.picture_is_due() and run.lacks_picture():
                 run.draw(loggers, images_per_step, stop)
             loggers.add_scalars(run.measure(stop), state.step)
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
@@ -169,7 +169,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 if numbered or run.is_due(training.snapshot_freq_for_preemption):
                     loggers.flush()
                     run.save(numbered)
-                if draws and run.picture_is_due() and not stop():
+                if draws and run.picture_is_due():
                     run.draw(loggers, images_per_step, stop)
                 logged_at += time.perf_counter() - paused_at  # the speed is that of the steps
 

@@ -10,14 +10,21 @@ from torch import Tensor, nn
 
 import distributed
 from configs.keys import named
-from configs.schema import SHARE, Key, Number, Numbers, OneOf, Text, whole
+from configs.schema import SHARE, Flag, Key, Number, Numbers, OneOf, Text, whole
 from losses import Objective
 from models.ema import ExponentialMovingAverage, rise_of_edm, rise_of_power
 from models.weights import load_model
 from optimizers import OPTIMIZERS, NamedParameters
 from optimizers.loss_scale import LossScale
 from optimizers.muon import mark_tables
-from optimizers.stored_state import checked_moments
+from optimizers.shares import Shares, completed
+from optimizers.stored_state import (
+    checked_averages,
+    checked_loss_scale,
+    checked_moments,
+    laid_out,
+    template_of,
+)
 from sources.batch import Batch
 from storage.checks import check_like
 
@@ -31,6 +38,11 @@ KEYS = {
         of_machine="start",
     ),
     "training.accumulate": Key(1, whole(1), "micro-batches that a step's examples are split into"),
+    "training.share_state": Key(
+        False,
+        Flag(),
+        "divide EMA weights and the optimiser's moments among the processes: less memory in each",
+    ),
     "training.max_bad_steps": Key(
         20, whole(1, 10**6), "batches in a row without a finite gradient that end the run"
     ),
@@ -95,6 +107,7 @@ class TrainState:
             `train_step`.
         accumulate: micro-batches of a step.
         scales_loss: the network's products are in float16; see `optimizers.loss_scale`.
+        shares: division of EMA weights and moments among processes; None: each has all.
 
     Attributes:
         network: `model` as a step calls it, wrapped by `execution` if necessary.
@@ -120,6 +133,7 @@ class TrainState:
         replaces_nonfinite: bool = False,
         accumulate: int = 1,
         scales_loss: bool = False,
+        shares: Shares | None = None,
     ):
         self.model = self.network = model
         self.objective, self.ema, self.make_optimizer = objective, ema, optimizer
@@ -127,12 +141,15 @@ class TrainState:
         self.named_parameters = [(name, p) for name, p in named_parameters if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averages = {
-            std: ExponentialMovingAverage(self.parameters, 1.0, rise_of_power(std))
+            std: ExponentialMovingAverage(self.parameters, 1.0, rise_of_power(std), ema.is_here)
             for std in ema_stds
         }
         for module in (model, objective):
             mark_tables(module)
-        self.optimizer = optimizer(self.named_parameters)
+        self.optimizer, self.shares = optimizer(self.named_parameters), shares
+        if shares:
+            shares.keep_own(self.optimizer)
+        self.gathered_ema: list[Tensor] | None = None
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = {
             "n_iters": n_iters,
@@ -154,11 +171,16 @@ class TrainState:
         if half_life < 0:
             raise ValueError(f"model.ema_half_life must be at least 0, not {half_life}")
         parameters = [p for p in model.parameters() if p.requires_grad]
+        shares, ema_options = None, {}
+        if training.share_state and distributed.world() > 1:
+            of_objective = (p for p in objective.parameters() if p.requires_grad)
+            shares = Shares([*parameters, *of_objective])
+            ema_options["is_here"] = shares.is_own
         if half_life:
             decay = 0.5 ** ((training.small_batch_size or training.batch_size) / half_life)
-            ema = ExponentialMovingAverage(parameters, decay, rise_of_edm)
+            ema = ExponentialMovingAverage(parameters, decay, rise_of_edm, **ema_options)
         else:
-            ema = ExponentialMovingAverage(parameters, config.model.ema_rate)
+            ema = ExponentialMovingAverage(parameters, config.model.ema_rate, **ema_options)
         return cls(
             model,
             objective,
@@ -173,38 +195,59 @@ class TrainState:
             replaces_nonfinite=optim.nonfinite == "replace",
             accumulate=training.accumulate,
             scales_loss=training.precision == "fp16",
+            shares=shares,
         )
 
     def restart_averages(self) -> None:
         """Let the EMA weights, and the averages, begin with the weights that the network has."""
         for average in (self.ema, *self.averages.values()):
-            torch._foreach_copy_(average.shadow_params, [p.detach() for p in self.parameters])
+            average.restart([p.detach() for p in self.parameters])
+
+    def gather_ema(self) -> None:
+        """Bring divided EMA weights together in the host's memory, for `with_ema` in this step.
+
+        Every process has to call it.
+        """
+        if self.shares and self.gathered_ema is None:
+            self.gathered_ema = completed(self.ema.shadow_params, everywhere=True)
 
     def with_ema(self):
         """Within the `with` block the network holds its EMA weights; it and objective evaluate."""
         self.model.eval()
         self.objective.eval()
-        return self.ema.swapped_into(self.parameters)
+        averages, device = self.gathered_ema, self.parameters[0].device
+        averages = [average.to(device) for average in averages] if self.shares else None
+        return self.ema.swapped_into(self.parameters, averages)
 
     def check_agreement(self) -> None:
         """`distributed.check_agreement` of the step and all that is trained."""
         distributed.check_agreement(self.step, [p for _, p in self.named_parameters])
 
     def state_dict(self) -> dict:
+        """All of it, to be saved. Every process has to call it, where it is divided among them.
+
+        Its form is the same then, in the main process.
+        """
         averages = [
             {"std": std, "shadow_params": average.shadow_params}
             for std, average in self.averages.items()
         ]
         objective = self.objective.state_dict()
-        return {
+        state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "step": self.step,
             **({"averages": averages} if averages else {}),
             **({"objective": dict(objective)} if objective else {}),
             **({"loss_scale": self.loss_scale.state_dict()} if self.loss_scale else {}),
         }
+        return completed(state) if self.shares else state
+
+    def _optimizer_state(self) -> dict:
+        if self.shares:
+            return self.shares.state_dict(self.optimizer)
+        return self.optimizer.state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
@@ -216,13 +259,9 @@ class TrainState:
         Raises:
             ValueError: `state` does not fit; the message names the entry.
         """
-        moments = checked_moments(
-            state["optimizer"],
-            self.optimizer,
-            self.named_parameters,
-            self.make_optimizer,
-            state["step"],
-        )
+        expected = self._optimizer_state()
+        template = expected["state"] or template_of(self.named_parameters, self.make_optimizer)
+        moments = checked_moments(state["optimizer"], expected, template, state["step"])
         averages = checked_averages(state, self.parameters) if self.averages else {}
         if averages.keys() != self.averages.keys():
             widths = ", ".join(f"{std:g}" for std in averages)
@@ -230,27 +269,21 @@ class TrainState:
         objective = state.get("objective", {})
         check_like(objective, dict(self.objective.state_dict()), "objective")
         check_like(state["ema"], self.ema.state_dict(), "ema")
-        loss_scale = self._checked_loss_scale(state.get("loss_scale"))
+        loss_scale = checked_loss_scale(state) if self.loss_scale else None
         load_model(self.model, state["model"])
         self.objective.load_state_dict(objective)
         self.step, self.ema.num_updates = state["step"], state["ema"]["num_updates"]
-        torch._foreach_copy_(self.ema.shadow_params, state["ema"]["shadow_params"])
+        self.ema.restart(state["ema"]["shadow_params"])
         for std, average in self.averages.items():
             average.num_updates = state["step"]
-            torch._foreach_copy_(average.shadow_params, averages[std])
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        for name, value in loss_scale.items():
-            self.loss_scale.state_dict()[name].copy_(value)
-
-    def _checked_loss_scale(self, stored: dict | None) -> dict[str, Tensor]:
-        """What is to be loaded of the `stored` scale; {} where there is none, or none is needed."""
-        if stored is None or self.loss_scale is None:
-            return {}
-        check_like(stored, self.loss_scale.state_dict(), "loss_scale")
-        if stored["factor"] <= 0:
-            raise ValueError(f"loss_scale.factor is not above 0: {stored['factor']}")
-        return stored
+            average.restart(averages[std])
+        if self.shares:
+            self.shares.load(self.optimizer, moments)
+        else:
+            moments = {n: laid_out(entry, template[n]) for n, entry in moments.items()}
+            self.optimizer.load_state_dict(expected | {"state": moments})
+        if loss_scale:  # a run that was not in float16 before has none
+            self.loss_scale.load_state_dict(loss_scale)
 
     def set_learning_rate(self) -> None:
         """Set the learning rate of the next step."""
@@ -275,7 +308,9 @@ class TrainState:
             self.optimizer.step()
         elif finite:
             self.optimizer.step()
-        self.step += 1
+        if self.shares:
+            self.shares.spread()
+        self.step, self.gathered_ema = self.step + 1, None
         self.ema.update(self.parameters, finite.float())
         for average in self.averages.values():  # of the weights at every step, moved or not
             average.update(self.parameters, torch.ones_like(finite, dtype=torch.float32))
@@ -284,22 +319,6 @@ class TrainState:
         """Whether every trained parameter is."""
         norms = torch.stack(torch._foreach_norm([p for _, p in self.named_parameters]))
         return bool(norms.isfinite().all())
-
-
-def checked_averages(state: dict, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:
-    """The power-function averages of `parameters` in the `state` of a run, by relative width.
-
-    Raises:
-        ValueError: it has none, or they do not fit `parameters`.
-    """
-    averages = state.get("averages", [])
-    if type(averages) is not list or not averages:
-        raise ValueError("it has no power-function averages (model.ema_stds)")
-    expected = [{"std": 0.1, "shadow_params": [p.detach() for p in parameters]}] * len(averages)
-    check_like(averages, expected, "averages")
-    if any(not 0 < average["std"] <= 0.25 for average in averages):
-        raise ValueError("averages have widths outside 0 to 0.25")
-    return {average["std"]: average["shadow_params"] for average in averages}
 
 
 def train_step(
@@ -328,10 +347,11 @@ def train_step(
     """
     state.model.train()
     state.objective.train()
-    state.optimizer.zero_grad()
+    trained = [p for _, p in state.named_parameters]
+    for parameter in trained:  # the optimiser may have a share of them only
+        parameter.grad = None
     value = accumulate_gradient(state, batch, generator, shard)
     state.set_learning_rate()
-    trained = [p for _, p in state.named_parameters]
     if state.replaces_nonfinite and not state.loss_scale:
         for parameter in trained:
             if parameter.grad is not None:

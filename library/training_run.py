@@ -146,13 +146,14 @@ class TrainingRun:
         if not state.is_finite():
             raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
         written, keep = self.written + [state.step] * numbered, self.keep_checkpoints
+        content = self._content(written)
         if distributed.is_main():
             write = partial(save_state, self.workdir, numbered=numbered, keep=keep)
-            state.copied = self.writer.save(self._content(written), write)
+            state.copied = self.writer.save(content, write)
         self.written = written[-keep:]  # all of them where it is 0
 
     def _content(self, written: list[int]) -> dict[str, Any]:
-        """The content of a checkpoint, with the steps of the numbered ones."""
+        """The content of a checkpoint, with the steps of the numbered ones; see `state_dict`."""
         content = self.state.state_dict() | {"written": written, "data": self.data}
         content["config"] = self.values
         if self.values["data.codec"] or self.values["data.dtype"]:
@@ -170,6 +171,7 @@ class TrainingRun:
         batch = replace(batch, images=encoded(experiment.codec, batch.images))
         generator = keyed_generator(experiment.device, "held out", self.seed)
         shard = distributed.rank(), distributed.world()
+        self.state.gather_ema()
         with self.state.with_ema():
             return held_out_loss(self.state, batch, generator, shard).item()
 
@@ -192,11 +194,19 @@ class TrainingRun:
         """The path of the picture of this step's samples."""
         return self.workdir / "samples" / f"iter_{self.state.step}" / "sample.png"
 
+    def lacks_picture(self) -> bool:
+        """Whether there is no picture of this step yet; the processes agree."""
+        return distributed.any_of(distributed.is_main() and not self.picture.exists())
+
     def draw(self, loggers: Loggers, number: int, stop: Stop) -> None:
         """Save a picture of at most `number` samples, from the same prior draw at every call.
 
         Nothing is saved where `stop` names a signal before it is done, or the solver diverges.
+        Every process has to call it; the main one draws.
         """
+        self.state.gather_ema()
+        if stop() or not distributed.is_main():
+            return
         experiment, step, samples = self.experiment, self.state.step, None
         generator = keyed_generator(experiment.device, "snapshot", self.seed)
         number = min(SNAPSHOT_SAMPLES, number)
@@ -239,33 +249,41 @@ class TrainingRun:
         """Metrics of a few samples of the EMA weights, by tag; the best state is saved.
 
         {} in a step without metrics, in processes other than the main one, where `stop` names a
-        signal before they are done, and where the solver diverges.
+        signal before they are done, and where the solver diverges. Every process has to call it.
         """
         freq, first = self.values["training.metric_freq"], self.measured != self.state.step
-        if not (freq and self.is_due(freq) and first and distributed.is_main()) or stop():
+        if not (freq and self.is_due(freq) and first):
             return {}
-        step, comparison = self.state.step, None
-        with self._drawing("samples for metrics", stop) as watch:
-            comparison = self.few_samples.compare(watch)
-        if comparison is None and stop():
-            return {}
-        self.measured = step
+        self.state.gather_ema()
+        comparison = None
+        if distributed.is_main() and not stop():
+            with self._drawing("samples for metrics", stop) as watch:
+                comparison = self.few_samples.compare(watch)
+        if comparison or not stop():
+            self.measured = self.state.step
         values = metrics_of(comparison) if comparison else {}
-        if "fid" in values:
-            self._keep_best(values["fid"], comparison)
+        if distributed.any_of("fid" in values and self._is_best(values["fid"], comparison)):
+            self._save_best()
         return {f"metrics/{key}": value for key, value in values.items()}
 
-    def _keep_best(self, fid: float, comparison: Comparison) -> None:
-        """Save the state if its distance is the lowest so far; else say how much larger it is."""
-        step, best, path = self.state.step, self.best, best_path(self.workdir)
-        distance = f"Fréchet distance {fid:.4g} of {self.few_samples.number:,} samples"
+    def _save_best(self) -> None:
+        """Save the state as the best one; every process has to call it."""
+        step, path = self.state.step, best_path(self.workdir)
+        content = self._content([number for number in self.written if number < step])
+        if distributed.is_main():
+            self.writer.wait()  # the state names files that have to be there
+            save_checkpoint(path, content | {"best": self.best.entry()})
+            log.info(f"step {step}: {self._distance(self.best.fid)}, the lowest so far: {path}")
+
+    def _distance(self, fid: float) -> str:
+        return f"Fréchet distance {fid:.4g} of {self.few_samples.number:,} samples"
+
+    def _is_best(self, fid: float, comparison: Comparison) -> bool:
+        """Whether the state's distance is the lowest so far; else the log says how it compares."""
+        step, best, distance = self.state.step, self.best, self._distance(fid)
         if best is None or fid < best.fid:
             self.best = self.few_samples.best(step, fid)
-            written = [number for number in self.written if number < step]
-            self.writer.wait()  # it has to name files that are there
-            save_checkpoint(path, self._content(written) | {"best": self.best.entry()})
-            log.info(f"step {step}: {distance}, the lowest so far: {path}")
-            return
+            return True
         noise, lowest = noise_of(comparison), f"{best.fid:.4g} of step {best.step}"
         if (excess := fid - best.fid) > WORSE * noise:
             log.warning(
@@ -274,6 +292,7 @@ class TrainingRun:
             )
         else:
             log.info(f"step {step}: {distance}, equal to {lowest} within its noise, {noise:.2g}")
+        return False
 
     def _best_so_far(self, changes: list[str]) -> Best | None:
         """The best checkpoint of earlier starts, if those to come can be compared with it.

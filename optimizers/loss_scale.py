@@ -19,7 +19,7 @@ class LossScale:
         finite_steps: in a row, 0-d, int32.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device | str = "cpu"):
         self.factor = torch.tensor(FIRST, device=device)
         self.finite_steps = torch.tensor(0, dtype=torch.int32, device=device)
 
@@ -36,3 +36,7 @@ class LossScale:
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"factor": self.factor, "finite_steps": self.finite_steps}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.factor.copy_(state["factor"])
+        self.finite_steps.copy_(state["finite_steps"])

@@ -1,46 +1,42 @@
-"""The state of an optimiser from a checkpoint, checked before it is loaded."""
+"""Moments, averages and the loss scale from a checkpoint, checked before they are loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from optimizers import NamedParameters
+from optimizers.loss_scale import LossScale
 from storage.checks import check_keys, check_like
 
 
 def checked_moments(
-    stored: dict,
-    optimizer: torch.optim.Optimizer,
-    named_parameters: NamedParameters,
-    build: Callable[[NamedParameters], torch.optim.Optimizer],
-    steps: int,
+    stored: dict, expected: dict, template: dict[int, dict], steps: int
 ) -> dict[int, dict]:
-    """Each parameter's state in `stored`, by its number: checked copies, for `optimizer` to load.
+    """Each parameter's state in `stored`, by its number, checked.
 
     Args:
-        stored: a `state_dict()` of such an optimiser, of any origin.
-        optimizer, named_parameters: what it is for.
-        build: makes an optimiser like `optimizer` of other parameters.
+        stored: a `state_dict()` of an optimiser, of any origin.
+        expected: that of the optimiser it is for, which may have no state yet.
+        template: states of its parameters, for the shapes and dtypes; see `template_of`.
         steps: those that were done when it was stored.
 
     Raises:
         ValueError: it does not fit; the message names the entry.
     """
-    template, complete = _template(optimizer, named_parameters, build)
-    groups = optimizer.state_dict()["param_groups"]
+    groups = expected["param_groups"]
     check_keys(stored, ("state", "param_groups"), "optimizer")
     stored_groups, state = stored["param_groups"], stored["state"]
     dictionaries = type(stored_groups) is list and all(type(g) is dict for g in stored_groups)
     if not dictionaries or len(stored_groups) != len(groups):
         number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
         raise ValueError(f"optimizer.param_groups is not a list of {number}")
-    for group, expected in zip(stored_groups, groups, strict=True):
+    for group, like in zip(stored_groups, groups, strict=True):
         order = group.get("params")  # a file may hold anything; only numbers can be compared
         numbers = type(order) is list and all(type(n) is int for n in order)
-        if not numbers or order != expected["params"]:
+        if not numbers or order != like["params"]:
             raise ValueError("optimizer.param_groups has the parameters in another order")
-    if complete or type(state) is not dict:
+    if expected["state"] or type(state) is not dict:
         check_keys(state, template, "optimizer.state")
     else:  # a parameter that never gets a gradient has none
         check_keys(state, [n for n in template if n in state], "optimizer.state")
@@ -54,34 +50,59 @@ def checked_moments(
             raise ValueError(f"{name}.step is not a number of steps: {entry['step']}")
         if any((entry[key] < 0).any() for key in entry if key.endswith("_sq")):
             raise ValueError(f"{name} has a negative mean of squares")
-        moments[number] = {key: _laid_out(entry[key], template[number][key]) for key in entry}
+        moments[number] = entry
     return moments
 
 
-def _template(
-    optimizer: torch.optim.Optimizer,
+def template_of(
     named_parameters: NamedParameters,
     build: Callable[[NamedParameters], torch.optim.Optimizer],
-) -> tuple[dict[int, dict], bool]:
-    """A state like the optimiser's, by parameter, and True if the optimiser already has one.
+) -> dict[int, dict]:
+    """The state, by parameter, of an optimiser that makes it only in its first step.
 
-    If it is made only in the first step, the state is that of copies after a step with zero
-    gradients.
+    It is that of copies after a step with zero gradients.
     """
-    if state := optimizer.state_dict()["state"]:
-        return state, True
     copies = [(name, nn.Parameter(torch.zeros_like(p))) for name, p in named_parameters]
     for (_, p), (_, original) in zip(copies, named_parameters, strict=True):
         p.grad, p.is_table = torch.zeros_like(p), getattr(original, "is_table", False)
     with torch.enable_grad():
         trial = build(copies)
         trial.step()
-    return trial.state_dict()["state"], False
+    return trial.state_dict()["state"]
 
 
-def _laid_out(stored: object, like: object) -> object:
-    """A copy of a `stored` tensor with the memory format and device of `like`.
+def laid_out(entry: dict, like: dict) -> dict:
+    """Copies of an `entry` of moments with the memory formats and device of those of `like`.
 
     The fused optimisers pair the memory of weights and moments, not their indices.
     """
-    return torch.empty_like(like).copy_(stored) if isinstance(stored, Tensor) else stored
+    return {
+        key: torch.empty_like(like[key]).copy_(value) if isinstance(value, Tensor) else value
+        for key, value in entry.items()
+    }
+
+
+def checked_averages(state: dict, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:
+    """The power-function averages of `parameters` in the `state` of a run, by relative width.
+
+    Raises:
+        ValueError: it has none, or they do not fit `parameters`.
+    """
+    averages = state.get("averages", [])
+    if type(averages) is not list or not averages:
+        raise ValueError("it has no power-function averages (model.ema_stds)")
+    expected = [{"std": 0.1, "shadow_params": [p.detach() for p in parameters]}] * len(averages)
+    check_like(averages, expected, "averages")
+    if any(not 0 < average["std"] <= 0.25 for average in averages):
+        raise ValueError("averages have widths outside 0 to 0.25")
+    return {average["std"]: average["shadow_params"] for average in averages}
+
+
+def checked_loss_scale(state: dict) -> dict[str, Tensor] | None:
+    """The loss scale in the `state` of a run, None where it has none; ValueError for no scale."""
+    stored = state.get("loss_scale")
+    if stored is not None:
+        check_like(stored, LossScale().state_dict(), "loss_scale")
+        if stored["factor"] <= 0:
+            raise ValueError(f"loss_scale.factor is not above 0: {stored['factor']}")
+    return stored

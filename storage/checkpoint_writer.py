@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from storage.tensors import map_tensors
 
 
 class CheckpointWriter:
@@ -36,12 +38,12 @@ class CheckpointWriter:
         """
         self.wait()
         if self.device.type != "cuda":
-            self._writing = self._thread.submit(write, _copied(state))
+            self._writing = self._thread.submit(write, map_tensors(_on_host, state))
             return None
         stream, event = torch.cuda.Stream(self.device), torch.cuda.Event()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            copy = _copied(state)
+            copy = map_tensors(_on_host, state)
             event.record(stream)
 
         def write_copied(original: dict) -> None:  # whose tensors have to live until then
@@ -71,17 +73,8 @@ class CheckpointWriter:
             self.wait()
 
 
-def _copied(value: Any) -> Any:
-    """A copy of `value`, of dictionaries, lists and tensors, on the host.
-
-    That of a GPU's tensor is complete once the current stream has come to it.
-    """
-    if isinstance(value, Tensor):
-        pinned = value.device.type == "cuda"
-        copy = torch.empty_like(value, device="cpu", pin_memory=pinned, requires_grad=False)
-        return copy.copy_(value.detach(), non_blocking=pinned)
-    if isinstance(value, dict):
-        return {key: _copied(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_copied, value))
-    return value
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy, which of a GPU's tensor is complete once the current stream has come to it."""
+    pinned = tensor.device.type == "cuda"
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)
+    return copy.copy_(tensor.detach(), non_blocking=pinned)
