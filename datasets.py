@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,9 +195,7 @@ class Data(OpenedData):
         conditions = conditions.map(lambda rows: rows.cpu().repeat_interleave(repeats, 0))
         workers, names = getattr(images, "workers", 0), getattr(images, "names", ())
         stream = Stream(source, codec.shape, workers, conditions, names)
-        size = 4 * len(source) * math.prod(codec.shape)
-        is_large = size > self.options.resident_bytes
-        return stream if is_large else decode(stream), codec.scale
+        return resident(stream, self.options.resident_bytes), codec.scale
 
     def latents(self, images: DataSet, codec: Latents, device: torch.device | str) -> Source:
         """The latents (h, w, c) of `encoded` as the autoencoder makes them; see `encoded_once`."""

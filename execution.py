@@ -15,8 +15,9 @@ import distributed
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "tf32", "bf16")
-GAIN = 1.1  # times as fast as float32 that bfloat16 has to be, to be worth its rounding
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions of 16 bits
+GAIN = 1.1  # times as fast as float32 that 16 bits have to be, to be worth their rounding
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -50,7 +51,7 @@ def for_training(
     check_precision(precision, device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    network = BFloat16(model) if precision == "bf16" else model
+    network = in_precision(model, precision)
     network = distributed.averaging_gradients(network, some_unused)
     # around the averaging, so that the compiler leaves room for it between stages of backward
     return compiled(network, device) if compiles else network
@@ -69,7 +70,7 @@ def for_sampling(
     images are laid out so, which convolutions pass on.
     """
     net = compiled(net, device) if compiles else net
-    net = BFloat16(net) if precision == "bf16" else net
+    net = in_precision(net, precision)
     if not channels_last:
         return net
 
@@ -84,15 +85,17 @@ def for_sampling(
 def measured_precision(
     net: nn.Module, run: Callable[[nn.Module], object], rounds: int = 3
 ) -> tuple[str, str]:
-    """Precision that 'auto' means for `net`, "fp32" or "bf16", and the reason in words.
+    """Precision that 'auto' means for `net`, "fp32", "bf16" or "fp16", and the reason in words.
 
-    It is "bf16" where the device has it and `run(network)` is `GAIN` times as fast with it, by the
-    fastest of `rounds` each, in turn, after one that is not counted. Processes agree.
+    It is that of 16 bits which the device has (float16 only on a GPU without bfloat16) where
+    `run(network)` is `GAIN` times as fast with it, by the fastest of `rounds` each, in turn, after
+    one that is not counted. Processes agree.
     """
     device = next(net.parameters()).device
-    if not _has_bfloat16(device):
+    if not _has_bfloat16(device) and device.type != "cuda":
         return "fp32", f"{device} has no bfloat16"
-    forms = {"fp32": net, "bf16": BFloat16(net)}
+    half = "bf16" if _has_bfloat16(device) else "fp16"
+    forms = {"fp32": net, half: HalfPrecision(net, HALVES[half])}
     seconds = {name: [] for name in forms}
     for _ in range(1 + rounds):
         for name, form in forms.items():
@@ -101,9 +104,10 @@ def measured_precision(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds[name].append(time.perf_counter() - start)
-    gain = min(seconds["fp32"][1:]) / min(seconds["bf16"][1:])
-    precision = "bf16" if distributed.any_of(gain >= GAIN) else "fp32"
-    return precision, f"bfloat16 is measured to be {gain:.2f} times as fast as float32"
+    gain = min(seconds["fp32"][1:]) / min(seconds[half][1:])
+    precision = half if distributed.any_of(gain >= GAIN) else "fp32"
+    name = str(HALVES[half]).removeprefix("torch.")
+    return precision, f"{name} is measured to be {gain:.2f} times as fast as float32"
 
 
 def set_float32_products(precision: str) -> None:
@@ -187,7 +191,8 @@ def check_precision(precision: str, device: torch.device, key: str = "training.p
     if precision not in PRECISIONS:
         raise ValueError(f"unknown {key}={precision!r}; known: {', '.join(PRECISIONS)}")
     if precision == "bf16" and not _has_bfloat16(device):
-        raise ValueError(f"{key}='bf16': {device} has no bfloat16; use 'fp32'")
+        instead = "'fp16' or 'fp32'" if device.type == "cuda" else "'fp32'"
+        raise ValueError(f"{key}='bf16': {device} has no bfloat16; use {instead}")
     if precision == "tf32" and not _has_tf32(device):
         raise ValueError(f"{key}='tf32': {device} has no TF32; use 'fp32'")
 
@@ -209,7 +214,13 @@ def named_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=distributed.local_device(torch.device(name))).device
+        device = distributed.local_device(torch.device(name))
+        return torch.empty(0, dtype=torch.float64, device=device).device
+    except TypeError as error:  # as Apple's MPS raises
+        raise ValueError(
+            f"device={name!r} has no float64, in which targets, distances and likelihoods are "
+            "computed: use device=cpu"
+        ) from error
     except (RuntimeError, AssertionError) as error:
         number = torch.cuda.device_count()
         have = ", ".join(f"cuda:{i}" for i in range(number)) or "no GPU that PyTorch can use"
@@ -228,19 +239,24 @@ def _has_bfloat16(device: torch.device) -> bool:
     return on_cpu or _has_tf32(device)  # GPUs got both with one generation
 
 
-class BFloat16(nn.Module):
-    """A network whose convolutions and matrix products are in bfloat16, its weights float32."""
+class HalfPrecision(nn.Module):
+    """A network whose convolutions and matrix products are in `dtype`, its weights float32."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.model = model
+        self.model, self.dtype = model, dtype
 
     def forward(
         self, x: Tensor, noise_label: Tensor, **conditions: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, dtype=self.dtype):
             out = self.model(x, noise_label, **conditions)
         return out.float() if isinstance(out, Tensor) else tuple(o.float() for o in out)
+
+
+def in_precision(net: nn.Module, precision: str) -> nn.Module:
+    """`net` with products of 16 bits where `precision` is one of `HALVES`, else as it is."""
+    return HalfPrecision(net, HALVES[precision]) if precision in HALVES else net
 
 
 def compiled(network: nn.Module, device: torch.device) -> nn.Module:

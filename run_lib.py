@@ -26,11 +26,12 @@ from library.evaluated_restorations import restore_images
 from library.evaluated_samples import compare_samples, draw_images
 from library.first_look import FirstLook
 from library.initial_weights import entry_of_report
+from library.loss_watch import LossWatch
 from library.posterior import ToDrawFrom
 from library.restoration import ToRestore
 from library.sample_folder import SampleFolder, default_seeds, read_encoded, read_pair, seeds_of
 from library.signals import stop_signals
-from library.training_run import LossWatch, TrainingRun, resumed_from
+from library.training_run import TrainingRun, plan_of, resumed_from
 from losses import objective_named
 from methods import method_class
 from metrics.reference import ReferenceStatistics
@@ -87,12 +88,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     names = getattr(train_data, "names", ())
     distributed.check_same("data", f"{len(train_data)} and {len(test_data)} images {names}")
     shard = distributed.rank(), distributed.world()
-    parameters = sum(p.numel() for p in experiment.network.parameters())
-    processes = f", {shard[1]} processes" if shard[1] > 1 else ""
-    plan = (
-        f"{experiment.method.name}, {len(train_data):,} images, {parameters:,} parameters, "
-        f"{device}{processes}"
-    )
+    plan = plan_of(experiment, len(train_data))
     remarks = [
         experiment.data.describe(train_data, test_data, prepare.words),
         *getattr(experiment.network, "remarks", ()),
@@ -120,7 +116,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         start = f"{'resuming' if state.step else 'starting'} at step {state.step}"
         _log_lines([f"{start} of {training.n_iters}: {plan}", *remarks])
         experiment.data.close()
-        first, draws = state.step + 1, main and training.snapshot_sampling
+        first, draws = state.step + 1, training.snapshot_sampling
         batches = datasets.shuffled_batches(
             train_data,
             objective.batch_size,
@@ -128,16 +124,18 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
             state.step,
             shard if on_disk else (0, 1),
         )
-        losses = LossWatch(training.max_bad_steps, config.optim.nonfinite)
+        nonfinite, precision = config.optim.nonfinite, training.precision
+        losses = LossWatch(training.max_bad_steps, nonfinite, precision)
         logged, logged_at = state.step, time.perf_counter()
         with (
             Loggers(training.loggers if main else "", workdir, state.step, run.values) as loggers,
             progress_bar(total=training.n_iters, initial=state.step, unit="step") as progress,
             stop_signals() as stop,
             distributed.watched(training.hang_seconds),
+            run.writer,
         ):
             # a run that was stopped before it had drawn lacks its last picture or metrics
-            if draws and state.step and run.picture_is_due() and not run.picture.exists():
+            if draws and state.step and run.picture_is_due() and run.lacks_picture():
                 run.draw(loggers, images_per_step, stop)
             loggers.add_scalars(run.measure(stop), state.step)
             while state.step < training.n_iters and not distributed.any_of(bool(stop())):
@@ -154,6 +152,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 scalars = {}
                 if run.is_due(training.log_freq):
                     newest, now = losses.look(), time.perf_counter()  # it waits for the device
+                    run.writer.check()
                     speed = (state.step - logged) * images_per_step / (now - logged_at)
                     logged, logged_at = state.step, now
                     progress.set_postfix_str(f"loss {newest:.4g}, {speed:.0f} images/s")
@@ -171,12 +170,13 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
                 if numbered or run.is_due(training.snapshot_freq_for_preemption):
                     loggers.flush()
                     run.save(numbered)
-                if draws and run.picture_is_due() and not stop():
+                if draws and run.picture_is_due():
                     run.draw(loggers, images_per_step, stop)
                 logged_at += time.perf_counter() - paused_at  # the speed is that of the steps
 
             if state.step < training.n_iters:
                 run.save()
+                run.writer.wait()
                 losses.look()
                 log.info(f"stopped by {stop() or 'a signal'} at step {state.step}, which is saved")
                 return False

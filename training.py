@@ -10,14 +10,23 @@ from torch import Tensor, nn
 
 import distributed
 from configs.keys import named
-from configs.schema import SHARE, Key, Number, Numbers, OneOf, Text, whole
+from configs.schema import SHARE, Flag, Key, Number, Numbers, OneOf, Text, whole
 from losses import Objective
 from models.ema import ExponentialMovingAverage, rise_of_edm, rise_of_power
 from models.weights import load_model
 from optimizers import OPTIMIZERS, NamedParameters
+from optimizers.loss_scale import LossScale
 from optimizers.muon import mark_tables
+from optimizers.shares import Shares, completed
+from optimizers.stored_state import (
+    checked_averages,
+    checked_loss_scale,
+    checked_moments,
+    laid_out,
+    template_of,
+)
 from sources.batch import Batch
-from storage.checks import check_keys, check_like
+from storage.checks import check_like
 
 KEYS = {
     "training.n_iters": Key(1300001, whole(1), "steps"),
@@ -29,6 +38,11 @@ KEYS = {
         of_machine="start",
     ),
     "training.accumulate": Key(1, whole(1), "micro-batches that a step's examples are split into"),
+    "training.share_state": Key(
+        False,
+        Flag(),
+        "divide EMA weights and the optimiser's moments among the processes: less memory in each",
+    ),
     "training.max_bad_steps": Key(
         20, whole(1, 10**6), "batches in a row without a finite gradient that end the run"
     ),
@@ -92,11 +106,15 @@ class TrainState:
         replaces_nonfinite: entries of a gradient that are not finite are replaced; see
             `train_step`.
         accumulate: micro-batches of a step.
+        scales_loss: the network's products are in float16; see `optimizers.loss_scale`.
+        shares: division of EMA weights and moments among processes; None: each has all.
 
     Attributes:
         network: `model` as a step calls it, wrapped by `execution` if necessary.
         parameters: those of the network that the optimiser updates.
         averages: the power-function averages, by relative width.
+        copied: the event of a GPU before which nothing here may change, if there is one; see
+            `storage.checkpoint_writer`.
     """
 
     def __init__(
@@ -114,6 +132,8 @@ class TrainState:
         grad_clip: float = -1.0,
         replaces_nonfinite: bool = False,
         accumulate: int = 1,
+        scales_loss: bool = False,
+        shares: Shares | None = None,
     ):
         self.model = self.network = model
         self.objective, self.ema, self.make_optimizer = objective, ema, optimizer
@@ -121,12 +141,15 @@ class TrainState:
         self.named_parameters = [(name, p) for name, p in named_parameters if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averages = {
-            std: ExponentialMovingAverage(self.parameters, 1.0, rise_of_power(std))
+            std: ExponentialMovingAverage(self.parameters, 1.0, rise_of_power(std), ema.is_here)
             for std in ema_stds
         }
         for module in (model, objective):
             mark_tables(module)
-        self.optimizer = optimizer(self.named_parameters)
+        self.optimizer, self.shares = optimizer(self.named_parameters), shares
+        if shares:
+            shares.keep_own(self.optimizer)
+        self.gathered_ema: list[Tensor] | None = None
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = {
             "n_iters": n_iters,
@@ -136,6 +159,8 @@ class TrainState:
         }
         self.grad_clip, self.replaces_nonfinite = grad_clip, replaces_nonfinite
         self.accumulate, self.step = accumulate, 0
+        self.loss_scale = LossScale(self.parameters[0].device) if scales_loss else None
+        self.copied: torch.cuda.Event | None = None
 
     @classmethod
     def from_config(cls, config, model: nn.Module, objective: Objective) -> Self:
@@ -146,11 +171,16 @@ class TrainState:
         if half_life < 0:
             raise ValueError(f"model.ema_half_life must be at least 0, not {half_life}")
         parameters = [p for p in model.parameters() if p.requires_grad]
+        shares, ema_options = None, {}
+        if training.share_state and distributed.world() > 1:
+            of_objective = (p for p in objective.parameters() if p.requires_grad)
+            shares = Shares([*parameters, *of_objective])
+            ema_options["is_here"] = shares.is_own
         if half_life:
             decay = 0.5 ** ((training.small_batch_size or training.batch_size) / half_life)
-            ema = ExponentialMovingAverage(parameters, decay, rise_of_edm)
+            ema = ExponentialMovingAverage(parameters, decay, rise_of_edm, **ema_options)
         else:
-            ema = ExponentialMovingAverage(parameters, config.model.ema_rate)
+            ema = ExponentialMovingAverage(parameters, config.model.ema_rate, **ema_options)
         return cls(
             model,
             objective,
@@ -164,37 +194,60 @@ class TrainState:
             grad_clip=optim.grad_clip,
             replaces_nonfinite=optim.nonfinite == "replace",
             accumulate=training.accumulate,
+            scales_loss=training.precision == "fp16",
+            shares=shares,
         )
 
     def restart_averages(self) -> None:
         """Let the EMA weights, and the averages, begin with the weights that the network has."""
         for average in (self.ema, *self.averages.values()):
-            torch._foreach_copy_(average.shadow_params, [p.detach() for p in self.parameters])
+            average.restart([p.detach() for p in self.parameters])
+
+    def gather_ema(self) -> None:
+        """Bring divided EMA weights together in the host's memory, for `with_ema` in this step.
+
+        Every process has to call it.
+        """
+        if self.shares and self.gathered_ema is None:
+            self.gathered_ema = completed(self.ema.shadow_params, everywhere=True)
 
     def with_ema(self):
         """Within the `with` block the network holds its EMA weights; it and objective evaluate."""
         self.model.eval()
         self.objective.eval()
-        return self.ema.swapped_into(self.parameters)
+        averages, device = self.gathered_ema, self.parameters[0].device
+        averages = [average.to(device) for average in averages] if self.shares else None
+        return self.ema.swapped_into(self.parameters, averages)
 
     def check_agreement(self) -> None:
         """`distributed.check_agreement` of the step and all that is trained."""
         distributed.check_agreement(self.step, [p for _, p in self.named_parameters])
 
     def state_dict(self) -> dict:
+        """All of it, to be saved. Every process has to call it, where it is divided among them.
+
+        Its form is the same then, in the main process.
+        """
         averages = [
             {"std": std, "shadow_params": average.shadow_params}
             for std, average in self.averages.items()
         ]
         objective = self.objective.state_dict()
-        return {
+        state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "step": self.step,
             **({"averages": averages} if averages else {}),
             **({"objective": dict(objective)} if objective else {}),
+            **({"loss_scale": self.loss_scale.state_dict()} if self.loss_scale else {}),
         }
+        return completed(state) if self.shares else state
+
+    def _optimizer_state(self) -> dict:
+        if self.shares:
+            return self.shares.state_dict(self.optimizer)
+        return self.optimizer.state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
@@ -206,7 +259,9 @@ class TrainState:
         Raises:
             ValueError: `state` does not fit; the message names the entry.
         """
-        moments = self._checked_moments(state["optimizer"], state["step"])
+        expected = self._optimizer_state()
+        template = expected["state"] or template_of(self.named_parameters, self.make_optimizer)
+        moments = checked_moments(state["optimizer"], expected, template, state["step"])
         averages = checked_averages(state, self.parameters) if self.averages else {}
         if averages.keys() != self.averages.keys():
             widths = ", ".join(f"{std:g}" for std in averages)
@@ -214,69 +269,33 @@ class TrainState:
         objective = state.get("objective", {})
         check_like(objective, dict(self.objective.state_dict()), "objective")
         check_like(state["ema"], self.ema.state_dict(), "ema")
+        loss_scale = checked_loss_scale(state) if self.loss_scale else None
         load_model(self.model, state["model"])
         self.objective.load_state_dict(objective)
         self.step, self.ema.num_updates = state["step"], state["ema"]["num_updates"]
-        torch._foreach_copy_(self.ema.shadow_params, state["ema"]["shadow_params"])
+        self.ema.restart(state["ema"]["shadow_params"])
         for std, average in self.averages.items():
             average.num_updates = state["step"]
-            torch._foreach_copy_(average.shadow_params, averages[std])
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-    def _checked_moments(self, optimizer: dict, steps: int) -> dict[int, dict]:
-        """Checked copies of each parameter's state in `optimizer`, stored after `steps` steps."""
-        template, complete = self._template()
-        groups = self.optimizer.state_dict()["param_groups"]
-        check_keys(optimizer, ("state", "param_groups"), "optimizer")
-        stored, state = optimizer["param_groups"], optimizer["state"]
-        dictionaries = type(stored) is list and all(type(group) is dict for group in stored)
-        if not dictionaries or len(stored) != len(groups):
-            number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
-            raise ValueError(f"optimizer.param_groups is not a list of {number}")
-        for group, expected in zip(stored, groups, strict=True):
-            order = group.get("params")  # a file may hold anything; only numbers can be compared
-            numbers = type(order) is list and all(type(n) is int for n in order)
-            if not numbers or order != expected["params"]:
-                raise ValueError("optimizer.param_groups has the parameters in another order")
-        if complete or type(state) is not dict:
-            check_keys(state, template, "optimizer.state")
-        else:  # a parameter that never gets a gradient has none
-            check_keys(state, [n for n in template if n in state], "optimizer.state")
-        moments = {}
-        for number in (n for n in template if n in state):
-            entry, name = state[number], f"optimizer.state.{number}"
-            if type(entry) is dict and type(entry.get("step")) is int:  # before PyTorch 1.12
-                entry = entry | {"step": torch.tensor(float(entry["step"]))}
-            check_like(entry, template[number], name)
-            if "step" in entry and not (0 <= entry["step"] <= steps and entry["step"] % 1 == 0):
-                raise ValueError(f"{name}.step is not a number of steps: {entry['step']}")
-            if any((entry[key] < 0).any() for key in entry if key.endswith("_sq")):
-                raise ValueError(f"{name} has a negative mean of squares")
-            moments[number] = {key: _laid_out(entry[key], template[number][key]) for key in entry}
-        return moments
-
-    def _template(self) -> tuple[dict[int, dict], bool]:
-        """A state like the optimiser's, by parameter, and True if the optimiser already has one.
-
-        If it is made only in the first step, the state is that of copies after a step with zero
-        gradients.
-        """
-        if state := self.optimizer.state_dict()["state"]:
-            return state, True
-        copies = [(name, nn.Parameter(torch.zeros_like(p))) for name, p in self.named_parameters]
-        for (_, p), (_, original) in zip(copies, self.named_parameters, strict=True):
-            p.grad, p.is_table = torch.zeros_like(p), getattr(original, "is_table", False)
-        with torch.enable_grad():
-            trial = self.make_optimizer(copies)
-            trial.step()
-        return trial.state_dict()["state"], False
+            average.restart(averages[std])
+        if self.shares:
+            self.shares.load(self.optimizer, moments)
+        else:
+            moments = {n: laid_out(entry, template[n]) for n, entry in moments.items()}
+            self.optimizer.load_state_dict(expected | {"state": moments})
+        if loss_scale:  # a run that was not in float16 before has none
+            self.loss_scale.load_state_dict(loss_scale)
 
     def set_learning_rate(self) -> None:
         """Set the learning rate of the next step."""
         factor = learning_rate_factor(self.step, **self.schedule)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
+
+    def wait_for_copy(self) -> None:
+        """Let the device, and not the host, wait until the state is copied to be saved."""
+        if self.copied is not None:
+            self.copied.wait()
+            self.copied = None
 
     def apply_gradient(self, finite: Tensor) -> None:
         """Update weights and EMA if `finite` (0-d bool, on their device) is true.
@@ -289,7 +308,9 @@ class TrainState:
             self.optimizer.step()
         elif finite:
             self.optimizer.step()
-        self.step += 1
+        if self.shares:
+            self.shares.spread()
+        self.step, self.gathered_ema = self.step + 1, None
         self.ema.update(self.parameters, finite.float())
         for average in self.averages.values():  # of the weights at every step, moved or not
             average.update(self.parameters, torch.ones_like(finite, dtype=torch.float32))
@@ -298,30 +319,6 @@ class TrainState:
         """Whether every trained parameter is."""
         norms = torch.stack(torch._foreach_norm([p for _, p in self.named_parameters]))
         return bool(norms.isfinite().all())
-
-
-def _laid_out(stored: object, like: object) -> object:
-    """A copy of a `stored` tensor with the memory format and device of `like`.
-
-    The fused optimisers pair the memory of weights and moments, not their indices.
-    """
-    return torch.empty_like(like).copy_(stored) if isinstance(stored, Tensor) else stored
-
-
-def checked_averages(state: dict, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:
-    """The power-function averages of `parameters` in the `state` of a run, by relative width.
-
-    Raises:
-        ValueError: it has none, or they do not fit `parameters`.
-    """
-    averages = state.get("averages", [])
-    if type(averages) is not list or not averages:
-        raise ValueError("it has no power-function averages (model.ema_stds)")
-    expected = [{"std": 0.1, "shadow_params": [p.detach() for p in parameters]}] * len(averages)
-    check_like(averages, expected, "averages")
-    if any(not 0 < average["std"] <= 0.25 for average in averages):
-        raise ValueError("averages have widths outside 0 to 0.25")
-    return {average["std"]: average["shadow_params"] for average in averages}
 
 
 def train_step(
@@ -335,7 +332,8 @@ def train_step(
     Where the loss or its gradient is not finite, the step counts but is not applied; or, with
     `optim.nonfinite='replace'`, entries of the gradient that are nan become 0 and those that are
     infinite 1e5 of their sign (Karras et al. 2022, arXiv 2206.00364, in the published program), and
-    the step is applied. The host waits for nothing.
+    the step is applied. With a scaled loss the step is left out in any case, and the scale halved.
+    The host waits for nothing.
 
     Args:
         state: what is updated.
@@ -349,17 +347,20 @@ def train_step(
     """
     state.model.train()
     state.objective.train()
-    state.optimizer.zero_grad()
+    trained = [p for _, p in state.named_parameters]
+    for parameter in trained:  # the optimiser may have a share of them only
+        parameter.grad = None
     value = accumulate_gradient(state, batch, generator, shard)
     state.set_learning_rate()
-    trained = [p for _, p in state.named_parameters]
-    if state.replaces_nonfinite:
+    if state.replaces_nonfinite and not state.loss_scale:
         for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
     limit = state.grad_clip if state.grad_clip >= 0 else math.inf
     finite = nn.utils.clip_grad_norm_(trained, limit).isfinite()
     state.apply_gradient(finite)
+    if state.loss_scale:
+        state.loss_scale.update(finite)
     return torch.where(finite, value, math.nan)
 
 
@@ -380,6 +381,8 @@ def accumulate_gradient(
     objective = state.objective
     batch = objective.reference(batch, generator)
     examples = objective.draw(batch, state.step, generator)
+    state.wait_for_copy()  # networks and objectives may change weights as they are called
+    scale = state.loss_scale.factor if state.loss_scale else 1
     values = []
     for i in range(accumulate):
         micro_batch = examples.shard(rank * accumulate + i, world * accumulate)
@@ -387,11 +390,14 @@ def accumulate_gradient(
         alone = i < accumulate - 1 and distributed.world() > 1
         with state.network.no_sync() if alone else contextlib.nullcontext():
             value = objective.loss(state.network, micro_batch, batch)
-            value.backward((1 + 0 * value.detach()) / accumulate)
+            value.backward((1 + 0 * value.detach()) * scale / accumulate)
         values.append(value.detach())
     for parameter in objective.parameters():  # those of the network are averaged in backward
         if parameter.grad is not None:
             parameter.grad = distributed.mean(parameter.grad)
+    if state.loss_scale:
+        trained = (p for _, p in state.named_parameters)
+        state.loss_scale.unscale([p.grad for p in trained if p.grad is not None])
     return torch.stack(values).mean()
 
 

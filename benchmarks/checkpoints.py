@@ -1,16 +1,21 @@
-"""Measure the time of saving and loading a checkpoint, and the share of saving in training.
+"""Measure the time of saving and loading a checkpoint, and what saving costs a training.
 
-    python3 benchmarks/checkpoints.py [--config configs/poisson/digits_ddpmpp.py] [--folder DIR]
+    python3 benchmarks/checkpoints.py [--config configs/poisson/digits_ddpmpp.py] [--images N]
+                                      [--rounds 15] [--folder DIR]
 
 Saving is compared with torch.save in place, which a kill or a power cut can leave half written; a
 save of this program is also flushed to the disk, with its folder's entry, and read back against its
-checksums. Loading is compared with torch.load, which compares no checksums.
+checksums. Loading is compared with torch.load, which compares no checksums. Then 30 steps are
+timed: without a checkpoint, with one for which training waits, and with one that a thread writes,
+each until all is written. A step is of N random images, by default of as many as the config says.
 """
 
 import hashlib
 import runpy
 import tempfile
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import common
@@ -18,49 +23,61 @@ import torch
 
 from experiment import Experiment
 from sources.batch import Batch
+from storage.checkpoint_writer import CheckpointWriter
 from storage.checkpoints import _check_records, load_checkpoint
 from storage.files import atomic_write
-from storage.run_checkpoints import save_to_resume
+from storage.run_checkpoints import save_state
 from training import TrainState, train_step
 
-ROUNDS = 15
+STEPS, SAVED_AFTER = 30, 10
 DIGESTS = {"CRC-32": zlib.crc32, "SHA-256": hashlib.sha256, "BLAKE2b": hashlib.blake2b}
 
 
-def saves_of_a_run(training) -> int:
-    """Number of checkpoints that a whole run writes, numbered ones and those to resume from."""
-    n = training.n_iters
-    numbered, overwritten = (
-        {*range(frequency, n + 1, frequency), n}
-        for frequency in (training.snapshot_freq, training.snapshot_freq_for_preemption)
-    )
-    return len(numbered) + len(numbered | overwritten)
+def steps_with(step: Callable, save: Callable, finish: Callable) -> None:
+    """`STEPS` steps with a `save` among them, and what is left of it at their end."""
+    for number in range(1, STEPS + 1):
+        step()
+        if number == SAVED_AFTER:
+            save()
+    finish()
+
+
+def nothing() -> None:
+    """Stand for a save where there is none."""
 
 
 def main() -> None:
     defaults = {"config": "configs/poisson/digits_ddpmpp.py", "folder": tempfile.gettempdir()}
-    options = common.options(__doc__, **defaults)
+    options = common.options(__doc__, **defaults, images=0, rounds=15)
     config = runpy.run_path(options.config)["get_config"]()
+    if options.images:
+        config.training.update(batch_size=options.images, small_batch_size=0)
     run = Experiment.build(config)
     trained = TrainState.from_config(config, run.network, run.objective)
-    images = run.data.get("train", labels=False)[: config.training.batch_size].to(run.device)
-    batch = Batch(run.codec.encode(run.codec.units(images)))
+    batch = Batch(torch.rand(config.training.batch_size, *run.codec.shape, device=run.device))
 
     def step() -> None:
         train_step(trained, batch).item()
 
     step()
-    state = trained.state_dict()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = Path(folder) / "plain.pth"
+    state = trained.state_dict() | {"written": []}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name, CheckpointWriter() as writer:
+        folder = Path(name)
+        path = folder / "plain.pth"
 
         def check() -> None:
             with open(path, "rb") as file:
                 _check_records(file)
 
         def flush() -> None:
-            with atomic_write(Path(folder) / "bytes") as file:
+            with atomic_write(folder / "bytes") as file:
                 file.write(content)
+
+        def save() -> None:
+            save_state(folder, state)
+
+        def write() -> None:
+            trained.copied = writer.save(state, partial(save_state, folder))
 
         torch.save(state, path)
         content = path.read_bytes()
@@ -70,23 +87,34 @@ def main() -> None:
             "the same bytes, flushed and renamed": flush,
             "reading back against the checksums": check,
             "looking for weights that are not finite": trained.is_finite,
-            "save": lambda: save_to_resume(Path(folder), state),
+            "save": save,
+            "the same in a thread, until training goes on": write,
             "torch.load": lambda: torch.load(path, map_location="cpu", weights_only=True),
             "load": lambda: load_checkpoint(path),
         }
-        times = common.medians(*actions.values(), rounds=ROUNDS)
-    print(f"{options.config}, {common.setting(run.device)}; medians of {ROUNDS} rounds")
-    table = common.Table((f"checkpoint of {len(content) / 1e6:.1f} MB", "<48"), ("ms", ">9.2f"))
-    for name, seconds in zip(actions, times, strict=True):
-        if name not in ("save", "load"):
-            table.row(name, 1e3 * seconds)
-    step_s, plain_s, *_, finite_s, save_s, plain_load_s, load_s = times
-    table.row(f"a save, {save_s / plain_s:.2f} times the plain one", 1e3 * (save_s + finite_s))
-    table.row(f"a load, {load_s / plain_load_s:.2f} times the plain one", 1e3 * load_s)
-    number, n_iters = saves_of_a_run(config.training), config.training.n_iters
-    share = number * (save_s + finite_s) / (n_iters * step_s)
-    print(f"{number} saves in {n_iters} steps: {share:.2%} of the training time")
-    times = common.medians(*(lambda d=d: d(content) for d in DIGESTS.values()), rounds=ROUNDS)
+        times = dict(
+            zip(actions, common.medians(*actions.values(), rounds=options.rounds), strict=True)
+        )
+        plain = {"save": times["torch.save in place"], "load": times["torch.load"]}
+        print(f"{options.config}, {common.setting(run.device)}; {options.rounds} rounds, medians")
+        table = common.Table((f"checkpoint of {len(content) / 1e6:.1f} MB", "<48"), ("ms", ">9.2f"))
+        for action, seconds in times.items():
+            ratio = f", {seconds / plain[action]:.2f} times the plain one" * (action in plain)
+            table.row(f"{action}{ratio}", 1e3 * seconds)
+
+        loops = {
+            "without a checkpoint": lambda: steps_with(step, nothing, nothing),
+            "with one, for which it waits": lambda: steps_with(step, save, nothing),
+            "with one that a thread writes": lambda: steps_with(step, write, writer.wait),
+        }
+        rounds = max(3, options.rounds // 5)
+        table = common.Table((f"{STEPS} steps", "<48"), ("s", ">9.2f"), ("more", ">7.1%"))
+        seconds = common.medians(*loops.values(), rounds=rounds)
+        for loop, total in zip(loops, seconds, strict=True):
+            table.row(loop, total, total / seconds[0] - 1)
+    times = common.medians(
+        *(lambda d=d: d(content) for d in DIGESTS.values()), rounds=options.rounds
+    )
     table = common.Table(("checksum", "<10"), ("GB/s", ">6.1f"))
     for name, seconds in zip(DIGESTS, times, strict=True):
         table.row(name, len(content) / seconds / 1e9)

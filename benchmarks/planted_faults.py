@@ -200,8 +200,8 @@ the EMA's ramp starts anew in a resumed run: test_training
 + 0
 
 the EMA weights are the weights themselves: test_training
-- [p.detach().clone() for p in parameters]
-+ [p.detach() for p in parameters]
+- p.detach().clone() if is_here(p)
++ p.detach() if is_here(p)
 
 power-function averages do not count skipped steps: test_training
 - torch.ones_like(finite, dtype=torch.float32)

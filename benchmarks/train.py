@@ -168,7 +168,7 @@ def measure_peak(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product or convolution, whichever has more on the device."""
     execution.set_float32_products(precision)
     n, images = (8192, 256) if device.type == "cuda" else (1024, 2)
-    options = {"device": device, "dtype": torch.bfloat16 if precision == "bf16" else None}
+    options = {"device": device, "dtype": execution.HALVES.get(precision)}
     a = torch.randn(n, n, **options)
     x, weight = torch.randn(images, 256, 32, 32, **options), torch.randn(256, 256, 3, 3, **options)
     return max(  # the best of many, should others use the machine

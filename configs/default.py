@@ -36,7 +36,7 @@ LOOPS = {
     "seed": Key(42, whole(0, 2**63 - 1), "of weights, noise and the order of the data"),
     "device": Key(
         "auto",
-        Text(r"auto|cpu|cuda(:\d{1,3})?", "'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        Text(r"auto|cpu|mps|cuda(:\d{1,3})?", "'auto', 'cpu', 'cuda' or 'cuda:N'"),
         "where everything is computed; 'auto': on a GPU where there is one",
     ),
     "training.snapshot_freq": Key(50000, whole(1), "steps between numbered checkpoints"),
@@ -70,9 +70,10 @@ LOOPS = {
     "training.eval_freq": Key(100, whole(1), "steps between losses on the test split"),
     "training.precision": Key(
         "fp32",
-        OneOf(("fp32", "tf32", "bf16", "auto")),
-        "of products; 'bf16' is autocast; 'auto': 'bf16' where the first start measures it to be "
-        "faster, else 'fp32'",
+        OneOf(("fp32", "tf32", "bf16", "fp16", "auto")),
+        "of products; 'bf16' and 'fp16' are autocast, the latter with a scaled loss; 'auto': "
+        "'bf16', or 'fp16' on a GPU without it, where the first start measures it to be faster, "
+        "else 'fp32'",
     ),
     "training.compile": Key(
         False, Flag(), "torch.compile the network of training; needs a compiler, and minutes"

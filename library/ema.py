@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from models.ema import rebuilding_weights
+from optimizers.stored_state import checked_averages
 from storage.checkpoints import open_checkpoint
 from storage.checks import loaded
 from storage.files import about
 from storage.run_checkpoints import written_steps
 from storage.workdir import checkpoint_path
-from training import checked_averages
 
 LARGEST_EMA_ERROR = 0.15  # of the profile; the error of the weights is about a tenth of it
 

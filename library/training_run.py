@@ -1,16 +1,12 @@
-"""The work of training beside its steps: saves, held-out loss, pictures, metrics, bad losses."""
+"""The work of training beside its steps: saves, held-out loss, pictures, metrics."""
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
-
-import torch
-from torch import Tensor
 
 import distributed
 import execution
@@ -28,17 +24,17 @@ from solvers.base import Watch
 from sources.codec import check_codec, encoded
 from sources.keyed import keyed_generator
 from storage import run_config
+from storage.checkpoint_writer import CheckpointWriter
 from storage.checkpoints import fit, open_checkpoint, save_checkpoint
 from storage.files import save_npz, save_png
 from storage.loggers import Loggers
 from storage.run_checkpoints import (
-    drop_checkpoints,
     newest_checkpoint,
     passed_over,
-    save_to_resume,
+    save_state,
     written_steps,
 )
-from storage.workdir import best_path, checkpoint_path
+from storage.workdir import best_path
 from training import TrainState, held_out_loss
 
 log = logging.getLogger(__name__)
@@ -72,6 +68,7 @@ class TrainingRun:
         few_samples: for metrics along the training, if there are any.
         measured: the last step with such metrics.
         best: the best checkpoint by them.
+        writer: of the states that are saved.
     """
 
     experiment: Parts
@@ -86,6 +83,7 @@ class TrainingRun:
     few_samples: FewSamples | None = None
     measured: int = 0
     best: Best | None = None
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     @classmethod
     def from_config(cls, config, experiment: Parts, workdir: Path, data: dict[str, Any]) -> Self:
@@ -102,7 +100,7 @@ class TrainingRun:
         values, keep = flatten(config), training.keep_checkpoints
         few_samples = FewSamples.from_config(config, experiment)
         run = cls(experiment, state, workdir, values, data, config.seed, keep)
-        run.few_samples = few_samples
+        run.few_samples, run.writer = few_samples, CheckpointWriter(experiment.device)
         return run
 
     def resume(self) -> None:
@@ -139,26 +137,25 @@ class TrainingRun:
             )
 
     def save(self, numbered: bool = False) -> None:
-        """Save the state to resume from and, if `numbered`, to evaluate.
+        """Let the writer save the state to go on from and, if `numbered`, to evaluate.
 
-        Raises FloatingPointError where weights are not finite: they would replace good ones.
+        Raises FloatingPointError where weights are not finite: they would replace good ones; and
+        OSError where the state before could not be written.
         """
         state = self.state
         state.check_agreement()
         if not state.is_finite():
             raise FloatingPointError(f"the weights are not finite at step {state.step}; not saved")
-        written = self.written + [state.step] * numbered
+        written, keep = self.written + [state.step] * numbered, self.keep_checkpoints
         content = self._content(written)
-        if distributed.is_main() and numbered:
-            save_checkpoint(checkpoint_path(self.workdir, state.step), content)
-            written = drop_checkpoints(self.workdir, written, self.keep_checkpoints)
         if distributed.is_main():
-            save_to_resume(self.workdir, content)
-        self.written = written
+            write = partial(save_state, self.workdir, numbered=numbered, keep=keep)
+            state.copied = self.writer.save(content, write)
+        self.written = written[-keep:]  # all of them where it is 0
         did(f"the save at step {state.step}")
 
     def _content(self, written: list[int]) -> dict[str, Any]:
-        """The content of a checkpoint, with the steps of the numbered ones."""
+        """The content of a checkpoint, with the steps of the numbered ones; see `state_dict`."""
         content = self.state.state_dict() | {"written": written, "data": self.data}
         content["config"] = self.values
         if self.values["data.codec"] or self.values["data.dtype"]:
@@ -176,6 +173,7 @@ class TrainingRun:
         batch = replace(batch, images=encoded(experiment.codec, batch.images))
         generator = keyed_generator(experiment.device, "held out", self.seed)
         shard = distributed.rank(), distributed.world()
+        self.state.gather_ema()
         with self.state.with_ema():
             return held_out_loss(self.state, batch, generator, shard).item()
 
@@ -198,11 +196,19 @@ class TrainingRun:
         """The path of the picture of this step's samples."""
         return self.workdir / "samples" / f"iter_{self.state.step}" / "sample.png"
 
+    def lacks_picture(self) -> bool:
+        """Whether there is no picture of this step yet; the processes agree."""
+        return distributed.any_of(distributed.is_main() and not self.picture.exists())
+
     def draw(self, loggers: Loggers, number: int, stop: Stop) -> None:
         """Save a picture of at most `number` samples, from the same prior draw at every call.
 
         Nothing is saved where `stop` names a signal before it is done, or the solver diverges.
+        Every process has to call it; the main one draws.
         """
+        self.state.gather_ema()
+        if stop() or not distributed.is_main():
+            return
         experiment, step, samples = self.experiment, self.state.step, None
         generator = keyed_generator(experiment.device, "snapshot", self.seed)
         number = min(SNAPSHOT_SAMPLES, number)
@@ -246,32 +252,41 @@ class TrainingRun:
         """Metrics of a few samples of the EMA weights, by tag; the best state is saved.
 
         {} in a step without metrics, in processes other than the main one, where `stop` names a
-        signal before they are done, and where the solver diverges.
+        signal before they are done, and where the solver diverges. Every process has to call it.
         """
         freq, first = self.values["training.metric_freq"], self.measured != self.state.step
-        if not (freq and self.is_due(freq) and first and distributed.is_main()) or stop():
+        if not (freq and self.is_due(freq) and first):
             return {}
-        step, comparison = self.state.step, None
-        with self._drawing("samples for metrics", stop) as watch:
-            comparison = self.few_samples.compare(watch)
-        if comparison is None and stop():
-            return {}
-        self.measured = step
+        self.state.gather_ema()
+        comparison = None
+        if distributed.is_main() and not stop():
+            with self._drawing("samples for metrics", stop) as watch:
+                comparison = self.few_samples.compare(watch)
+        if comparison or not stop():
+            self.measured = self.state.step
         values = metrics_of(comparison) if comparison else {}
-        if "fid" in values:
-            self._keep_best(values["fid"], comparison)
+        if distributed.any_of("fid" in values and self._is_best(values["fid"], comparison)):
+            self._save_best()
         return {f"metrics/{key}": value for key, value in values.items()}
 
-    def _keep_best(self, fid: float, comparison: Comparison) -> None:
-        """Save the state if its distance is the lowest so far; else say how much larger it is."""
-        step, best, path = self.state.step, self.best, best_path(self.workdir)
-        distance = f"Fréchet distance {fid:.4g} of {self.few_samples.number:,} samples"
+    def _save_best(self) -> None:
+        """Save the state as the best one; every process has to call it."""
+        step, path = self.state.step, best_path(self.workdir)
+        content = self._content([number for number in self.written if number < step])
+        if distributed.is_main():
+            self.writer.wait()  # the state names files that have to be there
+            save_checkpoint(path, content | {"best": self.best.entry()})
+            log.info(f"step {step}: {self._distance(self.best.fid)}, the lowest so far: {path}")
+
+    def _distance(self, fid: float) -> str:
+        return f"Fréchet distance {fid:.4g} of {self.few_samples.number:,} samples"
+
+    def _is_best(self, fid: float, comparison: Comparison) -> bool:
+        """Whether the state's distance is the lowest so far; else the log says how it compares."""
+        step, best, distance = self.state.step, self.best, self._distance(fid)
         if best is None or fid < best.fid:
             self.best = self.few_samples.best(step, fid)
-            written = [number for number in self.written if number < step]
-            save_checkpoint(path, self._content(written) | {"best": self.best.entry()})
-            log.info(f"step {step}: {distance}, the lowest so far: {path}")
-            return
+            return True
         noise, lowest = noise_of(comparison), f"{best.fid:.4g} of step {best.step}"
         if (excess := fid - best.fid) > WORSE * noise:
             log.warning(
@@ -280,6 +295,7 @@ class TrainingRun:
             )
         else:
             log.info(f"step {step}: {distance}, equal to {lowest} within its noise, {noise:.2g}")
+        return False
 
     def _best_so_far(self, changes: list[str]) -> Best | None:
         """The best checkpoint of earlier starts, if those to come can be compared with it.
@@ -299,6 +315,17 @@ class TrainingRun:
             return best
         log.info(f"{path} is of other samples or other steps; the next metrics replace it")
         return None
+
+
+def plan_of(experiment: Parts, images: int) -> str:
+    """The method, number of `images`, size of the network, device and processes, in words."""
+    parameters = sum(p.numel() for p in experiment.network.parameters())
+    world = distributed.world()
+    processes = f", {world} processes" if world > 1 else ""
+    return (
+        f"{experiment.method.name}, {images:,} images, {parameters:,} parameters, "
+        f"{experiment.device}{processes}"
+    )
 
 
 def resumed_from(workdir: Path, experiment: Parts, values: dict[str, Any]) -> tuple[int, list[str]]:
@@ -321,46 +348,3 @@ def resumed_from(workdir: Path, experiment: Parts, values: dict[str, Any]) -> tu
     step = fit(partial(load_ema, experiment.network), content, path, changes)
     lines += [f"the config differs from that of the run: {change}" for change in changes]
     return step, lines
-
-
-class LossWatch:
-    """Check of the losses of several steps at once, so that no step waits for its device.
-
-    Args:
-        max_bad_steps: losses in a row that are not finite, which end the run.
-        nonfinite: value of `optim.nonfinite`, for the messages.
-    """
-
-    def __init__(self, max_bad_steps: int, nonfinite: str):
-        self.nonfinite = nonfinite
-        self.limit, self.bad_in_a_row, self.newest = max_bad_steps, 0, math.nan
-        self.losses: dict[int, Tensor] = {}  # by the batch's number, since the last look
-
-    def add(self, batch: int, loss: Tensor) -> None:
-        """Note the loss of a step on batch number `batch`, as `train_step` returns it."""
-        self.losses[batch] = loss
-        did(f"the step on batch {batch}")
-        if len(self.losses) >= self.limit:
-            self.look()
-
-    def look(self) -> float:
-        """The newest loss. Warns of each that is not finite, raises at `max_bad_steps` in a row."""
-        if not self.losses:
-            return self.newest
-        losses = distributed.mean(torch.stack([*self.losses.values()])).tolist()
-        for batch, loss in zip(self.losses, losses, strict=True):
-            self.newest = loss
-            self.bad_in_a_row = 0 if math.isfinite(loss) else self.bad_in_a_row + 1
-            if self.bad_in_a_row:
-                log.warning(
-                    f"batch {batch}: the loss or its gradient is not finite "
-                    f"(optim.nonfinite={self.nonfinite!r}, {self.bad_in_a_row} in a row)"
-                )
-            if self.bad_in_a_row == self.limit:
-                raise FloatingPointError(
-                    f"the loss or its gradient was not finite for training.max_bad_steps="
-                    f"{self.limit} batches in a row, the last one number {batch}; the weights "
-                    "before them are not ruined, and the last checkpoint is intact"
-                )
-        self.losses = {}
-        return self.newest

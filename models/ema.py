@@ -84,11 +84,18 @@ class ExponentialMovingAverage:
         parameters: Iterable[nn.Parameter],
         decay: float,
         rise: Callable[[int], float] = lambda k: (1 + k) / (10 + k),
+        is_here: Callable[[nn.Parameter], bool] = lambda parameter: True,
     ):
-        """Starts from a copy of `parameters`; `decay` in [0, 1]."""
-        self.decay, self.rise = decay, rise
+        """Starts from a copy of those `parameters` that are here; `decay` in [0, 1].
+
+        The others' EMA weights another process has; see `optimizers.shares`.
+        """
+        self.decay, self.rise, self.is_here = decay, rise, is_here
         self.num_updates = 0
-        self.shadow_params = [p.detach().clone() for p in parameters]
+        self.shadow_params = [
+            p.detach().clone() if is_here(p) else torch.empty_like(p, device="meta")
+            for p in parameters
+        ]
 
     @torch.no_grad()
     def update(self, parameters: Iterable[nn.Parameter], applied: Tensor) -> None:
@@ -99,22 +106,32 @@ class ExponentialMovingAverage:
         """
         self.num_updates += 1
         weight = 1 - min(self.decay, self.rise(self.num_updates))
-        weights = [weight * applied] * len(self.shadow_params)
-        torch._foreach_lerp_(self.shadow_params, list(parameters), weights)
+        averages, parameters = self._here(parameters)
+        torch._foreach_lerp_(averages, parameters, [weight * applied] * len(averages))
+
+    @torch.no_grad()
+    def restart(self, weights: Iterable[Tensor]) -> None:
+        """Copy `weights`, in the order of construction."""
+        torch._foreach_copy_(*self._here(weights))
+
+    def _here(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The EMA weights that are here, and those of the `tensors` in the same places."""
+        pairs = zip(self.shadow_params, tensors, strict=True)
+        pairs = [(average, tensor) for average, tensor in pairs if not average.is_meta]
+        return [average for average, _ in pairs], [tensor for _, tensor in pairs]
 
     @contextlib.contextmanager
-    def swapped_into(self, parameters: Iterable[nn.Parameter]):
-        """Within the `with` block, `parameters` hold the EMA weights."""
+    def swapped_into(
+        self, parameters: Iterable[nn.Parameter], averages: list[Tensor] | None = None
+    ):
+        """Within the `with` block, `parameters` hold the EMA weights, or these `averages`."""
         parameters = list(parameters)
-        self._swap(parameters)
+        averages = self.shadow_params if averages is None else averages
+        _swap(averages, parameters)
         try:
             yield
         finally:
-            self._swap(parameters)
-
-    def _swap(self, parameters: list[nn.Parameter]) -> None:
-        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
-            shadow.data, parameter.data = parameter.data, shadow.data
+            _swap(averages, parameters)
 
     def state_dict(self) -> dict:
         return {
@@ -122,3 +139,8 @@ class ExponentialMovingAverage:
             "num_updates": self.num_updates,
             "shadow_params": self.shadow_params,
         }
+
+
+def _swap(averages: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    for average, parameter in zip(averages, parameters, strict=True):
+        average.data, parameter.data = parameter.data, average.data

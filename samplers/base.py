@@ -49,7 +49,7 @@ KEYS = {
     ),
     "sampling.precision": Key(
         "fp32",
-        OneOf(("fp32", "bf16", "auto")),
+        OneOf(("fp32", "bf16", "fp16", "auto")),
         "precision of the network in sampling, as training.precision; states are float32",
     ),
     "sampling.size": Key(

@@ -71,8 +71,20 @@ def passed_over(workdir: Path) -> list[str]:
 # --- to go on from -------------------------------------------------------------------------------
 
 
-def save_to_resume(workdir: Path, state: dict) -> None:
-    """Save the newest state and keep the one before; OSError where it cannot be written."""
+def save_state(workdir: Path, state: dict, numbered: bool = False, keep: int = 0) -> None:
+    """Save `state` to go on from, keeping the one before, and first, if `numbered`, to evaluate.
+
+    Args:
+        workdir: of the run.
+        state: content of the checkpoint.
+        numbered: whether it is also a numbered checkpoint, which the list `written` in it names.
+        keep: numbered checkpoints that are left; see `drop_checkpoints`.
+
+    Raises OSError where it cannot be written.
+    """
+    if numbered:
+        save_checkpoint(checkpoint_path(workdir, state["step"]), state)
+        drop_checkpoints(workdir, state["written"], keep)
     newest, previous = resume_paths(workdir)
     save_checkpoint(newest, state, previous)
 
@@ -165,23 +177,18 @@ def written_steps(checkpoint: dict, path: Path) -> list[int]:
     return steps
 
 
-def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> list[int]:
+def drop_checkpoints(workdir: Path, written: list[int], keep: int) -> None:
     """Delete the oldest of the run's own numbered checkpoints, to leave `keep` (0: all).
 
     Args:
         workdir: of the run.
         written: their steps, in the order of writing; files of other steps are not touched.
         keep: number of checkpoints.
-
-    Returns:
-        The steps of the checkpoints that remain.
     """
-    dropped = written[:-keep] if keep else []
-    for step in dropped:
+    for step in written[:-keep] if keep else []:
         path = checkpoint_path(workdir, step)
         for file in (path, *path.parent.glob(f"{path.stem}.fitted*.npz")):
             file.unlink(missing_ok=True)
-    return written[len(dropped) :]
 
 
 def fitted_path(checkpoint: Path, n: int = 0) -> Path:

@@ -16,7 +16,7 @@ from torch import nn
 
 import methods
 from configs.pfgmpp import digits_consistency
-from execution import BFloat16
+from execution import HalfPrecision
 from methods.base import spread
 from methods.field import posterior_mean
 from models.mlp import MLP
@@ -406,7 +406,7 @@ def test_neither_shards_nor_micro_batches_change_the_gradient(target, one_thread
 def test_all_weights_learn_in_bfloat16(one_thread):
     """The first pass, without gradients, leaves no weights behind that have none."""
     full, half = small_state(), small_state()
-    half.network = BFloat16(half.model)
+    half.network = HalfPrecision(half.model, torch.bfloat16)
     for state in (full, half):
         accumulate_gradient(state, digits(8), generator(1))
     a, b = gradient_of(full), gradient_of(half)

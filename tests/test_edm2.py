@@ -420,7 +420,7 @@ def test_bfloat16_is_near(one_thread):
     for block in model.modules():
         if isinstance(block, Block):
             block.dropout = 0.0
-    rounded = execution.BFloat16(model)(*arguments, **labels)
+    rounded = execution.HalfPrecision(model, torch.bfloat16)(*arguments, **labels)
     rounded.square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     exact = model(*arguments, **labels)

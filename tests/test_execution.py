@@ -181,8 +181,8 @@ def test_full_float32_gives_back_what_it_found():
 
 def test_an_unknown_precision_names_the_known(small):
     _, model = small
-    with pytest.raises(ValueError, match="precision='fp16'; known: fp32, tf32, bf16"):
-        execution.for_training(model, "fp16")
+    with pytest.raises(ValueError, match="precision='fp8'; known: fp32, tf32, bf16, fp16"):
+        execution.for_training(model, "fp8")
 
 
 # --- what 'auto' takes ----------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_auto_takes_bfloat16_where_it_pays(small, monkeypatch, plain, in_bfloat1
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def run(network):
-        clock[0] += in_bfloat16 if isinstance(network, execution.BFloat16) else plain
+        clock[0] += in_bfloat16 if isinstance(network, execution.HalfPrecision) else plain
         clock[0] += 0 if network in called else 1000 * len(called)
         called.append(network)
 

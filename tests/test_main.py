@@ -324,8 +324,8 @@ MISTAKES = {
         "batch_size must be .* at least 1, not 0",
     ),
     "precision": (
-        ["--config.training.precision=fp16"],
-        "precision must be .*'auto', not 'fp16'",
+        ["--config.training.precision=fp8"],
+        "precision must be .*'auto', not 'fp8'",
     ),
     "parts": (["--config.training.accumulate=7"], "96 images of a step .* into 7 shards"),
     "share": (["--config.model.dropout=2"], "model.dropout must be a number from 0 to 1, not 2"),

@@ -1,0 +1,42 @@
+"""The factor of a loss whose gradients are computed in float16."""
+
+import torch
+from torch import Tensor
+
+FIRST = 2.0**16
+PATIENCE = 2000  # finite steps in a row after which the factor is doubled
+
+
+class LossScale:
+    """A factor that keeps small gradients above the least numbers of float16, 6e-8.
+
+    It is halved where a gradient is not finite, and doubled after `PATIENCE` finite ones in a row
+    (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2; `torch.amp.GradScaler`, whose numbers
+    these are). The host never waits for it.
+
+    Attributes:
+        factor: 0-d, float32.
+        finite_steps: in a row, 0-d, int32.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.factor = torch.tensor(FIRST, device=device)
+        self.finite_steps = torch.tensor(0, dtype=torch.int32, device=device)
+
+    def unscale(self, gradients: list[Tensor]) -> None:
+        """Divide the `gradients` of the scaled loss by the factor."""
+        torch._foreach_mul_(gradients, 1 / self.factor)
+
+    def update(self, finite: Tensor) -> None:
+        """Prepare for the next step, by whether the gradient was `finite` (0-d bool)."""
+        steps = (self.finite_steps + 1) * finite
+        grows = steps == PATIENCE
+        self.factor *= torch.where(finite, 1.0 + grows, 0.5)
+        self.finite_steps.copy_(steps * ~grows)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"factor": self.factor, "finite_steps": self.finite_steps}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.factor.copy_(state["factor"])
+        self.finite_steps.copy_(state["finite_steps"])
