@@ -48,6 +48,7 @@ FORMS = {  # their options, and how far their losses may be from those in float3
     "float32": ({}, 0.0),  # is kept, and compared with itself
     "TF32": ({"training.precision": "tf32"}, 0.01),
     "bfloat16": ({"training.precision": "bf16"}, 0.05),
+    "float16": ({"training.precision": "fp16"}, 0.05),
     "bfloat16, channels_last": (
         {"training.precision": "bf16", "training.channels_last": True},
         0.05,
