@@ -27,7 +27,8 @@ PUBLISHED = json.loads((ROOT / "tests/golden/configs.json").read_text())
 DEFECTS = {"ve/ncsnv2/bedroom.py": {"training.continuous": False}}
 
 DIGITS = [f"{name}/digits_ddpmpp.py" for name in ("edm", "pfgmpp", "poisson", "subvp", "vp")]
-DIGITS += ["pfgmpp/digits_demo.py", "poisson/digits_ncsnpp.py", "ve/digits_ncsnpp.py"]
+DIGITS += [f"{method}/digits_demo.py" for method in ("pfgmpp", "poisson", "vp")]
+DIGITS += ["poisson/digits_ncsnpp.py", "ve/digits_ncsnpp.py"]
 IMAGES = [f"{name}/images{n}_ddpmpp.py" for name in ("pfgmpp", "poisson", "vp") for n in (32, 64)]
 IMAGES += ["pfgmpp/images16_ddpmpp.py", "pfgmpp/images16_consistency.py"]
 IMAGES += ["pfgmpp/denoise_ddpmpp.py"]
