@@ -12,6 +12,7 @@ import run_lib
 from datasets import Data
 from experiment import Experiment, load
 from reports import plates, toy
+from reports.settings import of_report, sampler_words
 from sources.toys import TOYS
 from storage.checkpoints import load_checkpoint
 
@@ -83,6 +84,8 @@ def test_evaluated_sampled_and_shared(workdir, tmp_path):
         assert np.isfinite([report[key] for key in ("fid", "loss")]).all()
         assert report["nonfinite"] < 15
         assert "bpd" not in report
+        made_by = of_report(report)
+    assert sampler_words(made_by) == "field lines, rtol 0.001, atol 0.001"
     assert (workdir / "eval/report.html").exists()
     run_lib.export(config, workdir, tmp_path)
     seeds = {}
