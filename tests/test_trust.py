@@ -21,7 +21,13 @@ OF_MACHINE = {
     "start": {"training.init_from"},
     "always": {"eval.inception_path", "eval.stats_dir", "sampling.guide", "data.codec"},
     "file": {
-        *("data.path", "data.condition_path", "data.data_dir", "data.tfrecords_path"),
+        *(
+            "data.path",
+            "data.condition_path",
+            "data.prior_path",
+            "data.data_dir",
+            "data.tfrecords_path",
+        ),
         *("sampling.restore_path", "sampling.restore_mask"),
         *("sampling.encode", "sampling.between", "sampling.condition"),
     },
