@@ -123,6 +123,7 @@ def test_what_it_cannot_do_is_one_line(workdir, use):
         ({"data.prior_dataset": ""}, "set data.prior_dataset"),
         ({"data.prior_dataset": "folder"}, "needs data.prior_path"),
         ({"data.num_classes": 3}, "its network is given no conditions"),
+        ({"data.patch": (1, 1)}, "data.patch=.1, 1.: .* from whole images to whole images"),
         ({"efm.z_min": 5.0}, "efm.z_min must lie between 0 and efm.L"),
     ],
 )
