@@ -198,6 +198,8 @@ def solver_words(settings: Settings, *cost: str) -> str:
         levels = at.get("levels") or settings.values.get(CHOSEN_LEVELS) or ()
         levels = [f"{float(level):.3g}" for level in levels]
         words = ["consistency", *cost] + [f"noise levels {', '.join(levels)}"] * bool(levels)
+    elif at.get("method") == "field_lines":
+        words = ["field lines", *cost, f"rtol {at.get('rtol')}, atol {at.get('atol')}"]
     elif at.get("method") != "ode":
         words = [f"{at.get('predictor')} and {at.get('corrector')}", *cost]
     elif at.get("schedule") == "its own":
