@@ -12,6 +12,7 @@ import run_lib
 from datasets import Data
 from experiment import Experiment, load
 from reports import plates, toy
+from reports.settings import of_report, solver_words
 from sources.toys import TOYS
 from storage.checkpoints import load_checkpoint
 
@@ -76,6 +77,25 @@ def test_a_run_resumes_bit_for_bit(tmp_path):
         torch.testing.assert_close(*(s[part] for s in states), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_lines_that_are_given_up_are_in_no_picture(tmp_path, monkeypatch, caplog, every):
+    def follow(direction, points, luck, **options):
+        ends = points[:, :-1].clone()
+        ends[::every] = torch.nan
+        return ends, 3
+
+    monkeypatch.setattr("samplers.field_lines.follow", follow)
+    steps = {"training__n_iters": 1, "training__snapshot_freq": 1}
+    config = config_of(tmp_path, TINY, training__snapshot_sampling=True, **steps)
+    assert run_lib.train(config, tmp_path / "run")
+    assert f"step 1: {64 // every} of 64 samples are not finite" in caplog.text
+    pictures = [*(tmp_path / "run").glob("samples/*/sample.npz")]
+    assert len(pictures) == every - 1
+    for path in pictures:
+        with np.load(path) as file:
+            assert len(file["samples"]) == 32
+
+
 def test_evaluated_sampled_and_shared(workdir, tmp_path):
     config = config_of(workdir.parent)
     run_lib.evaluate(config, workdir)
@@ -83,6 +103,14 @@ def test_evaluated_sampled_and_shared(workdir, tmp_path):
         assert np.isfinite([report[key] for key in ("fid", "loss")]).all()
         assert report["nonfinite"] < 15
         assert "bpd" not in report
+        settings = of_report(report)
+    assert solver_words(settings) == "field lines, rtol 0.001, atol 0.001"
+    priors = [
+        Experiment.build(config_of(workdir.parent, data__prior_dataset=name)).method.origin()
+        for name in ("eight_gaussians", "heart")
+    ]
+    matches = [each["prior"].startswith(settings.values["method.prior"]) for each in priors]
+    assert matches == [True, False]
     assert (workdir / "eval/report.html").exists()
     run_lib.export(config, workdir, tmp_path)
     seeds = {}
