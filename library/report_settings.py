@@ -31,6 +31,8 @@ def from_config(
     made_by |= {"data.centered": origin["centered"], "training.precision": origin["precision"]}
     made_by |= BEFORE | experiment.parts
     made_by |= {"eval.batch_size": options.batch_size, **of_method(experiment.method)}
+    of_prior = experiment.method.origin()  # another prior is another task
+    made_by |= {f"method.{name}": digest[:DIGITS] for name, digest in of_prior.items()}
     made_by |= {f"model.{name}": value for name, value in origin["network"].items()}
     levels = experiment.sampler.settings.get("levels")
     if levels and not config.sampling.levels:

@@ -219,7 +219,12 @@ class TrainingRun:
             )
         if samples is None:
             return
-        stored = experiment.codec.stored(samples)
+        finite = samples.flatten(1).isfinite().all(1)  # field lines are given up one by one
+        if lost := int((~finite).sum()):
+            log.warning(f"step {step}: {lost} of {number} samples are not finite, nor shown")
+        if lost == number:
+            return
+        stored = experiment.codec.stored(samples[finite])
         grid = image_grid(experiment.codec.pictures(stored))
         save_npz(self.picture.with_suffix(".npz"), samples=stored)
         save_png(self.picture, grid)

@@ -137,6 +137,11 @@ class FieldMatching(Method):
                 f"training.sde={config.training.sde!r} leads from one data set to another: set "
                 "data.prior_dataset, and data.prior_path or data.prior_classes"
             )
+        if config.data.patch:
+            raise ValueError(
+                f"data.patch={tuple(config.data.patch)}: training.sde={config.training.sde!r} "
+                "leads from whole images to whole images: leave it out"
+            )
         return cls(prior=images, **{name: config.efm[name] for name in cls.options})
 
     def with_data(self, data, codec):

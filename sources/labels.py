@@ -5,6 +5,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,8 @@ def only(source: Source, names: str) -> View:
         has = ", ".join([*by_name][:MAX_SHOWN]) + ", ..." * (len(by_name) > MAX_SHOWN)
         raise ValueError(f"data.classes={shown(names)} are not all classes of these data: {has}")
     index = np.flatnonzero(np.isin(classes.labels, numbers))
+    if isinstance(source, View):  # conditions and sizes are those of its own source
+        return replace(source, index=source.index[index])
     return View(source, np.asarray, index, lambda: classes)
 
 

@@ -77,6 +77,25 @@ def test_a_run_resumes_bit_for_bit(tmp_path):
         torch.testing.assert_close(*(s[part] for s in states), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_lines_that_are_given_up_are_in_no_picture(tmp_path, monkeypatch, caplog, every):
+    def follow(direction, points, luck, **options):
+        ends = points[:, :-1].clone()
+        ends[::every] = torch.nan
+        return ends, 3
+
+    monkeypatch.setattr("samplers.field_lines.follow", follow)
+    steps = {"training__n_iters": 1, "training__snapshot_freq": 1}
+    config = config_of(tmp_path, TINY, training__snapshot_sampling=True, **steps)
+    assert run_lib.train(config, tmp_path / "run")
+    assert f"step 1: {64 // every} of 64 samples are not finite" in caplog.text
+    pictures = [*(tmp_path / "run").glob("samples/*/sample.npz")]
+    assert len(pictures) == every - 1
+    for path in pictures:
+        with np.load(path) as file:
+            assert len(file["samples"]) == 32
+
+
 def test_evaluated_sampled_and_shared(workdir, tmp_path):
     config = config_of(workdir.parent)
     run_lib.evaluate(config, workdir)
@@ -84,8 +103,14 @@ def test_evaluated_sampled_and_shared(workdir, tmp_path):
         assert np.isfinite([report[key] for key in ("fid", "loss")]).all()
         assert report["nonfinite"] < 15
         assert "bpd" not in report
-        made_by = of_report(report)
-    assert sampler_words(made_by) == "field lines, rtol 0.001, atol 0.001"
+        settings = of_report(report)
+    assert sampler_words(settings) == "field lines, rtol 0.001, atol 0.001"
+    priors = [
+        Experiment.build(config_of(workdir.parent, data__prior_dataset=name)).method.origin()
+        for name in ("eight_gaussians", "heart")
+    ]
+    matches = [each["prior"].startswith(settings.values["method.prior"]) for each in priors]
+    assert matches == [True, False]
     assert (workdir / "eval/report.html").exists()
     run_lib.export(config, workdir, tmp_path)
     seeds = {}
@@ -126,6 +151,7 @@ def test_what_it_cannot_do_is_one_line(workdir, use):
         ({"data.prior_dataset": ""}, "set data.prior_dataset"),
         ({"data.prior_dataset": "folder"}, "needs data.prior_path"),
         ({"data.num_classes": 3}, "its network is given no conditions"),
+        ({"data.patch": (1, 1)}, "data.patch=.1, 1.: .* from whole images to whole images"),
         ({"efm.z_min": 5.0}, "efm.z_min must lie between 0 and efm.L"),
     ],
 )

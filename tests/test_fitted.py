@@ -449,7 +449,7 @@ def test_a_fit_goes_with_its_checkpoint(tmp_path):
     path = save(config, tmp_path, seed=1)
     for fit_file in (fitted_path(path), fitted_path(path, 10)):
         fit_file.write_bytes(b"")
-    assert drop_checkpoints(tmp_path, [4, 8], keep=1) == [8]
+    drop_checkpoints(tmp_path, [4, 8], keep=1)
     assert not any((tmp_path / "checkpoints").iterdir())
 
 

@@ -135,6 +135,16 @@ def test_conditions_in_folders_are_matched_by_name(folders):
         torch.testing.assert_close(batch.conditions["image"], expected)
 
 
+@pytest.mark.parametrize("held_out", [0, 4])
+def test_conditions_of_the_classes_that_are_taken(two_classes, held_out):
+    config = completed(*two_classes, data__classes="b", data__held_out=held_out)
+    batch = datasets.batch_at(datasets.Data(config.data).get("train"), slice(None))
+    numbers = batch.images[:, 0, 0, 0].tolist()
+    assert len(numbers) >= 10 - held_out and all(number % 2 for number in numbers)
+    expected = batch.images.float() / 127.5 - 1
+    torch.testing.assert_close(batch.conditions["image"], expected)
+
+
 def test_an_array_of_conditions_belongs_to_a_folder_by_order(folders, tmp_path):
     names = sorted(f"scan{i}" for i in range(20))
     order = [int(name.removeprefix("scan")) for name in names]

@@ -182,7 +182,7 @@ def test_evaluating_needs_no_config_and_tells_what_differs(tmp_path, caplog):
 class Weighted(nn.Module):
     """A codec with weights, which counts how often it is built."""
 
-    keys, built, identity = {}, 0, "shift of zeros"
+    keys, built, identity, log_volume = {}, 0, "shift of zeros", 0.0
 
     def __init__(self, shape):
         super().__init__()
