@@ -41,8 +41,9 @@ KEYS = {
     "training.condition_dropout": Key(
         0.0,
         SHARE,
-        "share of the examples whose condition of data.condition_path is 0 instead; with another "
-        "label_dropout those of the smaller share lose both; guidance by it needs this",
+        "share of the examples whose condition of data.condition_path is replaced by 0, which "
+        "guidance needs; examples that lose the kind of condition with the smaller share (of this "
+        "and training.label_dropout) lose both",
     ),
 }
 

@@ -46,7 +46,7 @@ KEYS = {
         "ode",
         OneOf(registry="sampling.SAMPLERS"),
         "the ODE or, for SDEs, 'pc': predictor and corrector; 'consistency': N evaluations of a "
-        "network of training.objective='consistency'; 'field_lines': of field matching",
+        "network of training.objective='consistency'; 'field_lines': for field matching",
     ),
 }
 

@@ -41,7 +41,7 @@ KEYS = {
     "training.share_state": Key(
         False,
         Flag(),
-        "divide EMA weights and the optimiser's moments among the processes: less memory in each",
+        "divide EMA weights and the optimiser's moments among the processes, to save memory",
     ),
     "training.max_bad_steps": Key(
         20, whole(1, 10**6), "batches in a row without a finite gradient that end the run"

@@ -3,11 +3,12 @@
     python3 benchmarks/checkpoints.py [--config configs/poisson/digits_ddpmpp.py] [--images N]
                                       [--rounds 15] [--folder DIR]
 
-Saving is compared with torch.save in place, which a kill or a power cut can leave half written; a
-save of this program is also flushed to the disk, with its folder's entry, and read back against its
-checksums. Loading is compared with torch.load, which compares no checksums. Then 30 steps are
-timed: without a checkpoint, with one for which training waits, and with one that a thread writes,
-each until all is written. A step is of N random images, by default of as many as the config says.
+Saving is compared with torch.save in place, whose file a kill or a power cut can leave half
+written; a save of this program is also flushed to the disk, with its folder's entry, and read back
+against its checksums. Loading is compared with torch.load, which compares no checksums. Then 30
+steps are timed until everything is written: without a checkpoint, with one for which training
+waits, and with one that a thread writes. A step has N random images, by default as many as the
+config says.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ DIGESTS = {"CRC-32": zlib.crc32, "SHA-256": hashlib.sha256, "BLAKE2b": hashlib.b
 
 
 def steps_with(step: Callable, save: Callable, finish: Callable) -> None:
-    """`STEPS` steps with a `save` among them, and what is left of it at their end."""
+    """Take `STEPS` steps with a `save` among them; `finish` waits for it at their end."""
     for number in range(1, STEPS + 1):
         step()
         if number == SAVED_AFTER:
@@ -43,7 +44,7 @@ def steps_with(step: Callable, save: Callable, finish: Callable) -> None:
 
 
 def nothing() -> None:
-    """Stand for a save where there is none."""
+    """Do nothing, in place of a save."""
 
 
 def main() -> None:

@@ -2,11 +2,12 @@
 
     python3 benchmarks/cifar10.py FILE [--hours 1] [--workdir runs/cifar10] [--inception NETWORK]
 
-FILE is EDM's cifar10-32x32.zip or cifar-10-python.tar.gz of CIFAR's authors. First a step is
-measured in each form of `make gpu`, in as few micro-batches as fit the card. The fastest trains for
-as many steps as it makes in an hour; the learning rate rises over the published share of them. A
-start after a stop goes on. docs/gpu-{card}-cifar-10.md gets the table, and the JSON beside it the
-figures, to be sent. The Frechet distance is one of pixels; with NETWORK, a file of NVIDIA's
+FILE is EDM's cifar10-32x32.zip, or cifar-10-python.tar.gz of CIFAR's authors. First a training step
+is measured in each form of `make gpu`, in as few micro-batches as fit on the card. The network is
+then trained in the fastest form, for as many steps as that takes in an hour; the learning rate
+rises over the published share of them. The same command resumes a run that was stopped. The table
+is written to docs/gpu-{card}-cifar-10.md, the figures to the JSON file beside it, which users are
+asked to send. The Frechet distance is measured in pixels; with NETWORK, a file of NVIDIA's
 Inception, it is the published FID.
 """
 
@@ -24,15 +25,15 @@ import numpy as np
 import self_check
 
 CONFIG = "pfgmpp.cifar10_ddpmpp"
-IMAGES = 512  # of a step, as published
+IMAGES = 512  # batch size, as published
 DATA = {"data.dataset": "folder", "data.num_channels": 3, "data.num_classes": 0}
 EVALUATION = {"eval.enable_loss": True, "eval.steps": "last", "eval.batch_size": 500}
-STEPS = 10  # measured, of each form
+STEPS = 10  # measured steps of each form
 METRICS = {"fid": "Frechet distance", "kid": "kernel distance", "loss": "held-out loss"}
 
 
 def options_of(data: Path, inception: str | None) -> dict:
-    """Options of the data and of the evaluation; a zip of EDM's has no images to hold out."""
+    """Options of the data and of the evaluation; EDM's zip has no images to hold out."""
     features = {"eval.features": "pixels"}
     if inception:
         features = {"eval.features": "network:inception", "eval.inception_path": inception}
@@ -41,9 +42,9 @@ def options_of(data: Path, inception: str | None) -> dict:
 
 
 def schedule(steps: int) -> dict:
-    """Options of a training of so many steps, at the shares of the published one.
+    """Options of a training of `steps` steps, with the published proportions.
 
-    In a short one the learning rate also falls at the end, and the EMA is relatively longer.
+    In a short training the learning rate also falls at the end, and the EMA is relatively longer.
     """
     return {
         "training.n_iters": steps,
@@ -57,9 +58,9 @@ def schedule(steps: int) -> dict:
 
 
 def fastest(options: dict) -> tuple[dict, list[gpu.Row]]:
-    """The form in which a step is fastest, as options, and a row of the table for each form.
+    """Options of the form in which a step is fastest, and a row of the table for each form.
 
-    Raises RuntimeError where a step works in none.
+    Raises RuntimeError where a step works in no form.
     """
     rows, forms = [], {}
 
@@ -80,7 +81,7 @@ def fastest(options: dict) -> tuple[dict, list[gpu.Row]]:
 
 
 def planned(path: Path, options: dict, hours: float) -> tuple[dict, list[gpu.Row]]:
-    """The options of the training and the rows of `fastest`, measured or from the first start."""
+    """Options of the training and rows of `fastest`, measured now or read from the first start."""
     if path.exists():
         plan = json.loads(path.read_text())
     else:
@@ -95,7 +96,7 @@ def planned(path: Path, options: dict, hours: float) -> tuple[dict, list[gpu.Row
 
 
 def run(mode: str, workdir: Path, options: dict) -> None:
-    """Run main.py; where it does not end well, nor does this program."""
+    """Run main.py; end this program with its exit status if that is not 0."""
     flags = [f"--config.{key}={value}" for key, value in options.items()]
     command = [sys.executable, str(gpu.ROOT / "main.py"), "--mode", mode, "--workdir", str(workdir)]
     command += ["--config", str(gpu.ROOT / f"configs/{CONFIG.replace('.', '/')}.py"), *flags]
@@ -109,7 +110,7 @@ def start(command: list[str]) -> int:
 
 
 def evaluated(workdir: Path) -> Iterator[gpu.Case]:
-    """A row of the table for each number of the newest report."""
+    """Rows of the table, one for each number of the newest report."""
     path = max((workdir / "eval").glob("report_*.npz"), key=lambda path: path.stat().st_mtime)
     with np.load(path) as report:
         values = {key: report[key].item() for key in METRICS if key in report.files}

@@ -44,20 +44,20 @@ def options(doc: str, paths: str | None = None, /, **defaults) -> argparse.Names
 
 
 def card() -> torch.device:
-    """The GPU; where there is none, one line ends the program."""
+    """The GPU; without one, the program ends with one line."""
     if not torch.cuda.is_available():
         sys.exit("PyTorch finds no CUDA device, so there is nothing to measure")
     return torch.device("cuda")
 
 
 def can_compile(device: str) -> bool:
-    """Whether torch.compile works on the device of that name, as training asks before it does."""
+    """Whether torch.compile works on the device of that name, by the check that training makes."""
     network = torch.nn.Identity()
     return execution.compiled(network, execution.named_device(device)) is not network
 
 
 def free_memory() -> None:
-    """Give back what a measurement took of the GPU, so that nothing of it counts for the next."""
+    """Free the GPU memory of a measurement, so that none of it counts for the next one."""
     if torch.cuda.is_available():
         torch.compiler.reset()
         gc.collect()

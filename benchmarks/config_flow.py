@@ -182,7 +182,7 @@ class Body(ast.NodeVisitor):
         return places
 
     def _counts(self, callee: ast.expr, function: Function) -> bool:
-        """The callers of a `from_config` by an unknown object: those of the own folder alone."""
+        """Callers of a `from_config` through an unknown object: only those of its own folder."""
         same = function[0].split(".")[0] == self.function[0].split(".")[0]
         return self.flow.everything and (same or not isinstance(callee, ast.Attribute))
 

@@ -1,12 +1,13 @@
-"""Compare the ends of exact field lines between two toys with the data, for distances L of plates.
+"""Compare the ends of exact field lines between two toys with the data, for several distances L.
 
     python3 benchmarks/field_matching.py [--number 500] [--lines 2]
 
-`number` points of each toy are the charges, and `lines` lines start at each of the prior. All: they
-leave on both sides and pass z = L where there is no charge (`solvers/field_lines.py`). Forward
-alone: they leave upwards and end where they first reach z = L. K-S is the larger of the two
-coordinates' Kolmogorov-Smirnov statistics against the charges; means and deviations are off by so
-many standard deviations; missed is the share of the data's charges that no line ends near.
+`number` points of each toy are the charges, `lines` lines start at each charge of the prior, and L
+is the distance between the plates. "All" lines leave on both sides and pass z = L where there is no
+charge (`solvers/field_lines.py`); lines "forward alone" leave upwards and end where they first
+reach z = L. K-S is the larger of the two coordinates' Kolmogorov-Smirnov statistics against the
+charges. Errors of means and standard deviations are in units of the standard deviation. Missed is
+the share of the data's charges near which no line ends.
 """
 
 from functools import partial
@@ -35,11 +36,11 @@ def points_of(toy: str, number: int) -> Tensor:
 
 
 def ends_of(positive: Tensor, negative: Tensor, start: Tensor, L: float, all_lines: bool) -> Tensor:
-    """The ends (n, 2) of a line from each of `start` (n, 2)."""
+    """Ends (n, 2) of the lines from `start` (n, 2)."""
     direction = partial(difference_field, positive=positive, negative=negative, L=L)
     draw = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
     normal, luck = torch.randn(len(start), 3, **draw), torch.rand(2, len(start), **draw)
-    if not all_lines:  # upwards always, and nothing goes on behind the plate
+    if not all_lines:  # all lines leave upwards, and none passes through the plate
         luck = torch.stack([torch.zeros(len(start)), torch.full((len(start),), 2.0)]).double()
     points = leave(direction, start, normal, luck[0], start_radius(Z_MIN, 2))
     return follow(direction, points, luck[1], plate=L, margin=Z_MIN)[0]

@@ -1,16 +1,16 @@
-"""Gaussian pairs: draws of a trained network against the mean and covariance of the posterior.
+"""Compare draws for Gaussian pairs with the mean and covariance of the exact posterior.
 
     python3 benchmarks/gaussian_pairs.py FOLDER [--dims 64,inf] [--steps 3000] [--draws 4000]
             [--evaluations 35]
 
-It first prints by which factor solvers alone, with the exact network at D = inf, change the
-variance of Gaussian posteriors, in units in which that of the images is 0.25.
+First it prints the factors by which solvers, with the exact network at D = inf, change the variance
+of Gaussian posteriors, in units in which the variance of the images is 0.25.
 
-Images of 4 x 4 are drawn from a Gaussian in which neighbours are alike; a condition is its image
-with white noise. configs/pfgmpp/denoise_ddpmpp.py, with a network for this size, is trained on them
-in FOLDER/{D}, or goes on there. Images are drawn for each of 8 new conditions, by ipndm. Errors are
-relative: that of their means to the distance of the posterior means from the mean of all images;
-that of their covariance, which is the same for all conditions, in the Frobenius norm. The row
+Images of 4 x 4 are drawn from a Gaussian with correlated neighbours; a condition is its image with
+white noise. configs/pfgmpp/denoise_ddpmpp.py, with a network for this size, is trained on them in
+FOLDER/{D}, or resumed there. Images are drawn for each of 8 new conditions, by ipndm. The error of
+their means is relative to the distance of the posterior means from the mean of all images; that of
+their covariance, which is the same for all conditions, is relative in the Frobenius norm. The row
 `exact` has the errors of as many draws from the posterior itself.
 """
 
@@ -37,13 +37,13 @@ SOLVERS = (
     *(("ipndm", n) for n in (5, 10, 18, 35)),
     *(("unipc", n) for n in (18, 35)),
 )
-MEAN, STD, NOISE = 50.0, 20.0, 12.0  # of the images; of what the conditions add
+MEAN, STD, NOISE = 50.0, 20.0, 12.0  # of the images; std of the conditions' noise
 NETWORK = {"model.nf": 16, "model.ch_mult": "(1,)", "model.attn_resolutions": "(4,)"}
 TRAINING = {"training.batch_size": 128, "training.snapshot_sampling": False}
 
 
 def covariance() -> NDArray:
-    """Covariance (16, 16) of the images: it falls by e over two pixels."""
+    """Covariance (16, 16) of the images; it falls by a factor of e over two pixels."""
     places = np.argwhere(np.ones((SIDE, SIDE)))
     return STD**2 * np.exp(-np.linalg.norm(places[:, None] - places, axis=2) / 2)
 
@@ -57,7 +57,7 @@ def pairs(number: int, seed: int) -> tuple[NDArray, NDArray]:
 
 
 def posterior(conditions: NDArray) -> tuple[NDArray, NDArray]:
-    """Means (n, 16), less the mean of all images, and the covariance (16, 16) of all posteriors."""
+    """Posterior means (n, 16), less the mean of the images, and their covariance (16, 16)."""
     inverse = np.linalg.inv(covariance()) + np.eye(DIM) / NOISE**2
     spread = np.linalg.inv(inverse)
     return (conditions.reshape(-1, DIM) - MEAN) @ spread / NOISE**2, spread
@@ -87,7 +87,7 @@ def errors(draws: NDArray, means: NDArray, spread: NDArray) -> tuple[float, floa
 
 
 class Exact(WithSlope):
-    """EDM's ODE for Gaussian data around 0 of a variance for each entry."""
+    """EDM's ODE for Gaussian data with mean 0 and one variance for each entry."""
 
     def __init__(self, variance: torch.Tensor):
         options = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}

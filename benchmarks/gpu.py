@@ -2,10 +2,11 @@
 
     python3 benchmarks/gpu.py
 
-Builds the operators, checks what the card can do (self_check.py), runs the tests marked `cuda`, and
-measures training, sampling, the field and the operators. What fails is a line, and the rest goes
-on. docs/gpu-{card}.md gets the table, and gpu-{card}.json beside it the figures, to be sent. Takes
-about a quarter of an hour, most of it compiling. Images and weights are random.
+It builds the operators, checks what the card can do (self_check.py), runs the tests marked `cuda`,
+and measures training, sampling, the field and the operators. What fails is reported in one line,
+and the rest goes on. The table is written to docs/gpu-{card}.md, the figures to gpu-{card}.json
+beside it, which users are asked to send. All this takes about a quarter of an hour, most of it
+compiling. Images and weights are random.
 """
 
 import datetime
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs"
 STEPS, SAMPLES, SOLVER_STEPS = 20, 128, 18
 FIELDS = (("broadcast", 512), ("ours", 512), ("ours", 4096), ("ours", 50_000))  # form, charges
-OPERATED = (128, 128, 32, 32)  # shape of what the operators get
+OPERATED = (128, 128, 32, 32)  # shape of the operators' input
 
 # Forms are compared with the first of their part.
 TRAINING = {
@@ -171,7 +172,7 @@ def with_options(config, options: dict):
 
 
 def attempt(action: Callable[[], Figures]) -> Figures:
-    """Result of `action`; where it fails, the reason in place of the rate."""
+    """Figures that `action` returns; where it fails, the reason stands in place of the rate."""
     try:
         return action()
     except Exception as error:  # whatever the card, its driver or PyTorch cannot do
@@ -202,7 +203,7 @@ def markdown(rows: Iterable[Row]) -> Iterator[str]:
 def write(
     folder: Path, title: str, facts: Iterable[str], cases: Iterable[Case], command: str = "make gpu"
 ) -> Path:
-    """Measure the cases, print row after row, and write the page of that title, and its JSON."""
+    """Measure the cases, print each row, and write the page `title` and its JSON file."""
     today = datetime.date.today().isoformat()
     lines = [f"# {title}", "", f"`{command}` - {today}", "", *facts, ""]
     rows: list[Row] = []

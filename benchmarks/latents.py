@@ -1,13 +1,14 @@
-"""Seconds to the same distance, on images and on the latents of a small convolutional autoencoder.
+"""Compare how fast training on images and on latents of a small autoencoder lowers the distance.
 
     python3 benchmarks/latents.py OUT [--autoencoder 1000] [--images 600] [--latents 2000]
             [--metrics 6] [--samples 1000] [--seed 0]
 
-It writes scikit-learn's digits, enlarged to 28 x 28, to OUT, trains the autoencoder on the training
-images, and the same network on images and on latents for so many steps, 64 images each. The Frechet
-distance of pixels is measured along each training; seconds are those of a processor in the steps
-alone, whatever else the machine does. Those of the autoencoder, and the distance of the images that
-it has encoded and decoded, which is the best that latents can do, stand above the table.
+It writes scikit-learn's digits, enlarged to 28 x 28, to OUT, trains the convolutional autoencoder
+on the training images, and then the same network on images and on latents; the options are the
+numbers of steps, of 64 images each. The Frechet distance of pixels is measured during each
+training; seconds are processor seconds of the training steps alone, whatever else the machine does.
+Above the table stand the seconds of the autoencoder's training, and the distance of images that it
+has encoded and decoded, the best that latents can reach.
 """
 
 import time
@@ -30,7 +31,7 @@ SIDE = 28
 
 
 class Autoencoder(nn.Module):
-    """Images (B, 1, 28, 28) in [-1, 1] to latents (B, 4, 7, 7), and back."""
+    """Map images (B, 1, 28, 28) in [-1, 1] to latents (B, 4, 7, 7), and back."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -55,7 +56,7 @@ class Autoencoder(nn.Module):
 
 
 def write_digits(path: Path) -> Tensor:
-    """Write the enlarged digits, uint8 (n, 28, 28, 1); the training ones (n, 1, 28, 28)."""
+    """Write the enlarged digits, uint8 (n, 28, 28, 1); return training images (n, 1, 28, 28)."""
     images = torch.from_numpy(load_digits().images)[:, None] / 16
     images = nn.functional.interpolate(images, (SIDE, SIDE), mode="bilinear").clamp(0, 1)
     np.save(path, (images * 255).round().byte().permute(0, 2, 3, 1).numpy())
@@ -65,7 +66,7 @@ def write_digits(path: Path) -> Tensor:
 
 
 def train_autoencoder(images: Tensor, steps: int, path: Path, seed: int) -> tuple[float, Tensor]:
-    """Write an autoencoder of `images` to `path`; its seconds, and the images (n, D) decoded."""
+    """Train an autoencoder, write it to `path`; return the seconds and decoded `images` (n, D)."""
     torch.manual_seed(seed)
     module, x, start = Autoencoder(), images.float() / 127.5 - 1, time.process_time()
     optimizer = torch.optim.Adam(module.parameters())
@@ -87,7 +88,7 @@ def train_autoencoder(images: Tensor, steps: int, path: Path, seed: int) -> tupl
 
 
 def train(workdir: Path, steps: int, values: dict) -> list[tuple[int, float, float]]:
-    """Train; steps, seconds of them and the distance along the way."""
+    """Train; return steps, their seconds, and the distance at each measurement."""
     config, seconds, train_step = images16_ddpmpp.get_config(), [], run_lib.train_step
     config.update_from_flattened_dict(values | {"training.n_iters": steps})
 

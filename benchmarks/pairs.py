@@ -4,14 +4,15 @@
     python3 benchmarks/pairs.py DATA [--out RUNS] [--dims 16,64,128,inf] [--seeds 3] [--steps 2000]
             [--pairs 100] [--keys "model.nf=8 model.ch_mult=(1,2,4)"] [--plot docs/pairs.png]
 
-It trains configs/pfgmpp/denoise_ddpmpp.py, with other values of `keys`, on DATA/x.npy and c.npy in
-RUNS/{D}-{seed} (DATA/runs), seed by seed, and evaluates held-out pairs: with ipndm, and in one
-evaluation from the condition, at the level and weight that are best on training pairs, and from the
-prior. Beside them stand the measured image, scikit-image's best of TV, wavelets and non-local
-means, tuned on training pairs, and a regression network, the same U-Net given the condition alone,
-trained for as many steps, which take as long. The table has PSNR and SSIM of one draw and of the
-mean of nine; the plot has the PSNR by evaluations, the mean and range over the seeds. Both are
-written after each seed, the table to RUNS/table.md; the same command goes on after a kill.
+It trains configs/pfgmpp/denoise_ddpmpp.py, with the values that `keys` sets, on DATA/x.npy and
+c.npy in RUNS/{D}-{seed} (RUNS: DATA/runs by default), seed by seed. It evaluates held-out pairs
+with ipndm, and in one evaluation: from the prior, and from the condition, at the level and weight
+that are best on training pairs. For comparison there are the measured image, scikit-image's best of
+TV, wavelets and non-local means, tuned on training pairs, and a regression network: the same U-Net
+given the condition alone, trained for as many steps, which take as long. The table has PSNR and
+SSIM of one draw and of the mean of nine; the plot has the PSNR by evaluations, as mean and range
+over the seeds. Both are written after each seed, the table to RUNS/table.md; after a kill the same
+command resumes.
 """
 
 import json
@@ -65,7 +66,7 @@ def program(mode: str, workdir: Path, *flags: str) -> None:
 
 
 def train(workdir: Path, data: Path, keys: Mapping[str, object]) -> None:
-    """Train with these values of keys, from where the run stopped."""
+    """Train with these values of keys; a run that was stopped is resumed."""
     if finished(workdir, keys["training.n_iters"]):
         return
     keys = {"data.path": data / "x.npy", "data.condition_path": data / "c.npy", **FIXED, **keys}
@@ -104,7 +105,7 @@ def tuned_start(workdir: Path) -> tuple[float, float]:
 
 
 def in_window(run: Experiment, data: torch.Tensor) -> NDArray:
-    """Data (n, C, H, W) in their units as (n, H, W, C) where 0 is black in pictures, 1 white."""
+    """Data (n, C, H, W) in their units, as (n, H, W, C) with 0 for black and 1 for white."""
     return run.codec.within_window(run.codec.stored(data))
 
 

@@ -32,9 +32,9 @@ FILE is TOML; benchmarks/digits.toml makes the table in README:
 The same command goes on after a kill: a finished training or evaluation is not repeated, and a
 training that has begun is resumed. A recipe that fails is named with its log, the others go on, and
 the exit status is 1. Cells of the table are means over the seeds, with ranges in brackets. With
-`floor_draws`, the first row has the Frechet distance, in pixels, of as many training images as a
-run has samples: their mean, and the range of 95 % of that many draws with replacement. It is left
-out where the distances of the runs are in another space.
+`floor_draws`, the first row is the floor: the Frechet distance, in pixels, of training images drawn
+with replacement, as many as a run has samples; the mean of `floor_draws` such draws, and the range
+of 95 % of them. The row is left out where the distances of the runs are in another space.
 """
 
 import argparse
@@ -87,8 +87,8 @@ class Recipe:
     """A row of the table.
 
     Attributes:
-        base: the recipe of whose runs this is another evaluation; None if it trains its own.
-        start: the recipe from whose weights the training goes on.
+        base: the recipe whose runs this row evaluates in another way; None if it trains its own.
+        start: the recipe whose weights the training starts from; None for new weights.
     """
 
     name: str
@@ -176,7 +176,7 @@ class Plan:
             self._note(f"{workdir.name}/{recipe.eval_folder}", settings)
 
     def _training(self, recipe: Recipe, seed: int) -> Settings:
-        """The settings of the training with a seed."""
+        """Settings of the training with one seed."""
         settings = recipe.settings | {"seed": seed}
         if recipe.start:
             settings["training.init_from"] = str(self.folder / recipe.start.workdir(seed))

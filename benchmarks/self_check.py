@@ -1,10 +1,11 @@
-"""Check in a minute or two what a card can do; a line for each check that fails, and none stops it.
+"""Check in a minute or two what a card can do, and print a line for each check that fails.
 
     python3 benchmarks/self_check.py
 
 Kernels are compared with their definition, the field with broadcasting, training steps of a thin
-network of every kind with those in float32, and each network with itself on the CPU. Two published
-configs then take a step of their whole batch. `make gpu` begins with all this.
+network of every kind with those in float32, and each network with itself on the CPU. Then two
+published configs take a step with their whole batch. The program goes on after a check that fails.
+`make gpu` begins with all these checks.
 """
 
 import functools
@@ -39,13 +40,13 @@ NETWORKS = {
 }
 THIN = {
     "model.num_res_blocks": 1,
-    "model.dropout": 0.0,  # whose masks depend on compiler and memory format
+    "model.dropout": 0.0,  # dropout masks depend on compiler and memory format
     "optim.warmup": 0,
     "training.batch_size": 64,
     "training.small_batch_size": 16,
 }
-FORMS = {  # their options, and how far their losses may be from those in float32
-    "float32": ({}, 0.0),  # is kept, and compared with itself
+FORMS = {  # options of each form, and how far its losses may be from those in float32
+    "float32": ({}, 0.0),  # the reference, compared with itself
     "TF32": ({"training.precision": "tf32"}, 0.01),
     "bfloat16": ({"training.precision": "bf16"}, 0.05),
     "float16": ({"training.precision": "fp16"}, 0.05),
@@ -68,18 +69,18 @@ class Check(NamedTuple):
 
 
 class Wrong(Exception):
-    """A result that is not what it should be."""
+    """A check's result is not what it should be."""
 
 
 def config_of(name: str, options: dict):
-    """The config of the module `name` in configs/, with other values of the keys in `options`."""
+    """The config of the module `name` in configs/, with the values of keys in `options`."""
     config = importlib.import_module(f"configs.{name}").get_config()
     config.update_from_flattened_dict(options)
     return config
 
 
 def compare(result: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Raise Wrong where `result` is further from `expected` than the share of its largest entry."""
+    """Raise Wrong where `result` is off by more than `tolerance` times the largest entry."""
     expected = expected.double().cpu()
     error = (result.double().cpu() - expected).abs().max() / expected.abs().max()
     if not error <= tolerance:
@@ -87,7 +88,7 @@ def compare(result: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def kernels(device: torch.device) -> Iterator[Check]:
-    """Each operator and its gradient against plain PyTorch in float64 on the CPU."""
+    """Check each operator and its gradient against plain PyTorch in float64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
     x, taps = (torch.randn(shape, generator=generator) for shape in ((2, 4, 12, 10), (4, 4)))
     operators = {
@@ -144,7 +145,7 @@ def outputs(name: str) -> None:
     x = torch.randn(2, *run.codec.shape, generator=generator)
     label = torch.rand(2, generator=generator) + 0.5
     with torch.no_grad(), execution.full_float32():
-        for parameter in network.parameters():  # the last layers of a new one are near 0
+        for parameter in network.parameters():  # the last layers of a new network are near 0
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.02 * noise.to(run.device))
         ours = network(x.to(run.device), label.to(run.device))
@@ -154,7 +155,7 @@ def outputs(name: str) -> None:
 
 
 def losses(config) -> Tensor:
-    """The losses of the first steps, on random images."""
+    """Losses of the first steps, on random images."""
     with common.patched((train, "IMAGES", 0)):
         trainer = train.Trainer(config)
     for _ in range(STEPS):
@@ -193,7 +194,7 @@ def _tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def fitting_accumulate(config) -> tuple[int, float]:
-    """The fewest micro-batches with which a step fits the device, and the bytes that it takes."""
+    """Fewest micro-batches with which a step fits on the device, and the bytes that it takes."""
     accumulate = 1
     while True:
         config.training.accumulate = accumulate

@@ -1,10 +1,10 @@
-"""Measure the memory of training in several processes, with the state in each and divided.
+"""Measure the memory of training in several processes, with the state in each or divided.
 
     python3 benchmarks/shares.py [--config configs/poisson/cifar10_ddpmpp.py] [--processes 2,4]
 
-Each process takes two steps on one random image, on the CPU, over gloo. The table has, for the
-process with the most, the bytes of what it holds between two steps by kind, all that it has
-resident beyond the imports (VmRSS), and the seconds of the second step and of a checkpoint's
+Each process takes two steps on one random image, on the CPU, over gloo. For the process with the
+largest value, the table has the memory that it holds between two steps, by kind, and all that is
+resident beyond the imports (VmRSS), in MB; and the seconds of the second step and of a checkpoint's
 `state_dict`, which brings a divided state together in the main process.
 """
 
@@ -23,13 +23,13 @@ KINDS = ("weights", "gradients", "moments", "EMA weights", "resident")
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident memory of this process in bytes."""
     ctypes.CDLL(None).malloc_trim(0)
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def measure(rank: int, environment: dict, config_file: str, divided: bool, results) -> None:
-    """Put bytes by kind and seconds into the queue `results`."""
+    """Train, and put bytes by kind and seconds into the queue `results`."""
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     import torch
 

@@ -1,8 +1,8 @@
-"""Counts what the test suite checks: asserts that ran, expected errors, hypothesis' examples.
+"""Count what the test suite checks: asserts that ran, expected errors, examples of hypothesis.
 
     python3 benchmarks/suite.py [--checkout FOLDER] [--out COUNTS.json] [pytest's options ...]
 
-Runs the tests of a checkout and prints, for each file, the seconds of its tests, the number of
+It runs the tests of a checkout and prints, for each file, the seconds of its tests, the number of
 tests, `assert` statements reached, `pytest.raises`, comparisons of arrays (`numpy.testing`,
 `torch.testing`) and examples of hypothesis; the JSON holds the same by test. Asserts of other
 processes are not counted. Two checkouts, before and after a change of the suite, are compared with
@@ -75,7 +75,7 @@ class Counter:
 
 
 class CountAsserts(ast.NodeTransformer):
-    """A call of `__count_assert` before each assert; pytest's own hook describes each, slowly."""
+    """Insert a call of `__count_assert` before each assert; pytest's own hook is slower."""
 
     def visit_Assert(self, node):
         call = ast.parse("__count_assert()").body[0]

@@ -37,7 +37,7 @@ LOOPS = {
     "device": Key(
         "auto",
         Text(r"auto|cpu|mps|cuda(:\d{1,3})?", "'auto', 'cpu', 'cuda' or 'cuda:N'"),
-        "where everything is computed; 'auto': on a GPU where there is one",
+        "where everything is computed; 'auto': on a GPU if there is one",
     ),
     "training.snapshot_freq": Key(50000, whole(1), "steps between numbered checkpoints"),
     "training.snapshot_freq_for_preemption": Key(
@@ -63,16 +63,18 @@ LOOPS = {
     "training.hang_seconds": Key(
         1800,
         whole(0, 10**6),
-        "of several processes: seconds in which none goes on, after which the job ends and names "
-        "the rank that hangs; longer than compiling or a checkpoint takes; 0: no limit",
+        "with several processes: seconds in which no process makes progress, after which the job "
+        "ends and names the rank that hangs; must exceed the time of compiling and of saving a "
+        "checkpoint; 0: no limit",
     ),
     "training.log_freq": Key(50, whole(1), "steps between losses on the training data"),
     "training.eval_freq": Key(100, whole(1), "steps between losses on the test split"),
     "training.precision": Key(
         "fp32",
         OneOf(("fp32", "tf32", "bf16", "fp16", "auto")),
-        "of products; 'bf16' and 'fp16' are autocast, the latter with a scaled loss; 'auto': "
-        "'bf16', or 'fp16' on a GPU without it, where the first start measures it to be faster, "
+        "of matrix products and convolutions; 'bf16' and 'fp16' are autocast, the latter with a "
+        "scaled loss; 'auto': 'bf16', or 'fp16' on a GPU without it, if the first start measures "
+        "it to be at least 1.1 times as fast, "
         "else 'fp32'",
     ),
     "training.compile": Key(

@@ -25,10 +25,10 @@ from sources.stream import DataSet
 
 KEYS = {
     "efm.L": Key(
-        4.0, LENGTH, "field matching: distance of the plates of the prior and the data (scaled)"
+        4.0, LENGTH, "field matching: distance between the plates of prior and data (scaled)"
     ),
     "efm.z_min": Key(
-        0.02, LENGTH, "field matching: distance from a plate at which lines start and end, below L"
+        0.02, LENGTH, "field matching: distance from a plate at which lines start and end; below L"
     ),
     "efm.reach": Key(
         100.0,

@@ -118,7 +118,10 @@ KEYS = measured_arrays.KEYS | {
         "",
         Either(
             OneOf(registry="sources.codec.CODECS"),
-            Text(r"[^\0\n]*[./][^\0\n]*", "a file, with a . or / in its name, or two with a comma"),
+            Text(
+                r"[^\0\n]*[./][^\0\n]*",
+                "a file with a . or / in its name, or two with a comma between them",
+            ),
         ),
         "map between data and the network's x; '': grey levels, or the channels of arrays, are "
         "scaled; files: a frozen autoencoder (docs/data.md)",

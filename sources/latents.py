@@ -24,7 +24,7 @@ KEYS = {
     "data.latent_mean": Key(
         (),
         Numbers(Number(-1e30, 1e30), range(MOST_CHANNELS + 1)),
-        "of latents (data.codec=FILE): the number of each channel that becomes 0; (): measured",
+        "of latents (data.codec=FILE): the value in each channel that becomes 0; (): measured",
     ),
     "data.latent_std": Key(
         (),

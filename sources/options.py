@@ -25,7 +25,7 @@ KEYS = {
         "as many as the data have",
     ),
     "data.classes": Key(
-        "", CLASSES, "classes whose images are taken, such as '2,3'; '': the images of all"
+        "", CLASSES, "use only images of these classes, such as '2,3'; '': of all classes"
     ),
     "data.conditions": Key(
         "",

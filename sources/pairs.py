@@ -48,8 +48,8 @@ KEYS = {
     "data.condition_dtype": Key(
         "",
         OneOf(("", EIGHT_BITS, *DTYPES)),
-        "type of the conditions' numbers; 'uint8': images of 8 bits; '': that of the files, of "
-        "16-bit image files 'uint16', or 'uint8' where data.scale makes the images 8 bits",
+        "type of the conditions' numbers; 'uint8': images of 8 bits; '': that of the files; for "
+        "16-bit image files 'uint16', or 'uint8' where data.scale makes 8-bit images of the data",
     ),
     "data.condition_mean": Key(
         (),
