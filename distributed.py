@@ -74,13 +74,15 @@ def watched(hang_seconds: float) -> Iterator[None]:
     """Within the `with` block a process that hangs ends the job, and is named in one line.
 
     It does so after at most `hang_seconds` in which no process calls `processes.watch.did`; 0 is no
-    limit.
+    limit. The processes leave the block together: one that left alone would fall silent, and be
+    taken for the one that hangs, while the main process writes its last checkpoint.
     """
     if world() == 1 or not hang_seconds:
         yield
         return
     with watched_through(_group_store.clone(), rank(), world(), hang_seconds):
         yield
+        barrier()
 
 
 def _store(started: Launch) -> dist.Store:

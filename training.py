@@ -294,7 +294,8 @@ class TrainState:
     def wait_for_copy(self) -> None:
         """Let the device, and not the host, wait until the state is copied to be saved."""
         if self.copied is not None:
-            self.copied.wait()
+            # without it PyTorch takes that of the process's current GPU, which may be another
+            self.copied.wait(torch.cuda.current_stream(self.parameters[0].device))
             self.copied = None
 
     def apply_gradient(self, finite: Tensor) -> None:

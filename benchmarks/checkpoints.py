@@ -62,7 +62,10 @@ def main() -> None:
 
     step()
     state = trained.state_dict() | {"written": []}
-    with tempfile.TemporaryDirectory(dir=options.folder) as name, CheckpointWriter() as writer:
+    with (
+        tempfile.TemporaryDirectory(dir=options.folder) as name,
+        CheckpointWriter(run.device) as writer,
+    ):
         folder = Path(name)
         path = folder / "plain.pth"
 

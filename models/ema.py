@@ -107,15 +107,21 @@ class ExponentialMovingAverage:
         self.num_updates += 1
         weight = 1 - min(self.decay, self.rise(self.num_updates))
         averages, parameters = self._here(parameters)
-        torch._foreach_lerp_(averages, parameters, [weight * applied] * len(averages))
+        if averages:
+            torch._foreach_lerp_(averages, parameters, [weight * applied] * len(averages))
 
     @torch.no_grad()
     def restart(self, weights: Iterable[Tensor]) -> None:
         """Copy `weights`, in the order of construction."""
-        torch._foreach_copy_(*self._here(weights))
+        averages, weights = self._here(weights)
+        if averages:
+            torch._foreach_copy_(averages, weights)
 
     def _here(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The EMA weights that are here, and those of the `tensors` in the same places."""
+        """The EMA weights that are here, and those of the `tensors` in the same places.
+
+        Of more processes than parameters some have none, an empty list, which PyTorch refuses.
+        """
         pairs = zip(self.shadow_params, tensors, strict=True)
         pairs = [(average, tensor) for average, tensor in pairs if not average.is_meta]
         return [average for average, _ in pairs], [tensor for _, tensor in pairs]

@@ -151,18 +151,19 @@ def test_a_gpu_copies_on_a_stream_of_its_own_and_its_next_step_waits(monkeypatch
     stream = SimpleNamespace(wait_stream=told("wait_stream"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    with CheckpointWriter("cuda") as writer:
+    with CheckpointWriter("cuda:1") as writer:
         copied = writer.save({"step": 1}, told("write"))
     assert copied is event
     assert calls == [
-        ("wait_stream", "current"),
+        ("wait_stream", "current of cuda:1"),
         ("record", stream),
         ("synchronize",),
         ("write", {"step": 1}),
     ]
-    state = SimpleNamespace(copied=event)
+    parameter = SimpleNamespace(device=torch.device("cuda:1"))
+    state = SimpleNamespace(copied=event, parameters=[parameter])
     TrainState.wait_for_copy(state)
     TrainState.wait_for_copy(state)
-    assert calls[4:] == [("wait",)] and state.copied is None
+    assert calls[4:] == [("wait", "current of cuda:1")] and state.copied is None

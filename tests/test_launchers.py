@@ -351,10 +351,11 @@ with distributed.joined(), distributed.watched(2):
             stuck()
         time.sleep(0.02)
         distributed.barrier()
+    if case == "last" and rank == 0: stuck()
 """
 
 
-@pytest.mark.parametrize("case", ["stopped 0", "stuck", "busy", "suspended"])
+@pytest.mark.parametrize("case", ["stopped 0", "stuck", "last", "busy", "suspended"])
 def test_what_hangs_and_what_does_not(case, tmp_path):
     (tmp_path / "worker.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WORKER}")
     command = [sys.executable, tmp_path / "worker.py", case.split()[0]]
@@ -369,6 +370,9 @@ def test_what_hangs_and_what_does_not(case, tmp_path):
     elif case == "stuck":
         line = job.finish(expect=70).stderr.splitlines()[-1]
         assert re.search("rank 1 hangs: .* did: step 5, then .*; rank 0 is at dist.* any_of$", line)
+    elif case == "last":
+        line = job.finish(expect=70).stderr.splitlines()[-1]
+        assert re.search("rank 0 hangs: .* did: step 9, then .*; rank 1 is at dist.* any_of$", line)
     else:  # longer than the limit
         if case == "suspended":
             job.send_signal(signal.SIGSTOP)

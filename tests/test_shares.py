@@ -72,6 +72,34 @@ def test_an_optimiser_without_moments_at_the_start_cannot_be_divided(monkeypatch
 
 
 @pytest.mark.slow
+def test_there_may_be_more_processes_than_parameters(tmp_path):
+    script = tmp_path / "few.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import torch, distributed\n"
+        "from conftest import train_state\n"
+        "from configs.poisson import cifar10_ddpmpp\n"
+        "from test_faults import same\n"
+        "from test_training import Line, step_of\n"
+        "config = cifar10_ddpmpp.get_config()\n"
+        "config.training.share_state, config.optim.warmup = True, 0\n"
+        "config.model.ema_stds, config.optim.optimizer = (0.1,), 'Muon'\n"
+        "with distributed.joined():\n"
+        "    divided = train_state(config, Line())\n"
+        "    config.training.share_state = False\n"
+        "    whole = train_state(config, Line())\n"
+        "    for state in (divided, whole):\n"
+        "        step_of(state, lambda net: net.weight.sum())\n"
+        "    assert divided.model.weight == whole.model.weight != 1\n"
+        "    saved = divided.state_dict()\n"
+        "    assert distributed.rank() or same(saved, whole.state_dict())\n"
+        "    divided.load_state_dict(whole.state_dict())\n"
+    )
+    Program([sys.executable, script], processes=2).finish()
+
+
+@pytest.mark.slow
 def test_a_share_is_small_and_the_state_complete(tmp_path):
     """Three processes: two of the five tensors, or one, each; all of them in what is saved."""
     script = tmp_path / "share.py"
