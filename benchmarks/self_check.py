@@ -49,7 +49,6 @@ FORMS = {  # options of each form, and how far its losses may be from those in f
     "float32": ({}, 0.0),  # the reference, compared with itself
     "TF32": ({"training.precision": "tf32"}, 0.01),
     "bfloat16": ({"training.precision": "bf16"}, 0.05),
-    "float16": ({"training.precision": "fp16"}, 0.05),
     "bfloat16, channels_last": (
         {"training.precision": "bf16", "training.channels_last": True},
         0.05,
