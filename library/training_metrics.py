@@ -15,6 +15,7 @@ from metrics.distances import TooFew
 from metrics.features import get_spaces
 from metrics.reference import ReferenceStatistics, Training
 from metrics.table import METRICS, Comparison
+from processes.watch import did
 from reports.progress import progress_bar
 from solvers.base import Watch
 from sources.keyed import keyed_generator
@@ -119,7 +120,12 @@ class FewSamples:
         experiment, statistics = self.experiment, self.statistics
         if statistics.reference is None:
             with progress_bar(total=len(statistics.data), desc="data", unit="image") as progress:
-                statistics.measure(progress.update)
+
+                def show(number: int) -> None:
+                    progress.update(number)
+                    did("features of the data")
+
+                statistics.measure(show)
         statistics.data = None  # a second copy of the images
         features, logits = [], []
         for r, first in enumerate(range(0, self.number, self.batch_size)):

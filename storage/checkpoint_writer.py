@@ -1,5 +1,6 @@
 """Checkpoints written by a thread while training goes on."""
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from storage.tensors import map_tensors
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -69,8 +72,12 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self._thread.shutdown()
-        if kind is None:  # else that error says why the block ended
+        try:
             self.wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            log.warning(f"the last checkpoint is not written: {error}")  # besides why it ended
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -48,6 +48,16 @@ def test_what_is_written_is_the_state_of_the_moment(writer):
     assert content["model"]["weight"].stride() == weight.stride()
 
 
+def test_an_error_of_the_thread_is_logged_beside_the_one_that_ends_training(caplog):
+    def fail(content):
+        raise OSError(28, "No space left on device", "checkpoint.pth")
+
+    with pytest.raises(FloatingPointError), CheckpointWriter() as writer:
+        writer.save({}, fail)
+        raise FloatingPointError
+    assert "the last checkpoint is not written: [Errno 28] No space left on device" in caplog.text
+
+
 @pytest.mark.parametrize("looks", ["save", "check", "wait", "exit"])
 def test_an_error_of_the_thread_is_raised_where_training_looks(looks):
     def fail(content):
