@@ -1,4 +1,4 @@
-"""Checkpoints written by a thread while training goes on."""
+"""A thread that writes checkpoints while training goes on."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,16 +11,16 @@ from storage.tensors import map_tensors
 
 
 class CheckpointWriter:
-    """Writes copies of states, one after another, in a thread of its own.
+    """Writer of copies of states, one after another, in a thread of its own.
 
-    A state may change once it is copied. Of a GPU the copies are made in pinned memory on a stream
-    of their own, so that the host goes on at once, and only the device's next change of the state
-    has to wait. At most one copy is in memory: a state waits until the one before is written.
+    A state may change once it is copied. Copies from a GPU are made in pinned memory on a stream of
+    their own, so that the host goes on at once, and only the device's next change of the state has
+    to wait. At most one copy is in memory: the next state waits until the previous one is written.
 
-    It is a context manager, whose end waits until all is written.
+    It is a context manager; leaving its block waits until everything is written.
 
     Args:
-        device: of the states.
+        device: the device of the states.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -32,7 +32,7 @@ class CheckpointWriter:
         """Copy `state`, and let the thread call `write` with the copy.
 
         Returns:
-            The event before which the device must not change the state; None: it may at once.
+            The event before which the device must not change the state; None: it may change now.
 
         Raises as `wait`.
         """
@@ -46,7 +46,7 @@ class CheckpointWriter:
             copy = map_tensors(_on_host, state)
             event.record(stream)
 
-        def write_copied(original: dict) -> None:  # whose tensors have to live until then
+        def write_copied(original: dict) -> None:  # it keeps the original alive
             event.synchronize()
             write(copy)
 
@@ -59,7 +59,7 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until all is written; raises what `write` raised, as OSError of a full disk."""
+        """Wait until all is written; raise what `write` raised, such as OSError on a full disk."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -69,12 +69,12 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self._thread.shutdown()
-        if kind is None:  # else that error says why the block ended
+        if kind is None:  # otherwise the block's own error is raised
             self.wait()
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy, which of a GPU's tensor is complete once the current stream has come to it."""
+    """A copy on the host; for a GPU's tensor complete once the current stream has reached it."""
     pinned = tensor.device.type == "cuda"
     copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)
     return copy.copy_(tensor.detach(), non_blocking=pinned)
