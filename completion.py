@@ -266,7 +266,7 @@ def _measured_by_method(config: ConfigDict, data: Data) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Measures (`methods.base.Measures`) of the training images of `data`, encoded.
+    """Measures (`methods.base.Measures`) of the training images of `data`, encoded by `codec`.
 
     Latents are made on `device`. `check` is called before images are read, so that mistakes in the
     network's config show first.

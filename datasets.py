@@ -183,10 +183,10 @@ class Data(OpenedData):
     def encoded(
         self, images: DataSet, codec: Codec, device: torch.device | str
     ) -> tuple[DataSet, Codec]:
-        """The training `images` and their codec or, of an autoencoder in a file, their latents.
+        """The training `images` and their codec or, with an autoencoder in a file, their latents.
 
         The latents have the conditions of the images, and a codec of their own. With
-        `data.random_flip` each is followed by that of the mirror image.
+        `data.random_flip` each latent is followed by that of the mirror image.
         """
         if not isinstance(codec, Latents):
             return images, codec
@@ -198,7 +198,7 @@ class Data(OpenedData):
         return resident(stream, self.options.resident_bytes), codec.scale
 
     def latents(self, images: DataSet, codec: Latents, device: torch.device | str) -> Source:
-        """The latents (h, w, c) of `encoded` as the autoencoder makes them; see `encoded_once`."""
+        """Latents (h, w, c) of the training `images` before they are scaled; see `encoded_once`."""
         if self._latents is None:
             mirrored = self.options.random_flip
             words = fingerprint(images), codec.unscaled_identity, str(mirrored)
@@ -208,7 +208,7 @@ class Data(OpenedData):
         return self._latents
 
     def measure_latents(self, codec: Latents, device: torch.device | str) -> Moments:
-        """The moments of the latents of the training images."""
+        """Moments of the training images' latents, before they are scaled."""
         latents = self.latents(self.get("train", labels=False), codec, device)
         return moments.measure(latents)
 

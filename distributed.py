@@ -1,6 +1,6 @@
-"""Several processes, of any launcher, that train one network as one process does.
+"""Training of one network by several processes, of any launcher, with the results of one process.
 
-Every function may be called in a process that runs alone too, where it does nothing.
+Every function may also be called in a process that runs alone, where it does nothing.
 """
 
 import contextlib
@@ -24,25 +24,25 @@ from processes.launch import Launch
 from processes.watch import watched as watched_through
 
 # Longest wait of a rank for the others: rank 0 may measure the features of millions of images. A
-# rank that dies closes its connections, which ends the wait; of one that hangs see `watched`.
+# rank that dies closes its connections, which ends the wait; for a rank that hangs see `watched`.
 PATIENCE = datetime.timedelta(days=30)
 START = datetime.timedelta(minutes=10)  # longest wait for the store of torchrun, or of rank 0
-GRACE = 300  # seconds that a rank has to save and end, once its launcher is no more
+GRACE = 300  # seconds that a rank has to save and end, once its launcher has ended
 POLL = 0.01  # seconds between looks into the store
 
 _group_store: dist.Store | None = None  # of `joined`
 
-# Words of gloo and NCCL about a process that is no more.
+# Words in errors of gloo and NCCL that mean that another process has ended.
 LOST = r"closed by (remote )?peer|reset by peer|broken pipe|remote process exited|socket closed"
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Within the `with` block the processes of a launch are one group.
+    """Join the processes of a launch into one group within the `with` block.
 
-    It speaks NCCL for CUDA tensors and gloo for those of the CPU. The processes leave it together:
-    where one ends by an error or is killed, the others end too, whether or not their launcher sees
-    to it. Raises ConnectionError then, and as `launch.read`.
+    The group uses NCCL for CUDA tensors and gloo for CPU tensors. Its processes end together: when
+    an error or a signal ends one of them, the others raise ConnectionError, even if their launcher
+    does not stop them. Raises also what `launch.read` raises.
     """
     started = launch.read(os.environ)
     if started.world == 1:
@@ -71,11 +71,11 @@ def joined() -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched(hang_seconds: float) -> Iterator[None]:
-    """Within the `with` block a process that hangs ends the job, and is named in one line.
+    """End the job, with one line that names the process, if one hangs within the `with` block.
 
-    It does so after at most `hang_seconds` in which no process calls `processes.watch.did`; 0 is no
-    limit. The processes leave the block together: one that left alone would fall silent, and be
-    taken for the one that hangs, while the main process writes its last checkpoint.
+    The job ends after at most `hang_seconds` in which no process calls `processes.watch.did`; 0
+    means no limit. The processes leave the block together: one that left alone would fall silent,
+    and be taken for the one that hangs, while the main process writes its last checkpoint.
     """
     if world() == 1 or not hang_seconds:
         yield
@@ -99,22 +99,21 @@ def _store(started: Launch) -> dist.Store:
         if started.rank == 0 and started.launcher != "torchrun":
             raise ConnectionError(
                 f"rank 0 does not meet the others at {place}: {str(error).splitlines()[0]}; "
-                "MASTER_ADDR and MASTER_PORT set its host and a free port"
+                "set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port"
             ) from error
         server = "torchrun" if started.launcher == "torchrun" else "rank 0"
         raise ConnectionError(
-            f"no answer from {server} at {place}; it has ended, or another machine cannot be "
-            "reached"
+            f"no answer from {server} at {place}; it has ended, or its machine cannot be reached"
         ) from error
     store.set_timeout(PATIENCE)
     return store
 
 
 def _end_with(parent: int) -> None:
-    """End this process once `parent`, torchrun or mpirun, is no more: nobody else would.
+    """End this process once `parent`, torchrun or mpirun, has ended: nothing else would.
 
-    SIGTERM lets it save. A process that waits for another in a collective never comes to handle it,
-    so SIGKILL follows `GRACE` seconds later.
+    SIGTERM lets the process save. One that waits for another in a collective cannot handle it, so
+    SIGKILL follows `GRACE` seconds later.
     """
     while os.getppid() == parent:
         time.sleep(1)
@@ -165,9 +164,9 @@ def local_device(device: torch.device) -> torch.device:
     """`device`, but a GPU of its own for each of several processes where it is a GPU."""
     if device.type != "cuda" or world() == 1:
         return device
-    # srun --gpus-per-task shows each task one GPU alone
+    # with srun --gpus-per-task each task sees only one GPU
     one_each = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
-    torch.cuda.set_device(0 if one_each else launch.read(os.environ).local_rank)  # where NCCL looks
+    torch.cuda.set_device(0 if one_each else launch.read(os.environ).local_rank)  # which NCCL uses
     return torch.device("cuda", torch.cuda.current_device())
 
 

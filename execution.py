@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions of 16 bits
-GAIN = 1.1  # times as fast as float32 that 16 bits have to be, to be worth their rounding
+GAIN = 1.1  # least speed of 16 bits relative to float32 that is worth their rounding
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -87,9 +87,9 @@ def measured_precision(
 ) -> tuple[str, str]:
     """Precision that 'auto' means for `net`, "fp32", "bf16" or "fp16", and the reason in words.
 
-    It is that of 16 bits which the device has (float16 only on a GPU without bfloat16) where
-    `run(network)` is `GAIN` times as fast with it, by the fastest of `rounds` each, in turn, after
-    one that is not counted. Processes agree.
+    The device's 16-bit precision (float16 only on a GPU without bfloat16) is chosen where it makes
+    `run(network)` at least `GAIN` times as fast, else float32. Both are run in turn; the fastest of
+    `rounds` runs counts, after one that is not counted. All processes get the same precision.
     """
     device = next(net.parameters()).device
     if not _has_bfloat16(device) and device.type != "cuda":
@@ -240,7 +240,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 class HalfPrecision(nn.Module):
-    """A network whose convolutions and matrix products are in `dtype`, its weights float32."""
+    """A network with convolutions and matrix products in `dtype`, and weights in float32."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
@@ -255,7 +255,7 @@ class HalfPrecision(nn.Module):
 
 
 def in_precision(net: nn.Module, precision: str) -> nn.Module:
-    """`net` with products of 16 bits where `precision` is one of `HALVES`, else as it is."""
+    """`net` with products in 16 bits where `precision` is one of `HALVES`, else `net` itself."""
     return HalfPrecision(net, HALVES[precision]) if precision in HALVES else net
 
 

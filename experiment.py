@@ -186,13 +186,13 @@ class Experiment:
 
     @functools.cached_property
     def preparation(self) -> Preparation:
-        """A training step's changes to a batch of images; ValueError where they do not fit."""
+        """Changes that a step makes to a batch of images; ValueError where they do not fit."""
         return Preparation.from_config(self.config, self.codec, self.method.uses_reference_batch)
 
     def training_set(self, images: DataSet) -> tuple[DataSet, Preparation]:
-        """The training `images`, on the run's device, and a step's changes to a batch of them.
+        """Training `images` on the run's device, and the changes that a step makes to a batch.
 
-        Where an autoencoder in a file is the codec, they are latents; see `Data.encoded`.
+        Where an autoencoder in a file is the codec, the images are latents; see `Data.encoded`.
         """
         examples, codec = self.data.encoded(images, self.codec, self.device)
         prepare = self.preparation if codec is self.codec else Preparation(codec)
@@ -425,7 +425,7 @@ def _guide(config, codec: Codec, device: torch.device) -> nn.Module:
     identity = get_codec(guide_config).identity
     if identity != codec.identity:
         raise ValueError(
-            f"sampling.guide={path} is another kind of network: its codec is {identity}, not "
+            f"sampling.guide={path} is another kind of network: it has the codec {identity}, not "
             f"{codec.identity}"
         )
     of_conditions, expected = (pairs.codec_of(each.data) for each in (guide_config, config))

@@ -170,7 +170,7 @@ class Likelihood:
         self.method.check_likelihood()
         if self.codec.log_volume is None:
             raise ValueError(
-                "images have no likelihood where the network sees latents of an autoencoder "
+                "images have no likelihood when the network sees latents of an autoencoder "
                 "(data.codec): set eval.enable_bpd and eval.enable_classification to False"
             )
 

@@ -64,7 +64,7 @@ flags.register_validator("workdir", lambda path: path != "", "It is empty; name 
 
 
 def main(argv: list[str]) -> int:
-    """Runs `--mode` on `--config`, returns the exit status; a mistake ends in one line and 2."""
+    """Run `--mode` on `--config`, and return the exit status; a mistake ends in one line and 2."""
     if FLAGS.config is None:
         command_line.fail(
             "--config is needed, a file of configs/; only --mode train does not find it"
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         modes = ["sample", "export"] + ["data"] * (flag == "outdir")
         if FLAGS[flag].value is not None and FLAGS.mode not in modes:
             command_line.fail(f"--{flag} is for --mode {' and '.join(modes)}, not {FLAGS.mode}")
-    import run_lib  # here and not above, so that --help answers at once
+    import run_lib  # imported here, so that --help answers at once
     from configs.effects import without_effect
 
     _log_to_stdout()
@@ -112,9 +112,9 @@ def main(argv: list[str]) -> int:
 
 
 def _say_how_to_go_on() -> int:
-    """Print the command that goes on with a stopped training; return the exit status.
+    """Print the command that resumes a stopped training, and return the exit status.
 
-    torchrun would start processes again that end with another status than 0.
+    Under torchrun the status is 0, since torchrun restarts processes that end with another one.
     """
     started = launch.read(os.environ)
     if started.rank == 0:

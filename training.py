@@ -97,7 +97,7 @@ class TrainState:
 
     Args:
         model: the network.
-        objective: what is minimised, whose own parameters are optimised too.
+        objective: its loss is minimised; its own parameters are optimised too.
         optimizer: makes the optimiser of named parameters; see `optimizers`.
         ema: EMA of the network's parameters.
         ema_stds: relative widths of additional power-function averages.
@@ -105,7 +105,7 @@ class TrainState:
         grad_clip: largest global norm of the gradient; negative for no clipping.
         replaces_nonfinite: entries of a gradient that are not finite are replaced; see
             `train_step`.
-        accumulate: micro-batches of a step.
+        accumulate: number of micro-batches in a step.
         scales_loss: the network's products are in float16; see `optimizers.loss_scale`.
         shares: division of EMA weights and moments among processes; None: each has all.
 
@@ -113,7 +113,7 @@ class TrainState:
         network: `model` as a step calls it, wrapped by `execution` if necessary.
         parameters: those of the network that the optimiser updates.
         averages: the power-function averages, by relative width.
-        copied: the event of a GPU before which nothing here may change, if there is one; see
+        copied: event of a GPU before which nothing here may change, or None; see
             `storage.checkpoint_writer`.
     """
 
@@ -224,9 +224,9 @@ class TrainState:
         distributed.check_agreement(self.step, [p for _, p in self.named_parameters])
 
     def state_dict(self) -> dict:
-        """All of it, to be saved. Every process has to call it, where it is divided among them.
+        """The whole state, to be saved; where it is divided, every process has to call this.
 
-        Its form is the same then, in the main process.
+        In the main process its form does not depend on the division.
         """
         averages = [
             {"std": std, "shadow_params": average.shadow_params}
@@ -282,7 +282,7 @@ class TrainState:
         else:
             moments = {n: laid_out(entry, template[n]) for n, entry in moments.items()}
             self.optimizer.load_state_dict(expected | {"state": moments})
-        if loss_scale:  # a run that was not in float16 before has none
+        if loss_scale:  # a run that was not in float16 before has no scale
             self.loss_scale.load_state_dict(loss_scale)
 
     def set_learning_rate(self) -> None:
@@ -292,7 +292,7 @@ class TrainState:
             group["lr"] = rate * factor
 
     def wait_for_copy(self) -> None:
-        """Let the device, and not the host, wait until the state is copied to be saved."""
+        """Let the device, but not the host, wait until the state has been copied for saving."""
         if self.copied is not None:
             # without it PyTorch takes that of the process's current GPU, which may be another
             self.copied.wait(torch.cuda.current_stream(self.parameters[0].device))
@@ -333,23 +333,23 @@ def train_step(
     Where the loss or its gradient is not finite, the step counts but is not applied; or, with
     `optim.nonfinite='replace'`, entries of the gradient that are nan become 0 and those that are
     infinite 1e5 of their sign (Karras et al. 2022, arXiv 2206.00364, in the published program), and
-    the step is applied. With a scaled loss the step is left out in any case, and the scale halved.
-    The host waits for nothing.
+    the step is applied. With a scaled loss the step is skipped in any case, and the scale is
+    halved. The host does not wait for the device.
 
     Args:
         state: what is updated.
         batch: scaled images (B, C, H, W).
-        generator: source of every random draw but dropout's.
-        shard: what this process takes of the examples, (k, n) for the k-th of n equal shards; each
-            of the n is given the same batch and the same state of the generator.
+        generator: source of all random draws except dropout's.
+        shard: the part of the examples that this process takes, (k, n) for the k-th of n equal
+            shards; all n processes must have the same batch and the same state of the generator.
 
     Returns:
-        The loss of this process's examples, left on its device; nan where the step was not applied.
+        The loss of this process's examples, on its device; nan where the step was not applied.
     """
     state.model.train()
     state.objective.train()
     trained = [p for _, p in state.named_parameters]
-    for parameter in trained:  # the optimiser may have a share of them only
+    for parameter in trained:  # the optimiser may have only a share of them
         parameter.grad = None
     value = accumulate_gradient(state, batch, generator, shard)
     state.set_learning_rate()

@@ -30,14 +30,14 @@ def check_conditions(method: Method, codec: Codec) -> None:
 
 @dataclass(frozen=True)
 class ConditionDrawer:
-    """Random draw of training images' conditions, read at the first call that needs them.
+    """Random draws of training images' conditions, which are read when first needed.
 
     Attributes:
-        data: whose training split.
+        data: its training split is used.
         device: of the conditions.
         seed: of the draws.
-        class_label: of every row, beside which other conditions are drawn, those of
-            `data.condition_path` from the images of this class; -1: drawn too.
+        class_label: the label of every row; conditions of `data.condition_path` are then drawn from
+            the images of this class. -1: labels are drawn too.
     """
 
     data: Data
@@ -49,8 +49,8 @@ class ConditionDrawer:
         """Rows (number, ...) by name; `purpose` and `key` are those of `keyed_generator`.
 
         Raises:
-            ValueError, OSError: the training images or their conditions cannot be read, or none is
-                of the class.
+            ValueError, OSError: the training images or their conditions cannot be read, or no image
+                is of the class.
         """
         labels = None
         if self._is_named:
@@ -61,12 +61,12 @@ class ConditionDrawer:
         conditions = self._of_training if self._reads_rows else Conditions()
         rows = torch.arange(self.data.number("train"))
         if (classes_of := conditions.get("class_labels")) is not None:
-            # -1 labels an image that cannot be read
+            # the label -1 marks an image that cannot be read
             rows = rows[classes_of == self.class_label if self._is_named else classes_of >= 0]
             if not len(rows):
                 raise ValueError(
                     f"sampling.class_label={self.class_label}: no training image is of this class, "
-                    "whose conditions (data.condition_path) samples are drawn with"
+                    "so there are no conditions (data.condition_path) to draw samples with"
                 )
         generator = keyed_generator("cpu", f"class labels of {purpose}", self.seed, *key)
         rows = rows[torch.randint(len(rows), (number,), generator=generator)]

@@ -25,10 +25,10 @@ WINDOW = 7  # side of the windows of SSIM, or the largest odd number that fits
 
 
 def compare_pairs(evaluated: Evaluated, split: Split, number: int, draws: int) -> dict:
-    """Draw `draws` images for each of the first `number` conditions of `split`, and a picture.
+    """Compare `draws` images for each of the first `number` conditions of `split` with the truth.
 
-    Pairs for which the solver diverges do not count. Returns the report's entries `pairs...`
-    (docs/architecture.md), in the main process only.
+    A picture of the first pairs is saved. Pairs for which the solver diverges do not count. Returns
+    the report's entries `pairs...` (docs/architecture.md), in the main process only.
     """
     experiment = evaluated.experiment
     codec, condition_codec = experiment.codec, experiment.condition_codec
@@ -39,7 +39,7 @@ def compare_pairs(evaluated: Evaluated, split: Split, number: int, draws: int) -
     report = {"pairs_seconds": np.sum([each["seconds"] for each in rounds])}
     if diverged := len(batch) - len(counted):
         report["pairs_nonfinite"] = diverged
-        log.warning(f"{diverged} of {len(batch)} pairs do not count: draws are not finite")
+        log.warning(f"{diverged} of {len(batch)} pairs do not count: their draws are not finite")
     if not len(counted):
         return report
     batch = batch[torch.from_numpy(counted).to(experiment.device)]
@@ -71,10 +71,11 @@ def compare_pairs(evaluated: Evaluated, split: Split, number: int, draws: int) -
 
 
 def _rounds(evaluated: Evaluated, conditions: Conditions, draws: int) -> list[dict]:
-    """`draws` for each of the `conditions`, in rounds of `pairs`, with `nfe` and `seconds`.
+    """Images drawn for each of the `conditions`, by round, with `pairs`, `nfe` and `seconds`.
 
-    They are as stored, (pairs * draws, H, W, C), or none where the solver diverges. Raises
-    TooManyEvaluations where it stops at its limit, since with a larger one they could be finite.
+    The draws are of the stored type, (pairs * draws, H, W, C); there are none where the solver
+    diverges. Raises TooManyEvaluations where the solver stops at its limit, since with a larger
+    limit the draws could be finite.
     """
     experiment, codec = evaluated.experiment, evaluated.experiment.codec
     number = len(conditions["image"])
@@ -98,7 +99,7 @@ def _rounds(evaluated: Evaluated, conditions: Conditions, draws: int) -> list[di
             images, nfe = torch.empty(0, *codec.data_shape), 0
         return {"draws": codec.stored(images), "nfe": nfe}
 
-    # the draws of a condition in one round
+    # all draws of a condition are in one round
     size = draws * max(1, evaluated.batch_size // draws)
     origin = evaluated.origin | digests_of_conditions(conditions) | {"draws of each": draws}
     files = evaluated.folder / f"ckpt_{evaluated.k}_pairs"

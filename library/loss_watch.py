@@ -1,4 +1,4 @@
-"""A check of the losses of a training."""
+"""A check that the losses of a training are finite."""
 
 import logging
 import math
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class LossWatch:
-    """Check of the losses of several steps at once, so that no step waits for its device.
+    """Check for losses that are not finite, of several steps at once: no step waits for its device.
 
     Args:
-        max_bad_steps: losses in a row that are not finite, which end the run.
+        max_bad_steps: number of losses in a row that are not finite after which the run ends.
         nonfinite, precision: values of `optim.nonfinite` and `training.precision`, which the
             messages name.
     """
@@ -24,9 +24,9 @@ class LossWatch:
     def __init__(self, max_bad_steps: int, nonfinite: str, precision: str = "fp32"):
         self.consequence = f"optim.nonfinite={nonfinite!r}"
         if precision == "fp16":
-            self.consequence = "the step is left out and the scale of the loss is halved"
+            self.consequence = "the step is skipped and the scale of the loss is halved"
         self.limit, self.bad_in_a_row, self.newest = max_bad_steps, 0, math.nan
-        self.losses: dict[int, Tensor] = {}  # by the batch's number, since the last look
+        self.losses: dict[int, Tensor] = {}  # by the batch's number, since the last check
 
     def add(self, batch: int, loss: Tensor) -> None:
         """Note the loss of a step on batch number `batch`, as `train_step` returns it."""
@@ -36,7 +36,7 @@ class LossWatch:
             self.look()
 
     def look(self) -> float:
-        """The newest loss. Warns of each that is not finite, raises at `max_bad_steps` in a row."""
+        """Newest loss; warn of each that is not finite, raise at `max_bad_steps` in a row."""
         if not self.losses:
             return self.newest
         losses = distributed.mean(torch.stack([*self.losses.values()])).tolist()
@@ -52,7 +52,7 @@ class LossWatch:
                 raise FloatingPointError(
                     f"the loss or its gradient was not finite for training.max_bad_steps="
                     f"{self.limit} batches in a row, the last one number {batch}; the weights "
-                    "before them are not ruined, and the last checkpoint is intact"
+                    "from before are intact, and so is the last checkpoint"
                 )
         self.losses = {}
         return self.newest

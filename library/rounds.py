@@ -74,6 +74,6 @@ class Rounds:
 
 
 def remove_others(folder: Path, pattern: str, files: list[Path]) -> None:
-    """Remove files of an earlier evaluation with other numbers: all but `files`."""
+    """Remove all files but `files`: those of an earlier evaluation with other numbers."""
     for path in set(folder.glob(pattern)) - set(files) if distributed.is_main() else ():
         path.unlink(missing_ok=True)

@@ -10,11 +10,11 @@ REPEATED = signal.SIGHUP, signal.SIGUSR1  # signals that may be sent several tim
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Let SIGTERM, SIGINT, SIGHUP, SIGUSR1 only ask to stop in the block; a second one ends it.
+    """Turn SIGTERM, SIGINT, SIGHUP, SIGUSR1 into a request to stop; a second one ends the process.
 
-    SIGHUP and SIGUSR1 are never that second one: a closed terminal and Slurm send several. Yields a
-    function that gives the name of the signal received, or None. A thread other than the main one
-    cannot handle signals; there nothing changes.
+    This holds within the `with` block. SIGHUP and SIGUSR1 do not count as a second signal, since a
+    closed terminal and Slurm send several. Yields a function that returns the name of the signal
+    received, or None. Only the main thread can handle signals; in another one nothing changes.
     """
     received = []
 

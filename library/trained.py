@@ -30,11 +30,11 @@ LOWEST_SHOWN = 0.03  # noise level, in `Method.sigma_unit`, below which noise ha
 
 
 def check_ended(images: Tensor) -> None:
-    """Raise FloatingPointError where some of `images` are nan: field lines that were given up."""
+    """Raise FloatingPointError where some `images` are nan: their field lines were given up."""
     if lost := int((~images.flatten(1).isfinite().all(1)).sum()):
         raise FloatingPointError(
-            f"{lost} of {len(images)} field lines have not ended at the data: "
-            "sampling.max_evaluations allows no more, or the network needs more training"
+            f"{lost} of {len(images)} field lines have not ended at the data: raise "
+            "sampling.max_evaluations, or train the network longer"
         )
 
 
@@ -286,12 +286,13 @@ class Trained(Conditioned):
 
         `sigma` is the standard deviation of Gaussian noise, and the scale of the Student t noise of
         PFGM++ and Poisson flow: one for all images, or one for each (n,). There is no guidance, and
-        nothing is clamped. A network of training.objective='consistency' gives no mean, but an
-        image: the end of the trajectory through `x`.
+        nothing is clamped. A network of training.objective='consistency' gives an image instead of
+        the mean: the end of the trajectory through `x`.
 
         Raises:
-            ValueError: another shape, `sigma` is not one of the method's noise levels, the network
-                sees latents, or its noise depends on the image (`Method.check_kernel`).
+            ValueError: `x` has another shape, `sigma` is not one of the method's noise levels, the
+                network sees latents, or the method's noise depends on the image
+                (`Method.check_kernel`).
         """
         check_floats(x, self.shape, "noisy images")
         self.experiment.method.check_kernel("denoise")

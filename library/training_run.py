@@ -1,4 +1,4 @@
-"""The work of training beside its steps: saves, held-out loss, pictures, metrics."""
+"""The tasks of training other than its steps: saves, held-out loss, pictures, metrics."""
 
 import contextlib
 import logging
@@ -53,7 +53,7 @@ class _Stopped(Exception):
 
 @dataclass
 class TrainingRun:
-    """The run of a workdir that is trained.
+    """A run during its training.
 
     Attributes:
         experiment: its sampler is that of the pictures.
@@ -64,11 +64,11 @@ class TrainingRun:
         seed: of held-out losses and pictures.
         keep_checkpoints: newest numbered checkpoints that are kept; 0: all.
         written: the steps of the numbered checkpoints.
-        initial_weights: those of another model that it started from, if it did.
-        few_samples: for metrics along the training, if there are any.
+        initial_weights: the weights of another model that the run started from; None: new weights.
+        few_samples: samples for metrics during training, if there are such metrics.
         measured: the last step with such metrics.
         best: the best checkpoint by them.
-        writer: of the states that are saved.
+        writer: writes the states that are saved, in a thread.
     """
 
     experiment: Parts
@@ -137,10 +137,10 @@ class TrainingRun:
             )
 
     def save(self, numbered: bool = False) -> None:
-        """Let the writer save the state to go on from and, if `numbered`, to evaluate.
+        """Let the writer save the state, for resuming and, if `numbered`, also for evaluation.
 
-        Raises FloatingPointError where weights are not finite: they would replace good ones; and
-        OSError where the state before could not be written.
+        Raises FloatingPointError where weights are not finite, since they would replace good ones;
+        and OSError where the previous state could not be written.
         """
         state = self.state
         state.check_agreement()
@@ -203,8 +203,8 @@ class TrainingRun:
     def draw(self, loggers: Loggers, number: int, stop: Stop) -> None:
         """Save a picture of at most `number` samples, from the same prior draw at every call.
 
-        Nothing is saved where `stop` names a signal before it is done, or the solver diverges.
-        Every process has to call it; the main one draws.
+        Nothing is saved where `stop` names a signal before the picture is done, or the solver
+        diverges. Every process has to call it; the main one draws.
         """
         self.state.gather_ema()
         if stop() or not distributed.is_main():
@@ -254,10 +254,11 @@ class TrainingRun:
             log.warning(f"step {step}: no {what} drawn: {error}")
 
     def measure(self, stop: Stop) -> dict[str, float]:
-        """Metrics of a few samples of the EMA weights, by tag; the best state is saved.
+        """Metrics of a few samples of the EMA weights, by tag; a state with the best ones is saved.
 
-        {} in a step without metrics, in processes other than the main one, where `stop` names a
-        signal before they are done, and where the solver diverges. Every process has to call it.
+        Returns {} in a step without metrics, in processes other than the main one, where `stop`
+        names a signal before the metrics are done, and where the solver diverges. Every process has
+        to call it.
         """
         freq, first = self.values["training.metric_freq"], self.measured != self.state.step
         if not (freq and self.is_due(freq) and first):
@@ -279,7 +280,7 @@ class TrainingRun:
         step, path = self.state.step, best_path(self.workdir)
         content = self._content([number for number in self.written if number < step])
         if distributed.is_main():
-            self.writer.wait()  # the state names files that have to be there
+            self.writer.wait()  # the state names numbered checkpoints, which must exist by then
             save_checkpoint(path, content | {"best": self.best.entry()})
             log.info(f"step {step}: {self._distance(self.best.fid)}, the lowest so far: {path}")
 

@@ -101,7 +101,7 @@ class Method(abc.ABC):
         uses_reference_batch: true where `target` depends on the reference batch.
         follows_lines: true where samples follow lines through (x, z), and no ODE over noise levels.
         t_prior, t_data: times at which sampling starts and ends.
-        level_name: name of what samplers tell of their progress.
+        level_name: name of the quantity by which samplers report their progress.
         gives_score: true where the network gives the score, which may be divided by sigma inside
             it (`model.scale_by_sigma`).
         positive_labels: true where noise labels are > 0, and a "fourier" embedding takes their log.
@@ -166,11 +166,11 @@ class Method(abc.ABC):
         return {}
 
     def with_data(self, data: OpenedData, codec: Codec) -> Self:
-        """The method of these `data`, those of the experiment; most depend on no data."""
+        """The method for the experiment's `data`; most methods do not depend on data."""
         return self
 
     def origin(self) -> dict[str, str]:
-        """What samples depend on besides the method's numbers and the network, as text."""
+        """Text by name for what samples depend on besides the method's numbers and the network."""
         return {}
 
     @classmethod
@@ -282,7 +282,7 @@ class Method(abc.ABC):
         return self.t_data + (self.t_prior - self.t_data) * t
 
     def reference(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
-        """The reference batch of a training step on `batch`: here it alone."""
+        """The reference batch of a training step on `batch`; by default `batch` itself."""
         return batch
 
     def draw(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:

@@ -84,7 +84,7 @@ def posterior_mean(
 def difference_field(points: Tensor, positive: Tensor, negative: Tensor, L: float) -> Tensor:
     """Unit vectors along the field of two plates of charges in R^(N+1), E_P - E_Q.
 
-    Each plate has the total charge 1, and with p_j the places of its n charges
+    Each plate has the total charge 1; with p_j the positions of its n charges,
 
         E = sum_j (p - p_j) / ||p - p_j||^(N+1) / n.
 
@@ -92,10 +92,10 @@ def difference_field(points: Tensor, positive: Tensor, negative: Tensor, L: floa
         points: p = (x, z), (B, N+1).
         positive: charges of P on the plate z = 0, (n, ...) with N entries each.
         negative: charges of Q on the plate z = L, as `positive`.
-        L: distance of the plates.
+        L: distance between the plates.
 
     Returns:
-        Directions (B, N+1) in the dtype of `points`; 0 where the field is.
+        Directions (B, N+1) in the dtype of `points`; 0 where the field is 0.
 
     Source: Kolesov et al. 2025 (arXiv 2502.02367).
     """
@@ -128,8 +128,8 @@ def weighted(
     Distances and sum are matrix products, accumulated over chunks of the data (a running softmax):
     nothing of size B * n * N exists. Distances come as differences of squares, and the weights are
     high powers of them, which in float32 would leave an error of 1e-5. So everything is float64;
-    where a device is slow at it, only what is of size B * n, and the large products are made of
-    float32 ones.
+    on a device that is slow at it, only arrays of size B * n are, and the large products are
+    composed of float32 products.
 
     Args:
         x: (B, N).

@@ -1,8 +1,11 @@
-"""Electrostatic field matching (Kolesov et al. 2025, arXiv 2502.02367): from data set to data set.
+"""Electrostatic field matching, from one data set to another.
+
+Source: Kolesov et al. 2025 (arXiv 2502.02367).
 
 The images of the prior P are positive charges on the plate z = 0 of R^(N+1), those of the data Q
-negative ones on the plate z = L. Both have the total charge 1, so that every field line that
-leaves an image of P ends at one of Q, and each of Q gets as many as it has charge.
+negative charges on the plate z = L. The charges of each plate add up to 1 in magnitude, so that
+every field line that leaves an image of P ends at an image of Q, at each in proportion to its
+charge.
 """
 
 import math
@@ -41,21 +44,21 @@ KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Examples(Batch):
-    """Points (x, z) of the space: x as `images`, `z` (B,)."""
+    """Points (x, z) of the space between and around the plates: x as `images`, and `z` (B,)."""
 
     z: Tensor
 
 
 @dataclass(frozen=True)
 class BothPlates(Batch):
-    """Images of the data, and as many of the prior, `charges` (B, C, H, W), drawn independently."""
+    """Images of the data, and equally many, drawn independently, of the prior: `charges`."""
 
     charges: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class PriorImages:
-    """Random images of the prior, encoded, which are read when they are first needed."""
+    """Random encoded images of the prior, which are read when they are first needed."""
 
     data: OpenedData
     codec: Callable[[], Codec]
@@ -75,19 +78,19 @@ class PriorImages:
     def spread(
         self, number: int, generator: torch.Generator | None, device: torch.device | str
     ) -> Tensor:
-        """Images (number, C, H, W) in random order, each as often as any other, or once more."""
+        """Images (number, C, H, W) in random order, each as often as any other or once more."""
         rounds = -(-number // len(self.images))
         draw = {"generator": generator, "device": device}
         orders = [torch.randperm(len(self.images), **draw) for _ in range(rounds)]
         return self.at(torch.cat(orders)[:number])
 
     def at(self, rows: Tensor) -> Tensor:
-        """The images number `rows` (n,), encoded, on the device of `rows`."""
+        """The images with the numbers `rows` (n,), encoded, on the device of `rows`."""
         return encoded(self.codec(), self.images[rows.cpu()].to(rows.device))
 
 
 def start_radius(z_min: float, dim: int) -> float:
-    """Radius of the sphere around an image of `dim` entries on which lines start, `z_min` high."""
+    """Radius of the sphere on which lines leave an image of `dim` entries, about `z_min` high."""
     return z_min * math.sqrt(dim + 1)
 
 
@@ -95,14 +98,15 @@ def start_radius(z_min: float, dim: int) -> float:
 class FieldMatching(Method):
     """Electrostatic field matching: samples follow field lines from the prior's images to the data.
 
-    The network gives one channel more than the image has, whose spatial mean is the z entry of the
-    field; together they are the direction of the field, times sqrt(N+1). Instead of a noise level
-    the samplers tell the share of the lines that have not ended.
+    The network's output is the direction of the field, times sqrt(N+1): it has one channel more
+    than the image, and the spatial mean of that channel is the z entry. Instead of a noise level,
+    samplers report the share of the lines that have not ended.
 
     Attributes:
-        L: distance of the plates.
+        L: distance between the plates.
         z_min: distance from a plate at which lines start and end.
-        reach: of training points, from the middle between the plates.
+        reach: largest distance of training points from the segments between images; farther from
+            the middle between the plates the field is taken to be that of a dipole.
         prior: the images that lines start from.
     """
 
@@ -117,7 +121,7 @@ class FieldMatching(Method):
     uses_reference_batch = True
     positive_labels = False
     follows_lines = True
-    level_name = "share of lines on their way"
+    level_name = "share of lines not yet ended"
     noisy_end = False
     t_prior, t_data = 1.0, 0.0
 
@@ -167,8 +171,8 @@ class FieldMatching(Method):
 
             p = (1 - s) (x_P, 0) + s (x_Q, L) + r u
 
-        with s in [0, 1], a quarter of them at either end, u uniform on the sphere, and ln r uniform
-        from half the distance at which lines start to `reach`.
+        with s in [0, 1], a quarter of them at either end, u uniform on the sphere, and ln r
+        uniform; r is from half the radius at which lines start up to `reach`.
         """
         start, end = batch.charges.flatten(1), batch.images.flatten(1)
         draw = {"generator": generator, "device": start.device, "dtype": start.dtype}
@@ -191,7 +195,7 @@ class FieldMatching(Method):
         return torch.cat([x.flatten(1), z[:, None]], dim=1)
 
     def label(self, z: Tensor) -> Tensor:
-        """The noise label of heights `z` (B,): it rises with z, and steeply at both plates."""
+        """Noise labels of heights `z` (B,), which rise with z, steeply at both plates."""
         return (z / self.z_min).asinh() + ((z - self.L) / self.z_min).asinh()
 
     # --- sampling ---
@@ -199,8 +203,8 @@ class FieldMatching(Method):
     def direction(self, net, points: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Unit vectors (B, N+1) along the learned field at `points` (B, N+1).
 
-        Where they are farther than `reach` from the middle between the plates the field is that of
-        a dipole, whose direction is the same all along a ray.
+        Farther than `reach` from the middle between the plates the field is taken to be that of a
+        dipole, whose direction is constant along a ray.
 
         Args:
             net: the network, to which conditions are bound.

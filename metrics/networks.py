@@ -58,7 +58,7 @@ def _flat(outputs: Tensor) -> NDArray[np.float32]:
 
 
 def _torchscript(content: bytes, path: str, device: torch.device) -> Callable:
-    """The TorchScript module in `content`, of the file at `path`.
+    """The TorchScript module in `content`, which was read from the file at `path`.
 
     One with the arguments `return_features` and `no_output_bias` is the 2015 Inception graph that
     NVIDIA published as TorchScript, which gives either features or probabilities.

@@ -86,9 +86,9 @@ class ExponentialMovingAverage:
         rise: Callable[[int], float] = lambda k: (1 + k) / (10 + k),
         is_here: Callable[[nn.Parameter], bool] = lambda parameter: True,
     ):
-        """Starts from a copy of those `parameters` that are here; `decay` in [0, 1].
+        """Start from a copy of the `parameters` that this process has; `decay` is in [0, 1].
 
-        The others' EMA weights another process has; see `optimizers.shares`.
+        Other processes have the EMA weights of the other parameters; see `optimizers.shares`.
         """
         self.decay, self.rise, self.is_here = decay, rise, is_here
         self.num_updates = 0
@@ -118,9 +118,9 @@ class ExponentialMovingAverage:
             torch._foreach_copy_(averages, weights)
 
     def _here(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The EMA weights that are here, and those of the `tensors` in the same places.
+        """EMA weights that this process has, and the `tensors` in the same positions.
 
-        Of more processes than parameters some have none, an empty list, which PyTorch refuses.
+        With more processes than parameters some have none: an empty list, which PyTorch refuses.
         """
         pairs = zip(self.shadow_params, tensors, strict=True)
         pairs = [(average, tensor) for average, tensor in pairs if not average.is_meta]
@@ -130,7 +130,7 @@ class ExponentialMovingAverage:
     def swapped_into(
         self, parameters: Iterable[nn.Parameter], averages: list[Tensor] | None = None
     ):
-        """Within the `with` block, `parameters` hold the EMA weights, or these `averages`."""
+        """Put the EMA weights, or these `averages`, into `parameters` within the `with` block."""
         parameters = list(parameters)
         averages = self.shadow_params if averages is None else averages
         _swap(averages, parameters)

@@ -28,12 +28,14 @@ class Objective(nn.Module, abc.ABC):
         options: {argument of the constructor: the key that it is read from}.
         predicts_mean: true where the network learns E[image | x], from which the method's ODE is
             computed (`check_ode`).
-        method: whose examples and predictions.
-        batch_size: images that a training step takes from the data: as many as are perturbed, or
-            those of the reference batch where the targets depend on one.
-        examples: number of these that are perturbed; the others are in the reference batch only.
+        method: makes the examples and the predictions.
+        batch_size: number of images that a training step takes from the data: those that are
+            perturbed or, where the targets depend on a reference batch, all images of that batch.
+        examples: number of these images that are perturbed; the others are only in the reference
+            batch.
         label_dropout, condition_dropout: shares of the examples that lose conditions of these kinds
-            (`sources.batch.KINDS`); those of the smaller share are among those of the larger.
+            (`sources.batch.KINDS`); the examples of the smaller share are among those of the
+            larger.
     """
 
     keys: ClassVar[Mapping[str, Key]] = {}
@@ -99,7 +101,7 @@ class Objective(nn.Module, abc.ABC):
         return self.loss(net, self.draw(batch, step, generator), batch)
 
     def reference(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
-        """The reference batch of a training step on `batch`, of which the examples are drawn."""
+        """The reference batch of a training step on `batch`, from which the examples are drawn."""
         return self.method.reference(batch, generator)
 
     @torch.no_grad()
@@ -110,8 +112,8 @@ class Objective(nn.Module, abc.ABC):
         shares = {"label": self.label_dropout, "condition": self.condition_dropout}
         shares = {k: p for k, p in shares.items() if p and examples.conditions.droppable(k)}
         if shares:
-            # the last draw, so that it changes none of the method's, and one for all kinds:
-            # guidance lacks all conditions at once
+            # drawn last, so that the method's draws do not change, and once for all kinds, since
+            # guidance drops all conditions at once
             draw = torch.rand(len(examples), generator=generator, device=examples.images.device)
             for kind, share in shares.items():
                 conditions = examples.conditions.drop(draw < share, kind)

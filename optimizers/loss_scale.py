@@ -8,15 +8,15 @@ PATIENCE = 2000  # finite steps in a row after which the factor is doubled
 
 
 class LossScale:
-    """A factor that keeps small gradients above the least numbers of float16, 6e-8.
+    """Factor that keeps small gradients above the smallest number of float16, 6e-8.
 
     It is halved where a gradient is not finite, and doubled after `PATIENCE` finite ones in a row
-    (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2; `torch.amp.GradScaler`, whose numbers
-    these are). The host never waits for it.
+    (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2, with the numbers of
+    `torch.amp.GradScaler`). The host never waits for it.
 
     Attributes:
         factor: 0-d, float32.
-        finite_steps: in a row, 0-d, int32.
+        finite_steps: number of finite steps in a row, 0-d, int32.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -28,7 +28,7 @@ class LossScale:
         torch._foreach_mul_(gradients, 1 / self.factor)
 
     def update(self, finite: Tensor) -> None:
-        """Prepare for the next step, by whether the gradient was `finite` (0-d bool)."""
+        """Set the factor of the next step, after a gradient that was `finite` or not (0-d bool)."""
         steps = (self.finite_steps + 1) * finite
         grows = steps == PATIENCE
         self.factor *= torch.where(finite, 1.0 + grows, 0.5)

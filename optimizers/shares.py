@@ -1,7 +1,8 @@
 """EMA weights and moments divided among processes, each of which updates a share of the weights.
 
 This is stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). A tensor that another process
-has is one on the meta device here, of its shape and dtype, so that states keep their form.
+has is represented here by one of its shape and dtype on the meta device, so that states keep their
+form.
 """
 
 from collections.abc import Iterable
@@ -16,10 +17,10 @@ from storage.tensors import map_tensors
 
 
 class Shares:
-    """Which process updates which parameter: each about as many numbers.
+    """Division of the parameters among processes, each of which updates about as many numbers.
 
     Attributes:
-        owners: rank by parameter, the same in every process.
+        owners: rank of the process that updates each parameter; the same in every process.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
@@ -34,9 +35,9 @@ class Shares:
         return self.owners[parameter] == distributed.rank()
 
     def keep_own(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the parameters of other processes, and their moments, from `optimizer`.
+        """Remove the parameters of other processes, and their moments, from `optimizer`.
 
-        Raises ValueError where it makes moments in the first step, and not at once.
+        Raises ValueError where the optimiser makes its moments only in the first step.
         """
         self.numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -54,7 +55,7 @@ class Shares:
             group["params"] = [p for p in group["params"] if self.is_own(p)]
 
     def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The `state_dict` of the optimiser of all parameters, of which `optimizer` has a share."""
+        """The `state_dict` of an optimiser of all parameters, a share of which `optimizer` has."""
         groups = zip(optimizer.state_dict()["param_groups"], self.numbers, strict=True)
         moments = optimizer.state | self.elsewhere
         return {
@@ -70,14 +71,14 @@ class Shares:
                     optimizer.state[parameter][name].copy_(value)
 
     def spread(self) -> None:
-        """Give every process the parameters as their owners have updated them."""
+        """Send the parameters from the processes that have updated them to all others."""
         sent = [dist.broadcast(p.detach(), r, async_op=True) for p, r in self.owners.items()]
         for each in sent:
             each.wait()
 
 
 def completed(state: Any, everywhere: bool = False) -> Any:
-    """`state` with tensors of the host in place of those that other processes have.
+    """`state` with tensors in the host's memory in place of those that other processes have.
 
     Every process has to call it. Only the main one gets these tensors, unless `everywhere`.
     """

@@ -13,16 +13,16 @@ from storage.checks import check_keys, check_like
 def checked_moments(
     stored: dict, expected: dict, template: dict[int, dict], steps: int
 ) -> dict[int, dict]:
-    """Each parameter's state in `stored`, by its number, checked.
+    """Checked states of the parameters in `stored`, by the parameters' numbers.
 
     Args:
-        stored: a `state_dict()` of an optimiser, of any origin.
-        expected: that of the optimiser it is for, which may have no state yet.
-        template: states of its parameters, for the shapes and dtypes; see `template_of`.
-        steps: those that were done when it was stored.
+        stored: a `state_dict()` of an optimiser; it may come from any file.
+        expected: the `state_dict()` of the optimiser to be loaded, which may have no state yet.
+        template: states of that optimiser's parameters, for shapes and dtypes; see `template_of`.
+        steps: number of steps that had been taken when `stored` was saved.
 
     Raises:
-        ValueError: it does not fit; the message names the entry.
+        ValueError: `stored` does not fit; the message names the entry.
     """
     groups = expected["param_groups"]
     check_keys(stored, ("state", "param_groups"), "optimizer")
@@ -58,7 +58,7 @@ def template_of(
     named_parameters: NamedParameters,
     build: Callable[[NamedParameters], torch.optim.Optimizer],
 ) -> dict[int, dict]:
-    """The state, by parameter, of an optimiser that makes it only in its first step.
+    """State, by parameter, of an optimiser that makes it only in its first step.
 
     It is that of copies after a step with zero gradients.
     """
@@ -72,9 +72,9 @@ def template_of(
 
 
 def laid_out(entry: dict, like: dict) -> dict:
-    """Copies of an `entry` of moments with the memory formats and device of those of `like`.
+    """Copies of the moments in `entry`, with the memory formats and devices of those in `like`.
 
-    The fused optimisers pair the memory of weights and moments, not their indices.
+    Fused optimisers pair weights and moments by their place in memory, not by index.
     """
     return {
         key: torch.empty_like(like[key]).copy_(value) if isinstance(value, Tensor) else value
@@ -86,7 +86,7 @@ def checked_averages(state: dict, parameters: Sequence[Tensor]) -> dict[float, l
     """The power-function averages of `parameters` in the `state` of a run, by relative width.
 
     Raises:
-        ValueError: it has none, or they do not fit `parameters`.
+        ValueError: the state has no averages, or they do not fit `parameters`.
     """
     averages = state.get("averages", [])
     if type(averages) is not list or not averages:
@@ -99,7 +99,7 @@ def checked_averages(state: dict, parameters: Sequence[Tensor]) -> dict[float, l
 
 
 def checked_loss_scale(state: dict) -> dict[str, Tensor] | None:
-    """The loss scale in the `state` of a run, None where it has none; ValueError for no scale."""
+    """The loss scale in the `state` of a run; None where it has none, ValueError if invalid."""
     stored = state.get("loss_scale")
     if stored is not None:
         check_like(stored, LossScale().state_dict(), "loss_scale")

@@ -1,7 +1,7 @@
-"""A process's place in its job, by the variables of torchrun, srun, mpirun or a script.
+"""A process's place in its job, from the variables of torchrun, srun, mpirun or a script.
 
-The variables of torchrun and of scripts count before all others, since srun may have started
-torchrun; those of mpirun before those of srun, by which it starts its daemons.
+The variables of torchrun and of scripts take precedence over all others, since srun may have
+started torchrun; those of mpirun over those of srun, with which mpirun starts its daemons.
 """
 
 import os
@@ -10,40 +10,41 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PLAIN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun's, a script's
+# Variables of torchrun and of scripts.
+PLAIN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-# Variables of a task's number, the number of tasks, the task's number on its host. SLURM_NTASKS is
-# no number of tasks here: the script of sbatch has it too, and may not run beside its tasks.
+# Variables with a task's number, the number of tasks, and the task's number on its host.
+# SLURM_NTASKS is not used: the script of sbatch has it too, and is not one of the tasks.
 TASKS = {
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
-# Variables that name the job alike in each of its tasks, and no other job.
+# Variables that have the same value in all tasks of a job, and another value in other jobs.
 JOBS = {"mpirun": ("PMIX_NAMESPACE",), "srun": ("SLURM_JOB_ID", "SLURM_STEP_ID")}
-# Numbers of tasks that have to be started otherwise, and what else only such tasks have.
+# Variables with the number of tasks of launchers that are refused -> variable that only tasks have.
 OTHER_TASKS = {
     "SLURM_NTASKS": "SLURM_PROCID",
     "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_SIZE",
     "PMI_SIZE": "PMI_SIZE",
 }
-PORTS = range(61440, 65536)  # above those that Linux gives away by itself
+PORTS = range(61440, 65536)  # above those that Linux assigns by itself
 HOW_TO_START = (
     "start one torchrun on each host, or srun, or mpirun of Open MPI, or let your launcher set "
     "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each process (docs/scaling.md); "
-    "for one process alone set WORLD_SIZE=1"
+    "for a single process set WORLD_SIZE=1"
 )
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started; by default alone, and by nobody.
+    """How this process was started; by default alone, without a launcher.
 
     Attributes:
         launcher: "torchrun", "srun", "mpirun", or "script" for one that sets `PLAIN`; "": none.
         rank: number of this process, from 0.
         world: number of processes.
         local_rank: number of this process among those of its host.
-        address: host where the processes meet, that of rank 0 but with torchrun.
+        address: host where the processes meet; except with torchrun, the host of rank 0.
         port: TCP port there.
     """
 
@@ -58,8 +59,9 @@ class Launch:
 def read(environment: Mapping[str, str]) -> Launch:
     """The launch that the variables of `environment` describe.
 
-    Raises ValueError, which says how to start, where these contradict each other or several tasks
-    do not say where they meet: each of them would believe that it is alone, and write the same run.
+    Raises ValueError, which says how to start, where the variables contradict each other, or where
+    several tasks are not told where they meet: each would take itself for the only process, and all
+    would write the same run.
     """
     values = {name: value for name, value in environment.items() if value}
     if values.keys() & {"RANK", "WORLD_SIZE"}:
@@ -78,13 +80,13 @@ def read(environment: Mapping[str, str]) -> Launch:
         if number != "1":
             raise ValueError(
                 f"{name}={number}, but RANK and WORLD_SIZE are not set, so that each of {number} "
-                f"tasks would believe it is alone: {HOW_TO_START}"
+                f"tasks would take itself for the only process: {HOW_TO_START}"
             )
     return Launch()
 
 
 def rank() -> int:
-    """Number of this process; 0 too where the variables are wrong, of which `read` tells."""
+    """Number of this process; also 0 where the variables are wrong, which `read` reports."""
     try:
         return read(os.environ).rank
     except ValueError:
@@ -92,7 +94,7 @@ def rank() -> int:
 
 
 def _checked(launcher: str, values: dict[str, str]) -> Launch:
-    """The launch of the `values` of rank, world, local rank, address and port, in this order."""
+    """The launch with the `values` of rank, world, local rank, address and port, in this order."""
     words = ", ".join(f"{name}={value}" for name, value in values.items() if value)
     if missing := [name for name, value in values.items() if not value]:
         raise ValueError(f"{words} without {', '.join(missing)}: {HOW_TO_START}")
@@ -114,12 +116,12 @@ def _address(launcher: str, values: Mapping[str, str]) -> str:
 
 
 def _first_host(nodes: str) -> str:
-    """The first host of a list of Slurm's, such as 'gpu[07-09,12],login'."""
+    """The first host in a list of Slurm, such as 'gpu[07-09,12],login'."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _port(launcher: str, values: Mapping[str, str]) -> str:
-    """A port that the tasks of the job agree on, and those of another job on the host hardly."""
+    """A port on which all tasks of a job agree, and which another job is unlikely to have."""
     job = ".".join(values.get(name, "") for name in JOBS[launcher])
     return str(PORTS[zlib.crc32(job.encode()) % len(PORTS)])

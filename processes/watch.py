@@ -1,10 +1,11 @@
-"""A watch over the processes of a job: where none of them goes on, it ends, and says which hangs.
+"""A watch that ends a job in which no process makes progress, and says which process hangs.
 
-Each process tells the others through the store what it did last, a few times within the limit, from
-a thread of its own. A process that is stopped, or whose machine is gone, falls silent. In one that
-waits for ever (a disk, a lock, a collective) the thread goes on, and its last action gets old. All
-the others wait for it, so that soon nobody goes on; the time is counted from there. Long work of
-one process, for which the others wait, is no alarm as long as it calls `did`.
+A thread of each process tells the others through the store what the process did last, several times
+within the limit. A process that is stopped, or whose machine is gone, falls silent. In a process
+that waits for ever (for a disk, a lock, a collective) the thread goes on, but the last action gets
+old. All the others wait for that process, so that soon none makes progress; the time is counted
+from there. Long work of one process, for which the others wait, raises no alarm as long as that
+process calls `did`.
 """
 
 import contextlib
@@ -21,14 +22,14 @@ import torch.distributed as dist
 
 PROGRAM = Path(__file__).parent.parent
 HANGS = os.EX_SOFTWARE  # exit status, 70
-LOOKS = 20  # within the limit, at least
+LOOKS = 20  # least number of looks within the limit
 LONGEST_INTERVAL = 5.0  # seconds between looks
 
-_done = ("its start", 0)  # the last action, and the number of those before
+_done = ("its start", 0)  # the last action, and the number of actions before it
 
 
 def did(action: str) -> None:
-    """Note that this process goes on: it has just done the `action`, such as "step 17"."""
+    """Note that this process makes progress: it has just done the `action`, such as "step 17"."""
     global _done
     _done = action, _done[1] + 1
 
@@ -37,10 +38,10 @@ class Sign(NamedTuple):
     """A sign of life of a process.
 
     Attributes:
-        number: of signs that it gave before.
-        action: what it did last.
-        actions: number of those before.
-        place: file, line and function of the program where it is.
+        number: number of signs that the process gave before.
+        action: what the process did last.
+        actions: number of actions before that.
+        place: file, line and function of the program that its main thread is in.
     """
 
     number: int
@@ -51,7 +52,7 @@ class Sign(NamedTuple):
 
 @contextlib.contextmanager
 def watched(store: dist.Store, rank: int, world: int, limit: float) -> Iterator[None]:
-    """Within the `with` block a process that hangs ends the job after at most `limit` seconds.
+    """End the job at most `limit` seconds after a process starts to hang within the `with` block.
 
     Args:
         store: a connection of its own to the store of the group.
@@ -67,13 +68,14 @@ def watched(store: dist.Store, rank: int, world: int, limit: float) -> Iterator[
         yield
     finally:
         watch.ended.set()
-        threads[1].join()  # the other may wait for a store that is no more
+        threads[1].join()  # the other thread may wait for a store that has ended
 
 
 class Watch:
-    """One process's view of all; see the module. `look` never waits for the store, which may hang.
+    """One process's view of all processes; see the docstring of the module.
 
-    Seconds are counted in looks, so that the time in which all processes are suspended is none.
+    `look` never waits for the store, which may hang. Seconds are counted in looks, so that time in
+    which all processes are suspended does not count.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, limit: float):
@@ -84,10 +86,10 @@ class Watch:
         self.silent_for, self.idle_for = [0.0] * world, [0.0] * world  # seconds, by rank
 
     def exchange(self) -> None:
-        """Give signs of life, and read those of the others, until the store is no more."""
+        """Give signs of life, and read those of the others, until the store ends."""
         names = [f"sign/{rank}" for rank in range(len(self.signs))]
         number = 0
-        with contextlib.suppress(RuntimeError):  # the store's; the silence is then seen
+        with contextlib.suppress(RuntimeError):  # of the store; `look` then sees the silence
             while not self.ended.wait(self.interval):
                 sign = Sign(number, *_done, _place())
                 self.store.set(names[self.rank], json.dumps(sign))
@@ -106,39 +108,40 @@ class Watch:
                 goes_on |= not idle
             before, done = signs, _done
             idle_for = 0.0 if goes_on else idle_for + self.interval
-            if idle_for > self.limit - 4 * self.interval:  # signs take up to two looks
+            if idle_for > self.limit - 4 * self.interval:  # signs arrive up to two looks late
                 self._end()
 
     def _end(self) -> None:
-        """End the process; the lowest rank that gives signs of life says which one hangs."""
-        self.ended.set()  # nobody asks a store that is about to end
+        """End this process; the lowest rank that gives signs of life prints which process hangs."""
+        self.ended.set()  # no more calls of a store that is about to end
         half, ranks = self.limit / 2, range(len(self.signs))
         silent = [rank for rank in ranks if self.silent_for[rank] > half]
-        if self.rank in silent:  # the store does not answer, which is rank 0's but with torchrun
+        if self.rank in silent:  # the store does not answer; except with torchrun, rank 0 serves it
             silent = [0]
         rank = silent[0] if silent else max(ranks, key=self._suspicion)
         if self.rank == min({*ranks} - {*silent}):
             life = f"no sign of life for {half:g} s" if silent else "signs of life"
             hanging, other = self.signs[rank], 0 if rank else 1
             print(
-                f"\nerror: rank {rank} hangs: nobody has gone on for training.hang_seconds="
-                f"{self.limit:g}; it gives {life}; the last thing it did: {hanging.action}, then "
-                f"it was at {hanging.place}; rank {other} is at {self.signs[other].place}",
+                f"\nerror: rank {rank} hangs: no process has made progress for "
+                f"training.hang_seconds={self.limit:g}; rank {rank} gives {life}; the last thing "
+                f"it did: {hanging.action}, then it was at {hanging.place}; "
+                f"rank {other} is at {self.signs[other].place}",
                 file=sys.stderr,
                 flush=True,
             )
-        time.sleep(3 * self.interval)  # until all have noticed: launchers stop the rest then
+        time.sleep(3 * self.interval)  # until all have noticed, since launchers then stop the rest
         os._exit(HANGS)
 
     def _suspicion(self, rank: int) -> tuple[bool, int, float]:
-        """Who is not waiting for the others; else is where few are; else stopped first."""
+        """Sort key: not waiting for others; then few at the same place; then longest idle."""
         places = [sign.place for sign in self.signs]
         waits = places[rank].startswith("distributed.py")
         return not waits, -places.count(places[rank]), self.idle_for[rank]
 
 
 def _place() -> str:
-    """Where the main thread is in the program: file, line and function."""
+    """File, line and function of the program that the main thread is in."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame:
         path = Path(frame.f_code.co_filename)

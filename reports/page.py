@@ -147,7 +147,9 @@ def _pairs(report: Report) -> str:
     of = f"{number(report['pairs_images'])} pairs, {number(report['pairs_draws'])} draws of each"
     remarks = [f"{of}; ± is the standard error over the pairs. {PAIRED}"]
     if diverged := report.get("pairs_nonfinite"):
-        remarks.append(f"{number(diverged)} further pairs do not count: draws are not finite.")
+        remarks.append(
+            f"{number(diverged)} further pairs with draws that are not finite do not count."
+        )
     return table(("", "value"), [*map(row, lines)]) + notes(remarks)
 
 

@@ -2,9 +2,10 @@
 
     python3 -m reports.plates WORKDIR --out PNG
 
-The run is one of `configs/efm/toys.py`. Amber: the densities of the prior, on the lower plate, and
-the data. Blue: exact field lines, those of `CHARGES` points on each plate, and where they end.
-Black: where the lines of the network end. The console gets how far both are from the data.
+WORKDIR is a run of `configs/efm/toys.py`. Amber: the densities of the prior, on the lower plate,
+and of the data. Blue: exact field lines, of `CHARGES` points on each plate, and their ends. Black:
+the ends of the network's lines. The program also prints how far both kinds of ends are from the
+data.
 """
 
 import argparse
@@ -30,9 +31,9 @@ from samplers.field_lines import carry
 from sources.toys import TOYS, Mixture
 from storage.files import atomic_write
 
-CHARGES = 1_000  # points of each plate that make the exact field
-LINES, SAMPLES = 100, 2_000  # lines that are shown, and ends of lines that are compared
-BEYOND = 1.3  # how far below and above the plates the space is shown
+CHARGES = 1_000  # points on each plate that make the exact field
+LINES, SAMPLES = 100, 2_000  # number of lines that are shown, and of ends that are compared
+BEYOND = 1.3  # height that is shown below and above the plates
 
 Points = NDArray[np.float64]  # (n, 2)
 
@@ -48,7 +49,7 @@ def points_of(parts: Experiment) -> tuple[Points, Points]:
 def exact_ends(
     parts: Experiment, positive: Points, negative: Points, number: int, paths: list[Points]
 ) -> Points:
-    """Ends of the exact lines from `number` of the `positive` charges; `paths` gets the lines."""
+    """Ends of the exact lines from `number` of the `positive` charges; the lines enter `paths`."""
     charges = {"positive": torch.from_numpy(positive), "negative": torch.from_numpy(negative)}
     direction = partial(difference_field, **charges, L=parts.method.L)
     start = charges["positive"][torch.arange(number) % len(positive)]
@@ -56,7 +57,7 @@ def exact_ends(
         direction,
         start,
         parts.method.L,
-        parts.method.z_min / 10,  # charges are points, which lines come close to
+        parts.method.z_min / 10,  # small, since lines come close to point charges
         datasets.keyed_generator("cpu", "exact lines", parts.seed),
         rtol=1e-3,
         atol=1e-3,
@@ -66,18 +67,18 @@ def exact_ends(
 
 
 def learned_ends(parts: Experiment, number: int) -> Points:
-    """Ends of `number` lines of the network, from random points of the prior; nan: given up."""
+    """Ends of `number` lines of the network from random points of the prior; nan if given up."""
     generator = datasets.keyed_generator(parts.device, "samples", parts.seed, 0)
     images, _ = parts.sampler(parts.network, number, generator=generator)
     return parts.codec.encode(images).flatten(1).double().cpu().numpy()
 
 
 def distances(ends: Points, toy: Mixture) -> tuple[float, float, float, float]:
-    """How far `ends` (n, 2) are from the distribution `toy`.
+    """Differences between the distribution of `ends` (n, 2) and the distribution `toy`.
 
-    Returns the largest difference of the means, and of the standard deviations, over the toy's
-    standard deviations; the largest difference of the marginals' distribution functions
-    (Kolmogorov and Smirnov's statistic); and the share of lines that did not end.
+    Returns the largest difference of the means, and of the standard deviations, in units of the
+    toy's standard deviations; the largest difference of the marginals' distribution functions (the
+    Kolmogorov-Smirnov statistic); and the share of lines that did not end.
     """
     ended = ends[np.isfinite(ends).all(1)]
     mean = toy.centres.mean(0)
@@ -101,7 +102,7 @@ def draw_page(
     ends: dict[str, Points],
     path: Path,
 ) -> None:
-    """Save the page, a PNG: the steps of lines in `paths`, (LINES, 3) each, and `ends` by name."""
+    """Save the page, a PNG: lines by step in `paths`, (LINES, 3) each, and `ends` by name."""
     figure = Figure(figsize=(11, 8.6), dpi=100, facecolor=PAPER)
     grid = figure.add_gridspec(
         2, 4, width_ratios=(1, 1, 1, 1), height_ratios=(1.7, 1), left=0.02, right=0.98, top=0.95,
@@ -137,7 +138,7 @@ def main() -> None:
         out = Path(with_home("--out", str(options.out)))
         parts = load(options.workdir)
         if not parts.method.follows_lines:
-            raise ValueError(f"{options.workdir} is of {parts.method.name}: see reports.toy")
+            raise ValueError(f"{options.workdir} is a run of {parts.method.name}: use reports.toy")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     positive, negative = points_of(parts)

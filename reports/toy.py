@@ -93,7 +93,7 @@ def draw_plane(axes: Axes, toy: Mixture, title: str, below: str = "", faint: boo
 def draw_space(
     axes: Axes, toy: Mixture, view: tuple[float, ...], faint: bool = False, height: float = 0.0
 ) -> None:
-    """The space (x, z) with the data in the plane z = `height`, and nothing else yet."""
+    """Axes of the space (x, z) that show only the data, in the plane z = `height`."""
     edge = np.linspace(-SHEET, SHEET, 161)
     density = toy.density((edge[1:] + edge[:-1]) / 2)
     a, b = np.meshgrid(edge, edge, indexing="ij")

@@ -125,7 +125,7 @@ class Sampler(abc.ABC):
         codec: between the method's x and the data.
         noise_removal: end with a step of denoising.
         guidance: None for the network's own slope.
-        class_label: of samples that are drawn without labels as an argument; -1: none.
+        class_label: label of samples that are drawn without the argument `labels`; -1: none.
         measurement: samples agree with it, exactly if it has no noise, up to the clamping to the
             range of the data. It has one row for each sample.
         restorer: name in `RESTORERS` of the way to make samples agree.

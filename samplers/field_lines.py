@@ -23,7 +23,7 @@ from solvers.rk45 import limits_of
 
 @dataclass(frozen=True, kw_only=True)
 class FieldLineSampler(Sampler):
-    """The lines of a field, from images of the prior to the data.
+    """Sampler that follows the lines of a field from images of the prior to the data.
 
     Attributes:
         rtol, atol, max_evaluations: see `solvers.field_lines.follow`.
@@ -81,14 +81,15 @@ def sample_lines(
     """Follow a line from each image `x` (B, C, H, W) of the prior.
 
     Args:
-        method, net: of the field.
+        method, net: these give the direction of the field; see `FieldMatching.direction`.
         generator: source of the sides and directions in which lines leave.
-        callback: called, when all lines have ended, for each step, with levels that fall evenly.
+        callback: called for each step, after all lines have ended, with evenly falling levels.
         watch: see `solvers.base.Watch`; the level is the share of lines that have not ended.
         limits: of `solvers.field_lines.follow`.
 
     Returns:
-        The images where lines end, nan for those given up, and the number of network evaluations.
+        The images where lines end, nan for lines that are given up, and the number of network
+        evaluations.
     """
     shape, states = x.shape[1:], []
     record = (lambda p: states.append(p[:, :-1].unflatten(1, shape))) if callback else None
@@ -118,7 +119,7 @@ def carry(
         options: of `solvers.field_lines.follow`.
 
     Returns:
-        The ends (B, N), nan for lines given up, and the number of evaluations.
+        The ends (B, N), nan for lines that are given up, and the number of evaluations.
     """
     draws = noise_like(torch.nn.functional.pad(x, (0, 3)), generator)
     normal, luck = draws[:, :-2], torch.special.ndtr(draws[:, -2:])

@@ -1,9 +1,10 @@
 """Lines of a field between two plates of charges, from the plate z = 0 to the plate z = `plate`.
 
-At a charged plate the field's part along it is the same on both sides, and its z entry jumps by the
-charge there (Gauss's law). So the directions on the two sides give the ratio of the fluxes through
-them, E_z / |E_x|. Where lines start, that is the share of them that leave on either side. Where
-they arrive, the share of the flux that does not go on ends at the charge; without charge all go on.
+At a charged plate the field's component along the plate is the same on both sides, and its z entry
+jumps by the charge there (Gauss's law). So E_z / |E_x|, from the directions on the two sides, gives
+the ratio of the fluxes. Where lines start, this ratio decides how many leave on either side. Where
+they arrive, the share of the flux that does not pass through the plate ends at the charge; where
+there is no charge, all of it passes.
 """
 
 import math
@@ -18,21 +19,21 @@ from solvers.base import Watch
 Directions = Callable[[Tensor], Tensor]
 
 APPROACH = 0.7  # share of the way to a plate that a step may take
-ALL = 0.6  # share of the flux that counts as all of it: networks err by some tenths
-SMALLEST = 0.01  # step that is taken whatever its error, in units of the margin
+ALL = 0.6  # share of the flux that counts as all of it, since networks err by a few tenths
+SMALLEST = 0.01  # step size, in units of the margin, that is accepted whatever its error
 
 
 def leave(direction: Directions, x: Tensor, normal: Tensor, luck: Tensor, radius: float) -> Tensor:
     """Points (B, N+1) on lines that leave the charges `x` (B, N) of the plate z = 0.
 
-    They lie on spheres of the `radius` around the charges, above or below the plate with the
-    probabilities of the fluxes there.
+    They lie on spheres of the `radius` around the charges, above or below the plate with
+    probabilities in proportion to the fluxes there.
 
     Args:
         direction: of the field; called twice.
-        normal: standard normal noise (B, N+1), whose direction is that on the sphere.
+        normal: standard normal noise (B, N+1), whose direction gives the point on the sphere.
         luck: (B,), uniform in [0, 1].
-        radius: so small that the field is that of the charge, or of an even plate.
+        radius: small enough that the field is that of the charge alone, or of a uniform plate.
     """
     offset = radius * torch.nn.functional.normalize(normal)
     offset[:, -1].abs_()
@@ -48,7 +49,7 @@ def mirrored(points: Tensor, plate: float) -> Tensor:
 
 
 def flux(directions: Tensor) -> Tensor:
-    """The flux (B,) upwards through a plate, over the strength of the field along it; 0 if down."""
+    """Upward flux (B,) through a plate, over the strength of the field along it; 0 if downward."""
     along = torch.linalg.vector_norm(directions[:, :-1], dim=1)
     return directions[:, -1].clamp(min=0) / along.clamp(min=1e-9)
 
@@ -69,21 +70,23 @@ def follow(
 ) -> tuple[Tensor, int]:
     """Follow lines at unit speed to the charges on which they end.
 
-    The solver is Bogacki and Shampine's of order 3(2), whose step is that of each line by itself.
-    Lines come closer to the plate by steps of `APPROACH`, up to the `margin`; then they end there,
-    or go on behind it.
+    The solver is Bogacki and Shampine's of order 3(2), and each line has its own step size. A step
+    covers at most the share `APPROACH` of the way to the plate. At the distance `margin` from it, a
+    line ends, or passes through the plate.
 
     Args:
         direction: of the field.
         points: where the lines start, (B, N+1).
-        luck: (B,), uniform in [0, 1]: a line ends where less than this share of it goes on.
+        luck: (B,), uniform in [0, 1]: a line ends where the share of it that passes falls below
+            this.
         plate: height of the plate on which lines end.
-        margin: distance from the plate that counts as there.
-        reach: distance from the middle between the plates from which on a line that leads outwards
-            is taken back at once; see `returned`.
-        rtol, atol: a step is accepted where the root mean square of its error is below
-            atol + rtol times that of the point.
-        max_evaluations: of `direction`, after which lines that have not ended are given up.
+        margin: distance from the plate at which a line counts as arrived.
+        reach: distance from the middle between the plates beyond which a line that leads outwards
+            is moved at once to where it comes back; see `returned`.
+        rtol, atol: a step is accepted where the root mean square of its error is below atol + rtol
+            times the root mean square of the point.
+        max_evaluations: number of evaluations of `direction` after which lines that have not ended
+            are given up.
         watch: called before each step with the evaluations so far and the share of lines that have
             not ended.
         record: called before each step with the points (B, N+1) so far.
@@ -124,7 +127,7 @@ def follow(
             d[leaves] = direction(p[leaves])
             evaluations += 1
             continue
-        # a charge is near, and the line does not run along the plate to one that is far away
+        # only lines near a charge, and not those that run along the plate to a distant one
         gap, approach = (p[:, -1] - plate).abs(), side * d[:, -1]
         arrived = (gap <= margin) & (gap <= 2 * margin * dim**0.5 * approach)
         if not arrived.any():
@@ -146,7 +149,7 @@ def follow(
 def bogacki_shampine(
     direction: Directions, p: Tensor, d: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A step `h` (B, 1) from the points `p` with the directions `d`: points, directions, error.
+    """Take a step `h` (B, 1) from points `p` with directions `d`; return points, directions, error.
 
     Source: Bogacki and Shampine, A 3(2) pair of Runge-Kutta formulas (1989).
     """
@@ -160,13 +163,13 @@ def bogacki_shampine(
 def passing(
     direction: Directions, points: Tensor, plate: float, margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The share (B,) of the flux towards the plate, from the side of `points`, that goes on.
+    """Share (B,) of the flux towards the plate, from the side of `points`, that passes through it.
 
-    The fluxes at the plate are extrapolated linearly from once and twice the `margin`, so that
-    where there is no charge the share is 1 up to the square of the margin.
+    The fluxes at the plate are extrapolated linearly from the distances `margin` and 2 `margin`, so
+    that where there is no charge the share is 1, with an error of the order of margin squared.
 
     Returns:
-        The share, the points as far behind the plate as the margin, and the directions there.
+        The share, the points at the distance `margin` behind the plate, and the directions there.
     """
     side = torch.where(points[:, -1:] < plate, 1.0, -1.0)
     onwards = torch.ones_like(points)
@@ -182,8 +185,9 @@ def passing(
 def returned(points: Tensor, directions: Tensor) -> Tensor:
     """Where lines of a dipole at 0 that leave `points` (B, N+1) come back to the same distance.
 
-    It is their mirror image across the plane orthogonal to the dipole's moment m. At the direction
-    u the field is (N+1) (m.u) u - m up to a factor, whence m from the `directions` e there:
+    These are the mirror images of `points` across the plane orthogonal to the dipole's moment m. In
+    the direction u from 0 the field is (N+1) (m.u) u - m up to a factor, so that m follows from the
+    `directions` e of the field there:
 
         m = (1 + 1/N) (e.u) u - e    up to a factor.
     """

@@ -14,15 +14,15 @@ from sources.images import Shape
 from storage import programs
 from storage.files import one_line
 
-AT_ONCE = 2**22  # entries of images that a program is called with; more need much memory
+AT_ONCE = 2**22  # most entries of images in one call of a program, to limit memory
 PARTS = ("encode", "decode")
 
 
 class Autoencoder:
     """Functions from images (B, C, H, W), as a network would see them, to latents, and back.
 
-    They are the methods `encode` and `decode` of a TorchScript module or, in two files with a comma
-    between their names, programs of torch.export. What they return is checked.
+    They are the methods `encode` and `decode` of a TorchScript module or two programs of
+    torch.export, in two files whose names have a comma between them. What they return is checked.
 
     Attributes:
         name: value of `data.codec`.
@@ -53,14 +53,14 @@ class Autoencoder:
         return f"Autoencoder({self.digest[:32]})"
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents (B, *shape) of `x`, float32; ValueError for others, or numbers not finite."""
+        """Latents (B, *shape) of `x`, float32; ValueError for another shape, or if not finite."""
         latents = self._call("encode", x, self.shape)
         if not latents.isfinite().all():
             raise ValueError(f"data.codec={self.name}: encode gives numbers that are not finite")
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, *data_shape), float32; ValueError for others."""
+        """Images (B, *data_shape) of `latents`, float32; ValueError for another shape."""
         return self._call("decode", latents, self.data_shape)
 
     def _call(self, part: str, x: Tensor, shape: Shape | None = None) -> Tensor:
@@ -73,7 +73,7 @@ class Autoencoder:
                 y = torch.cat([function(rows).float() for rows in x.split(max(1, number))])
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a program fails in any way
+        except Exception as error:  # a program may fail in any way
             raise ValueError(f"{title} fails for {tuple(x.shape)}: {one_line(error)}") from error
         if shape and y.shape != (len(x), *shape):
             raise ValueError(
@@ -107,10 +107,10 @@ def _loaded(name: str, data_shape: Shape, stamps: tuple[tuple[int, int], ...]) -
 
 
 def read(name: str, data_shape: Shape) -> Autoencoder:
-    """The autoencoder that `data.codec`, of the value `name`, names, for images of `data_shape`.
+    """The autoencoder in the files `name`, a value of `data.codec`, for images of `data_shape`.
 
-    It is loaded once, and again where its files have changed. Raises ValueError, in one line, where
-    they cannot be read or loaded, or are no autoencoder of such images.
+    It is loaded once, and again after its files have changed. Raises ValueError, in one line, where
+    the files cannot be read or loaded, or are no autoencoder of such images.
     """
     stats = [path.stat() for path in _paths(name) if path.exists()]
     return _loaded(name, data_shape, tuple((each.st_size, each.st_mtime_ns) for each in stats))

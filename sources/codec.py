@@ -26,10 +26,10 @@ __all__ = ["CODECS", "Codec", "EightBit", "EightBitImages", "MeasuredArrays", "S
 
 
 class Codec(Protocol):
-    """Between stored data, data (B, C, H, W) in their units, and x (B, C, H, W).
+    """Map between stored data, data (B, C, H, W) in their units, and x (B, C, H, W).
 
     Tensors stay on their device. A codec with weights is an `nn.Module`, which `from_config` below
-    moves to the device of the run. `EightBit` has all that concerns stored images of 8 bits.
+    moves to the device of the run. `EightBit` is the base of codecs of stored 8-bit images.
 
     Attributes:
         keys: the keys that the codec declares, for `configs.default`.
@@ -38,7 +38,8 @@ class Codec(Protocol):
         dtype: numpy's name of the type in which data are stored.
         precision: type of tensors of data in their units.
         bounds: range of the entries of x that stand for data; infinite where unknown.
-        levels: stored grey levels in a unit of the data; None where likelihoods are in nats.
+        levels: number of stored grey levels in a unit of the data; None where likelihoods are in
+            nats.
         log_volume: for each entry, ln of the length in x of a unit of the data. Nats of an entry
             are -ln p(x) / D - log_volume, and bits/dim are log2(levels) + nats / ln 2. None where
             it is not known, so that there are no likelihoods.
@@ -163,7 +164,7 @@ def encoded(codec: Codec, stored: Tensor) -> Tensor:
 
 
 def has_pixels(codec: Codec) -> bool:
-    """Whether x has the entries of the data on another scale, and is not of latents."""
+    """Whether x is the data on another scale, entry by entry, and not latents."""
     return codec.shape == codec.data_shape and math.isfinite(codec.noise_unit)
 
 

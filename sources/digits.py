@@ -28,7 +28,7 @@ def _classes() -> Classes:
 def _digits() -> NDArray:
     """Rows (1797, 65): the 64 pixels of a digit, from 0 to 16, and its class.
 
-    The file is read without the package, whose import would take a third of a program's start.
+    The file is read without importing scikit-learn, which would take a third of a program's start.
     """
     path = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     return np.loadtxt(path, delimiter=",", dtype=np.int64)

@@ -26,11 +26,11 @@ class EightBit:
 
     def check(self, data: Tensor) -> None:
         if not (data.is_floating_point() and ((data >= 0) & (data <= 1)).all()):
-            raise ValueError("images must be floats in [0, 1]; divide those of 8 bits by 255")
+            raise ValueError("images must be floats in [0, 1]; divide 8-bit images by 255")
 
     def units(self, stored: Tensor) -> Tensor:
         _check_bytes(stored)
-        return stored.float().div_(255)  # in place: fresh memory takes longer than the division
+        return stored.float().div_(255)  # in place, since new memory takes longer than the division
 
     def dequantized(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(stored + u) / 256, u uniform in [0, 1)."""

@@ -1,4 +1,4 @@
-"""Latents of training images, which are made once and kept for the next start."""
+"""Latents of training images, which are computed once and kept for later starts."""
 
 import fcntl
 import logging
@@ -26,11 +26,11 @@ Shape = tuple[int, ...]
 def encoded_once(
     images: DataSet, codec: Latents, mirrored: bool, path: Path, device: torch.device | str
 ) -> Source:
-    """The latents of `images` as the autoencoder makes them, float32 (h, w, c), in order.
+    """Latents of `images`, before they are scaled, float32 (h, w, c), in the order of the images.
 
-    Where `mirrored`, each is followed by that of the mirror image. They are read from the file at
-    `path`, which is written first where it is missing. Where it cannot be, they are in memory, as a
-    line of the log says.
+    Where `mirrored`, each latent is followed by that of the mirror image. They are read from the
+    file at `path`, which is written first if it is missing. Where it cannot be written, they are
+    held in memory, and a line of the log says so.
 
     Raises ValueError where an image on disk cannot be read, or as `Autoencoder.encode`.
     """
@@ -43,12 +43,12 @@ def encoded_once(
             raise FileNotFoundError("there is no home folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_regular(path.with_suffix(".lock"), "ab", follow=False) as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # of all processes and runs one makes the file
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # only one of all processes and runs writes the file
             if _opened(path, shape) is None:
                 _write(path, shape, _batches(images, codec, mirrored, device))
         return StoredArray.open(path)
     except OSError as error:
-        log.warning(f"latents are held in memory, and made again at the next start: {error}")
+        log.warning(f"latents are held in memory, and computed again at the next start: {error}")
         return np.concatenate([*_batches(images, codec, mirrored, device)])
 
 
@@ -73,13 +73,13 @@ def _write(path: Path, shape: Shape, batches: Iterator[NDArray[np.float32]]) -> 
 def _batches(
     images: DataSet, codec: Latents, mirrored: bool, device: torch.device | str
 ) -> Iterator[NDArray[np.float32]]:
-    """The latents (k, h, w, c) of successive images."""
+    """Latents (k, h, w, c) of successive images."""
     at_once = max(1, AT_ONCE // math.prod(codec.data_shape))
     with tqdm(total=len(images), desc="encoding", unit="image", delay=1) as progress:
         for batch in in_order(images, at_once):
-            if isinstance(images, Stream) and images.unreadable:  # others are in their place
+            if isinstance(images, Stream) and images.unreadable:  # other images replace them
                 raise ValueError(
-                    "data.codec: images are encoded once, and one cannot be read; remove it: "
+                    "data.codec: all images are encoded once, and one cannot be read; remove it: "
                     f"{next(iter(images.unreadable.values()))}"
                 )
             stored = batch.images.to(device)

@@ -86,7 +86,7 @@ class Files:
 
     @property
     def have_16_bits(self) -> bool:
-        """True where one of up to `LOOKED_AT` headers has more than 8 bits a channel."""
+        """True where one of up to `LOOKED_AT` headers has more than 8 bits for each channel."""
         return any(map(self._may_have_16_bits, self._looked_at))
 
     @property

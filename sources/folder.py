@@ -277,11 +277,11 @@ def _warn_of_splits(path: Path, *names: str) -> None:
 def read_images(
     key: str, name: str, channels: int, scale: Range | tuple[()] = (), dtype: str = ""
 ) -> dict[str, NDArray]:
-    """The images of a file, a folder, a .zip or an array file by their names, in their order.
+    """Images of a file, a folder, a .zip or an array file, by name, in the order of the source.
 
-    `key` is the key with the value `name`; `channels`, `scale` and `dtype` are those of `Files`,
-    but a scale of () is measured on all images. Files follow the rules of data, and the log says
-    which are left out. See `arrays.read_array` for an .npy or .npz.
+    `name` is the value of the key `key`; `channels`, `scale` and `dtype` are those of `Files`, but
+    a scale of () is measured on all images. The rules for data files apply, and the log says which
+    files are left out. See `arrays.read_array` for an .npy or .npz file.
 
     Raises FileNotFoundError where `name` does not exist, ValueError where an image cannot be read.
     """

@@ -129,7 +129,7 @@ def _checked(entry: Any) -> dict[str, Any]:
 
 
 def fingerprint(data: DataSet) -> str:
-    """Digest, 32 hexadecimal digits, of the images of a data set in order, from the main process.
+    """Digest (32 hexadecimal digits) of the images of a data set in order, from the main process.
 
     For images in memory it covers all bytes. For images on disk it covers the digest of their
     source and, since decoding changes them, 64 of them decoded.

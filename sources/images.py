@@ -179,14 +179,14 @@ def decode_numbers(data: bytes, channels: int, dtype: str) -> NDArray:
     if channels not in (0, values.shape[2]):
         raise ValueError(
             f"its channels are {values.shape[2]}, not {channels} (data.num_channels, or "
-            "data.condition_channels of conditions)"
+            "data.condition_channels for conditions)"
         )
     low, high = limits(dtype)
     if values.min() < low or values.max() > high or values.dtype.kind == "f" and is_whole(dtype):
         extent = f"{values.min():,} to {values.max():,}"
         raise ValueError(
             f"its values, {values.dtype} from {extent}, are not of the type {dtype} (data.dtype, "
-            "or data.condition_dtype of conditions)"
+            "or data.condition_dtype for conditions)"
         )
     return values.astype(dtype)
 

@@ -88,9 +88,9 @@ def number_of(name: str, class_names: Sequence[str]) -> int:
 
 
 def only(source: Source, names: str) -> View:
-    """The images of `source` of the classes `names`, with commas between them; numbers stay.
+    """Images of `source` in the classes `names`, separated by commas; classes keep their numbers.
 
-    Classes without names go by their numbers. ValueError where there are no such classes.
+    Classes without names are named by number. Raises ValueError where there are no such classes.
     """
     if not hasattr(source, "classes"):
         raise ValueError(f"data.classes={names!r}: these data have no classes")

@@ -1,8 +1,8 @@
-"""Codecs of data that a frozen autoencoder encodes (`data.codec=FILE`), for any codec of the data.
+"""Codecs that add a frozen autoencoder (`data.codec=FILE`) to another codec of the data.
 
-The network sees latents whose channels have mean 0 and deviation 0.5. The numbers of this map are
-measured on the training split at a run's first start, and are keys of the config that the run
-keeps, as those of arrays are.
+The network sees latents whose channels have mean 0 and standard deviation 0.5. The numbers of this
+map are measured on the training split at a run's first start, and are kept as keys of the run's
+config, like the numbers of the codec of arrays.
 """
 
 import functools
@@ -33,7 +33,7 @@ KEYS = {
     ),
 }
 
-# Keys by which a step changes images, or is given others beside them.
+# Keys by which a training step changes images, or gets other images with them.
 OF_IMAGES = ("data.patch", "data.uniform_dequantization", "training.augment", "data.condition_path")
 
 
@@ -44,11 +44,12 @@ def is_file(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """Mixin for a codec of data, whose x the autoencoder encodes to the latents that are x here.
+    """Mixin for a codec of data: x is the latents to which an autoencoder encodes that codec's x.
 
     Attributes:
-        autoencoder: it sees what the network would see without it.
-        latent_mean, latent_std: of each channel of its latents; () before they are measured.
+        autoencoder: encodes what the network would see without it.
+        latent_mean, latent_std: mean and standard deviation of each channel of its latents; ()
+            before they are measured.
     """
 
     autoencoder: Autoencoder
@@ -57,14 +58,14 @@ class Latents:
 
     of_data: ClassVar[type]
     bounds, noise_unit = (-math.inf, math.inf), math.inf
-    log_volume = None  # the volume of images around one is not known
+    log_volume = None  # the volume of the images that decode from a volume of latents is not known
 
     @classmethod
     def from_config(cls, config) -> Self:
-        """The codec of `config.data`, in which mean and deviation may be open.
+        """The codec of `config.data`; mean and standard deviation of the latents may still be open.
 
         Raises ValueError, in one line, where the files are no autoencoder of such data, or where an
-        option does not go with one.
+        option cannot be combined with one.
         """
         data = config.data
         refused = [key for key in OF_IMAGES if get(config, key)]
@@ -72,7 +73,7 @@ class Latents:
             key = [*refused, "data.conditions='image'"][0]
             raise ValueError(
                 f"{key} is for images: with data.codec={data.codec} the network is trained on "
-                "latents, which are made once; leave it out"
+                "latents, which are computed once; leave it out"
             )
         of_data = cls.of_data.from_config(config)
         return cls(
@@ -88,7 +89,7 @@ class Latents:
 
     @functools.cached_property
     def scale(self) -> MeasuredArrays:
-        """The codec of latents as the autoencoder makes them; ValueError before it is measured."""
+        """Codec between unscaled latents and x; ValueError before its numbers are measured."""
         channels = self.shape[0]
         if not len(self.latent_mean) == len(self.latent_std) == channels:
             raise ValueError(
@@ -100,11 +101,11 @@ class Latents:
 
     @property
     def unscaled_identity(self) -> str:
-        """Words that are the same for codecs with the same `latents`, whatever their scale."""
+        """Text that is the same for codecs with the same `latents`, whatever their scale."""
         return repr(replace(self, latent_mean=(), latent_std=()))
 
     def latents(self, data: Tensor) -> Tensor:
-        """Latents (B, *shape) of data in their units, as the autoencoder makes them."""
+        """Latents (B, *shape) of data in their units, before they are scaled."""
         return self.autoencoder.encode(super().encode(data))
 
     def encode(self, data: Tensor) -> Tensor:
@@ -116,13 +117,13 @@ class Latents:
 
 @dataclass(frozen=True)
 class LatentImages(Latents, EightBitImages):
-    """Latents of images of 8 bits."""
+    """Codec from images of 8 bits to latents."""
 
     of_data, keys = EightBitImages, EightBitImages.keys | KEYS
 
 
 @dataclass(frozen=True)
 class LatentArrays(Latents, MeasuredArrays):
-    """Latents of arrays in units of their own."""
+    """Codec from arrays in units of their own to latents."""
 
     of_data, keys = MeasuredArrays, MeasuredArrays.keys | KEYS

@@ -146,7 +146,7 @@ class MeasuredArrays:
         return numbers.permute(0, 2, 3, 1).cpu().numpy().astype(self.dtype)
 
     def comparable(self, data: Tensor) -> Tensor:
-        """Each channel with mean 0 and deviation 0.5, so that none drowns the others."""
+        """Each channel with mean 0 and standard deviation 0.5, so that none drowns the others."""
         mean, std = self._of_channels(self.mean, data), self._of_channels(self.std, data)
         return ((data.double() - mean) * (REFERENCE_STD / std)).float()
 

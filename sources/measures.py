@@ -19,7 +19,7 @@ MOST_ENTRIES = 2**27  # of all these together: 512 MiB
 
 
 class Measures(Protocol):
-    """Measures of the training images as the network sees them."""
+    """Measures of the training images, in the form that the network sees."""
 
     def mean_norm(self) -> float:
         """The mean Euclidean norm of an image."""

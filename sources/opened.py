@@ -87,7 +87,7 @@ class OpenedData:
 
     @functools.cached_property
     def prior_digest(self) -> str:
-        """The digest of the prior's training images (`digests.of_source`)."""
+        """Digest of the prior's training images (`digests.of_source`)."""
         return digests.of_source(self._prior._source("train"))
 
     def prior_images(self) -> DataSet:

@@ -68,10 +68,10 @@ MEASURED = [key for key in KEYS if key != PATH]
 
 
 def codec_of(data: ConfigDict, sides: Size | None = None) -> Codec | None:
-    """The codec of the conditions of a config's `data`; None where it has no conditions.
+    """Codec of the conditions of a config's `data`; None where there are no conditions.
 
     `sides` are (H, W) of the conditions, by default those of the data or of its patches.
-    ValueError where its numbers are not decided yet, or are set for images of 8 bits.
+    Raises ValueError where the codec's numbers are still open, or are set for images of 8 bits.
     """
     if not data.condition_channels:
         if data.condition_path:
@@ -84,7 +84,7 @@ def codec_of(data: ConfigDict, sides: Size | None = None) -> Codec | None:
         for key, value, number in zip(MEASURED[2:], numbers, of_images, strict=True):
             if value not in ((), number):
                 raise ValueError(
-                    f"{key}={value} is for conditions in units of their own, and these are images "
+                    f"{key}={value} is for conditions in units of their own, but these are images "
                     f"of 8 bits, for which it is {number}: leave it open"
                 )
         return EightBitImages(shape)
@@ -97,7 +97,7 @@ def codec_of(data: ConfigDict, sides: Size | None = None) -> Codec | None:
 
 
 def _of_eight_bits(channels: int) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
-    """Type, mean and deviation of conditions that are images of 8 bits."""
+    """Type, mean and standard deviation of conditions that are images of 8 bits."""
     return EIGHT_BITS, (127.5,) * channels, (63.75,) * channels
 
 
@@ -108,7 +108,7 @@ def is_alike(condition: Codec, image: Codec) -> bool:
 
 
 def _bounds(scale: tuple[float, ...] | str) -> tuple[float, ...]:
-    """What becomes black and white by `data.scale`; () where it says how arrays are measured."""
+    """Numbers that `data.scale` makes black and white; () where it says how arrays are measured."""
     return () if isinstance(scale, str) else tuple(scale)
 
 
@@ -187,10 +187,10 @@ class Pairs:
         self._files = Arrays(path, rules, PATH) if is_array(path) else Folder(path, rules, PATH)
 
     def dtype(self, data: ConfigDict) -> str:
-        """The name of the type of conditions in units of their own; "" of images of 8 bits.
+        """Name of the type of conditions in units of their own; "" for images of 8 bits.
 
-        That of image files is `data.condition_dtype`. Where it is open, files of 16 bits become
-        images of 8 bits if the data do, by the same `data.scale`.
+        For image files the type is `data.condition_dtype`. Where that is open, files of 16 bits
+        become images of 8 bits if the data do, by the same `data.scale`.
         """
         if isinstance(self._files, Arrays):
             return self._files.dtype()
@@ -211,7 +211,7 @@ class Pairs:
         highest = max(self._files.measure_scale().scale, default=0)
         if highest <= high:
             return ""
-        return f"; clipped at {high:g}, though up to {highest:g}: widen data.scale"
+        return f"; clipped at {high:g}, though they reach {highest:g}: widen data.scale"
 
     def of_split(self, data: ConfigDict, split: str, images: View) -> View:
         """The conditions, as stored, of `images`, those of `split`.
@@ -226,9 +226,9 @@ class Pairs:
             )
         if self._have_16_bits and not (dtype or bounds):
             raise ValueError(
-                f"{PATH}={self._name} holds 16-bit images, which become those of 8 bits "
-                "(data.condition_dtype) by data.scale=(low, high), black and white: set it, or "
-                "data.condition_dtype='uint16', units of their own"
+                f"{PATH}={self._name} holds 16-bit images: to make 8-bit ones of them "
+                "(data.condition_dtype), set data.scale=(low, high), the values of black and "
+                "white; to keep their units, set data.condition_dtype='uint16'"
             )
         options = data.copy_and_resolve_references()
         with options.ignore_type():
@@ -294,7 +294,7 @@ def _bare(names: Sequence[str]) -> list[str]:
 
 
 def measure(conditions: View, dtype: str, watch: Callable) -> tuple[dict[str, Any], str]:
-    """Measure the conditions of the training split: values by key, and a line for the log.
+    """Measure the conditions of the training split; return values by key, and a line for the log.
 
     `dtype` is that of `Pairs`; `watch` shows progress.
     """

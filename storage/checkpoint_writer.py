@@ -1,4 +1,4 @@
-"""Checkpoints written by a thread while training goes on."""
+"""A thread that writes checkpoints while training goes on."""
 
 import logging
 from collections.abc import Callable
@@ -14,16 +14,16 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes copies of states, one after another, in a thread of its own.
+    """Writer of copies of states, one after another, in a thread of its own.
 
-    A state may change once it is copied. Of a GPU the copies are made in pinned memory on a stream
-    of their own, so that the host goes on at once, and only the device's next change of the state
-    has to wait. At most one copy is in memory: a state waits until the one before is written.
+    A state may change once it is copied. Copies from a GPU are made in pinned memory on a stream of
+    their own, so that the host goes on at once, and only the device's next change of the state has
+    to wait. At most one copy is in memory: the next state waits until the previous one is written.
 
-    It is a context manager, whose end waits until all is written.
+    It is a context manager; leaving its block waits until everything is written.
 
     Args:
-        device: of the states.
+        device: the device of the states.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -35,7 +35,7 @@ class CheckpointWriter:
         """Copy `state`, and let the thread call `write` with the copy.
 
         Returns:
-            The event before which the device must not change the state; None: it may at once.
+            The event before which the device must not change the state; None: it may change now.
 
         Raises as `wait`.
         """
@@ -49,7 +49,7 @@ class CheckpointWriter:
             copy = map_tensors(_on_host, state)
             event.record(stream)
 
-        def write_copied(original: dict) -> None:  # whose tensors have to live until then
+        def write_copied(original: dict) -> None:  # it keeps the original alive
             event.synchronize()
             write(copy)
 
@@ -62,7 +62,7 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until all is written; raises what `write` raised, as OSError of a full disk."""
+        """Wait until all is written; raise what `write` raised, such as OSError on a full disk."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -81,7 +81,7 @@ class CheckpointWriter:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy, which of a GPU's tensor is complete once the current stream has come to it."""
+    """A copy on the host; for a GPU's tensor complete once the current stream has reached it."""
     pinned = tensor.device.type == "cuda"
     copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)
     return copy.copy_(tensor.detach(), non_blocking=pinned)

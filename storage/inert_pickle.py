@@ -57,7 +57,7 @@ class Unpickler:
         self.operations = iter(range(MAX_OPERATIONS)) if operations is None else operations
 
     def load(self, file: BinaryIO, persistent: Callable[[object], object] | None = None) -> object:
-        """The object of the pickle at the position of `file`, which moves behind it.
+        """The object of the pickle at the position of `file`, which moves to the pickle's end.
 
         `persistent` makes an object from its persistent id; without it there may be none.
 

@@ -1,4 +1,4 @@
-"""Programs of PyTorch in files: `torch.export` and TorchScript. To load one can run anything."""
+"""Programs of PyTorch in files: `torch.export` and TorchScript. Loading one can run any code."""
 
 import io
 import warnings
@@ -13,7 +13,7 @@ from storage.files import one_line, open_regular
 
 
 def read(path: str | Path) -> bytes:
-    """The content of the file at `path`, which its program is loaded from and told by."""
+    """The content of the file at `path`, from which its program is recognised and loaded."""
     with open_regular(Path(path)) as file:
         return file.read()
 
@@ -30,7 +30,7 @@ def is_exported(content: bytes) -> bool:
 def load_exported(content: bytes, name: str, device: torch.device) -> Callable:
     """The program of torch.export in `content`, as a function of a batch of images.
 
-    Raises ValueError, which begins with the `name` of the file, where it cannot be loaded.
+    Raises ValueError, with a message that begins with `name`, where it cannot be loaded.
     """
     from torch.export.passes import move_to_device_pass
 
@@ -45,7 +45,7 @@ def load_exported(content: bytes, name: str, device: torch.device) -> Callable:
     def call(x: Tensor) -> Tensor | tuple[Tensor, ...]:
         if len(x) > 1:
             return module(x)
-        outputs = module(x.repeat(2, 1, 1, 1))  # a program with any batch takes two or more
+        outputs = module(x.repeat(2, 1, 1, 1))  # a program may need two or more images
         return outputs[:1] if isinstance(outputs, Tensor) else tuple(y[:1] for y in outputs)
 
     return call

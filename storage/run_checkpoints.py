@@ -72,15 +72,15 @@ def passed_over(workdir: Path) -> list[str]:
 
 
 def save_state(workdir: Path, state: dict, numbered: bool = False, keep: int = 0) -> None:
-    """Save `state` to go on from, keeping the one before, and first, if `numbered`, to evaluate.
+    """Save `state` for resuming, keeping the previous one; first, if `numbered`, for evaluation.
 
     Args:
         workdir: of the run.
         state: content of the checkpoint.
         numbered: whether it is also a numbered checkpoint, which the list `written` in it names.
-        keep: numbered checkpoints that are left; see `drop_checkpoints`.
+        keep: number of numbered checkpoints that are kept; see `drop_checkpoints`.
 
-    Raises OSError where it cannot be written.
+    Raises OSError where a file cannot be written.
     """
     if numbered:
         save_checkpoint(checkpoint_path(workdir, state["step"]), state)

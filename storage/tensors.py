@@ -7,10 +7,7 @@ from torch import Tensor
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """A copy of `value`, of dictionaries, lists and tuples, with `function` of each tensor in it.
-
-    It is called in their order.
-    """
+    """Copy `value`, of dictionaries, lists and tuples, with `function` of each tensor, in order."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):

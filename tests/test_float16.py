@@ -1,4 +1,4 @@
-"""Training and sampling in float16: the scale of the loss, steps left out, resuming."""
+"""Training and sampling in float16: the scale of the loss, skipped steps, resuming."""
 
 import copy
 import sys
@@ -94,7 +94,7 @@ def test_a_run_in_float16_resumes_bit_for_bit(tmp_path, one_thread):
         for name in ("whole", "resumed")
     ]
     assert same(*ends)
-    assert 0 < ends[0]["loss_scale"]["factor"] < 2.0**16  # steps were left out
+    assert 0 < ends[0]["loss_scale"]["factor"] < 2.0**16  # steps were skipped
 
 
 def test_a_scale_of_a_file_is_checked_and_may_be_missing():
@@ -175,7 +175,7 @@ def test_a_log_says_that_a_step_is_left_out(caplog):
     watch.look()
     (line,) = caplog.messages
     assert line == (
-        "batch 3: the loss or its gradient is not finite (the step is left out and the scale of "
+        "batch 3: the loss or its gradient is not finite (the step is skipped and the scale of "
         "the loss is halved, 1 in a row)"
     )
 

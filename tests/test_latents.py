@@ -293,7 +293,7 @@ def test_a_cache_that_cannot_be_used_costs_time_only(folder, tmp_path, caplog, m
     (tmp_path / "b").write_text("no folder")
     in_memory = encoded.encoded_once(*arguments, tmp_path / "b/latents.npy", "cpu")
     assert (in_memory == whole).all()
-    assert caplog.text.count("latents are held in memory, and made again at the next start") == 1
+    assert caplog.text.count("latents are held in memory, and computed again") == 1
 
 
 def test_a_run_resumes_bit_for_bit(folder, run, tmp_path, monkeypatch):

@@ -122,7 +122,7 @@ def test_the_first_host_of_a_list_of_slurm(nodes, first):
         (PLAIN | {"RANK": "one"}, "^RANK=one, .* contradict each other: "),
         (PLAIN | {"WORLD_SIZE": "-2"}, "contradict each other: "),
         (PLAIN | {"MASTER_PORT": "70000"}, "contradict each other: "),
-        (BATCH, "^SLURM_NTASKS=4, but .* believe it is alone"),
+        (BATCH, "^SLURM_NTASKS=4, but .* take itself for the only process"),
         (TASK | {"SLURM_PROCID": ""}, "^SLURM_STEP_NUM_TASKS=16, .* without SLURM_PROCID: "),
         (TASK | {"SLURM_PROCID": "16"}, "^SLURM_PROCID=16, .* contradict each other: "),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "^OMPI_COMM_WORLD_SIZE=2, .* without OMPI_COMM_WORLD_RANK"),
@@ -322,8 +322,9 @@ def test_a_stopped_process_of_mpirun_is_named_within_the_limit(tmp_path, alone):
     os.kill(job.pids[1], signal.SIGKILL)  # as mpirun does
     (line,) = job.finish(expect=70).stderr.splitlines()[-1:]
     assert re.fullmatch(
-        r"error: rank 1 hangs: nobody has gone on for training.hang_seconds=4; it gives no sign of "
-        r"life for 2 s; the last thing it did: (its|the) s.*, then it was at [\w./]+\.py:\d+, \w+; "
+        r"error: rank 1 hangs: no process has made progress for training.hang_seconds=4; rank 1 "
+        r"gives no sign of life for 2 s; the last thing it did: (its|the) s.*, then it was at "
+        r"[\w./]+\.py:\d+, \w+; "
         r"rank 0 is at [\w./]+\.py:\d+, \w+",
         line,
     )

@@ -208,14 +208,14 @@ def test_conditions_that_do_not_fit_are_refused_in_one_line(arrays, folders, tmp
         completed(arrays[0], tmp_path / "bad.npy")
     (folders[1] / "scan33.bmp").rename(folders[1] / "scan3.bmp")
     deep = save_16_bits(tmp_path / "deep", np.full((20, SIDE, SIDE, 1), 300))
-    with pytest.raises(ValueError, match="deep holds 16-bit images, which .* set it, or") as error:
+    with pytest.raises(ValueError, match="deep holds 16-bit images: .* set data.scale") as error:
         completed(folders[0], deep, data__condition_dtype="uint8")
     one_line(error)
     with pytest.raises(ValueError, match="300 to 300, are not of the type int8 .*condition_dtype"):
         completed(folders[0], deep, data__condition_dtype="int8")
     for key in ("data.condition_mean", "data.condition_std"):
         config = completed(*folders, **{key: (9.0,)})
-        line = rf"{key}=\(9.0,\) is for conditions in units of their own, and these are images of 8"
+        line = rf"{key}=\(9.0,\) is for conditions in units of their own, but these are images of 8"
         with pytest.raises(ValueError, match=line) as error:
             codec_of(config.data)
         one_line(error)
@@ -232,7 +232,7 @@ def test_a_line_says_where_16_bit_conditions_are_clipped(tmp_path):
     ]
     lines = {scale: complete(config_of(*places, data__scale=scale))[2] for scale in ((), (0, 2047))}
     of_pairs = [[line for line in each if "conditions: " in line] for each in lines.values()]
-    assert "clipped at 1023, though up to 2047: widen data.scale" in of_pairs[0][0]
+    assert "clipped at 1023, though they reach 2047: widen data.scale" in of_pairs[0][0]
     assert "clipped" not in of_pairs[1][0]
 
 
