@@ -61,6 +61,7 @@ def watched(store: dist.Store, rank: int, world: int, limit: float) -> Iterator[
         limit: seconds without a call of `did` in any process.
     """
     watch = Watch(store, rank, world, limit)
+    watch.give_sign(0)  # the others wait for it, and would never know who hangs without it
     threads = [threading.Thread(target=f, daemon=True) for f in (watch.exchange, watch.look)]
     for thread in threads:
         thread.start()
@@ -88,13 +89,16 @@ class Watch:
     def exchange(self) -> None:
         """Give signs of life, and read those of the others, until the store ends."""
         names = [f"sign/{rank}" for rank in range(len(self.signs))]
-        number = 0
+        number = 1
         with contextlib.suppress(RuntimeError):  # of the store; `look` then sees the silence
             while not self.ended.wait(self.interval):
-                sign = Sign(number, *_done, _place())
-                self.store.set(names[self.rank], json.dumps(sign))
+                self.give_sign(number)
                 self.signs = [Sign(*json.loads(text)) for text in self.store.multi_get(names)]
                 number += 1
+
+    def give_sign(self, number: int) -> None:
+        """Store this process's sign of life."""
+        self.store.set(f"sign/{self.rank}", json.dumps(Sign(number, *_done, _place())))
 
     def look(self) -> None:
         """Count the seconds in which nothing changes; end the process at the limit."""
