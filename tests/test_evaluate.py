@@ -27,6 +27,7 @@ from metrics.distances import Gaussian, frechet_distance
 from metrics.reference import Reference
 from metrics.table import METRICS, Metric
 from reports import evaluation_page
+from sources import identity as identities
 from storage import files
 from storage.checkpoints import save_checkpoint
 from storage.files import read_arrays
@@ -629,10 +630,8 @@ def test_data_are_digested_once_for_all_checkpoints(tmp_path, monkeypatch):
     config, folder, calls = tiny(tmp_path, enable_bpd=False, enable_sampling=False), tmp_path, []
     save_checkpoints(config, folder, 1, 2)
     config.eval.update(enable_loss=True, steps="4,2")
-    digest = metrics.reference.digest_of
-    monkeypatch.setattr(
-        metrics.reference, "digest_of", lambda data: calls.append(1) or digest(data)
-    )
+    digest = identities.digest_of
+    monkeypatch.setattr(identities, "digest_of", lambda data: calls.append(1) or digest(data))
     run_lib.evaluate(config, folder)
     made_by = [json.loads(str(report_of(folder, k)["settings"])) for k in (1, 2)]
     assert len(calls) == 1
