@@ -28,6 +28,7 @@ from _pytest.assertion.rewrite import AssertionRewriter
 
 KINDS = ("seconds", "tests", "asserts", "raises", "arrays", "examples")
 FOLDER = "PFGM_SUITE_COUNTS"  # environment variable: where each process of pytest leaves its counts
+COUNT = "count_assert_of_suite"  # a builtin; two leading underscores would be mangled in a class
 COMPARISONS = {
     "numpy.testing": ("assert_allclose", "assert_array_equal", "assert_equal"),
     "torch.testing": ("assert_close",),
@@ -75,10 +76,10 @@ class Counter:
 
 
 class CountAsserts(ast.NodeTransformer):
-    """Insert a call of `__count_assert` before each assert; pytest's own hook is slower."""
+    """Insert a call of `COUNT` before each assert; pytest's own hook is slower."""
 
     def visit_Assert(self, node):
-        call = ast.parse("__count_assert()").body[0]
+        call = ast.parse(f"{COUNT}()").body[0]
         return [ast.fix_missing_locations(ast.copy_location(call, node)), node]
 
 
@@ -88,7 +89,7 @@ def pytest_configure(config) -> None:
         return
     counter = Counter()
     config.pluginmanager.register(counter)
-    builtins.__count_assert = lambda: counter.add("asserts")
+    setattr(builtins, COUNT, lambda: counter.add("asserts"))
     rewrite = AssertionRewriter.run
 
     def count_and_rewrite(self, module):
