@@ -113,6 +113,7 @@ def count(checkout: Path, options: list[str]) -> Counts:
             FOLDER: folder,
             "PYTHONPATH": str(Path(__file__).parent),
             "PYTHONPYCACHEPREFIX": f"{folder}/pycache",  # asserts compiled before tell of none
+            "PYTHONDONTWRITEBYTECODE": "",  # else each process that a test starts compiles it all
         }
         tests = ["-m", "pytest", "-p", "suite", *options]
         subprocess.run([sys.executable, *tests], cwd=checkout, env=environment)
