@@ -40,7 +40,6 @@ from library.evaluated_pairs import structural_similarity
 from library.evaluated_restorations import psnr
 from optimizers import OPTIMIZERS
 from optimizers.muon import mark_tables
-from reports.paired import OF
 from samplers.start import ConditionStart
 from sources.codec import encoded
 
@@ -229,23 +228,26 @@ def plot(path: Path, runs: dict[str, dict[str, list[dict]]], lines: dict[str, di
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    titles = {"": "one draw", "_mean": "the mean of the draws"}
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axes, suffix in zip(panels, ("", "_mean"), strict=True):
-        for D, samplers in runs.items():
-            points = [
-                (float(reports[0]["pairs_nfe"]), [float(r[f"pairs_psnr{suffix}"]) for r in reports])
+    for axes, (suffix, title) in zip(panels, titles.items(), strict=True):
+        for i, (D, samplers) in enumerate(runs.items()):
+            values = {
+                name: [float(report[f"pairs_psnr{suffix}"]) for report in reports]
                 for name, reports in samplers.items()
-                if name != "1, from the prior"
-            ]
-            n, values = zip(*points, strict=True)
-            mean = np.array([np.mean(each) for each in values])
-            ends = np.array([[min(each), max(each)] for each in values]).T
-            axes.errorbar(n, mean, abs(ends - mean), marker="o", capsize=3, label=f"D = {D}")
+            }
+            prior = np.mean(values.pop("1, from the prior"))
+            n = [float(samplers[name][0]["pairs_nfe"]) for name in values]
+            mean = np.mean([*values.values()], 1)
+            ends = np.array([[min(each), max(each)] for each in values.values()]).T
+            style = {"marker": "o", "color": f"C{i}"}
+            axes.errorbar(n, mean, abs(ends - mean), capsize=3, label=f"D = {D}", **style)
+            axes.plot(1, prior, fillstyle="none", **style)
         for k, (name, report) in enumerate(lines.items()):
             style = {"color": "0.4", "linestyle": ("-", "--", ":")[k % 3], "linewidth": 1}
             axes.axhline(report["pairs_psnr"], label=name, **style)
-        axes.set(xscale="log", xlabel="evaluations (1: from the condition)")
-        axes.set_title(f"PSNR of {OF[suffix]}, dB")
+        axes.set(xscale="log", xlabel="evaluations (1: from the condition; hollow: the prior)")
+        axes.set_title(f"PSNR of {title}, dB")
         axes.set_xticks([1, 5, 35], ["1", "5", "35"])
         axes.minorticks_off()
     panels[1].legend(fontsize=8)
