@@ -63,8 +63,8 @@ log = logging.getLogger(__name__)
 def train(config, workdir: Path, dry_run: bool = False) -> bool:
     """Train until step `training.n_iters`, from where the workdir's last run stopped.
 
-    Of several processes that torchrun starts, each takes its shard of a step's examples, and the
-    main one writes. A `dry_run` says what would be done, and writes nothing.
+    Of several processes each takes its shard of a step's examples, and the main one writes. A
+    `dry_run` says what would be done, and writes nothing.
 
     Returns:
         True at the last step; False where SIGTERM or SIGINT ended it before, with all saved.
