@@ -4,6 +4,7 @@ Existing files are kept; a folder has those of one network and one sampler.
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ FILM_SAMPLES = 36  # samples that a film shows
 FILM_PIXELS = 192  # least side of a film of one image
 FRAMES = 48  # of a film
 MAX_SEEDS = 10**6  # of one command
+MOST_NAMED = 20  # samples left out that the log names
 
 KEYS = {
     "sampling.seeds": Key(
@@ -150,7 +152,9 @@ class SampleFolder:
     def draw(self, seeds: list[int], film: bool = False) -> None:
         """The files of the seeds, samples.npz, grid.png and, if asked for, the film.
 
-        Several processes share the seeds. Raises FloatingPointError where the solver diverges.
+        Samples that are given up one by one, as field lines are, are left out, and a warning names
+        them; restorations and draws for conditions are all needed. Several processes share the
+        seeds. Raises FloatingPointError where the solver diverges, and where no sample is left.
         """
         trained, files, source = self.trained, self.files, self.source
         numbers = source.numbers(seeds) if source else seeds
@@ -170,13 +174,17 @@ class SampleFolder:
         with progress_bar(total=len(missing), desc="sampling", unit="image") as progress:
             for start in range(0, len(missing), trained.at_once):
                 batch = missing[start : start + trained.at_once]
-                samples = trained.sample(self._seeds_of(batch), **self._arguments(batch))
-                for number, sample in zip(batch, self._codec.stored(samples), strict=True):
+                options = {**self._arguments(batch), "strict": source is not None}
+                samples = trained.sample(self._seeds_of(batch), **options)
+                finite = samples.flatten(1).isfinite().all(1).cpu()
+                stored = self._codec.stored(samples[finite])
+                for number, sample in zip(itertools.compress(batch, finite), stored, strict=True):
                     files.save(number, sample)
                 progress.update(len(batch))
         distributed.barrier()
         if not distributed.is_main():
             return
+        numbers = self._drawn(numbers)
         samples = files.read(numbers)
         of_noise = self._seeds_of(numbers)
         class_label = self._arguments(numbers).get("class_label")
@@ -195,6 +203,25 @@ class SampleFolder:
         save_png(grid, image_grid(self._codec.pictures(samples[:GRID_SAMPLES]), columns))
         log.info(f"{len(numbers)} samples, {number_before} of which were there: {grid}")
 
+    def _drawn(self, numbers: list[int]) -> list[int]:
+        """The `numbers` that have a sample, of which all were to be drawn.
+
+        A warning names the others; FloatingPointError where none has one.
+        """
+        lost = self.files.missing(numbers)
+        if not lost:
+            return numbers
+        seeds = ", ".join(map(str, lost[:MOST_NAMED])) + ", ..." * (len(lost) > MOST_NAMED)
+        words = (
+            f"{len(lost)} of {len(numbers)} samples are not finite and left out (seeds {seeds}): "
+            "raise sampling.max_evaluations, or train the network longer"
+        )
+        if len(lost) == len(numbers):
+            raise FloatingPointError(words)
+        log.warning(words)
+        lost = {*lost}
+        return [number for number in numbers if number not in lost]
+
     def _seeds_of(self, numbers: list[int]) -> list[int]:
         """The seeds from which the noise of samples number `numbers` comes."""
         return self.source.seeds(numbers) if self.source else numbers
@@ -205,14 +232,20 @@ class SampleFolder:
 
     def _draw_film(self, numbers: list[int]) -> None:
         def draw() -> dict:
-            arguments = self._arguments(numbers)
-            frames = self.trained.film(self._seeds_of(numbers), **arguments, frames=FRAMES)
-            return {"frames": frames.permute(0, 1, 3, 4, 2).numpy()}
+            options = {**self._arguments(numbers), "frames": FRAMES}
+            frames, samples = self.trained.film_and_samples(self._seeds_of(numbers), **options)
+            finite = samples.flatten(1).isfinite().all(1)
+            return {"frames": frames.permute(0, 1, 3, 4, 2).numpy(), "finite": finite.cpu().numpy()}
 
-        frames = self._cached_frames("film", {"film": numbers}, draw, (FRAMES, len(numbers)))
+        n = len(numbers)
+        film = self._cached_film("film", {"film": numbers}, draw, (FRAMES, n), finite=("b", (n,)))
+        finite = film["finite"]
+        numbers, frames = [*itertools.compress(numbers, finite)], film["frames"][:, finite]
         if self.files.dtype == "uint8":  # else the frames are no samples but pictures of them
             for number in self.files.missing(numbers):
                 self.files.save(number, frames[-1][numbers.index(number)])
+        if not numbers:
+            return  # `draw` says so
         path = self.path / f"film.{self.film_format}"
         save_film(path, [image_grid(frame) for frame in frames])
         log.info(f"film: {path}")
@@ -266,18 +299,25 @@ class SampleFolder:
             (arc,) = spherical_interpolation(latents[:1], latents[1:], shares)
             return {"frames": codec.pictures(codec.stored(self.trained.decode(arc)))}
 
-        frames = self._cached_frames("between", digests(between=images), draw, (FRAMES,))
+        frames = self._cached_film("between", digests(between=images), draw, (FRAMES,))["frames"]
         path = self.path / f"between.{self.film_format}"
         save_film(path, [image_grid(frame[None], min_size=FILM_PIXELS) for frame in frames])
         log.info(f"film between {' and '.join(ends)}: {path}")
 
-    def _cached_frames(
-        self, name: str, origin: dict, draw: Callable[[], dict], number: tuple[int, ...]
-    ) -> NDArray[np.uint8]:
-        """The frames (*number, H, W, C) of a film, from {name}.npz or drawn."""
-        spec = {"frames": ("u", (*number, *self.files.shape))}
-        path = self.path / f"{name}.npz"
-        return cached(path, self.settings | origin, draw, spec=spec)["frames"]
+    def _cached_film(
+        self,
+        name: str,
+        origin: dict,
+        draw: Callable[[], dict],
+        number: tuple[int, ...],
+        **others: tuple[str, tuple[int, ...]],
+    ) -> dict[str, NDArray]:
+        """The `frames` (*number, H, W, C) of a film from {name}.npz, or drawn.
+
+        The `others` are further arrays that it has, kinds and shapes by name.
+        """
+        spec = {"frames": ("u", (*number, *self.files.shape)), **others}
+        return cached(self.path / f"{name}.npz", self.settings | origin, draw, spec=spec)
 
 
 def read_encoded(

@@ -83,6 +83,7 @@ class Trained(Conditioned):
         measurement: Measurement | None = None,
         conditions: OtherConditions = None,
         condition: Tensor | None = None,
+        strict: bool = True,
     ) -> Tensor:
         """Images (n, C, H, W) in [0, 1], one for each of n `seeds`; each depends on its seed alone.
 
@@ -98,6 +99,7 @@ class Trained(Conditioned):
                 image, which the seed draws.
             condition: for a network with `data.condition_path`, in its own units: one image
                 (C, H, W) for all seeds, or one for each; the samples are draws from its posterior.
+            strict: raise where a sample is given up by itself, as a field line is; else it is nan.
 
         Raises:
             ValueError: a seed or a class label is not a valid one, or conditions do not fit.
@@ -112,7 +114,8 @@ class Trained(Conditioned):
         for sampler, start in self._batches(seeds, class_label, measurement, conditions):
             with self._solving(start.pop("seeds")) as watch:
                 batch, _ = sampler(self.experiment.network, watch=watch, **start)
-                check_ended(batch)
+                if strict:
+                    check_ended(batch)
             images.append(batch)
         return torch.cat(images)
 
@@ -174,6 +177,22 @@ class Trained(Conditioned):
         The noise levels of the frames fall geometrically, and the last frame is the image. A state
         whose root mean square exceeds that of black and white is divided by it, to be visible.
         """
+        options = {"measurement": measurement, "conditions": conditions, "frames": frames}
+        film, samples = self.film_and_samples(seeds, class_label, **options)
+        check_ended(samples)
+        return film
+
+    @execution.own_numerics()
+    def film_and_samples(
+        self,
+        seeds: Iterable[int],
+        class_label: ClassLabel = None,
+        *,
+        measurement: Measurement | None = None,
+        conditions: OtherConditions = None,
+        frames: int = 48,
+    ) -> tuple[Tensor, Tensor]:
+        """The frames of `film`, and its samples (n, C, H, W), nan where one is given up."""
         method, codec = self.experiment.method, self.experiment.codec
         start = self.experiment.sampler.start
         if not isinstance(frames, (int, np.integer)) or frames < 1:
@@ -182,17 +201,18 @@ class Trained(Conditioned):
         high = start.level if start else high
         ratio = torch.linspace(0, 1, frames - 1, dtype=torch.float64)
         levels = high * (max(low, LOWEST_SHOWN * method.sigma_unit) / high) ** ratio
-        films = []
+        films, samples = [], []
         for sampler, start in self._batches(seeds, class_label, measurement, conditions):
             states = States(method, levels, sampler.tells_times, codec.show)
             with self._solving(start.pop("seeds")) as watch:
                 images, _ = sampler(self.experiment.network, watch=watch, callback=states, **start)
-                check_ended(images)
+            samples.append(images)
+            images = images.nan_to_num()
             film = states.end(codec.encode(images))
             end = torch.from_numpy(codec.pictures(codec.stored(images)))
             film[-1] = end.permute(0, 3, 1, 2)  # a lossy codec would show it less well
             films.append(film)
-        return torch.cat(films, 1)
+        return torch.cat(films, 1), torch.cat(samples)
 
     @execution.own_numerics()
     def encode(

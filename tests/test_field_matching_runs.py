@@ -77,14 +77,22 @@ def test_a_run_resumes_bit_for_bit(tmp_path):
         torch.testing.assert_close(*(s[part] for s in states), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_lines_that_are_given_up_are_in_no_picture(tmp_path, monkeypatch, caplog, every):
-    def follow(direction, points, luck, **options):
+def give_up(monkeypatch, lost):
+    """Let lines end where they start, but for those with `lost(luck)`, which are given up."""
+
+    def follow(direction, points, luck, record=None, **options):
+        if record:
+            record(points)
         ends = points[:, :-1].clone()
-        ends[::every] = torch.nan
+        ends[lost(luck)] = torch.nan
         return ends, 3
 
     monkeypatch.setattr("samplers.field_lines.follow", follow)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_lines_that_are_given_up_are_in_no_picture(tmp_path, monkeypatch, caplog, every):
+    give_up(monkeypatch, lambda luck: torch.arange(len(luck)) % every == 0)
     steps = {"training__n_iters": 1, "training__snapshot_freq": 1}
     config = config_of(tmp_path, TINY, training__snapshot_sampling=True, **steps)
     assert run_lib.train(config, tmp_path / "run")
@@ -122,6 +130,40 @@ def test_evaluated_sampled_and_shared(workdir, tmp_path):
     film = trained.film([3, 4], frames=5)
     assert film.shape == (5, 2, 2, 1, 1)
     assert torch.equal(film[-1].flatten(), (255 * seeds[place]).round().to(torch.uint8).flatten())
+
+
+@pytest.mark.parametrize("film", [False, True])
+def test_samples_of_lines_that_are_given_up_are_left_out(
+    workdir, tmp_path, monkeypatch, caplog, film
+):
+    give_up(monkeypatch, lambda luck: luck < 0.5)
+    config = config_of(workdir.parent, sampling__seeds="4-13", sampling__film=film)
+    run_lib.sample(config, workdir, tmp_path)
+    samples = load(workdir).sample(range(4, 14), strict=False)
+    finite = samples.isfinite().flatten(1).all(1).numpy()
+    seeds, lost = np.arange(4, 14)[finite], np.arange(4, 14)[~finite]
+    assert 0 < len(lost) < 10
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file["seeds"].tolist() == seeds.tolist()
+        stored = (255 * samples[finite]).round().to(torch.uint8).permute(0, 2, 3, 1)
+        assert np.array_equal(file["samples"], stored)
+    assert [int(path.stem) for path in sorted(tmp_path.glob("0*.npz"))] == seeds.tolist()
+    names = ", ".join(map(str, lost))
+    assert f"{len(lost)} of 10 samples are not finite and left out (seeds {names}): " in caplog.text
+    if film:
+        with np.load(tmp_path / "film.npz") as file:
+            assert np.array_equal(file["finite"], finite)
+            assert np.array_equal(file["frames"][-1, finite], stored)
+
+
+def test_samples_of_which_none_ends_are_one_line(workdir, tmp_path, monkeypatch):
+    give_up(monkeypatch, lambda luck: luck >= 0)
+    config = config_of(workdir.parent, sampling__seeds="0-1", sampling__film=True)
+    with pytest.raises(FloatingPointError, match="2 of 2 samples are not finite"):
+        run_lib.sample(config, workdir, tmp_path)
+    assert not (tmp_path / "samples.npz").exists()
+    with pytest.raises(FloatingPointError, match="2 of 2 field lines have not ended"):
+        load(workdir).sample([0, 1])
 
 
 @pytest.mark.parametrize(
