@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,13 +11,12 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 import distributed
-import execution
 import sources
 from sources import description, digests, hugging_face, moments, splits
 from sources.base import Classes, Source
 from sources.batch import KINDS, Conditions
 from sources.codec import Codec
-from sources.encoded import encoded_once
+from sources.encoded import cached_latents
 from sources.identity import Identity, fingerprint
 from sources.images import Shape
 from sources.keyed import keyed_generator, keyed_seed
@@ -200,11 +198,8 @@ class Data(OpenedData):
     def latents(self, images: DataSet, codec: Latents, device: torch.device | str) -> Source:
         """Latents (h, w, c) of the training `images` before they are scaled; see `encoded_once`."""
         if self._latents is None:
-            mirrored = self.options.random_flip
-            words = fingerprint(images), codec.unscaled_identity, str(mirrored)
-            path = digests.cache_path(Path(), f"latents-{digests.joined(*words)[:32]}.npy")
-            with execution.full_float32():
-                self._latents = encoded_once(images, codec, mirrored, path, device)
+            digest, mirrored = fingerprint(images), self.options.random_flip
+            self._latents = cached_latents(images, digest, codec, mirrored, device)
         return self._latents
 
     def measure_latents(self, codec: Latents, device: torch.device | str) -> Moments:

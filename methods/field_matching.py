@@ -22,6 +22,7 @@ from methods.field import difference_field
 from sources.batch import Batch
 from sources.codec import Codec, encoded
 from sources.codec import from_config as get_codec
+from sources.latents import Latents
 from sources.opened import OpenedData
 from sources.prior import KEYS as OF_PRIOR
 from sources.stream import DataSet
@@ -58,7 +59,10 @@ class BothPlates(Batch):
 
 @dataclass(frozen=True)
 class PriorImages:
-    """Random encoded images of the prior, which are read when they are first needed."""
+    """Random encoded images of the prior, which are read when they are first needed.
+
+    Where an autoencoder in a file is the codec, training encodes all of them once.
+    """
 
     data: OpenedData
     codec: Callable[[], Codec]
@@ -73,7 +77,7 @@ class PriorImages:
     ) -> Tensor:
         """Independent draws (number, C, H, W), as the network sees them."""
         rows = torch.randint(len(self.images), (number,), generator=generator, device=device)
-        return self.at(rows)
+        return encoded(self.codec(), self.images[rows.cpu()].to(device))
 
     def spread(
         self, number: int, generator: torch.Generator | None, device: torch.device | str
@@ -82,11 +86,10 @@ class PriorImages:
         rounds = -(-number // len(self.images))
         draw = {"generator": generator, "device": device}
         orders = [torch.randperm(len(self.images), **draw) for _ in range(rounds)]
-        return self.at(torch.cat(orders)[:number])
-
-    def at(self, rows: Tensor) -> Tensor:
-        """The images with the numbers `rows` (n,), encoded, on the device of `rows`."""
-        return encoded(self.codec(), self.images[rows.cpu()].to(rows.device))
+        images, codec = self.images, self.codec()
+        if isinstance(codec, Latents):
+            images, codec = self.data.prior_latents(images, codec, device), codec.scale
+        return encoded(codec, images[torch.cat(orders)[:number].cpu()].to(device))
 
 
 def start_radius(z_min: float, dim: int) -> float:

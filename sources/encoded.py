@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from execution import full_float32
+from sources import digests
 from sources.autoencoder import AT_ONCE
 from sources.base import Source
 from sources.latents import Latents
@@ -21,6 +23,16 @@ from storage.files import atomic_write, open_regular
 log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
+
+
+def cached_latents(
+    images: DataSet, digest: str, codec: Latents, mirrored: bool, device: torch.device | str
+) -> Source:
+    """The latents of `encoded_once`, in a file of the cache; `digest` is that of the `images`."""
+    name = digests.joined(digest, codec.unscaled_identity, str(mirrored))[:32]
+    path = digests.cache_path(Path(), f"latents-{name}.npy")
+    with full_float32():
+        return encoded_once(images, codec, mirrored, path, device)
 
 
 def encoded_once(

@@ -4,6 +4,7 @@ import functools
 from functools import partial
 from pathlib import Path
 
+import torch
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -13,10 +14,13 @@ from configs import keys
 from sources import digests, folder, moments, pairs, prior, splits
 from sources.arrays import Arrays, is_array
 from sources.base import Classes, Source, View
+from sources.encoded import cached_latents
 from sources.files import Measured
 from sources.folder import Folder
+from sources.identity import digest_of
 from sources.images import ImageSize, Shape, image_size_of, sides_of
 from sources.labels import only
+from sources.latents import Latents
 from sources.loaded import Loaded
 from sources.moments import Moments
 from sources.pairs import Pairs
@@ -39,6 +43,7 @@ class OpenedData:
         self._pairs: Pairs | None = None
         self._sources: dict[str, Source] = {}
         self._classes: dict[str, Classes] = {}
+        self._prior_latents: DataSet | None = None
 
     @property
     def name(self) -> str:
@@ -92,7 +97,16 @@ class OpenedData:
 
     def prior_images(self) -> DataSet:
         """The training images of `data.prior_dataset`, as stored."""
-        stream = Stream(self._prior._source("train"), self.whole_shape)
+        return self._held(Stream(self._prior._source("train"), self.whole_shape))
+
+    def prior_latents(self, images: DataSet, codec: Latents, device: torch.device | str) -> DataSet:
+        """Latents of the `prior_images`, encoded at the first call, before they are scaled."""
+        if self._prior_latents is None:
+            latents = cached_latents(images, digest_of(images), codec, False, device)
+            self._prior_latents = self._held(Stream(latents, codec.shape))
+        return self._prior_latents
+
+    def _held(self, stream: Stream) -> DataSet:
         return resident(stream, self.options.resident_bytes)
 
     # --- splits and classes ---------------------------------------------------------------------

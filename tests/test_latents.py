@@ -281,6 +281,28 @@ def test_a_step_sees_what_it_would_encode_itself(folder):
         torch.testing.assert_close(prepare(batch, torch.Generator()).images, x)
 
 
+def test_the_prior_of_field_matching_is_encoded_once(folder, digits, tmp_path):
+    np.save(tmp_path / "prior.npy", digits[:30, ..., None])
+    prior = {"data__prior_dataset": "folder", "data__prior_path": str(tmp_path / "prior.npy")}
+    options = {"training__sde": "efm", "sampling__method": "field_lines", "data__held_out": 0}
+    with counting(tmp_path / "cache") as encodings:
+        experiment = built(folder, **prior, **options)
+        encodings.clear()
+        images, seed = experiment.method.prior, torch.Generator().manual_seed
+        examples = [images.spread(40, seed(i), "cpu") for i in (1, 2)]
+        assert encodings == [30]
+        draws = images.draw(4, seed(3), "cpu")
+        assert encodings == [30, 4]  # a few samples do not encode the whole prior
+    x = torch.from_numpy(digits[:30, None])
+    expected = experiment.codec.encode(experiment.codec.units(x)).flatten(1).double()
+    for each in examples:
+        distances = torch.cdist(each.flatten(1).double(), expected)
+        assert distances.amin(1).max() < 1e-3
+        times = distances.argmin(1).bincount(minlength=30)
+        assert times.min() == 1 and times.max() == 2
+    assert torch.cdist(draws.flatten(1).double(), expected).amin(1).max() < 1e-3
+
+
 def test_a_cache_that_cannot_be_used_costs_time_only(folder, tmp_path, caplog, monkeypatch):
     experiment = built(folder)
     images = experiment.data.get("train")
