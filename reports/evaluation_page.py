@@ -253,7 +253,7 @@ def by_evaluations(folder: Path, k: int, current: Mapping) -> dict[str, list[tup
     names, curves = differing(samplers), defaultdict(list)
     for sampler, point in zip(samplers, points, strict=True):
         words = (f"{name.removeprefix('sampling.')}={sampler.text(name)}" for name in names)
-        curves[", ".join(words) or sampler.text("sampling.ode_solver")].append(point)
+        curves[", ".join(words) or solver_words(sampler).partition(",")[0]].append(point)
     return {name: sorted(points) for name, points in curves.items()}
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metrics.table import METRICS, split_key
+from sampling import SAMPLERS, Sampler
 from solvers import FITTED, SOLVERS, solver_named
 
 UNKNOWN = "not known"
@@ -192,25 +193,13 @@ def _of_sampling(settings: Settings) -> dict[str, Any]:
 
 
 def solver_words(settings: Settings, *cost: str) -> str:
-    """Solver, its `cost`, steps and noise."""
+    """Name of the sampler, its `cost`, and its settings, as `Sampler.words` has them."""
     at = _of_sampling(settings)
-    if at.get("method") == "consistency":
-        levels = at.get("levels") or settings.values.get(CHOSEN_LEVELS) or ()
-        levels = [f"{float(level):.3g}" for level in levels]
-        words = ["consistency", *cost] + [f"noise levels {', '.join(levels)}"] * bool(levels)
-    elif at.get("method") == "field_lines":
-        words = ["field lines", *cost, f"rtol {at.get('rtol')}, atol {at.get('atol')}"]
-    elif at.get("method") != "ode":
-        words = [f"{at.get('predictor')} and {at.get('corrector')}", *cost]
-    elif at.get("schedule") == "its own":
-        words = [at.get("ode_solver"), *cost, f"rtol {at.get('rtol')}, atol {at.get('atol')}"]
-    else:
-        words = [at.get("ode_solver"), *cost, f"{at.get('N')} steps"]
-    if at.get("S_churn"):
-        words.append(f"churn {at['S_churn']}")
+    at["levels"] = at.get("levels") or settings.values.get(CHOSEN_LEVELS)
+    name, *words = SAMPLERS.get(str(at.get("method", "ode")), Sampler).words(at)
     if at.get("init") == "condition":
         words.append(f"from the condition at {at['init_level']}, weight {at['init_weight']}")
-    return ", ".join(words)
+    return ", ".join([name, *cost, *words])
 
 
 def guidance_words(settings: Settings) -> str:

@@ -216,6 +216,16 @@ class Sampler(abc.ABC):
         """True if a callback gets x and the time, instead of y = x / alpha and the noise level."""
 
     @classmethod
+    def words(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """The sampler's name, and the settings of it that count, for a report.
+
+        Args:
+            values: settings by the names of their keys in `sampling`, with the levels that were
+                chosen for a network; an older report lacks some.
+        """
+        return (str(values.get("method")),)
+
+    @classmethod
     def from_config(cls, config, method: Method, codec: Codec, guide: Network | None) -> Self:
         """The sampler of `config`, whose `sampling.guide` is the network `guide`.
 

@@ -48,6 +48,11 @@ class ConsistencySampler(Sampler):
     reads = {"sampling.N": None}
     options = Sampler.options | {"n": "sampling.N", "levels": "sampling.levels"}
 
+    @classmethod
+    def words(cls, values):
+        levels = ", ".join(f"{float(level):.3g}" for level in values.get("levels") or ())
+        return "consistency", *([f"noise levels {levels}"] if levels else [])
+
     def check(self):
         if self.measurement is not None:
             raise ValueError(

@@ -40,6 +40,10 @@ class FieldLineSampler(Sampler):
         name: f"sampling.{name}" for name in ("rtol", "atol", "max_evaluations")
     }
 
+    @classmethod
+    def words(cls, values):
+        return "field lines", f"rtol {values.get('rtol')}, atol {values.get('atol')}"
+
     def check(self):
         if not self.method.follows_lines:
             raise ValueError(

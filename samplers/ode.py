@@ -97,6 +97,14 @@ class ODESampler(Sampler):
     }
 
     @classmethod
+    def words(cls, values):
+        words = f"{values.get('N')} steps"
+        if values.get("schedule") == "its own":
+            words = f"rtol {values.get('rtol')}, atol {values.get('atol')}"
+        churn = values.get("S_churn")
+        return str(values.get("ode_solver")), words, *([f"churn {churn}"] if churn else [])
+
+    @classmethod
     def from_config(cls, config, method, codec, guide):
         churn = Churn(**{name: config.sampling[name] for name in Churn._fields})
         return replace(super().from_config(config, method, codec, guide), churn=churn)

@@ -45,6 +45,10 @@ class PCSampler(Sampler):
         for name in ("predictor", "corrector", "n_steps_each", "snr", "probability_flow")
     }
 
+    @classmethod
+    def words(cls, values):
+        return (f"{values.get('predictor')} and {values.get('corrector')}",)
+
     def check(self):
         if not self.method.predictors:
             raise ValueError(f"{self.method.name} has no sampling.method='pc': it has no SDE")

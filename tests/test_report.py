@@ -28,8 +28,10 @@ from reports.images import by_class, class_rows, image_grid
 from reports.page import render
 from reports.plots import PALETTE, curve_plot, drawable, histogram, number
 from reports.report_file import read_report
-from reports.settings import Settings, guidance_words, to_json
+from reports.settings import Settings, guidance_words, solver_words, to_json
 from reports.table import format_table, report_table
+from samplers.base import Sampler
+from sampling import SAMPLERS
 from storage.files import save_npz
 from storage.tensorboard import TensorBoardWriter, seconds_of_training
 
@@ -347,6 +349,39 @@ def test_guidance_in_words(sampling, words):
     assert guidance_words(settings) == words
 
 
+@pytest.mark.parametrize(
+    "sampling, words",
+    [
+        ({"ode_solver": "heun", "N": 9, "S_churn": 0.5}, "heun, 7 calls, 9 steps, churn 0.5"),
+        (
+            {"ode_solver": "rk45", "schedule": "its own", "rtol": 0.1, "atol": 0.2, "S_churn": 0},
+            "rk45, 7 calls, rtol 0.1, atol 0.2",
+        ),
+        # the churn of another sampler does not count
+        (
+            {"method": "pc", "predictor": "a", "corrector": "b", "S_churn": 1},
+            "a and b, 7 calls",
+        ),
+        (
+            {"method": "consistency", "levels": [0.5]},
+            "consistency, 7 calls, noise levels 0.5",
+        ),
+        ({"method": "consistency"}, "consistency, 7 calls"),
+        ({"method": "one_step", "N": 9}, "one step, 7 calls, of 9"),
+        ({"method": ["of a stranger"]}, "['of a stranger'], 7 calls"),
+    ],
+)
+def test_a_sampler_says_which_of_its_settings_count(sampling, words, monkeypatch):
+    class OneStep(Sampler):
+        @classmethod
+        def words(cls, values):
+            return "one step", f"of {values['N']}"
+
+    monkeypatch.setitem(SAMPLERS, "one_step", OneStep)
+    settings = Settings({f"sampling.{key}": value for key, value in sampling.items()})
+    assert solver_words(settings, "7 calls") == words
+
+
 # --- parts ----------------------------------------------------------------------------------------
 
 
@@ -515,6 +550,9 @@ def test_distances_of_one_checkpoint_are_gathered(tmp_path, caplog):
     assert distances["ode_solver=dpmpp"] == [(10, 0.5)]
     save("o", {"nfe": 18.0, "fid": 1.0}, sampling__N=5, sampling__guidance=2.0)
     assert gathered()["ode_solver=heun, guidance=2.0"] == [(18, 1)]
+    report = save("q/a", {}, sampling__method="field_lines")
+    curves = evaluation_page.by_evaluations(tmp_path / "q/a", 4, report)
+    assert curves == {"field lines": [(35, 0.5)]}
 
 
 def test_time_of_training_over_two_starts(tmp_path, monkeypatch):
