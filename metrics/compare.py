@@ -96,18 +96,18 @@ def _floor(comparison: Comparison) -> dict[str, float | str]:
 def spaces_of(
     a: ImageSet, b: ImageSet, features: str, networks: str, device: torch.device
 ) -> list[FeatureSpace]:
-    """The spaces that `features` names; none for two statistics files, whose spaces are their own.
+    """The spaces that `features` names, "" being that of the `networks` or, without any, pixels.
 
-    Raises ValueError where the images differ in size, and where `get_spaces` does.
+    None for two statistics files, whose spaces are their own. Raises ValueError where the images
+    differ in size, and where `get_spaces` does.
     """
     shapes = {side.path: side.images.shape for side in (a, b) if side.images}
     if len({*shapes.values()}) > 1:
         sizes = " and ".join(f"{path} of {in_words(shape)}" for path, shape in shapes.items())
         raise ValueError(f"the images have different sizes: {sizes} (height, width, channels)")
-    if not features:
-        if shapes:
-            raise ValueError("--features names the spaces, such as pixels or network:inception")
+    if not features and not shapes:
         return []
+    features = features or ("network" if networks else "pixels")
     height, width, channels = next(iter(shapes.values()), (32, 32, 3))
     return get_spaces(features, networks, EightBitImages((channels, height, width)), device)
 
@@ -116,7 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("a", type=Path, help="samples: a folder, zip, .npy, .npz, or statistics")
     parser.add_argument("b", type=Path, help="data: as a")
-    parser.add_argument("--features", default="", help="spaces, as the key eval.features")
+    parser.add_argument(
+        "--features", default="", help="spaces, as eval.features; default: network, else pixels"
+    )
     parser.add_argument("--networks", default="", help="their files, as eval.inception_path")
     parser.add_argument("--out", type=Path, default=Path("metrics.json"), help="the numbers, JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -141,6 +141,17 @@ def test_it_gives_the_figures_of_tensorflow_gan(sets, monkeypatch, tmp_path):
     np.testing.assert_allclose(numbers["IS"], tfgan.inception_score(2 * fake), rtol=1e-6)
 
 
+def test_without_features_it_takes_the_network_or_else_pixels(sets, monkeypatch, tmp_path, capsys):
+    network = save_torchscript(tmp_path / "network.pt", MeanColour())
+    for options, space in (((), pixels), (("--networks", network), lambda x: x.mean((1, 2)))):
+        numbers = compared(monkeypatch, tmp_path, sets / "a", sets / "b", *options)
+        fake, real = space(images_of(0, 60)), space(images_of(1, 70))
+        fid = OURS.frechet_distance(fake, Gaussian.fit(real), None)
+        np.testing.assert_allclose(numbers["fid"], fid, rtol=1e-4)
+        assert numbers["features"] == ("network" if options else "pixels")
+    assert "pixels" in capsys.readouterr().out
+
+
 def moments(images):
     gaussian = Gaussian.fit(pixels(images))
     return gaussian.mean, gaussian.covariance
@@ -204,7 +215,6 @@ def statistics(width, **more):
         ("a", "small.npy", "pixels", "different sizes: .*8 x 8 x 3 and .*small.npy of 4 x 4 x 3"),
         ("a", "mixed", "pixels", "mixed: image number 1 is 6 x 6 x 3, the first 8 x 8"),
         ("a", "floats.npy", "pixels", "floats.npy holds float64 arrays; only images of 8 bits"),
-        ("a", "b", "", "--features names the spaces, such as pixels or network:inception"),
         ("a", "b", "pixel", "--features must be one of .*not 'pixel'"),
         ("a", "b", "network", "--features='network' needs a file: --networks=''"),
         ("a", "five.npz", "pixels", "five.npz holds statistics of 5 features, but .*'pixels' has"),
