@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 # Keys whose values a guide shares with the network that it guides.
 GUIDE_KEYS = (
     *("data.image_size", "data.num_channels", "data.num_classes", "data.centered"),
-    *("data.codec", "data.conditions", "data.condition_channels"),
+    *("data.conditions", "data.condition_channels"),
     *("training.objective", "training.sde", "training.continuous", "training.gamma"),
     *("model.D", "model.sigma_data", "model.sigma_unit", "model.coupling"),
     *("model.sigma_min", "model.sigma_max", "model.beta_min", "model.beta_max", "model.num_scales"),
@@ -422,11 +422,11 @@ def _guide(config, codec: Codec, device: torch.device) -> nn.Module:
             f"sampling.guide={path} is another kind of network: its {key} is {old[key]}, not "
             f"{new[key]}"
         )
-    identity = get_codec(guide_config).identity
+    identity = content.get("codec") or get_codec(guide_config).identity  # of files it has a digest
     if identity != codec.identity:
         raise ValueError(
-            f"sampling.guide={path} is another kind of network: it has the codec {identity}, not "
-            f"{codec.identity}"
+            f"sampling.guide={path} is another kind of network: it has the codec {shown(identity)},"
+            f" not {codec.identity}"
         )
     of_conditions, expected = (pairs.codec_of(each.data) for each in (guide_config, config))
     if expected and of_conditions.identity != expected.identity:

@@ -100,8 +100,8 @@ def test_a_codec_without_an_identity_is_one_line(codecs, monkeypatch):
     "changes, reason",
     [
         ({}, None),
-        ({"data__codec": ""}, "its data.codec is scaled, not "),
-        ({"data__factor": 2.0}, "scale=0.5), not Scaled(data_shape=(1, 8, 8), centered=True, sca"),
+        ({"data__codec": ""}, "scale=0.5)', not EightBitImages(data_shape=(1, 8, 8), centered=T"),
+        ({"data__factor": 2.0}, "scale=0.5)', not Scaled(data_shape=(1, 8, 8), centered=True, sca"),
         ({"data__conditions": "place"}, "its data.conditions is , not place"),
     ],
 )

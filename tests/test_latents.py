@@ -251,6 +251,26 @@ def test_two_exported_programs(folder, digits, tmp_path):
         )
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_codec_of_a_guide_is_told_by_its_content(folder, run, tmp_path, monkeypatch, stored):
+    """The same file under another name is the same codec; other content under one name is not."""
+    for name, source in {"same.pt": "linear.pt", "changing.pt": "linear.pt"}.items():
+        (tmp_path / name).write_bytes((folder / source).read_bytes())
+    content = load_checkpoint(run[0] / "checkpoints/checkpoint_20.pth")
+    content["config"] |= {"data.codec": str(tmp_path / "changing.pt")}
+    if not stored:  # a run of an older program
+        del content["codec"]
+    monkeypatch.setattr("experiment.open_checkpoint", lambda path, intact: content)
+    guide = {"sampling__guide": str(tmp_path / "guide.pth"), "sampling__guidance": 2.0}
+    monkeypatch.chdir(tmp_path)
+    built(folder, data__codec="./same.pt", **guide)
+    (tmp_path / "changing.pt").write_bytes((folder / "other.pt").read_bytes())
+    if stored:
+        built(folder, data__codec="./same.pt", **guide)
+    codec = "./changing.pt" if stored else "./same.pt"
+    assert "has the codec" in mistake(lambda: built(folder, data__codec=codec, **guide))
+
+
 # --- encoded once ---------------------------------------------------------------------------------
 
 
