@@ -299,7 +299,7 @@ def evaluate(config, workdir: Path, eval_folder: str = "eval", dry_run: bool = F
             made_by = report_settings.from_config(config, evaluated, split, statistics, restored)
             report["settings"] = to_json(made_by)
             if main:
-                evaluated.remove_results()
+                evaluated.remove_results(of_best="best" in report)
             if options.enable_bpd:
                 report |= evaluation.bits_per_dim(evaluated, split, options.bpd_num_repeats)
             if options.enable_classification:

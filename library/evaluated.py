@@ -1,5 +1,6 @@
 """A checkpoint that is evaluated, and the split of the data that it is evaluated on."""
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from metrics.reference import origin_of
 from reports.evaluation_page import PICTURES
 from sources.digests import of_source
 from sources.keyed import keyed_generator
+from storage.files import read_arrays
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,20 @@ class Evaluated:
         """The path of a picture."""
         return self.folder / f"{name}_{self.k}.png"
 
-    def remove_results(self) -> None:
-        """Remove the report and the pictures, which are to be made anew."""
-        for path in (self.folder / f"report_{self.k}.npz", *map(self.picture, PICTURES)):
+    def remove_results(self, of_best: bool) -> None:
+        """Remove the report and the pictures, which are to be made anew.
+
+        Raises ValueError where the report is of another step, and one of the two is of the best
+        checkpoint (`of_best`: this one is): their steps may share a number, and both count.
+        """
+        report_path, report = self.folder / f"report_{self.k}.npz", {}
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged
+            report = read_arrays(report_path, ("step", "best"))
+        if report and report["step"] != self.step and of_best != ("best" in report):
+            raise ValueError(
+                f"{report_path} is of step {report['step']}, and step {self.step} has the same "
+                "number (training.snapshot_freq): evaluate it in a folder of its own, "
+                "--eval_folder=best"
+            )
+        for path in (report_path, *map(self.picture, PICTURES)):
             path.unlink(missing_ok=True)

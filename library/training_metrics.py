@@ -1,7 +1,8 @@
 """Metrics of a few samples during a training, by which its best checkpoint is chosen."""
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +19,9 @@ from metrics.table import METRICS, Comparison
 from processes.watch import did
 from reports.progress import progress_bar
 from solvers.base import Watch
+from sources.digests import joined
 from sources.keyed import keyed_generator
+from storage.digests import digest
 
 KEYS = {
     "training.metric_freq": Key(
@@ -31,6 +34,7 @@ KEYS = {
 }
 
 LOGGED = ("fid", "kid")  # metrics that cost little
+HOW = ("batch_size", "precision", "channels_last", "compiles")  # a sampler computes, not what
 RESAMPLED = 10  # draws of the bootstrap for the noise of a distance
 
 
@@ -38,13 +42,15 @@ RESAMPLED = 10  # draws of the bootstrap for the noise of a distance
 class Best:
     """The checkpoint whose samples have the lowest Frechet distance in a training.
 
-    `fid` is the distance of that many `samples` in the space `features`, at `step`.
+    `fid` is the distance of that many `samples` in the space `features`, at `step`. They were drawn
+    by a sampler with the digest `sampler`; "" in records of older programs.
     """
 
     step: int
     fid: float
     samples: int
     features: str
+    sampler: str = ""
 
     @classmethod
     def read(cls, path: Path, checkpoint: dict) -> Self | None:
@@ -59,13 +65,14 @@ class Best:
             case {"fid": float(fid), "samples": int(samples), "features": str(features)} if (
                 0 <= fid < EXACT and 0 <= samples < EXACT and Text().accepts(features)
             ):
-                return cls(checkpoint["step"], fid, samples, features)
+                sampler = str(checkpoint["best"].get("sampler", ""))
+                return cls(checkpoint["step"], fid, samples, features, sampler)
             case other:
                 raise ValueError(f"{path}: its entry `best` is malformed: {shown(other)}")
 
     def entry(self) -> dict[str, Any]:
         """The entry of the checkpoint, which `read` reads."""
-        return {"fid": self.fid, "samples": self.samples, "features": self.features}
+        return {name: value for name, value in asdict(self).items() if name != "step"}
 
     def __str__(self) -> str:
         return (
@@ -154,11 +161,23 @@ class FewSamples:
 
     def best(self, step: int, fid: float) -> Best:
         """The record of a distance of these samples."""
-        return Best(step, fid, self.number, self.statistics.space.name)
+        return Best(step, fid, self.number, self.statistics.space.name, self.sampler)
 
     def are_comparable(self, best: Best) -> bool:
-        """Whether the distance of `best` is one of as many samples in the same space."""
-        return best == self.best(best.step, best.fid)
+        """Whether the distance of `best` is one of as many samples of this sampler in this space.
+
+        Older programs did not record the sampler; theirs counts as this one.
+        """
+        return replace(best, sampler=best.sampler or self.sampler) == self.best(best.step, best.fid)
+
+    @cached_property
+    def sampler(self) -> str:
+        """Digest of what decides which samples a network gives, besides its weights."""
+        sampler = self.experiment.sampler
+        settings = {key: value for key, value in sampler.settings.items() if key not in HOW}
+        guide = sampler.guidance and sampler.guidance.guide
+        weights = "" if guide is None else digest(guide.state_dict())
+        return joined(repr(sampler.method), repr(settings), weights)[:32]
 
 
 def metrics_of(comparison: Comparison) -> dict[str, float]:

@@ -320,11 +320,9 @@ def test_the_best_checkpoint_is_that_of_the_lowest_distance_after_any_kill(runs)
     assert [*distances] == [*range(MEASURED, STEPS + 1, MEASURED)]
     best = load_checkpoint(runs / "whole/checkpoints/best.pth")
     assert best["step"] == min(distances, key=distances.get)
-    assert best["best"] == {
-        "fid": min(distances.values()),
-        "samples": 30,
-        "features": "pixels",
-    }
+    record = {"fid": min(distances.values()), "samples": 30, "features": "pixels"}
+    assert best["best"] == record | {"sampler": best["best"]["sampler"]}
+    assert len(best["best"]["sampler"]) == 32
     assert_equal(best, load_checkpoint(runs / "killed/checkpoints/best.pth"))
 
 
@@ -415,6 +413,7 @@ PERFECT = {"fid": 0.0, "samples": 30, "features": "pixels"}
         (PERFECT, {"training__metric_samples": 20}, False),  # fewer samples give another number
         (PERFECT, {"optim__lr": 1e-3}, False),  # another rate takes other steps
         (None, {}, False),
+        (PERFECT | {"sampler": "0" * 32}, {}, False),
         (PERFECT | {"fid": "0"}, {}, False),
         (PERFECT | {"samples": -1}, {}, False),
         ("cut", {}, False),
@@ -440,6 +439,43 @@ def test_which_best_checkpoint_a_run_goes_on_with(tmp_path, runs, record, change
     assert [line.endswith("the next metrics replace it") for line in lines] == [True] * (
         not is_kept
     )
+
+
+def test_which_samplers_give_distances_that_are_compared(runs):
+    """Other steps, solvers or ends of the trajectory do; how a machine computes them does not."""
+
+    def digest_of(**changes):
+        config = config_of(runs, **{f"sampling__{key}": value for key, value in changes.items()})
+        experiment = Experiment.build(config)
+        return FewSamples.from_config(config, experiment).sampler
+
+    same = [{}, {"precision": "bf16"}, {"channels_last": True}]
+    others = [{"N": 7}, {"ode_solver": "unipc"}, {"sigma_max": 70.0}]
+    digests = [digest_of(**changes) for changes in same + others]
+    assert [digest == digests[0] for digest in digests] == [True] * 3 + [False] * 3
+    assert len({*digests}) == 4
+
+
+def test_an_evaluation_does_not_replace_the_report_of_another_step(runs):
+    """Step 20 and step 24 are both number 2."""
+    workdir, config = runs / "whole", config_of(runs, eval__enable_loss=False)
+    best = workdir / "checkpoints/best.pth"
+    content = load_checkpoint(best)
+    last = load_checkpoint(workdir / f"checkpoints/checkpoint_{STEPS}.pth")
+    save_checkpoint(best, last | {"step": 20, "best": content["best"]})
+    try:
+        for first, second in (("best", "last"), ("last", "best")):
+            config.eval.steps = first
+            run_lib.evaluate(config, workdir, first)
+            before = (workdir / first / "report_2.npz").read_bytes()
+            config.eval.steps = second
+            with pytest.raises(ValueError, match="report_2.npz is of step .* --eval_folder=best"):
+                run_lib.evaluate(config, workdir, first)
+            assert (workdir / first / "report_2.npz").read_bytes() == before
+            config.eval.steps = first
+            run_lib.evaluate(config, workdir, first)
+    finally:
+        save_checkpoint(best, content)
 
 
 def test_an_evaluation_of_the_best_says_how_it_was_chosen(runs):
