@@ -1,7 +1,8 @@
 """Images in parquet files, as Hugging Face stores data sets: encoded images, and class labels.
 
-They are read by pyarrow, which is an optional requirement. A row is read with its whole row group,
-and the last few groups are kept: reading in order is fast, and reading at random is not.
+They are read by pyarrow, which is an optional requirement. A row is read with its whole row group.
+Since batches are read in order, a group is read once for all its rows in a batch; the last groups
+are kept. Images at random are read fast where these are all groups, else more slowly than in files.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from sources.shards import Shards
 from storage.files import MAX_JSON, may_unpack_to, one_line, open_regular, refusing
 
 START = b"PAR1"  # of a file
-MOST_GROUPS = 2  # in memory
+MOST_BYTES = 2**28  # of row groups that a process keeps, but for one that is larger
 IMAGES = ("image", "img", "images", "picture", "png", "jpg", "jpeg", "webp", "bytes")  # columns
 LABELS = ("label", "labels", "cls", "class", "target", "fine_label", "y")
 
@@ -92,11 +93,14 @@ class Parquet:
             array = table.column(0).combine_chunks()
             if column != table.column_names[0]:  # a field of a structure
                 array = array.field(column.rpartition(".")[2])
-            while len(self._groups) >= MOST_GROUPS:
-                self._groups.popitem(last=False)
             self._groups[shard, group] = array
+            while len(self._groups) > 1 and self._size() > MOST_BYTES:
+                self._groups.popitem(last=False)
         self._groups.move_to_end((shard, group))
         return self._groups[shard, group]
+
+    def _size(self) -> int:
+        return sum(array.nbytes for array in self._groups.values())
 
     def digest(self, paths: list[str], content: bool) -> str:
         return joined("\0".join(paths), self._shards.digest(content))

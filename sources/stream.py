@@ -132,9 +132,13 @@ class Stream:
         return self
 
     def read(self, index: list[int]) -> Reading:
-        """Read the images of `index` and what lies beside them; replace those that cannot be."""
+        """Read the images of `index` and what lies beside them; replace those that cannot be.
+
+        They are read in the order of the source, where neighbours may be decoded together.
+        """
         unreadable: dict[int, str] = {}
-        numbers, *arrays = zip(*(self._readable(i, unreadable) for i in index), strict=True)
+        readings = {i: self._readable(i, unreadable) for i in sorted(index)}
+        numbers, *arrays = zip(*(readings[i] for i in index), strict=True)
         images, *beside = (torch.from_numpy(np.stack(each)) for each in arrays)
         named = dict(zip(self.read_beside, beside, strict=True))
         return Reading(images, list(numbers), unreadable, named)

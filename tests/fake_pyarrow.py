@@ -32,6 +32,10 @@ class Column:
         return SimpleNamespace(as_py=lambda: self.cells[i])
 
     @property
+    def nbytes(self) -> int:
+        return sum(len(cell or b"") for cell in self.cells)
+
+    @property
     def null_count(self) -> int:
         return self.cells.count(None)
 

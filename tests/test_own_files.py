@@ -13,6 +13,7 @@ import types
 import fake_pyarrow
 import numpy as np
 import pytest
+import torch
 from conftest import peak
 from data_files import encoded, pictures, write_tree
 from own_files import (
@@ -554,8 +555,33 @@ def test_row_groups_are_read_once_in_order(tmp_path, arrow):
     for i, path in enumerate(store.listing.files.values()):
         group = store._group(0, i // 3)
         store.open(path)
-        assert store._group(0, i // 3) is group and len(store._groups) <= parquet.MOST_GROUPS
+        assert store._group(0, i // 3) is group
     assert pickle.loads(pickle.dumps(store)).open(path).read() == store.open(path).read()
+
+
+@pytest.mark.parametrize(("most_bytes", "again"), [(0, [0, 2, 3]), (2**28, [])])
+def test_a_batch_reads_each_row_group_once(tmp_path, arrow, monkeypatch, most_bytes, again):
+    """Another batch reads it again, unless all groups fit in memory."""
+    groups = []
+
+    class Counting(parquet.parquet().ParquetFile):
+        def read_row_group(self, group, columns):
+            groups.append(group)
+            return super().read_row_group(group, columns=columns)
+
+    monkeypatch.setattr(parquet, "MOST_BYTES", most_bytes)
+    monkeypatch.setattr(parquet.parquet(), "ParquetFile", Counting)
+    images = pictures(12)
+    write_parquet(tmp_path / "a.parquet", images, rows=3)
+    config = folder_config(tmp_path / "a.parquet", resident_bytes=0, held_out=0)
+    data = datasets.Data(config.data).get("train")
+    index = np.array([11, 0, 7, 1, 10, 0, 6, 2])
+    for _ in range(2):
+        groups.clear()
+        batch = data.batch(torch.from_numpy(index)).images.permute(0, 2, 3, 1)
+        np.testing.assert_array_equal(batch, images[index])
+        assert len({*groups}) == len(groups)
+    assert groups == again
 
 
 def test_columns_of_images():
