@@ -19,9 +19,10 @@ import distributed
 import execution
 from datasets import SPLITS, DataSet, keyed_generator, shuffled_batches
 from experiment_parts import Parts
+from library.posterior import condition_pictures
 from library.training_run import TrainingRun
 from reports.data_page import ClassCount, Look, Values, render
-from reports.images import channels_last, image_grid
+from reports.images import by_class, channels_last, class_rows, image_grid
 from sources.batch import Batch
 from sources.preparation import Preparation
 from storage.files import atomic_write
@@ -29,7 +30,7 @@ from training import TrainState, train_step
 
 log = logging.getLogger(__name__)
 
-PICTURED = 64  # images of the page's picture
+PICTURED, COLUMNS = 64, 8  # images of the page's picture, in a row of it; of pairs half as many
 VALUES = 2**18  # of a histogram
 
 
@@ -111,18 +112,56 @@ class FirstLook:
             "memory": f"{cost.memory / 2**30:.2g} GiB"
             + (" of the GPU" if on_gpu else " of the whole program"),
         }
-        grid = io.BytesIO()
-        pictures = channels_last(experiment.codec.show(prepared.images))
-        Image.fromarray(image_grid(pictures)).save(grid, "png")
+        grid, caption, rows = self._grid(prepared)
         look = Look(
             line=self.line,
             facts=facts,
             estimates=estimates,
-            grid=grid.getvalue(),
-            values=[_values("stored", stored.images), _values("encoded", prepared.images)],
+            grid=grid,
+            caption=caption,
+            rows=rows,
+            values=[
+                _values("stored", stored.images),
+                _values("encoded", prepared.images),
+                *self._values_of_conditions(prepared),
+            ],
             classes=self._counts(),
         )
         return render(title, look)
+
+    def _grid(self, batch: Batch) -> tuple[bytes, str, list[str]]:
+        """A PNG of the images of `batch` in the order of their classes, its caption, its rows.
+
+        The conditions of pairs stand beside the images.
+        """
+        experiment, names, columns = self.experiment, [], None
+        batch = batch[: PICTURED // 2] if experiment.condition_codec else batch
+        pictures = channels_last(experiment.codec.show(batch.images))
+        caption = "Training images as a step gets them, before noise is added"
+        if condition := experiment.condition_codec:
+            stored = condition.stored(condition.unclamped(batch.conditions["image"]))
+            beside = condition_pictures(stored, condition, experiment.codec)
+            pictures, columns = np.concatenate([pictures, beside], 2), COLUMNS // 2
+            caption += ", each with its condition on its right"
+        if experiment.classes:
+            labels = batch.labels.cpu().numpy()
+            if classes := class_rows(experiment.classes, -1):
+                names, columns = self._class_names, columns or COLUMNS
+                pictures = by_class(pictures, labels, classes, columns)
+            else:
+                pictures = pictures[labels.argsort(kind="stable")]
+            caption += ", in the order of their classes"
+        grid = io.BytesIO()
+        Image.fromarray(image_grid(pictures, columns)).save(grid, "png")
+        return grid.getvalue(), f"{caption}.", names
+
+    def _values_of_conditions(self, batch: Batch) -> list[Values]:
+        """Numbers of the conditions but class labels: of `batch`, or of all training images."""
+        conditions = self.experiment.data.conditions("train", labels=False)
+        values = [_values(name, rows, "Of all images") for name, rows in conditions.items()]
+        if self.experiment.condition_codec:
+            values.append(_values("condition", batch.conditions["image"]))
+        return values
 
     def _batch(self, data: DataSet, size: int) -> Batch:
         batch = next(shuffled_batches(data, size, self.seed))
@@ -145,9 +184,12 @@ class FirstLook:
         classes, data = self.experiment.classes, self.experiment.data
         if not classes:
             return []
-        names = getattr(self.train, "names", ()) or map(str, range(classes))
         counts = [data.labels(split).bincount(minlength=classes).tolist() for split in SPLITS]
-        return [ClassCount(*each) for each in zip(names, *counts, strict=False)]
+        return [ClassCount(*each) for each in zip(self._class_names, *counts, strict=False)]
+
+    @property
+    def _class_names(self) -> list[str]:
+        return [*(getattr(self.train, "names", ()) or map(str, range(self.experiment.classes)))]
 
 
 def measure(step: Callable[[], float], device: torch.device) -> Cost:
@@ -164,13 +206,13 @@ def measure(step: Callable[[], float], device: torch.device) -> Cost:
     return Cost(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def _values(name: str, images: Tensor) -> Values:
-    """Numbers of each channel of `images` (n, C, H, W), and a sample of all of them."""
+def _values(name: str, images: Tensor, *caption: str) -> Values:
+    """Numbers of each channel of `images` (n, C, ...), and a sample of all of them."""
     channels = images.detach().double().cpu().transpose(0, 1).flatten(1).numpy()
     everything = channels.ravel()
     spread = np.linspace(0, everything.size - 1, min(everything.size, VALUES)).astype(int)
     rows = [(each.min(), each.max(), each.mean(), each.std()) for each in channels]
-    return Values(name, everything[spread], rows)
+    return Values(name, everything[spread], rows, *caption)
 
 
 def _duration(seconds: float) -> str:

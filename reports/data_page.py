@@ -18,11 +18,18 @@ MOST_CHANNELS = 16
 
 
 class Values(NamedTuple):
-    """Numbers of the images: a sample of them, and (least, largest, mean, std) of each channel."""
+    """Numbers of images or conditions.
+
+    Attributes:
+        sample: of all numbers.
+        channels: (least, largest, mean, std) of each channel, or entry of a vector.
+        caption: says whose numbers they are.
+    """
 
     name: str
     sample: NDArray[np.float64]
     channels: Sequence[tuple[float, float, float, float]]
+    caption: str = "Of these images, all channels"
 
 
 class ClassCount(NamedTuple):
@@ -40,7 +47,9 @@ class Look(NamedTuple):
         line: the line of the log on the data.
         facts, estimates: texts by their names.
         grid: of images as the network will see them, PNG.
-        values: of the images as stored, and as the network will see them.
+        caption: of the grid.
+        rows: names of its rows, [] where these are no classes.
+        values: of the images as stored, and as the network will see them; of their conditions.
         classes: [] without any.
     """
 
@@ -48,14 +57,15 @@ class Look(NamedTuple):
     facts: Mapping[str, str]
     estimates: Mapping[str, str]
     grid: bytes
+    caption: str
+    rows: Sequence[str]
     values: Sequence[Values]
     classes: Sequence[ClassCount]
 
 
 def render(title: str, look: Look) -> str:
     """The whole page, under the heading `title`."""
-    caption = "Training images as a step gets them, before noise is added."
-    grid = Picture("What the network will see", caption, look.grid)
+    grid = Picture("What the network will see", look.caption, look.grid, rows=look.rows)
     plots = [_histogram(values) for values in look.values]
     content = [
         f"<header><h1>{escape(title)}</h1>{pairs(look.facts, 'facts')}</header>",
@@ -70,8 +80,8 @@ def render(title: str, look: Look) -> str:
 
 def _histogram(values: Values) -> str:
     plot = histogram(values.sample, (f"{values.name} values", "how many"))
-    caption = "Of these images, all channels; the line is the mean."
-    return figure(plot, f"{values.name[0].upper()}{values.name[1:]} values", caption)
+    title = f"{values.name[0].upper()}{values.name[1:]} values"
+    return figure(plot, title, f"{values.caption}; the line is the mean.")
 
 
 def _channels(values: Sequence[Values]) -> str:

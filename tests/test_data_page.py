@@ -1,6 +1,8 @@
 """The commands of docs/data.md on small data, the page of --mode data, and Hugging Face's names."""
 
+import base64
 import contextlib
+import io
 import logging
 import re
 import runpy
@@ -32,6 +34,7 @@ from own_files import (
     write_parquet,
     write_tar,
 )
+from PIL import Image
 from test_small_runs import tiny
 from warm_start import MAIN, Program, run_main
 
@@ -177,6 +180,9 @@ def test_the_page_has_what_there_is_to_know(tmp_path):
     page = look(tmp_path, tmp_path / "x", -1)
     text = re.sub(r"<svg.*?</svg>|<style>.*?</style>|data:image[^\"]*", "", page, flags=re.S)
     cells = re.findall(r"<td>(.*?)</td>", text)
+    assert re.findall(r"<li title='(.*?)'>", text) == ["&lt;ant&gt;", "bee"]
+    ants, bees = grid_of(page).reshape(2, 50, 8, 50, 3)[:, 26, :, 26, 0]
+    assert {*ants} <= {*range(0, 80, 10), 128} and {*bees} <= {*range(80, 240, 10), 128}
     assert page.count("<svg") == 2 and page.count("data:image/png;base64,") == 1
     assert "<ant>" not in text and "0 &lt;ant&gt;" in cells
     assert "left out: 1 .txt" in text and "held out by names" in text
@@ -192,6 +198,29 @@ def test_the_page_has_what_there_is_to_know(tmp_path):
     counts = cells[cells.index("0 &lt;ant&gt;") :]
     train, test = int(counts[1]), int(counts[2])
     assert train + test == 8 and "2 classes of" in text
+
+
+def grid_of(page):
+    """The picture of a page, without the gap at its right and lower edges."""
+    content = base64.b64decode(re.search(r"data:image/png;base64,([^\"]*)", page)[1])
+    return np.asarray(Image.open(io.BytesIO(content)))[:-2, :-2]
+
+
+def test_pairs_stand_side_by_side(tmp_path):
+    """The conditions are the negatives of the images."""
+    images = np.arange(0, 240, 10, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2)
+    np.save(tmp_path / "a.npy", images)
+    np.save(tmp_path / "b.npy", 255 - images)
+    pair = {"data__path": str(tmp_path / "a.npy"), "data__condition_path": str(tmp_path / "b.npy")}
+    config = tiny("pfgmpp/denoise_ddpmpp.py", tmp_path, **pair, data__image_size=8)
+    run_lib.look_at_data(config, tmp_path / "run")
+    page = (tmp_path / "run/data.html").read_text()
+    cells = grid_of(page).astype(int)[26::50]
+    left, right = cells[:, 26::98, 0], cells[:, 74::98, 0]
+    images = left != 128
+    assert images.sum() == 22 and (left + right)[images].tolist() == [255] * 22
+    assert "each with its condition on its right" in page
+    assert "<td>condition</td>" in page
 
 
 def test_a_look_changes_no_run(tmp_path):

@@ -298,6 +298,21 @@ def test_a_condition(drill, tmp_path, one_thread):
     torch.testing.assert_close(alone, beside)  # the seed draws the vector too
 
 
+def test_the_page_of_the_data_has_the_numbers_of_a_condition(drill, tmp_path, one_thread):
+    module = drill("condition")
+    config = module.get_config()
+    config.update_from_flattened_dict(TINY)
+    run_lib.look_at_data(config, tmp_path / "run")
+    cells = re.findall(r"<td>(.*?)</td>", (tmp_path / "run/data.html").read_text())
+    vectors = module.open_stripes(config.data, "train").vectors
+    rows = [i for i, cell in enumerate(cells) if cell == "vector"]
+    assert [cells[i + 1] for i in rows] == ["0", "1"]
+    for i, column in zip(rows, vectors.T, strict=True):
+        numbers = [float(cell.replace("−", "-")) for cell in cells[i + 2 : i + 6]]
+        expected = column.min(), column.max(), column.mean(), column.std()
+        np.testing.assert_allclose(numbers, expected, rtol=2e-3)
+
+
 def test_rows_without_a_condition_are_none():
     batch = Conditions(
         class_labels=torch.arange(4), vector=torch.ones(4, 2), augment_labels=torch.ones(4, 9)
