@@ -104,7 +104,8 @@ def main(argv: list[str]) -> int:
         sys.exit(130)
     if launch.read(os.environ).launcher:
         # With all done, one process of several now and then aborts while Python shuts down (seen
-        # with PyTorch 2.13 and gloo), for which torchrun would call the whole job failed.
+        # with PyTorch 2.13 and gloo), for which torchrun would call the whole job failed. By now
+        # loggers, the writer of checkpoints and the group are closed, and stderr has all its lines.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(status)
