@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import fake_wandb
 import numpy as np
@@ -393,14 +394,18 @@ def test_a_distance_above_the_best_by_more_than_its_noise_is_warned_of(
     assert (best["step"], best["best"]["fid"]) == (6, 3.0)
 
 
-def test_the_noise_is_the_deviation_of_other_draws():
-    """The bootstrap against 200 independent draws of samples of a Gaussian in 3 dimensions."""
+@pytest.mark.parametrize(("features", "samples"), [(3, 100), (30, 100), (40, 30)])
+def test_the_noise_is_the_deviation_of_other_draws(features, samples):
+    """The jackknife against 200 draws of a Gaussian, also of fewer samples than features."""
     rng = np.random.default_rng(0)
-    reference = Reference(Gaussian(np.zeros(3), np.eye(3)))
-    draws = [Comparison(rng.normal(0.5, 1, (100, 3)), None, reference) for _ in range(200)]
+    reference = Reference(Gaussian(np.zeros(features), np.eye(features)))
+    size = samples, features
+    draws = [Comparison(rng.normal(0.5, 1, size), None, reference) for _ in range(200)]
     deviation = np.std([metrics_of(draw)["fid"] for draw in draws])
     noises = [noise_of(draw) for draw in draws[:20]]
     assert np.mean(noises) == pytest.approx(deviation, rel=0.15)
+    few = [noise_of(replace(draws[0], features=draws[0].features[:n])) for n in (2, 3)]
+    assert few[0] == np.inf and 0 < few[1] < np.inf
 
 
 PERFECT = {"fid": 0.0, "samples": 30, "features": "pixels"}
