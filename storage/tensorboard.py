@@ -1,6 +1,5 @@
-"""TensorBoard's files: a writer that may fail, and the curves that are read back."""
+"""TensorBoard's files: a writer, and the curves that are read back."""
 
-import contextlib
 import logging
 import re
 import time
@@ -16,7 +15,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from storage.files import one_line
+from storage.files import naming, one_line
 from storage.records import whole_records
 
 log = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ FLUSH_SECONDS = 10  # TensorBoard shows curves that are at most so old
 
 
 class TensorBoardWriter:
-    """TensorBoard's log, as a context manager; where writing fails, the run goes on without it.
+    """TensorBoard's log, whose methods raise OSError where writing fails; see `loggers.Loggers`.
 
     `tensorboardX.SummaryWriter` writes from a thread that a full disk ends, whereupon the run waits
     for it for ever; and a kill loses the events that it still holds. Here the caller writes events,
@@ -34,22 +33,18 @@ class TensorBoardWriter:
 
     def __init__(self, folder: Path, step: int):
         """Start a file in `folder`; what a killed run logged beyond `step` is purged."""
-        self.folder, self.events, self.flushed = folder, None, 0.0
-        with self._failing():
-            folder.mkdir(parents=True, exist_ok=True)
-            # Names are read in their order, and start with a time: but clocks are set back. The
-            # number is above all that are there, so that no link can be in the new file's place.
-            starts = [re.match(r"events\.start(\d+)", path.name) for path in _event_files(folder)]
-            number = 1 + max((int(start[1]) for start in starts if start), default=0)
-            self.events = EventsWriter(str(folder / f"events.start{number:06}"))
+        folder.mkdir(parents=True, exist_ok=True)
+        # Names are read in their order, and start with a time: but clocks are set back. The number
+        # is above all that are there, so that no link can be in the new file's place.
+        starts = [re.match(r"events\.start(\d+)", path.name) for path in _event_files(folder)]
+        number = 1 + max((int(start[1]) for start in starts if start), default=0)
+        self.folder, self.flushed = folder, 0.0
+        self.events = EventsWriter(str(folder / f"events.start{number:06}"))
         self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        self._write(step, summary=summary.scalar(tag, value))
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
-            self.add_scalar(tag, value, step)
+            self._write(step, summary=summary.scalar(tag, value))
 
     def add_image(self, tag: str, image: NDArray[np.uint8], step: int) -> None:
         """`image` is (H, W, C)."""
@@ -57,33 +52,17 @@ class TensorBoardWriter:
 
     def flush(self) -> None:
         """Write what was added to disk."""
-        if self.events:
-            with self._failing():
-                self.events.flush()
-                self.flushed = time.monotonic()
+        with naming(self.folder):
+            self.events.flush()
+        self.flushed = time.monotonic()
 
     close = flush
 
     def _write(self, step: int, **content) -> None:
-        if self.events:
-            with self._failing():
-                self.events.write_event(Event(step=step, wall_time=time.time(), **content))
-            if time.monotonic() - self.flushed > FLUSH_SECONDS:
-                self.flush()
-
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            log.warning(f"{self.folder}: {error}; nothing more is written there")
-            self.events = None
-
-    def __enter__(self) -> "TensorBoardWriter":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.flush()
+        with naming(self.folder):
+            self.events.write_event(Event(step=step, wall_time=time.time(), **content))
+        if time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self.flush()
 
 
 def _event_files(folder: Path) -> list[Path]:

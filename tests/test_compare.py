@@ -1,5 +1,6 @@
 """Runs side by side: what differs, seeds together, the best marked, and the whole page."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -267,8 +268,8 @@ def test_from_workdirs_to_a_page(tmp_path, monkeypatch, capsys):
         folder = tmp_path / name
         folder.mkdir()
         run_config.store(folder, run_config.flatten(config))
-        with TensorBoardWriter(folder / "tensorboard", 0) as writer:
-            writer.add_scalar("loss/train", rate, 5)
+        with contextlib.closing(TensorBoardWriter(folder / "tensorboard", 0)) as writer:
+            writer.add_scalars({"loss/train": rate}, 5)
         for k in (2, 10):
             save_npz(folder / f"eval/report_{k}.npz", step=100 * k, seconds=1.0, fid=rate + k)
         save_png(folder / "samples/iter_9/sample.png", np.full((8, 8, 3), 9, np.uint8))

@@ -35,6 +35,7 @@ import storage.workdir as workdirs
 from library.signals import stop_signals
 from storage.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 from storage.files import atomic_write, save_npz, save_png
+from storage.loggers import Loggers
 from storage.run_checkpoints import newest_checkpoint
 from storage.tensorboard import TensorBoardWriter, read_scalars
 
@@ -761,12 +762,14 @@ def test_tensorboard_that_cannot_be_written_is_told_of_once(tmp_path, caplog, mo
     def full(event):
         raise OSError(28, "No space left on device")
 
-    with TensorBoardWriter(tmp_path, 0) as writer:
-        monkeypatch.setattr(writer.events, "write_event", full)
-        writer.add_scalar("loss", 1.0, 1)
-        writer.add_scalar("loss", 1.0, 2)
+    with Loggers("tensorboard", tmp_path, 0, {}) as logs:
+        monkeypatch.setattr(logs.loggers["tensorboard"].events, "write_event", full)
+        logs.add_scalars({"loss": 1.0}, 1)
+        logs.add_scalars({"loss": 1.0}, 2)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert re.fullmatch(rf"{tmp_path}: .*No space left on device; nothing more .*", message)
+    assert re.fullmatch(
+        r"the logger .*No space left on device: .*/tensorboard'; it logs nothing more", message
+    )
 
 
 def test_a_clock_that_is_set_back_loses_no_part_of_the_curve(tmp_path, monkeypatch):
@@ -777,8 +780,8 @@ def test_a_clock_that_is_set_back_loses_no_part_of_the_curve(tmp_path, monkeypat
     real = time.time
     for start, (step, hours) in enumerate([(1, 0), (2, -9), (3, -5)]):
         monkeypatch.setattr(time, "time", lambda back=3600 * hours: real() + back)
-        with TensorBoardWriter(tmp_path, step) as writer:
-            writer.add_scalar("loss", 10.0 + start, step + 1)
+        with contextlib.closing(TensorBoardWriter(tmp_path, step)) as writer:
+            writer.add_scalars({"loss": 10.0 + start}, step + 1)
     assert read_scalars(tmp_path) == {"loss": [(1, 1.0), (2, 10.0), (3, 11.0), (4, 12.0)]}
     monkeypatch.undo()
     board = EventAccumulator(str(tmp_path)).Reload()

@@ -1,5 +1,6 @@
 """A stranger's folder: nothing is written through its links, nothing waits, memory is bounded."""
 
+import contextlib
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from sources.images import decode_image
 from sources.stylegan import open_faces
 from storage import records, run_config
 from storage.files import MAX_JSON
+from storage.loggers import Loggers
 from storage.shared_files import open_shared
 from storage.tensorboard import TensorBoardWriter, read_scalars
 from storage.workdir import evaluation_folder, open_workdir, refuse_links
@@ -127,19 +129,20 @@ def test_events_go_to_a_file_that_was_not_there(dangling, tmp_path, outside, mon
     for number in (1, 2, 7):
         name = f"events.start{number:06}.out.tfevents.1800000000.host"
         (tmp_path / name).symlink_to(target)
-    with TensorBoardWriter(tmp_path, 0) as writer:
-        writer.add_scalar("loss", 1.0, 1)
+    with contextlib.closing(TensorBoardWriter(tmp_path, 0)) as writer:
+        writer.add_scalars({"loss": 1.0}, 1)
     assert (tmp_path / "events.start000008.out.tfevents.1800000000.host").stat().st_size
     assert read_scalars(tmp_path) == {"loss": [(1, 1.0)]}
 
 
 def test_events_that_cannot_be_written_are_told_of_once(tmp_path, caplog):
     """A name of a file that is there leaves no room for the next number."""
-    (tmp_path / f"events.start{'9' * 230}.tfevents.").touch()
-    with TensorBoardWriter(tmp_path, 0) as writer:
-        writer.add_scalar("loss", 1.0, 1)
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / f"tensorboard/events.start{'9' * 230}.tfevents.").touch()
+    with Loggers("tensorboard", tmp_path, 0, {}) as logs:
+        logs.add_scalars({"loss": 1.0}, 1)
     assert len(caplog.records) == 1
-    assert "nothing more is written" in caplog.text
+    assert "it logs nothing more" in caplog.text
 
 
 FOLDERS = ["checkpoints", "checkpoints-meta", "samples", "samples/iter_1", "samples/step_2"]
@@ -238,8 +241,8 @@ def test_what_is_no_file_is_one_line(name, make, tmp_path):
 
 
 def test_event_files_that_are_none_are_passed_over(tmp_path, caplog):
-    with TensorBoardWriter(tmp_path, 0) as writer:
-        writer.add_scalar("loss", 1.0, 1)
+    with contextlib.closing(TensorBoardWriter(tmp_path, 0)) as writer:
+        writer.add_scalars({"loss": 1.0}, 1)
     os.mkfifo(tmp_path / "events.a.tfevents.fifo")
     (tmp_path / "events.b.tfevents.zero").symlink_to("/dev/zero")
     (tmp_path / "events.c.tfevents.none").symlink_to("nowhere")

@@ -26,7 +26,7 @@ from library.sample_folder import pair_of
 from metrics.reference import Reference, ReferenceStatistics
 from reports import report_file
 from storage.files import cached
-from storage.tensorboard import TensorBoardWriter
+from storage.loggers import Loggers
 from storage.workdir import check_writable, evaluation_folder, open_workdir
 
 # --- home folders ---------------------------------------------------------------------------------
@@ -238,14 +238,14 @@ def test_a_log_and_tensorboard_that_cannot_be_written_are_told_of(tmp_path, read
     read_only(tmp_path / "run")
     with (
         open_workdir(tmp_path / "run", tmp_path / "out", flag="--outdir"),
-        TensorBoardWriter(tmp_path / "run/tensorboard", 0) as writer,
+        Loggers("tensorboard", tmp_path / "run", 0, {}) as logs,
     ):
-        writer.add_scalar("loss", 1.0, 1)
-        writer.add_image("samples", np.zeros((2, 2, 3), np.uint8), 1)
+        logs.add_scalars({"loss": 1.0}, 1)
+        logs.add_image("samples", np.zeros((2, 2, 3), np.uint8), 1)
         logging.getLogger("storage.workdir").warning("goes on")
     log, board, last = lines_of(caplog)
     assert "stdout.txt" in log and log.endswith("the log is on the console only")
-    assert "tensorboard" in board and board.endswith("nothing more is written there")
+    assert "tensorboard" in board and board.endswith("it logs nothing more")
     assert last == "goes on"
 
 

@@ -1,6 +1,7 @@
 """The page of an evaluation, and how a browser without a network shows it."""
 
 import base64
+import contextlib
 import csv
 import io
 import itertools
@@ -561,9 +562,9 @@ def test_time_of_training_over_two_starts(tmp_path, monkeypatch):
     monkeypatch.setattr("storage.tensorboard.time.time", lambda: now[0])
     for start, times in ((0, (10, 11, 15, 100)), (2, (86400, 86402, 86409))):
         now[0] = times[0]
-        with TensorBoardWriter(tmp_path, start) as writer:
+        with contextlib.closing(TensorBoardWriter(tmp_path, start)) as writer:
             for step, now[0] in enumerate(times[1:], start + 1):
-                writer.add_scalar("loss", 1.0, step)
+                writer.add_scalars({"loss": 1.0}, step)
     assert seconds_of_training(tmp_path, 2) == pytest.approx(15 - 10)
     assert seconds_of_training(tmp_path, 4) == pytest.approx((100 - 10) + (86409 - 86400))
 
