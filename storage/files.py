@@ -176,13 +176,10 @@ def open_entry(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
 
 def read_entry_array(archive: zipfile.ZipFile, name: str) -> NDArray:
     """The array `name` of an open .npz file; ValueError or KeyError where it is none."""
-    try:
-        with open_entry(archive, f"{name}.npy") as file:
-            # numpy asks for as much as a header claims, and zipfile unpacks what it is asked for
-            pieces = SimpleNamespace(read=lambda size: file.read(min(size, 2**20)))
-            return plain(np.lib.format.read_array(pieces, allow_pickle=False))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    with about(name), open_entry(archive, f"{name}.npy") as file:
+        # numpy asks for as much as a header claims, and zipfile unpacks what it is asked for
+        pieces = SimpleNamespace(read=lambda size: file.read(min(size, 2**20)))
+        return plain(np.lib.format.read_array(pieces, allow_pickle=False))
 
 
 def plain(array: NDArray) -> NDArray:
@@ -206,23 +203,20 @@ def read_arrays(path: Path, names: Collection[str] = ()) -> dict[str, NDArray]:
     """The arrays of the .npz file at `path`, of `names` only where there are any.
 
     Raises:
-        FileNotFoundError, PermissionError: it cannot be read.
+        OSError: it cannot be read.
         ValueError: it is no such file, or damaged, or unpacks to much more than its size.
     """
-    try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-            if size > may_unpack_to(path.stat().st_size):
-                raise ValueError(f"it unpacks to {size:,} bytes")
-            every = [name.removesuffix(".npy") for name in archive.namelist()]
-            names = [name for name in every if name in names] if names else every
-            return {name: read_entry_array(archive, name) for name in names}
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # a damaged file fails in any way
-        raise ValueError(
-            f"{path} is not an array file of this program: {one_line(error)}"
-        ) from error
+    with (
+        refusing(path, "is not an array file of this program"),
+        open_regular(path) as file,
+        zipfile.ZipFile(file) as archive,
+    ):
+        size = sum(entry.file_size for entry in archive.infolist())
+        if size > may_unpack_to(path.stat().st_size):
+            raise ValueError(f"it unpacks to {size:,} bytes")
+        every = [name.removesuffix(".npy") for name in archive.namelist()]
+        names = [name for name in every if name in names] if names else every
+        return {name: read_entry_array(archive, name) for name in names}
 
 
 # {name: (kinds of its dtype, as numpy calls them, and its shape)}; None is any length.
