@@ -40,6 +40,11 @@ class Classes:
         object.__setattr__(self, "labels", labels.astype(np.int64))
 
 
+def spread(number: int, most: int) -> list[int]:
+    """Up to `most` of the numbers from 0 to below `number`, spread evenly, with both ends."""
+    return np.linspace(0, number - 1, min(number, most)).astype(int).tolist()
+
+
 class Source(Protocol):
     """A sequence of images, each read when it is indexed.
 

@@ -4,7 +4,6 @@ Of the archives for Python the pickles are read as data (`storage.inert_pickle`)
 extracted to disk.
 """
 
-import gzip
 import io
 import tarfile
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sources.base import MOST_CLASSES
-from sources.files import MAX_FILE_BYTES, read_bounded
+from sources.files import MAX_FILE_BYTES, read_bounded, unpacked
 from sources.loaded import Loaded, Part
 from sources.tars import in_order, open_archive
 from storage.files import MAX_JSON, about, open_regular, refusing
@@ -75,10 +74,7 @@ def in_archive(path: Path) -> Loaded | None:
     """
     files = {}
     with refusing(path, "cannot be read as an archive of CIFAR"), open_regular(path) as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        content = gzip.GzipFile(fileobj=file) if packed else file
-        with open_archive(content) as archive:
+        with open_archive(unpacked(file)) as archive:
             for member in in_order(archive):
                 folder, _, name = member.name.rpartition("/")
                 if not member.isdir() and folder not in FOLDERS:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sources.base import PerProcess, Source, Unreadable, View
+from sources.base import PerProcess, Source, Unreadable, View, spread
 from storage.files import atomic_write, one_line
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def of_source(source: Source) -> str:
 def of_samples(source: Source) -> str:
     """The digest of the number of images and of up to 64 of them; other changes go unseen."""
     parts = [str(len(source))]
-    for i in np.unique(np.linspace(0, len(source) - 1, SAMPLES).astype(int)).tolist():
+    for i in spread(len(source), SAMPLES):
         try:
             image = np.ascontiguousarray(source[i])
         except Unreadable:
@@ -93,7 +93,7 @@ def of_blocks(
     """The digest of an array of `size` bytes, of which `read(start, size)` gives any."""
     starts, length = [0], size
     if not whole and size > BLOCKS * BLOCK:
-        starts, length = np.linspace(0, size - BLOCK, BLOCKS).astype(int).tolist(), BLOCK
+        starts, length = spread(size - BLOCK + 1, BLOCKS), BLOCK
     return joined(dtype.str, str(shape), *(read(start, length) for start in starts))
 
 
@@ -205,7 +205,7 @@ def _crcs(where: Path, names: list[str], largest: int | None) -> Iterator[int]:
             raise
 
 
-def _crc(path: str, largest: int | None = LARGEST) -> int:
+def _crc(path: str, largest: int | None) -> int:
     crc, rest = 0, sys.maxsize if largest is None else largest
     try:
         with open(path, "rb", buffering=0) as file:

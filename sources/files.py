@@ -1,21 +1,21 @@
 """Image files of a folder or zip, each read when it is indexed."""
 
 import contextlib
+import gzip
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
 
-import numpy as np
-
-from sources.base import PerProcess, Picture, Unreadable
+from sources.base import PerProcess, Picture, Unreadable, spread
 from sources.images import Header, decode_image, decode_numbers, extent_of_16_bits, read_header
 from sources.sixteen_bits import WHOLE, Range, range_of_bits
 from storage.files import one_line, open_entry, open_regular
 
 T = TypeVar("T")
 
+GZIP = b"\x1f\x8b"  # the first bytes of a file that gzip packed
 MAX_FILE_BYTES = 2**28  # of one image, as it is read or unpacked; Pillow bounds the pixels
 LOOKED_AT = 64  # images of a set whose headers tell whether any have 16 bits
 
@@ -92,7 +92,7 @@ class Files:
     @property
     def _looked_at(self) -> list[int]:
         """Numbers of up to `LOOKED_AT` images, spread evenly."""
-        return np.linspace(0, len(self) - 1, min(len(self), LOOKED_AT)).astype(int).tolist()
+        return spread(len(self), LOOKED_AT)
 
     def _may_have_16_bits(self, i: int) -> bool:
         try:
@@ -115,6 +115,14 @@ def read_bounded(file: IO[bytes], limit: int | None = None) -> bytes:
     if len(content) > limit:
         raise ValueError(f"larger than {limit >> 20} MiB")
     return content
+
+
+def unpacked(file: IO[bytes]) -> IO[bytes]:
+    """The content of an open file from its beginning, unpacked if gzip packed it."""
+    file.seek(0)
+    is_packed = file.read(2) == GZIP
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if is_packed else file
 
 
 def open_below(folder: Path, name: str) -> IO[bytes]:

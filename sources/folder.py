@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gzip
 import logging
 import zlib
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from configs.schema import Either, Key, Number, Numbers, OneOf, Text, whole
 from sources import arrays, cifar, idx, labels, listing, parquet, splits, tars
 from sources.arrays import Arrays, is_array, read_array
 from sources.base import Classes, Source, View
-from sources.files import Files, Measured, open_below, read_bounded
+from sources.files import GZIP, Files, Measured, open_below, read_bounded, unpacked
 from sources.images import cropped_then_resized, to_size
 from sources.loaded import Loaded
 from sources.rules import NEWEST, RULES, Rules
@@ -31,7 +30,6 @@ from storage.files import MAX_JSON, about, one_line, open_regular
 log = logging.getLogger(__name__)
 
 LABEL_BYTES = 32  # of an image's line in a dataset.json, besides its name
-GZIP = b"\x1f\x8b"  # the first bytes of a file that gzip packed
 
 KEYS = {  # for image files of data, and of other keys such as sampling.encode
     "data.scale": Key(
@@ -96,7 +94,7 @@ def find(data: ConfigDict) -> "Folder | Arrays | Loaded":
         shards = Shards.of_pattern(str(path))
         if shards is None:
             raise FileNotFoundError(f"data.path={data.path} does not exist")
-        return _of_shards(path, rules, shards, _beginning(shards.paths[0]))
+        return _of_shards(path, rules, shards)
     if is_array(path):
         return Arrays(path, rules)
     if path.is_dir():
@@ -107,19 +105,17 @@ def find(data: ConfigDict) -> "Folder | Arrays | Loaded":
     if tars.is_tar(start) and (loaded := cifar.in_archive(path)):
         return loaded
     if tars.is_tar(start) or start.startswith(parquet.START):
-        return _of_shards(path, rules, Shards.of_file(path), start)
+        return _of_shards(path, rules, Shards.of_file(path))
     return Folder(path, rules)
 
 
 def _beginning(path: Path, size: int = 512) -> bytes:
     """The first bytes of a file, or of what gzip packed into it."""
     with about(path), open_regular(path) as file:
-        start = file.read(size)
-        if start.startswith(GZIP):
-            file.seek(0)
-            with contextlib.suppress(OSError, EOFError, zlib.error):
-                return gzip.GzipFile(fileobj=file).read(size)
-        return start
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            return unpacked(file).read(size)
+        file.seek(0)
+        return file.read(size)
 
 
 def _of_folder(path: Path, rules: Rules) -> "Folder":
@@ -128,11 +124,13 @@ def _of_folder(path: Path, rules: Rules) -> "Folder":
     for suffix in (".tar", ".parquet") if not store.listing.files else ():
         shards = Shards.below(path, suffix)
         if shards.names:
-            return _of_shards(path, rules, shards, _beginning(shards.paths[0]))
+            return _of_shards(path, rules, shards)
     return Folder(path, rules, store=store)
 
 
-def _of_shards(path: Path, rules: Rules, shards: Shards, start: bytes) -> "Folder":
+def _of_shards(path: Path, rules: Rules, shards: Shards) -> "Folder":
+    """The images in tar or parquet files, of which the first tells the kind of all."""
+    start = _beginning(shards.paths[0])
     with open_regular(shards.paths[0]) as file:
         is_packed = file.read(2) == GZIP
     if is_packed:

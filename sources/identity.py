@@ -13,7 +13,7 @@ import distributed
 from configs.keys import shown
 from configs.schema import EXACT
 from sources import digests
-from sources.base import Classes
+from sources.base import Classes, spread
 from sources.stream import DataSet, Resident, Stream
 
 KINDS = ("content", "names")  # of digests: data.digest
@@ -140,8 +140,7 @@ def fingerprint(data: DataSet) -> str:
 def digest_of(data: DataSet) -> str:
     """The `fingerprint` of `data`, computed in this process."""
     if isinstance(data, Stream):
-        index = np.unique(np.linspace(0, len(data) - 1, digests.SAMPLES).astype(int))
-        samples = data[torch.from_numpy(index)].numpy()
+        samples = data[torch.tensor(spread(len(data), digests.SAMPLES))].numpy()
         return digests.joined(digests.of_source(data.source), digests.of_array(samples))[:32]
     images = data.images if isinstance(data, Resident) else data
     return digests.of_array(images.cpu().contiguous().numpy(), whole=True)[:32]

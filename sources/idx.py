@@ -1,6 +1,5 @@
 """MNIST's files, idx: arrays of bytes, packed by gzip or not."""
 
-import gzip
 import math
 import os
 import re
@@ -10,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sources.files import unpacked
 from sources.loaded import Loaded, Part
 from storage.files import may_unpack_to, open_regular, refusing
 
 START = b"\0\0"  # then a byte for the type, and one for the number of axes
 BYTES = 0x08  # the type of unsigned bytes, the only one that is read
 AXES = (1, 3, 4)  # labels (n,), and images (n, H, W) or (n, H, W, C)
-PIECE = 2**20  # bytes unpacked at once
 
 _NAME = re.compile(r"(.*?)(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")  # of a file of images
 _SPLITS = {"train": "train", "t10k": "test", "test": "test"}
@@ -82,9 +81,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     """The array of the idx file at `path`; ValueError where it is none, or of other types."""
     with refusing(path, "cannot be read as an idx file"), open_regular(path) as file:
         size = path.stat().st_size
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        content = gzip.GzipFile(fileobj=file) if packed else file
+        content = unpacked(file)
         start = content.read(4)
         if not is_idx(start + b"\0"):
             raise ValueError("it does not begin like one")
@@ -98,15 +95,11 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         number = math.prod(shape)
         if len(shape) != axes or not number:
             raise ValueError(f"its shape is {shape}")
-        if number > (may_unpack_to(size) if packed else size):
+        if number > (size if content is file else may_unpack_to(size)):
             raise ValueError(f"it claims {number:,} bytes, which it cannot hold")
-        pieces = iter(partial(content.read, PIECE), b"")
-        array, filled = np.empty(number, np.uint8), 0
-        for piece in pieces:
-            if filled + len(piece) > number:
-                raise ValueError(f"it holds more than the {number:,} bytes of its shape {shape}")
-            array[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
-            filled += len(piece)
-        if filled < number:
-            raise ValueError(f"it is cut off: {filled:,} bytes of {number:,}")
+        array = np.frombuffer(content.read(number + 1), np.uint8)
+        if len(array) > number:
+            raise ValueError(f"it holds more than the {number:,} bytes of its shape {shape}")
+        if len(array) < number:
+            raise ValueError(f"it is cut off: {len(array):,} bytes of {number:,}")
         return array.reshape(shape)

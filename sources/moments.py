@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sources.base import Source, Unreadable
+from sources.base import Source, Unreadable, spread
 from storage.files import LARGEST
 
 PERCENTILES = (0.5, 99.5)  # at which a window begins and ends
@@ -62,7 +62,7 @@ def measure(
     Raises ValueError where no image can be read.
     """
     total, lowest, highest, sample = None, np.inf, -np.inf, []
-    looked_at = {*np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int).tolist()}
+    looked_at = {*spread(len(source), LOOKED_AT)}
     random = np.random.default_rng(0)
     for i in watch(range(len(source))):
         with contextlib.suppress(Unreadable):  # reported when it is decoded
@@ -113,14 +113,15 @@ def _joined(first: tuple, other: tuple) -> tuple:
 
 def _window(values: NDArray, together: bool) -> tuple[float, ...]:
     """Low and high of `values` (k, C) in each channel in turn, or `together`."""
-    channels = [values.ravel()] if together else [*values.T]
-    ends = [np.percentile(channel, PERCENTILES) for channel in channels]
-    ends = [
-        (channel.min(), channel.max()) if low == high else (low, high)
-        for (low, high), channel in zip(ends, channels, strict=True)
-    ]
-    ends = [(low - 1, high + 1) if low == high else (low, high) for low, high in ends]
-    return tuple(float(end) for pair in ends for end in pair)
+    ends = []
+    for channel in [values.ravel()] if together else values.T:
+        low, high = np.percentile(channel, PERCENTILES)
+        if low == high:
+            low, high = channel.min(), channel.max()
+        if low == high:
+            low, high = low - 1, high + 1
+        ends += [float(low), float(high)]
+    return tuple(ends)
 
 
 def _in_words(numbers: Sequence[float]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sources.base import Source, Unreadable, View
+from sources.base import Source, Unreadable, View, spread
 from sources.files import Files
 from sources.images import ImageSize, Size, largest_part, sides_of
 
@@ -19,7 +19,7 @@ def sizes_of(view: View) -> list[Size]:
     Images that cannot be read are left out.
     """
     number, sizes = len(view.index), []
-    for i in np.linspace(0, number - 1, number if number <= FEW else SAMPLED).astype(int):
+    for i in spread(number, number if number <= FEW else SAMPLED):
         at, images = int(view.index[i]), view.source
         try:
             is_file = isinstance(images, Files)
@@ -35,14 +35,13 @@ def shapes_of(source: Source, most: int) -> list[tuple[int, int, int]]:
     Raises ValueError where none of them can.
     """
     shapes, error = [], None
-    number = min(len(source), most)
-    for i in np.linspace(0, len(source) - 1, number).astype(int).tolist():
+    for i in spread(len(source), most):
         try:
             shapes.append(source[i].shape)
         except Unreadable as unreadable:
             error = unreadable
     if not shapes:
-        raise ValueError(f"none of {number} images can be used; the last: {error}")
+        raise ValueError(f"none of {min(len(source), most)} images can be used; the last: {error}")
     return shapes
 
 

@@ -140,14 +140,13 @@ def in_words(amount: float, by_name: bool, groups: str = "") -> str:
     """Text on what is held out of data without splits; the arguments are those above."""
     if not amount:
         return NONE_HELD_OUT
-    tenth = "a tenth" if by_name else "a random tenth"
+    if amount == SHARE and not by_name:
+        return "a random tenth is held out"
+    share = "a tenth" if amount == SHARE else f"a share of {amount:g}"
+    words = f"{share} is held out"
     if amount >= 1:
         words = f"{amount:,.0f} {'is' if amount == 1 else 'are'} held out"
-    else:
-        words = f"{tenth if amount == SHARE else f'a share of {amount:g}'} is held out"
-    if not by_name:
-        return words if words.startswith(tenth) else f"{words} at random"
-    return f"{words} by {'groups of ' * bool(groups)}names"
+    return f"{words} by {'groups of ' * bool(groups)}names" if by_name else f"{words} at random"
 
 
 def _check(n: int, amount: float) -> None:

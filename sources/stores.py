@@ -33,28 +33,22 @@ class Store(Protocol):
 
     def classes(self) -> Classes | None:
         """Class labels of the files of `listing` that the store has itself, -1 for none."""
-        ...
+        return None
 
 
-class InFolder:
+class InFolder(Store):
     """The files of the folder at `root`."""
 
     def __init__(self, root: Path, rules: Rules):
         self.root, self.listing = root, rules.list_folder(root)
+        self.places = [*self.listing.files]
         self.open = partial(open_below, root)
-
-    @property
-    def places(self) -> list[str]:
-        return [*self.listing.files]
 
     def digest(self, paths: list[str], content: bool) -> str:
         return digests.of_files(self.root, paths, content, 4 * len(self.listing.files))
 
-    def classes(self) -> None:
-        return None
 
-
-class InZip:
+class InZip(Store):
     """The entries of the zip file at `path`, the value of `key`; ValueError where it is none."""
 
     def __init__(self, path: Path, rules: Rules, key: str):
@@ -69,13 +63,7 @@ class InZip:
                 says = f"one image: name the folder with all of them, such as {path.parent}"
             raise ValueError(f"{key}={path} is {says}") from error
         self.listing, self.open = rules.list_zip(names), partial(open_in, archive)
-
-    @property
-    def places(self) -> list[str]:
-        return [*self.listing.files]
+        self.places = [*self.listing.files]
 
     def digest(self, paths: list[str], content: bool) -> str:
         return digests.of_entries(self._archive(), paths)
-
-    def classes(self) -> None:
-        return None

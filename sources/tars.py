@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sources import listing
 from sources.base import Classes
 from sources.digests import FRESH, cache_path, joined
-from sources.files import MAX_FILE_BYTES
+from sources.files import MAX_FILE_BYTES, read_bounded
 from sources.labels import numbered
 from sources.listing import Listing, Omitted
 from sources.rules import Rules
@@ -86,9 +86,7 @@ class Tars:
 
     def _label(self, name: str) -> int | str | None:
         with about(f"{self._shards.root}/{name}"), self.open(name) as file:
-            content = file.read(MAX_LABEL + 1)
-            if len(content) > MAX_LABEL:
-                raise ValueError(f"it is larger than {MAX_LABEL >> 20} MiB")
+            content = read_bounded(file, MAX_LABEL)
             if name.endswith(".cls"):
                 label = content.decode().strip()
                 return int(label) if label.isdecimal() else label or None
