@@ -70,12 +70,9 @@ def _persistent_object(meta: object) -> Record:
     return Record(meta["class_name"], meta.get("state"))
 
 
-def _set(items: object) -> object:
-    return items
-
-
-def _size(numbers: object) -> object:
-    return numbers  # a tuple
+def _plain(content: object) -> object:
+    """The list of a set, the tuple of a size."""
+    return content
 
 
 def _encoded(text: object, encoding: object = None) -> object:
@@ -102,9 +99,9 @@ _KNOWN = {
     "numpy.dtype": _dtype,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
-    "torch.Size": _size,
-    "builtins.set": _set,
-    "__builtin__.set": _set,
+    "torch.Size": _plain,
+    "builtins.set": _plain,
+    "__builtin__.set": _plain,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
 }
 
@@ -181,9 +178,9 @@ def _options(network: Record) -> dict:
 
 # --- the config of a snapshot --------------------------------------------------------------------
 
-# The defaults of the published classes.
+# Options of the published classes and their defaults. Constants are options without a key: the
+# methods and networks here have only these values.
 _EDM = {"label_dim": 0, "sigma_data": 0.5, "model_type": "DhariwalUNet"}
-# Constants of the other preconditionings; the methods here have only these values.
 _VP = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5}
 _VE = {"sigma_min": 0.02, "sigma_max": 100}
 _IDDPM = {"C_1": 0.001, "C_2": 0.008, "M": 1000}
@@ -219,13 +216,14 @@ _ADM = _UNET | {
     "attn_resolutions": [32, 16, 8],
 }
 _NETWORKS = {"SongUNet": ("edm_unet", _SONG_UNET), "DhariwalUNet": ("adm", _ADM)}
-_WITHOUT_DEFAULT_OR_KEY = {
-    *("img_resolution", "img_channels", "D", "pfgm", "pfgmpp", "small"),
-    # without a key: the bounds of the noise level, and what holds for training only
-    *("sigma_min", "sigma_max", "use_fp16", "label_dropout"),
+_EDM2_CONSTANTS = {
+    "label_balance": 0.5,
+    "concat_balance": 0.5,
+    "res_balance": 0.3,
+    "attn_balance": 0.3,
+    "clip_act": 256,
 }
-# Options of EDM2. Those that are fixed have no key: the network here has these values.
-_EDM2 = {
+_EDM2 = _EDM2_CONSTANTS | {
     "img_channels": 3,
     "label_dim": 0,
     "sigma_data": 0.5,
@@ -237,12 +235,10 @@ _EDM2 = {
     "dropout": 0.0,
     "logvar_channels": 128,
 }
-_EDM2_FIXED = {
-    "label_balance": 0.5,
-    "concat_balance": 0.5,
-    "res_balance": 0.3,
-    "attn_balance": 0.3,
-    "clip_act": 256,
+_WITHOUT_DEFAULT_OR_KEY = {
+    *("img_resolution", "img_channels", "D", "pfgm", "pfgmpp", "small"),
+    # without a key: the bounds of the noise level, and what holds for training only
+    *("sigma_min", "sigma_max", "use_fp16", "label_dropout"),
 }
 _EMBEDDINGS = {"positional": "positional", "fourier": "fourier"}
 _ENCODERS = {"standard": "none", "skip": "input_skip", "residual": "residual"}
@@ -263,37 +259,19 @@ def config_values(snapshot: Snapshot) -> dict[str, object]:
     if snapshot.network not in _PRECONDS or options.get("pfgm") or options.get("small"):
         raise ValueError(f"no config for the preconditioning {snapshot.network!r:.100}")
     method, of_precond, constants = _PRECONDS[snapshot.network]
-    options = of_precond | options
-    model_type = options["model_type"]
+    model_type = options.get("model_type", of_precond["model_type"])
     if type(model_type) is not str or model_type not in _NETWORKS:
         raise ValueError(f"no config for the network {model_type!r:.100}")
-    name, defaults = _NETWORKS[model_type]
-    options = defaults | options
-    if unknown := options.keys() - of_precond.keys() - defaults.keys() - _WITHOUT_DEFAULT_OR_KEY:
-        raise ValueError(f"no config for the network's option {min(unknown)!r:.100}")
+    name, of_network = _NETWORKS[model_type]
     # The networks here have the widths of the published ones.
     constants = constants | {"channel_mult_emb": 4}
     if name == "edm_unet":
-        constants["channel_mult_noise"] = 2 if options["embedding_type"] == "fourier" else 1
-    for key, constant in constants.items():
-        if options[key] != constant:
-            raise ValueError(f"no config for the network's option {key} other than {constant}")
+        constants["channel_mult_noise"] = 2 if options.get("embedding_type") == "fourier" else 1
+    options = _completed(options, of_network | of_precond, constants)
     if method == "edm" and "D" in options and options.get("pfgmpp", True):
         method = "pfgmpp"
     with _damaged_options():
-        values = {
-            "training.sde": method,
-            "data.image_size": int(options["img_resolution"]),
-            "data.num_channels": int(options["img_channels"]),
-            "data.num_classes": int(options["label_dim"]),
-            "model.name": name,
-            "model.nf": int(options["model_channels"]),
-            "model.ch_mult": tuple(map(int, options["channel_mult"])),
-            "model.num_res_blocks": int(options["num_blocks"]),
-            "model.attn_resolutions": tuple(map(int, options["attn_resolutions"])),
-            "model.dropout": float(options["dropout"]),
-            "model.augment_dim": int(options["augment_dim"]),
-        }
+        values = _values(options, method, name) | {"model.augment_dim": int(options["augment_dim"])}
         if "sigma_data" in of_precond:
             values["model.sigma_data"] = float(options["sigma_data"])
         if method == "pfgmpp":
@@ -314,33 +292,45 @@ def config_values(snapshot: Snapshot) -> dict[str, object]:
 
 def _edm2_values(options: dict) -> dict[str, object]:
     """`config_values` of EDM2, from those of its options that are not None."""
-    for key, value in _EDM2_FIXED.items():
-        if options.get(key, value) != value:
-            raise ValueError(f"no config for the network's option {key} other than {value}")
-    if unknown := options.keys() - _EDM2.keys() - _EDM2_FIXED.keys() - _WITHOUT_DEFAULT_OR_KEY:
-        raise ValueError(f"no config for the network's option {min(unknown)!r:.100}")
-    options = _EDM2 | options
+    options = _completed(options, _EDM2, _EDM2_CONSTANTS)
     if options["img_channels"] not in (1, 3):
         raise ValueError(
             f"no config for images of {options['img_channels']!r:.100} channels: they are latents "
             "of an autoencoder, which this program does not have"
         )
     with _damaged_options():
-        return {
-            "training.sde": "edm",
+        return _values(options, "edm", "edm2") | {
             "training.uncertainty_features": int(options["logvar_channels"]),
-            "data.image_size": int(options["img_resolution"]),
-            "data.num_channels": int(options["img_channels"]),
-            "data.num_classes": int(options["label_dim"]),
-            "model.name": "edm2",
-            "model.nf": int(options["model_channels"]),
-            "model.ch_mult": tuple(map(int, options["channel_mult"])),
-            "model.num_res_blocks": int(options["num_blocks"]),
-            "model.attn_resolutions": tuple(map(int, options["attn_resolutions"])),
             "model.head_width": int(options["channels_per_head"]),
-            "model.dropout": float(options["dropout"]),
             "model.sigma_data": float(options["sigma_data"]),
         }
+
+
+def _completed(options: dict, defaults: dict, constants: dict) -> dict:
+    """`defaults` and in their place `options`; ValueError for one that the config cannot hold."""
+    if unknown := options.keys() - defaults.keys() - _WITHOUT_DEFAULT_OR_KEY:
+        raise ValueError(f"no config for the network's option {min(unknown)!r:.100}")
+    options = defaults | options
+    for key, constant in constants.items():
+        if options[key] != constant:
+            raise ValueError(f"no config for the network's option {key} other than {constant}")
+    return options
+
+
+def _values(options: dict, method: str, network: str) -> dict[str, object]:
+    """Values of the keys that all networks have."""
+    return {
+        "training.sde": method,
+        "data.image_size": int(options["img_resolution"]),
+        "data.num_channels": int(options["img_channels"]),
+        "data.num_classes": int(options["label_dim"]),
+        "model.name": network,
+        "model.nf": int(options["model_channels"]),
+        "model.ch_mult": tuple(map(int, options["channel_mult"])),
+        "model.num_res_blocks": int(options["num_blocks"]),
+        "model.attn_resolutions": tuple(map(int, options["attn_resolutions"])),
+        "model.dropout": float(options["dropout"]),
+    }
 
 
 @contextlib.contextmanager
