@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sources.base import PerProcess, Source, Unreadable, View, spread
-from storage.files import atomic_write, one_line
+from storage.files import atomic_write, one_line, sparing_time
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ LARGEST = 2**28  # bytes of a file that are hashed; larger images are never read
 PIECE = 2**20  # bytes read at once
 THREADS, CHUNK = 16, 64  # threads that read files, and files in a task of a thread
 MANY, MUCH = 1000, 2**24  # files, or bytes of them, from which on checksums are cached
+CACHE = "digests-{}.npy"  # of checksums, for `cache_path`
 KEY = 8  # bytes of the hash of a file's name, size and times in the cache
 FRESH = 10**8  # ns in which a file may be written twice with one time
 
@@ -222,13 +223,9 @@ def cache_path(where: Path, name: str) -> Path:
     return Path(base) / "pfgm" / name.format(joined(str(where.resolve()))[:16])
 
 
-def _cache_path(where: Path) -> Path:
-    return cache_path(where, "digests-{}.npy")
-
-
 def _read_cache(where: Path) -> Numbers:
     """Keys and CRC-32 (n, 2) by rising keys; the row (0, 0) for a missing or damaged cache."""
-    path = _cache_path(where)
+    path = cache_path(where, CACHE)
     try:
         if path.is_file():
             return np.load(path, allow_pickle=False).reshape(-1, 2)
@@ -238,13 +235,11 @@ def _read_cache(where: Path) -> Numbers:
 
 
 def _write_cache(where: Path, cache: Numbers) -> None:
-    path = _cache_path(where)
+    path = cache_path(where, CACHE)
     own_path = path.with_suffix(f".{os.getpid()}.npy")  # runs on the same data may start together
-    try:
+    with sparing_time("the checksums of the data are"):
         if not path.is_absolute():
             raise FileNotFoundError("there is no home folder")
         with atomic_write(own_path) as file:
             np.save(file, cache[np.argsort(cache[:, 0], kind="stable")])
         own_path.replace(path)
-    except OSError as error:
-        log.warning(f"the checksums of the data are not kept for the next start: {error}")

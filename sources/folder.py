@@ -292,10 +292,8 @@ def read_images(
         says = f"an .npy or .npz, uint8 (n, H, W, {channels})"
         raise ValueError(f"{key}={name}: images of {channels} channels are given as {says}")
     if path.is_file() and listing.is_image(path.name):
-        names, files = (
-            [path.name],
-            Files(path.parent, [path.name], partial(open_below, path.parent)),
-        )
+        names = [path.name]
+        files = Files(path.parent, names, partial(open_below, path.parent))
     else:
         folder = Folder(path, RULES[NEWEST], key)
         names, files = folder.names, folder.files

@@ -11,7 +11,8 @@ import torch
 
 from configs.keys import flatten
 from storage.checks import check_like
-from storage.edm_snapshots import complete_config, objective_weights, read_snapshot
+from storage.edm_configs import complete_config
+from storage.edm_snapshots import objective_weights, read_snapshot
 from storage.files import about, atomic_write, naming, open_regular, refusing
 from storage.shared_files import SHARED, open_shared
 from storage.stored_tensors import StoredTensor

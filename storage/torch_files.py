@@ -59,13 +59,8 @@ def _view(storage, offset, size, stride, requires_grad, hooks, metadata=None) ->
     return StoredView(storage, offset, size, stride)
 
 
-def _parameter(data, requires_grad, hooks) -> object:
-    return data
-
-
-def dictionary() -> dict:
-    """A dictionary of any class: it is called without arguments, and its items are set later."""
-    return {}
+def _dictionary() -> dict:
+    return {}  # of any class: a pickle calls it without arguments, and sets its items later
 
 
 def _tensor(*arguments) -> Tensor:
@@ -73,9 +68,9 @@ def _tensor(*arguments) -> Tensor:
 
 
 KNOWN = {
-    "collections.OrderedDict": dictionary,
+    "collections.OrderedDict": _dictionary,
     "torch._utils._rebuild_tensor_v2": _view,
-    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
 }
 _STATES = KNOWN.keys() | _DTYPES.keys()  # names in a state that torch.save wrote
 

@@ -18,7 +18,8 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from storage.edm_snapshots import Snapshot, config_values, read_snapshot
+from storage.edm_configs import config_values
+from storage.edm_snapshots import Snapshot, read_snapshot
 
 FORMS = {
     "pkl": lambda path, net: files.save_pickle(path, files.snapshot(net)),

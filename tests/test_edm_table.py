@@ -21,7 +21,8 @@ from methods.base import Examples, spread
 from solvers import SOLVERS
 from solvers.solve import solve_ode
 from sources.batch import Batch
-from storage.edm_snapshots import Snapshot, config_values, read_snapshot
+from storage.edm_configs import config_values
+from storage.edm_snapshots import Snapshot, read_snapshot
 from tests.reference_weights import weight
 
 PUBLISHED = json.loads((GOLDEN / "edm_table.json").read_text())

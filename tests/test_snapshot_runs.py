@@ -20,7 +20,8 @@ from models.layers import Resampling
 from models.weights import load_ema
 from storage import run_config
 from storage.checkpoints import fit, load_checkpoint, save_checkpoint
-from storage.edm_snapshots import Snapshot, complete_config, config_values
+from storage.edm_configs import complete_config, config_values
+from storage.edm_snapshots import Snapshot
 from storage.run_checkpoints import (
     checkpoints_of_steps,
     checkpoints_to_evaluate,
