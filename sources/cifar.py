@@ -21,9 +21,8 @@ from storage.files import MAX_JSON, about, open_regular, refusing
 from storage.inert_pickle import Record, Unpickler
 
 PIXELS = 3 * 32 * 32  # bytes of an image: its red, green and blue plane
-FOLDERS = (  # in the archives
-    *("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary"),
-)
+# The folders in the archives.
+FOLDERS = "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary"
 NUMPY = {  # what pickles of arrays refer to
     *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
     *("numpy.ndarray", "numpy.dtype"),
@@ -58,13 +57,13 @@ def in_folder(path: Path) -> Loaded | None:
     below = [path / name for name in FOLDERS if (path / name).is_dir()]
     for folder in (path, *(below if len(below) == 1 else ())):
         if form := _form({name for name in FILES if (folder / name).is_file()}):
-
-            def read(name: str, folder: Path = folder) -> bytes:
-                with open_regular(folder / name) as file:
-                    return read_bounded(file)
-
-            return _loaded(path, form, read)
+            return _loaded(path, form, partial(_read_in, folder))
     return None
+
+
+def _read_in(folder: Path, name: str) -> bytes:
+    with open_regular(folder / name) as file:
+        return read_bounded(file)
 
 
 def in_archive(path: Path) -> Loaded | None:

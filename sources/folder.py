@@ -109,13 +109,13 @@ def find(data: ConfigDict) -> "Folder | Arrays | Loaded":
     return Folder(path, rules)
 
 
-def _beginning(path: Path, size: int = 512) -> bytes:
-    """The first bytes of a file, or of what gzip packed into it."""
+def _beginning(path: Path) -> bytes:
+    """The first 512 bytes of a file, or of what gzip packed into it."""
     with about(path), open_regular(path) as file:
         with contextlib.suppress(OSError, EOFError, zlib.error):
-            return unpacked(file).read(size)
+            return unpacked(file).read(512)
         file.seek(0)
-        return file.read(size)
+        return file.read(512)
 
 
 def _of_folder(path: Path, rules: Rules) -> "Folder":

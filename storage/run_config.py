@@ -18,8 +18,6 @@ from storage.checkpoints import open_checkpoint
 from storage.files import about, atomic_write, read_json
 from storage.run_checkpoints import snapshots, states
 
-__all__ = ["changes", "differences", "find", "flatten", "load", "restore", "store"]
-
 log = logging.getLogger(__name__)
 
 PRIMITIVES = (str, int, float, bool, type(None))

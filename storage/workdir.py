@@ -39,11 +39,8 @@ log = logging.getLogger(__name__)
 SETTINGS = "settings.json"  # of a folder of samples
 
 FOLDERS = {"checkpoints", "checkpoints-meta", "samples", "tensorboard", "wandb"}
-TRAININGS_OWN = FOLDERS | {
-    "config.json",
-    "metrics.jsonl",
-    "stdout.txt",
-}  # no evaluation may take these places
+# No evaluation may take these places.
+TRAININGS_OWN = FOLDERS | {"config.json", "metrics.jsonl", "stdout.txt"}
 
 # Pictures that are no samples, and files that lie beside them where this program wrote them.
 PICTURES = re.compile(
