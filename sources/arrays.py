@@ -306,9 +306,9 @@ def check(
     elif len(shape) == 2:
         remedy = ": save x.reshape(n, H, W, C)"
     is_any = len(types) > 1 and dtype != np.uint8
-    what = "images or other arrays of numbers" if is_any else f"{types[0]} images"
+    content = "images or other arrays of numbers" if is_any else f"{types[0]} images"
     axes = "(n, L, C)" if _are_signals(shape, layout) else f"(n, H, W, {channels or 'C'})"
-    raise ValueError(f"{where} must hold {what} {axes}{says}, not {dtype} {shape}{remedy}")
+    raise ValueError(f"{where} must hold {content} {axes}{says}, not {dtype} {shape}{remedy}")
 
 
 def _check_axes(where: str, shape: Shape, data: ConfigDict) -> None:

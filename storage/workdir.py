@@ -141,9 +141,10 @@ def check_settings(folder: Path, settings: dict) -> bool:
         if samples := sorted(folder.glob("*.png")):
             raise ValueError(f"it is not known what {samples[0]} is a sample of: {advice}")
         return False
-    stored = read_json(path, f"is damaged, so it is not known what is in the folder: {advice}")
+    damaged = f"is damaged, so it is not known what is in the folder: {advice}"
+    stored = read_json(path, damaged)
     if type(stored) is not dict:
-        raise ValueError(f"{path} is damaged, so it is not known what is in the folder: {advice}")
+        raise ValueError(f"{path} {damaged}")
     settings = json.loads(_words(settings))
     keys = sorted(settings.keys() | stored.keys())
     if changed := [key for key in keys if settings.get(key) != stored.get(key)]:
