@@ -14,7 +14,7 @@ from functools import partial
 import common
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.poisson import cifar10_ddpmpp, cifar10_ncsnpp
 from models import create_model, layers
@@ -61,6 +61,10 @@ def plain_double(self: layers.Double, x: Tensor) -> Tensor:
     return plain_upfirdn2d(x, self.kernel, up=2, pad=((p + 1) // 2 + 1, p // 2))
 
 
+def plain_convolved(self: layers.Double, x: Tensor, layer: nn.Conv2d) -> Tensor:
+    return layer(self(x))
+
+
 def plain_halve(self: layers.Halve, x: Tensor) -> Tensor:
     if self.kernel is None:
         b, c, h, w = x.shape
@@ -75,6 +79,7 @@ def plain() -> AbstractContextManager:
         (layers.NIN, "forward", plain_nin),
         (layers.Attention, "forward", plain_attention),
         (layers.Double, "forward", plain_double),
+        (layers.Double, "convolved", plain_convolved),
         (layers.Halve, "forward", plain_halve),
         (layers, "filtered", plain_filtered),
     )

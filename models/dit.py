@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Key, whole
 from models.layers import PositionalFeatures, check_whole, one_hot, refuse
+from op.on_cpu import attention
 from sources.codec import Shape
 
 
@@ -46,7 +47,7 @@ class Block(nn.Module):
     def _attention(self, h: Tensor) -> Tensor:
         heads = self.qkv(h).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = heads.contiguous()  # (B, heads, N, width / heads) each
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class DiT(nn.Module):

@@ -24,6 +24,7 @@ from models.magnitude import (
     normalise_weights,
     unit_magnitude,
 )
+from op.on_cpu import attention
 from sources.codec import Shape
 from sources.images import ImageSize
 
@@ -100,7 +101,7 @@ class Block(nn.Module):
         heads = self.attn_qkv(x).flatten(2).unflatten(1, (self.heads, -1, 3))
         heads = unit_magnitude(heads, 2).permute(3, 0, 1, 4, 2).contiguous()
         q, k, v = heads  # (B, heads, HW, C / heads) each
-        return self.attn_proj(F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape))
+        return self.attn_proj(attention(q, k, v).mT.reshape(x.shape))
 
 
 class EDM2UNet(nn.Module):

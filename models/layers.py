@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from models.halvings import Factors
+from op.on_cpu import attention, conv_of_repeated
 from op.upfirdn import Pass, filtered
 
 Taps = Sequence[float] | None  # of a resampling filter
@@ -177,6 +178,11 @@ class Double(_Filter):
         pads = self.pads(((self.taps + 1) // 2, self.taps // 2 - 1))
         return filtered(x, Pass(self.kernel, self.factors, (1, 1), pads))
 
+    def convolved(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        """`layer`, a 3x3 convolution, of the images of twice the size."""
+        repeats = self.kernel is None
+        return conv_of_repeated(x, layer, self.factors) if repeats else layer(self(x))
+
 
 class Halve(_Filter):
     """Images of half the size, by the filter of `fir_kernel` or, for None, by 2x2 means."""
@@ -216,8 +222,10 @@ class Resampling(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         resample = self.resample
         if self.conv is not None:
+            if self.up:
+                return resample.convolved(x, self.conv)
             top, bottom, left, right = resample.pads((0, 1), (1, 1))
-            return self.conv(resample(x) if self.up else F.pad(x, (left, right, top, bottom)))
+            return self.conv(F.pad(x, (left, right, top, bottom)))
         if self.fir_conv is None:
             return resample(x)
         n, same = resample.taps, (1, 1)
@@ -267,7 +275,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, HW, C)
         q, k, v = (m.tokens(pixels)[:, None] for m in (self.query, self.key, self.value))
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        h = attention(q, k, v)[:, 0]
         h = self.out.tokens(h).transpose(1, 2).unflatten(2, x.shape[2:])
         return residual_sum(x, h, self.skip_rescale)
 
@@ -298,7 +306,7 @@ class MultiHeadAttention(nn.Module):
         # A head's channels are its queries, keys and values in turn.
         heads = self.qkv(self.norm(x)).flatten(2).unflatten(1, (self.heads, -1, 3))
         q, k, v = heads.permute(3, 0, 1, 4, 2).contiguous()  # (B, heads, HW, C / heads) each
-        h = F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape)
+        h = attention(q, k, v).mT.reshape(x.shape)
         return residual_sum(x, self.proj(h), self.skip_rescale)
 
 
@@ -354,9 +362,12 @@ class ResBlock(nn.Module):
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         h = self.act(self.norm1(x))
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = self.conv1(h)
+        if isinstance(self.resample, Double):
+            h, x = self.resample.convolved(h, self.conv1), self.resample(x)
+        elif self.resample is not None:
+            h, x = self.conv1(self.resample(h)), self.resample(x)
+        else:
+            h = self.conv1(h)
         shift = None if emb is None else self.dense(emb)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = shift.chunk(2, dim=1)
