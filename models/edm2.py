@@ -8,7 +8,6 @@ from functools import partial
 from typing import ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +23,7 @@ from models.magnitude import (
     normalise_weights,
     unit_magnitude,
 )
-from op.on_cpu import attention
+from op.on_cpu import attention, dropout
 from sources.codec import Shape
 from sources.images import ImageSize
 
@@ -85,7 +84,7 @@ class Block(nn.Module):
         h = self.conv_res0(mp_silu(x))
         scale = self.emb_linear(emb, self.emb_gain) + 1
         h = mp_silu(h * scale[:, :, None, None])
-        h = self.conv_res1(F.dropout(h, self.dropout, self.training))
+        h = self.conv_res1(dropout(h, self.dropout, self.training))
         if not self.encodes:
             x = self._widened(x)
         x = mp_sum(x, h, self.res_balance)

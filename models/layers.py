@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from models.halvings import Factors
-from op.on_cpu import attention, conv_of_repeated
+from op.on_cpu import attention, conv_of_repeated, dropout
 from op.upfirdn import Pass, filtered
 
 Taps = Sequence[float] | None  # of a resampling filter
@@ -374,7 +374,7 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), scale + 1)
         else:
             h = self.norm2(h if shift is None else h.add_(shift))
-        h = self.conv2(F.dropout(self.act(h), self.dropout, self.training))
+        h = self.conv2(dropout(self.act(h), self.dropout, self.training))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         elif self.nin_shortcut is not None:

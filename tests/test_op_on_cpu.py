@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import gradgradcheck
 
-from op.on_cpu import attention, conv_of_repeated
+from op.on_cpu import attention, conv_of_repeated, dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,3 +48,42 @@ def test_attention_in_bfloat16_is_the_definition(rows):
     expected_gradients = torch.autograd.grad(expected, exact, weights.double())
     for got, want in zip((output, *gradients), (expected, *expected_gradients), strict=True):
         assert (got.double() - want).norm() < 2**-6 * want.norm()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_a_share_and_scales_the_rest(dtype, layout):
+    shape, share = (2, 19, 63, 65), 0.3  # not a multiple of four entries
+    x = torch.rand(shape).add(0.5).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    output = dropout(x, share, training=True)
+    assert output.dtype == dtype and output.is_contiguous(memory_format=layout)
+    kept = output != 0
+    torch.testing.assert_close(output[kept], x[kept] / (1 - share), rtol=1e-2, atol=0)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(gradient, kept.to(dtype) / (1 - share), rtol=1e-2, atol=0)
+    for part in (kept, kept[:, :9], kept[:, :, ::4], kept[..., 1::4]):
+        deviation = (share * (1 - share) / part.numel()) ** 0.5
+        assert abs(1 - part.float().mean() - share) < 5 * deviation
+
+
+def test_neighbours_are_dropped_independently():
+    kept = dropout(torch.ones(2**18), 0.5, training=True) / 2
+    for lag in range(1, 9):
+        together = (kept[lag:] * kept[:-lag]).mean()
+        assert abs(together - 0.25) < 5 * (3 / 16 / 2**18) ** 0.5
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9, 1 - 1e-9, 1.0])
+def test_dropout_at_the_ends_of_its_range(share):
+    output = dropout(torch.ones(999), share, training=True)
+    assert (output == (share < 0.5)).float().mean() > 0.99
+
+
+def test_dropout_repeats_with_the_seed_and_only_in_training():
+    x = torch.randn(3, 7)
+    torch.manual_seed(1)
+    first, second = (dropout(x, 0.5, training=True) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x, 0.5, training=True), first)
+    assert not torch.equal(second, first)
+    assert torch.equal(dropout(x, 0.5, training=False), x)
