@@ -67,7 +67,7 @@ def train_state(config, model=None, objective=None):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Checksums of the tests' data are kept where nobody else looks for them."""
+    """Cache checksums of the tests' data in a folder of the tests' own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -83,7 +83,7 @@ def no_waiting_for_the_disk():
 
 @pytest.fixture
 def one_thread():
-    """PyTorch as in a process of one thread: for small tensors, and to compare with such ones."""
+    """Restrict PyTorch to one thread: for small tensors, and for comparison with such processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -92,7 +92,7 @@ def one_thread():
 
 @pytest.fixture
 def few_trajectories(monkeypatch):
-    """Fitted schedules and steps in little time: of fewer trajectories than a user's."""
+    """Fit schedules and steps to few trajectories, for speed."""
     monkeypatch.setattr(fitted, "MOST_FOR_LEVELS", 32)
     monkeypatch.setattr(fitted, "MOST_FOR_STEPS", 64)
 

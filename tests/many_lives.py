@@ -84,7 +84,7 @@ def main(mode: str, workdir: Path, lives: int, overrides: dict) -> None:
         return list(workdir.glob(f"{pattern}.*.partial"))
 
     def saved() -> int:
-        """Grows with everything that is saved."""
+        """Measure of progress that grows with every saved file."""
         total = 0
         for path in workdir.glob(f"{pattern}[!.]*"):
             with contextlib.suppress(FileNotFoundError):  # renamed since it was listed

@@ -156,7 +156,7 @@ def examples(images: np.ndarray, labels, first: int = 0, kind: str = "cls") -> d
 
 @functools.cache  # before something stands for it
 def has_pyarrow() -> bool:
-    """Whether pyarrow can be imported; it may be there beside a numpy that it does not take."""
+    """True if pyarrow can be imported; it may be installed with an incompatible numpy."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""EDM's augmentation: each transformation by another definition, its labels, and what is drawn."""
+"""EDM's augmentation: transformations by another definition, labels, laws of parameters."""
 
 import math
 from dataclasses import fields
@@ -154,7 +154,7 @@ def test_without_augmentation_nothing_is_drawn():
 
 
 class Watched(torch.nn.Module):
-    """A network that keeps the augmentation labels it was given."""
+    """A network that records the augmentation labels of its calls."""
 
     def forward(self, x, noise_label, augment_labels=None):
         self.labels = augment_labels

@@ -1,4 +1,4 @@
-"""The benchmarks: the plain form of a step is the same computation; what robustness measures."""
+"""Benchmarks: the plain form of a step computes the same; the measures of robustness."""
 
 import contextlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Images of any number of channels, which are no colours: cut, shown, kept, and in whole runs."""
+"""Images of any number of channels, not colours: cropped, plotted, saved, and in whole runs."""
 
 import logging
 
@@ -277,7 +277,7 @@ def test_nothing_is_drawn_twice(run, tmp_path, monkeypatch):
 
 
 def test_a_sample_that_a_kill_left_half_is_drawn_again(run, tmp_path, caplog):
-    """The picture is there, the array is not: a picture does not count."""
+    """Samples count as saved by their array: a picture without one is drawn again."""
     channels, workdir = run
     sample(workdir, tmp_path, seeds="0-1")
     truth = (tmp_path / "000001.npz").read_bytes()

@@ -77,11 +77,11 @@ def test_an_error_of_the_thread_is_raised_where_training_looks(looks):
 
 
 def test_an_error_of_training_is_told_after_the_state_is_written():
-    written = []
+    contents = []
     with pytest.raises(FloatingPointError), CheckpointWriter() as writer:
-        writer.save({"step": 1}, lambda content: (time.sleep(0.05), written.append(content)))
+        writer.save({"step": 1}, lambda content: (time.sleep(0.05), contents.append(content)))
         raise FloatingPointError
-    assert written == [{"step": 1}]
+    assert contents == [{"step": 1}]
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def slow(monkeypatch):
 
 
 def test_steps_go_on_while_a_state_is_written(tmp_path, one_thread, slow, monkeypatch):
-    """The files are those of a training that waits for each."""
+    """The files equal those of a training that waits for each save."""
     frequencies = {"training.snapshot_freq": 4, "training.snapshot_freq_for_preemption": 4}
     config = small_config(**frequencies, **{"training.n_iters": 9, "training.keep_checkpoints": 2})
     slow.last = 9

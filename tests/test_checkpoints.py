@@ -118,7 +118,7 @@ class Call:
     "call", [Call(bytearray, 2**20), Call(set, [1]), Call(torch.device, "cpu")]
 )
 def test_nothing_that_a_state_does_not_hold_is_made(tmp_path, call):
-    """Even calls that `torch.load(weights_only=True)` allows are refused, as bytearray(10**12)."""
+    """Calls that `torch.load(weights_only=True)` allows are refused too: bytearray(10**12)."""
     path = tmp_path / "checkpoint.pth"
     torch.save({**state(), "more": call}, path)
     torch.load(path, weights_only=True)
@@ -331,7 +331,7 @@ def write_steps(workdir, *steps, name=lambda step: step):
         save_checkpoint(path, {**state(), "step": step})
 
 
-def found(workdir, n_iters, freq, first, end):
+def checkpoint_steps(workdir, n_iters, freq, first, end):
     """{k: step in the file's name}."""
     paths = checkpoints_to_evaluate(workdir, first, end, freq, n_iters)
     return {k: int(path.stem.removeprefix("checkpoint_")) for k, path in paths.items()}
@@ -368,28 +368,28 @@ def test_every_number_of_steps_has_a_last_checkpoint(n_iters, freq, tmp_path, ca
     write_steps(tmp_path, *{*range(freq, n_iters + 1, freq), n_iters})
     last = -(-n_iters // freq)
     k = min(4, last)
-    assert found(tmp_path, n_iters, freq, 4, 4) == {k: min(k * freq, n_iters)}
+    assert checkpoint_steps(tmp_path, n_iters, freq, 4, 4) == {k: min(k * freq, n_iters)}
     message = f"the last checkpoint of training.n_iters={n_iters} steps is number {last}"
     assert caplog.text.count(message) == (last < 4)
     every = {k: min(k * freq, n_iters) for k in range(1, last + 1)}
-    assert found(tmp_path, n_iters, freq, 1, 99) == every
+    assert checkpoint_steps(tmp_path, n_iters, freq, 1, 99) == every
 
 
 def test_published_files_are_found_by_their_number(tmp_path, caplog):
     """Numbers beyond the configured steps count too, and the last of an uneven number of steps."""
     write_steps(tmp_path, 15, 20, 21, 30, name=lambda step: -(-step // 5))
-    assert found(tmp_path, 21, 5, 3, 9) == {3: 3, 4: 4, 5: 5, 6: 6}
-    assert found(tmp_path, 21, 5, 6, 6) == {6: 6}
+    assert checkpoint_steps(tmp_path, 21, 5, 3, 9) == {3: 3, 4: 4, 5: 5, 6: 6}
+    assert checkpoint_steps(tmp_path, 21, 5, 6, 6) == {6: 6}
     with pytest.raises(FileNotFoundError, match=r"checkpoint_10\.pth to checkpoint_10\.pth"):
-        found(tmp_path, 21, 5, 2, 2)
+        checkpoint_steps(tmp_path, 21, 5, 2, 2)
 
 
 def test_missing_checkpoints_are_named(tmp_path, caplog):
     write_steps(tmp_path, 4, 8)
-    assert found(tmp_path, 8, 2, 2, 4) == {2: 4, 4: 8}
+    assert checkpoint_steps(tmp_path, 8, 2, 2, 4) == {2: 4, 4: 8}
     assert "checkpoint_6.pth does not exist; passed over" in caplog.text
     with pytest.raises(FileNotFoundError, match=r"for checkpoint_9\.pth to checkpoint_9\.pth"):
-        found(tmp_path, 9, 2, 7, 8)
+        checkpoint_steps(tmp_path, 9, 2, 7, 8)
 
 
 # --- only regular files are opened ----------------------------------------------------------------

@@ -44,7 +44,7 @@ class Labelled:
 
 
 class Looking(nn.Module):
-    """It keeps the conditions of every call."""
+    """A network that records the conditions of every call."""
 
     def __init__(self):
         super().__init__()

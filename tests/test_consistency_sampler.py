@@ -1,4 +1,4 @@
-"""Samples of a consistency network: their law, levels that are chosen, and what is refused."""
+"""Samples of a consistency network: their law, the choice of levels, and refused options."""
 
 import math
 from dataclasses import replace
@@ -161,7 +161,7 @@ def small(tmp_path, **overrides):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_samples():
-    """Levels are chosen by few samples, in no time; which is best does not count here."""
+    """Choose levels by few samples, for speed; which levels are best is not tested with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(levels, "LEAST_SAMPLES", 64)
         patch.setattr(levels, "MOST_SAMPLES", 64)

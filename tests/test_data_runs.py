@@ -1,4 +1,4 @@
-"""Whole runs, trained and evaluated, on every kind of data; and what is said of bad data."""
+"""Whole runs, trained and evaluated, on every kind of data; error messages for bad data."""
 
 import re
 import sys
@@ -129,7 +129,7 @@ def test_images_that_are_left_out_are_named_in_the_log(tmp_path):
 
 
 def bad_data(tmp):
-    """Config values, and what is said of them."""
+    """Config values that name bad data, and the error message of each."""
     (tmp / "empty").mkdir()
     write_tree(tmp / "corrupt", [b"no image"] * 12)
     np.save(tmp / "four.npy", pictures(12, channels=4))

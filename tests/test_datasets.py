@@ -319,7 +319,7 @@ def test_workers_get_the_source_and_no_conditions(monkeypatch):
 
 
 def test_conditions_of_a_split_are_read_once(monkeypatch):
-    """They are there after the images are, with no source opened again and none that stays."""
+    """Conditions are read along with the images: no source is reopened, none stays open."""
     opened = []
 
     class Source(Numbers):

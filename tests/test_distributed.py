@@ -103,9 +103,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, one_thread, method):
 
 @pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_job_ends_as_it_should(tmp_path):
-    given = [*steps(12), "--config.optim.optimizer=Muon"]  # whose products all processes repeat
-    run_main(flags(tmp_path / "whole", *given), processes=2)
-    job = launch(tmp_path / "killed", *given, options=["--max-restarts=1"])
+    run_flags = [*steps(12), "--config.optim.optimizer=Muon"]  # whose products all processes repeat
+    run_main(flags(tmp_path / "whole", *run_flags), processes=2)
+    job = launch(tmp_path / "killed", *run_flags, options=["--max-restarts=1"])
     resume_path = tmp_path / "killed/checkpoints-meta/checkpoint.pth"
     deadline = time.monotonic() + 120
     while not resume_path.exists() and job.poll() is None and time.monotonic() < deadline:
@@ -151,7 +151,7 @@ time.sleep(300)
 
 
 def test_a_rank_that_does_not_heed_sigterm_ends_with_torchrun():
-    """As one that is blocked in a collective, where Python's handler cannot run."""
+    """Such a rank is blocked in a collective, where Python's signal handler cannot run."""
     parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     process = subprocess.Popen(
         [sys.executable, "-c", parent, RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -170,15 +170,15 @@ def test_a_rank_that_does_not_heed_sigterm_ends_with_torchrun():
 
 
 def test_a_rank_whose_torchrun_died_before_it_looked_ends_in_one_line():
-    """Its parent is another process then, which does not end; but the store is gone."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # a port where nobody listens
+    """The rank has a new parent, which does not end, but the store of torchrun is gone."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # a port where nobody listens
         environment = {
             "RANK": "1",
             "LOCAL_RANK": "1",
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(taken.getsockname()[1]),
+            "MASTER_PORT": str(bound.getsockname()[1]),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RUN_ID": "ended",
         }
@@ -191,7 +191,7 @@ def test_a_rank_whose_torchrun_died_before_it_looked_ends_in_one_line():
 
 
 def alive(pid: int) -> bool:
-    """Whether there is such a process, and not only its exit status."""
+    """True if the process is running; a zombie, of which only the exit status remains, is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -249,7 +249,7 @@ def test_rows_and_means_of_all_processes(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(tmp_path):
-    """They draw rounds and batches of their own, and one of them reports the same numbers."""
+    """Processes share rounds and batches; one of them reports the numbers of a single process."""
     run_main(flags(tmp_path, *steps(2)))
     options = [f"--config.eval.{what}" for what in ("steps=", "begin_ckpt=1", "end_ckpt=1")]
     options += ["--config.eval.batch_size=50", "--config.eval.num_samples=170"]

@@ -348,7 +348,7 @@ def test_a_network_keeps_the_magnitude_at_its_start():
 
 
 def test_a_gradient_is_orthogonal_to_the_weights_of_its_output():
-    """Their length changes nothing, so a step without normalisation only lengthens them."""
+    """A gradient is orthogonal to weights whose length has no effect; a step lengthens them."""
     layer, x = MPLayer(6, 5, size=3).double(), randn(2, 6, 4, 4)
     (layer(x) * randn(2, 5, 4, 4, seed=1)).sum().backward()
     along = (layer.weight * layer.weight.grad).flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""Snapshots of EDM2, made here in their form, are read right, and nothing in them is run."""
+"""Snapshots in the format of EDM2 are read correctly, and none of their code is run."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Published snapshots are read right, and nothing in them is run."""
+"""Published snapshots are read correctly, and none of their code is run."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Values that have no effect: which are said, and that those really have none."""
+"""Config values without effect: each is reported, and each really has none."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Evaluation as a whole: what is reported, what is gone on with, what counts and what does not."""
+"""Evaluation as a whole: reports, resuming, and which cached results are reused."""
 
 import json
 import re
@@ -99,7 +99,7 @@ def test_killed_at_every_write_it_ends_with_the_same_metrics(workdir, tmp_path, 
     """The process dies before its n-th file is written, n = 1, 2, ..., until it gets to the end."""
     config = tiny(tmp_path)
     expected = evaluate(config, workdir)
-    written = stamps(workdir / "eval")
+    first_stamps = stamps(workdir / "eval")
     shutil.rmtree(workdir / "eval")
     shutil.rmtree(config.eval.stats_dir)
     write, deaths, modules = files.atomic_write, 0, (evaluation_page, files)
@@ -123,7 +123,7 @@ def test_killed_at_every_write_it_ends_with_the_same_metrics(workdir, tmp_path, 
             after = stamps(workdir / "eval")
             assert before.items() <= after.items()  # nothing was written again
     assert deaths == 10
-    assert stamps(workdir / "eval").keys() == written.keys()
+    assert stamps(workdir / "eval").keys() == first_stamps.keys()
     assert_same_metrics(report, expected)
 
 
@@ -413,7 +413,7 @@ def test_published_statistics_are_read(published, workdir, tmp_path):
 
 
 def whole(**identity):
-    """Statistics of 64 features that say of what they are."""
+    """Statistics of 64 features that record their data and feature space."""
     return {"mu": np.ones(64), "sigma": np.eye(64), **identity}
 
 
@@ -569,7 +569,7 @@ def test_few_samples_are_told_how_many_are_needed(workdir, tmp_path, caplog):
 
 
 def test_a_further_metric_is_a_function_and_a_line(workdir, tmp_path, monkeypatch, caplog):
-    """It is computed, reported and shown beside the others."""
+    """A registered metric is computed, reported and shown beside the built-in ones."""
     mine = Metric("Mine", better=-1, note="noted", compute=lambda c: 1.5 + len(c.features))
     missing = Metric("Missing", better=1, note="", compute=lambda c: None)
     monkeypatch.setitem(METRICS, "mine", mine)

@@ -127,7 +127,7 @@ def test_only_training_needs_its_precision(tmp_path, monkeypatch, precision):
 
 
 def test_full_float32_beside_the_newer_settings_of_pytorch():
-    """Where PyTorch's newer settings are in use, its older ones raise when read."""
+    """PyTorch's older precision flags raise when read once its newer ones have been set."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:

@@ -1,4 +1,4 @@
-"""Kills, full disks, damaged and hostile files: nothing is lost, and what is wrong is named."""
+"""Kills, full disks, damaged and hostile files: nothing is lost, and the fault is named."""
 
 import contextlib
 import io
@@ -54,7 +54,7 @@ def training(workdir, *options):
 
 
 def same(a, b):
-    """Whether two states are equal, bit for bit."""
+    """True if two states are equal bit for bit."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -72,7 +72,7 @@ def newest(workdir):
 
 
 def half_written_in_many_lives(mode, workdir, lives, **config):
-    """How many of so many lives left a file half written; see many_lives.py."""
+    """Number of killed processes that left a half-written file; see many_lives.py."""
     options = [f"--config.{key}={json.dumps(value)}" for key, value in config.items()]
     program = str(ROOT / "tests/many_lives.py")
     done = Program([sys.executable, program, mode, workdir, lives, *options]).finish()
@@ -148,7 +148,7 @@ def test_killed_many_times_an_evaluation_ends_as_if_it_never_was(tmp_path, one_t
 def test_a_signal_ends_the_run_after_its_step_and_the_printed_command_goes_on(
     tmp_path, one_thread, resident_bytes
 ):
-    """It reaches the whole group of processes, those that decode images too."""
+    """The signal reaches the whole process group, including the workers that decode images."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     changes = {"data.resident_bytes": resident_bytes, "data.num_workers": 1}
     changes |= {"training.n_iters": 60, "training.snapshot_freq": 60}
@@ -448,8 +448,8 @@ def test_600_mutated_images_are_read_or_named(tmp_path, kind, resident_bytes, ca
     content = encoded(original[..., 0], kind)
     good = {f"good{i}.{kind.lower()}": content for i in range(10)}
     bad = {f"bad{i}.{kind.lower()}": mutated(content, chance) for i in range(100)}
-    for name, written in (good | bad).items():
-        (tmp_path / name).write_bytes(written)
+    for name, image_file in (good | bad).items():
+        (tmp_path / name).write_bytes(image_file)
     images = load_or_refuse("folder", path=str(tmp_path), resident_bytes=resident_bytes)
     named = set(re.findall(r"(?:good|bad)\d+\.\w+", caplog.text))
     assert named

@@ -1,4 +1,4 @@
-"""Runs on next to no data: they train and are evaluated, or one line says what to do."""
+"""Runs on very few images: training and evaluation work, or one line says what to do."""
 
 import itertools
 import warnings
@@ -55,7 +55,7 @@ def run(tmp_path, method, **overrides):
 
 
 def check(report, *pages, missing=()):
-    """No number is none; what is left out is said on every page."""
+    """Reports have no empty number; every page names the metrics that are left out."""
     for name, value in report.items():
         assert value.dtype.kind != "f" or np.isfinite(value).all(), name
     words = remarks(report)

@@ -32,8 +32,8 @@ def test_field_of_two_charges(dim):
     field = a / a.norm(dim=1, keepdim=True) ** (dim + 1) - b / b.norm(dim=1, keepdim=True) ** (
         dim + 1
     )
-    found = difference_field(points, positive, negative, 2.5)
-    torch.testing.assert_close(found, unit(field))
+    computed = difference_field(points, positive, negative, 2.5)
+    torch.testing.assert_close(computed, unit(field))
 
 
 def test_field_of_unequal_numbers_of_charges_is_that_of_equal_plates():
@@ -53,8 +53,8 @@ def test_far_away_the_field_is_a_dipole():
     moment = torch.nn.functional.pad((positive - negative).mean(0), (0, 1), value=-2.0)
     u = unit(torch.randn(30, 4, generator=generator, dtype=torch.float64))
     expected = unit(4 * (u @ moment)[:, None] * u - moment)
-    found = difference_field(1e4 * u, positive, negative, 2.0)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    computed = difference_field(1e4 * u, positive, negative, 2.0)
+    torch.testing.assert_close(computed, expected, rtol=0, atol=1e-3)
 
 
 # --- lines ----------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_lines_of_one_charge_leave_evenly():
 
 
 def test_on_a_line_every_interval_gets_its_flux():
-    """One dimension: each of three charges of Q is the end of a third of all lines."""
+    """In one dimension, each of three equal charges of Q receives a third of all lines."""
     positive = torch.tensor([[-0.5], [0.2]], dtype=torch.float64)
     negative = torch.tensor([[-1.0], [0.1], [0.7]], dtype=torch.float64)
     exact = ExactPlates(positive, negative, L=1.0, z_min=1e-3)
@@ -185,8 +185,8 @@ def test_the_exact_field_carries_one_toy_to_the_other(L):
     ends = ExactPlates(positive, negative, L, z_min=2e-3).carry(positive, seed=1)
     assert ends.isfinite().all(1).double().mean() > 0.97
     ends = ends[ends.isfinite().all(1)].numpy()
-    for found, expected in zip(moments(ends), moments(negative.numpy()), strict=True):
-        assert found == pytest.approx(expected, abs=0.05)
+    for moment, expected in zip(moments(ends), moments(negative.numpy()), strict=True):
+        assert moment == pytest.approx(expected, abs=0.05)
     for axis in (0, 1):
         assert stats.ks_2samp(ends[:, axis], negative[:, axis].numpy()).statistic < 0.09
     assert np.abs(ends).max() < 1.2

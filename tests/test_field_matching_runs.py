@@ -61,8 +61,8 @@ def test_the_learned_field_carries_one_toy_to_the_other(workdir):
     toy = TOYS["moons"]()
     exact = np.repeat(toy.centres, 50, 0)
     exact += toy.std * np.random.default_rng(0).standard_normal(exact.shape)
-    for found, expected in zip(moments(ends[finite].numpy()), moments(exact), strict=True):
-        assert found == pytest.approx(expected, abs=0.08)
+    for moment, expected in zip(moments(ends[finite].numpy()), moments(exact), strict=True):
+        assert moment == pytest.approx(expected, abs=0.08)
     assert evaluations <= 402
 
 

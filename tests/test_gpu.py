@@ -210,7 +210,7 @@ def faults(gpu, monkeypatch):
 
 
 def test_every_line_runs_but_those_of_a_card(small, tmp_path, monkeypatch, capsys):
-    """What fails is one line, and the rest goes on; the page and the figures have both."""
+    """A failed check is one line and the rest goes on; page and figures show both."""
     common = "card", "device_name", "can_compile", "free_memory", "_wait", "with_peak_memory"
     with Lines({small: None, small.self_check: None, small.common: common}) as traced:
         with pytest.raises(SystemExit, match="1 failed, 3 passed"):

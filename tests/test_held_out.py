@@ -136,7 +136,7 @@ def test_groups_are_a_regular_expression(value):
 
 
 def make(kind, path):
-    """40 images of their own grey in a layout; its path."""
+    """Write 40 images, each of a different grey, in a layout; return its path."""
     images = np.stack([np.full((4, 4, 1), number, np.uint8) for number in range(40)])
     if kind in ("folder", "zip"):
         write_tree(path / "x", images[..., 0], "p{i:02d}.png")

@@ -1,4 +1,4 @@
-"""Files of arrays that someone changed: they are read as they should be, or refused in one line."""
+"""Tampered files of arrays: read correctly, or refused in one line."""
 
 import random
 import re
@@ -85,7 +85,7 @@ def test_100_damaged_cached_files_are_used_as_they_were_or_made_again(tmp_path, 
 
 @pytest.fixture
 def plots_are_drawn_once(monkeypatch):
-    """A plot of the same arguments is the same plot."""
+    """Draw each plot once: equal arguments give an equal plot."""
     for name in ("curve_plot", "histogram"):
         draw, plots = getattr(page, name), {}
 

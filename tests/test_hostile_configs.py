@@ -150,8 +150,8 @@ def test_every_kind_of_value_is_run_or_refused_in_one_line(tmp_path, images, key
         weights = load_checkpoint(workdir / "checkpoints/checkpoint_2.pth")["model"]
         assert all(weight.isfinite().all() for weight in weights.values())
         assert list(workdir.glob("eval/report_*.npz"))
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written <= {str(number) for number in range(len(VALUES))} | {"word", "data"}
+    file_names = {path.name for path in tmp_path.iterdir()}
+    assert file_names <= {str(number) for number in range(len(VALUES))} | {"word", "data"}
     assert memory("VmHWM") < before + 2 * 2**30
 
 

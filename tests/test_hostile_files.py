@@ -48,7 +48,7 @@ TRAINED = {
 
 @pytest.fixture(autouse=True)
 def no_waiting():
-    """A test that hangs fails."""
+    """Fail a test that hangs."""
 
     def fail(*_):
         raise TimeoutError
@@ -291,7 +291,7 @@ def test_an_image_of_more_pixels_than_its_bytes_can_hold_is_named(side, colour, 
 
 
 def test_large_pictures_are_read():
-    """One colour up to 16 megapixels, and any number of pixels that take their bytes."""
+    """Images of one colour are read up to 16 megapixels; noise, whose file is large, beyond."""
     assert decode_image(blank_png(4000, 0), 1).shape == (4000, 4000, 1)
     noise = np.random.default_rng(0).integers(0, 256, (600, 9000), np.uint8)
     large = encoded(np.tile(noise, (8, 1)), "JPEG", quality=30)

@@ -97,7 +97,7 @@ def places(entry, path=()):
 
 
 def mutate(state, chance):
-    """One change of `state`, in place: a value, a type, a shape, an order, a key."""
+    """Make one change to `state` in place: a value, a type, a shape, an order or a key."""
     by_section = {}
     for path in places(state):
         if path:
@@ -236,7 +236,7 @@ def test_states_that_broke_earlier_programs(trained, tmp_path, change, says):
 
 
 def test_options_of_a_stored_optimizer_change_nothing(trained, tmp_path):
-    """They are the config's."""
+    """The resumed optimizer has the options of the config."""
     config = small_config(**{"training.n_iters": 4})
     for name in ("plain", "hostile"):
         state = load_checkpoint(newest(trained))

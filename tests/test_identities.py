@@ -172,7 +172,7 @@ HAS = {"data__random_flip": False}  # a value that no ranking needs
     ],
 )
 def test_values_of_other_codecs_and_objectives_are_not_ranked(codecs, huber, changes, bpd, loss):
-    """They rank neither beside pixels and regression nor beside a report without these entries."""
+    """Such values rank neither with those of pixels and regression nor with older reports."""
     other = report(2.0, **changes)
     for plain in (report(1.0), report(1.0, **HAS)):
         for key, name in (("bpd", bpd), ("loss", loss)):

@@ -1,4 +1,4 @@
-"""The data of a run are known again: what counts as a change, what is refused, what goes on."""
+"""Identity of a run's data: which changes are noticed, refused, or allowed."""
 
 import logging
 import os
@@ -608,7 +608,7 @@ def test_fingerprints_of_streams_count_all_files_and_how_they_are_decoded(tmp_pa
 
 
 def test_results_of_other_data_are_computed_anew(run):
-    """One replaced image: reference statistics and the cached loss are those of the data now."""
+    """After one image is replaced, reference statistics and loss are those of the new data."""
     values = {"eval__enable_loss": True, "eval__dataset": "train", "data__changed": "allow"}
     run_lib.evaluate(own_config(run, **values), run / "run")
     first = report_of(run / "run", 1)

@@ -54,7 +54,7 @@ def loaded(data: bytes, dtype: int) -> np.ndarray:
 
 
 def numbers(rng: np.random.Generator, *shape: int, wild: bool) -> np.ndarray:
-    """Normal numbers; with `wild`, infinities and NaN in the place of one in eight."""
+    """Standard normal numbers; with `wild`, one in eight is replaced by an infinity or NaN."""
     values = rng.standard_normal(shape)
     if wild:
         where = rng.random(shape) < 1 / 8
@@ -63,7 +63,7 @@ def numbers(rng: np.random.Generator, *shape: int, wild: bool) -> np.ndarray:
 
 
 def largest(values: np.ndarray) -> float:
-    """The largest magnitude of the finite ones."""
+    """Largest magnitude among the finite values."""
     return np.abs(values[np.isfinite(values)]).max(initial=0)
 
 

@@ -51,7 +51,7 @@ class Linear(nn.Module):
 
 
 class Part(nn.Module):
-    """One function of an autoencoder."""
+    """The encoder or the decoder of an autoencoder, as a module of its own."""
 
     def __init__(self, module: Linear, part: str):
         super().__init__()

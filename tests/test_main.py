@@ -557,7 +557,7 @@ RESTORE = ["--config.sampling.restore=super2", "--config.sampling.restore_degrad
     ],
 )
 def test_an_evaluation_asked_to_restore_does_not_sample(trained, overrides, evaluated, folder):
-    """It samples only where the command line asks for more; its report has its own folder."""
+    """Only restoration is evaluated, in its own folder, unless the command line asks for more."""
     output = call("eval", trained, "--dry_run", *overrides).stdout
     parts = ", ".join(
         p if p.startswith("restore") else f"enable_{p}" for p in evaluated.split(", ")

@@ -113,17 +113,17 @@ def test_it_gives_the_figures_of_an_evaluation(monkeypatch, tmp_path, one_thread
 
     config.sampling.update(npz="arr_0", seeds="0-4")
     run_lib.sample(config, tmp_path / "run", tmp_path / "adm")
-    written = read_arrays(tmp_path / "adm/samples.npz")
-    assert written.keys() == {"arr_0", "arr_1"}
-    assert (written["arr_0"].dtype, written["arr_0"].shape) == (np.uint8, (5, 8, 8, 3))
-    for seed, image in enumerate(written["arr_0"]):
+    adm_arrays = read_arrays(tmp_path / "adm/samples.npz")
+    assert adm_arrays.keys() == {"arr_0", "arr_1"}
+    assert (adm_arrays["arr_0"].dtype, adm_arrays["arr_0"].shape) == (np.uint8, (5, 8, 8, 3))
+    for seed, image in enumerate(adm_arrays["arr_0"]):
         with Image.open(tmp_path / f"adm/{seed:06d}.png") as picture:
             np.testing.assert_array_equal(image, np.asarray(picture))
     config.sampling.npz = "samples"
     run_lib.sample(config, tmp_path / "run", tmp_path / "adm")  # the samples are not drawn again
     usual = read_arrays(tmp_path / "adm/samples.npz")
-    np.testing.assert_array_equal(usual["samples"], written["arr_0"])
-    np.testing.assert_array_equal(usual["labels"], written["arr_1"])
+    np.testing.assert_array_equal(usual["samples"], adm_arrays["arr_0"])
+    np.testing.assert_array_equal(usual["labels"], adm_arrays["arr_1"])
 
 
 def test_it_gives_the_figures_of_tensorflow_gan(sets, monkeypatch, tmp_path):
@@ -255,7 +255,7 @@ def test_what_cannot_be_compared_is_one_line(
 
 
 def test_colours_and_grey_images_of_one_folder(tmp_path):
-    """One image of a folder has colours: the grey ones have three channels too."""
+    """If any image of a folder has colours, its grey images get three channels too."""
     images = images_of(1, 3)
     Image.fromarray(images[0]).convert("L").save(tmp_path / "0.png")
     for i in (1, 2):

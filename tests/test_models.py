@@ -227,7 +227,7 @@ INPUTS = [("none", "sum"), ("input_skip", "sum"), ("input_skip", "cat"), ("resid
 def test_every_combination_of_options(resampler, fir_kernel, progressive, inputs):
     resblock_type, resamp_with_conv = resampler
     progressive_input, progressive_combine = inputs
-    # What only touches the ends of the network, or every block alike, takes turns.
+    # Options of the ends of the network, or of every block alike, are cycled, not crossed.
     nonlinearities = itertools.cycle(["elu", "lrelu", "relu", "swish", "swish"])
     images = itertools.cycle([(1, (4, 4), True), (3, (8, 4), False), (2, (4, 8), True)])
     torch.manual_seed(0)

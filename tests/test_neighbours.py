@@ -64,7 +64,7 @@ def test_a_neighbour_of_another_method_trains_and_samples(name, tmp_path):
 
 
 def test_edm2_stores_weights_as_the_optimiser_left_them(tmp_path):
-    """They are normalised only by the next step, so checkpoint and EMA hold them as they are."""
+    """EDM2 normalises weights in the next forward pass: checkpoint and EMA are unnormalised."""
     config = config_of("EDM2", tmp_path, model__ema_rate=0.0, model__ema_stds=())
     config.training.n_iters = 3
     assert run_lib.train(config, tmp_path)

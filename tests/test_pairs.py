@@ -107,12 +107,12 @@ def test_conditions_of_arrays_belong_to_their_images(arrays, resident_bytes):
     data, train = config.data, np.load(arrays[1])
     of_conditions = {key: data[f"condition_{key}"] for key in ("channels", "dtype")}
     assert of_conditions == {"channels": 2, "dtype": "float32"}
-    seen = []
+    batch_numbers = []
     for split in datasets.SPLITS:
         part = datasets.Data(config.data).get(split)
         batch = datasets.batch_at(part, slice(None))
         numbers = batch.images[:, 0, 0, 0].long()
-        seen += numbers.tolist()
+        batch_numbers += numbers.tolist()
         mean, std = (
             torch.tensor(data[f"condition_{key}"]).view(-1, 1, 1) for key in ("mean", "std")
         )
@@ -123,7 +123,7 @@ def test_conditions_of_arrays_belong_to_their_images(arrays, resident_bytes):
             torch.testing.assert_close(rows.mean(1), mean.flatten().double(), check_dtype=False)
             deviation = rows.std(1, correction=0)
             torch.testing.assert_close(deviation, std.flatten().double(), check_dtype=False)
-    assert sorted(seen) == list(range(40))
+    assert sorted(batch_numbers) == list(range(40))
 
 
 def test_conditions_in_folders_are_matched_by_name(folders):
@@ -435,10 +435,10 @@ def test_the_picture_of_classes_is_drawn_with_a_condition(two_classes, tmp_path,
     from experiment import Experiment
 
     config = completed(*two_classes, data__num_classes=2)
-    drawn = []
-    monkeypatch.setattr(drawings, "_draw_strips", lambda *arguments: drawn.append(arguments[-1]))
+    strips = []
+    monkeypatch.setattr(drawings, "_draw_strips", lambda *arguments: strips.append(arguments[-1]))
     drawings.draw_classes(Experiment.build(config), 0, tmp_path / "classes.png")
-    (conditions,) = drawn
+    (conditions,) = strips
     assert conditions["class_labels"].tolist() == [0, 1]
     assert conditions["image"].shape == (2, 1, SIDE, SIDE)
     assert (conditions["image"][0] == conditions["image"][1]).all()

@@ -189,8 +189,8 @@ def test_pairs_for_which_the_solver_diverges_do_not_count(pairs, tmp_path, caplo
     )
     expected = -10 * np.log10(np.square(squared / 4).mean(1)).mean()
     assert all_rows["pairs_psnr"] == pytest.approx(expected)
-    shown = report_table(all_rows | {"seconds": 1.0}, "test", "")
-    assert re.search("pairs whose draws are not finite +2", shown)
+    table = report_table(all_rows | {"seconds": 1.0}, "test", "")
+    assert re.search("pairs whose draws are not finite +2", table)
     none = report([5])
     assert none.keys() == {"pairs_nonfinite", "pairs_seconds"}
     assert re.search("not finite +1", report_table(none | {"seconds": 1.0}, "test", ""))

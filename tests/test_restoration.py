@@ -371,7 +371,7 @@ def test_the_picture_of_a_measurement_agrees_with_it(name):
 
 
 def test_a_plain_restoration_without_training_images_is_remarked():
-    """It starts from grey, and has the measured pixels all the same."""
+    """A restoration without training images starts from grey, and keeps the measured pixels."""
 
     def get(split, labels):
         raise FileNotFoundError("no digits here")

@@ -213,7 +213,7 @@ def test_a_run_keeps_what_it_measured(tmp_path):
 
 
 def test_a_run_with_a_sigma_data_of_its_own_keeps_its_levels(tmp_path):
-    """It was not measured, and the config leaves it open later."""
+    """A sigma_data that was set, not measured, holds for a later config that leaves it open."""
     config = tiny(PFGMPP, tmp_path)  # 0.75, of noise labels ln(sigma) / 4
     assert run_lib.train(config, tmp_path / "run")
     before = complete(config, tmp_path / "run")[0]

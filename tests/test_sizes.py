@@ -1,4 +1,4 @@
-"""Sizes of original images, and what is said of cutting and resizing them."""
+"""Sizes of original images, and the messages about cropping and resizing them."""
 
 import logging
 import zipfile
@@ -97,7 +97,7 @@ def test_sizes_in_headers_are_those_of_decoded_images(tmp_path, kind, orientatio
 
 
 def test_a_size_behind_the_pixels_is_found(tmp_path):
-    """A TIFF may have its directory at the end."""
+    """The size is read from a TIFF whose directory follows its pixels."""
     for name in "ab":
         (tmp_path / f"{name}.tif").write_bytes(tiff(pictures(1, 300, 200)[0]))
     view = open_folder(configured(tmp_path).data, "train")
@@ -105,7 +105,7 @@ def test_a_size_behind_the_pixels_is_found(tmp_path):
 
 
 def test_images_to_restore_of_any_size_are_said(tmp_path, caplog):
-    """One line for each kind; those of the right size need none."""
+    """One line for each kind of mismatch; images of the right size need none."""
     caplog.set_level(logging.INFO)
     config = tiny("edm/digits_ddpmpp.py", tmp_path)
     assert run_lib.train(config, tmp_path / "run")

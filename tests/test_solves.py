@@ -1,4 +1,4 @@
-"""While a solver runs: what it tells, the limit of its evaluations, signals, snapshots."""
+"""Solvers while they run: progress, the limit of evaluations, signals, snapshots."""
 
 import os
 import signal
@@ -303,7 +303,7 @@ def test_the_program_stops_within_a_snapshot_and_can_go_on(tmp_path):
 
 
 def test_an_evaluation_stops_within_a_solve_and_can_go_on(tmp_path):
-    """A signal ends it as it ends every process; what was drawn before is kept."""
+    """A signal ends the evaluation as any process; samples drawn before it are saved."""
     config = tiny()
     config.training.snapshot_sampling = False
     assert run_lib.train(config, tmp_path)

@@ -32,7 +32,7 @@ def pictures(n_iters, snapshot_freq, picture_freq=100):
     ],
 )
 def test_a_hundred_steps_have_one_picture_at_most(n_iters, snapshot_freq, steps):
-    """They are of numbered checkpoints, the first in each hundred steps, and of the last step."""
+    """Pictures are of the first numbered checkpoint in each hundred steps and of the last step."""
     assert pictures(n_iters, snapshot_freq) == steps
     every = [*range(snapshot_freq, n_iters, snapshot_freq), n_iters]
     assert pictures(n_iters, snapshot_freq, picture_freq=1) == every

@@ -24,7 +24,7 @@ from reports.progress import progress_bar
 
 @contextlib.contextmanager
 def lenient(descriptor, encoding="utf-8"):
-    """A text stream as `make_lenient` makes it of a descriptor."""
+    """A text stream on a descriptor, made by `make_lenient`."""
     raw = streams._Lenient(descriptor, "w", closefd=False)
     with io.TextIOWrapper(
         io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace"

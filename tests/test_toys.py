@@ -29,7 +29,7 @@ def coarse(counts):
 
 
 def p_value(points, cells):
-    """p of a chi-square test of bytes (n, 2) against their law; rare cells count as one."""
+    """p of a chi-square test of bytes (n, 2) against their law; rare cells are pooled."""
     counts, expected = np.zeros((256, 256)), len(points) * coarse(cells)
     np.add.at(counts, tuple(points.T), 1)
     often = expected > 5

@@ -101,7 +101,7 @@ IMAGES = Batch(torch.zeros(1, 1, 1, 1))
 
 
 class LossOf(nn.Module):
-    """An objective that is a given function of the network."""
+    """An objective whose loss is a function of the network."""
 
     def __init__(self, function):
         super().__init__()
@@ -369,7 +369,7 @@ def test_examples_that_cannot_be_shared_are_refused():
 
 
 class Labelled(nn.Module):
-    """A network that keeps the labels it was given."""
+    """A network that records the labels of its calls."""
 
     def forward(self, x, noise_label, class_labels):
         self.class_labels = class_labels

@@ -1,4 +1,4 @@
-"""Whole runs on arrays in units of their own: training, evaluation, sampling, by the program."""
+"""Whole runs of main.py on arrays in their own units: training, evaluation, sampling."""
 
 import numpy as np
 import pytest
