@@ -1,4 +1,4 @@
-"""`experiment.load` and what a trained network can be asked, against laws known in closed form."""
+"""`experiment.load` and the methods of what it returns, against laws in closed form."""
 
 import math
 import traceback
@@ -37,7 +37,7 @@ def exact_edm(**overrides):
 
 
 def random_network(path, **overrides):
-    """A small network that depends on everything it is given, not trained."""
+    """A small untrained network whose output depends on every input."""
     config = load_config(path)
     small = {"model.nf": 8, "model.ch_mult": (1,), "model.attn_resolutions": ()}
     config.update_from_flattened_dict(small | overrides)

@@ -1,4 +1,4 @@
-"""Likelihoods against densities that are known: of Gaussian data, and of charges."""
+"""Likelihoods against known densities: of Gaussian data, and of charges."""
 
 import math
 from dataclasses import replace

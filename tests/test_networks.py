@@ -1,4 +1,4 @@
-"""Networks of feature spaces: programs of torch.export, several at once, files that are neither."""
+"""Networks of feature spaces: torch.export programs, several at once, files of other content."""
 
 import contextlib
 import re

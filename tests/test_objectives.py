@@ -21,7 +21,7 @@ from sources.stream import Resident
 
 
 class OfOwnDraws(losses.Regression):
-    """Its loss is the step that its examples carry; it keeps the modes it is used in."""
+    """An objective whose loss is the step in its examples; it records train and eval modes."""
 
     modes: list[bool]
 

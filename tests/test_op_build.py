@@ -236,7 +236,7 @@ def test_two_checkouts_have_their_own_kernels(checkout, tmp_path):
 
 @pytest.mark.parametrize("moment", ["ask", "compile", "link"])
 def test_a_killed_build_costs_the_next_start_its_own_build(checkout, tmp_path, monkeypatch, moment):
-    """Its compiler, which nobody killed, still runs meanwhile."""
+    """The killed build's compiler was not killed, and still runs."""
     monkeypatch.setenv("STOP", moment)
     killed = FORK.Process(target=lambda: os.setsid() or number())
     killed.start()

@@ -1,4 +1,4 @@
-"""Pairs: the data of conditions, matched with their images, and what a network is given of them."""
+"""Pairs: the data of conditions, matched with their images, and passed to a network."""
 
 import logging
 

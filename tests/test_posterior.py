@@ -228,7 +228,7 @@ CONDITION = MeasuredArrays(SHAPE, "float64", (1.0,), (5.0,))
 
 
 def looking(x, label, image):
-    """A network that depends on all that it is given."""
+    """A network whose output depends on every input."""
     return torch.sin(x) + 0.1 * label.view(-1, 1, 1, 1) - image.flip(-1)
 
 

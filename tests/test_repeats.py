@@ -127,7 +127,7 @@ def test_metrics_of_sets():
 
 
 def test_a_set_without_finite_samples_does_not_count(evaluated, tmp_path, monkeypatch, caplog):
-    """The solver diverges in the second set of three."""
+    """Of three sets of samples, the solver diverges in the second."""
     folder, config, _, _ = evaluated
     draw, whole = evaluated_samples.draw_round, report_of(folder, 2)
 

@@ -1,4 +1,4 @@
-"""A run's stored config: there and back, and what untrusted files may put in its place."""
+"""A run's stored config: saved and read back, and taken from untrusted files."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""`--mode sample` and `--mode export`: their files, what is kept, what is refused."""
+"""`--mode sample` and `--mode export`: their files, resuming, and refused options."""
 
 import contextlib
 import json
@@ -204,7 +204,7 @@ def test_a_film_between_two_images(trained, tmp_path):
 
 
 def test_ffmpeg_is_given_every_frame(tmp_path, monkeypatch):
-    """A stand-in notes what it is given; sides are made even, and the last frame stays."""
+    """A stand-in for ffmpeg records its input; sides are made even, and the last frame stays."""
     script = tmp_path / "ffmpeg"
     script.write_text('#!/bin/sh\necho "$@" > "$0.args"\nfor out; do :; done\n/bin/cat > "$out"\n')
     script.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Solvers against scipy and closed forms; every sampler against laws that are known."""
+"""Solvers against scipy and closed forms; every sampler against known laws."""
 
 import math
 from dataclasses import replace
@@ -363,7 +363,7 @@ MEAN, STD = 0.3, 0.2
 
 
 def is_law_of_data(x):
-    """Whether entries (any shape) follow N(MEAN, STD^2), as far as so many can tell."""
+    """True if entries (any shape) are compatible with N(MEAN, STD^2), given their number."""
     return stats.kstest(x.flatten().numpy(), stats.norm(MEAN, STD).cdf).pvalue > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Solvers of few evaluations against slow definitions, known solutions and laws that are known."""
+"""Solvers of few evaluations against slow definitions, known solutions and known laws."""
 
 import gc
 import math

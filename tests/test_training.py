@@ -223,7 +223,7 @@ def test_a_skipped_step_counts_in_the_power_function_averages():
 
 
 class Points(nn.Module):
-    """A network of four weights, of which each gets a gradient of its own."""
+    """A network of four weights, each with a different gradient."""
 
     def __init__(self):
         super().__init__()

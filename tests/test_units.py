@@ -1,4 +1,4 @@
-"""Arrays in units of their own: types, layouts, the measured codec, and what it gives back."""
+"""Arrays in units of their own: types, layouts, the measured codec and its inverse."""
 
 import numpy as np
 import pytest
