@@ -24,6 +24,9 @@ import gpu
 import numpy as np
 import self_check
 
+from library.signals import stop_signals
+from storage.files import atomic_write
+
 CONFIG = "pfgmpp.cifar10_ddpmpp"
 IMAGES = 512  # batch size, as published
 DATA = {"data.dataset": "folder", "data.num_channels": 3, "data.num_classes": 0}
@@ -81,16 +84,26 @@ def fastest(options: dict) -> tuple[dict, list[gpu.Row]]:
 
 
 def planned(path: Path, options: dict, hours: float) -> tuple[dict, list[gpu.Row]]:
-    """Options of the training and rows of `fastest`, measured now or read from the first start."""
+    """Options of the training and rows of `fastest`, measured now or read from the first start.
+
+    The program ends with one line where the first start was one of other `hours`.
+    """
     if path.exists():
         plan = json.loads(path.read_text())
+        if plan["hours"] != hours:
+            sys.exit(
+                f"{path} is the plan of {plan['hours']:g} hours: go on with --hours "
+                f"{plan['hours']:g}, or begin another run with --workdir"
+            )
     else:
         best, rows = fastest(options)
         seconds = min(row.figures.seconds for row in rows if row.figures.seconds > 0)
-        plan = {"options": {**options, **best, **schedule(max(4, int(3600 * hours / seconds)))}}
+        plan = {"hours": hours}
+        plan["options"] = {**options, **best, **schedule(max(4, int(3600 * hours / seconds)))}
         plan["rows"] = [(row.part, row.form, row.figures) for row in rows]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plan))
+        with atomic_write(path) as file:
+            file.write(json.dumps(plan).encode())
     rows = [gpu.Row(part, form, gpu.Figures(*values)) for part, form, values in plan["rows"]]
     return plan["options"], rows
 
@@ -106,7 +119,9 @@ def run(mode: str, workdir: Path, options: dict) -> None:
 
 
 def start(command: list[str]) -> int:
-    return subprocess.run(command).returncode
+    """Run a program and return its exit status; it gets Ctrl-C too, and saves its state."""
+    with stop_signals(), subprocess.Popen(command) as process:
+        return process.wait()
 
 
 def evaluated(workdir: Path) -> Iterator[gpu.Case]:

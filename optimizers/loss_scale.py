@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 FIRST = 2.0**16
+LEAST = 2.0**-24  # halved for ever, as in a training that has diverged, it would become 0
 PATIENCE = 2000  # finite steps in a row after which the factor is doubled
 
 
@@ -32,6 +33,7 @@ class LossScale:
         steps = (self.finite_steps + 1) * finite
         grows = steps == PATIENCE
         self.factor *= torch.where(finite, 1.0 + grows, 0.5)
+        self.factor.clamp_(min=LEAST)
         self.finite_steps.copy_(steps * ~grows)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -42,6 +42,15 @@ def test_the_scale_is_that_of_pytorch(monkeypatch):
         optimizer.zero_grad()
 
 
+def test_the_scale_of_a_training_that_has_diverged_stays_above_0():
+    scale = loss_scale.LossScale()
+    for _ in range(200):  # 2^(16 - 200) is 0 in float32
+        scale.update(torch.tensor(False))
+    gradient = torch.ones(1)
+    scale.unscale([gradient])
+    assert gradient == 1 / scale.factor and gradient.isfinite()
+
+
 def in_float16(model=None, **optim):
     """A training state of one weight, with a scaled loss."""
     config = cifar10_ddpmpp.get_config()

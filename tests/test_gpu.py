@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import CodeType
+from types import CodeType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,6 +186,7 @@ def faults(gpu, monkeypatch):
 
         def __init__(self, config):
             self.steps, self.accumulate = [], config.training.accumulate
+            self.state = SimpleNamespace(loss_scale=None)
 
         def measure(self):
             if self.accumulate < needed:
@@ -307,8 +308,25 @@ def test_an_hour_of_cifar10_in_seconds(gpu, monkeypatch, tmp_path, capsys):
     assert rows["Frechet distance"][0] == f"step {steps:,}, 16 samples"
 
     monkeypatch.setattr(cifar10, "fastest", None)  # measured once
+    with pytest.raises(SystemExit, match="is the plan of 0.0001 hours: go on with --hours 0.0001"):
+        cifar10.planned(tmp_path / "run.json", {}, 1.0)
     monkeypatch.setattr(cifar10, "start", lambda command: 75)  # stopped by a signal
     with pytest.raises(SystemExit) as stopped:
         cifar10.main()
     assert stopped.value.code == 75
     assert f"--config.training.n_iters={steps}" in capsys.readouterr().out
+
+
+def test_a_program_that_is_interrupted_saves_before_make_cifar10_ends(gpu):
+    """A terminal sends Ctrl-C to both; the exit status is that of the program."""
+    program = """
+import os, signal, sys, time
+def save(*_):
+    time.sleep(0.5)  # subprocess.run would kill it after a quarter of a second
+    sys.exit(75)
+signal.signal(signal.SIGINT, save)
+os.kill(os.getppid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+    assert importlib.import_module("cifar10").start([sys.executable, "-c", program]) == 75
