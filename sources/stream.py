@@ -291,10 +291,15 @@ def decode(stream: Stream) -> Tensor | Resident:
 
 
 def processors() -> int:
-    """Number of processors for this process, if torchrun started several on this machine."""
+    """Number of processors for this process, if several were started on this machine.
+
+    The numbers of processes are those of torchrun and of Open MPI; srun binds each task to its own
+    processors.
+    """
     has_affinity = hasattr(os, "sched_getaffinity")
     processors = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    names = "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    return max(1, processors // max(int(os.environ.get(name, "1")) for name in names))
 
 
 def batch_at(data: DataSet, index: Tensor | slice) -> Batch:

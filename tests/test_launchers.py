@@ -18,6 +18,7 @@ import distributed
 from library.signals import stop_signals
 from processes import launch
 from processes.launch import Launch
+from sources import stream
 from storage.checkpoints import load_checkpoint
 
 PLAIN = {
@@ -409,3 +410,14 @@ def test_slurm_may_ask_to_stop_more_than_once():
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.01)
         assert stop() == "SIGUSR1"
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
+def test_processes_of_a_host_share_its_processors(monkeypatch, name):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(24))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert stream.processors() == 24
+    monkeypatch.setenv(name, "8")
+    assert stream.processors() == 3
+    monkeypatch.setenv(name, "48")
+    assert stream.processors() == 1
