@@ -31,6 +31,7 @@ from library.posterior import ToDrawFrom
 from library.restoration import ToRestore
 from library.sample_folder import SampleFolder, default_seeds, read_encoded, read_pair, seeds_of
 from library.signals import stop_signals
+from library.step_cost import Cost
 from library.training_run import TrainingRun, plan_of, resumed_from
 from losses import objective_named
 from methods import method_class
@@ -104,7 +105,8 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
     if dry_run:
         step, lines = resumed_from(workdir, experiment, flatten(config))
         log.info(f"would train from step {step} to {training.n_iters} in {workdir}: {plan}")
-        _log_lines(lines + remarks)
+        cost = Cost.from_config(config, experiment, train_data, prepare)
+        _log_lines([*lines, *remarks, cost.line])
         experiment.data.close()
         return True
     run = TrainingRun.from_config(config, experiment, workdir, data)
@@ -118,11 +120,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
         experiment.data.close()
         first, draws = state.step + 1, training.snapshot_sampling
         batches = datasets.shuffled_batches(
-            train_data,
-            objective.batch_size,
-            config.seed,
-            state.step,
-            shard if on_disk else (0, 1),
+            train_data, objective.batch_size, config.seed, state.step, shard if on_disk else (0, 1)
         )
         nonfinite, precision = config.optim.nonfinite, training.precision
         losses = LossWatch(training.max_bad_steps, nonfinite, precision)
@@ -188,7 +186,7 @@ def train(config, workdir: Path, dry_run: bool = False) -> bool:
 def look_at_data(config, workdir: Path, outdir: Path | None = None, dry_run: bool = False) -> None:
     """Write `data.html` to `outdir`, by default the workdir: the data as a training sees them.
 
-    It takes two steps, to measure their cost. A `dry_run` only says where it would write.
+    It takes a few steps, to estimate their cost. A `dry_run` only says where it would write.
     ValueError where the config or the data are wrong, OSError where a file is.
     """
     experiment = Experiment.of_run(config, workdir, identity_of(workdir))

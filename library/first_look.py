@@ -2,13 +2,9 @@
 
 import io
 import logging
-import resource
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -20,25 +16,19 @@ import execution
 from datasets import SPLITS, DataSet, keyed_generator, shuffled_batches
 from experiment_parts import Parts
 from library.posterior import condition_pictures
+from library.step_cost import estimate
 from library.training_run import TrainingRun
 from reports.data_page import ClassCount, Look, Values, render
 from reports.images import by_class, channels_last, class_rows, image_grid
 from sources.batch import Batch
 from sources.preparation import Preparation
 from storage.files import atomic_write
-from training import TrainState, train_step
+from training import TrainState
 
 log = logging.getLogger(__name__)
 
 PICTURED, COLUMNS = 64, 8  # images of the page's picture, in a row of it; of pairs half as many
 VALUES = 2**18  # of a histogram
-
-
-class Cost(NamedTuple):
-    """Seconds of a training step, and the most memory, in bytes, that it needed."""
-
-    seconds: float
-    memory: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ class FirstLook:
     def save(self, path: Path, title: str) -> None:
         """Write the page, headed `title`, to `path`, in the main process only.
 
-        It takes two training steps. OSError, which names the path, where it cannot be written.
+        It takes some training steps. OSError, which names the path, where it cannot be written.
         """
         page = self._page(title)
         self.experiment.data.close()
@@ -93,8 +83,7 @@ class FirstLook:
         prepared = self.prepare(stored, self._generator())
         training_set, prepare = experiment.training_set(self.train)
         batch = self._batch(training_set, experiment.objective.batch_size)
-        cost, on_gpu = self._cost(batch, prepare), experiment.device.type == "cuda"
-        steps = self.state.schedule["n_iters"]
+        cost = estimate(self.state, batch, prepare, self._generator())
         channels, height, width = experiment.codec.data_shape
         parameters = sum(p.numel() for p in experiment.network.parameters())
         facts = {
@@ -106,17 +95,11 @@ class FirstLook:
             "parameters": f"{parameters:,}",
             "training images": self.prepare.words,
         }
-        estimates = {
-            "a step": f"{cost.seconds:.3g} s for {len(batch):,} images on {experiment.device}",
-            f"{steps:,} steps": _duration(cost.seconds * steps),
-            "memory": f"{cost.memory / 2**30:.2g} GiB"
-            + (" of the GPU" if on_gpu else " of the whole program"),
-        }
         grid, caption, rows = self._grid(prepared)
         look = Look(
             line=self.line,
             facts=facts,
-            estimates=estimates,
+            estimates=cost.words,
             grid=grid,
             caption=caption,
             rows=rows,
@@ -170,15 +153,6 @@ class FirstLook:
     def _generator(self) -> torch.Generator:
         return keyed_generator(self.experiment.device, "training", self.seed, 0)
 
-    def _cost(self, batch: Batch, prepare: Preparation) -> Cost:
-        generator = self._generator()
-
-        def step() -> float:
-            loss = train_step(self.state, prepare(batch, generator), generator)
-            return loss.item()  # which waits for the device
-
-        return measure(step, self.experiment.device)
-
     def _counts(self) -> list[ClassCount]:
         """Numbers of images of each class; [] without classes."""
         classes, data = self.experiment.classes, self.experiment.data
@@ -192,20 +166,6 @@ class FirstLook:
         return [*(getattr(self.train, "names", ()) or map(str, range(self.experiment.classes)))]
 
 
-def measure(step: Callable[[], float], device: torch.device) -> Cost:
-    """Cost of the second of two calls of `step`: the first also initialises libraries."""
-    step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - start
-    if device.type == "cuda":
-        return Cost(seconds, torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return Cost(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
 def _values(name: str, images: Tensor, *caption: str) -> Values:
     """Numbers of each channel of `images` (n, C, ...), and a sample of all of them."""
     channels = images.detach().double().cpu().transpose(0, 1).flatten(1).numpy()
@@ -213,10 +173,3 @@ def _values(name: str, images: Tensor, *caption: str) -> Values:
     spread = np.linspace(0, everything.size - 1, min(everything.size, VALUES)).astype(int)
     rows = [(each.min(), each.max(), each.mean(), each.std()) for each in channels]
     return Values(name, everything[spread], rows, *caption)
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.2g} {unit}"
-    return f"{seconds:.2g} seconds"

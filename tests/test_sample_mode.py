@@ -391,6 +391,7 @@ def test_a_dry_run_writes_nothing(trained, tmp_path, caplog):
     for says in (
         f"would train from step 12 to 12 in {trained}: EDM, 1,617 images",
         f"would train from step 0 to 12 in {tmp_path / 'new'}: EDM",
+        "estimated: a step ",
         "checkpoint_12.pth on cpu: enable_loss, enable_bpd, enable_sampling",
         "10 samples, 0 of which are there; a film of 10",
         f"to {trained / 'model.safetensors'}",
